@@ -1,0 +1,51 @@
+"""Cohorts of CT DICOM to training-ready volumes, on a GPU or without one.
+
+>>> import gpuprep
+>>> for series in gpuprep.discover("dicom"):                        # doctest: +SKIP
+...     volume = gpuprep.process(gpuprep.read(series), gpuprep.Recipe(dtype="uint8"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gpuprep.batch import convert as convert
+    from gpuprep.discovery import discover as discover
+    from gpuprep.geometry import Geometry as Geometry
+    from gpuprep.processing import process as process
+    from gpuprep.reading import read as read
+    from gpuprep.recipe import Recipe as Recipe
+    from gpuprep.series import Series as Series
+    from gpuprep.stacking import stack as stack
+    from gpuprep.volume import StoredVolume as StoredVolume
+    from gpuprep.volume import Volume as Volume
+
+_HOMES = {
+    "convert": "batch",
+    "discover": "discovery",
+    "Geometry": "geometry",
+    "process": "processing",
+    "read": "reading",
+    "Recipe": "recipe",
+    "Series": "series",
+    "stack": "stacking",
+    "StoredVolume": "volume",
+    "Volume": "volume",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it is first used, so that `import gpuprep` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

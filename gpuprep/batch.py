@@ -1,0 +1,266 @@
+"""The cohort: what is there, what has to be done, doing it, and the record of it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from gpuprep.backend import Backend, BackendName, get_backend
+from gpuprep.conversion import Task, convert_series, left_out
+from gpuprep.discovery import Cohort, discover
+from gpuprep.errors import GpuprepError, OutputError, RequestError
+from gpuprep.executors import Executor, Here, Processes, Threads, WorkerDiedError
+from gpuprep.layout import layout
+from gpuprep.manifest import Manifest, SeriesResult, now
+from gpuprep.output import contents, open_output, retire
+from gpuprep.plan import Plan, make_plan
+from gpuprep.processing import Engine
+from gpuprep.recipe import Recipe
+from gpuprep.series import Series
+from gpuprep.stacking import stack
+
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+GPU_JOBS = 4
+"""Series in flight on one GPU unless asked otherwise: enough that some read and write while one computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What would happen to one series, from its headers alone."""
+
+    series: Series
+    action: Literal["convert", "skip", "reject"]
+    folder: str
+    """Relative to OUT."""
+    plan: Plan | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run did."""
+
+    results: tuple[SeriesResult, ...]
+    passed_over: Mapping[str, int]
+    unreadable: tuple[tuple[str, str], ...]
+    postponed: int = 0
+    """Series left for later by `limit`."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of series by status."""
+        return dict(Counter(r.status for r in self.results))
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 1 some series rejected or failed or some DICOM file unreadable, 3 nothing found."""
+        if not self.results and not self.postponed:
+            return 1 if self.unreadable else 3
+        bad = self.unreadable or any(r.status in ("rejected", "failed") for r in self.results)
+        return 1 if bad else 0
+
+
+class Listener:
+    """Hears what a run does; every method may be overridden, none has to be."""
+
+    def scanned(self, cohort: Cohort) -> None:
+        """All headers are read."""
+
+    def planned(self, outlooks: list[Outlook]) -> None:
+        """Every series has its outlook; conversion begins."""
+
+    def finished(self, result: SeriesResult) -> None:
+        """One series is done with."""
+
+
+def scan(
+    paths: Paths, recipe: Recipe | None = None, *, out: str | os.PathLike[str] | None = None
+) -> tuple[Cohort, list[Outlook]]:
+    """Return what is under some paths and what would happen to each series; reads no pixels and writes nothing.
+
+    Parameters
+    ----------
+    paths : path or iterable of paths
+        Folders or files.
+    recipe : Recipe, optional
+        The default recipe where absent.
+    out : path, optional
+        The output folder of earlier runs: what is complete there would be skipped.
+    """
+    recipe = recipe or Recipe()
+    paths = _listed(paths)
+    cohort = discover(paths, exclude=out)
+    if out is not None and (Path(out) / "manifest.sqlite").exists():
+        with closing(Manifest(Path(out) / "manifest.sqlite")) as manifest:
+            return cohort, _outlooks(cohort, paths, recipe, Path(out), manifest)
+    return cohort, _outlooks(cohort, paths, recipe, None, None)
+
+
+def convert(
+    paths: Paths,
+    out: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    backend: BackendName = "auto",
+    engine: Engine = "operators",
+    jobs: int | None = None,
+    limit: int | None = None,
+    listener: Listener | None = None,
+) -> Run:
+    """Convert every CT series under some paths into a folder of its own under `out`.
+
+    Parameters
+    ----------
+    paths : path or iterable of paths
+        Folders, searched to any depth, or files.
+    out : path
+        Where volumes, ``manifest.sqlite``, ``manifest.csv`` and ``recipe.toml`` go.
+    recipe : Recipe, optional
+        The default recipe where absent.
+    backend, engine
+        As for `gpuprep.process`.
+    jobs : int, optional
+        Series at a time: worker processes on the CPU, threads on a GPU. Absent: on the CPU one after the other in
+        this process. With worker processes a script needs the guard ``if __name__ == "__main__":``.
+    limit : int, optional
+        Convert at most so many series now.
+    listener : Listener, optional
+        Is told what happens.
+
+    Returns
+    -------
+    Run
+        One result per series. A series that is rejected or fails is a result, not an exception.
+
+    Raises
+    ------
+    RequestError, BackendError
+        If the run as a whole cannot start.
+    OutputError
+        If the manifest cannot be written.
+    KeyboardInterrupt
+        After an interruption, once everything is in order. What was finished stays; the next run does the rest.
+    """
+    recipe = recipe or Recipe()
+    listener = listener or Listener()
+    paths = _listed(paths)
+    out = Path(os.path.abspath(out))
+    if any(out.resolve() == Path(p).resolve() for p in paths):
+        raise RequestError(f"{out} is both input and output: choose another --out")
+    chosen = get_backend(backend)
+    executor = _executor(chosen, jobs)
+    with open_output(out), closing(Manifest(out / "manifest.sqlite")) as manifest:
+        try:
+            cohort = discover(paths, exclude=out, map_=lambda f, tasks: _map(executor, f, tasks))
+            listener.scanned(cohort)
+            (out / "recipe.toml").write_text(recipe.to_toml(), "utf-8")
+            manifest.account(cohort.passed_over, cohort.unreadable)
+            outlooks = _outlooks(cohort, paths, recipe, out, manifest)
+            todo = [o for o in outlooks if o.action == "convert"]
+            now_, later = (todo, []) if limit is None else (todo[:limit], todo[limit:])
+            postponed = {o.series.key for o in later}
+            listener.planned([o for o in outlooks if o.series.key not in postponed])
+
+            results = []
+            tasks = {o.series.key: _task(o, recipe, engine, chosen, out) for o in outlooks}
+            for result in _results(outlooks, [tasks[o.series.key] for o in now_], tasks, manifest, executor):
+                results.append(result)
+                listener.finished(result)
+        finally:
+            executor.stop()
+            manifest.write_csv()
+    return Run(tuple(results), cohort.passed_over, cohort.unreadable, len(later))
+
+
+def _results(
+    outlooks: list[Outlook], todo: list[Task], tasks: dict[str, Task], manifest: Manifest, executor: Executor
+) -> Iterator[SeriesResult]:
+    """Yield a result per series, stored in the manifest: first those that need no work, then the rest as it is done."""
+    for outlook in outlooks:
+        blank = tasks[outlook.series.key].blank
+        if outlook.action == "skip":
+            former = manifest.get(outlook.series.key)
+            assert former is not None  # noqa: S101 - that is why it is skipped
+            yield replace(former, status="skipped")
+        elif outlook.action == "reject":
+            rejected = replace(blank, status="rejected", reason=outlook.reason, finished=now())
+            _store(manifest, rejected, tasks[rejected.key].out)
+            yield rejected
+    for task, outcome in executor.run(convert_series, todo):
+        if isinstance(outcome, WorkerDiedError):
+            result = replace(left_out(task.blank, outcome), finished=now())
+        else:
+            result = outcome
+        _store(manifest, result, task.out)
+        yield result
+
+
+def _store(manifest: Manifest, result: SeriesResult, out: Path) -> None:
+    """Store a result; an output of the series that it does not stand for any more is removed."""
+    former = manifest.get(result.key)
+    manifest.put(result)
+    if former is not None and former.folder and former.folder != result.folder:
+        retire(out / former.folder)
+
+
+def _outlooks(
+    cohort: Cohort, paths: list[str], recipe: Recipe, out: Path | None, manifest: Manifest | None
+) -> list[Outlook]:
+    taken = {r.folder: r.key for r in manifest if r.folder} if manifest else {}
+    folders = layout(cohort, paths, taken)
+    outlooks = []
+    for series in cohort:
+        former = manifest.get(series.key) if manifest else None
+        if out and former and _complete(series, recipe, out, former):
+            outlooks.append(Outlook(series, "skip", former.folder, None))
+            continue
+        try:
+            plan = make_plan(stack(series).geometry, recipe)
+        except GpuprepError as exc:
+            reason = f"{type(exc).__name__}: {exc}"
+            outlooks.append(Outlook(series, "reject", "", None, reason))
+        else:
+            outlooks.append(Outlook(series, "convert", folders[series.key], plan))
+    return outlooks
+
+
+def _complete(series: Series, recipe: Recipe, out: Path, former: SeriesResult) -> bool:
+    """Whether an earlier output stands for exactly this input and recipe, and is all there."""
+    from gpuprep import __version__
+
+    same = (former.fingerprint, former.recipe_sha256, former.version) == (
+        series.fingerprint,
+        recipe.sha256,
+        __version__,
+    )
+    return same and former.status == "ok" and contents(out / former.folder) == (former.files, former.bytes)
+
+
+def _task(outlook: Outlook, recipe: Recipe, engine: Engine, backend: Backend, out: Path) -> Task:
+    return Task(series=outlook.series, recipe=recipe, engine=engine, backend=backend, out=out, folder=outlook.folder)
+
+
+def _executor(backend: Backend, jobs: int | None) -> Executor:
+    if jobs is not None and jobs < 1:
+        raise RequestError(f"jobs = {jobs}: give at least 1")
+    if backend.name == "gpu":
+        return Threads(jobs or GPU_JOBS)
+    return Here() if jobs is None else Processes(jobs)
+
+
+def _map(executor: Executor, function, tasks):  # type: ignore[no-untyped-def]
+    """As the built-in `map`, in no particular order."""
+    for task, outcome in executor.run(function, tasks):
+        if isinstance(outcome, WorkerDiedError):
+            raise OutputError(f"reading headers failed at {task[0]} …: {outcome}")
+        yield outcome
+
+
+def _listed(paths: Paths) -> list[str]:
+    return [os.fspath(paths)] if isinstance(paths, str | os.PathLike) else [os.fspath(p) for p in paths]

@@ -1,0 +1,352 @@
+"""The command line: flags to a recipe, events to a progress bar, errors to exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from gpuprep import __version__
+from gpuprep.errors import GpuprepError, RecipeError
+
+if TYPE_CHECKING:
+    from gpuprep.batch import Outlook
+    from gpuprep.recipe import Recipe
+
+# Everything else is imported where it is used: `--help` must not wait for NumPy.
+
+app = typer.Typer(
+    name="gpuprep",
+    help="Cohorts of CT DICOM to training-ready volumes, on a GPU or without one.",
+    epilog="Exit codes: 0 all done, 1 some series rejected or failed, 2 bad request, 3 nothing found, 4 backend.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RECIPE = "Recipe"
+RUN = "Run"
+
+Paths = Annotated[
+    list[Path], typer.Argument(metavar="DICOM_DIR...", help="Folders, searched to any depth, or single files.")
+]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe", metavar="NAME|FILE", help="A preset (default, classic) or a TOML file; flags override it.",
+        rich_help_panel=RECIPE,
+    ),
+]  # fmt: skip
+Spacing = Annotated[
+    str | None,
+    typer.Option(metavar="MM", help="Target spacing: one number, or z,y,x in mm, or none.", rich_help_panel=RECIPE),
+]
+Order = Annotated[
+    int | None, typer.Option(metavar="N", help="Spline order: 0 nearest, 1 linear, 3 cubic.", rich_help_panel=RECIPE)
+]
+AntiAlias = Annotated[
+    Literal["none", "resample", "resize", "both"] | None,
+    typer.Option(help="Steps that blur an axis before shrinking it.", rich_help_panel=RECIPE),
+]
+Window = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW,HIGH", help="Clip to these HU and scale to [0, 1], or none: keep HU.", rich_help_panel=RECIPE
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Slice size: one number, or rows,columns, or none.", rich_help_panel=RECIPE),
+]
+Fit = Annotated[
+    Literal["stretch", "pad", "crop"] | None,
+    typer.Option(
+        help="How a slice gets that size: interpolate; air around it; cut about the centre.", rich_help_panel=RECIPE
+    ),
+]
+Dtype = Annotated[
+    Literal["float32", "uint8", "uint16", "int16"] | None,
+    typer.Option(help="Output type; int16 holds HU, unscaled.", rich_help_panel=RECIPE),
+]
+Format = Annotated[
+    Literal["tif", "tif-stack"] | None,
+    typer.Option("--format", help="One .tif per slice, or one ImageJ stack.", rich_help_panel=RECIPE),
+]
+Compression = Annotated[
+    Literal["none", "zlib", "zstd"] | None, typer.Option(help="Of the .tif.", rich_help_panel=RECIPE)
+]
+BackendOption = Annotated[
+    Literal["auto", "cpu", "gpu"],
+    typer.Option(help="auto takes a GPU that works; gpu never falls back.", rich_help_panel=RUN),
+]
+EngineOption = Annotated[
+    Literal["operators", "ndimage"],
+    typer.Option(help="Banded matrices, or the literal SciPy/CuPy and scikit-image/cuCIM calls.", rich_help_panel=RUN),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Series at a time: worker processes on the CPU (default: one per core), threads on a GPU.",
+        rich_help_panel=RUN,
+    ),
+]  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=RUN)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=RUN)]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"gpuprep {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    paths: Paths,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where volumes and the manifest go.")],
+    recipe: RecipeOption = "default",
+    spacing: Spacing = None,
+    order: Order = None,
+    anti_alias: AntiAlias = None,
+    window: Window = None,
+    size: Size = None,
+    fit: Fit = None,
+    dtype: Dtype = None,
+    format_: Format = None,
+    compression: Compression = None,
+    backend: BackendOption = "auto",
+    engine: EngineOption = "operators",
+    jobs: Jobs = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Convert at most so many series now.", rich_help_panel=RUN)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would happen, and write nothing.", rich_help_panel=RUN)
+    ] = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Convert every CT series under DICOM_DIR into a folder of its own under OUT.
+
+    Running it again skips what is complete and unchanged. A bad series never stops the others: it is named, with the
+    reason, on the screen and in OUT/manifest.csv.
+    """
+    with _errors_to_exit_codes():
+        wanted = _recipe(
+            recipe, spacing_mm=spacing, order=order, anti_alias=anti_alias, window_hu=window, size=size, fit=fit,
+            dtype=dtype, format=format_, compression=compression,
+        )  # fmt: skip
+        if dry_run:
+            _show_scan(paths, wanted, out, json_)
+        else:
+            _convert(paths, out, wanted, backend, engine, jobs, limit, quiet, json_)
+
+
+@app.command()
+def scan(paths: Paths, recipe: RecipeOption = "default", json_: Json = False) -> None:
+    """Show what is there and what would happen to each series; reads headers, never pixels."""
+    with _errors_to_exit_codes():
+        _show_scan(paths, _recipe(recipe), None, json_)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for the demo; made if need be.")],
+    backend: BackendOption = "auto",
+    jobs: Jobs = None,
+) -> None:
+    """Write a small synthetic cohort as DICOM, convert it, and say where to look."""
+    with _errors_to_exit_codes():
+        from gpuprep.backend import get_backend
+        from gpuprep.console import Monitor, say, show_recipe, show_run
+        from gpuprep.demo import run_demo
+        from gpuprep.recipe import Recipe
+
+        started = time.perf_counter()
+        chosen = get_backend(backend)
+        show_recipe(Recipe(), chosen.device, "operators")
+        with Monitor() as monitor:
+            shown = run_demo(out, backend=chosen.name, jobs=_jobs(jobs, chosen.name), listener=monitor)  # type: ignore[arg-type]
+        show_run(shown.run, str(shown.volumes), time.perf_counter() - started)
+        first = next(r for r in shown.run.results if r.folder)
+        say(f"DICOM in    {shown.dicom}  (patient-3 lost a slice on purpose, so it is rejected)")
+        say(f"look at     {shown.volumes / first.folder / '0100.tif'}")
+        say(f"            {shown.volumes / first.folder / 'volume.json'}")
+        say(f"            {shown.volumes / 'manifest.csv'}")
+        if shown.run.counts not in ({"ok": 3, "rejected": 1}, {"skipped": 3, "rejected": 1}):
+            raise GpuprepError(f"the demo should convert 3 series and reject 1, but gave {shown.run.counts}")
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Show backends, devices, decoders and versions; why something is missing and what to install."""
+    with _errors_to_exit_codes():
+        from gpuprep.doctor import examine
+
+        findings = examine()
+        if json_:
+            _print_json([asdict(f) for f in findings])
+        else:
+            from gpuprep.console import show_findings
+
+            show_findings(findings)
+
+
+def main() -> None:
+    """Run the command line; the console script."""
+    logging.basicConfig(level=logging.WARNING, format="gpuprep: %(message)s")
+    logging.getLogger("pydicom").setLevel(logging.ERROR)  # it grumbles about every odd value of every slice
+    app()
+
+
+def _convert(
+    paths: list[Path], out: Path, recipe: Recipe, backend: Any, engine: Any, jobs: int | None, limit: int | None,
+    quiet: bool, json_: bool,
+) -> None:  # fmt: skip
+    from gpuprep.backend import get_backend
+    from gpuprep.batch import Listener
+    from gpuprep.batch import convert as run_conversion
+
+    started = time.perf_counter()
+    chosen = get_backend(backend)
+    monitor: Any = nullcontext(Listener())
+    if not (quiet or json_):
+        from gpuprep.console import Monitor, show_recipe, show_run
+
+        show_recipe(recipe, chosen.device, engine)
+        monitor = Monitor()
+    with monitor as listener:
+        run = run_conversion(
+            list(paths), out, recipe, backend=chosen.name, engine=engine, jobs=_jobs(jobs, chosen.name), limit=limit,  # type: ignore[arg-type]
+            listener=listener,
+        )  # fmt: skip
+    if json_:
+        _print_json(
+            {
+                "counts": run.counts,
+                "postponed": run.postponed,
+                "passed_over": run.passed_over,
+                "unreadable": run.unreadable,
+                "seconds": round(time.perf_counter() - started, 3),
+                "series": [r.to_dict() for r in run.results],
+            }
+        )
+    elif not quiet:
+        show_run(run, str(out), time.perf_counter() - started)
+    if run.exit_code == 3:
+        _complain(f"no CT series under {', '.join(map(str, paths))}")
+    raise typer.Exit(run.exit_code)
+
+
+def _show_scan(paths: list[Path], recipe: Recipe, out: Path | None, json_: bool) -> None:
+    from gpuprep.batch import scan as run_scan
+
+    cohort, outlooks = run_scan(list(paths), recipe, out=out)
+    if json_:
+        _print_json(
+            {
+                "series": [_outlook(o) for o in outlooks],
+                "passed_over": cohort.passed_over,
+                "unreadable": cohort.unreadable,
+            }
+        )
+    else:
+        from gpuprep.console import show_scan
+
+        show_scan(cohort, outlooks)
+    if not cohort:
+        _complain(f"no CT series under {', '.join(map(str, paths))}")
+        raise typer.Exit(3)
+    raise typer.Exit(1 if cohort.unreadable or any(o.action == "reject" for o in outlooks) else 0)
+
+
+def _outlook(o: Outlook) -> dict[str, Any]:
+    plan = o.plan
+    return {
+        "action": o.action,
+        "reason": o.reason,
+        "series_uid": o.series.series_uid,
+        "label": o.series.label,
+        "folder": o.series.folder,
+        "slices": len(o.series.slices),
+        "source_shape": plan and plan.source.shape,
+        "source_spacing_mm": plan and plan.source.spacing_mm,
+        "shape": plan and plan.target.shape,
+        "spacing_mm": plan and plan.target.spacing_mm,
+        "output_bytes": plan and plan.output_bytes,
+    }
+
+
+def _recipe(name: str, **flags: Any) -> Recipe:
+    """Return the named recipe with the flags that were given."""
+    from gpuprep.recipe import PRESETS, Recipe
+
+    base = (
+        Recipe.load(name)
+        if name not in PRESETS and (name.endswith(".toml") or os.path.exists(name))
+        else Recipe.preset(name)
+    )
+    given = {k: _parsed(k, v) for k, v in flags.items() if v is not None}
+    return Recipe.from_dict(base.to_dict() | given)
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """Return the value of a flag as a recipe holds it: "1" and "3,1,1" are numbers, "none" stays."""
+    if not isinstance(value, str) or name not in ("spacing_mm", "window_hu", "size") or value == "none":
+        return value
+    try:
+        numbers = [int(part) if name == "size" else float(part) for part in value.split(",")]
+    except ValueError:
+        raise RecipeError(f"{name} = {value!r}: give numbers separated by commas, or none") from None
+    return numbers * {"spacing_mm": 3, "size": 2}.get(name, 1) if len(numbers) == 1 else numbers
+
+
+def _jobs(jobs: int | None, backend: str) -> int | None:
+    """On the CPU, a worker per core that this process may use; on a GPU, what `batch` thinks right."""
+    if jobs is not None or backend == "gpu":
+        return jobs
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _errors_to_exit_codes() -> Iterator[None]:
+    """Turn errors into one clear line and an exit code, and SIGTERM into what Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except GpuprepError as exc:
+        _complain(str(exc))
+        raise typer.Exit(exc.exit_code) from exc
+    except KeyboardInterrupt as exc:
+        _complain("interrupted; what is finished stays, and the same command goes on from there")
+        raise typer.Exit(130) from exc
+    except BrokenPipeError as exc:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from exc
+
+
+def _complain(text: str) -> None:
+    from gpuprep.console import complain
+
+    complain(text)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))  # noqa: T201

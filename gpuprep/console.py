@@ -1,0 +1,181 @@
+"""What a person sees in the terminal: the recipe, a progress bar, a line for every series that is not plain ok, tables.
+
+Nothing from a file is taken as markup, and results go to standard output, the rest to standard error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gpuprep.batch import Listener, Outlook, Run
+from gpuprep.discovery import Cohort
+from gpuprep.doctor import Finding
+from gpuprep.manifest import SeriesResult
+from gpuprep.recipe import Recipe
+from gpuprep.series import printable
+
+STYLES = {"ok": "green", "convert": "green", "skipped": "dim", "skip": "dim", "rejected": "yellow", "reject": "yellow"}
+PIPE_WIDTH = 160
+"""Columns where the output is no terminal."""
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
+
+
+def show_recipe(recipe: Recipe, backend: str, engine: str) -> None:
+    """Print the resolved recipe and where it will run."""
+    values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in recipe.to_dict().items()}
+    _console(stderr=True).print(
+        "recipe  " + "  ".join(f"{k}={v}" for k, v in values.items()) + f"\nrun     backend={backend}  engine={engine}",
+        style="dim",
+    )
+
+
+class Monitor(Listener):
+    """A progress bar over source slices, and a line for every series that needs a word."""
+
+    def __init__(self) -> None:
+        self._console = _console(stderr=True)
+        self._progress = Progress(
+            TextColumn("series"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._slices = 0
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def scanned(self, cohort: Cohort) -> None:
+        slices = sum(len(s.slices) for s in cohort)
+        self._console.print(f"found   {len(cohort)} series with {slices} slices" + _beside(cohort.passed_over))
+        for path, reason in cohort.unreadable:
+            self._console.print(f"unreadable  {path}: {reason}", style="red")
+
+    def planned(self, outlooks: list[Outlook]) -> None:
+        self._task = self._progress.add_task("", total=len(outlooks), rate="")
+        self._started = time.perf_counter()
+
+    def finished(self, result: SeriesResult) -> None:
+        if result.status not in ("ok", "skipped") or (result.status == "ok" and result.warnings):
+            text = result.reason or "; ".join(result.warnings)
+            self._console.print(f"{result.status:8}  {result.source}: {text}", style=STYLES.get(result.status, "red"))
+        if result.status == "ok":
+            self._slices += result.slices
+        if self._task is not None:
+            rate = self._slices / (time.perf_counter() - self._started)
+            self._progress.update(self._task, advance=1, rate=f"{rate:.0f} slices/s")
+
+
+def show_run(run: Run, out: str, seconds: float) -> None:
+    """Print the table at the end of a run."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("status")
+    for heading in ("series", "slices in", "files out", "GB out"):
+        table.add_column(heading, justify="right")
+    for status in ("ok", "skipped", "rejected", "failed"):
+        chosen = [r for r in run.results if r.status == status]
+        if chosen:
+            files, size = sum(r.files for r in chosen), sum(r.bytes for r in chosen)
+            slices = str(sum(r.slices for r in chosen))
+            table.add_row(
+                status, str(len(chosen)), slices, str(files), f"{size / 1e9:.2f}", style=STYLES.get(status, "red")
+            )
+    console = _console(stderr=False)
+    console.print(table)
+    notes = f"{seconds:.1f} s; volumes and manifest in {printable(out)}" + _beside(run.passed_over)
+    if run.postponed:
+        notes += f"; {run.postponed} series left for later by --limit"
+    if run.unreadable:
+        notes += f"; {len(run.unreadable)} DICOM files or folders unreadable"
+    console.print(notes)
+
+
+def show_scan(cohort: Cohort, outlooks: list[Outlook]) -> None:
+    """Print what is there and what would happen."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("action", "series", "folder"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("slices", "spacing mm", "becomes", "GB"):
+        table.add_column(heading, justify="right", overflow="fold")
+    counts: Counter[str] = Counter()
+    total = 0
+    for o in outlooks:
+        counts[o.action] += 1
+        spacing = shape = size = ""
+        if o.plan is not None:
+            spacing = " × ".join(f"{s:.4g}" for s in o.plan.source.spacing_mm)
+            shape = " × ".join(map(str, o.plan.target.shape))
+            size = f"{o.plan.output_bytes / 1e9:.2f}"
+            total += o.plan.output_bytes
+        table.add_row(
+            o.action, o.series.label, printable(o.series.folder), str(len(o.series.slices)), spacing, shape, size,
+            style=STYLES[o.action],
+        )  # fmt: skip
+    console = _console(stderr=False)
+    console.print(table)
+    for o in outlooks:
+        if o.reason:
+            console.print(f"reject  {o.series.label}  {o.reason}", style=STYLES["reject"])
+    for path, reason in cohort.unreadable:
+        console.print(f"unreadable  {path}: {reason}", style="red")
+    sums = ", ".join(f"{n} to {action}" for action, n in sorted(counts.items()))
+    console.print(
+        f"{len(cohort)} series: {sums or 'none'}; {total / 1e9:.2f} GB to write" + _beside(cohort.passed_over)
+    )
+
+
+def show_findings(findings: Iterable[Finding]) -> None:
+    """Print the doctor's report."""
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column()
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for f in findings:
+        table.add_row("ok" if f.ok else "no", f.topic, f.name, f.detail, style="" if f.ok else "yellow")
+    _console(stderr=False).print(table)
+
+
+def say(text: str) -> None:
+    """Print a line of result."""
+    _console(stderr=False).print(printable(text), soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Print a line of error."""
+    _console(stderr=True).print(f"gpuprep: {printable(text)}", style="bold red", soft_wrap=True)
+
+
+def _beside(passed_over: object) -> str:
+    """Say what was passed over, by kind."""
+    assert isinstance(passed_over, dict)  # noqa: S101 - narrows the type
+    if not passed_over:
+        return ""
+    kinds = ", ".join(f"{n} {kind}" for kind, n in passed_over.items())
+    return f"; passed over {sum(passed_over.values())} other files ({kinds})"

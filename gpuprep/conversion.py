@@ -1,0 +1,194 @@
+"""One series from files to files: what a worker does, and where every error of one series ends up."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydicom.uid import UID
+
+from gpuprep import __version__
+from gpuprep.backend import Backend
+from gpuprep.errors import GpuprepError, InputError, OutputError, PlanError
+from gpuprep.manifest import SeriesResult, now
+from gpuprep.output import PendingFolder
+from gpuprep.plan import Plan, make_plan
+from gpuprep.processing import Engine, host_chunks
+from gpuprep.reading import read
+from gpuprep.recipe import Recipe
+from gpuprep.series import Series, printable
+from gpuprep.volume import StoredVolume
+from gpuprep.writers import WRITERS
+
+log = logging.getLogger(__name__)
+
+RECORDED_PACKAGES = ("numpy", "scipy", "scikit-image", "pydicom", "tifffile", "imagecodecs")
+RECORDED_GPU_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cucim-cu12", "cucim-cu13")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Everything a worker needs for one series."""
+
+    series: Series
+    recipe: Recipe
+    engine: Engine
+    backend: Backend
+    out: Path
+    folder: str
+    """Relative to `out`."""
+
+    @property
+    def blank(self) -> SeriesResult:
+        """The result of this task as far as it is known before anything is done."""
+        s = self.series
+        return SeriesResult(
+            key=s.key,
+            series_uid=s.series_uid,
+            study_uid=s.study_uid,
+            series_number=s.series_number,
+            source=printable(s.folder),
+            status="failed",
+            slices=len(s.slices),
+            engine=self.engine,
+            backend=self.backend.name,
+            device=self.backend.device,
+            fingerprint=s.fingerprint,
+            recipe_sha256=self.recipe.sha256,
+            version=__version__,
+        )
+
+
+def convert_series(task: Task) -> SeriesResult:
+    """Convert one series and return what happened; whatever goes wrong is in the result, and nothing is raised."""
+    result = task.blank
+    try:
+        result = _convert(task, result)
+    except GpuprepError as exc:
+        result = left_out(result, exc)
+    except Exception as exc:  # the boundary: a bug in one series must not cost the others
+        log.exception("series %s crashed", result.key)
+        result = left_out(result, exc)
+    return replace(result, finished=now())
+
+
+def left_out(result: SeriesResult, exc: Exception) -> SeriesResult:
+    """Return the result of a series that an error kept out."""
+    status = "rejected" if isinstance(exc, InputError | PlanError) else "failed"
+    return replace(result, status=status, reason=printable(f"{type(exc).__name__}: {exc}"))  # type: ignore[arg-type]
+
+
+def _convert(task: Task, result: SeriesResult) -> SeriesResult:
+    started = time.perf_counter()
+    volume = read(task.series)
+    read_s = time.perf_counter() - started
+    result = replace(
+        result,
+        warnings=volume.warnings,
+        source_shape=volume.geometry.shape,
+        source_spacing_mm=volume.geometry.spacing_mm,
+        hu_min=volume.hu_min,
+        hu_max=volume.hu_max,
+        hu_mean=volume.hu_mean,
+        read_s=read_s,
+    )
+    plan = make_plan(volume.geometry, task.recipe)
+    pending = PendingFolder(task.out, task.folder)
+    try:
+        started = time.perf_counter()
+        chunks = _Timed(host_chunks(volume, plan, task.backend, task.engine))
+        warnings = volume.warnings + WRITERS[task.recipe.format](pending.path, chunks, plan)
+        files, size = pending.commit(_sidecar(task, volume, plan, warnings))
+        write_s = time.perf_counter() - started - chunks.seconds
+    except OSError as exc:
+        raise OutputError(f"cannot write the series: {exc}") from exc
+    finally:
+        pending.discard()
+    return replace(
+        result,
+        status="ok",
+        warnings=warnings,
+        folder=task.folder,
+        shape=plan.target.shape,
+        spacing_mm=plan.target.spacing_mm,
+        files=files,
+        bytes=size,
+        process_s=chunks.seconds,
+        write_s=write_s,
+    )
+
+
+class _Timed:
+    """An iterator that adds up the time its source takes."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        started = time.perf_counter()
+        try:
+            return next(self._source)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def _sidecar(task: Task, volume: StoredVolume, plan: Plan, warnings: tuple[str, ...]) -> dict[str, Any]:
+    """Return the content of ``volume.json``; UIDs and numbers, nothing that names a patient."""
+    series = task.series
+    return {
+        "key": series.key,
+        "series_uid": series.series_uid,
+        "study_uid": series.study_uid,
+        "frame_of_reference_uid": series.frame_of_reference_uid,
+        "shape": plan.target.shape,
+        "axes": "kji: slices, rows, columns",
+        "dtype": task.recipe.dtype,
+        "spacing_mm": plan.target.spacing_mm,
+        "affine_lps": plan.target.affine.tolist(),
+        "affine_maps": "(k, j, i, 1) of a voxel centre to (x, y, z, 1) in mm, LPS",
+        "hu": {
+            "slope": plan.hu_slope,
+            "intercept": plan.hu_intercept,
+            "window": task.recipe.window_hu,
+            "meaning": "HU = stored · slope + intercept, clipped to the window",
+        },
+        "source": {
+            "slices": len(series.slices),
+            "shape": volume.geometry.shape,
+            "spacing_mm": volume.geometry.spacing_mm,
+            "affine_lps": volume.geometry.affine.tolist(),
+            "transfer_syntaxes": sorted({UID(s.transfer_syntax).name for s in series.slices}),
+            "hu_min": volume.hu_min,
+            "hu_max": volume.hu_max,
+            "hu_mean": volume.hu_mean,
+            "fingerprint": series.fingerprint,
+        },
+        "recipe": task.recipe.to_dict(),
+        "recipe_sha256": task.recipe.sha256,
+        "warnings": warnings,
+        "engine": task.engine,
+        "backend": task.backend.name,
+        "device": task.backend.device,
+        "versions": versions(task.backend.name == "gpu"),
+    }
+
+
+def versions(gpu: bool = False) -> dict[str, str]:
+    """Return the versions of gpuprep, Python and what the result depends on."""
+    found = {"gpuprep": __version__, "python": platform.python_version()}
+    for package in RECORDED_PACKAGES + (RECORDED_GPU_PACKAGES if gpu else ()):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,63 @@
+"""What works on this machine, what does not, and what to install."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import UID
+
+from gpuprep.backend import open_gpu
+from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
+from gpuprep.errors import BackendError
+
+COMPRESSED_SYNTAXES = (
+    "1.2.840.10008.1.2.5",  # RLE Lossless
+    "1.2.840.10008.1.2.4.50",  # JPEG Baseline
+    "1.2.840.10008.1.2.4.51",  # JPEG Extended
+    "1.2.840.10008.1.2.4.57",  # JPEG Lossless
+    "1.2.840.10008.1.2.4.70",  # JPEG Lossless, first-order prediction
+    "1.2.840.10008.1.2.4.80",  # JPEG-LS Lossless
+    "1.2.840.10008.1.2.4.81",  # JPEG-LS Near-Lossless
+    "1.2.840.10008.1.2.4.90",  # JPEG 2000 Lossless
+    "1.2.840.10008.1.2.4.91",  # JPEG 2000
+    "1.2.840.10008.1.2.4.201",  # HTJ2K Lossless
+    "1.2.840.10008.1.2.4.202",  # HTJ2K Lossless RPCL
+    "1.2.840.10008.1.2.4.203",  # HTJ2K
+)
+"""Encodings that CT is found in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    topic: str
+    name: str
+    ok: bool
+    detail: str
+    """What was found, or what is missing and what to install."""
+
+
+def examine() -> list[Finding]:
+    """Return the state of backends, decoders and versions."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    findings = [Finding("backend", "cpu", True, f"NumPy, SciPy and scikit-image on {cores} cores")]
+    try:
+        gpu = open_gpu()
+        findings.append(Finding("backend", "gpu", True, f"CuPy and cuCIM on {gpu.device}"))
+    except BackendError as exc:
+        findings.append(Finding("backend", "gpu", False, str(exc)))
+    for syntax in COMPRESSED_SYNTAXES:
+        decoder = get_decoder(UID(syntax))
+        if decoder.is_available:
+            detail = ", ".join(decoder.available_plugins)
+        else:
+            detail = "no decoder: reinstall gpuprep, whose dependencies bring one"
+        findings.append(Finding("decoder", UID(syntax).name, decoder.is_available, detail))
+    for package, version in versions(gpu=True).items():
+        findings.append(Finding("version", package, True, version))
+    if not any(f.name in RECORDED_GPU_PACKAGES for f in findings):
+        findings.append(Finding("version", "cupy, cucim", False, "pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'"))
+    return findings

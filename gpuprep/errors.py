@@ -1,0 +1,74 @@
+"""Every error gpuprep raises on purpose.
+
+::
+
+    GpuprepError
+    ├── InputError              one series: what is on disk cannot be converted
+    │   ├── MissingTagError     an attribute the conversion needs is absent or unreadable
+    │   ├── GeometryError       the slices do not form a regular grid
+    │   ├── IntensityError      the stored values cannot be called HU
+    │   └── DecodeError         the pixel data cannot be read
+    ├── PlanError               one series: it does not fit what the recipe asks
+    ├── OutputError             one series: its folder cannot be written
+    ├── RequestError            the whole run: what was asked makes no sense
+    │   └── RecipeError         … in the recipe
+    └── BackendError            the whole run: the engine cannot start
+        └── DeviceMemoryError   one series: it does not fit on the device
+
+Errors of one series end up in the manifest with their text, and the cohort goes on; the others end the run.
+`exit_code` is what the command line returns when the error ends a run.
+"""
+
+
+class GpuprepError(Exception):
+    """Base of every error below."""
+
+    exit_code = 1
+
+
+class InputError(GpuprepError):
+    """What is on disk cannot be converted truthfully."""
+
+
+class MissingTagError(InputError):
+    """An attribute the conversion needs is absent or unreadable."""
+
+
+class GeometryError(InputError):
+    """The slices do not form a regular grid."""
+
+
+class IntensityError(InputError):
+    """The stored values cannot be called HU."""
+
+
+class DecodeError(InputError):
+    """The pixel data of a file cannot be read."""
+
+
+class PlanError(GpuprepError):
+    """The series does not fit what the recipe asks."""
+
+
+class OutputError(GpuprepError):
+    """A series' folder cannot be written."""
+
+
+class RequestError(GpuprepError):
+    """What was asked makes no sense."""
+
+    exit_code = 2
+
+
+class RecipeError(RequestError, ValueError):
+    """A recipe holds an unknown key or an impossible value."""
+
+
+class BackendError(GpuprepError):
+    """The asked-for backend cannot run here."""
+
+    exit_code = 4
+
+
+class DeviceMemoryError(BackendError):
+    """A volume does not fit into the memory of the device."""

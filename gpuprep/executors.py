@@ -1,0 +1,154 @@
+"""Ways to run one function over many tasks: here, in threads, or in worker processes.
+
+Each has ``run(function, tasks)``, which yields ``(task, outcome)`` as tasks finish, with no more tasks in flight than
+workers; the outcome is what the function returned, or `WorkerDiedError`. `stop` ends whatever runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from multiprocessing.connection import wait as wait_connections
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol, TypeVar
+
+from gpuprep.errors import GpuprepError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class WorkerDiedError(GpuprepError):
+    """A worker process ended in the middle of a task: killed, out of memory, or crashed in a decoder."""
+
+
+class Executor(Protocol):
+    """See the module's docstring."""
+
+    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R | WorkerDiedError]]:
+        """Yield (task, outcome) as tasks finish."""
+        ...
+
+    def stop(self) -> None:
+        """End all workers, in the middle of a task if need be."""
+        ...
+
+
+class Here:
+    """One task after the other, in this thread."""
+
+    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R | WorkerDiedError]]:
+        for task in tasks:
+            yield task, function(task)
+
+    def stop(self) -> None:
+        pass
+
+
+class Threads:
+    """Threads of this process: for a GPU, where one thread reads or writes while another one's kernels run."""
+
+    def __init__(self, jobs: int) -> None:
+        self._jobs = jobs
+        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="gpuprep")
+
+    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R | WorkerDiedError]]:
+        queue = iter(tasks)
+        flying: dict[Future[R], T] = {}
+        while True:
+            while len(flying) < self._jobs and (task := next(queue, _END)) is not _END:
+                flying[self._pool.submit(function, task)] = task
+            if not flying:
+                return
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                yield flying.pop(future), future.result()
+
+    def stop(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Processes:
+    """Worker processes with one compute thread each; one that dies costs its task, and is replaced."""
+
+    def __init__(self, jobs: int) -> None:
+        methods = multiprocessing.get_all_start_methods()
+        self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:
+            self._context.set_forkserver_preload(["gpuprep.conversion"])  # imported once, its pages shared
+        self._jobs = jobs
+        self._workers: dict[Any, BaseProcess] = {}
+        self._idle: list[Any] = []
+
+    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R | WorkerDiedError]]:
+        queue = iter(tasks)
+        flying: dict[Any, T] = {}
+        while True:
+            while len(flying) < self._jobs and (task := next(queue, _END)) is not _END:
+                flying[self._send(function, task)] = task
+            if not flying:
+                return
+            connections: list[Any] = wait_connections(list(flying))
+            for ready in connections:
+                task = flying.pop(ready)
+                try:
+                    outcome: R | WorkerDiedError = ready.recv()
+                    self._idle.append(ready)
+                except (EOFError, OSError):
+                    outcome = WorkerDiedError(self._bury(ready))
+                yield task, outcome
+
+    def stop(self) -> None:
+        for worker in self._workers.values():
+            worker.kill()
+        for connection, worker in self._workers.items():
+            worker.join()
+            connection.close()
+        self._workers.clear()
+        self._idle.clear()
+
+    def _send(self, function: Callable[[Any], Any], task: Any) -> Any:
+        """Give a task to an idle worker, or to a new one; one that died while idle is replaced."""
+        while self._idle:
+            connection = self._idle.pop()
+            try:
+                connection.send((function, task))
+            except OSError:
+                self._bury(connection)
+            else:
+                return connection
+        connection, theirs = self._context.Pipe()
+        worker = self._context.Process(target=_work, args=(theirs,), daemon=True)
+        worker.start()
+        theirs.close()  # so that the worker's end closes with the worker
+        self._workers[connection] = worker
+        connection.send((function, task))
+        return connection
+
+    def _bury(self, connection: Any) -> str:
+        """Forget a dead worker and say how it died."""
+        worker = self._workers.pop(connection)
+        connection.close()
+        worker.join()
+        code = worker.exitcode or 0
+        if code == -signal.SIGKILL:
+            return "the worker was killed, most often for lack of memory: use fewer --jobs"
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return f"the worker died ({name}), most often in a decoder"
+
+
+_END: Any = object()
+
+
+def _work(connection: Any) -> None:
+    """Answer tasks until the other end closes; runs in the worker."""
+    from threadpoolctl import threadpool_limits
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threadpool_limits(1)  # one process per core beats several BLAS threads in each
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            function, task = connection.recv()
+            connection.send(function(task))

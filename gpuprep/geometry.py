@@ -1,0 +1,113 @@
+"""Where voxels are: the one object that answers both "which samples" and "which affine"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gpuprep.errors import GeometryError
+
+Shape3 = tuple[int, int, int]
+Vector3 = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Geometry:
+    """A regular grid of voxels in patient space.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Number of slices, rows and columns: (k, j, i).
+    affine : array_like of float, shape (4, 4)
+        Maps the index (k, j, i, 1) of a voxel centre to (x, y, z, 1) in millimetres, LPS: x grows to the
+        patient's left, y to the back (posterior), z to the head (superior).
+
+    Raises
+    ------
+    GeometryError
+        If an axis has no voxel, or the affine is not finite or not invertible.
+
+    References
+    ----------
+    DICOM PS3.3, C.7.6.2.1.1 (Image Position and Image Orientation).
+    """
+
+    shape: Shape3
+    affine: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        affine = np.array(self.affine, dtype=np.float64)
+        if min(self.shape) < 1:
+            raise GeometryError(f"a grid needs at least one voxel along each axis, not {self.shape}")
+        if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
+            raise GeometryError(f"an affine must be a finite, invertible 4 × 4 matrix, not {affine.tolist()}")
+        affine.setflags(write=False)
+        object.__setattr__(self, "affine", affine)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Geometry, (self.shape, np.array(self.affine))
+
+    @property
+    def spacing_mm(self) -> Vector3:
+        """Distance between neighbouring voxel centres along (k, j, i), in millimetres."""
+        k, j, i = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(k), float(j), float(i)
+
+    @property
+    def origin_mm(self) -> Vector3:
+        """Centre of voxel (0, 0, 0) as (x, y, z), in millimetres, LPS."""
+        x, y, z = self.affine[:3, 3]
+        return float(x), float(y), float(z)
+
+    def points_mm(self, indices: ArrayLike) -> NDArray[np.float64]:
+        """Return where voxel indices lie in the patient.
+
+        Parameters
+        ----------
+        indices : array_like of float, shape (..., 3)
+            Indices as (k, j, i); fractions are allowed.
+
+        Returns
+        -------
+        array of float64, shape (..., 3)
+            Points as (x, y, z), in millimetres, LPS.
+        """
+        return np.asarray(indices, dtype=np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    def resized(self, shape: Shape3) -> Geometry:
+        """Return the grid of `shape` voxels that covers the same extent, edge to edge.
+
+        Index q of the new grid lies at q·n/m + (n/m − 1)/2 of the old one: the outer faces of the outer voxels
+        stay where they were, so the origin moves by half the change in spacing.
+        """
+        return self._mapped(shape, [(n / m, (n / m - 1) / 2) for n, m in zip(self.shape, shape, strict=True)])
+
+    def corner_resized(self, shape: Shape3) -> Geometry:
+        """Return the grid of `shape` voxels whose first and last voxel centres stay where they were.
+
+        This is where `scipy.ndimage.zoom` samples by default: index q lies at q·(n − 1)/(m − 1).
+        """
+        pairs = zip(self.shape, shape, strict=True)
+        return self._mapped(shape, [((n - 1) / (m - 1) if m > 1 and n > 1 else 1.0, 0.0) for n, m in pairs])
+
+    def cropped(self, start: tuple[int, int, int], shape: Shape3) -> Geometry:
+        """Return the grid of `shape` voxels whose first voxel is index `start` of this one; it may lie outside."""
+        return self._mapped(shape, [(1.0, float(s)) for s in start])
+
+    def is_close(self, other: Geometry, atol_mm: float = 1e-4) -> bool:
+        """Tell whether two grids have equal shapes and corners that agree within `atol_mm`."""
+        corners = [np.zeros(3), np.array(self.shape) - 1]
+        return self.shape == other.shape and all(
+            np.allclose(self.points_mm(c), other.points_mm(c), rtol=0, atol=atol_mm) for c in corners
+        )
+
+    def _mapped(self, shape: Shape3, axes: list[tuple[float, float]]) -> Geometry:
+        """Return the grid whose index q lies at q·scale + shift of this one, axis by axis."""
+        step = np.eye(4)
+        step[[0, 1, 2], [0, 1, 2]] = [scale for scale, _ in axes]
+        step[:3, 3] = [shift for _, shift in axes]
+        return Geometry(shape, self.affine @ step)

@@ -1,0 +1,125 @@
+"""Stored values to HU, HU to the window, the window to the output type.
+
+Every function takes arrays of one library and returns arrays of the same, on the same device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
+
+AIR_HU = -1000.0
+"""CT number of air."""
+
+LOWEST_HU = -1024.0
+"""Nothing lower is a CT number of the patient: scanners fill the corners outside their circle with such values
+(−2048 and −3024 are common), and often without saying so in *Pixel Padding Value*."""
+
+TISSUE_HU = (-900.0, 3071.0)
+"""A declared padding value whose HU lies in here would punch holes into tissue; it is not believed."""
+
+
+def stored_to_hu(stored: Any, slope: Any, intercept: Any) -> Any:
+    """Return CT numbers by applying each slice's own rescale.
+
+    Parameters
+    ----------
+    stored : array of integers, shape (k, j, i)
+        Stored values, before rescaling.
+    slope, intercept : array of float32, shape (k,)
+        *Rescale Slope* (HU per unit) and *Rescale Intercept* (HU) of each slice.
+
+    Returns
+    -------
+    array of float32, shape (k, j, i)
+        HU, in the library and on the device of `stored`.
+
+    References
+    ----------
+    DICOM PS3.3, C.11.1 (Modality LUT module).
+    """
+    xp = array_namespace(stored, slope, intercept)
+    hu = xp.astype(stored, xp.float32)
+    hu *= slope[:, None, None]
+    hu += intercept[:, None, None]
+    return hu
+
+
+def padding_to_air(hu: Any, stored: Any, padding: Any | None) -> Any:
+    """Return `hu` with air wherever the scanner measured nothing.
+
+    Parameters
+    ----------
+    hu : array of float32, shape (k, j, i)
+        CT numbers.
+    stored : array of integers, shape (k, j, i)
+        The stored values they come from.
+    padding : array of the dtype of `stored`, shape (k, 2), or None
+        Per slice, the lowest and highest stored value that means padding; lowest > highest for none.
+
+    Returns
+    -------
+    array of float32, shape (k, j, i)
+        HU; declared padding and everything under `LOWEST_HU` is `AIR_HU`.
+
+    References
+    ----------
+    DICOM PS3.3, C.7.5.1.1.2 (Pixel Padding Value and Pixel Padding Range Limit).
+    """
+    xp = array_namespace(hu, stored)
+    outside = hu < LOWEST_HU
+    if padding is not None:
+        outside |= (stored >= padding[:, 0][:, None, None]) & (stored <= padding[:, 1][:, None, None])
+    return xp.where(outside, xp.asarray(AIR_HU, dtype=xp.float32, device=device(hu)), hu)
+
+
+def zero_minus_2000(stored: Any) -> Any:
+    """Return stored values with −2000 replaced by 0, as the copied notebooks do before rescaling."""
+    xp = array_namespace(stored)
+    if xp.isdtype(stored.dtype, "unsigned integer"):  # cannot hold −2000
+        return stored
+    return xp.where(stored == -2000, xp.asarray(0, dtype=stored.dtype, device=device(stored)), stored)
+
+
+def window(hu: Any, low_hu: float, high_hu: float) -> Any:
+    """Return `hu` clipped to [`low_hu`, `high_hu`]; array of float32, any shape."""
+    return array_namespace(hu).clip(hu, low_hu, high_hu)
+
+
+def quantise(values: Any, scale: float, offset: float, dtype: str) -> Any:
+    """Return ``values · scale + offset`` in the output type, rounded half to even and clipped for integers.
+
+    Parameters
+    ----------
+    values : array of float32, any shape
+        HU. May be overwritten.
+    scale, offset : float
+        From HU to output units.
+    dtype : {"float32", "uint8", "uint16", "int16"}
+        Output type.
+    """
+    xp = array_namespace(values)
+    if offset:
+        values += offset
+    if scale != 1.0:
+        values *= scale
+    if dtype == "float32":
+        return values
+    target = getattr(xp, dtype)
+    limits = xp.iinfo(target)
+    return xp.astype(xp.clip(xp.round(values), float(limits.min), float(limits.max)), target)
+
+
+def hu_statistics(
+    stored: NDArray[Any], slope: NDArray[np.float64], intercept: NDArray[np.float64]
+) -> tuple[float, float, float]:
+    """Return minimum, maximum and mean of a whole stack in HU, exact to float64; host arrays.
+
+    A slice's rescale is linear, so its integers' own extremes and sum are enough.
+    """
+    per_slice = np.array([(s.min(), s.max(), s.sum(dtype=np.int64) / s.size) for s in stored], dtype=np.float64)
+    hu = per_slice * slope[:, None] + intercept[:, None]
+    return float(hu.min()), float(hu.max()), float(hu[:, 2].mean())

@@ -1,0 +1,75 @@
+"""Which folder under OUT a series gets: the place of its source folder, told apart where that is not enough."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from gpuprep.series import Series
+
+WORKSHOP = ".gpuprep"
+"""Folder inside OUT for what is not finished; no series is ever put there."""
+
+RESERVED = ("recipe.toml", "manifest.")
+"""Names at the top of OUT that are gpuprep's own."""
+
+
+def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, str]) -> dict[str, str]:
+    """Return the output folder of each series, relative to OUT.
+
+    Parameters
+    ----------
+    series : iterable of Series
+        The whole cohort: whether a folder holds several series depends on all of them.
+    inputs : iterable of str
+        The folders and files the cohort was found under. Paths are kept from their common parent on.
+    taken : mapping of str to str
+        Folders that earlier runs gave away, with the key of the series in them.
+
+    Returns
+    -------
+    dict of str to str
+        Folder of each series key. No two are equal, and none lies outside OUT.
+    """
+    series = list(series)
+    roots = [os.path.abspath(p) for p in inputs]
+    parents = [os.path.dirname(os.path.dirname(r) if os.path.isfile(r) else r) for r in roots]
+    top = os.path.commonpath(parents) if parents else "/"
+    bases = {s.key: _base(s.folder, top) for s in series}
+    shared = Counter(bases.values())
+    above = {parent for base in shared for parent in _parents(base)}
+    folders: dict[str, str] = {}
+    used = dict(taken)
+    for s in series:
+        base = bases[s.key]
+        alone = base and shared[base] == 1 and base not in above
+        digest = hashlib.sha256(s.key.encode()).hexdigest()
+        names = [base] if alone else []
+        names += [os.path.join(base, s.label), os.path.join(base, f"{s.label}-{digest}")]
+        folders[s.key] = next(name for name in names if used.get(name, s.key) == s.key)
+        used[folders[s.key]] = s.key
+    return folders
+
+
+def _base(folder: str, top: str) -> str:
+    """Return `folder` relative to `top`, in harmless names; "" where it does not lie below."""
+    relative = os.path.relpath(folder, top)
+    parts = [] if relative == "." else relative.split(os.sep)
+    if ".." in parts:
+        return ""
+    names = [_harmless(part) for part in parts]
+    if names and (names[0].startswith((WORKSHOP, *RESERVED))):
+        names[0] = f"%{ord(names[0][0]):02X}{names[0][1:]}"
+    return os.path.join("", *names)
+
+
+def _harmless(name: str) -> str:
+    """Return a file name with whatever does not print, or is no UTF-8, as %XX of its bytes."""
+    return "".join(c if c.isprintable() else "".join(f"%{b:02X}" for b in os.fsencode(c)) for c in name)
+
+
+def _parents(path: str) -> Iterable[str]:
+    while path := os.path.dirname(path):
+        yield path

@@ -1,0 +1,150 @@
+"""What happened to one series: the record that workers send home and the manifest keeps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from gpuprep.errors import OutputError
+
+Status = Literal["ok", "skipped", "rejected", "failed"]
+"""ok: converted. skipped: complete and unchanged since an earlier run. rejected: what is on disk cannot be converted
+truthfully. failed: something went wrong on the way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeriesResult:
+    """One line of the manifest."""
+
+    key: str
+    """Series Instance UID, with ``#part`` where one UID stands for several stacks."""
+    series_uid: str
+    study_uid: str
+    series_number: int | None
+    source: str
+    """Folder the slices lie in."""
+    status: Status
+    reason: str = ""
+    """Why it was rejected or failed: "Error: text"."""
+    warnings: tuple[str, ...] = ()
+    slices: int = 0
+    source_shape: tuple[int, int, int] | None = None
+    source_spacing_mm: tuple[float, float, float] | None = None
+    hu_min: float | None = None
+    """Of the stacked series, before padding is replaced."""
+    hu_max: float | None = None
+    hu_mean: float | None = None
+    folder: str = ""
+    """Relative to OUT."""
+    shape: tuple[int, int, int] | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+    files: int = 0
+    bytes: int = 0
+    read_s: float = 0.0
+    process_s: float = 0.0
+    write_s: float = 0.0
+    engine: str = ""
+    backend: str = ""
+    device: str = ""
+    fingerprint: str = ""
+    """Of the input: see `Series.fingerprint`."""
+    recipe_sha256: str = ""
+    version: str = ""
+    finished: str = ""
+    """UTC, ISO 8601."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as JSON holds them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def now() -> str:
+    """Return the time for `SeriesResult.finished`."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+_COLUMNS = [f.name for f in fields(SeriesResult)]
+_LISTS = ("warnings", "source_shape", "source_spacing_mm", "shape", "spacing_mm")
+
+
+class Manifest:
+    """The record of truth of an output folder: one row per series, the last thing that happened to it.
+
+    SQLite in WAL mode: readers may look while a run writes, and a kill at any moment loses at most the row in flight.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be opened or is not a manifest.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._csv = path.with_suffix(".csv")
+        types = {"int": "INTEGER", "float": "REAL"}
+        columns = ", ".join(
+            f"{f.name} {types.get(str(f.type).removesuffix(' | None'), 'TEXT')}" for f in fields(SeriesResult)
+        )
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute(f"CREATE TABLE IF NOT EXISTS series ({columns}, PRIMARY KEY (key))")
+            self._db.execute("CREATE TABLE IF NOT EXISTS unreadable (path TEXT PRIMARY KEY, reason TEXT)")
+            self._db.execute("CREATE TABLE IF NOT EXISTS passed_over (kind TEXT PRIMARY KEY, files INTEGER)")
+            have = [row[1] for row in self._db.execute("PRAGMA table_info(series)")]
+        except sqlite3.Error as exc:
+            raise OutputError(
+                f"{path} cannot be used as manifest ({exc}): move it away, or choose another --out"
+            ) from exc
+        if have != _COLUMNS:
+            raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
+
+    def put(self, result: SeriesResult) -> None:
+        """Store a result in place of the series' former one."""
+        row = [json.dumps(v) if k in _LISTS and v is not None else v for k, v in asdict(result).items()]
+        marks = ", ".join("?" * len(_COLUMNS))
+        self._db.execute(f"INSERT OR REPLACE INTO series VALUES ({marks})", row)  # noqa: S608 - only marks
+
+    def get(self, key: str) -> SeriesResult | None:
+        """Return the last result of a series."""
+        row = self._db.execute("SELECT * FROM series WHERE key = ?", (key,)).fetchone()
+        return None if row is None else _result(row)
+
+    def __iter__(self) -> Iterator[SeriesResult]:
+        """Yield every result, by source folder."""
+        for row in self._db.execute("SELECT * FROM series ORDER BY source, series_number, key"):
+            yield _result(row)
+
+    def account(self, passed_over: dict[str, int], unreadable: tuple[tuple[str, str], ...]) -> None:
+        """Store what the last scan found beside CT images."""
+        self._db.execute("BEGIN")
+        self._db.execute("DELETE FROM unreadable")
+        self._db.execute("DELETE FROM passed_over")
+        self._db.executemany("INSERT OR REPLACE INTO unreadable VALUES (?, ?)", unreadable)
+        self._db.executemany("INSERT INTO passed_over VALUES (?, ?)", sorted(passed_over.items()))
+        self._db.execute("COMMIT")
+
+    def write_csv(self) -> None:
+        """Write ``manifest.csv`` beside the manifest, complete or not at all."""
+        part = self._csv.with_suffix(".csv.part")
+        with part.open("w", newline="", encoding="utf-8") as f:
+            writer = csv.writer(f)
+            writer.writerow(_COLUMNS)
+            writer.writerows(self._db.execute("SELECT * FROM series ORDER BY source, series_number, key"))
+        part.replace(self._csv)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+
+
+def _result(row: tuple[Any, ...]) -> SeriesResult:
+    values = dict(zip(_COLUMNS, row, strict=True))
+    for k in _LISTS:
+        values[k] = tuple(json.loads(values[k])) if values[k] is not None else None
+    return SeriesResult(**values)

@@ -1,0 +1,122 @@
+"""Folders that appear complete or not at all.
+
+A series is written into a folder of its own in the workshop (``OUT/.gpuprep``), ``volume.json`` last, and then renamed
+into place. What an interrupted run leaves in the workshop is swept by the next one, which a lock keeps from starting
+while another is at work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gpuprep.errors import OutputError, RequestError
+from gpuprep.layout import WORKSHOP
+
+SIDECAR = "volume.json"
+
+
+@contextmanager
+def open_output(out: Path) -> Iterator[None]:
+    """Make OUT, keep other runs out of it, and sweep what an interrupted one left behind.
+
+    Raises
+    ------
+    RequestError
+        If OUT cannot be made or written to, or another run is writing into it.
+    """
+    workshop = out / WORKSHOP
+    try:
+        workshop.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(workshop / "lock", blocking=False)
+        lock.acquire()
+    except Timeout as exc:
+        raise RequestError(f"another gpuprep is writing into {out}: wait for it, or choose another --out") from exc
+    except OSError as exc:
+        raise RequestError(f"cannot write into {out}: {exc.strerror}; choose another --out") from exc
+    try:
+        for stale in workshop.iterdir():
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+
+
+class PendingFolder:
+    """A folder in the making: fill `path`, then `commit`."""
+
+    def __init__(self, out: Path, name: str) -> None:
+        self.path = out / WORKSHOP / uuid.uuid4().hex
+        self.path.mkdir()
+        self._final = out / name
+
+    def commit(self, sidecar: dict[str, Any]) -> tuple[int, int]:
+        """Add ``volume.json`` and move the folder into place; return number and bytes of its files.
+
+        The former output of the same series is replaced. Anything else in the way is left alone.
+
+        Raises
+        ------
+        OutputError
+            If the place is taken by something that is not this series' output.
+        """
+        with (self.path / SIDECAR).open("w", encoding="utf-8") as f:
+            json.dump(sidecar, f, indent=1, allow_nan=False)
+        files, size = contents(self.path)
+        self._final.parent.mkdir(parents=True, exist_ok=True)
+        if self._final.is_symlink() or self._final.exists():
+            _check_replaceable(self._final, sidecar)
+            former = self.path.with_suffix(".former")
+            self._final.rename(former)
+            self.path.rename(self._final)
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            self.path.rename(self._final)
+        return files, size
+
+    def discard(self) -> None:
+        """Remove whatever was not moved into place."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def contents(folder: Path) -> tuple[int, int]:
+    """Return the number of files in a folder and their bytes together; (0, 0) where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            sizes = [e.stat().st_size for e in entries if e.is_file()]
+    except OSError:
+        return 0, 0
+    return len(sizes), sum(sizes)
+
+
+def retire(folder: Path) -> None:
+    """Remove the former output of a series that has moved elsewhere; other things in the folder stay."""
+    sidecar = folder / SIDECAR
+    if sidecar.is_file():
+        sidecar.unlink()  # first, so that what is left does not look complete
+        for file in folder.glob("*.tif"):
+            file.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _check_replaceable(folder: Path, sidecar: dict[str, Any]) -> None:
+    hint = "move it away, or choose another --out"
+    try:
+        former = json.loads((folder / SIDECAR).read_text("utf-8"))
+        same = former["key"] == sidecar["key"]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise OutputError(f"{folder} is in the way and is not an output of gpuprep: {hint}") from exc
+    if not same:
+        raise OutputError(f"{folder} holds another series, {former['key']}: {hint}")
+    if any(entry.is_dir() for entry in folder.iterdir()):
+        raise OutputError(f"{folder} holds other folders and cannot be replaced in one step: {hint}")

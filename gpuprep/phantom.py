@@ -1,0 +1,153 @@
+"""Synthetic CT series, written as the DICOM a scanner would write: for the demo, the tests and the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import Dataset, FileDataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from gpuprep.geometry import Vector3
+
+OUTSIDE_CIRCLE = -2000
+"""Stored value of what lies outside the scanner's circle; −3024 HU with the usual intercept."""
+
+
+def thorax(shape: tuple[int, int, int], spacing_mm: Vector3, seed: int = 0) -> NDArray[np.int16]:
+    """Return a chest as stored values: HU + 1024 inside the scanner's circle, padding outside.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Slices, rows, columns.
+    spacing_mm : tuple of float
+        Between slices, rows, columns.
+    seed : int
+        Of noise, nodules and the width of the patient.
+
+    Returns
+    -------
+    array of int16, shape (k, j, i)
+    """
+    rng = np.random.default_rng(seed)
+    slices, rows, columns = shape
+    y = ((np.arange(rows) - (rows - 1) / 2) / rows)[:, None]
+    x = ((np.arange(columns) - (columns - 1) / 2) / columns)[None, :]
+    z_mm = np.arange(slices) * spacing_mm[0]
+    field_mm = rows * spacing_mm[1]
+    width = rng.uniform(0.92, 1.0)
+    nodules = [
+        (rng.uniform(0.1, 0.9) * z_mm[-1], rng.uniform(-0.1, 0.1), side * rng.uniform(0.15, 0.22), radius_mm)
+        for side in (-1, 1)
+        for radius_mm in (4, 7, 11)
+    ]
+
+    def ellipse(cx: float, cy: float, rx: float, ry: float) -> NDArray[np.bool_]:
+        return np.asarray(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1)
+
+    stored = np.empty(shape, dtype=np.int16)
+    for k in range(slices):
+        breadth = 0.75 + 0.25 * np.sin(np.pi * (k + 0.5) / slices)  # lungs are narrow at apex and base
+        hu = np.full((rows, columns), -1000.0)
+        hu[ellipse(0, 0, 0.44 * width, 0.32)] = -90  # fat
+        hu[ellipse(0, 0, 0.42 * width, 0.30)] = 45  # muscle
+        for side in (-1, 1):
+            hu[ellipse(side * 0.19, -0.02, 0.15 * breadth, 0.22 * breadth)] = -850
+        hu[ellipse(0.03, -0.05, 0.09, 0.11 * breadth)] = 60  # heart and vessels
+        hu[ellipse(0, 0.2, 0.05, 0.05)] = 350  # spine
+        hu[ellipse(0, 0.2, 0.02, 0.02)] = 20
+        for angle in np.linspace(0, 2 * np.pi, 14, endpoint=False):
+            shift = 0.15 * np.sin(2 * np.pi * z_mm[k] / 30)  # ribs run obliquely, so they move from slice to slice
+            hu[ellipse(0.385 * width * np.cos(angle + shift), 0.27 * np.sin(angle + shift), 0.018, 0.012)] = 600
+        for nodule_z, cy, cx, radius_mm in nodules:
+            rest = radius_mm**2 - (z_mm[k] - nodule_z) ** 2
+            if rest > 0:
+                r = np.sqrt(rest) / field_mm
+                hu[ellipse(cx, cy, r, r)] = 30
+        hu += rng.normal(0, 12, hu.shape)
+        stored[k] = np.clip(np.round(hu) + 1024, 0, 4095)
+        stored[k][~ellipse(0, 0, 0.5, 0.5)] = OUTSIDE_CIRCLE
+    return stored
+
+
+def write_series(
+    folder: Path,
+    stored: NDArray[Any],
+    spacing_mm: Vector3,
+    *,
+    series_uid: str | None = None,
+    series_number: int = 1,
+    origin_mm: Vector3 = (-100.0, -120.0, -300.0),
+    orientation: tuple[float, ...] = (1, 0, 0, 0, 1, 0),
+    change: Callable[[Dataset, int], None] | None = None,
+) -> list[Path]:
+    """Write a series as explicit little-endian CT images; return the files in spatial order.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if need be.
+    stored : array of int16 or uint16, shape (k, j, i)
+        Stored values; HU = stored − 1024.
+    spacing_mm : tuple of float
+        Between slices, rows, columns.
+    series_uid, series_number
+        Identity; a new UID where absent.
+    origin_mm : tuple of float
+        Centre of the first voxel, (x, y, z), LPS.
+    orientation : tuple of float
+        Cosines of a row, then of a column.
+    change : callable, optional
+        Is given each slice's data set and index, and may alter it before it is written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    series_uid = series_uid or generate_uid()
+    study_uid, frame_uid = generate_uid(), generate_uid()
+    normal = np.cross(orientation[:3], orientation[3:])
+    files = []
+    for k, pixels in enumerate(stored):
+        ds = _slice(pixels)
+        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = study_uid, series_uid, frame_uid
+        ds.SeriesNumber, ds.InstanceNumber = series_number, len(stored) - k  # as most scanners: from the head down
+        ds.ImagePositionPatient = [_decimal(v) for v in np.array(origin_mm) + normal * spacing_mm[0] * k]
+        ds.ImageOrientationPatient = [_decimal(v) for v in orientation]
+        ds.PixelSpacing = [_decimal(v) for v in spacing_mm[1:]]
+        ds.SliceThickness = _decimal(spacing_mm[0])
+        if change is not None:
+            change(ds, k)
+        file = folder / f"S{series_number}-{len(stored) - k:04d}.dcm"
+        ds.save_as(file, enforce_file_format=True)
+        files.append(file)
+    return files
+
+
+def _slice(pixels: NDArray[Any]) -> Dataset:
+    """Return one CT image with everything but its place."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)  # type: ignore[arg-type]
+    ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    ds.Modality, ds.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+    ds.PatientName, ds.PatientID, ds.PatientBirthDate = "Phantom^Thorax", "PHANTOM", "19000101"
+    ds.Rows, ds.Columns = pixels.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.BitsAllocated = ds.BitsStored = pixels.dtype.itemsize * 8
+    ds.HighBit = ds.BitsStored - 1
+    ds.PixelRepresentation = int(pixels.dtype.kind == "i")
+    ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = 1, -1024, "HU"
+    if ds.PixelRepresentation:
+        ds.add_new("PixelPaddingValue", "SS", OUTSIDE_CIRCLE)
+    ds.PixelData = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+    return ds
+
+
+def _decimal(value: float) -> str:
+    """Return a number as a DICOM decimal string: at most 16 characters."""
+    return next(text for digits in range(15, 0, -1) if len(text := f"{value:.{digits}g}") <= 16)

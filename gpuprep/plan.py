@@ -1,0 +1,144 @@
+"""A recipe for one particular series, as numbers: nothing is left to decide when the voxels arrive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpuprep.errors import PlanError
+from gpuprep.geometry import Geometry, Shape3
+from gpuprep.intensity import AIR_HU
+from gpuprep.recipe import LARGEST_AXIS, Recipe
+
+BYTES = {"float32": 4, "uint8": 1, "uint16": 2, "int16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One resampling step: the arguments of the library call, and of the operators that equal it."""
+
+    source: Shape3
+    target: Shape3
+    order: int
+    mode: str
+    """Boundary rule in the words of `scipy.ndimage`."""
+    grid_mode: bool
+    """True: edges of the extent are kept; False: centres of the outer voxels are."""
+    sigma: tuple[float, float, float]
+    """Gaussian before it, in source voxels along (k, j, i); 0 for none."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.source == self.target
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What happens to one series."""
+
+    recipe: Recipe
+    source: Geometry
+    resampled: Geometry
+    """After `resample`."""
+    target: Geometry
+    """Of the output."""
+    resample: Step
+    resize: Step
+    """Identity where slices are padded or cropped instead."""
+    offset: tuple[int, int]
+    """Row and column of the resampled slice at which the output begins; negative where air is put around it."""
+    scale: float
+    """Output = (HU + `shift_hu`) · `scale`."""
+    shift_hu: float
+
+    @property
+    def hu_slope(self) -> float:
+        """HU per output unit."""
+        return 1 / self.scale
+
+    @property
+    def hu_intercept(self) -> float:
+        """HU of output value 0."""
+        return -self.shift_hu
+
+    @property
+    def air(self) -> float:
+        """Air in HU, inside the window where there is one."""
+        window = self.recipe.window_hu
+        return AIR_HU if window is None else min(max(AIR_HU, window[0]), window[1])
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the voxels on disk, uncompressed."""
+        return int(np.prod(self.target.shape, dtype=np.int64)) * BYTES[self.recipe.dtype]
+
+
+def make_plan(source: Geometry, recipe: Recipe) -> Plan:
+    """Return the plan of `recipe` for a series on the grid `source`.
+
+    The number of voxels along an axis is the extent over the asked-for spacing, rounded half to even, at least 1; the
+    extent is then kept, so the effective spacing, and not the request, is in ``plan.target``. An axis whose number of
+    voxels does not change is left alone.
+
+    Raises
+    ------
+    PlanError
+        If the output would be absurdly large, or ``fit="pad"`` meets a slice larger than its canvas.
+    """
+    corner = recipe.align == "corner"
+    shape = source.shape
+    if recipe.spacing_mm is not None:
+        pairs = zip(source.shape, source.spacing_mm, recipe.spacing_mm, strict=True)
+        # The inner rounding removes float noise: 133 slices of 2.5 mm are 332.5 mm, not 332.50000000000006.
+        shape = _shape3([max(1, round(round(n * s / t, 6))) for n, s, t in pairs])
+        if max(shape) > LARGEST_AXIS:
+            raise PlanError(
+                f"{source.shape} voxels of {_mm(source)} would become {shape} at {recipe.spacing_mm} mm: "
+                f"more than {LARGEST_AXIS} along an axis; ask for a coarser --spacing"
+            )
+    resampled = source.corner_resized(shape) if corner else source.resized(shape)
+    blur = recipe.anti_alias in ("resample", "both")
+    mode = "constant" if corner else "nearest"
+    resample = Step(source.shape, shape, recipe.order, mode, not corner, _sigma(source.shape, shape, blur))
+
+    size = shape if recipe.size is None else (shape[0], *recipe.size)
+    offset = (0, 0)
+    resized = shape
+    if recipe.fit == "stretch":
+        resized = size
+        target = resampled.resized(size)
+    else:
+        if recipe.fit == "pad" and (shape[1] > size[1] or shape[2] > size[2]):
+            raise PlanError(
+                f"slices of {shape[1]} × {shape[2]} do not fit into {size[1]} × {size[2]}, and fit = 'pad' never cuts: "
+                "use --fit crop, a larger --size or a coarser --spacing"
+            )
+        offset = ((shape[1] - size[1]) // 2, (shape[2] - size[2]) // 2)
+        target = resampled.cropped((0, *offset), size)
+    blur = recipe.anti_alias in ("resize", "both")
+    mode = "mirror" if corner else "nearest"
+    resize = Step(shape, resized, 1, mode, True, _sigma(shape, resized, blur))
+
+    scale, shift_hu = 1.0, 0.0
+    if recipe.window_hu is not None and recipe.dtype != "int16":
+        low, high = recipe.window_hu
+        top = {"float32": 1.0, "uint8": 255.0, "uint16": 65535.0}[recipe.dtype]
+        scale, shift_hu = top / (high - low), -low
+    return Plan(recipe, source, resampled, target, resample, resize, offset, scale, shift_hu)
+
+
+def _sigma(source: Shape3, target: Shape3, blur: bool) -> tuple[float, float, float]:
+    """Scikit-image's rule for anti-aliasing: (shrink factor − 1)/2 voxels."""
+    k, j, i = (max(0.0, (n / m - 1) / 2) if blur else 0.0 for n, m in zip(source, target, strict=True))
+    return k, j, i
+
+
+def _shape3(shape: list[int]) -> Shape3:
+    k, j, i = shape
+    return k, j, i
+
+
+def _mm(geometry: Geometry) -> str:
+    return " × ".join(f"{s:g}" for s in geometry.spacing_mm) + " mm"

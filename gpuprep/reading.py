@@ -1,0 +1,141 @@
+"""Series to stored integers: plain pixels are read where the scan found them, encoded ones are decoded."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import UID
+
+from gpuprep.errors import DecodeError
+from gpuprep.intensity import TISSUE_HU, hu_statistics
+from gpuprep.series import Series, SliceHeader
+from gpuprep.stacking import stack
+from gpuprep.volume import StoredVolume
+
+
+def read(series: Series) -> StoredVolume:
+    """Return the stacked stored values of a series.
+
+    Parameters
+    ----------
+    series : Series
+        From `gpuprep.discover`.
+
+    Returns
+    -------
+    StoredVolume
+        Integers of shape (k, j, i), in spatial order, with each slice's rescale and padding.
+
+    Raises
+    ------
+    InputError
+        As `gpuprep.stack` raises; and DecodeError, with the file's name, where pixels cannot be read.
+    """
+    stacked = stack(series)
+    slices = stacked.slices
+    rows, columns = stacked.geometry.shape[1:]
+    # One type that holds every slice: 16 bits unless signed and unsigned ones are mixed.
+    dtype = np.result_type(np.uint16 if any(not s.signed for s in slices) else np.int16, *map(_dtype, slices))
+    stored = np.empty(stacked.geometry.shape, dtype=dtype)
+    for k, header in enumerate(slices):
+        if header.pixel_offset is not None:
+            _read_plain(header, stored[k])
+        else:
+            stored[k] = _decode(header, rows, columns)
+    slope = np.array([s.rescale_slope for s in slices], dtype=np.float64)
+    intercept = np.array([s.rescale_intercept for s in slices], dtype=np.float64)
+    padding, notes = _padding(slices, stored.dtype)
+    low, high, mean = hu_statistics(stored, slope, intercept)
+    return StoredVolume(stored, slope, intercept, padding, stacked.geometry, low, high, mean, notes)
+
+
+def _dtype(header: SliceHeader) -> np.dtype[Any]:
+    return np.dtype(f"<{'i' if header.signed else 'u'}{(header.bits_allocated or 16) // 8}")
+
+
+def _read_plain(header: SliceHeader, out: NDArray[Any]) -> None:
+    """Fill `out` with the little-endian integers that lie in the file at the offset the scan found."""
+    dtype = _dtype(header)
+    need = out.size * dtype.itemsize
+    have = header.pixel_bytes or 0
+    if have < need:
+        raise DecodeError(f"{header.name} declares {have} bytes of pixels, {need} are needed: the file is damaged")
+    direct = dtype == out.dtype and out.flags.c_contiguous
+    values = out if direct else np.empty(out.shape, dtype=dtype)
+    try:
+        with open(header.path, "rb", buffering=0) as f:
+            f.seek(header.pixel_offset or 0)
+            view = memoryview(values.data).cast("B")
+            done = 0
+            while done < need and (count := f.readinto(view[done:])):
+                done += count
+    except OSError as exc:
+        raise DecodeError(f"{header.name} cannot be read: {exc.strerror}") from exc
+    if done < need:
+        raise DecodeError(f"{header.name} ends after {done} of {need} bytes of pixels: the file is truncated")
+    _drop_unused_bits(header, values, header.high_bit)
+    if not direct:
+        out[...] = values
+
+
+def _decode(header: SliceHeader, rows: int, columns: int) -> NDArray[Any]:
+    """Return the pixels of an encoded file by the first of pydicom's decoders that manages."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ds = pydicom.dcmread(header.path, force=True)
+            if "TransferSyntaxUID" not in ds.file_meta:
+                ds.file_meta.TransferSyntaxUID = UID(header.transfer_syntax)
+            values = np.array(pixel_array(ds, raw=True))
+    except Exception as exc:  # decoders raise whatever a broken stream provokes
+        syntax = UID(header.transfer_syntax).name
+        reason = " ".join(str(exc).split()) or type(exc).__name__
+        raise DecodeError(f"{header.name} ({syntax}) cannot be decoded: {reason}") from exc
+    if values.shape != (rows, columns):
+        raise DecodeError(f"{header.name} decodes to {values.shape}, but its header says {rows} × {columns}")
+    _drop_unused_bits(header, values, (header.bits_stored or 0) - 1)
+    return values
+
+
+def _drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int | None) -> None:
+    """Keep *Bits Stored* bits below *High Bit*, in place: others may hold an old overlay, and no sign.
+
+    References
+    ----------
+    DICOM PS3.5, 8.1.1 (Pixel Data Encoding of Related Data Elements).
+    """
+    allocated = values.dtype.itemsize * 8
+    kept = header.bits_stored or allocated
+    top = kept - 1 if high_bit is None else high_bit
+    if kept < allocated and kept - 1 <= top < allocated:
+        values <<= allocated - 1 - top
+        values >>= allocated - kept  # arithmetic where signed: the sign is carried along
+
+
+def _padding(slices: tuple[SliceHeader, ...], dtype: np.dtype[Any]) -> tuple[NDArray[Any] | None, tuple[str, ...]]:
+    """Return the declared padding of each slice as (lowest, highest), and what was not believed."""
+    limits = np.iinfo(dtype)
+    padding = np.tile(np.array([limits.max, limits.min], dtype=dtype), (len(slices), 1))
+    doubted: list[tuple[int, float]] = []
+    for k, s in enumerate(slices):
+        if s.padding is None:
+            continue
+        low, high = sorted((s.padding, s.padding if s.padding_limit is None else s.padding_limit))
+        hu = sorted(v * (s.rescale_slope or 1) + (s.rescale_intercept or 0) for v in (low, high))
+        if hu[0] <= TISSUE_HU[1] and hu[1] >= TISSUE_HU[0]:
+            doubted.append((s.padding, hu[0]))
+        elif limits.min <= low and high <= limits.max:
+            padding[k] = low, high
+    notes: tuple[str, ...] = ()
+    if doubted:
+        value, hu_value = doubted[0]
+        notes = (
+            f"Pixel Padding Value {value} is {hu_value:g} HU, a value of tissue, in {len(doubted)} slices: not treated "
+            "as padding",
+        )
+    return (padding if (padding[:, 0] <= padding[:, 1]).any() else None), notes

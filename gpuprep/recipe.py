@@ -1,0 +1,177 @@
+"""What the user asks for: a frozen record that reads and writes TOML, with presets by name."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tomli_w
+
+from gpuprep.errors import RecipeError
+
+Padding = Literal["air", "minus2000-to-0", "keep"]
+Align = Literal["edge", "corner"]
+AntiAlias = Literal["none", "resample", "resize", "both"]
+Fit = Literal["stretch", "pad", "crop"]
+Format = Literal["tif", "tif-stack"]
+Dtype = Literal["float32", "uint8", "uint16", "int16"]
+Compression = Literal["none", "zlib", "zstd"]
+
+LARGEST_AXIS = 16384
+"""More voxels along one axis are a slip of the pen, not a wish."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a stacked series becomes a training-ready volume.
+
+    The fields act in the order in which they stand here. A field that may be switched off is None in Python and
+    "none" in TOML and on the command line.
+
+    Raises
+    ------
+    RecipeError
+        If a value is impossible, or two values contradict each other.
+    """
+
+    padding: Padding = "air"
+    """What the scanner did not measure. "air": declared padding and everything below −1024 HU becomes −1000 HU.
+    "minus2000-to-0": the stored value −2000 becomes 0 before rescaling, as in the copied notebooks. "keep"."""
+    spacing_mm: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
+    """Target spacing between slices, rows and columns; None: as acquired."""
+    order: int = 3
+    """Spline order of the resampling: 0 nearest, 1 linear, 3 cubic, up to 5."""
+    align: Align = "edge"
+    """"edge": the physical extent is kept, values beyond it repeat the border. "corner": the defaults of
+    `scipy.ndimage.zoom` (outer voxel centres are kept, 0 HU beyond) and of `skimage.transform.resize`."""
+    anti_alias: AntiAlias = "none"
+    """Steps that blur an axis before shrinking it: a Gaussian of (shrink factor − 1)/2 voxels."""
+    window_hu: tuple[float, float] | None = (-1000.0, 400.0)
+    """HU are clipped to (low, high) and scaled to [0, 1]; None: HU are kept."""
+    size: tuple[int, int] | None = (512, 512)
+    """Rows and columns of each slice; None: as resampled."""
+    fit: Fit = "stretch"
+    """How a slice gets that size. "stretch": linear interpolation. "pad": air around it, about the centre; a
+    larger slice is refused. "crop": cut about the centre, air where it is smaller."""
+    dtype: Dtype = "float32"
+    """"uint8" and "uint16" spread the window over their range; "int16" holds HU, rounded and unscaled."""
+    format: Format = "tif"
+    """"tif": one file per slice. "tif-stack": one file that ImageJ opens as a volume."""
+    compression: Compression = "none"
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise RecipeError(f"{name} = {value!r}: choose one of {', '.join(get_args(kind))}")
+        if not isinstance(self.order, int) or isinstance(self.order, bool) or not 0 <= self.order <= 5:
+            raise RecipeError(f"order = {self.order!r}: give a whole number from 0 (nearest) to 5; 3 is cubic")
+        for name, kind, count, words in (
+            ("spacing_mm", float, 3, "three positive numbers of mm, slices first, or none"),
+            ("size", int, 2, "two positive whole numbers, rows first, or none"),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                value = _numbers(name, value, kind, count, words)
+                if not all(0.01 <= v <= LARGEST_AXIS for v in value):
+                    raise RecipeError(f"{name} = {value}: give {words}, each at most {LARGEST_AXIS}")
+                object.__setattr__(self, name, value)
+        if self.window_hu is not None:
+            low, high = _numbers("window_hu", self.window_hu, float, 2, "low,high in HU, or none")
+            if not low < high:
+                raise RecipeError(f"window_hu = {low:g},{high:g}: the first number must be the smaller one")
+            object.__setattr__(self, "window_hu", (low, high))
+        elif self.dtype in ("uint8", "uint16"):
+            raise RecipeError(
+                f"dtype = {self.dtype!r} spreads a window over its range, but window_hu is none: "
+                "give a window, or choose float32 or int16 to keep HU"
+            )
+
+    @classmethod
+    def preset(cls, name: str) -> Recipe:
+        """Return a recipe by name: one of `PRESETS`."""
+        if name not in PRESETS:
+            raise RecipeError(f"there is no recipe {name!r}{_hint(name, PRESETS)}: {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Return the recipe of a TOML table: a preset (``base``, "default" if absent) with some fields changed."""
+        values = dict(values)
+        base = cls.preset(str(values.pop("base", "default")))
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise RecipeError(f"a recipe has no {key!r}{_hint(key, known)}; its keys: base, {', '.join(known)}")
+        if isinstance(values.get("spacing_mm"), int | float):
+            values["spacing_mm"] = [values["spacing_mm"]] * 3
+        if isinstance(values.get("size"), int):
+            values["size"] = [values["size"]] * 2
+        optional = ("spacing_mm", "window_hu", "size")
+        changes: dict[str, Any] = {k: None if k in optional and v == "none" else v for k, v in values.items()}
+        return replace(base, **changes)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Return the recipe of a TOML file."""
+        try:
+            return cls.from_dict(tomllib.loads(Path(path).read_text("utf-8")))
+        except OSError as exc:
+            raise RecipeError(f"cannot read the recipe {path}: {exc.strerror}") from exc
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise RecipeError(f"{path} is not TOML: {exc}") from exc
+        except RecipeError as exc:
+            raise RecipeError(f"{path}: {exc}") from exc
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as TOML and JSON can hold them."""
+        plain = {k: "none" if v is None else v for k, v in asdict(self).items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML; `from_dict` of it is equal to this recipe."""
+        return tomli_w.dumps(self.to_dict())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of every field: two recipes with the same hash give the same volume."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+_CHOICES: dict[str, Any] = {
+    "padding": Padding,
+    "align": Align,
+    "anti_alias": AntiAlias,
+    "fit": Fit,
+    "dtype": Dtype,
+    "format": Format,
+    "compression": Compression,
+}
+
+
+def _numbers(name: str, value: Any, kind: type, count: int, words: str) -> tuple[Any, ...]:
+    """Return `value` as a tuple of `count` finite numbers of `kind`, or say what is wrong with it."""
+    ok = isinstance(value, list | tuple) and len(value) == count
+    if not ok or any(isinstance(v, bool) or not isinstance(v, int | kind) for v in value):
+        raise RecipeError(f"{name} = {value!r}: give {words}")
+    numbers = tuple(kind(v) for v in value)
+    if not all(abs(v) < float("inf") for v in numbers):
+        raise RecipeError(f"{name} = {value!r}: give {words}")
+    return numbers
+
+
+def _hint(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+PRESETS: dict[str, Recipe] = {
+    "default": Recipe(),
+    "classic": Recipe(padding="minus2000-to-0", align="corner", anti_alias="resize"),
+}
+"""Recipes by name. "classic" repeats the widely copied notebook value for value."""

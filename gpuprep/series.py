@@ -1,0 +1,89 @@
+"""What the headers of a series say; no pixels, no patient, cheap to pickle: this is what travels to workers."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpuprep.geometry import Vector3
+
+
+def printable(text: str) -> str:
+    """Return text with everything escaped that a terminal, a table or UTF-8 cannot hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceHeader:
+    """The facts of one single-frame CT file. A value of None means: absent or unreadable."""
+
+    path: str
+    file_bytes: int
+    mtime_ns: int
+    sop_instance_uid: str
+    instance_number: int | None
+    position_mm: Vector3 | None
+    """*Image Position (Patient)*: centre of the first voxel as (x, y, z), LPS."""
+    rescale_slope: float | None
+    rescale_intercept: float | None
+    rescale_type: str | None
+    photometric: str | None
+    samples_per_pixel: int
+    frames: int
+    bits_allocated: int | None
+    bits_stored: int | None
+    high_bit: int | None
+    signed: bool
+    padding: int | None
+    """*Pixel Padding Value* as stored, with the sign of the pixels."""
+    padding_limit: int | None
+    """*Pixel Padding Range Limit*: padding is everything between it and `padding`."""
+    transfer_syntax: str
+    pixel_offset: int | None
+    """Where the pixel bytes begin, when they lie in the file as plain little-endian integers."""
+    pixel_bytes: int | None
+
+    @property
+    def name(self) -> str:
+        """File name for messages."""
+        return printable(Path(self.path).name)
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Slices that share a *Series Instance UID*, an orientation, a matrix and a pixel spacing."""
+
+    series_uid: str
+    study_uid: str
+    frame_of_reference_uid: str
+    series_number: int | None
+    rows: int
+    columns: int
+    pixel_spacing_mm: tuple[float, float] | None
+    """*Pixel Spacing*: between rows, between columns."""
+    orientation: tuple[float, ...] | None
+    """*Image Orientation (Patient)*: cosines of a row, then of a column."""
+    part: int
+    """0 where the UID stands for one stack; else 1, 2, … by falling number of slices."""
+    folder: str
+    """Deepest folder that holds every slice."""
+    slices: tuple[SliceHeader, ...]
+
+    @property
+    def key(self) -> str:
+        """Identity in the manifest: the UID, and the part where one UID stands for several stacks."""
+        return f"{self.series_uid}#{self.part}" if self.part else self.series_uid
+
+    @property
+    def label(self) -> str:
+        """Short name for folders and messages: series number, six hex digits of the UID's SHA-256, part."""
+        number = "x" if self.series_number is None else str(self.series_number)
+        digest = hashlib.sha256(self.series_uid.encode()).hexdigest()[:6]
+        return f"series-{number}-{digest}" + (f"-part{self.part}" if self.part else "")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over each slice's SOP Instance UID, size and time of change: what "unchanged" means."""
+        lines = sorted(f"{s.sop_instance_uid} {s.file_bytes} {s.mtime_ns}" for s in self.slices)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()

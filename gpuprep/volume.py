@@ -1,0 +1,83 @@
+"""Voxels together with where they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep.errors import GeometryError
+from gpuprep.geometry import Geometry, Vector3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredVolume:
+    """A stacked series as its files hold it: two bytes per voxel, on the host."""
+
+    stored: NDArray[Any]
+    """Stored values, integers, shape (k, j, i)."""
+    slope: NDArray[np.float64]
+    """*Rescale Slope* of each slice, HU per unit, shape (k,)."""
+    intercept: NDArray[np.float64]
+    """*Rescale Intercept* of each slice, HU, shape (k,)."""
+    padding: NDArray[Any] | None
+    """Lowest and highest stored value that means padding, per slice, in the dtype of `stored`, shape (k, 2).
+    A slice that declares none has lowest > highest; None where no slice declares any."""
+    geometry: Geometry
+    hu_min: float
+    """Extremes and mean of all voxels in HU, padding included, in float64."""
+    hu_max: float
+    hu_mean: float
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.stored.shape != self.geometry.shape:
+            raise GeometryError(f"voxels of shape {self.stored.shape} on a grid of {self.geometry.shape}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Volume:
+    """A processed volume: NumPy or CuPy values on a grid.
+
+    `numpy.asarray(volume)` works where the values are on the host, and `from_dlpack(volume)` of any array library
+    takes them without a copy, wherever they are.
+    """
+
+    values: Any
+    """Array of the recipe's dtype, shape (k, j, i)."""
+    geometry: Geometry
+    hu_slope: float
+    """HU = values · `hu_slope` + `hu_intercept`, within the window."""
+    hu_intercept: float
+
+    def __post_init__(self) -> None:
+        if tuple(self.values.shape) != self.geometry.shape:
+            raise GeometryError(f"voxels of shape {self.values.shape} on a grid of {self.geometry.shape}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of slices, rows, columns."""
+        return self.geometry.shape
+
+    @property
+    def affine(self) -> NDArray[np.float64]:
+        """Index (k, j, i, 1) of a voxel centre to (x, y, z, 1) in millimetres, LPS; shape (4, 4)."""
+        return self.geometry.affine
+
+    @property
+    def spacing_mm(self) -> Vector3:
+        """Distance between voxel centres along (k, j, i), in millimetres."""
+        return self.geometry.spacing_mm
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if hasattr(self.values, "__cuda_array_interface__"):
+            raise TypeError("the values are on the GPU; use cupy.asnumpy(volume.values) to copy them down")
+        return np.array(self.values, dtype=dtype, copy=copy)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.values.__dlpack_device__()
