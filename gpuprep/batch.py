@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gpuprep.backend import Backend, BackendName, get_backend
 from gpuprep.conversion import Task, convert_series, left_out
@@ -19,10 +19,12 @@ from gpuprep.layout import layout
 from gpuprep.manifest import Manifest, SeriesResult, now
 from gpuprep.output import contents, open_output, retire
 from gpuprep.plan import Plan, make_plan
-from gpuprep.processing import Engine
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
 from gpuprep.stacking import stack
+
+if TYPE_CHECKING:
+    from gpuprep.processing import Engine
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -127,7 +129,7 @@ def convert(
         As for `gpuprep.process`.
     jobs : int, optional
         Series at a time: worker processes on the CPU, threads on a GPU. Absent: on the CPU one after the other in
-        this process. With worker processes a script needs the guard ``if __name__ == "__main__":``.
+        this process.
     limit : int, optional
         Convert at most so many series now.
     listener : Listener, optional

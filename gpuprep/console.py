@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich import box
 from rich.console import Console
@@ -18,10 +18,12 @@ from rich.table import Table
 
 from gpuprep.batch import Listener, Outlook, Run
 from gpuprep.discovery import Cohort
-from gpuprep.doctor import Finding
 from gpuprep.manifest import SeriesResult
 from gpuprep.recipe import Recipe
 from gpuprep.series import printable
+
+if TYPE_CHECKING:
+    from gpuprep.doctor import Finding
 
 STYLES = {"ok": "green", "convert": "green", "skipped": "dim", "skip": "dim", "rejected": "yellow", "reject": "yellow"}
 PIPE_WIDTH = 160

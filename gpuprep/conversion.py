@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-from pydicom.uid import UID
+from typing import TYPE_CHECKING, Any
 
 from gpuprep import __version__
 from gpuprep.backend import Backend
@@ -19,12 +17,12 @@ from gpuprep.errors import GpuprepError, InputError, OutputError, PlanError
 from gpuprep.manifest import SeriesResult, now
 from gpuprep.output import PendingFolder
 from gpuprep.plan import Plan, make_plan
-from gpuprep.processing import Engine, host_chunks
-from gpuprep.reading import read
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series, printable
-from gpuprep.volume import StoredVolume
-from gpuprep.writers import WRITERS
+
+if TYPE_CHECKING:
+    from gpuprep.processing import Engine
+    from gpuprep.reading import SeriesReader
 
 log = logging.getLogger(__name__)
 
@@ -85,26 +83,19 @@ def left_out(result: SeriesResult, exc: Exception) -> SeriesResult:
 
 
 def _convert(task: Task, result: SeriesResult) -> SeriesResult:
-    started = time.perf_counter()
-    volume = read(task.series)
-    read_s = time.perf_counter() - started
-    result = replace(
-        result,
-        warnings=volume.warnings,
-        source_shape=volume.geometry.shape,
-        source_spacing_mm=volume.geometry.spacing_mm,
-        hu_min=volume.hu_min,
-        hu_max=volume.hu_max,
-        hu_mean=volume.hu_mean,
-        read_s=read_s,
-    )
-    plan = make_plan(volume.geometry, task.recipe)
+    # Imported here, in the worker: the parent of a cohort only hands out tasks, and stays small.
+    from gpuprep.processing import host_chunks
+    from gpuprep.reading import SeriesReader
+    from gpuprep.writers import WRITERS
+
+    source = SeriesReader(task.series)
+    plan = make_plan(source.geometry, task.recipe)
     pending = PendingFolder(task.out, task.folder)
     try:
         started = time.perf_counter()
-        chunks = _Timed(host_chunks(volume, plan, task.backend, task.engine))
-        warnings = volume.warnings + WRITERS[task.recipe.format](pending.path, chunks, plan)
-        files, size = pending.commit(_sidecar(task, volume, plan, warnings))
+        chunks = _Timed(host_chunks(source, plan, task.backend, task.engine))
+        warnings = source.warnings + WRITERS[task.recipe.format](pending.path, chunks, plan)
+        files, size = pending.commit(_sidecar(task, source, plan, warnings))
         write_s = time.perf_counter() - started - chunks.seconds
     except OSError as exc:
         raise OutputError(f"cannot write the series: {exc}") from exc
@@ -114,12 +105,18 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
         result,
         status="ok",
         warnings=warnings,
+        source_shape=source.geometry.shape,
+        source_spacing_mm=source.geometry.spacing_mm,
+        hu_min=source.statistics.low,
+        hu_max=source.statistics.high,
+        hu_mean=source.statistics.mean,
         folder=task.folder,
         shape=plan.target.shape,
         spacing_mm=plan.target.spacing_mm,
         files=files,
         bytes=size,
-        process_s=chunks.seconds,
+        read_s=source.seconds,
+        process_s=chunks.seconds - source.seconds,
         write_s=write_s,
     )
 
@@ -142,8 +139,10 @@ class _Timed:
             self.seconds += time.perf_counter() - started
 
 
-def _sidecar(task: Task, volume: StoredVolume, plan: Plan, warnings: tuple[str, ...]) -> dict[str, Any]:
+def _sidecar(task: Task, source: SeriesReader, plan: Plan, warnings: tuple[str, ...]) -> dict[str, Any]:
     """Return the content of ``volume.json``; UIDs and numbers, nothing that names a patient."""
+    from pydicom.uid import UID
+
     series = task.series
     return {
         "key": series.key,
@@ -164,13 +163,13 @@ def _sidecar(task: Task, volume: StoredVolume, plan: Plan, warnings: tuple[str, 
         },
         "source": {
             "slices": len(series.slices),
-            "shape": volume.geometry.shape,
-            "spacing_mm": volume.geometry.spacing_mm,
-            "affine_lps": volume.geometry.affine.tolist(),
+            "shape": source.geometry.shape,
+            "spacing_mm": source.geometry.spacing_mm,
+            "affine_lps": source.geometry.affine.tolist(),
             "transfer_syntaxes": sorted({UID(s.transfer_syntax).name for s in series.slices}),
-            "hu_min": volume.hu_min,
-            "hu_max": volume.hu_max,
-            "hu_mean": volume.hu_mean,
+            "hu_min": source.statistics.low,
+            "hu_max": source.statistics.high,
+            "hu_mean": source.statistics.mean,
             "fingerprint": series.fingerprint,
         },
         "recipe": task.recipe.to_dict(),

@@ -1,67 +1,21 @@
-"""Folders to series: every file is looked at, headers are read, pixels are not."""
+"""Folders to series: every file is looked at, and slices that belong together are grouped."""
 
 from __future__ import annotations
 
-import math
 import os
-import stat
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
-
-import pydicom
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from typing import overload
 
 from gpuprep.errors import RequestError
-from gpuprep.series import Series, SliceHeader, printable
-
-CT_CLASSES = {
-    "1.2.840.10008.5.1.4.1.1.2": "CT Image Storage",
-    "1.2.840.10008.5.1.4.1.1.2.1": "Enhanced CT Image Storage",
-    "1.2.840.10008.5.1.4.1.1.2.2": "Legacy Converted Enhanced CT Image Storage",
-}
-
-KEYWORDS = [
-    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
-    "SeriesNumber", "InstanceNumber", "Rows", "Columns", "PixelSpacing", "ImagePositionPatient",
-    "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept", "RescaleType", "PhotometricInterpretation",
-    "SamplesPerPixel", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
-    "PixelPaddingValue", "PixelPaddingRangeLimit",
-]  # fmt: skip
-"""Everything that is read of a header. No name, no date, no free text ever enters the program."""
-
-PLAIN_SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
+from gpuprep.headers import Found, Headers, read_headers
+from gpuprep.series import Series, printable
 
 FILES_PER_TASK = 64
 
 Map = Callable[[Callable[[list[str]], "Headers"], list[list[str]]], Iterable["Headers"]]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """One CT header, with the attributes by which slices are grouped."""
-
-    series_uid: str
-    study_uid: str
-    frame_of_reference_uid: str
-    series_number: int | None
-    rows: int
-    columns: int
-    pixel_spacing_mm: tuple[float, float] | None
-    orientation: tuple[float, ...] | None
-    header: SliceHeader
-
-
-@dataclass(slots=True)
-class Headers:
-    """What a list of files turned out to be."""
-
-    found: list[Found]
-    passed_over: Counter[str]
-    unreadable: list[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,159 +102,6 @@ def _files(paths: list[Path], exclude: Path | None, unlisted: list[tuple[str, st
             below.sort()
             fresh = (n for n in sorted(names) if not singles or os.path.join(real, n) not in singles)
             yield from (os.path.join(folder, n) for n in fresh)
-
-
-def read_headers(files: list[str]) -> Headers:
-    """Return what each of some files is."""
-    headers = Headers([], Counter(), [])
-    for file in files:
-        try:
-            found = _read_header(file)
-        except _NotCtError as exc:
-            headers.passed_over[str(exc)] += 1
-        except Exception as exc:  # pydicom raises whatever a broken file provokes
-            headers.unreadable.append((printable(file), printable(f"{type(exc).__name__}: {exc}")))
-        else:
-            headers.found.append(found)
-    return headers
-
-
-class _NotCtError(Exception):
-    """The file is no CT image; the text says what it is."""
-
-
-def _read_header(file: str) -> Found:
-    status = os.stat(file)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise _NotCtError("not a regular file")
-    with open(file, "rb") as f:
-        head = f.read(132)
-        # Without a preamble a data set begins with a group 0008 or 0002 element, in either byte order.
-        bare = head[:4] and head[:4] in _FIRST_TAGS
-        if head[128:] != b"DICM" and not bare:
-            raise _NotCtError("not DICOM")
-        f.seek(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd values are dealt with below, one by one
-            ds = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=KEYWORDS, force=bool(bare))
-            sop_class = str(ds.get("SOPClassUID", "") or "")
-            if sop_class not in CT_CLASSES:
-                raise _NotCtError(_kind(sop_class))
-            syntax = str(getattr(ds.file_meta, "TransferSyntaxUID", "") or "")
-            if not syntax:  # no meta group: what pydicom found by looking
-                syntax = str(ImplicitVRLittleEndian if ds.original_encoding[0] else ExplicitVRLittleEndian)
-            offset, length = _pixels(f, syntax)
-            return _facts(ds, file, status, syntax, offset, length)
-
-
-_FIRST_TAGS = {
-    group + element
-    for group, elements in (
-        (b"\x08\x00", (b"\x00\x00", b"\x01\x00", b"\x05\x00", b"\x08\x00", b"\x12\x00", b"\x16\x00", b"\x18\x00")),
-        (b"\x02\x00", (b"\x00\x00", b"\x01\x00", b"\x02\x00", b"\x10\x00")),
-        (b"\x00\x08", (b"\x00\x00", b"\x00\x01", b"\x00\x05", b"\x00\x08", b"\x00\x12", b"\x00\x16", b"\x00\x18")),
-    )
-    for element in elements
-}
-
-
-def _kind(sop_class: str) -> str:
-    """Name what is not a CT image, in words of the standard and never of the file's own."""
-    if not sop_class:
-        return "DICOM without SOP Class UID"
-    name = UID(sop_class).name
-    return name if name != sop_class else "DICOM of an unknown SOP class"
-
-
-def _pixels(f: Any, syntax: str) -> tuple[int | None, int | None]:
-    """Return offset and length of plain pixel bytes, from where pydicom stopped; None where they are encoded."""
-    if syntax not in PLAIN_SYNTAXES:
-        return None, None
-    start = f.tell()
-    explicit = syntax == ExplicitVRLittleEndian
-    head = f.read(12 if explicit else 8)
-    if len(head) < (12 if explicit else 8) or head[:4] != b"\xe0\x7f\x10\x00":
-        return None, 0  # no Pixel Data at all
-    return start + len(head), int.from_bytes(head[-4:], "little")
-
-
-def _facts(
-    ds: pydicom.Dataset, file: str, status: os.stat_result, syntax: str, offset: int | None, length: int | None
-) -> Found:
-    signed = _integer(ds, "PixelRepresentation") == 1
-    bits = _integer(ds, "BitsAllocated")
-    spacing = _decimals(ds, "PixelSpacing", 2)
-    position = _decimals(ds, "ImagePositionPatient", 3)
-    header = SliceHeader(
-        path=file,
-        file_bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        sop_instance_uid=_text(ds, "SOPInstanceUID"),
-        instance_number=_integer(ds, "InstanceNumber"),
-        position_mm=(position[0], position[1], position[2]) if position else None,
-        rescale_slope=_decimal(ds, "RescaleSlope"),
-        rescale_intercept=_decimal(ds, "RescaleIntercept"),
-        rescale_type=_text(ds, "RescaleType") or None,
-        photometric=_text(ds, "PhotometricInterpretation") or None,
-        samples_per_pixel=_integer(ds, "SamplesPerPixel") or 1,
-        frames=_integer(ds, "NumberOfFrames") or 1,
-        bits_allocated=bits,
-        bits_stored=_integer(ds, "BitsStored"),
-        high_bit=_integer(ds, "HighBit"),
-        signed=signed,
-        padding=_pixel_value(_integer(ds, "PixelPaddingValue"), bits, signed),
-        padding_limit=_pixel_value(_integer(ds, "PixelPaddingRangeLimit"), bits, signed),
-        transfer_syntax=syntax,
-        pixel_offset=offset,
-        pixel_bytes=length,
-    )
-    return Found(
-        series_uid=_text(ds, "SeriesInstanceUID"),
-        study_uid=_text(ds, "StudyInstanceUID"),
-        frame_of_reference_uid=_text(ds, "FrameOfReferenceUID"),
-        series_number=_integer(ds, "SeriesNumber"),
-        rows=_integer(ds, "Rows") or 0,
-        columns=_integer(ds, "Columns") or 0,
-        pixel_spacing_mm=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
-        orientation=_decimals(ds, "ImageOrientationPatient", 6),
-        header=header,
-    )
-
-
-def _text(ds: pydicom.Dataset, keyword: str) -> str:
-    value = ds.get(keyword)
-    return "" if value is None else printable(str(value).strip(" \0"))
-
-
-def _decimals(ds: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
-    """Return `count` finite numbers, or None: half a position is none."""
-    try:
-        value = ds.get(keyword)
-        values = tuple(float(v) for v in (value if isinstance(value, Iterable) else [value]))
-    except (TypeError, ValueError):
-        return None
-    return values if len(values) == count and all(map(math.isfinite, values)) else None
-
-
-def _decimal(ds: pydicom.Dataset, keyword: str) -> float | None:
-    values = _decimals(ds, keyword, 1)
-    return values[0] if values else None
-
-
-def _integer(ds: pydicom.Dataset, keyword: str) -> int | None:
-    try:
-        value = ds.get(keyword)
-        return None if value is None else int(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _pixel_value(value: int | None, bits: int | None, signed: bool) -> int | None:
-    """Return a padding value with the sign of the pixels, whatever VR it was written with: 63536 may mean −2000."""
-    if value is None or bits is None:
-        return None
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if signed and value >> (bits - 1) else value
 
 
 def _group(found: list[Found]) -> Iterator[Series]:

@@ -7,8 +7,11 @@ workers; the outcome is what the function returned, or `WorkerDiedError`. `stop`
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import signal
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import wait as wait_connections
@@ -16,6 +19,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from gpuprep.errors import GpuprepError
+
+PRELOADED = ("gpuprep.headers", "pydicom", "gpuprep.processing", "gpuprep.reading", "gpuprep.writers")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -77,7 +82,7 @@ class Processes:
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
-            self._context.set_forkserver_preload(["gpuprep.conversion"])  # imported once, its pages shared
+            self._context.set_forkserver_preload(list(PRELOADED))  # imported once, their pages shared
         self._jobs = jobs
         self._workers: dict[Any, BaseProcess] = {}
         self._idle: list[Any] = []
@@ -121,7 +126,8 @@ class Processes:
                 return connection
         connection, theirs = self._context.Pipe()
         worker = self._context.Process(target=_work, args=(theirs,), daemon=True)
-        worker.start()
+        with _hidden_main():
+            worker.start()
         theirs.close()  # so that the worker's end closes with the worker
         self._workers[connection] = worker
         connection.send((function, task))
@@ -142,11 +148,23 @@ class Processes:
 _END: Any = object()
 
 
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep a new worker from running the main script again: no task lives there, and a script needs no guard then."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _work(connection: Any) -> None:
     """Answer tasks until the other end closes; runs in the worker."""
     from threadpoolctl import threadpool_limits
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    gc.freeze()  # a collection would touch, and so copy, every page shared with the other workers
     threadpool_limits(1)  # one process per core beats several BLAS threads in each
     with contextlib.suppress(EOFError, OSError):
         while True:

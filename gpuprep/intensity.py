@@ -5,6 +5,8 @@ Every function takes arrays of one library and returns arrays of the same, on th
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -84,42 +86,57 @@ def zero_minus_2000(stored: Any) -> Any:
     return xp.where(stored == -2000, xp.asarray(0, dtype=stored.dtype, device=device(stored)), stored)
 
 
-def window(hu: Any, low_hu: float, high_hu: float) -> Any:
-    """Return `hu` clipped to [`low_hu`, `high_hu`]; array of float32, any shape."""
-    return array_namespace(hu).clip(hu, low_hu, high_hu)
+def window(hu: Any, low_hu: float, high_hu: float, scale: float, shift_hu: float) -> Any:
+    """Return `hu` clipped to [`low_hu`, `high_hu`], then shifted and multiplied: (HU + `shift_hu`) · `scale`.
+
+    Array of float32, any shape.
+    """
+    values = array_namespace(hu).clip(hu, low_hu, high_hu)
+    if (scale, shift_hu) != (1.0, 0.0):
+        values += shift_hu
+        values *= scale
+    return values
 
 
-def quantise(values: Any, scale: float, offset: float, dtype: str) -> Any:
-    """Return ``values · scale + offset`` in the output type, rounded half to even and clipped for integers.
+def quantise(values: Any, dtype: str) -> Any:
+    """Return values in the output type: as they are for float32, else rounded half to even and kept within its range.
 
     Parameters
     ----------
     values : array of float32, any shape
-        HU. May be overwritten.
-    scale, offset : float
-        From HU to output units.
+        Output units.
     dtype : {"float32", "uint8", "uint16", "int16"}
         Output type.
     """
-    xp = array_namespace(values)
-    if offset:
-        values += offset
-    if scale != 1.0:
-        values *= scale
     if dtype == "float32":
         return values
+    xp = array_namespace(values)
     target = getattr(xp, dtype)
     limits = xp.iinfo(target)
     return xp.astype(xp.clip(xp.round(values), float(limits.min), float(limits.max)), target)
 
 
-def hu_statistics(
-    stored: NDArray[Any], slope: NDArray[np.float64], intercept: NDArray[np.float64]
-) -> tuple[float, float, float]:
-    """Return minimum, maximum and mean of a whole stack in HU, exact to float64; host arrays.
+@dataclass(slots=True)
+class HuStatistics:
+    """Minimum, maximum and mean of a stack in HU, gathered slab by slab on the host, in float64.
 
-    A slice's rescale is linear, so its integers' own extremes and sum are enough.
+    A slice's rescale is linear, so the extremes and the sum of its integers are enough, and exact.
     """
-    per_slice = np.array([(s.min(), s.max(), s.sum(dtype=np.int64) / s.size) for s in stored], dtype=np.float64)
-    hu = per_slice * slope[:, None] + intercept[:, None]
-    return float(hu.min()), float(hu.max()), float(hu[:, 2].mean())
+
+    low: float = math.inf
+    high: float = -math.inf
+    _sum: float = 0.0
+    _count: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Mean of all voxels so far."""
+        return self._sum / self._count if self._count else math.nan
+
+    def add(self, stored: NDArray[Any], slope: NDArray[np.float64], intercept: NDArray[np.float64]) -> None:
+        """Take in slices of stored values, shape (k, j, i), with the rescale of each, shape (k,)."""
+        for values, m, b in zip(stored, slope.tolist(), intercept.tolist(), strict=True):
+            ends = int(values.min()) * m + b, int(values.max()) * m + b
+            self.low, self.high = min(self.low, *ends), max(self.high, *ends)
+            self._sum += int(values.sum(dtype=np.int64)) * m + b * values.size
+            self._count += values.size

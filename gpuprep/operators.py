@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_namespace, is_numpy_namespace
+from numpy.typing import NDArray
 from scipy import ndimage
 
 NEGLIGIBLE = 1e-8
@@ -79,32 +80,34 @@ def build(n_in: int, n_out: int, *, order: int, mode: str, grid_mode: bool, sigm
     return _banded(matrix, block_rows)
 
 
-def _banded(matrix: Any, block_rows: int) -> Operator:
-    """Cut a dense float64 matrix into blocks of rows, each with the columns it uses."""
+def _banded(matrix: NDArray[np.float64], block_rows: int) -> Operator:
+    """Cut a dense matrix into blocks of rows, each with the columns it uses; where they begin never falls."""
     n_out, n_in = matrix.shape
-    blocks = []
-    for start in range(0, n_out, block_rows):
+    blocks: list[Block] = []
+    later_low = n_in - 1
+    for start in reversed(range(0, n_out, block_rows)):
         rows = matrix[start : start + block_rows]
         used = np.flatnonzero(rows.any(axis=0))
-        low, high = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 1)
+        low, high = (int(used[0]), int(used[-1]) + 1) if used.size else (later_low, later_low + 1)
+        later_low = low = min(low, later_low)
         weights = np.ascontiguousarray(rows[:, low:high], dtype=np.float32)
-        blocks.append(Block(start, start + len(rows), low, high, weights, np.ascontiguousarray(weights.T)))
+        blocks.insert(0, Block(start, start + len(rows), low, high, weights, np.ascontiguousarray(weights.T)))
     return Operator(n_in, n_out, tuple(blocks))
 
 
-def apply_block(block: Block, values: Any, out: Any) -> Any:
-    """Put the output slices of one block, the operator along axis 0 of `values`, into `out` and return it.
+def apply_block(block: Block, band: Any, out: Any) -> Any:
+    """Put the output slices of one block, the operator along axis 0, into `out` and return it.
 
     Parameters
     ----------
-    values : array of float32, shape (n_in, j, i)
-    out : array of float32, shape (≥ stop − start, j, i), contiguous
+    band : array of float32, shape (high − low, j, i)
+        The input slices of the block.
+    out : array of float32, shape (stop − start, j, i), contiguous
     """
-    xp = array_namespace(values, out)
-    count, plane = block.stop - block.start, values.shape[1] * values.shape[2]
-    out = out[:count, :, :]
-    band = xp.reshape(values[block.low : block.high, :, :], (-1, plane))
-    _multiply(xp, block.weights, band, xp.reshape(out, (count, plane), copy=False))
+    xp = array_namespace(band, out)
+    plane = band.shape[1] * band.shape[2]
+    into = xp.reshape(out, (out.shape[0], plane), copy=False)
+    _multiply(xp, block.weights, xp.reshape(band, (band.shape[0], plane)), into)
     return out
 
 
@@ -115,10 +118,9 @@ def apply_in_plane(operator: Operator, values: Any, axis: int, out: Any) -> Any:
     ----------
     values : array of float32, shape (k, j, i)
     axis : {1, 2}
-    out : array of float32, shape (≥ k, j, i) with `operator.n_out` along `axis`
+    out : array of float32, shape (k, j, i) with `operator.n_out` along `axis`
     """
     xp = array_namespace(values, out)
-    out = out[: values.shape[0], :, :]
     for b in operator.blocks:
         if axis == 1:
             _multiply(xp, b.weights, values[:, b.low : b.high, :], out[:, b.start : b.stop, :])

@@ -65,9 +65,9 @@ class Plan:
 
     @property
     def air(self) -> float:
-        """Air in HU, inside the window where there is one."""
-        window = self.recipe.window_hu
-        return AIR_HU if window is None else min(max(AIR_HU, window[0]), window[1])
+        """Air in output units, inside the window where there is one."""
+        low, high = self.recipe.window_hu or (AIR_HU, AIR_HU)
+        return (min(max(AIR_HU, low), high) + self.shift_hu) * self.scale
 
     @property
     def output_bytes(self) -> int:

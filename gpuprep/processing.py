@@ -1,4 +1,4 @@
-"""One stored volume through the plan: up once, chunk by chunk through the arithmetic, each chunk down once.
+"""One series through the plan: stored integers up once, a few slices at a time, and each finished chunk down once.
 
 Two engines give the same volume. ``operators`` multiplies with one banded matrix per axis (`gpuprep.operators`);
 ``ndimage`` makes the literal library calls: `scipy.ndimage.zoom` and `skimage.transform.resize`, or on a GPU
@@ -8,23 +8,22 @@ Two engines give the same volume. ``operators`` multiplies with one banded matri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
 
 from gpuprep import operators
 from gpuprep.backend import Backend, BackendName, get_backend
 from gpuprep.errors import RequestError
+from gpuprep.geometry import Geometry
 from gpuprep.intensity import padding_to_air, quantise, stored_to_hu, window, zero_minus_2000
 from gpuprep.plan import Plan, Step, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.volume import StoredVolume, Volume
 
 Engine = Literal["operators", "ndimage"]
-
-SLAB_SLICES = 8
-"""Source slices converted to HU and shrunk in-plane at a time: 8 MB of float32 at 512², which stays in cache."""
 
 
 def process(
@@ -73,26 +72,52 @@ def process(
     return Volume(values, plan.target, plan.hu_slope, plan.hu_intercept)
 
 
-def host_chunks(
-    volume: StoredVolume, plan: Plan, backend: Backend, engine: Engine = "operators"
-) -> Iterator[np.ndarray[Any, Any]]:
+class Source(Protocol):
+    """A stacked series: `StoredVolume` in memory, or `SeriesReader` on disk."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Grid of the stack."""
+        ...
+
+    @property
+    def slope(self) -> NDArray[np.float64]:
+        """*Rescale Slope* of each slice, shape (k,)."""
+        ...
+
+    @property
+    def intercept(self) -> NDArray[np.float64]:
+        """*Rescale Intercept* of each slice, shape (k,)."""
+        ...
+
+    @property
+    def padding(self) -> NDArray[Any] | None:
+        """Declared padding of each slice, shape (k, 2); see `StoredVolume`."""
+        ...
+
+    def slab(self, start: int, stop: int) -> NDArray[Any]:
+        """Return the stored values of slices [start, stop); each slice is asked for once, in order."""
+        ...
+
+
+def host_chunks(source: Source, plan: Plan, backend: Backend, engine: Engine = "operators") -> Iterator[NDArray[Any]]:
     """Yield the output as NumPy arrays of a few slices each, in order; each is valid until the next is asked for."""
     with backend.session():
-        for chunk in device_chunks(volume, plan, backend, engine):
+        for chunk in device_chunks(source, plan, backend, engine):
             yield backend.to_host(chunk)
 
 
-def device_chunks(volume: StoredVolume, plan: Plan, backend: Backend, engine: Engine) -> Iterator[Any]:
+def device_chunks(source: Source, plan: Plan, backend: Backend, engine: Engine) -> Iterator[Any]:
     """Yield the output in chunks that are still where they were computed; inside the backend's session.
 
     A chunk is valid until the next one is asked for.
     """
     if engine not in get_args(Engine):
         raise RequestError(f"there is no engine {engine!r}: choose one of {', '.join(get_args(Engine))}")
-    return _ENGINES[engine](volume, plan, backend)
+    return _ENGINES[engine](source, plan, backend)
 
 
-def _operator_chunks(volume: StoredVolume, plan: Plan, backend: Backend) -> Iterator[Any]:
+def _operator_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[Any]:
     """Shrink in-plane on the few source slices, then grow along z and in-plane, a few slices at a time."""
     along_z, *in_plane = _operators(plan.resample, backend)
     first = [(axis, op) for axis, op in enumerate(in_plane, 1) if op is not None and op.n_out <= op.n_in]
@@ -111,25 +136,16 @@ def _operator_chunks(volume: StoredVolume, plan: Plan, backend: Backend) -> Iter
         return apply
 
     shrink, grow, size = in_plane_by(first, "shrink"), in_plane_by(last, "grow"), in_plane_by(resize, "resize")
-    source = _Source(volume, plan, backend)
-    slices: Any = None
-    for start in range(0, source.count, SLAB_SLICES):
-        slab = shrink(source.hu(start, start + SLAB_SLICES))
-        if slices is None:
-            slices = scratch.like(slab, (source.count, *slab.shape[1:]), "slices")
-        slices[start : start + slab.shape[0], :, :] = slab
-    del source, slab
-
-    for chunk in _along_z(slices, along_z, backend.chunk_slices, scratch):
-        for start in range(0, chunk.shape[0], backend.slab_slices):
-            yield _finish(grow(chunk[start : start + backend.slab_slices, :, :]), plan, size)
+    hu = _Hu(source, plan, backend)
+    shrunk = _SlidingWindow(hu.count, backend.slab_slices, lambda start, stop: shrink(hu(start, stop)), scratch)
+    for chunk in _along_z(shrunk, along_z, backend.chunk_slices, scratch):
+        for start, stop in _pieces(chunk.shape[0], backend.slab_slices):
+            yield _finish(grow(chunk[start:stop, :, :]), plan, size)
 
 
-def _ndimage_chunks(volume: StoredVolume, plan: Plan, backend: Backend) -> Iterator[Any]:
+def _ndimage_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[Any]:
     """Make the library calls: zoom the whole volume, then window and resize it a chunk at a time."""
-    source = _Source(volume, plan, backend)
-    hu = source.hu(0, source.count)
-    del source
+    hu = _Hu(source, plan, backend)(0, source.geometry.shape[0])
     step = plan.resample
     if any(step.sigma):
         hu = backend.gaussian_filter(hu, step.sigma, mode="nearest")
@@ -144,37 +160,75 @@ def _ndimage_chunks(volume: StoredVolume, plan: Plan, backend: Backend) -> Itera
         mode = "reflect" if plan.resize.mode == "mirror" else "edge"  # numpy.pad's words
         return backend.resize(values, shape, mode=mode, anti_aliasing=any(plan.resize.sigma))
 
-    for start in range(0, hu.shape[0], backend.chunk_slices):
-        yield _finish(hu[start : start + backend.chunk_slices, :, :], plan, resize)
+    for start, stop in _pieces(hu.shape[0], backend.chunk_slices):
+        yield _finish(hu[start:stop, :, :], plan, resize)
 
 
-_ENGINES: dict[str, Callable[[StoredVolume, Plan, Backend], Iterator[Any]]] = {
+_ENGINES: dict[str, Callable[[Source, Plan, Backend], Iterator[Any]]] = {
     "operators": _operator_chunks,
     "ndimage": _ndimage_chunks,
 }
 
 
-class _Source:
-    """The stored integers on the device, and HU of any slices of them."""
+class _Hu:
+    """HU of any slices of a source; stored integers go up to the device, and nothing else of that size."""
 
-    def __init__(self, volume: StoredVolume, plan: Plan, backend: Backend) -> None:
-        self.count = volume.stored.shape[0]
+    def __init__(self, source: Source, plan: Plan, backend: Backend) -> None:
+        self.count = source.geometry.shape[0]
+        self._source = source
+        self._backend = backend
         self._rule = plan.recipe.padding
-        self._stored = backend.to_device(volume.stored)
-        self._slope = backend.to_device(volume.slope.astype(np.float32))
-        self._intercept = backend.to_device(volume.intercept.astype(np.float32))
-        declared = volume.padding if self._rule == "air" else None
+        self._slope = backend.to_device(source.slope.astype(np.float32))
+        self._intercept = backend.to_device(source.intercept.astype(np.float32))
+        declared = source.padding if self._rule == "air" else None
         self._padding = None if declared is None else backend.to_device(declared)
 
-    def hu(self, start: int, stop: int) -> Any:
+    def __call__(self, start: int, stop: int) -> Any:
         """Return HU of slices [start, stop): array of float32."""
-        stored = self._stored[start:stop, :, :]
+        stored = self._backend.to_device(self._source.slab(start, stop))
         if self._rule == "minus2000-to-0":
             stored = zero_minus_2000(stored)
         hu = stored_to_hu(stored, self._slope[start:stop], self._intercept[start:stop])
         if self._rule == "air":
             hu = padding_to_air(hu, stored, None if self._padding is None else self._padding[start:stop, :])
         return hu
+
+
+class _SlidingWindow:
+    """The source slices that the next output slices need; earlier ones are dropped, so long series cost no more.
+
+    Slices are loaded once, in order, `step` at a time.
+    """
+
+    def __init__(self, count: int, step: int, load: Callable[[int, int], Any], scratch: _Scratch) -> None:
+        self.count = count
+        self._step = step
+        self._load = load
+        self._scratch = scratch
+        self._capacity = 0
+        self._buffer: Any = None
+        self._start = 0
+        """Slice that lies first in the buffer."""
+        self._stop = 0
+
+    def reserve(self, slices: int) -> None:
+        """Say how many slices will be asked for at a time; room for half as many more makes moving them rare."""
+        self._capacity = min(self.count, slices + max(slices // 2, self._step))
+
+    def get(self, low: int, high: int) -> Any:
+        """Return slices [low, high), shape (high − low, j, i); `low` never falls from call to call."""
+        while self._stop < high:
+            stop = min(self._stop + self._step, self.count)
+            slab = self._load(self._stop, stop)
+            if self._buffer is None:
+                self._buffer = self._scratch.like(slab, (self._capacity, *slab.shape[1:]), "window")
+            if stop - self._start > self._capacity:
+                for k in range(max(0, self._stop - low)):  # one by one and upwards, since the two ranges may overlap
+                    self._buffer[k, :, :] = self._buffer[low - self._start + k, :, :]
+                self._start = min(low, self._stop)
+            self._buffer[self._stop - self._start : stop - self._start, :, :] = slab
+            self._stop = stop
+        return self._buffer[low - self._start : high - self._start, :, :]
 
 
 def _operators(step: Step, backend: Backend) -> list[operators.Operator | None]:
@@ -197,6 +251,11 @@ def _operators(step: Step, backend: Backend) -> list[operators.Operator | None]:
     return found
 
 
+def _pieces(count: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) of pieces of `step`, the last one shorter."""
+    return ((start, min(start + step, count)) for start in range(0, count, step))
+
+
 class _Scratch:
     """Buffers by name, used again and again: fresh memory costs a page fault per page, ten times the arithmetic."""
 
@@ -213,36 +272,42 @@ class _Scratch:
         return buffer[: shape[0], :, :]
 
 
-def _along_z(slices: Any, along_z: operators.Operator | None, chunk_slices: int, scratch: _Scratch) -> Iterator[Any]:
+def _along_z(
+    window: _SlidingWindow, along_z: operators.Operator | None, chunk_slices: int, scratch: _Scratch
+) -> Iterator[Any]:
     """Yield the output slices in chunks; each block of the z operator is one chunk."""
-    if along_z is not None:
-        for block in along_z.blocks:
-            shape = (block.stop - block.start, *slices.shape[1:])
-            yield operators.apply_block(block, slices, scratch.like(slices, shape, "chunk"))
-    else:
-        for start in range(0, slices.shape[0], chunk_slices):
-            yield slices[start : start + chunk_slices, :, :]
+    if along_z is None:
+        window.reserve(chunk_slices)
+        for start, stop in _pieces(window.count, chunk_slices):
+            yield window.get(start, stop)
+        return
+    window.reserve(max(b.high - b.low for b in along_z.blocks))
+    for block in along_z.blocks:
+        band = window.get(block.low, block.high)
+        yield operators.apply_block(
+            block, band, scratch.like(band, (block.stop - block.start, *band.shape[1:]), "chunk")
+        )
+    window.get(window.count, window.count)  # the rest counts in the statistics even where no output needs it
 
 
 def _finish(hu: Any, plan: Plan, resize: Callable[[Any], Any]) -> Any:
     """Window, size and quantise a chunk of resampled HU."""
-    if plan.recipe.window_hu is not None:
-        hu = window(hu, *plan.recipe.window_hu)
-    hu = resize(hu)
-    if plan.offset != (0, 0) or hu.shape[1:] != plan.target.shape[1:]:
-        hu = _place(hu, plan)
-    return quantise(hu, plan.scale, plan.shift_hu, plan.recipe.dtype)
+    values = hu if plan.recipe.window_hu is None else window(hu, *plan.recipe.window_hu, plan.scale, plan.shift_hu)
+    values = resize(values)
+    if plan.offset != (0, 0) or values.shape[1:] != plan.target.shape[1:]:
+        values = _place(values, plan)
+    return quantise(values, plan.recipe.dtype)
 
 
-def _place(hu: Any, plan: Plan) -> Any:
+def _place(values: Any, plan: Plan) -> Any:
     """Return slices cut or padded with air about their centre."""
-    xp = array_namespace(hu)
-    shape = (hu.shape[0], *plan.target.shape[1:])
-    out = xp.full(shape, plan.air, dtype=hu.dtype, device=device(hu))
+    xp = array_namespace(values)
+    shape = (values.shape[0], *plan.target.shape[1:])
+    out = xp.full(shape, plan.air, dtype=values.dtype, device=device(values))
     inside, outside = [], []
-    for offset, have, want in zip(plan.offset, hu.shape[1:], shape[1:], strict=True):
+    for offset, have, want in zip(plan.offset, values.shape[1:], shape[1:], strict=True):
         low, high = max(0, offset), min(have, offset + want)
         inside.append(slice(low, high))
         outside.append(slice(low - offset, high - offset))
-    out[:, outside[0], outside[1]] = hu[:, inside[0], inside[1]]
+    out[:, outside[0], outside[1]] = values[:, inside[0], inside[1]]
     return out

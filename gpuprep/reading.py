@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import Any
 
@@ -12,10 +13,53 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID
 
 from gpuprep.errors import DecodeError
-from gpuprep.intensity import TISSUE_HU, hu_statistics
+from gpuprep.intensity import LOWEST_HU, TISSUE_HU, HuStatistics
 from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import stack
 from gpuprep.volume import StoredVolume
+
+
+class SeriesReader:
+    """The stored values of a series, in spatial order, read as they are asked for.
+
+    Parameters
+    ----------
+    series : Series
+        From `gpuprep.discover`.
+
+    Raises
+    ------
+    InputError
+        As `gpuprep.stack` raises. `slab` raises DecodeError, with the file's name, where pixels cannot be read.
+    """
+
+    def __init__(self, series: Series) -> None:
+        stacked = stack(series)
+        self._slices = stacked.slices
+        self.geometry = stacked.geometry
+        # One type that holds every slice: 16 bits, unless signed and unsigned ones are mixed.
+        least = np.int16 if all(s.signed for s in self._slices) else np.uint16
+        self._dtype = np.result_type(least, *map(_dtype, self._slices))
+        self.slope = np.array([s.rescale_slope for s in self._slices], dtype=np.float64)
+        self.intercept = np.array([s.rescale_intercept for s in self._slices], dtype=np.float64)
+        self.padding, self.warnings = _padding(self._slices, self._dtype)
+        self.statistics = HuStatistics()
+        self.seconds = 0.0
+        """Time spent in `slab`."""
+
+    def slab(self, start: int, stop: int) -> NDArray[Any]:
+        """Return the stored values of slices [start, stop): array of integers, shape (stop − start, j, i)."""
+        started = time.perf_counter()
+        rows, columns = self.geometry.shape[1:]
+        stored = np.empty((stop - start, rows, columns), dtype=self._dtype)
+        for values, header in zip(stored, self._slices[start:stop], strict=True):
+            if header.pixel_offset is not None:
+                _read_plain(header, values)
+            else:
+                values[...] = _decode(header, rows, columns)
+        self.statistics.add(stored, self.slope[start:stop], self.intercept[start:stop])
+        self.seconds += time.perf_counter() - started
+        return stored
 
 
 def read(series: Series) -> StoredVolume:
@@ -36,22 +80,11 @@ def read(series: Series) -> StoredVolume:
     InputError
         As `gpuprep.stack` raises; and DecodeError, with the file's name, where pixels cannot be read.
     """
-    stacked = stack(series)
-    slices = stacked.slices
-    rows, columns = stacked.geometry.shape[1:]
-    # One type that holds every slice: 16 bits unless signed and unsigned ones are mixed.
-    dtype = np.result_type(np.uint16 if any(not s.signed for s in slices) else np.int16, *map(_dtype, slices))
-    stored = np.empty(stacked.geometry.shape, dtype=dtype)
-    for k, header in enumerate(slices):
-        if header.pixel_offset is not None:
-            _read_plain(header, stored[k])
-        else:
-            stored[k] = _decode(header, rows, columns)
-    slope = np.array([s.rescale_slope for s in slices], dtype=np.float64)
-    intercept = np.array([s.rescale_intercept for s in slices], dtype=np.float64)
-    padding, notes = _padding(slices, stored.dtype)
-    low, high, mean = hu_statistics(stored, slope, intercept)
-    return StoredVolume(stored, slope, intercept, padding, stacked.geometry, low, high, mean, notes)
+    reader = SeriesReader(series)
+    stored = reader.slab(0, reader.geometry.shape[0])
+    return StoredVolume(
+        stored, reader.slope, reader.intercept, reader.padding, reader.geometry, reader.statistics, reader.warnings
+    )
 
 
 def _dtype(header: SliceHeader) -> np.dtype[Any]:
@@ -129,7 +162,7 @@ def _padding(slices: tuple[SliceHeader, ...], dtype: np.dtype[Any]) -> tuple[NDA
         hu = sorted(v * (s.rescale_slope or 1) + (s.rescale_intercept or 0) for v in (low, high))
         if hu[0] <= TISSUE_HU[1] and hu[1] >= TISSUE_HU[0]:
             doubted.append((s.padding, hu[0]))
-        elif limits.min <= low and high <= limits.max:
+        elif hu[1] >= LOWEST_HU and limits.min <= low and high <= limits.max:  # what is lower becomes air anyway
             padding[k] = low, high
     notes: tuple[str, ...] = ()
     if doubted:

@@ -11,6 +11,8 @@ from gpuprep.geometry import Vector3
 
 def printable(text: str) -> str:
     """Return text with everything escaped that a terminal, a table or UTF-8 cannot hold."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

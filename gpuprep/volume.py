@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gpuprep.errors import GeometryError
 from gpuprep.geometry import Geometry, Vector3
+from gpuprep.intensity import HuStatistics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,15 +27,17 @@ class StoredVolume:
     """Lowest and highest stored value that means padding, per slice, in the dtype of `stored`, shape (k, 2).
     A slice that declares none has lowest > highest; None where no slice declares any."""
     geometry: Geometry
-    hu_min: float
-    """Extremes and mean of all voxels in HU, padding included, in float64."""
-    hu_max: float
-    hu_mean: float
+    statistics: HuStatistics
+    """Of all voxels in HU, padding included."""
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.stored.shape != self.geometry.shape:
             raise GeometryError(f"voxels of shape {self.stored.shape} on a grid of {self.geometry.shape}")
+
+    def slab(self, start: int, stop: int) -> NDArray[Any]:
+        """Return the stored values of slices [start, stop)."""
+        return self.stored[start:stop]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,10 +10,12 @@ TIFF 6.0 (Adobe, 1992), sections 8 and 14; ImageJ 1.x source, ``ij.io.TiffDecode
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
@@ -30,21 +32,43 @@ def write_slices(folder: Path, chunks: Iterator[NDArray[Any]], plan: Plan) -> tu
     """Write ``0000.tif``, ``0001.tif``, … along k; voxel size in the resolution tags and the description."""
     count = plan.target.shape[0]
     digits = max(4, len(str(count - 1)))
-    options = _compression(plan) | _per_cm(plan)
     description = {
         "axes": "YX",
         "spacing_mm": list(plan.target.spacing_mm),
         "hu_slope": plan.hu_slope,
         "hu_intercept": plan.hu_intercept,
     }
+    encode = _Encoder(plan, description)
     k = 0
     for chunk in chunks:
         for values in chunk:
-            tifffile.imwrite(
-                folder / f"{k:0{digits}d}.tif", values, photometric="minisblack", metadata=description, **options
-            )
+            with open(folder / f"{k:0{digits}d}.tif", "wb", buffering=0) as f:
+                for part in encode(values):
+                    view = memoryview(part).cast("B")
+                    while view:  # without a buffer a write may be a short one
+                        view = view[f.write(view) :]
             k += 1
     return ()
+
+
+class _Encoder:
+    """Slices to TIFF. Uncompressed ones differ in nothing but pixels, so tifffile makes one header for all."""
+
+    def __init__(self, plan: Plan, description: dict[str, Any]) -> None:
+        self._options = _compression(plan) | _per_cm(plan) | {"metadata": description, "photometric": "minisblack"}
+        self._reusable = plan.recipe.compression == "none"
+        self._header: bytes | None = None
+
+    def __call__(self, values: NDArray[Any]) -> tuple[Any, ...]:
+        """Return the parts of a file, to be written one after the other."""
+        if self._header is None:
+            buffer = io.BytesIO()
+            tifffile.imwrite(buffer, values, **self._options)
+            whole = buffer.getvalue()
+            if not self._reusable:
+                return (whole,)
+            self._header = whole[: len(whole) - values.nbytes]
+        return self._header, np.ascontiguousarray(values).data
 
 
 def write_stack(folder: Path, chunks: Iterator[NDArray[Any]], plan: Plan) -> tuple[str, ...]:

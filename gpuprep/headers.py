@@ -1,0 +1,255 @@
+"""One file to the facts of its header: what it is, where it lies, where its pixels begin. Pixels are not read."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from gpuprep.series import SliceHeader, printable
+
+if TYPE_CHECKING:
+    import pydicom
+
+# pydicom is imported where a file is read: the parent of a cohort has its workers do that, and stays small.
+
+CT_CLASSES = {
+    "1.2.840.10008.5.1.4.1.1.2": "CT Image Storage",
+    "1.2.840.10008.5.1.4.1.1.2.1": "Enhanced CT Image Storage",
+    "1.2.840.10008.5.1.4.1.1.2.2": "Legacy Converted Enhanced CT Image Storage",
+}
+
+TAGS = {
+    "SOPClassUID": 0x0008_0016,
+    "SOPInstanceUID": 0x0008_0018,
+    "InstanceNumber": 0x0020_0013,
+    "StudyInstanceUID": 0x0020_000D,
+    "SeriesInstanceUID": 0x0020_000E,
+    "SeriesNumber": 0x0020_0011,
+    "ImagePositionPatient": 0x0020_0032,
+    "ImageOrientationPatient": 0x0020_0037,
+    "FrameOfReferenceUID": 0x0020_0052,
+    "SamplesPerPixel": 0x0028_0002,
+    "PhotometricInterpretation": 0x0028_0004,
+    "NumberOfFrames": 0x0028_0008,
+    "Rows": 0x0028_0010,
+    "Columns": 0x0028_0011,
+    "PixelSpacing": 0x0028_0030,
+    "BitsAllocated": 0x0028_0100,
+    "BitsStored": 0x0028_0101,
+    "HighBit": 0x0028_0102,
+    "PixelRepresentation": 0x0028_0103,
+    "PixelPaddingValue": 0x0028_0120,
+    "PixelPaddingRangeLimit": 0x0028_0121,
+    "RescaleIntercept": 0x0028_1052,
+    "RescaleSlope": 0x0028_1053,
+    "RescaleType": 0x0028_1054,
+}
+"""Everything that is read of a header. No name, no date, no free text ever enters the program."""
+
+IMPLICIT_VR, EXPLICIT_VR = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
+"""Little endian, not compressed: the pixel bytes lie in the file as they are."""
+
+UNDEFINED_LENGTH = 0xFFFF_FFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One CT header, with the attributes by which slices are grouped."""
+
+    series_uid: str
+    study_uid: str
+    frame_of_reference_uid: str
+    series_number: int | None
+    rows: int
+    columns: int
+    pixel_spacing_mm: tuple[float, float] | None
+    orientation: tuple[float, ...] | None
+    header: SliceHeader
+
+
+@dataclass(slots=True)
+class Headers:
+    """What a list of files turned out to be."""
+
+    found: list[Found]
+    passed_over: Counter[str]
+    unreadable: list[tuple[str, str]]
+
+
+def read_headers(files: list[str]) -> Headers:
+    """Return what each of some files is."""
+    headers = Headers([], Counter(), [])
+    for file in files:
+        try:
+            found = _read_header(file)
+        except _NotCtError as exc:
+            headers.passed_over[str(exc)] += 1
+        except Exception as exc:  # pydicom raises whatever a broken file provokes
+            headers.unreadable.append((printable(file), printable(f"{type(exc).__name__}: {exc}")))
+        else:
+            headers.found.append(found)
+    return headers
+
+
+class _NotCtError(Exception):
+    """The file is no CT image; the text says what it is."""
+
+
+def _read_header(file: str) -> Found:
+    import pydicom
+
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise _NotCtError("not a regular file")
+    with open(file, "rb") as f:
+        head = f.read(132)
+        # Without a preamble a data set begins with a group 0008 or 0002 element, in either byte order.
+        bare = head[:4] and head[:4] in _FIRST_TAGS
+        if head[128:] != b"DICM" and not bare:
+            raise _NotCtError("not DICOM")
+        f.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd values are dealt with below, one by one
+            ds = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=list(TAGS.values()), force=bool(bare))
+            sop_class = _text(ds, "SOPClassUID")
+            if sop_class not in CT_CLASSES:
+                raise _NotCtError(_kind(sop_class))
+            syntax = str(getattr(ds.file_meta, "TransferSyntaxUID", "") or "")
+            if not syntax:  # no meta group: what pydicom found by looking
+                syntax = str(IMPLICIT_VR if ds.original_encoding[0] else EXPLICIT_VR)
+            offset, length = (None, None)
+            if syntax in (IMPLICIT_VR, EXPLICIT_VR):
+                offset, length = _pixels(f, implicit=bool(ds.original_encoding[0]))
+            return _facts(ds, file, status, syntax, offset, length)
+
+
+_FIRST_TAGS = {
+    group + element
+    for group, elements in (
+        (b"\x08\x00", (b"\x00\x00", b"\x01\x00", b"\x05\x00", b"\x08\x00", b"\x12\x00", b"\x16\x00", b"\x18\x00")),
+        (b"\x02\x00", (b"\x00\x00", b"\x01\x00", b"\x02\x00", b"\x10\x00")),
+        (b"\x00\x08", (b"\x00\x00", b"\x00\x01", b"\x00\x05", b"\x00\x08", b"\x00\x12", b"\x00\x16", b"\x00\x18")),
+    )
+    for element in elements
+}
+
+
+def _kind(sop_class: str) -> str:
+    """Name what is not a CT image, in words of the standard and never of the file's own."""
+    if not sop_class:
+        return "DICOM without SOP Class UID"
+    from pydicom.uid import UID
+
+    name = UID(sop_class).name
+    return name if name != sop_class else "DICOM of an unknown SOP class"
+
+
+def _pixels(f: BinaryIO, *, implicit: bool) -> tuple[int | None, int | None]:
+    """Return offset and length of plain pixel bytes, from where pydicom stopped; length 0 where there are none."""
+    start = f.tell()
+    head = f.read(8 if implicit else 12)
+    if len(head) < (8 if implicit else 12) or head[:4] != b"\xe0\x7f\x10\x00":
+        return None, 0
+    length = int.from_bytes(head[-4:], "little")
+    return (None, None) if length == UNDEFINED_LENGTH else (start + len(head), length)
+
+
+def _facts(
+    ds: pydicom.Dataset, file: str, status: os.stat_result, syntax: str, offset: int | None, length: int | None
+) -> Found:
+    signed = _binary(ds, "PixelRepresentation") == 1
+    bits = _binary(ds, "BitsAllocated")
+    spacing = _decimals(ds, "PixelSpacing", 2)
+    position = _decimals(ds, "ImagePositionPatient", 3)
+    header = SliceHeader(
+        path=file,
+        file_bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        sop_instance_uid=_text(ds, "SOPInstanceUID"),
+        instance_number=_integer(ds, "InstanceNumber"),
+        position_mm=(position[0], position[1], position[2]) if position else None,
+        rescale_slope=_decimal(ds, "RescaleSlope"),
+        rescale_intercept=_decimal(ds, "RescaleIntercept"),
+        rescale_type=_text(ds, "RescaleType") or None,
+        photometric=_text(ds, "PhotometricInterpretation") or None,
+        samples_per_pixel=_binary(ds, "SamplesPerPixel") or 1,
+        frames=_integer(ds, "NumberOfFrames") or 1,
+        bits_allocated=bits,
+        bits_stored=_binary(ds, "BitsStored"),
+        high_bit=_binary(ds, "HighBit"),
+        signed=signed,
+        padding=_pixel_value(_binary(ds, "PixelPaddingValue"), bits, signed),
+        padding_limit=_pixel_value(_binary(ds, "PixelPaddingRangeLimit"), bits, signed),
+        transfer_syntax=syntax,
+        pixel_offset=offset,
+        pixel_bytes=length,
+    )
+    return Found(
+        series_uid=_text(ds, "SeriesInstanceUID"),
+        study_uid=_text(ds, "StudyInstanceUID"),
+        frame_of_reference_uid=_text(ds, "FrameOfReferenceUID"),
+        series_number=_integer(ds, "SeriesNumber"),
+        rows=_binary(ds, "Rows") or 0,
+        columns=_binary(ds, "Columns") or 0,
+        pixel_spacing_mm=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
+        orientation=_decimals(ds, "ImageOrientationPatient", 6),
+        header=header,
+    )
+
+
+def _raw(ds: pydicom.Dataset, keyword: str) -> Any:
+    """Return the bytes of an attribute as they stand in the file, with their byte order; converting them costs more."""
+    tag = TAGS[keyword]
+    return ds.get_item(tag) if tag in ds else None
+
+
+def _text(ds: pydicom.Dataset, keyword: str) -> str:
+    element = _raw(ds, keyword)
+    value = element.value if element is not None else None
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    return "" if value is None else printable(str(value).strip(" \0"))
+
+
+def _decimals(ds: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
+    """Return `count` finite numbers, or None: half a position is none."""
+    try:
+        values = tuple(float(part) for part in _text(ds, keyword).split("\\"))
+    except ValueError:
+        return None
+    return values if len(values) == count and all(map(math.isfinite, values)) else None
+
+
+def _decimal(ds: pydicom.Dataset, keyword: str) -> float | None:
+    values = _decimals(ds, keyword, 1)
+    return values[0] if values else None
+
+
+def _integer(ds: pydicom.Dataset, keyword: str) -> int | None:
+    """Return an integer string (IS)."""
+    try:
+        return int(_text(ds, keyword))
+    except ValueError:
+        return None
+
+
+def _binary(ds: pydicom.Dataset, keyword: str) -> int | None:
+    """Return the first 16 bits (US, or SS taken as US)."""
+    element = _raw(ds, keyword)
+    value = element.value if element is not None else None
+    if not isinstance(value, bytes) or len(value) < 2:
+        return None
+    return int.from_bytes(value[:2], "little" if element.is_little_endian else "big")
+
+
+def _pixel_value(value: int | None, bits: int | None, signed: bool) -> int | None:
+    """Return a padding value with the sign of the pixels, whatever VR it was written with: 63536 may mean −2000."""
+    if value is None or bits is None:
+        return None
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if signed and value >> (bits - 1) else value

@@ -1,0 +1,136 @@
+"""Fixtures: the libraries that arithmetic runs on, real CT where it is present, small series made on the spot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gpuprep.backend import Backend, NumpyBackend, get_backend
+from gpuprep.errors import BackendError
+from gpuprep.geometry import Geometry
+from gpuprep.intensity import HuStatistics
+from gpuprep.phantom import write_series
+from gpuprep.volume import StoredVolume
+
+DATA = Path(os.environ.get("GPUPREP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Folder of real CT; tests that ask for it are skipped where it is absent."""
+    if not (DATA / "INDEX.json").exists():
+        pytest.skip(f"real CT is absent: no INDEX.json in {DATA}; set GPUPREP_TEST_DATA")
+    return DATA
+
+
+class ForeignBackend:
+    """A stand-in for a GPU: its arrays refuse to become NumPy, so a hidden round trip fails on any machine.
+
+    The two library calls go through the host in the open, as a GPU's would go through its own library. `transfers`
+    lists what was moved on request: direction, dtype and shape.
+    """
+
+    name = "foreign"
+    device = "array-api-strict device1"
+    chunk_slices = 16
+    slab_slices = 8
+
+    def __init__(self) -> None:
+        import array_api_strict
+
+        self._xp = array_api_strict
+        self._far = array_api_strict.Device("device1")
+        self.transfers: list[tuple[str, str, tuple[int, ...]]] = []
+
+    def session(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def to_device(self, host: Any) -> Any:
+        self.transfers.append(("up", str(host.dtype), host.shape))
+        return self._put(host)
+
+    def to_host(self, array: Any) -> Any:
+        host = self._take(array)
+        self.transfers.append(("down", str(host.dtype), host.shape))
+        return host
+
+    def zoom(self, values: Any, factors: Sequence[float], **options: Any) -> Any:
+        return self._put(NumpyBackend().zoom(self._take(values), factors, **options))
+
+    def gaussian_filter(self, values: Any, sigma: Sequence[float], **options: Any) -> Any:
+        return self._put(NumpyBackend().gaussian_filter(self._take(values), sigma, **options))
+
+    def resize(self, values: Any, shape: Sequence[int], **options: Any) -> Any:
+        return self._put(NumpyBackend().resize(self._take(values), shape, **options))
+
+    def _put(self, host: NDArray[Any]) -> Any:
+        return self._xp.asarray(host, device=self._far, copy=True)
+
+    def _take(self, array: Any) -> NDArray[Any]:
+        assert array.device == self._far, "left its device"
+        return np.array(array.to_device(self._xp.Device("CPU_DEVICE")))
+
+
+@pytest.fixture(params=["numpy", "foreign", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """NumPy, the stand-in for a GPU, and a real GPU where ``-m gpu`` asks for one."""
+    if request.param == "numpy":
+        return NumpyBackend()
+    if request.param == "foreign":
+        return ForeignBackend()
+    try:
+        return get_backend("gpu")
+    except BackendError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture
+def foreign() -> ForeignBackend:
+    return ForeignBackend()
+
+
+def axial(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> Geometry:
+    """Return an axial grid at an origin of no special value."""
+    affine = np.array(
+        [
+            [0, 0, spacing_mm[2], -100.0],
+            [0, spacing_mm[1], 0, -120.0],
+            [spacing_mm[0], 0, 0, -300.0],
+            [0, 0, 0, 1],
+        ]
+    )
+    return Geometry(shape, affine)
+
+
+def stored_volume(
+    stored: NDArray[Any], spacing_mm: tuple[float, float, float], *, slope: float = 1.0, intercept: float = -1024.0
+) -> StoredVolume:
+    """Return a volume of given stored values without going through files."""
+    count = len(stored)
+    return StoredVolume(
+        stored, np.full(count, slope), np.full(count, intercept), None, axial(stored.shape, spacing_mm), HuStatistics()
+    )
+
+
+@pytest.fixture
+def noise() -> Callable[..., NDArray[np.int16]]:
+    """Make stored values without any structure an interpolator could hide behind."""
+
+    def make(shape: tuple[int, int, int], seed: int = 0) -> NDArray[np.int16]:
+        return np.random.default_rng(seed).integers(0, 3000, shape).astype(np.int16)
+
+    return make
+
+
+@pytest.fixture
+def small_series(tmp_path: Path, noise: Callable[..., NDArray[np.int16]]) -> Path:
+    """Write 6 slices of 20 × 24 at 2.5 × 0.8 × 0.7 mm and return their folder."""
+    write_series(tmp_path / "dicom" / "ct", noise((6, 20, 24)), (2.5, 0.8, 0.7))
+    return tmp_path / "dicom"
