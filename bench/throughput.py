@@ -2,10 +2,10 @@
 
     python -m bench.throughput [--series 4] [--rounds 2] [--out bench/results/throughput-….json]
 
-A cohort of phantoms (108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm) is written first, and both commands are run on it in turn,
-start-up included, so that slow minutes of the machine hit both. Both write one float32 .tif per slice, which are compared:
-``gpuprep convert --recipe classic`` must equal the script. Memory is the highest sum, over a command's processes, of the
-memory they do not share plus their part of what they do (PSS).
+A cohort of phantoms (108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm) is written first, and both commands are run on it in
+turn, start-up included, so that slow minutes of the machine hit both. Both write one float32 .tif per slice. Last, the
+output of ``gpuprep convert --recipe classic`` is compared with the script's. Memory is the highest sum, over a command's
+processes, of the memory they do not share plus their part of what they do (PSS).
 """
 
 from __future__ import annotations
@@ -138,10 +138,8 @@ def main() -> None:
             for name, command in (("classic", classic), ("gpuprep", ours)):
                 shutil.rmtree(scratch / name, ignore_errors=True)
                 os.sync()
-                runs[name].append(measure(command))
-                print(
-                    f"{name:8} {runs[name][-1].seconds / args.series:7.3f} s/series  {runs[name][-1].peak_bytes / 1e6:7.0f} MB"
-                )
+                runs[name].append(now := measure(command))
+                print(f"{name:8} {now.seconds / args.series:7.3f} s/series  {now.peak_bytes / 1e6:7.0f} MB", flush=True)
         check = scratch / "check"
         measure([*convert, "--out", str(check), "--recipe", "classic"])
         difference = largest_difference(scratch / "classic" / "patient-0", check / "dicom" / "patient-0")

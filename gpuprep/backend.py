@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -109,12 +110,16 @@ def get_backend(name: BackendName = "auto") -> Backend:
         raise BackendError(f"there is no backend {name!r}: choose auto, cpu or gpu")
     if name == "cpu":
         return NumpyBackend()
+    return open_gpu() if name == "gpu" else _gpu_or_cpu()
+
+
+@cache
+def _gpu_or_cpu() -> Backend:
+    """Look for a GPU once per process, and say once that there is none."""
     try:
         return open_gpu()
     except BackendError as exc:
-        if name == "gpu":
-            raise
-        log.info("no GPU, computing on the CPU: %s", exc)
+        log.warning("no GPU, so the CPU computes: %s", exc)
         return NumpyBackend()
 
 

@@ -17,7 +17,7 @@ from gpuprep.errors import GpuprepError, OutputError, RequestError
 from gpuprep.executors import Executor, Here, Processes, Threads, WorkerDiedError
 from gpuprep.layout import layout
 from gpuprep.manifest import Manifest, SeriesResult, now
-from gpuprep.output import contents, open_output, retire
+from gpuprep.output import contents, open_output, retire, write_text
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
@@ -161,7 +161,7 @@ def convert(
         try:
             cohort = discover(paths, exclude=out, map_=lambda f, tasks: _map(executor, f, tasks))
             listener.scanned(cohort)
-            (out / "recipe.toml").write_text(recipe.to_toml(), "utf-8")
+            write_text(out / "recipe.toml", recipe.to_toml())
             manifest.account(cohort.passed_over, cohort.unreadable)
             outlooks = _outlooks(cohort, paths, recipe, out, manifest)
             todo = [o for o in outlooks if o.action == "convert"]
@@ -192,23 +192,29 @@ def _results(
             yield replace(former, status="skipped")
         elif outlook.action == "reject":
             rejected = replace(blank, status="rejected", reason=outlook.reason, finished=now())
-            _store(manifest, rejected, tasks[rejected.key].out)
-            yield rejected
+            yield _store(manifest, rejected, tasks[rejected.key].out)
     for task, outcome in executor.run(convert_series, todo):
         if isinstance(outcome, WorkerDiedError):
             result = replace(left_out(task.blank, outcome), finished=now())
         else:
             result = outcome
-        _store(manifest, result, task.out)
-        yield result
+        yield _store(manifest, result, task.out)
 
 
-def _store(manifest: Manifest, result: SeriesResult, out: Path) -> None:
-    """Store a result; an output of the series that it does not stand for any more is removed."""
+def _store(manifest: Manifest, result: SeriesResult, out: Path) -> SeriesResult:
+    """Store a result and return it as stored.
+
+    An output that has been replaced by one in another folder is removed. Where nothing replaces it, it stays and the
+    result says so: what failed today must not cost what was made yesterday.
+    """
     former = manifest.get(result.key)
+    if former is not None and former.folder and not result.folder:
+        note = f"the output of an earlier run is still in {former.folder}"
+        result = replace(result, folder=former.folder, warnings=(*result.warnings, note))
     manifest.put(result)
     if former is not None and former.folder and former.folder != result.folder:
         retire(out / former.folder)
+    return result
 
 
 def _outlooks(

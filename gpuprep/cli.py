@@ -220,6 +220,8 @@ def _convert(
     from gpuprep.batch import Listener
     from gpuprep.batch import convert as run_conversion
 
+    if quiet:
+        logging.getLogger("gpuprep").setLevel(logging.ERROR)
     started = time.perf_counter()
     chosen = get_backend(backend)
     monitor: Any = nullcontext(Listener())

@@ -12,6 +12,9 @@ from gpuprep.series import Series
 WORKSHOP = ".gpuprep"
 """Folder inside OUT for what is not finished; no series is ever put there."""
 
+LONGEST_NAME = 255
+"""Bytes that a file system allows for one name."""
+
 RESERVED = ("recipe.toml", "manifest.")
 """Names at the top of OUT that are gpuprep's own."""
 
@@ -66,8 +69,13 @@ def _base(folder: str, top: str) -> str:
 
 
 def _harmless(name: str) -> str:
-    """Return a file name with whatever does not print, or is no UTF-8, as %XX of its bytes."""
-    return "".join(c if c.isprintable() else "".join(f"%{b:02X}" for b in os.fsencode(c)) for c in name)
+    """Return a file name with whatever does not print, or is no UTF-8, as %XX of its bytes; not too long for that."""
+    harmless = "".join(c if c.isprintable() else "".join(f"%{b:02X}" for b in os.fsencode(c)) for c in name)
+    encoded = harmless.encode()
+    if len(encoded) <= LONGEST_NAME:
+        return harmless
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    return encoded[: LONGEST_NAME - len(digest) - 1].decode(errors="ignore") + "~" + digest
 
 
 def _parents(path: str) -> Iterable[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sqlite3
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpuprep.errors import OutputError
+from gpuprep.output import write_text
 
 Status = Literal["ok", "skipped", "rejected", "failed"]
 """ok: converted. skipped: complete and unchanged since an earlier run. rejected: what is on disk cannot be converted
@@ -131,12 +133,11 @@ class Manifest:
 
     def write_csv(self) -> None:
         """Write ``manifest.csv`` beside the manifest, complete or not at all."""
-        part = self._csv.with_suffix(".csv.part")
-        with part.open("w", newline="", encoding="utf-8") as f:
-            writer = csv.writer(f)
-            writer.writerow(_COLUMNS)
-            writer.writerows(self._db.execute("SELECT * FROM series ORDER BY source, series_number, key"))
-        part.replace(self._csv)
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(_COLUMNS)
+        writer.writerows(self._db.execute("SELECT * FROM series ORDER BY source, series_number, key"))
+        write_text(self._csv, text.getvalue())
 
     def close(self) -> None:
         """Let go of the file."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def open_output(out: Path) -> Iterator[None]:
     Raises
     ------
     RequestError
-        If OUT cannot be made or written to, or another run is writing into it.
+        If OUT cannot be made, or another run is writing into it.
+    OutputError
+        If writing the run's own files fails later: a full disk, say.
     """
     workshop = out / WORKSHOP
     try:
@@ -43,12 +46,27 @@ def open_output(out: Path) -> Iterator[None]:
     except OSError as exc:
         raise RequestError(f"cannot write into {out}: {exc.strerror}; choose another --out") from exc
     try:
-        for stale in workshop.iterdir():
-            if stale.is_dir():
-                shutil.rmtree(stale, ignore_errors=True)
+        _sweep(workshop)
         yield
+    except (OSError, sqlite3.Error) as exc:
+        raise OutputError(f"cannot write into {out}: {exc}") from exc
     finally:
+        with suppress(OSError):
+            _sweep(workshop)
         lock.release()
+
+
+def _sweep(workshop: Path) -> None:
+    for stale in workshop.iterdir():
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small text file at the top of OUT, complete or not at all."""
+    part = file.parent / WORKSHOP / f"{file.name}.part"
+    part.write_text(text, "utf-8")
+    part.replace(file)
 
 
 class PendingFolder:

@@ -95,9 +95,6 @@ def _read_plain(header: SliceHeader, out: NDArray[Any]) -> None:
     """Fill `out` with the little-endian integers that lie in the file at the offset the scan found."""
     dtype = _dtype(header)
     need = out.size * dtype.itemsize
-    have = header.pixel_bytes or 0
-    if have < need:
-        raise DecodeError(f"{header.name} declares {have} bytes of pixels, {need} are needed: the file is damaged")
     direct = dtype == out.dtype and out.flags.c_contiguous
     values = out if direct else np.empty(out.shape, dtype=dtype)
     try:
@@ -110,7 +107,7 @@ def _read_plain(header: SliceHeader, out: NDArray[Any]) -> None:
     except OSError as exc:
         raise DecodeError(f"{header.name} cannot be read: {exc.strerror}") from exc
     if done < need:
-        raise DecodeError(f"{header.name} ends after {done} of {need} bytes of pixels: the file is truncated")
+        raise DecodeError(f"{header.name} ends after {done} of {need} bytes of pixels: it changed since the scan")
     _drop_unused_bits(header, values, header.high_bit)
     if not direct:
         out[...] = values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,8 @@ class Series:
     @property
     def key(self) -> str:
         """Identity in the manifest: the UID, and the part where one UID stands for several stacks."""
+        if not self.series_uid:
+            return f"no-uid-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
         return f"{self.series_uid}#{self.part}" if self.part else self.series_uid
 
     @property

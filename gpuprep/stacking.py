@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.errors import GeometryError, InputError, IntensityError, MissingTagError
+from gpuprep.errors import DecodeError, GeometryError, InputError, IntensityError, MissingTagError
 from gpuprep.geometry import Geometry
 from gpuprep.series import Series, SliceHeader
 
@@ -45,6 +45,8 @@ def stack(series: Series) -> Stack:
         If an attribute is absent or unreadable without which the place or the HU of a slice are unknown.
     IntensityError
         If the stored values cannot be called HU.
+    DecodeError
+        If a file is too short for the pixels it announces.
     GeometryError
         If the slices do not form a regular grid: gaps, doubles, a tilted gantry, a single slice.
 
@@ -54,6 +56,7 @@ def stack(series: Series) -> Stack:
     """
     _check_tags(series)
     _check_intensity(series)
+    _check_lengths(series)
     assert series.orientation is not None and series.pixel_spacing_mm is not None  # noqa: PT018, S101 - checked
     row, column = np.array(series.orientation[:3]), np.array(series.orientation[3:])
     lengths = np.linalg.norm(row), np.linalg.norm(column)
@@ -149,6 +152,21 @@ def _check_intensity(series: Series) -> None:
     ):
         if slices:
             raise IntensityError(f"{name} in {_files(slices)}: the values cannot be called HU")
+
+
+def _check_lengths(series: Series) -> None:
+    """Raise if plain pixels do not fill the matrix, or the file ends before they do."""
+    for s in series.slices:
+        if s.pixel_offset is None:
+            continue
+        need = series.rows * series.columns * (s.bits_allocated or 0) // 8
+        if (s.pixel_bytes or 0) < need:
+            raise DecodeError(
+                f"{s.name} announces {s.pixel_bytes} bytes of pixels where {need} are needed: it is damaged"
+            )
+        if s.pixel_offset + need > s.file_bytes:
+            have = max(0, s.file_bytes - s.pixel_offset)
+            raise DecodeError(f"{s.name} ends after {have} of {need} bytes of pixels: it is truncated")
 
 
 def _files(slices: tuple[SliceHeader, ...] | list[SliceHeader]) -> str:

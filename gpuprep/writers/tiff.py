@@ -1,7 +1,7 @@
 """TIFF: one file per slice, or one stack that ImageJ opens as a volume.
 
-Horizontal differencing is used with compression for integers. Float32 gets its floating-point twin with zstd only:
-ImageJ reads zlib without it and zstd not at all.
+zstd is preceded by horizontal differencing (for float32 by its floating-point twin), which makes it faster and smaller;
+zlib is not, because ImageJ reads zlib only without.
 
 References
 ----------
@@ -114,11 +114,12 @@ def _compression(plan: Plan) -> dict[str, Any]:
     if recipe.compression == "none":
         return {}
     level = ZSTD_LEVEL if recipe.compression == "zstd" else ZLIB_LEVEL
-    predictor = recipe.dtype != "float32" or recipe.compression == "zstd"
+    predictor = recipe.compression == "zstd"
     return {"compression": recipe.compression, "compressionargs": {"level": level}, "predictor": predictor}
 
 
 def _display_range(plan: Plan) -> tuple[float, float]:
     """Black and white in output units: the window, or for unwindowed HU what is usual for CT."""
     low, high = plan.recipe.window_hu or (-1000.0, 400.0)
-    return (low + plan.shift_hu) * plan.scale, (high + plan.shift_hu) * plan.scale
+    offset = 32768 if plan.recipe.dtype == "int16" else 0  # ImageJ holds signed integers as unsigned ones
+    return (low + plan.shift_hu) * plan.scale + offset, (high + plan.shift_hu) * plan.scale + offset

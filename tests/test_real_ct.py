@@ -1,0 +1,111 @@
+"""Real CT, where it is present: against the catalogue's facts, and against the copied notebook as a script."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+
+import gpuprep
+from bench import classic
+from gpuprep.backend import NumpyBackend
+from gpuprep.plan import make_plan
+from gpuprep.processing import Engine, device_chunks
+from gpuprep.recipe import Recipe
+from gpuprep.series import Series
+
+CHESTS = ("lidc-0001-jls", "lungdx-a0002", "4dlung-113-crop")
+ENGINES: tuple[Engine, ...] = ("operators", "ndimage")
+
+
+def catalogue(data: Path) -> dict[str, dict[str, Any]]:
+    """Return the facts of the chest series by UID, as pydicom alone measured them."""
+    index = json.loads((data / "INDEX.json").read_text())
+    datasets = [d for d in index["datasets"] if d["name"] in CHESTS]
+    return {s["series_uid"]: s for d in datasets for s in d["series"] if s["modality"] == "CT"}
+
+
+@pytest.fixture(scope="module")
+def converted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Convert three real collections by the command line, to uint8 to spare the disk."""
+    out = tmp_path_factory.mktemp("real") / "out"
+    command = [sys.executable, "-m", "gpuprep", "convert", *(str(data / name) for name in CHESTS)]
+    run = subprocess.run(
+        [*command, "--out", str(out), "--backend", "cpu", "--dtype", "uint8", "--json"],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["counts"] == {"ok": 4}
+    assert report["passed_over"] == {"RT Structure Set Storage": 1, "not DICOM": 20}
+    assert report["unreadable"] == []
+    return out
+
+
+def test_four_series_come_out_with_the_expected_shapes(data: Path, converted: Path) -> None:
+    facts = catalogue(data)
+    sidecars = [json.loads(f.read_text()) for f in converted.rglob("volume.json")]
+    assert {s["series_uid"] for s in sidecars} == set(facts)
+    for sidecar in sidecars:
+        fact = facts[sidecar["series_uid"]]
+        slices = round(fact["n"] * fact["normal_gaps"][0][0])
+        assert sidecar["shape"] == [slices, 512, 512]
+        assert sidecar["spacing_mm"][0] == pytest.approx(fact["n"] * fact["normal_gaps"][0][0] / slices)
+
+
+def test_hu_of_every_series_equal_the_catalogue(data: Path, converted: Path) -> None:
+    rows = sqlite3.connect(converted / "manifest.sqlite").execute(
+        "SELECT series_uid, hu_min, hu_max, hu_mean FROM series WHERE status = 'ok'"
+    )
+    facts = catalogue(data)
+    for uid, low, high, mean in rows.fetchall():
+        fact = facts.pop(uid)["pydicom_hu"]
+        assert (low, high) == (fact["min"], fact["max"])
+        assert mean == pytest.approx(fact["mean"], abs=1e-4)
+    assert not facts
+
+
+def test_every_slice_file_is_there_and_readable(converted: Path) -> None:
+    for sidecar in converted.rglob("volume.json"):
+        count, rows, columns = json.loads(sidecar.read_text())["shape"]
+        names = sorted(f.name for f in sidecar.parent.glob("*.tif"))
+        assert names == [f"{k:04d}.tif" for k in range(count)]
+        assert tifffile.imread(sidecar.parent / names[-1]).shape == (rows, columns)
+
+
+def some_series(data: Path, name: str) -> Series:
+    return gpuprep.discover(data / name)[0]
+
+
+@pytest.mark.parametrize("name", ["lungdx-a0002", "4dlung-113-crop"])
+def test_classic_recipe_equals_the_copied_notebook(data: Path, name: str, tmp_path: Path) -> None:
+    series = some_series(data, name)
+    classic.convert(series.folder, str(tmp_path / "classic"))
+    run = gpuprep.convert(series.folder, tmp_path / "out", Recipe.preset("classic"), backend="cpu")
+    ours = tmp_path / "out" / run.results[0].folder
+    names = sorted(f.name for f in (tmp_path / "classic").iterdir())
+    assert names == sorted(f.name for f in ours.glob("*.tif"))
+    worst = max(
+        float(np.abs(tifffile.imread(ours / n) - tifffile.imread(tmp_path / "classic" / n)).max()) for n in names
+    )
+    assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("preset", ["default", "classic"])
+@pytest.mark.parametrize("name", ["lungdx-a0002", "4dlung-113-crop"])
+def test_engines_agree_before_windowing(data: Path, name: str, preset: str) -> None:
+    recipe = Recipe.from_dict({"base": preset, "window_hu": "none", "size": "none"})
+    volume = gpuprep.read(some_series(data, name))
+    plan = make_plan(volume.geometry, recipe)
+    first, second = (
+        np.concatenate([chunk.copy() for chunk in device_chunks(volume, plan, NumpyBackend(), engine)])
+        for engine in ENGINES
+    )
+    assert np.abs(first - second).max() <= 0.01
