@@ -11,15 +11,17 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 
-from gpuprep.errors import BackendError
+from gpuprep.errors import BackendError, RequestError
 
 log = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "cpu", "gpu"]
+Engine = Literal["operators", "ndimage"]
+"""How the arithmetic is done on either: banded matrices, or the libraries' own calls."""
 
 
 class Backend(Protocol):
@@ -87,10 +89,17 @@ class NumpyBackend:
     def resize(self, values: Any, shape: Sequence[int], *, mode: str, anti_aliasing: bool) -> Any:
         from skimage.transform import resize
 
-        resized = resize(  # type: ignore[no-untyped-call]
+        resized = resize(
             values, shape, order=1, mode=mode, clip=False, preserve_range=True, anti_aliasing=anti_aliasing
         )
         return np.asarray(resized, dtype=values.dtype)
+
+
+def checked_engine(name: str) -> Engine:
+    """Return the name of an engine, or raise a RequestError."""
+    if name not in get_args(Engine):
+        raise RequestError(f"there is no engine {name!r}: choose one of {', '.join(get_args(Engine))}")
+    return cast(Engine, name)
 
 
 def get_backend(name: BackendName = "auto") -> Backend:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from gpuprep.backend import Backend, BackendName, get_backend
+from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.conversion import Task, convert_series, left_out
 from gpuprep.discovery import Cohort, discover
 from gpuprep.errors import GpuprepError, OutputError, RequestError
@@ -22,9 +22,6 @@ from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
 from gpuprep.stacking import stack
-
-if TYPE_CHECKING:
-    from gpuprep.processing import Engine
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -155,6 +152,7 @@ def convert(
     out = Path(os.path.abspath(out))
     if any(out.resolve() == Path(p).resolve() for p in paths):
         raise RequestError(f"{out} is both input and output: choose another --out")
+    checked_engine(engine)
     chosen = get_backend(backend)
     executor = _executor(chosen, jobs)
     with open_output(out), closing(Manifest(out / "manifest.sqlite")) as manifest:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuprep import __version__
-from gpuprep.backend import Backend
+from gpuprep.backend import Backend, Engine
 from gpuprep.errors import GpuprepError, InputError, OutputError, PlanError
 from gpuprep.manifest import SeriesResult, now
 from gpuprep.output import PendingFolder
@@ -21,7 +21,6 @@ from gpuprep.recipe import Recipe
 from gpuprep.series import Series, printable
 
 if TYPE_CHECKING:
-    from gpuprep.processing import Engine
     from gpuprep.reading import SeriesReader
 
 log = logging.getLogger(__name__)

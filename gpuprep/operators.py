@@ -58,7 +58,9 @@ class Operator:
 
 
 @lru_cache(maxsize=512)
-def build(n_in: int, n_out: int, *, order: int, mode: str, grid_mode: bool, sigma: float, block_rows: int) -> Operator:
+def build(
+    n_in: int, n_out: int, *, order: int, mode: str, grid_mode: bool, sigma: float, blur_mode: str, block_rows: int
+) -> Operator:
     """Return the operator that resamples `n_in` samples to `n_out`.
 
     Parameters
@@ -69,12 +71,14 @@ def build(n_in: int, n_out: int, *, order: int, mode: str, grid_mode: bool, sigm
         As for `scipy.ndimage.zoom`.
     sigma : float
         Standard deviation, in input samples, of a Gaussian applied first; 0 for none.
+    blur_mode : str
+        Boundary rule of that Gaussian.
     block_rows : int
         Output rows per block.
     """
     matrix = np.eye(n_in)
     if sigma > 0:
-        matrix = ndimage.gaussian_filter1d(matrix, sigma, axis=0, mode=mode)
+        matrix = ndimage.gaussian_filter1d(matrix, sigma, axis=0, mode=blur_mode)
     matrix = ndimage.zoom(matrix, (n_out / n_in, 1), order=order, mode=mode, grid_mode=grid_mode)
     matrix[np.abs(matrix) < NEGLIGIBLE] = 0
     return _banded(matrix, block_rows)

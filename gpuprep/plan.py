@@ -29,6 +29,11 @@ class Step:
     """Gaussian before it, in source voxels along (k, j, i); 0 for none."""
 
     @property
+    def blur_mode(self) -> str:
+        """Boundary rule of the Gaussian: zeros beyond the border would darken it."""
+        return "nearest" if self.mode == "constant" else self.mode
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return self.source == self.target

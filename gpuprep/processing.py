@@ -8,22 +8,19 @@ Two engines give the same volume. ``operators`` multiplies with one banded matri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from gpuprep import operators
-from gpuprep.backend import Backend, BackendName, get_backend
-from gpuprep.errors import RequestError
+from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.geometry import Geometry
 from gpuprep.intensity import padding_to_air, quantise, stored_to_hu, window, zero_minus_2000
 from gpuprep.plan import Plan, Step, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.volume import StoredVolume, Volume
-
-Engine = Literal["operators", "ndimage"]
 
 
 def process(
@@ -112,9 +109,7 @@ def device_chunks(source: Source, plan: Plan, backend: Backend, engine: Engine) 
 
     A chunk is valid until the next one is asked for.
     """
-    if engine not in get_args(Engine):
-        raise RequestError(f"there is no engine {engine!r}: choose one of {', '.join(get_args(Engine))}")
-    return _ENGINES[engine](source, plan, backend)
+    return _ENGINES[checked_engine(engine)](source, plan, backend)
 
 
 def _operator_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[Any]:
@@ -148,7 +143,7 @@ def _ndimage_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[An
     hu = _Hu(source, plan, backend)(0, source.geometry.shape[0])
     step = plan.resample
     if any(step.sigma):
-        hu = backend.gaussian_filter(hu, step.sigma, mode="nearest")
+        hu = backend.gaussian_filter(hu, step.sigma, mode=step.blur_mode)
     if not step.idle:
         factors = [m / n for n, m in zip(step.source, step.target, strict=True)]
         hu = backend.zoom(hu, factors, order=step.order, mode=step.mode, grid_mode=step.grid_mode)
@@ -245,6 +240,7 @@ def _operators(step: Step, backend: Backend) -> list[operators.Operator | None]:
             mode=step.mode,
             grid_mode=step.grid_mode,
             sigma=sigma,
+            blur_mode=step.blur_mode,
             block_rows=operators.BLOCK_ROWS if axis else backend.chunk_slices,
         )
         found.append(operator.on(backend.to_device))

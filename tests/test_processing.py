@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.transform import resize as skimage_resize
 
-from gpuprep.backend import Backend, NumpyBackend
+from gpuprep.backend import Backend, Engine, NumpyBackend
 from gpuprep.errors import PlanError, RequestError
 from gpuprep.intensity import HuStatistics
 from gpuprep.plan import make_plan
-from gpuprep.processing import Engine, host_chunks, process
+from gpuprep.processing import host_chunks, process
 from gpuprep.recipe import Recipe
 from gpuprep.volume import StoredVolume
 
@@ -262,6 +262,23 @@ def test_integers_go_up_once_and_each_chunk_comes_down_once(
     down = [t for t in foreign.transfers if t[0] == "down"]
     assert sum(t[2][0] for t in down) == 27
     assert all(t[1] == "float32" and t[2][1:] == (16, 16) for t in down)
+
+
+@pytest.mark.parametrize("align", ["edge", "corner"])
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (7.0, 1.6, 0.4), (0.9, 3.0, 3.0)])
+def test_engines_agree_with_anti_aliasing_everywhere(
+    noise: Any, foreign: ForeignBackend, align: Any, order: int, spacing: tuple[float, float, float]
+) -> None:
+    # Shrinking and growing along every axis; more slices than the sliding window of the operators holds.
+    volume = stored_volume(noise((90, 21, 24)), (2.5, 0.8, 0.7))
+    recipe = Recipe(
+        spacing_mm=spacing, align=align, order=order, anti_alias="both", window_hu=None, size=(9, 40), padding="keep"
+    )
+    foreign.chunk_slices, foreign.slab_slices = 5, 3
+    expected = run(volume, recipe, NumpyBackend(), "ndimage")
+    for backend in (NumpyBackend(), foreign):
+        assert np.abs(run(volume, recipe, backend, "operators") - expected).max() < 0.01
 
 
 def test_a_chunked_run_equals_a_whole_one(noise: Any) -> None:

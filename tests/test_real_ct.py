@@ -15,9 +15,9 @@ import tifffile
 
 import gpuprep
 from bench import classic
-from gpuprep.backend import NumpyBackend
+from gpuprep.backend import Engine, NumpyBackend
 from gpuprep.plan import make_plan
-from gpuprep.processing import Engine, device_chunks
+from gpuprep.processing import device_chunks
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
 
