@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
-from gpuprep.conversion import Task, convert_series, left_out
+from gpuprep.conversion import Task, convert_series, left_out, quiet_libraries
 from gpuprep.discovery import Cohort, discover
 from gpuprep.errors import GpuprepError, OutputError, RequestError
 from gpuprep.executors import Executor, Here, Processes, Threads, WorkerDiedError
@@ -94,6 +94,8 @@ def scan(
     """
     recipe = recipe or Recipe()
     paths = _listed(paths)
+    if out is not None:
+        _check_apart(paths, Path(out))
     cohort = discover(paths, exclude=out)
     if out is not None and (Path(out) / "manifest.sqlite").exists():
         with closing(Manifest(Path(out) / "manifest.sqlite")) as manifest:
@@ -150,8 +152,9 @@ def convert(
     listener = listener or Listener()
     paths = _listed(paths)
     out = Path(os.path.abspath(out))
-    if any(out.resolve() == Path(p).resolve() for p in paths):
-        raise RequestError(f"{out} is both input and output: choose another --out")
+    _check_apart(paths, out)
+    if limit is not None and limit < 1:
+        raise RequestError(f"limit = {limit}: give at least 1")
     checked_engine(engine)
     chosen = get_backend(backend)
     executor = _executor(chosen, jobs)
@@ -257,7 +260,7 @@ def _executor(backend: Backend, jobs: int | None) -> Executor:
         raise RequestError(f"jobs = {jobs}: give at least 1")
     if backend.name == "gpu":
         return Threads(jobs or GPU_JOBS)
-    return Here() if jobs is None else Processes(jobs)
+    return Here() if jobs is None else Processes(jobs, quiet_libraries)
 
 
 def _map(executor: Executor, function, tasks):  # type: ignore[no-untyped-def]
@@ -266,6 +269,13 @@ def _map(executor: Executor, function, tasks):  # type: ignore[no-untyped-def]
         if isinstance(outcome, WorkerDiedError):
             raise OutputError(f"reading headers failed at {task[0]} …: {outcome}")
         yield outcome
+
+
+def _check_apart(paths: list[str], out: Path) -> None:
+    """Raise if volumes would be written among the input: OUT may lie inside an input, but no input inside OUT."""
+    for path in paths:
+        if Path(path).resolve().is_relative_to(out.resolve()):
+            raise RequestError(f"the input {path} lies in the output folder {out}: choose another --out")
 
 
 def _listed(paths: Paths) -> list[str]:

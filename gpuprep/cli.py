@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ import typer
 
 from gpuprep import __version__
 from gpuprep.errors import GpuprepError, RecipeError
+from gpuprep.interruption import held_back
+from gpuprep.text import printable
 
 if TYPE_CHECKING:
     from gpuprep.batch import Outlook
@@ -170,10 +173,11 @@ def demo(
 ) -> None:
     """Write a small synthetic cohort as DICOM, convert it, and say where to look."""
     with _errors_to_exit_codes():
-        from gpuprep.backend import get_backend
-        from gpuprep.console import Monitor, say, show_recipe, show_run
-        from gpuprep.demo import run_demo
-        from gpuprep.recipe import Recipe
+        with held_back():
+            from gpuprep.backend import get_backend
+            from gpuprep.console import Monitor, say, show_recipe, show_run
+            from gpuprep.demo import run_demo
+            from gpuprep.recipe import Recipe
 
         started = time.perf_counter()
         chosen = get_backend(backend)
@@ -181,34 +185,37 @@ def demo(
         with Monitor() as monitor:
             shown = run_demo(out, backend=chosen.name, jobs=_jobs(jobs, chosen.name), listener=monitor)  # type: ignore[arg-type]
         show_run(shown.run, str(shown.volumes), time.perf_counter() - started)
+        if shown.run.counts not in ({"ok": 3, "rejected": 1}, {"skipped": 3, "rejected": 1}):
+            raise GpuprepError(f"the demo should convert 3 series and reject 1, but gave {shown.run.counts}")
         first = next(r for r in shown.run.results if r.folder)
         say(f"DICOM in    {shown.dicom}  (patient-3 lost a slice on purpose, so it is rejected)")
         say(f"look at     {shown.volumes / first.folder / '0100.tif'}")
         say(f"            {shown.volumes / first.folder / 'volume.json'}")
         say(f"            {shown.volumes / 'manifest.csv'}")
-        if shown.run.counts not in ({"ok": 3, "rejected": 1}, {"skipped": 3, "rejected": 1}):
-            raise GpuprepError(f"the demo should convert 3 series and reject 1, but gave {shown.run.counts}")
 
 
 @app.command()
 def doctor(json_: Json = False) -> None:
     """Show backends, devices, decoders and versions; why something is missing and what to install."""
     with _errors_to_exit_codes():
-        from gpuprep.doctor import examine
+        with held_back():
+            from gpuprep.console import show_findings
+            from gpuprep.doctor import examine
 
         findings = examine()
         if json_:
             _print_json([asdict(f) for f in findings])
         else:
-            from gpuprep.console import show_findings
-
             show_findings(findings)
 
 
 def main() -> None:
     """Run the command line; the console script."""
     logging.basicConfig(level=logging.WARNING, format="gpuprep: %(message)s")
-    logging.getLogger("pydicom").setLevel(logging.ERROR)  # it grumbles about every odd value of every slice
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # as in the workers
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every terminal can show every file name
     app()
 
 
@@ -216,18 +223,18 @@ def _convert(
     paths: list[Path], out: Path, recipe: Recipe, backend: Any, engine: Any, jobs: int | None, limit: int | None,
     quiet: bool, json_: bool,
 ) -> None:  # fmt: skip
-    from gpuprep.backend import get_backend
-    from gpuprep.batch import Listener
-    from gpuprep.batch import convert as run_conversion
+    with held_back():
+        from gpuprep.backend import get_backend
+        from gpuprep.batch import Listener
+        from gpuprep.batch import convert as run_conversion
+        from gpuprep.console import Monitor, show_recipe, show_run
 
-    if quiet:
+    if quiet or json_:
         logging.getLogger("gpuprep").setLevel(logging.ERROR)
     started = time.perf_counter()
     chosen = get_backend(backend)
     monitor: Any = nullcontext(Listener())
     if not (quiet or json_):
-        from gpuprep.console import Monitor, show_recipe, show_run
-
         show_recipe(recipe, chosen.device, engine)
         monitor = Monitor()
     with monitor as listener:
@@ -254,7 +261,9 @@ def _convert(
 
 
 def _show_scan(paths: list[Path], recipe: Recipe, out: Path | None, json_: bool) -> None:
-    from gpuprep.batch import scan as run_scan
+    with held_back():
+        from gpuprep.batch import scan as run_scan
+        from gpuprep.console import show_scan
 
     cohort, outlooks = run_scan(list(paths), recipe, out=out)
     if json_:
@@ -266,8 +275,6 @@ def _show_scan(paths: list[Path], recipe: Recipe, out: Path | None, json_: bool)
             }
         )
     else:
-        from gpuprep.console import show_scan
-
         show_scan(cohort, outlooks)
     if not cohort:
         _complain(f"no CT series under {', '.join(map(str, paths))}")
@@ -294,7 +301,8 @@ def _outlook(o: Outlook) -> dict[str, Any]:
 
 def _recipe(name: str, **flags: Any) -> Recipe:
     """Return the named recipe with the flags that were given."""
-    from gpuprep.recipe import PRESETS, Recipe
+    with held_back():
+        from gpuprep.recipe import PRESETS, Recipe
 
     base = (
         Recipe.load(name)
@@ -325,7 +333,7 @@ def _jobs(jobs: int | None, backend: str) -> int | None:
 
 @contextmanager
 def _errors_to_exit_codes() -> Iterator[None]:
-    """Turn errors into one clear line and an exit code, and SIGTERM into what Ctrl-C does."""
+    """Turn errors into one clear line and an exit code; SIGTERM does what Ctrl-C does."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -345,9 +353,8 @@ def _errors_to_exit_codes() -> Iterator[None]:
 
 
 def _complain(text: str) -> None:
-    from gpuprep.console import complain
-
-    complain(text)
+    """Print one line of error; by itself, so that it works in the middle of an import."""
+    print(f"gpuprep: {printable(text)}", file=sys.stderr)  # noqa: T201
 
 
 def _print_json(value: Any) -> None:

@@ -20,7 +20,7 @@ from gpuprep.batch import Listener, Outlook, Run
 from gpuprep.discovery import Cohort
 from gpuprep.manifest import SeriesResult
 from gpuprep.recipe import Recipe
-from gpuprep.series import printable
+from gpuprep.text import printable
 
 if TYPE_CHECKING:
     from gpuprep.doctor import Finding
@@ -30,8 +30,13 @@ PIPE_WIDTH = 160
 """Columns where the output is no terminal."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # the command line knows what to do
+
+
 def _console(stderr: bool) -> Console:
-    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    console = _Console(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     return console
@@ -167,11 +172,6 @@ def show_findings(findings: Iterable[Finding]) -> None:
 def say(text: str) -> None:
     """Print a line of result."""
     _console(stderr=False).print(printable(text), soft_wrap=True)
-
-
-def complain(text: str) -> None:
-    """Print a line of error."""
-    _console(stderr=True).print(f"gpuprep: {printable(text)}", style="bold red", soft_wrap=True)
 
 
 def _beside(passed_over: object) -> str:

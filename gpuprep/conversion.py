@@ -18,7 +18,8 @@ from gpuprep.manifest import SeriesResult, now
 from gpuprep.output import PendingFolder
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
-from gpuprep.series import Series, printable
+from gpuprep.series import Series
+from gpuprep.text import printable
 
 if TYPE_CHECKING:
     from gpuprep.reading import SeriesReader
@@ -27,6 +28,11 @@ log = logging.getLogger(__name__)
 
 RECORDED_PACKAGES = ("numpy", "scipy", "scikit-image", "pydicom", "tifffile", "imagecodecs")
 RECORDED_GPU_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cucim-cu12", "cucim-cu13")
+
+
+def quiet_libraries() -> None:
+    """Keep pydicom from logging what ends up in a reason or does not matter; for processes that are ours alone."""
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

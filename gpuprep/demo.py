@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def run_demo(
     dicom, volumes = out / "dicom", out / "volumes"
     try:
         if not dicom.exists():
-            write_cohort(dicom)
+            part = out / "dicom.part"
+            shutil.rmtree(part, ignore_errors=True)
+            write_cohort(part)
+            part.rename(dicom)
     except OSError as exc:
         raise RequestError(f"cannot write into {out}: {exc.strerror}; choose another folder") from exc
     run = convert(dicom, volumes, Recipe(), backend=backend, jobs=jobs, listener=listener)

@@ -11,7 +11,8 @@ from typing import overload
 
 from gpuprep.errors import RequestError
 from gpuprep.headers import Found, Headers, read_headers
-from gpuprep.series import Series, printable
+from gpuprep.series import Series
+from gpuprep.text import printable
 
 FILES_PER_TASK = 64
 
@@ -107,7 +108,11 @@ def _files(paths: list[Path], exclude: Path | None, unlisted: list[tuple[str, st
 def _group(found: list[Found]) -> Iterator[Series]:
     """Yield series: one per UID, several where matrices, spacings or orientations differ within one."""
     by_uid: dict[str, list[Found]] = defaultdict(list)
-    for f in found:
+    seen: set[tuple[int, int]] = set()
+    for f in sorted(found, key=lambda f: f.header.path):  # whatever the order in which headers came
+        if f.identity in seen:
+            continue
+        seen.add(f.identity)
         # Without a UID nothing says which files belong together; a folder at least keeps strangers apart.
         by_uid[f.series_uid or f"\0{os.path.dirname(f.header.path)}"].append(f)
     series = []

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
-import signal
+import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from gpuprep.errors import GpuprepError
+from gpuprep.interruption import held_back
 
 PRELOADED = ("gpuprep.headers", "pydicom", "gpuprep.processing", "gpuprep.reading", "gpuprep.writers")
 
@@ -76,14 +78,18 @@ class Threads:
 
 
 class Processes:
-    """Worker processes with one compute thread each; one that dies costs its task, and is replaced."""
+    """Worker processes with one compute thread each; one that dies costs its task, and is replaced.
 
-    def __init__(self, jobs: int) -> None:
+    `prepare` is called in each of them before its first task.
+    """
+
+    def __init__(self, jobs: int, prepare: Callable[[], None] | None = None) -> None:
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
             self._context.set_forkserver_preload(list(PRELOADED))  # imported once, their pages shared
         self._jobs = jobs
+        self._prepare = prepare
         self._workers: dict[Any, BaseProcess] = {}
         self._idle: list[Any] = []
 
@@ -125,12 +131,13 @@ class Processes:
             else:
                 return connection
         connection, theirs = self._context.Pipe()
-        worker = self._context.Process(target=_work, args=(theirs,), daemon=True)
-        with _hidden_main():
+        worker = self._context.Process(target=_work, args=(theirs, self._prepare), daemon=True)
+        with _hidden_main(), held_back():
             worker.start()
         theirs.close()  # so that the worker's end closes with the worker
         self._workers[connection] = worker
-        connection.send((function, task))
+        with contextlib.suppress(OSError):  # it died at once: reading the answer will tell
+            connection.send((function, task))
         return connection
 
     def _bury(self, connection: Any) -> str:
@@ -139,10 +146,10 @@ class Processes:
         connection.close()
         worker.join()
         code = worker.exitcode or 0
-        if code == -signal.SIGKILL:
+        if code == -9:
             return "the worker was killed, most often for lack of memory: use fewer --jobs"
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"the worker died ({name}), most often in a decoder"
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return f"the worker died ({how}), most often in a decoder"
 
 
 _END: Any = object()
@@ -159,11 +166,21 @@ def _hidden_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _work(connection: Any) -> None:
+def _end_with_parent() -> None:
+    """Leave when the parent is gone, in the middle of a task if need be; a thread of the worker."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(connection: Any, prepare: Callable[[], None] | None) -> None:
     """Answer tasks until the other end closes; runs in the worker."""
+    if prepare is not None:
+        prepare()
     from threadpoolctl import threadpool_limits
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # a collection would touch, and so copy, every page shared with the other workers
     threadpool_limits(1)  # one process per core beats several BLAS threads in each
     with contextlib.suppress(EOFError, OSError):

@@ -41,8 +41,8 @@ class Geometry:
 
     def __post_init__(self) -> None:
         affine = np.array(self.affine, dtype=np.float64)
-        if min(self.shape) < 1:
-            raise GeometryError(f"a grid needs at least one voxel along each axis, not {self.shape}")
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise GeometryError(f"a grid needs three axes with at least one voxel along each, not {self.shape}")
         if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
             raise GeometryError(f"an affine must be a finite, invertible 4 × 4 matrix, not {affine.tolist()}")
         affine.setflags(write=False)
@@ -100,9 +100,9 @@ class Geometry:
 
     def is_close(self, other: Geometry, atol_mm: float = 1e-4) -> bool:
         """Tell whether two grids have equal shapes and corners that agree within `atol_mm`."""
-        corners = [np.zeros(3), np.array(self.shape) - 1]
-        return self.shape == other.shape and all(
-            np.allclose(self.points_mm(c), other.points_mm(c), rtol=0, atol=atol_mm) for c in corners
+        corners = np.array(np.meshgrid(*([0, n - 1] for n in self.shape))).reshape(3, -1).T
+        return self.shape == other.shape and np.allclose(
+            self.points_mm(corners), other.points_mm(corners), rtol=0, atol=atol_mm
         )
 
     def _mapped(self, shape: Shape3, axes: list[tuple[float, float]]) -> Geometry:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import re
 import stat
 import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gpuprep.series import SliceHeader, printable
+from gpuprep.series import SliceHeader
+from gpuprep.text import printable
 
 if TYPE_CHECKING:
     import pydicom
@@ -51,10 +54,8 @@ TAGS = {
 }
 """Everything that is read of a header. No name, no date, no free text ever enters the program."""
 
-IMPLICIT_VR, EXPLICIT_VR = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
-"""Little endian, not compressed: the pixel bytes lie in the file as they are."""
-
-UNDEFINED_LENGTH = 0xFFFF_FFFF
+IMPLICIT_VR, EXPLICIT_VR, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+"""Not compressed; in the first two the pixel bytes lie in the file as little-endian integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ class Found:
     pixel_spacing_mm: tuple[float, float] | None
     orientation: tuple[float, ...] | None
     header: SliceHeader
+    identity: tuple[int, int]
+    """Device and inode: equal for a file and a link to it."""
 
 
 @dataclass(slots=True)
@@ -116,15 +119,14 @@ def _read_header(file: str) -> Found:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd values are dealt with below, one by one
             ds = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=list(TAGS.values()), force=bool(bare))
-            sop_class = _text(ds, "SOPClassUID")
-            if sop_class not in CT_CLASSES:
-                raise _NotCtError(_kind(sop_class))
+            _check_class(
+                _text(ds, "SOPClassUID"), str(getattr(ds.file_meta, "MediaStorageSOPClassUID", "") or ""), bool(bare)
+            )
             syntax = str(getattr(ds.file_meta, "TransferSyntaxUID", "") or "")
             if not syntax:  # no meta group: what pydicom found by looking
-                syntax = str(IMPLICIT_VR if ds.original_encoding[0] else EXPLICIT_VR)
-            offset, length = (None, None)
-            if syntax in (IMPLICIT_VR, EXPLICIT_VR):
-                offset, length = _pixels(f, implicit=bool(ds.original_encoding[0]))
+                implicit, little = ds.original_encoding
+                syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
+            offset, length = _pixels(f) if syntax in (IMPLICIT_VR, EXPLICIT_VR) else (None, None)
             return _facts(ds, file, status, syntax, offset, length)
 
 
@@ -139,24 +141,40 @@ _FIRST_TAGS = {
 }
 
 
-def _kind(sop_class: str) -> str:
-    """Name what is not a CT image, in words of the standard and never of the file's own."""
-    if not sop_class:
-        return "DICOM without SOP Class UID"
+def _check_class(sop_class: str, announced: str, bare: bool) -> None:
+    """Raise unless the file is a CT image: by its data set, or by its meta group where the data set was cut short."""
+    kind = sop_class or announced
+    if kind in CT_CLASSES:
+        return
+    if announced in CT_CLASSES:
+        raise ValueError("SOP Class UID is damaged: the meta group announces a CT image")
+    if not kind:
+        if bare:
+            raise _NotCtError("not DICOM")
+        raise ValueError("no SOP Class UID: cut short or damaged")
     from pydicom.uid import UID
 
-    name = UID(sop_class).name
-    return name if name != sop_class else "DICOM of an unknown SOP class"
+    # In words of the standard, never of the file's own.
+    name = UID(kind).name
+    raise _NotCtError(name if name != kind else "DICOM of an unknown SOP class")
 
 
-def _pixels(f: BinaryIO, *, implicit: bool) -> tuple[int | None, int | None]:
-    """Return offset and length of plain pixel bytes, from where pydicom stopped; length 0 where there are none."""
+def _pixels(f: BinaryIO) -> tuple[int | None, int | None]:
+    """Return offset and length of plain pixel bytes, from where pydicom stopped; length 0 where there are none.
+
+    The element itself shows whether it has a VR, whatever the transfer syntax says: read as a length, the letters would
+    be an odd one.
+    """
     start = f.tell()
-    head = f.read(8 if implicit else 12)
-    if len(head) < (8 if implicit else 12) or head[:4] != b"\xe0\x7f\x10\x00":
+    head = f.read(12)
+    if head[:4] != b"\xe0\x7f\x10\x00" or len(head) < 8:
         return None, 0
-    length = int.from_bytes(head[-4:], "little")
-    return (None, None) if length == UNDEFINED_LENGTH else (start + len(head), length)
+    explicit = head[4:8] in (b"OW\0\0", b"OB\0\0")
+    return (
+        (start + 12, int.from_bytes(head[8:12], "little"))
+        if explicit
+        else (start + 8, int.from_bytes(head[4:8], "little"))
+    )
 
 
 def _facts(
@@ -170,7 +188,7 @@ def _facts(
         path=file,
         file_bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
-        sop_instance_uid=_text(ds, "SOPInstanceUID"),
+        sop_instance_uid=_uid(ds, "SOPInstanceUID"),
         instance_number=_integer(ds, "InstanceNumber"),
         position_mm=(position[0], position[1], position[2]) if position else None,
         rescale_slope=_decimal(ds, "RescaleSlope"),
@@ -190,15 +208,16 @@ def _facts(
         pixel_bytes=length,
     )
     return Found(
-        series_uid=_text(ds, "SeriesInstanceUID"),
-        study_uid=_text(ds, "StudyInstanceUID"),
-        frame_of_reference_uid=_text(ds, "FrameOfReferenceUID"),
+        series_uid=_uid(ds, "SeriesInstanceUID"),
+        study_uid=_uid(ds, "StudyInstanceUID"),
+        frame_of_reference_uid=_uid(ds, "FrameOfReferenceUID"),
         series_number=_integer(ds, "SeriesNumber"),
         rows=_binary(ds, "Rows") or 0,
         columns=_binary(ds, "Columns") or 0,
         pixel_spacing_mm=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
         orientation=_decimals(ds, "ImageOrientationPatient", 6),
         header=header,
+        identity=(status.st_dev, status.st_ino),
     )
 
 
@@ -216,6 +235,15 @@ def _text(ds: pydicom.Dataset, keyword: str) -> str:
     return "" if value is None else printable(str(value).strip(" \0"))
 
 
+def _uid(ds: pydicom.Dataset, keyword: str) -> str:
+    """Return a UID; of one that cannot be one, a hash, since a damaged length lets it swallow what follows it."""
+    text = _text(ds, keyword)
+    return text if _UID.fullmatch(text) else f"malformed-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+_UID = re.compile("[0-9A-Fa-f.]{0,64}")  # some write hexadecimal digits, which do no harm
+
+
 def _decimals(ds: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
     """Return `count` finite numbers, or None: half a position is none."""
     try:
@@ -231,11 +259,9 @@ def _decimal(ds: pydicom.Dataset, keyword: str) -> float | None:
 
 
 def _integer(ds: pydicom.Dataset, keyword: str) -> int | None:
-    """Return an integer string (IS)."""
-    try:
-        return int(_text(ds, keyword))
-    except ValueError:
-        return None
+    """Return an integer string (IS), which has 32 bits; some write it as a decimal."""
+    value = _decimal(ds, keyword)
+    return int(value) if value is not None and value == int(value) and abs(value) < 2**31 else None
 
 
 def _binary(ds: pydicom.Dataset, keyword: str) -> int | None:
@@ -249,7 +275,7 @@ def _binary(ds: pydicom.Dataset, keyword: str) -> int | None:
 
 def _pixel_value(value: int | None, bits: int | None, signed: bool) -> int | None:
     """Return a padding value with the sign of the pixels, whatever VR it was written with: 63536 may mean −2000."""
-    if value is None or bits is None:
+    if value is None or bits not in (8, 16):
         return None
     value &= (1 << bits) - 1
     return value - (1 << bits) if signed and value >> (bits - 1) else value

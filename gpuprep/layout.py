@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 from gpuprep.series import Series
@@ -44,16 +44,35 @@ def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, 
     shared = Counter(bases.values())
     above = {parent for base in shared for parent in _parents(base)}
     folders: dict[str, str] = {}
-    used = dict(taken)
+    used = _Used(taken)
     for s in series:
         base = bases[s.key]
-        alone = base and shared[base] == 1 and base not in above
         digest = hashlib.sha256(s.key.encode()).hexdigest()
-        names = [base] if alone else []
-        names += [os.path.join(base, s.label), os.path.join(base, f"{s.label}-{digest}")]
-        folders[s.key] = next(name for name in names if used.get(name, s.key) == s.key)
-        used[folders[s.key]] = s.key
+        names = [base] if base and shared[base] == 1 and base not in above else []
+        names += [os.path.join(base, s.label), f"{s.label}-{digest}"]
+        folders[s.key] = next(name for name in names if used.free(name, s.key))
+        used.add(folders[s.key], s.key)
     return folders
+
+
+class _Used:
+    """Folders that are given away; none may lie in another, or replacing the outer one would cost the inner one."""
+
+    def __init__(self, taken: Mapping[str, str]) -> None:
+        self._owners: dict[str, str] = {}
+        self._below: dict[str, set[str]] = defaultdict(set)
+        for folder, key in taken.items():
+            self.add(folder, key)
+
+    def add(self, folder: str, key: str) -> None:
+        self._owners[folder] = key
+        for parent in _parents(folder):
+            self._below[parent].add(key)
+
+    def free(self, folder: str, key: str) -> bool:
+        """Whether only `key` itself stands in the way at `folder`, below it and above it."""
+        above = {self._owners[p] for p in _parents(folder) if p in self._owners}
+        return {self._owners.get(folder, key)} | self._below.get(folder, set()) | above <= {key}
 
 
 def _base(folder: str, top: str) -> str:

@@ -7,6 +7,7 @@ import io
 import json
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,7 +111,8 @@ class Manifest:
         """Store a result in place of the series' former one."""
         row = [json.dumps(v) if k in _LISTS and v is not None else v for k, v in asdict(result).items()]
         marks = ", ".join("?" * len(_COLUMNS))
-        self._db.execute(f"INSERT OR REPLACE INTO series VALUES ({marks})", row)  # noqa: S608 - only marks
+        with self._writing():
+            self._db.execute(f"INSERT OR REPLACE INTO series VALUES ({marks})", row)  # noqa: S608 - only marks
 
     def get(self, key: str) -> SeriesResult | None:
         """Return the last result of a series."""
@@ -124,20 +126,29 @@ class Manifest:
 
     def account(self, passed_over: dict[str, int], unreadable: tuple[tuple[str, str], ...]) -> None:
         """Store what the last scan found beside CT images."""
-        self._db.execute("BEGIN")
-        self._db.execute("DELETE FROM unreadable")
-        self._db.execute("DELETE FROM passed_over")
-        self._db.executemany("INSERT OR REPLACE INTO unreadable VALUES (?, ?)", unreadable)
-        self._db.executemany("INSERT INTO passed_over VALUES (?, ?)", sorted(passed_over.items()))
-        self._db.execute("COMMIT")
+        with self._writing():
+            self._db.execute("BEGIN")
+            self._db.execute("DELETE FROM unreadable")
+            self._db.execute("DELETE FROM passed_over")
+            self._db.executemany("INSERT OR REPLACE INTO unreadable VALUES (?, ?)", unreadable)
+            self._db.executemany("INSERT INTO passed_over VALUES (?, ?)", sorted(passed_over.items()))
+            self._db.execute("COMMIT")
 
     def write_csv(self) -> None:
         """Write ``manifest.csv`` beside the manifest, complete or not at all."""
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(_COLUMNS)
-        writer.writerows(self._db.execute("SELECT * FROM series ORDER BY source, series_number, key"))
-        write_text(self._csv, text.getvalue())
+        with self._writing():
+            text = io.StringIO()
+            writer = csv.writer(text)
+            writer.writerow(_COLUMNS)
+            writer.writerows(self._db.execute("SELECT * FROM series ORDER BY source, series_number, key"))
+            write_text(self._csv, text.getvalue())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as exc:
+            raise OutputError(f"cannot write the manifest in {self._csv.parent}: {exc}") from exc
 
     def close(self) -> None:
         """Let go of the file."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import uuid
@@ -23,6 +24,8 @@ from gpuprep.errors import OutputError, RequestError
 from gpuprep.layout import WORKSHOP
 
 SIDECAR = "volume.json"
+
+_OWN_NAME = re.compile(r"\d{4,}\.tif|volume\.tif")
 
 
 @contextmanager
@@ -64,7 +67,7 @@ def _sweep(workshop: Path) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a small text file at the top of OUT, complete or not at all."""
-    part = file.parent / WORKSHOP / f"{file.name}.part"
+    part = file.with_name(f"{file.name}.part")
     part.write_text(text, "utf-8")
     part.replace(file)
 
@@ -121,7 +124,7 @@ def retire(folder: Path) -> None:
     sidecar = folder / SIDECAR
     if sidecar.is_file():
         sidecar.unlink()  # first, so that what is left does not look complete
-        for file in folder.glob("*.tif"):
+        for file in _own_files(folder):
             file.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -136,5 +139,11 @@ def _check_replaceable(folder: Path, sidecar: dict[str, Any]) -> None:
         raise OutputError(f"{folder} is in the way and is not an output of gpuprep: {hint}") from exc
     if not same:
         raise OutputError(f"{folder} holds another series, {former['key']}: {hint}")
-    if any(entry.is_dir() for entry in folder.iterdir()):
-        raise OutputError(f"{folder} holds other folders and cannot be replaced in one step: {hint}")
+    strangers = set(folder.iterdir()) - {folder / SIDECAR, *_own_files(folder)}
+    if strangers:
+        raise OutputError(f"{folder} also holds {min(strangers).name}, which is not gpuprep's to remove: {hint}")
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """Return the files in a folder that have names a writer gives."""
+    return [f for f in folder.iterdir() if _OWN_NAME.fullmatch(f.name) and f.is_file()]

@@ -10,7 +10,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UID
+from pydicom.uid import UID, RLELossless
 
 from gpuprep.errors import DecodeError
 from gpuprep.intensity import LOWEST_HU, TISSUE_HU, HuStatistics
@@ -121,14 +121,17 @@ def _decode(header: SliceHeader, rows: int, columns: int) -> NDArray[Any]:
             ds = pydicom.dcmread(header.path, force=True)
             if "TransferSyntaxUID" not in ds.file_meta:
                 ds.file_meta.TransferSyntaxUID = UID(header.transfer_syntax)
-            values = np.array(pixel_array(ds, raw=True))
+            values = np.array(pixel_array(ds, raw=True, correct_unused_bits=False))
     except Exception as exc:  # decoders raise whatever a broken stream provokes
         syntax = UID(header.transfer_syntax).name
         reason = " ".join(str(exc).split()) or type(exc).__name__
         raise DecodeError(f"{header.name} ({syntax}) cannot be decoded: {reason}") from exc
     if values.shape != (rows, columns):
         raise DecodeError(f"{header.name} decodes to {values.shape}, but its header says {rows} × {columns}")
-    _drop_unused_bits(header, values, (header.bits_stored or 0) - 1)
+    # A JPEG holds the stored bits alone; anything else whole words, with High Bit where the header says.
+    syntax = UID(header.transfer_syntax)
+    whole_words = syntax == RLELossless or not syntax.is_encapsulated
+    _drop_unused_bits(header, values, header.high_bit if whole_words else None)
     return values
 
 

@@ -8,13 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuprep.geometry import Vector3
-
-
-def printable(text: str) -> str:
-    """Return text with everything escaped that a terminal, a table or UTF-8 cannot hold."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+from gpuprep.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +70,8 @@ class Series:
     @property
     def key(self) -> str:
         """Identity in the manifest: the UID, and the part where one UID stands for several stacks."""
-        if not self.series_uid:
-            return f"no-uid-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
-        return f"{self.series_uid}#{self.part}" if self.part else self.series_uid
+        uid = self.series_uid or f"no-uid-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
+        return f"{uid}#{self.part}" if self.part else uid
 
     @property
     def label(self) -> str:

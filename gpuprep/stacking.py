@@ -20,6 +20,9 @@ ABSOLUTE_TOLERANCE_MM = 0.02
 DRIFT_TOLERANCE_MM = 0.1
 """Slices may lie this far off the line along their normal; more is a tilted gantry."""
 
+UNDEFINED_LENGTH = 0xFFFF_FFFF
+"""Of an element that is a sequence of fragments: encoded pixels."""
+
 NAMED = 3
 """Slices named in a message before it says how many more there are."""
 
@@ -159,6 +162,8 @@ def _check_lengths(series: Series) -> None:
     for s in series.slices:
         if s.pixel_offset is None:
             continue
+        if s.pixel_bytes == UNDEFINED_LENGTH:
+            raise DecodeError(f"{s.name} holds encoded pixels, which its transfer syntax denies: it is damaged")
         need = series.rows * series.columns * (s.bits_allocated or 0) // 8
         if (s.pixel_bytes or 0) < need:
             raise DecodeError(

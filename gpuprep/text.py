@@ -1,0 +1,10 @@
+"""Text from files and file names, made safe to print and to store."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """Return text with everything escaped that a terminal, a table or UTF-8 cannot hold."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
