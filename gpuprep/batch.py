@@ -39,6 +39,8 @@ class Outlook:
     """Relative to OUT."""
     plan: Plan | None
     reason: str = ""
+    known: bool = False
+    """Whether the manifest has an earlier output of this series in that folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,7 @@ def _store(manifest: Manifest, result: SeriesResult, out: Path) -> SeriesResult:
     result says so: what failed today must not cost what was made yesterday.
     """
     former = manifest.get(result.key)
-    if former is not None and former.folder and not result.folder:
+    if former is not None and former.folder and not result.folder and (out / former.folder).is_dir():
         note = f"the output of an earlier run is still in {former.folder}"
         result = replace(result, folder=former.folder, warnings=(*result.warnings, note))
     manifest.put(result)
@@ -235,7 +237,9 @@ def _outlooks(
             reason = f"{type(exc).__name__}: {exc}"
             outlooks.append(Outlook(series, "reject", "", None, reason))
         else:
-            outlooks.append(Outlook(series, "convert", folders[series.key], plan))
+            folder = folders[series.key]
+            known = former is not None and former.folder == folder
+            outlooks.append(Outlook(series, "convert", folder, plan, known=known))
     return outlooks
 
 
@@ -252,7 +256,15 @@ def _complete(series: Series, recipe: Recipe, out: Path, former: SeriesResult) -
 
 
 def _task(outlook: Outlook, recipe: Recipe, engine: Engine, backend: Backend, out: Path) -> Task:
-    return Task(series=outlook.series, recipe=recipe, engine=engine, backend=backend, out=out, folder=outlook.folder)
+    return Task(
+        series=outlook.series,
+        recipe=recipe,
+        engine=engine,
+        backend=backend,
+        out=out,
+        folder=outlook.folder,
+        known=outlook.known,
+    )
 
 
 def _executor(backend: Backend, jobs: int | None) -> Executor:

@@ -212,7 +212,7 @@ def doctor(json_: Json = False) -> None:
 def main() -> None:
     """Run the command line; the console script."""
     logging.basicConfig(level=logging.WARNING, format="gpuprep: %(message)s")
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # as in the workers
+    logging.getLogger("pydicom").propagate = False  # it grumbles about every odd value of every slice
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal can show every file name

@@ -32,7 +32,9 @@ RECORDED_GPU_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cucim-cu12", "cucim-cu
 
 def quiet_libraries() -> None:
     """Keep pydicom from logging what ends up in a reason or does not matter; for processes that are ours alone."""
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("pydicom")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False  # its level would not stay: importing pydicom sets it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,8 @@ class Task:
     out: Path
     folder: str
     """Relative to `out`."""
+    known: bool
+    """Whether the manifest has an earlier output of this series in that folder."""
 
     @property
     def blank(self) -> SeriesResult:
@@ -100,7 +104,7 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
         started = time.perf_counter()
         chunks = _Timed(host_chunks(source, plan, task.backend, task.engine))
         warnings = source.warnings + WRITERS[task.recipe.format](pending.path, chunks, plan)
-        files, size = pending.commit(_sidecar(task, source, plan, warnings))
+        files, size = pending.commit(_sidecar(task, source, plan, warnings), known=task.known)
         write_s = time.perf_counter() - started - chunks.seconds
     except OSError as exc:
         raise OutputError(f"cannot write the series: {exc}") from exc

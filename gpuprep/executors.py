@@ -10,6 +10,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import types
@@ -148,7 +149,10 @@ class Processes:
         code = worker.exitcode or 0
         if code == -9:
             return "the worker was killed, most often for lack of memory: use fewer --jobs"
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        how = f"exit code {code}"
+        if code < 0:
+            names = {s.value: s.name for s in signal.Signals}
+            how = names.get(-code, f"signal {-code}")
         return f"the worker died ({how}), most often in a decoder"
 
 

@@ -42,7 +42,7 @@ class Geometry:
     def __post_init__(self) -> None:
         affine = np.array(self.affine, dtype=np.float64)
         if len(self.shape) != 3 or min(self.shape) < 1:
-            raise GeometryError(f"a grid needs three axes with at least one voxel along each, not {self.shape}")
+            raise GeometryError(f"a grid needs three axes and at least one voxel along each axis, not {self.shape}")
         if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
             raise GeometryError(f"an affine must be a finite, invertible 4 × 4 matrix, not {affine.tolist()}")
         affine.setflags(write=False)

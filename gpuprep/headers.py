@@ -180,7 +180,8 @@ def _pixels(f: BinaryIO) -> tuple[int | None, int | None]:
 def _facts(
     ds: pydicom.Dataset, file: str, status: os.stat_result, syntax: str, offset: int | None, length: int | None
 ) -> Found:
-    signed = _binary(ds, "PixelRepresentation") == 1
+    representation = _binary(ds, "PixelRepresentation")
+    signed = None if representation is None else representation == 1
     bits = _binary(ds, "BitsAllocated")
     spacing = _decimals(ds, "PixelSpacing", 2)
     position = _decimals(ds, "ImagePositionPatient", 3)
@@ -273,7 +274,7 @@ def _binary(ds: pydicom.Dataset, keyword: str) -> int | None:
     return int.from_bytes(value[:2], "little" if element.is_little_endian else "big")
 
 
-def _pixel_value(value: int | None, bits: int | None, signed: bool) -> int | None:
+def _pixel_value(value: int | None, bits: int | None, signed: bool | None) -> int | None:
     """Return a padding value with the sign of the pixels, whatever VR it was written with: 63536 may mean −2000."""
     if value is None or bits not in (8, 16):
         return None

@@ -49,29 +49,34 @@ def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, 
         base = bases[s.key]
         digest = hashlib.sha256(s.key.encode()).hexdigest()
         names = [base] if base and shared[base] == 1 and base not in above else []
-        names += [os.path.join(base, s.label), f"{s.label}-{digest}"]
+        names += [os.path.join(base, s.label), os.path.join(base, f"{s.label}-{digest}"), f"{s.label}-{digest}"]
         folders[s.key] = next(name for name in names if used.free(name, s.key))
-        used.add(folders[s.key], s.key)
+        used.give(folders[s.key], s.key)
     return folders
 
 
 class _Used:
-    """Folders that are given away; none may lie in another, or replacing the outer one would cost the inner one."""
+    """Folders that are given away. None is given that holds another one: replacing it would cost that one."""
 
     def __init__(self, taken: Mapping[str, str]) -> None:
         self._owners: dict[str, str] = {}
         self._below: dict[str, set[str]] = defaultdict(set)
+        self._given: dict[str, str] = {}
         for folder, key in taken.items():
-            self.add(folder, key)
+            self._add(folder, key)
 
-    def add(self, folder: str, key: str) -> None:
+    def _add(self, folder: str, key: str) -> None:
         self._owners[folder] = key
         for parent in _parents(folder):
             self._below[parent].add(key)
 
+    def give(self, folder: str, key: str) -> None:
+        self._add(folder, key)
+        self._given[folder] = key
+
     def free(self, folder: str, key: str) -> bool:
-        """Whether only `key` itself stands in the way at `folder`, below it and above it."""
-        above = {self._owners[p] for p in _parents(folder) if p in self._owners}
+        """Whether no other series stands at `folder` or below it, and none is being put above it."""
+        above = {self._given[p] for p in _parents(folder) if p in self._given}
         return {self._owners.get(folder, key)} | self._below.get(folder, set()) | above <= {key}
 
 

@@ -148,7 +148,7 @@ class Manifest:
         try:
             yield
         except (OSError, sqlite3.Error) as exc:
-            raise OutputError(f"cannot write the manifest in {self._csv.parent}: {exc}") from exc
+            raise OutputError(f"cannot write into {self._csv.parent}: {exc}") from exc
 
     def close(self) -> None:
         """Let go of the file."""

@@ -68,8 +68,11 @@ def _sweep(workshop: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a small text file at the top of OUT, complete or not at all."""
     part = file.with_name(f"{file.name}.part")
-    part.write_text(text, "utf-8")
-    part.replace(file)
+    try:
+        part.write_text(text, "utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class PendingFolder:
@@ -80,10 +83,11 @@ class PendingFolder:
         self.path.mkdir()
         self._final = out / name
 
-    def commit(self, sidecar: dict[str, Any]) -> tuple[int, int]:
+    def commit(self, sidecar: dict[str, Any], *, known: bool = False) -> tuple[int, int]:
         """Add ``volume.json`` and move the folder into place; return number and bytes of its files.
 
-        The former output of the same series is replaced. Anything else in the way is left alone.
+        The former output of the same series is replaced: what stands there has a ``volume.json`` that says so, or the
+        manifest does (`known`). Anything else in the way is left alone.
 
         Raises
         ------
@@ -95,7 +99,7 @@ class PendingFolder:
         files, size = contents(self.path)
         self._final.parent.mkdir(parents=True, exist_ok=True)
         if self._final.is_symlink() or self._final.exists():
-            _check_replaceable(self._final, sidecar)
+            _check_replaceable(self._final, sidecar["key"], known)
             former = self.path.with_suffix(".former")
             self._final.rename(former)
             self.path.rename(self._final)
@@ -110,10 +114,11 @@ class PendingFolder:
 
 
 def contents(folder: Path) -> tuple[int, int]:
-    """Return the number of files in a folder and their bytes together; (0, 0) where there is no such folder."""
+    """Return the number of an output's files and their bytes together; (0, 0) where there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            sizes = [e.stat().st_size for e in entries if e.is_file()]
+            own = [e for e in entries if e.name == SIDECAR or _OWN_NAME.fullmatch(e.name)]
+            sizes = [e.stat().st_size for e in own if e.is_file()]
     except OSError:
         return 0, 0
     return len(sizes), sum(sizes)
@@ -130,15 +135,15 @@ def retire(folder: Path) -> None:
             folder.rmdir()
 
 
-def _check_replaceable(folder: Path, sidecar: dict[str, Any]) -> None:
+def _check_replaceable(folder: Path, key: str, known: bool) -> None:
     hint = "move it away, or choose another --out"
-    try:
-        former = json.loads((folder / SIDECAR).read_text("utf-8"))
-        same = former["key"] == sidecar["key"]
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise OutputError(f"{folder} is in the way and is not an output of gpuprep: {hint}") from exc
-    if not same:
-        raise OutputError(f"{folder} holds another series, {former['key']}: {hint}")
+    if not known or not folder.is_dir():
+        try:
+            former = json.loads((folder / SIDECAR).read_text("utf-8"))["key"]
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise OutputError(f"{folder} is in the way and is not an output of gpuprep: {hint}") from exc
+        if former != key:
+            raise OutputError(f"{folder} holds another series, {former}: {hint}")
     strangers = set(folder.iterdir()) - {folder / SIDECAR, *_own_files(folder)}
     if strangers:
         raise OutputError(f"{folder} also holds {min(strangers).name}, which is not gpuprep's to remove: {hint}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, RLELossless
 
@@ -113,26 +114,51 @@ def _read_plain(header: SliceHeader, out: NDArray[Any]) -> None:
         out[...] = values
 
 
+PREFERRED_DECODERS = ("pyjpegls", "pylibjpeg", "pydicom", "pillow")
+LAST_DECODER = "gdcm"
+"""Used only where there is no other: what the others report as an error, it answers by ending the process."""
+
+
 def _decode(header: SliceHeader, rows: int, columns: int) -> NDArray[Any]:
-    """Return the pixels of an encoded file by the first of pydicom's decoders that manages."""
+    """Return the pixels of an encoded file by the first decoder that manages."""
+    syntax = UID(header.transfer_syntax)
+    reasons = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ds = pydicom.dcmread(header.path, force=True)
             if "TransferSyntaxUID" not in ds.file_meta:
-                ds.file_meta.TransferSyntaxUID = UID(header.transfer_syntax)
-            values = np.array(pixel_array(ds, raw=True, correct_unused_bits=False))
-    except Exception as exc:  # decoders raise whatever a broken stream provokes
-        syntax = UID(header.transfer_syntax).name
-        reason = " ".join(str(exc).split()) or type(exc).__name__
-        raise DecodeError(f"{header.name} ({syntax}) cannot be decoded: {reason}") from exc
+                ds.file_meta.TransferSyntaxUID = syntax
+            for plugin in _plugins(syntax):
+                try:
+                    values = np.array(pixel_array(ds, raw=True, correct_unused_bits=False, decoding_plugin=plugin))
+                    break
+                except Exception as exc:  # decoders raise whatever a broken stream provokes
+                    reasons.append(f"{plugin or 'pydicom'}: {_one_line(exc)}")
+            else:
+                raise DecodeError("; ".join(reasons))
+    except Exception as exc:  # and so does a broken file
+        raise DecodeError(f"{header.name} ({syntax.name}) cannot be decoded: {_one_line(exc)}") from exc
     if values.shape != (rows, columns):
         raise DecodeError(f"{header.name} decodes to {values.shape}, but its header says {rows} × {columns}")
     # A JPEG holds the stored bits alone; anything else whole words, with High Bit where the header says.
-    syntax = UID(header.transfer_syntax)
     whole_words = syntax == RLELossless or not syntax.is_encapsulated
     _drop_unused_bits(header, values, header.high_bit if whole_words else None)
     return values
+
+
+def _plugins(syntax: UID) -> list[str]:
+    """Return the decoders to try, in order; "" for pydicom's own of syntaxes without plugins."""
+    available = get_decoder(syntax).available_plugins
+    return sorted((p for p in available if p != LAST_DECODER), key=_preference) or [*available] or [""]
+
+
+def _preference(plugin: str) -> int:
+    return PREFERRED_DECODERS.index(plugin) if plugin in PREFERRED_DECODERS else -1
+
+
+def _one_line(exc: Exception) -> str:
+    return " ".join(str(exc).split()) or type(exc).__name__
 
 
 def _drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int | None) -> None:
@@ -154,21 +180,22 @@ def _padding(slices: tuple[SliceHeader, ...], dtype: np.dtype[Any]) -> tuple[NDA
     """Return the declared padding of each slice as (lowest, highest), and what was not believed."""
     limits = np.iinfo(dtype)
     padding = np.tile(np.array([limits.max, limits.min], dtype=dtype), (len(slices), 1))
-    doubted: list[tuple[int, float]] = []
+    doubted: list[tuple[int, list[float]]] = []
     for k, s in enumerate(slices):
         if s.padding is None:
             continue
         low, high = sorted((s.padding, s.padding if s.padding_limit is None else s.padding_limit))
         hu = sorted(v * (s.rescale_slope or 1) + (s.rescale_intercept or 0) for v in (low, high))
         if hu[0] <= TISSUE_HU[1] and hu[1] >= TISSUE_HU[0]:
-            doubted.append((s.padding, hu[0]))
+            doubted.append((s.padding, hu))
         elif hu[1] >= LOWEST_HU and limits.min <= low and high <= limits.max:  # what is lower becomes air anyway
             padding[k] = low, high
     notes: tuple[str, ...] = ()
     if doubted:
-        value, hu_value = doubted[0]
+        value, (hu_low, hu_high) = doubted[0]
+        span = f"{hu_low:g} HU" if hu_low == hu_high else f"{hu_low:g} to {hu_high:g} HU with its range limit"
         notes = (
-            f"Pixel Padding Value {value} is {hu_value:g} HU, a value of tissue, in {len(doubted)} slices: not treated "
-            "as padding",
+            f"Pixel Padding Value {value} is {span}, which tissue has, in {len(doubted)} slices: it is "
+            "not treated as padding",
         )
     return (padding if (padding[:, 0] <= padding[:, 1]).any() else None), notes

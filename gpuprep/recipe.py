@@ -25,6 +25,10 @@ Compression = Literal["none", "zlib", "zstd"]
 LARGEST_AXIS = 16384
 """More voxels along one axis are a slip of the pen, not a wish."""
 
+LARGEST_NUMBER = 1e6
+NARROWEST_WINDOW_HU = 1e-3
+"""Beyond these float32 cannot do what is asked."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
@@ -83,7 +87,7 @@ class Recipe:
                 object.__setattr__(self, name, value)
         if self.window_hu is not None:
             low, high = _numbers("window_hu", self.window_hu, float, 2, "low,high in HU, or none")
-            if not low < high:
+            if not high - low >= NARROWEST_WINDOW_HU:
                 raise RecipeError(f"window_hu = {low:g},{high:g}: the first number must be the smaller one")
             object.__setattr__(self, "window_hu", (low, high))
         elif self.dtype in ("uint8", "uint16"):
@@ -159,10 +163,9 @@ def _numbers(name: str, value: Any, kind: type, count: int, words: str) -> tuple
     ok = isinstance(value, list | tuple) and len(value) == count
     if not ok or any(isinstance(v, bool) or not isinstance(v, int | kind) for v in value):
         raise RecipeError(f"{name} = {value!r}: give {words}")
-    numbers = tuple(kind(v) for v in value)
-    if not all(abs(v) < float("inf") for v in numbers):
+    if not all(abs(v) <= LARGEST_NUMBER for v in value):  # nor is NaN
         raise RecipeError(f"{name} = {value!r}: give {words}")
-    return numbers
+    return tuple(kind(v) + kind(0) for v in value)  # + 0 makes −0 the 0 it is equal to
 
 
 def _hint(word: str, known: Any) -> str:

@@ -31,7 +31,7 @@ class SliceHeader:
     bits_allocated: int | None
     bits_stored: int | None
     high_bit: int | None
-    signed: bool
+    signed: bool | None
     padding: int | None
     """*Pixel Padding Value* as stored, with the sign of the pixels."""
     padding_limit: int | None

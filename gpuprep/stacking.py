@@ -17,6 +17,9 @@ RELATIVE_TOLERANCE = 0.01
 ABSOLUTE_TOLERANCE_MM = 0.02
 """… or by this much, whichever is more: positions are often rounded to hundredths."""
 
+PLACE_TOLERANCE = 0.1
+"""A slice may lie this share of the spacing away from its place in the regular grid."""
+
 DRIFT_TOLERANCE_MM = 0.1
 """Slices may lie this far off the line along their normal; more is a tilted gantry."""
 
@@ -104,7 +107,15 @@ def _regular_step(
             f"slices are {typical:.3f} mm apart (median), but not all: "
             + _named([f"{gaps[n]:.3f} mm between {slices[n].name} and {slices[n + 1].name}" for n in uneven])
         )
-    step = (along[-1] - along[0]) / (len(slices) - 1) * normal
+    spacing = (along[-1] - along[0]) / (len(slices) - 1)
+    off = np.abs(along - along[0] - spacing * np.arange(len(slices)))
+    worst = int(np.argmax(off))
+    if off[worst] > max(ABSOLUTE_TOLERANCE_MM, PLACE_TOLERANCE * typical):
+        raise GeometryError(
+            f"small differences in spacing add up: {slices[worst].name} lies {off[worst]:.2f} mm from its place in a "
+            f"grid of {spacing:.3f} mm"
+        )
+    step = spacing * normal
     drift = np.linalg.norm(positions - positions[0] - np.outer(along - along[0], normal), axis=1)
     worst = int(np.argmax(drift))
     if drift[worst] > DRIFT_TOLERANCE_MM:
@@ -131,6 +142,7 @@ def _check_tags(series: Series) -> None:
         ("Rows and Columns", series.slices if not (series.rows and series.columns) else ()),
         ("Image Position (Patient)", [s for s in series.slices if s.position_mm is None]),
         ("Bits Allocated", [s for s in series.slices if s.bits_allocated is None]),
+        ("Pixel Representation", [s for s in series.slices if s.signed is None]),
         ("Rescale Slope", [s for s in series.slices if s.rescale_slope is None]),
         ("Rescale Intercept", [s for s in series.slices if s.rescale_intercept is None]),
         ("Pixel Data", [s for s in series.slices if s.pixel_bytes == 0]),
