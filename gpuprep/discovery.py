@@ -11,6 +11,7 @@ from typing import overload
 
 from gpuprep.errors import RequestError
 from gpuprep.headers import Found, Headers, read_headers
+from gpuprep.layout import absolute
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -90,11 +91,11 @@ def _files(paths: list[Path], exclude: Path | None, unlisted: list[tuple[str, st
             raise RequestError(f"{path} does not exist")
         if not path.is_dir() and (real := os.path.realpath(path)) not in singles:
             singles.add(real)
-            yield os.path.abspath(path)
+            yield absolute(path)
     entered = {str(exclude)}
     for path in filter(Path.is_dir, paths):
         onerror = lambda exc: unlisted.append((printable(str(exc.filename)), f"cannot be listed: {exc.strerror}"))  # noqa: E731
-        for folder, below, names in os.walk(os.path.abspath(path), followlinks=True, onerror=onerror):
+        for folder, below, names in os.walk(absolute(path), followlinks=True, onerror=onerror):
             real = os.path.realpath(folder)
             if real in entered:
                 below.clear()

@@ -45,6 +45,8 @@ class Geometry:
             raise GeometryError(f"a grid needs three axes and at least one voxel along each axis, not {self.shape}")
         if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
             raise GeometryError(f"an affine must be a finite, invertible 4 × 4 matrix, not {affine.tolist()}")
+        if affine[3].tolist() != [0, 0, 0, 1]:
+            raise GeometryError(f"the last row of an affine must be 0 0 0 1, not {affine[3].tolist()}")
         affine.setflags(write=False)
         object.__setattr__(self, "affine", affine)
 

@@ -248,7 +248,7 @@ _UID = re.compile("[0-9A-Fa-f.]{0,64}")  # some write hexadecimal digits, which 
 def _decimals(ds: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
     """Return `count` finite numbers, or None: half a position is none."""
     try:
-        values = tuple(float(part) for part in _text(ds, keyword).split("\\"))
+        values = tuple(float(part.replace("_", "?")) for part in _text(ds, keyword).split("\\"))  # 1_0 is no number
     except ValueError:
         return None
     return values if len(values) == count and all(map(math.isfinite, values)) else None

@@ -37,7 +37,7 @@ def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, 
         Folder of each series key. No two are equal, and none lies outside OUT.
     """
     series = list(series)
-    roots = [os.path.abspath(p) for p in inputs]
+    roots = [absolute(p) for p in inputs]
     parents = [os.path.dirname(os.path.dirname(r) if os.path.isfile(r) else r) for r in roots]
     top = os.path.commonpath(parents) if parents else "/"
     bases = {s.key: _base(s.folder, top) for s in series}
@@ -53,6 +53,12 @@ def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, 
         folders[s.key] = next(name for name in names if used.free(name, s.key))
         used.give(folders[s.key], s.key)
     return folders
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """Return a path from the root on, as the system would go: up from a link's target, but links otherwise kept."""
+    path = os.fspath(path)
+    return os.path.realpath(path) if os.pardir in path.split(os.sep) else os.path.abspath(path)
 
 
 class _Used:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, RLELossless
 
+from gpuprep.codestream import frame_size
 from gpuprep.errors import DecodeError
 from gpuprep.intensity import LOWEST_HU, TISSUE_HU, HuStatistics
 from gpuprep.series import Series, SliceHeader
@@ -129,6 +131,12 @@ def _decode(header: SliceHeader, rows: int, columns: int) -> NDArray[Any]:
             ds = pydicom.dcmread(header.path, force=True)
             if "TransferSyntaxUID" not in ds.file_meta:
                 ds.file_meta.TransferSyntaxUID = syntax
+            if syntax.is_encapsulated:
+                size = frame_size(next(generate_frames(ds.PixelData, number_of_frames=1)))
+                if size is not None and size != (rows, columns, 1):
+                    raise DecodeError(
+                        f"its frame is {size[0]} × {size[1]} × {size[2]}, its header says {rows} × {columns}"
+                    )
             for plugin in _plugins(syntax):
                 try:
                     values = np.array(pixel_array(ds, raw=True, correct_unused_bits=False, decoding_plugin=plugin))
@@ -170,8 +178,8 @@ def _drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int |
     """
     allocated = values.dtype.itemsize * 8
     kept = header.bits_stored or allocated
-    top = kept - 1 if high_bit is None else high_bit
-    if kept < allocated and kept - 1 <= top < allocated:
+    top = kept - 1 if high_bit is None or not kept - 1 <= high_bit < allocated else high_bit
+    if kept < allocated:
         values <<= allocated - 1 - top
         values >>= allocated - kept  # arithmetic where signed: the sign is carried along
 

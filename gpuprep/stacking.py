@@ -142,6 +142,7 @@ def _check_tags(series: Series) -> None:
         ("Rows and Columns", series.slices if not (series.rows and series.columns) else ()),
         ("Image Position (Patient)", [s for s in series.slices if s.position_mm is None]),
         ("Bits Allocated", [s for s in series.slices if s.bits_allocated is None]),
+        ("Bits Stored", [s for s in series.slices if not s.bits_stored]),
         ("Pixel Representation", [s for s in series.slices if s.signed is None]),
         ("Rescale Slope", [s for s in series.slices if s.rescale_slope is None]),
         ("Rescale Intercept", [s for s in series.slices if s.rescale_intercept is None]),

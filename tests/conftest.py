@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from gpuprep.geometry import Geometry
 from gpuprep.intensity import HuStatistics
 from gpuprep.phantom import write_series
 from gpuprep.volume import StoredVolume
+
+hypothesis.settings.register_profile("gpuprep", deadline=None)  # a deadline would be a timing assertion
+hypothesis.settings.load_profile("gpuprep")
 
 DATA = Path(os.environ.get("GPUPREP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

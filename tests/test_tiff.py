@@ -93,7 +93,7 @@ def test_a_stack_has_z_y_x_axes_and_a_calibration(tmp_path: Path) -> None:
         assert tif.series[0].axes == "ZYX"
         metadata = tif.imagej_metadata or {}
         assert (metadata["spacing"], metadata["unit"], metadata["min"], metadata["max"]) == (2.5, "mm", 0.0, 1.0)
-        x, y = (tif.pages[0].tags[t].value for t in (282, 283))
+        x, y = (tif.pages.first.tags[t].value for t in (282, 283))
         assert (x[1] / x[0], y[1] / y[0]) == pytest.approx((0.5, 0.75))
 
 

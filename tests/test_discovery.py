@@ -1,0 +1,828 @@
+"""Folders of anything to series: what is found, what is passed over, and what is reported rather than lost."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+    RLELossless,
+)
+
+from gpuprep.discovery import Cohort, discover
+from gpuprep.errors import InputError, RequestError
+from gpuprep.phantom import write_series
+from gpuprep.series import Series, SliceHeader
+from gpuprep.stacking import stack
+
+Change = Callable[[Dataset, int], None]
+
+CT = "1.2.840.10008.5.1.4.1.1.2"
+SPACING = (2.5, 0.8, 0.7)
+
+
+def noise(slices: int, rows: int = 16, columns: int = 20) -> NDArray[np.int16]:
+    return np.random.default_rng(0).integers(-2000, 3000, (slices, rows, columns)).astype(np.int16)
+
+
+def write(folder: Path, slices: int = 3, change: Change | None = None, **options: Any) -> list[Path]:
+    """Write a series; S1-0001.dcm is its top slice."""
+    return write_series(folder, noise(slices), SPACING, change=change, **options)
+
+
+def natively(ds: Dataset, syntax: UID, *, meta: bool = True) -> bytes:
+    """Return a data set in a native transfer syntax; without preamble and meta group where `meta` is False."""
+    plain = Dataset()
+    for element in ds:
+        plain.add(element)
+    if syntax == ExplicitVRBigEndian and "PixelData" in plain:
+        plain.PixelData = np.frombuffer(plain.PixelData, "<u2").astype(">u2").tobytes()
+    buffer = BytesIO()
+    if meta:
+        plain.file_meta = ds.file_meta
+        plain.file_meta.TransferSyntaxUID = syntax
+        pydicom.dcmwrite(buffer, plain, enforce_file_format=True)
+    else:
+        big, implicit = syntax == ExplicitVRBigEndian, syntax == ImplicitVRLittleEndian
+        pydicom.dcmwrite(buffer, plain, implicit_vr=implicit, little_endian=not big)
+    return buffer.getvalue()
+
+
+def as_class(uid: str) -> Change:
+    """Make a CT image an object of another SOP class."""
+
+    def change(ds: Dataset, _: int) -> None:
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UID(uid)
+
+    return change
+
+
+def spoil(file: Path, tag: int, vr: bytes, value: bytes) -> None:
+    """Put any bytes in place of a short element's value, as no writer would."""
+    data = file.read_bytes()
+    start = data.index(struct.pack("<HH", tag >> 16, tag & 0xFFFF) + vr)
+    end = start + 8 + int.from_bytes(data[start + 6 : start + 8], "little")
+    file.write_bytes(data[: start + 6] + struct.pack("<H", len(value)) + value + data[end:])
+
+
+def only(cohort: Cohort) -> Series:
+    (series,) = cohort
+    return series
+
+
+def header(file: Path) -> SliceHeader:
+    """Return what is found in one file."""
+    (found,) = only(discover(file)).slices
+    return found
+
+
+def paths(cohort: Cohort) -> list[str]:
+    return sorted(s.path for series in cohort for s in series.slices)
+
+
+def names(series: Series) -> set[str]:
+    return {os.path.basename(s.path) for s in series.slices}
+
+
+# Files and folders
+
+
+def test_files_are_found_at_any_depth_whatever_they_are_called(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b b" / "-c" / "d.e"
+    deep.mkdir(parents=True)
+    targets = ["1.2.840.113619.2.55", "IM0", "-x.dcm", "x.txt", ".hidden", "no extension at all"]
+    files = write(tmp_path / "ct", len(targets))
+    for file, target in zip(files, targets, strict=True):
+        file.rename((deep if target != "IM0" else tmp_path) / target)
+    cohort = discover(tmp_path)
+    assert names(only(cohort)) == set(targets)
+    assert only(cohort).folder == str(tmp_path)
+    assert cohort.passed_over == {}
+    assert cohort.unreadable == ()
+
+
+def test_other_files_are_counted_and_disturb_nothing(tmp_path: Path) -> None:
+    # Trap 42.
+    write(tmp_path)
+    for name, content in {
+        "empty.dcm": b"", "note.txt": b"DICM is not in the right place", "a.xml": b"<?xml version='1.0'?><a/>",
+        "tiny": b"\x08", "zeros": bytes(131), "long.bin": bytes(range(256)) * 8, "Thumbs.db": b"\xd0\xcf\x11\xe0" * 99,
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+    cohort = discover(tmp_path)
+    assert len(only(cohort).slices) == 3
+    assert cohort.passed_over == {"not DICOM": 7}
+    assert cohort.unreadable == ()
+
+
+@pytest.mark.parametrize("first", [b"\x08\0\0\0", b"\x02\0\0\0", b"\x08\0\x05\0", b"\0\x08\0\x05"])
+def test_binary_files_that_begin_like_dicom_disturb_nothing(tmp_path: Path, first: bytes) -> None:
+    write(tmp_path)
+    for n, rest in enumerate((b"", b"\0" * 50, bytes(range(200)), b"text " * 99)):
+        (tmp_path / f"{n}.bin").write_bytes(first + rest)
+    cohort = discover(tmp_path)
+    assert len(only(cohort).slices) == 3
+    assert sum(cohort.passed_over.values()) + len(cohort.unreadable) == 4
+
+
+def test_other_dicom_objects_are_counted_by_name(tmp_path: Path) -> None:
+    # Trap 9, trap 42.
+    write(tmp_path)
+    for n, (uid, count) in enumerate(
+        {
+            "1.2.840.10008.5.1.4.1.1.4": 3,
+            "1.2.840.10008.5.1.4.1.1.481.3": 1,
+            "1.2.840.10008.5.1.4.1.1.66.4": 1,
+            "1.2.840.10008.5.1.4.1.1.7": 2,
+            "1.2.826.0.1.3680043.9.9999": 1,
+        }.items()
+    ):
+        write(tmp_path / str(n), count, as_class(uid))
+    cohort = discover(tmp_path)
+    assert len(only(cohort).slices) == 3
+    assert cohort.unreadable == ()
+    assert cohort.passed_over == {
+        "MR Image Storage": 3,
+        "RT Structure Set Storage": 1,
+        "Segmentation Storage": 1,
+        "Secondary Capture Image Storage": 2,
+        "DICOM of an unknown SOP class": 1,
+    }
+
+
+def test_objects_without_pixels_are_counted_by_name(tmp_path: Path) -> None:
+    # As a real structure set: nothing of what an image has, sequences instead.
+    def change(ds: Dataset, _: int) -> None:
+        as_class("1.2.840.10008.5.1.4.1.1.481.3")(ds, 0)
+        for keyword in ("PixelData", "Rows", "Columns", "BitsAllocated", "PixelRepresentation", "PixelPaddingValue"):
+            delattr(ds, keyword)
+        contour = Dataset()
+        contour.ContourData = ["1", "2", "3"]
+        ds.ROIContourSequence = [contour]
+
+    write(tmp_path, 1, change)
+    assert discover(tmp_path).passed_over == {"RT Structure Set Storage": 1}
+
+
+def test_a_dicomdir_is_counted_by_name(tmp_path: Path) -> None:
+    # Its class is in the meta group alone.
+    (file,) = write(tmp_path, 1)
+    ds = pydicom.dcmread(file)
+    ds.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+    ds.clear()
+    ds.FileSetID = "DISK1"
+    ds.save_as(tmp_path / "DICOMDIR", enforce_file_format=True)
+    file.unlink()
+    assert discover(tmp_path).passed_over == {"Media Storage Directory Storage": 1}
+
+
+def test_enhanced_ct_is_found_so_that_it_can_be_refused(tmp_path: Path) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        as_class("1.2.840.10008.5.1.4.1.1.2.1")(ds, 0)
+        ds.NumberOfFrames = 2
+        ds.PixelData = ds.PixelData * 2
+
+    write(tmp_path, 1, change)
+    assert only(discover(tmp_path)).slices[0].frames == 2
+
+
+@pytest.mark.parametrize(
+    ("syntax", "meta"),
+    [(ExplicitVRLittleEndian, True), (ExplicitVRLittleEndian, False), (ImplicitVRLittleEndian, False),
+     (ExplicitVRBigEndian, False)],
+    ids=["no preamble", "bare explicit", "bare implicit", "bare big endian"],
+)  # fmt: skip
+def test_data_sets_without_preamble_or_meta_group_are_found(tmp_path: Path, syntax: UID, meta: bool) -> None:
+    for file in write(tmp_path):
+        data = natively(pydicom.dcmread(file), syntax, meta=meta)
+        file.write_bytes(data[132:] if meta else data)
+    series = only(discover(tmp_path))
+    assert len(series.slices) == 3
+    assert {s.transfer_syntax for s in series.slices} == {syntax}
+    assert (series.rows, series.columns, series.pixel_spacing_mm) == (16, 20, (0.8, 0.7))
+
+
+def test_single_files_are_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = write(tmp_path)
+    cohort = discover([files[0], str(files[2])])
+    assert paths(cohort) == sorted([str(files[0]), str(files[2])])
+    monkeypatch.chdir(tmp_path)
+    assert paths(discover(files[1].name)) == [str(files[1])]
+
+
+def test_single_files_that_are_no_ct_are_counted_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    cohort = discover(tmp_path / "a.txt")
+    assert len(cohort) == 0
+    assert cohort.passed_over == {"not DICOM": 1}
+
+
+@pytest.mark.parametrize("missing", ["missing", "file/below"])
+def test_a_path_that_does_not_exist_is_a_wrong_request(tmp_path: Path, missing: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match=f"{missing} does not exist"):
+        discover([tmp_path, tmp_path / missing])
+
+
+def test_an_empty_folder_is_an_empty_cohort(tmp_path: Path) -> None:
+    assert discover(tmp_path) == Cohort((), {}, ())
+    assert discover([]) == Cohort((), {}, ())
+
+
+def test_files_given_more_than_once_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Trap 6: or every position would be there twice.
+    files = write(tmp_path / "a" / "b", 4)
+    monkeypatch.chdir(tmp_path)
+    given_: list[Path | str] = [
+        tmp_path,
+        tmp_path,
+        tmp_path / "a",
+        "a/b/../b",
+        files[0],
+        files[0],
+        f"a/b/{files[1].name}",
+    ]
+    for order in (given_, given_[::-1]):
+        assert paths(discover(order)) == sorted(map(str, files))
+
+
+def test_a_folder_reached_by_a_link_is_read_once(tmp_path: Path) -> None:
+    files = write(tmp_path / "z", 4)
+    (tmp_path / "a").symlink_to(tmp_path / "z")
+    for given_ in ([tmp_path], [tmp_path / "a", tmp_path / "z"], [tmp_path / "z", tmp_path]):
+        assert sorted(map(os.path.realpath, paths(discover(given_)))) == sorted(map(str, files))
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", 4)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    series = only(discover(tmp_path / "in"))
+    assert len(series.slices) == 4
+    assert series.folder == str(tmp_path / "in" / "link")
+
+
+def test_a_path_that_goes_up_from_a_link_is_what_the_system_opens(tmp_path: Path) -> None:
+    # link/../ct lies beside what the link points to, not beside the link.
+    files = write(tmp_path / "store" / "ct")
+    (tmp_path / "store" / "x").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "store" / "x")
+    cohort = discover(f"{tmp_path}/link/../ct")
+    assert cohort.unreadable == ()
+    assert sorted(map(os.path.realpath, paths(cohort))) == sorted(map(str, files))
+
+
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    files = write(tmp_path / "a" / "b", 4)
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
+    assert paths(discover(tmp_path)) == sorted(map(str, files))
+
+
+def test_a_file_and_links_to_it_are_one_file(tmp_path: Path) -> None:
+    # Trap 6: cohorts are often assembled from links.
+    files = write(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    for file in files:
+        (tmp_path / "b" / file.name).symlink_to(file)
+    assert len(only(discover(tmp_path)).slices) == 3
+
+
+def test_a_link_given_beside_its_folder_is_read_once(tmp_path: Path) -> None:
+    files = write(tmp_path / "store")
+    (tmp_path / "view").mkdir()
+    links = [tmp_path / "view" / file.name for file in files]
+    for link, file in zip(links, files, strict=True):
+        link.symlink_to(file)
+    assert len(only(discover([links[0], tmp_path / "view"])).slices) == 3
+
+
+def test_a_dangling_link_is_reported(tmp_path: Path) -> None:
+    # As in a data set of which not everything was fetched.
+    files = write(tmp_path)
+    files[0].rename(tmp_path / "gone")
+    files[0].symlink_to(tmp_path / "nowhere")
+    (tmp_path / "gone").unlink()
+    cohort = discover(tmp_path)
+    assert len(only(cohort).slices) == 2
+    assert [path for path, _ in cohort.unreadable] == [str(files[0])]
+
+
+def test_a_folder_that_may_not_be_listed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is in it may be missing from a series. Root may list anything, so the refusal is played.
+    files = write(tmp_path / "open")
+    closed = tmp_path / "closed\n"
+    write(closed)
+    really = os.scandir
+
+    def refuse(folder: str) -> Any:
+        if os.fspath(folder) == str(closed):
+            raise PermissionError(13, "Permission denied", folder)
+        return really(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    cohort = discover(tmp_path)
+    assert paths(cohort) == sorted(map(str, files))
+    assert cohort.unreadable == ((f"{tmp_path}/closed\\n", "cannot be listed: Permission denied"),)
+
+
+def test_the_excluded_folder_is_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = write(tmp_path / "in")
+    write(tmp_path / "in" / "out" / "deep")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "out")
+    monkeypatch.chdir(tmp_path)
+    for exclude in (tmp_path / "in" / "out", "in/out", "in/../in/out/", tmp_path / "in" / "link"):
+        assert paths(discover(tmp_path, exclude=exclude)) == sorted(map(str, files))
+    assert len(discover(tmp_path, exclude=tmp_path / "not there")) == 2
+
+
+def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    write(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    both_ends = os.open(tmp_path / "pipe", os.O_RDWR)  # so that a wrong answer fails instead of hanging
+    os.write(both_ends, bytes(200))
+    try:
+        assert discover(tmp_path).passed_over == {"not a regular file": 1}
+        assert discover(tmp_path / "pipe").passed_over == {"not a regular file": 1}
+    finally:
+        os.close(both_ends)
+
+
+def test_names_that_are_no_utf_8_or_hold_a_newline_are_found(tmp_path: Path) -> None:
+    strange = tmp_path / os.fsdecode(b"caf\xe9\n\x1b[31m")
+    write(strange)
+    (strange / "S1-0001.dcm").rename(strange / os.fsdecode(b"\xff\nslice"))
+    cohort = discover(tmp_path)
+    assert len(stack(only(cohort)).slices) == 3
+    assert pickle.loads(pickle.dumps(cohort)) == cohort  # noqa: S301 - our own bytes
+    for s in only(cohort).slices:
+        assert os.path.exists(s.path)
+        assert s.name.isprintable()
+        assert s.name.encode("utf-8")
+    assert {s.name for s in only(cohort).slices} == {"S1-0002.dcm", "S1-0003.dcm", "\\udcff\\nslice"}
+
+
+def test_strange_names_of_unreadable_files_can_be_printed(tmp_path: Path) -> None:
+    strange = tmp_path / os.fsdecode(b"caf\xe9\n")
+    (file,) = write(strange, 1)
+    spoil(file, 0x00080016, b"UI", b"1.2.840.10008.5.1.4.1.1.2\0")
+    file.unlink()
+    file.symlink_to("nowhere")
+    ((path, reason),) = discover(tmp_path).unreadable
+    assert path.endswith("caf\\udce9\\n/S1-0001.dcm")
+    assert (path + reason).isprintable()
+
+
+# Damaged headers
+
+
+def test_a_file_cut_short_anywhere_is_reported_or_refused(tmp_path: Path) -> None:
+    # Trap 42. It must not vanish among files that are no CT: what is left of the series may look whole.
+    files = write(tmp_path)
+    whole = files[2].read_bytes()
+    after_class = whole.index(CT.encode()) + len(CT) + 1  # in the meta group: from here on it is known to be CT
+    silent = []
+    for size in range(after_class, len(whole), 7):
+        files[2].write_bytes(whole[:size])
+        cohort = discover(tmp_path)
+        assert {str(files[0]), str(files[1])} <= set(paths(cohort))
+        if str(files[2]) in dict(cohort.unreadable):
+            continue
+        holder = next((s for s in cohort if files[2].name in names(s)), None)
+        if holder is None:
+            silent.append((size, cohort.passed_over))
+        elif size < whole.index(b"\xe0\x7f\x10\x00OW") + 12:
+            with pytest.raises(InputError, match=r"S1-0001\.dcm"):
+                stack(holder)
+    assert silent == []
+
+
+def test_a_damaged_sop_class_is_not_taken_for_something_else(tmp_path: Path) -> None:
+    # Trap 42: the meta group says CT, the data set something unheard of.
+    file = write(tmp_path)[2]
+    spoil(file, 0x00080016, b"UI", b"1.2.840.10008.5.1.7.1.1.2\0")
+    cohort = discover(tmp_path)
+    reported = [path for path, _ in cohort.unreadable] + paths(cohort)
+    assert str(file) in reported, cohort.passed_over
+
+
+def test_a_header_that_cannot_be_read_costs_no_other_file(tmp_path: Path) -> None:
+    # Trap 42: a deflated data set of which the first half is left.
+    files = write(tmp_path, 5)
+    data = natively(pydicom.dcmread(files[1]), DeflatedExplicitVRLittleEndian)
+    files[1].write_bytes(data[: len(data) // 2])
+    cohort = discover(tmp_path)
+    assert [path for path, _ in cohort.unreadable] == [str(files[1])]
+    assert paths(cohort) == sorted(str(f) for f in files if f != files[1])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(132, 1005), st.integers(0, 255)), min_size=1, max_size=6))
+def test_no_header_makes_the_scan_fail(tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]]) -> None:
+    folder = tmp_path_factory.getbasetemp() / "flipped"
+    if not folder.exists():
+        write(folder, 2)
+    good, bad = folder / "S1-0001.dcm", folder / "S1-0002.dcm"
+    data = bytearray(good.read_bytes())
+    for place, value in flips:
+        data[place] = value
+    bad.write_bytes(data)
+    cohort = discover(folder)
+    assert str(good) in paths(cohort)
+    assert len(paths(cohort)) + len(cohort.unreadable) + sum(cohort.passed_over.values()) == 2
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b"04.785156E-01 ", 0.4785156), (b"+18.5 ", 18.5), (b".001", 0.001), (b"001.000000E+00", 1.0),
+        (b" 2.5", 2.5), (b"1.5\0", 1.5), (b"-1E3", -1000.0),
+        (b"abc ", None), (b"", None), (b"  ", None), (b"nan ", None), (b"inf ", None), (b"1e999 ", None),
+        (b"1,5 ", None), (b"1\\2 ", None), (b"\xff\xfe", None), (b"--1 ", None),
+    ],
+)  # fmt: skip
+def test_decimal_strings_are_read_generously_and_garbage_is_none(
+    tmp_path: Path, text: bytes, value: float | None
+) -> None:
+    (file,) = write(tmp_path, 1)
+    spoil(file, 0x00281053, b"DS", text)
+    assert header(file).rescale_slope == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b".5\\04.785156E-01 ", (0.5, 0.4785156)), (b"+0.8\\.7", (0.8, 0.7)),
+        (b"0.5 ", None), (b"0.5\\", None), (b"abc\\0.5 ", None), (b"0\\0 ", None), (b"0.5\\-0.5", None),
+        (b"1\\2\\3 ", None), (b"", None),
+    ],
+)  # fmt: skip
+def test_half_a_pixel_spacing_is_none(tmp_path: Path, text: bytes, value: tuple[float, float] | None) -> None:
+    (file,) = write(tmp_path, 1)
+    spoil(file, 0x00280030, b"DS", text)
+    assert only(discover(file)).pixel_spacing_mm == value
+
+
+@pytest.mark.parametrize("text", [b"1\\2 ", b"1\\2\\x ", b"1\\2\\3\\4 ", b"1\\2\\nan ", b""])
+def test_half_a_position_is_none(tmp_path: Path, text: bytes) -> None:
+    (file,) = write(tmp_path, 1)
+    spoil(file, 0x00200032, b"DS", text)
+    assert header(file).position_mm is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b"+7", 7), (b"007 ", 7), (b"-3", -3), (b"0 ", 0),
+        (b"abc ", None), (b"", None), (b" ", None), (b"1\\2 ", None), (b"nan ", None), (b"inf ", None),
+        (b"1e999 ", None), (b"99999999999999999999", None),  # an integer string holds 32 bits, SQLite 64
+    ],
+)  # fmt: skip
+def test_integer_strings_are_read_generously_and_garbage_is_none(
+    tmp_path: Path, text: bytes, value: int | None
+) -> None:
+    (file,) = write(tmp_path, 1)
+    spoil(file, 0x00200013, b"IS", text)
+    assert header(file).instance_number == value
+    spoil(file, 0x00200011, b"IS", text)
+    assert only(discover(file)).series_number == value
+
+
+@pytest.mark.parametrize(
+    ("tag", "vr", "value"),
+    [
+        (0x00280010, b"US", b"\x10"),  # Rows: half a number
+        (0x00280010, b"US", b"\x10\0\x10\0"),  # two numbers
+        (0x00280010, b"US", b""),
+        (0x00280120, b"SS", b"\x30"),  # Pixel Padding Value
+        (0x00280102, b"US", b"\0"),  # High Bit
+        (0x00280100, b"US", b"\0\0"),  # Bits Allocated 0
+    ],
+)
+def test_binary_garbage_does_not_lose_the_slice(tmp_path: Path, tag: int, vr: bytes, value: bytes) -> None:
+    # The slice stays with its series, or its absence might go unnoticed.
+    (file,) = write(tmp_path, 1)
+    spoil(file, tag, vr, value)
+    cohort = discover(file)
+    assert cohort.unreadable == ()
+    assert paths(cohort) == [str(file)]
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize(
+    ("vr", "value", "signed", "expected"),
+    [
+        ("SS", -2000, True, -2000), ("US", 63536, True, -2000), ("US", 63536, False, 63536),
+        ("SS", -2000, False, 63536), ("US", 0, True, 0), ("SS", -32768, True, -32768),
+    ],
+)  # fmt: skip
+def test_padding_has_the_sign_of_the_pixels(
+    tmp_path: Path, syntax: UID, vr: str, value: int, signed: bool, expected: int
+) -> None:
+    # Trap 26.
+    def change(ds: Dataset, _: int) -> None:
+        del ds.PixelPaddingValue
+        ds.add_new("PixelPaddingValue", vr, value)
+        ds.add_new("PixelPaddingRangeLimit", vr, value)
+        ds.PixelRepresentation = int(signed)
+
+    (file,) = write(tmp_path, 1, change)
+    file.write_bytes(natively(pydicom.dcmread(file), syntax))
+    assert (header(file).padding, header(file).padding_limit) == (expected, expected)
+
+
+def test_padding_of_eight_bits_has_eight_bits(tmp_path: Path) -> None:
+    # Trap 26: −100 is written in two bytes all the same.
+    def change(ds: Dataset, _: int) -> None:
+        ds.PixelPaddingValue = -100
+
+    write_series(tmp_path, np.zeros((1, 16, 20), dtype=np.int8), SPACING, change=change)
+    assert only(discover(tmp_path)).slices[0].padding == -100
+
+
+def test_headers_are_read_as_they_were_written(tmp_path: Path) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        ds.RescaleSlope, ds.RescaleIntercept = "0.0444", "-8.5"
+        ds.BitsStored, ds.HighBit = 12, 11
+
+    (file,) = write(tmp_path, 1, change, series_number=7, series_uid="1.2.3.4")
+    ds = pydicom.dcmread(file)
+    series, found = only(discover(file)), header(file)
+    assert (series.series_uid, series.series_number, series.part, series.key) == ("1.2.3.4", 7, 0, "1.2.3.4")
+    assert (series.study_uid, series.frame_of_reference_uid) == (ds.StudyInstanceUID, ds.FrameOfReferenceUID)
+    assert (series.rows, series.columns, series.pixel_spacing_mm) == (16, 20, (0.8, 0.7))
+    assert series.orientation == (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    assert series.folder == str(tmp_path)
+    assert found == SliceHeader(
+        path=str(file), file_bytes=file.stat().st_size, mtime_ns=file.stat().st_mtime_ns,
+        sop_instance_uid=ds.SOPInstanceUID, instance_number=1, position_mm=(-100, -120, -300), rescale_slope=0.0444,
+        rescale_intercept=-8.5, rescale_type="HU", photometric="MONOCHROME2", samples_per_pixel=1, frames=1,
+        bits_allocated=16, bits_stored=12, high_bit=11, signed=True, padding=-2000, padding_limit=None,
+        transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=found.pixel_offset, pixel_bytes=640,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("meta", [True, False])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_the_pixel_offset_points_at_the_pixels(tmp_path: Path, syntax: UID, meta: bool) -> None:
+    # Trap 29: sequences, private elements, an icon with pixels of its own, and something after the pixels.
+    def change(ds: Dataset, _: int) -> None:
+        icon = Dataset()
+        icon.Rows, icon.Columns, icon.BitsAllocated = 2, 2, 8
+        icon.add_new("PixelData", "OB", b"\1\2\3\4")
+        ds.IconImageSequence = [icon]
+        ds.add_new(0x00091010, "OB", b"\xe0\x7f\x10\x00OW\0\0\0\0")
+        ds.add_new(0xFFFCFFFC, "OB", bytes(20))
+
+    for file, pixels in zip(write(tmp_path, 3, change), noise(3), strict=True):
+        file.write_bytes(natively(pydicom.dcmread(file), syntax, meta=meta))
+        found = header(file)
+        assert found.pixel_offset is not None
+        assert found.pixel_bytes == 640
+        data = file.read_bytes()[found.pixel_offset : found.pixel_offset + 640]
+        assert data == pixels.astype("<i2").tobytes()
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless])
+def test_pixels_that_are_not_plain_have_no_offset(tmp_path: Path, syntax: UID) -> None:
+    # Trap 29.
+    (file,) = write(tmp_path, 1)
+    ds = pydicom.dcmread(file)
+    if syntax == RLELossless:
+        ds.compress(syntax)
+        ds.save_as(file)
+    else:
+        file.write_bytes(natively(ds, syntax))
+    assert header(file).transfer_syntax == syntax
+    assert (header(file).pixel_offset, header(file).pixel_bytes) == (None, None)
+
+
+# Series
+
+
+def test_series_in_one_folder_and_series_over_several(tmp_path: Path) -> None:
+    write(tmp_path / "a", 3, series_uid="1.1", series_number=1)
+    for n, file in enumerate(write(tmp_path / "a", 4, series_uid="1.2", series_number=2)):
+        (tmp_path / "a" / str(n % 2)).mkdir(exist_ok=True)
+        file.rename(tmp_path / "a" / str(n % 2) / file.name)
+    write(tmp_path / "b", 2, series_uid="1.3", series_number=1)
+    cohort = discover(tmp_path)
+    assert [(s.key, len(s.slices), Path(s.folder).name) for s in cohort] == [
+        ("1.1", 3, "a"), ("1.2", 4, "a"), ("1.3", 2, "b"),
+    ]  # fmt: skip
+    assert cohort[1] is cohort.series[1]
+    assert cohort[1:] == cohort.series[1:]
+
+
+def test_a_series_over_two_roots_is_one_series(tmp_path: Path) -> None:
+    files = write(tmp_path / "a", 4, series_uid="1.1")
+    (tmp_path / "b").mkdir()
+    files[0].rename(tmp_path / "b" / files[0].name)
+    series = only(discover([tmp_path / "b", tmp_path / "a"]))
+    assert len(series.slices) == 4
+    assert series.folder == str(tmp_path)
+
+
+def test_series_come_in_the_order_of_folders_and_numbers(tmp_path: Path) -> None:
+    for number, folder in ((10, "a"), (9, "a"), (1, "b")):
+        write(tmp_path / folder, 2, series_number=number)
+
+    def unnumbered(ds: Dataset, _: int) -> None:
+        ds.SeriesNumber = None
+
+    write(tmp_path / "a", 2, unnumbered, series_number=77)
+    assert [s.series_number for s in discover(tmp_path)] == [9, 10, None, 1]
+
+
+def test_equal_geometry_does_not_join_series(tmp_path: Path) -> None:
+    # Two kernels of one acquisition: everything is equal but the series.
+    write(tmp_path, 3, series_uid="1.1", series_number=1)
+    write(tmp_path, 3, series_uid="1.2", series_number=2)
+    assert [len(s.slices) for s in discover(tmp_path)] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        ("ImageOrientationPatient", [1, 0, 0, 0, 0, -1]),
+        ("ImageOrientationPatient", None),
+        ("PixelSpacing", [0.8, 0.71]),
+        ("PixelSpacing", [0.7, 0.8]),
+        ("PixelSpacing", None),
+        ("Rows", 20),
+        ("Columns", 16),
+    ],
+)
+def test_one_uid_is_split_where_slices_cannot_lie_in_one_stack(tmp_path: Path, keyword: str, value: Any) -> None:
+    # Traps 9, 10: a scout, a screenshot or a second reconstruction inside the series.
+    def change(ds: Dataset, k: int) -> None:
+        if k in (1, 3):
+            setattr(ds, keyword, value)
+
+    write(tmp_path, 6, change, series_uid="1.2.3")
+    large, small = discover(tmp_path)
+    assert (large.key, large.part, len(large.slices)) == ("1.2.3#1", 1, 4)
+    assert (small.key, small.part, len(small.slices)) == ("1.2.3#2", 2, 2)
+    assert names(small) == {"S1-0005.dcm", "S1-0003.dcm"}
+    assert large.label == "series-1-c47f5b-part1"  # printf 1.2.3 | sha256sum
+
+
+def test_small_differences_do_not_split_a_series(tmp_path: Path) -> None:
+    # Trap 8: rounding of cosines and spacings.
+    def change(ds: Dataset, k: int) -> None:
+        if k % 2:
+            ds.ImageOrientationPatient = ["1", "0.0001", "0", "-0.0001", "1", "0"]
+            ds.PixelSpacing = ["0.8001", "0.7"]
+
+    write(tmp_path, 6, change)
+    series = only(discover(tmp_path))
+    assert (series.part, len(series.slices)) == (0, 6)
+    assert series.key == series.series_uid
+
+
+def test_slices_without_a_series_uid_are_kept_by_folder_and_refused(tmp_path: Path) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        del ds.SeriesInstanceUID
+
+    for folder in "ab":
+        write(tmp_path / folder, 3, change)
+    cohort = discover(tmp_path)
+    assert [(Path(s.folder).name, len(s.slices)) for s in cohort] == [("a", 3), ("b", 3)]
+    for series in cohort:
+        with pytest.raises(InputError, match="no Series Instance UID"):
+            stack(series)
+
+
+def test_keys_tell_all_series_apart(tmp_path: Path) -> None:
+    # Trap 33: the manifest has one row per key. Without a UID, folders and parts are all there is.
+    def nameless(ds: Dataset, k: int) -> None:
+        del ds.SeriesInstanceUID
+        if k == 2:
+            ds.Rows, ds.Columns = 20, 16
+
+    for folder in "ab":
+        write(tmp_path / folder, 3, nameless)
+    write(tmp_path / "c", series_uid="1.2.3")
+    keys = [s.key for s in discover(tmp_path)]
+    assert len(keys) == 5
+    assert len(set(keys)) == len(keys)
+
+
+# Order, identity, privacy
+
+
+def in_order(order: Callable[[list[Any]], Iterable[Any]]) -> Callable[..., Iterator[Any]]:
+    """Return a `map` whose results come in another order, as those of worker processes do."""
+    return lambda function, tasks: iter([function(task) for task in order(tasks)])
+
+
+def test_nothing_depends_on_the_order_in_which_headers_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Trap 1. Two stacks of equal length in one UID, names interleaved; cosines that differ by rounding.
+    def change(ds: Dataset, k: int) -> None:
+        if k in (0, 3, 4):
+            ds.PixelSpacing = ["0.9", "0.9"]
+            ds.ImagePositionPatient = [0, 0, 2.5 * k if k else 5]
+        if k % 2:
+            ds.ImageOrientationPatient = ["1", "0.0001", "0", "-0.0001", "1", "0"]
+
+    write(tmp_path, 6, change)
+    monkeypatch.setattr("gpuprep.discovery.FILES_PER_TASK", 1)
+    seen = []
+    for order in (list, lambda tasks: tasks[::-1], lambda tasks: tasks[3:] + tasks[:3]):
+        cohort = discover(tmp_path, map_=in_order(order))
+        seen.append([(s.key, s.fingerprint, names(s), s.orientation, s.pixel_spacing_mm, s.folder) for s in cohort])
+    assert seen[1] == seen[0]
+    assert seen[2] == seen[0]
+
+
+def test_the_account_does_not_depend_on_the_order_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+    write(tmp_path / "mr", 2, as_class("1.2.840.10008.5.1.4.1.1.4"))
+    for n in range(3):
+        (tmp_path / f"{n}.txt").write_text("text")
+        (tmp_path / f"link{n}").symlink_to(f"nowhere{n}")
+    monkeypatch.setattr("gpuprep.discovery.FILES_PER_TASK", 2)
+    one, two = (discover(tmp_path, map_=in_order(order)) for order in (list, reversed))
+    assert one.passed_over == two.passed_over == {"MR Image Storage": 2, "not DICOM": 3}
+    assert list(one.passed_over) == list(two.passed_over)
+    assert one.unreadable == two.unreadable
+    assert len(one.unreadable) == 3
+
+
+def test_a_fingerprint_changes_with_any_file_and_with_nothing_else(tmp_path: Path) -> None:
+    files = write(tmp_path / "a", 4)
+    series = only(discover(tmp_path))
+    first = series.fingerprint
+    for slices in itertools.permutations(series.slices):
+        assert replace(series, slices=slices).fingerprint == first
+    # Elsewhere, under other names, with the times kept: the same.
+    shutil.copytree(tmp_path / "a", tmp_path / "b" / "c")
+    for n, file in enumerate(sorted((tmp_path / "b" / "c").iterdir())):
+        file.rename(file.with_name(f"{9 - n}"))
+    assert only(discover(tmp_path / "b")).fingerprint == first
+    # Touched, longer, another instance, fewer: different.
+    seen = {first}
+    status = files[2].stat()
+    os.utime(files[2], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    seen.add(only(discover(tmp_path / "a")).fingerprint)
+    with files[2].open("ab") as f:
+        f.write(b"\0\0")
+    os.utime(files[2], ns=(status.st_atime_ns, status.st_mtime_ns))
+    seen.add(only(discover(tmp_path / "a")).fingerprint)
+    other = replace(series.slices[0], sop_instance_uid="1.2.3")
+    seen.add(replace(series, slices=(other, *series.slices[1:])).fingerprint)
+    files[0].unlink()
+    seen.add(only(discover(tmp_path / "a")).fingerprint)
+    assert len(seen) == 5
+
+
+def test_nothing_about_the_patient_comes_out(tmp_path: Path) -> None:
+    def personal(ds: Dataset, _: int) -> None:
+        assert ds.PatientName == "Phantom^Thorax"
+        ds.InstitutionName = ds.StudyDescription = ds.SeriesDescription = ds.ImageComments = "Sesame^Clinic"
+        ds.ReferringPhysicianName, ds.AccessionNumber, ds.StudyDate = "Sesame^Who", "SESAME1", "20250131"
+        ds.add_new(0x00091001, "LO", "Sesame private")
+
+    def structures(ds: Dataset, _: int) -> None:
+        personal(ds, 0)
+        as_class("1.2.840.10008.5.1.4.1.1.481.3")(ds, 0)
+
+    write(tmp_path / "ct", 3, personal)
+    write(tmp_path / "rt", 1, structures)
+    spoiled, cut, deflated = write(tmp_path / "bad", 3, personal)
+    spoil(spoiled, 0x00280030, b"DS", b"no\\number")
+    cut.write_bytes(cut.read_bytes()[:420])
+    deflated.write_bytes(natively(pydicom.dcmread(deflated), DeflatedExplicitVRLittleEndian)[:-400])
+    cohort = discover(tmp_path)
+    out = [pickle.dumps(cohort), repr(cohort).encode()]
+    for series in cohort:
+        try:
+            stack(series)
+        except InputError as exc:
+            out.append(str(exc).encode())
+    for secret in (b"phantom", b"thorax", b"sesame", b"19000101", b"20250131"):
+        assert all(secret not in text.lower() for text in out)

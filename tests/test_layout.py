@@ -1,0 +1,213 @@
+"""Folders under OUT: those of the source, told apart where that is not enough, harmless whatever they were called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gpuprep.layout import layout
+from gpuprep.series import Series
+
+
+def series(folder: str, uid: str = "1.2.3", *, number: int | None = 1, part: int = 0) -> Series:
+    return Series(
+        series_uid=uid, study_uid="", frame_of_reference_uid="", series_number=number, rows=4, columns=4,
+        pixel_spacing_mm=None, orientation=None, part=part, folder=folder, slices=(),
+    )  # fmt: skip
+
+
+def folders(cohort: Iterable[Series], *inputs: str, taken: dict[str, str] | None = None) -> list[str]:
+    """Return the folder of each series, in the order of the cohort."""
+    cohort = list(cohort)
+    found = layout(cohort, inputs, taken or {})
+    assert set(found) == {s.key for s in cohort}
+    return [found[s.key] for s in cohort]
+
+
+def test_one_root_is_kept_with_its_name() -> None:
+    cohort = [series("/data/cohort/p1/ct", "1.1"), series("/data/cohort/p2/a/b", "1.2")]
+    assert folders(cohort, "/data/cohort") == ["cohort/p1/ct", "cohort/p2/a/b"]
+
+
+def test_files_directly_in_the_root_go_to_a_folder_of_its_name() -> None:
+    assert folders([series("/data/cohort")], "/data/cohort/") == ["cohort"]
+
+
+def test_several_roots_are_kept_from_their_common_parent_on() -> None:
+    cohort = [series("/data/a/ct", "1.1"), series("/data/b/ct", "1.2")]
+    assert folders(cohort, "/data/a", "/data/b") == ["a/ct", "b/ct"]
+    cohort = [series("/data/a/x/ct", "1.1"), series("/data/b/ct", "1.2")]
+    assert folders(cohort, "/data/a/x", "/data/b") == ["a/x/ct", "b/ct"]
+
+
+def test_a_root_below_another_changes_nothing() -> None:
+    assert folders([series("/data/a/x")], "/data/a", "/data/a/x", "/data/a") == ["a/x"]
+
+
+def test_a_relative_root_is_kept_with_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cohort" / "ct").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cohort")
+    assert folders([series(str(tmp_path / "cohort" / "ct"))], ".") == ["cohort/ct"]
+
+
+def test_a_single_file_goes_to_a_folder_of_its_folders_name(tmp_path: Path) -> None:
+    file = tmp_path / "ct" / "1.dcm"
+    file.parent.mkdir()
+    file.touch()
+    assert folders([series(str(file.parent))], str(file)) == ["ct"]
+
+
+def test_a_series_over_several_roots_gets_its_label() -> None:
+    only = series("/data", "1.2.3", number=7)
+    assert folders([only], "/data/a", "/data/b") == [only.label]
+
+
+def test_a_series_from_outside_the_inputs_stays_inside_out() -> None:
+    outside = series("/elsewhere/ct", "1.2.3")
+    assert folders([outside], "/data/a") == [outside.label]
+
+
+def test_series_that_share_a_folder_get_folders_of_their_own_in_it() -> None:
+    # Trap 33. Digests of the UIDs by sha256sum.
+    cohort = [
+        series("/data/ct", "1.2.3", number=2), series("/data/ct", "1.2.4", number=None),
+        series("/data/ct", "1.2.5", number=3, part=1), series("/data/ct", "1.2.5", number=3, part=2),
+    ]  # fmt: skip
+    assert folders(cohort, "/data/ct") == [
+        "ct/series-2-c47f5b", "ct/series-x-30f3fa", "ct/series-3-0a5d71-part1", "ct/series-3-0a5d71-part2",
+    ]  # fmt: skip
+
+
+def test_series_that_share_folder_number_and_digest_stay_apart() -> None:
+    # Found by search: SHA-256 of both UIDs begins with f607e5.
+    one, two = folders([series("/data/ct", "1.2.4040"), series("/data/ct", "1.2.10882")], "/data/ct")
+    assert one == "ct/series-1-f607e5"
+    assert PurePosixPath(two).name.startswith("series-1-f607e5-")
+
+
+def test_a_series_above_another_gets_a_folder_of_its_own() -> None:
+    # An output folder is replaced as a whole: no other may lie in it.
+    cohort = [series("/data/ct", "1.1"), series("/data/ct/more/deep", "1.2")]
+    assert folders(cohort, "/data/ct") == [f"ct/{cohort[0].label}", "ct/more/deep"]
+
+
+def test_folders_of_equal_names_in_different_places_stay_apart() -> None:
+    # Trap 33.
+    cohort = [series(f"/data/cohort/00{n}/ct", f"1.{n}") for n in range(5)]
+    assert folders(cohort, "/data/cohort") == [f"cohort/00{n}/ct" for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a\nb", "a%0Ab"),
+        ("\x1b[31mred", "%1B[31mred"),
+        (os.fsdecode(b"caf\xe9"), "caf%E9"),
+        ("café", "café"),
+        ("a\u202eb", "a%E2%80%AEb"),  # turns the direction of writing
+        ("  two  spaces ", "  two  spaces "),
+        ("-rf", "-rf"),
+        ("..x", "..x"),
+        ("...", "..."),
+        ("~", "~"),
+    ],
+)
+def test_names_are_kept_but_for_what_does_not_print(name: str, expected: str) -> None:
+    assert folders([series(f"/data/cohort/{name}/ct")], "/data/cohort") == [f"cohort/{expected}/ct"]
+
+
+@pytest.mark.parametrize(
+    "name", [".gpuprep", ".gpuprep-2", "manifest.sqlite", "manifest.sqlite-wal", "manifest.csv", "recipe.toml"]
+)
+def test_gpupreps_own_names_are_not_given_away(name: str) -> None:
+    at_top, below = folders(
+        [series(f"/data/{name}", "1.1"), series(f"/data/x/{name}", "1.2")], "/data/x", "/data/" + name
+    )
+    assert at_top == f"%{ord(name[0]):02X}{name[1:]}"
+    assert below == f"x/{name}"
+
+
+def test_names_that_become_equal_stay_apart() -> None:
+    cohort = [series("/data/a\n", "1.1"), series("/data/a%0A", "1.2")]
+    one, two = folders(cohort, "/data/a\n", "/data/a%0A")
+    assert one != two
+    assert {PurePosixPath(one).parent.name, PurePosixPath(two).parent.name} == {"a%0A"}
+
+
+def test_a_long_name_that_is_no_utf_8_still_makes_a_folder(tmp_path: Path) -> None:
+    # 100 letters of a Cyrillic code page are a legal name of 100 bytes.
+    name = os.fsdecode(b"\xef" * 100)
+    (folder,) = folders([series(f"/data/cohort/{name}")], "/data/cohort")
+    (tmp_path / folder).mkdir(parents=True)
+
+
+def test_a_series_keeps_the_folder_that_an_earlier_run_gave_it() -> None:
+    assert folders([series("/data/ct", "1.2.3")], "/data/ct", taken={"ct": "1.2.3"}) == ["ct"]
+
+
+@pytest.mark.parametrize("taken", ["ct", "ct/LABEL", "ct/more", "ct/more/deep"])
+def test_a_folder_that_is_or_holds_the_output_of_another_series_is_not_given(taken: str) -> None:
+    # It is replaced as a whole, and the other one would be lost.
+    new = series("/data/ct", "1.2.4")
+    taken = taken.replace("LABEL", new.label)
+    (folder,) = folders([new], "/data/ct", taken={taken: "1.2.3"})
+    assert folder not in {taken, *map(str, PurePosixPath(taken).parents)}
+
+
+def test_a_source_folder_called_like_a_label_meets_no_other_series() -> None:
+    # As when the input is itself an output of gpuprep, or was sorted into folders of such names.
+    first, second = series("/data/ct", "1.1"), series("/data/ct", "1.2")
+    third = series(f"/data/ct/{first.label}", "1.3")
+    for cohort in ([first, second, third], [third, second, first]):
+        assert_apart(folders(cohort, "/data/ct"))
+
+
+def assert_apart(found: list[str]) -> None:
+    """No two folders are equal, and none lies in another."""
+    assert len(set(found)) == len(found)
+    for folder in found:
+        assert not {str(p) for p in PurePosixPath(folder).parents} & set(found)
+
+
+hostile = st.sampled_from(
+    ["a", "b", "ct", "..a", "...", ".gpuprep", "manifest.sqlite", "recipe.toml", "a\n", "a%0A", "%2Egpuprep", "\x7f"]
+) | st.binary(min_size=1, max_size=6).filter(lambda b: b not in (b".", b"..") and not {0, 47} & set(b)).map(os.fsdecode)
+trees = st.lists(st.lists(hostile, max_size=4), min_size=1, max_size=12)
+
+
+@settings(deadline=None)
+@given(trees, st.lists(hostile, min_size=1, max_size=2), st.booleans())
+@example([[], ["a"], ["a", "b"], ["a"], ["a"]], ["x"], False)
+@example([["a\n"], ["a%0A"], [".gpuprep"], ["%2Egpuprep"]], [".gpuprep"], True)
+def test_no_two_series_share_a_folder_and_none_leaves_out(tree: list[list[str]], root: list[str], wide: bool) -> None:
+    top = "/" + "/".join(root)
+    cohort = [series("/".join([top, *names]), f"1.{n}") for n, names in enumerate(tree)]
+    inputs = ["/" + "/".join([*root, names[0]]) if names else top for names in tree] if wide else [top]
+    found = folders(cohort, *inputs)
+    assert_apart(found)
+    for folder in found:
+        assert folder == os.path.normpath(folder)
+        assert not folder.startswith("/")
+        assert ".." not in folder.split("/")
+        assert not folder.startswith((".gpuprep", "manifest.", "recipe.toml"))
+        assert folder.isprintable()
+        assert folder.encode("utf-8")
+    # The next run, which finds these folders taken, gives the same.
+    taken = dict(zip(found, (s.key for s in cohort), strict=True))
+    assert folders(cohort, *inputs, taken=taken) == found
+
+
+@settings(deadline=None)
+@given(trees, st.integers(0, 12))
+def test_a_cohort_that_grows_never_takes_a_folder_away(tree: list[list[str]], first: int) -> None:
+    cohort = [series("/".join(["/data", *names]), f"1.{n}") for n, names in enumerate(tree)]
+    before = dict(zip(folders(cohort[:first], "/data"), (s.key for s in cohort[:first]), strict=True))
+    after = folders(cohort, "/data", taken=before)
+    assert len(set(after)) == len(after)
+    for folder, s in zip(after, cohort, strict=True):
+        assert before.get(folder, s.key) == s.key

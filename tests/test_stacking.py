@@ -1,0 +1,443 @@
+"""Order, spacing and affine from positions, against the formula of the standard and SimpleITK; and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.uid import UID
+from scipy.spatial.transform import Rotation
+
+from gpuprep.discovery import discover
+from gpuprep.errors import GeometryError, InputError, IntensityError, MissingTagError
+from gpuprep.phantom import write_series
+from gpuprep.reading import read
+from gpuprep.series import Series, SliceHeader
+from gpuprep.stacking import Stack, stack
+
+AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+Xyz = tuple[float, float, float]
+Change = Callable[[Dataset, int], None]
+
+
+def header(name: str, position_mm: Xyz | None, pixel_bytes: int = 640) -> SliceHeader:
+    return SliceHeader(
+        path=f"/data/{name}", file_bytes=1000 + pixel_bytes, mtime_ns=1, sop_instance_uid=name, instance_number=None,
+        position_mm=position_mm, rescale_slope=1.0, rescale_intercept=-1024.0, rescale_type="HU",
+        photometric="MONOCHROME2", samples_per_pixel=1, frames=1, bits_allocated=16, bits_stored=16, high_bit=15,
+        signed=True, padding=None, padding_limit=None, transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=1000,
+        pixel_bytes=pixel_bytes,
+    )  # fmt: skip
+
+
+def series(
+    positions_mm: Sequence[Xyz],
+    *,
+    orientation: Sequence[float] = AXIAL,
+    pixel_spacing_mm: tuple[float, float] = (0.8, 0.7),
+    shape: tuple[int, int] = (16, 20),
+) -> Series:
+    """Return headers alone; slices are called s0, s1, … in the order given."""
+    return Series(
+        series_uid="1.2.3", study_uid="1.2", frame_of_reference_uid="1.4", series_number=1, rows=shape[0],
+        columns=shape[1], pixel_spacing_mm=pixel_spacing_mm, orientation=tuple(orientation), part=0, folder="/data",
+        slices=tuple(header(f"s{n}", p, 2 * shape[0] * shape[1]) for n, p in enumerate(positions_mm)),
+    )  # fmt: skip
+
+
+def at(z_mm: Sequence[float]) -> Series:
+    """Return an axial series at these heights."""
+    return series([(-100.0, -120.0, z) for z in z_mm])
+
+
+def names(stacked: Stack) -> list[str]:
+    return [s.name for s in stacked.slices]
+
+
+def written(folder: Path, change: Change | None = None, *, slices: int = 5, **options: Any) -> Series:
+    """Write a series, spoil it, and return what is found; k is in the stored values of slice k."""
+    stored = np.arange(slices, dtype=np.int16)[:, None, None] * 100 + np.arange(320, dtype=np.int16).reshape(16, 20)
+    write_series(folder, stored, (2.5, 0.8, 0.7), change=change, **options)
+    (found,) = discover(folder)
+    return found
+
+
+# Order and spacing
+
+
+@settings(deadline=None)
+@given(st.permutations(range(9)))
+def test_the_order_of_files_does_not_matter(order: list[int]) -> None:
+    # Trap 1.
+    z_mm = [-300 + 2.5 * n for n in range(9)]
+    whole = at(z_mm)
+    stacked = stack(replace(whole, slices=tuple(whole.slices[n] for n in order)))
+    assert names(stacked) == [f"s{n}" for n in range(9)]
+    np.testing.assert_array_equal(stacked.geometry.affine, stack(whole).geometry.affine)
+
+
+def test_only_positions_order_slices(tmp_path: Path) -> None:
+    # Traps 1, 2, 3: every other number lies, and so do the names.
+    lots = [3, 7, 0, 5, 1, 6, 2, 4]
+
+    def lie(ds: Dataset, k: int) -> None:
+        ds.InstanceNumber = lots[k]
+        ds.SliceLocation = f"{-lots[k] * 3.5:g}"
+        ds.AcquisitionNumber = k % 2
+        ds.SliceThickness = "5"
+        ds.SpacingBetweenSlices = "-1.25"
+
+    written(tmp_path, lie, slices=8)
+    for k, file in enumerate(sorted(tmp_path.iterdir())):
+        file.rename(tmp_path / f"{lots[k]:02}")
+    volume = read(discover(tmp_path)[0])
+    assert volume.stored[:, 0, 0].tolist() == [100 * k for k in range(8)]
+    assert volume.geometry.spacing_mm == pytest.approx((2.5, 0.8, 0.7))
+    assert volume.geometry.origin_mm == pytest.approx((-100, -120, -300))
+
+
+@pytest.mark.parametrize("numbers", [None, 0, 1])
+def test_instance_numbers_may_be_absent_or_equal(tmp_path: Path, numbers: int | None) -> None:
+    # Trap 1.
+    def change(ds: Dataset, _: int) -> None:
+        ds.InstanceNumber = numbers
+
+    assert stack(written(tmp_path, change)).geometry.origin_mm == pytest.approx((-100, -120, -300))
+
+
+def test_spacing_is_measured_where_thickness_says_otherwise(tmp_path: Path) -> None:
+    # Trap 2: slices of 5 mm every 2.5 mm.
+    def change(ds: Dataset, _: int) -> None:
+        ds.SliceThickness = "5"
+
+    assert stack(written(tmp_path, change)).geometry.spacing_mm[0] == pytest.approx(2.5)
+
+
+def test_row_and_column_spacing_are_not_exchanged(tmp_path: Path) -> None:
+    # Trap 35: Pixel Spacing is between rows, then between columns; 16 rows and 20 columns.
+    geometry = stack(written(tmp_path)).geometry
+    assert geometry.shape == (5, 16, 20)
+    assert geometry.spacing_mm == pytest.approx((2.5, 0.8, 0.7))
+    # The last voxel of the last slice: x grows with columns, y with rows, z with slices.
+    assert geometry.points_mm((4, 15, 19)) == pytest.approx((-100 + 19 * 0.7, -120 + 15 * 0.8, -300 + 4 * 2.5))
+
+
+def test_the_spacing_is_that_of_the_whole_stack_and_not_of_the_first_two_slices() -> None:
+    # Trap 5: rounding to hundredths must not add up over the stack.
+    spacing = 1.2457
+    z_mm = [round(n * spacing, 2) for n in range(101)]
+    assert z_mm[1] == 1.25
+    assert stack(at(z_mm)).geometry.spacing_mm[0] == pytest.approx(spacing, abs=0.005 / 100)
+
+
+# The affine, for any orientation
+
+
+@st.composite
+def oblique(draw: st.DrawFn) -> tuple[Series, NDArray[np.float64]]:
+    """Any orientation, spacing and place; slices shuffled. With it, positions in spatial order."""
+    rotation = Rotation.from_rotvec(draw(st.tuples(*[st.floats(-3, 3)] * 3))).as_matrix()
+    count = draw(st.integers(2, 12))
+    step_mm = draw(st.floats(0.3, 10))
+    origin = np.array(draw(st.tuples(*[st.floats(-500, 500)] * 3)))
+    positions = origin + np.outer(np.arange(count) * step_mm, rotation[:, 2])
+    order = draw(st.permutations(range(count)))
+    shape = (draw(st.integers(1, 600)), draw(st.integers(1, 600)))
+    return series(
+        [tuple(positions[n]) for n in order],
+        orientation=[*rotation[:, 0], *rotation[:, 1]],
+        pixel_spacing_mm=(draw(st.floats(0.1, 4)), draw(st.floats(0.1, 4))),
+        shape=shape,
+    ), positions
+
+
+@settings(deadline=None)
+@given(oblique())
+def test_the_affine_is_the_formula_of_the_standard(given_: tuple[Series, NDArray[np.float64]]) -> None:
+    # Trap 35. PS3.3, C.7.6.2.1.1: P = S + X·Δi·i + Y·Δj·j, where i counts columns, X is the direction of a row and Δi
+    # the distance between columns; j counts rows, Y is the direction of a column and Δj the distance between rows.
+    found, positions = given_
+    assert found.orientation is not None
+    assert found.pixel_spacing_mm is not None
+    x, y = np.array(found.orientation[:3]), np.array(found.orientation[3:])
+    delta_j, delta_i = found.pixel_spacing_mm
+    stacked = stack(found)
+    assert stacked.geometry.shape == (len(positions), found.rows, found.columns)
+    for k, s in enumerate(positions):
+        assert stacked.slices[k].position_mm == tuple(s)
+        for i, j in ((0, 0), (found.columns - 1, 0), (0, found.rows - 1), (found.columns - 1, found.rows - 1)):
+            expected = s + x * delta_i * i + y * delta_j * j
+            assert stacked.geometry.points_mm((k, j, i)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "step"),
+    [
+        ((1, 0, 0, 0, 1, 0), (0, 0, 1)),  # axial: feet to head
+        ((-1, 0, 0, 0, -1, 0), (0, 0, 1)),  # axial, prone
+        ((0, 1, 0, 0, 0, -1), (-1, 0, 0)),  # sagittal
+        ((1, 0, 0, 0, 0, -1), (0, 1, 0)),  # coronal
+    ],
+)
+def test_slices_run_along_row_times_column(tmp_path: Path, orientation: tuple[float, ...], step: Xyz) -> None:
+    # Trap 1: sagittal and coronal series have one z only.
+    volume = read(written(tmp_path, orientation=orientation))
+    assert volume.stored[:, 0, 0].tolist() == [0, 100, 200, 300, 400]
+    assert volume.geometry.affine[:3, 0] == pytest.approx(2.5 * np.array(step))
+    assert volume.geometry.affine[:3, 1] == pytest.approx(0.8 * np.array(orientation[3:]))
+    assert volume.geometry.affine[:3, 2] == pytest.approx(0.7 * np.array(orientation[:3]))
+
+
+@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
+@pytest.mark.parametrize("orientation", [AXIAL, (0.8, 0.6, 0.0, -0.6, 0.8, 0.0), (1.0, 0.0, 0.0, 0.0, 0.8, -0.6)])
+def test_simpleitk_puts_voxels_in_the_same_places(tmp_path: Path, orientation: tuple[float, ...]) -> None:
+    SimpleITK: Any = pytest.importorskip("SimpleITK")  # noqa: N806 - its name
+    reader = SimpleITK.ImageSeriesReader()
+    volume = read(written(tmp_path, orientation=orientation))
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
+    image = reader.Execute()
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image), volume.stored - 1024)
+    assert image.GetSpacing() == pytest.approx(volume.geometry.spacing_mm[::-1])
+    assert image.GetOrigin() == pytest.approx(volume.geometry.origin_mm)
+    for k, j, i in ((0, 0, 0), (4, 15, 19), (2, 15, 0), (3, 0, 19)):
+        expected = image.TransformIndexToPhysicalPoint((i, j, k))
+        assert volume.geometry.points_mm((k, j, i)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_cosines_rounded_by_the_scanner_are_made_units() -> None:
+    # 30° about x, in two digits: the direction of a column is 1.0034 long.
+    normal = np.array([0, -0.5, 0.87]) / np.hypot(0.5, 0.87)
+    x, y, z = (2 * normal).tolist()
+    geometry = stack(
+        series([(0, 0, 0), (x, y, z), (2 * x, 2 * y, 2 * z)], orientation=(1, 0, 0, 0, 0.87, 0.5))
+    ).geometry
+    assert geometry.spacing_mm == pytest.approx((2.0, 0.8, 0.7), rel=1e-9)
+
+
+# What is refused, and accepted
+
+
+def test_a_missing_slice_is_named_by_its_neighbours(tmp_path: Path) -> None:
+    # Trap 4: not averaged away.
+    written(tmp_path, slices=9)
+    (tmp_path / "S1-0005.dcm").unlink()
+    with pytest.raises(GeometryError, match=r"2\.500 mm apart \(median\).*5\.000 mm between S1-0006\.dcm and S1-0004"):
+        stack(discover(tmp_path)[0])
+
+
+def test_a_missing_slice_among_three_is_noticed() -> None:
+    # Trap 4: here the median is as far from one gap as from the other.
+    with pytest.raises(GeometryError, match=r"5\.000 mm between s1 and s2"):
+        stack(at([0, 2.5, 7.5]))
+
+
+def test_a_position_given_twice_is_named(tmp_path: Path) -> None:
+    # Trap 6.
+    def change(ds: Dataset, k: int) -> None:
+        if k == 3:
+            ds.ImagePositionPatient = [-100, -120, -295]
+
+    with pytest.raises(GeometryError, match=r"share a position, 1 times: S1-000[23]\.dcm and S1-000[23].* -295\.00 mm"):
+        stack(written(tmp_path, change))
+
+
+def test_two_phases_in_one_series_are_refused() -> None:
+    # Trap 6: every position twice.
+    with pytest.raises(GeometryError, match=r"share a position, 5 times: .* and 2 more"):
+        stack(at([n // 2 * 2.5 for n in range(10)]))
+
+
+@pytest.mark.parametrize("first_mm", [1.0, 5.0])
+def test_one_odd_gap_is_measured_against_the_median(first_mm: float) -> None:
+    # Trap 5: the first two slices decide nothing. Trap 7.
+    z_mm = [0, *(first_mm + 2.5 * n for n in range(6))]
+    with pytest.raises(GeometryError) as caught:
+        stack(at(z_mm))
+    text = str(caught.value)
+    assert "2.500 mm apart (median)" in text
+    assert f"{first_mm:.3f} mm between s0 and s1" in text
+    assert "s2" not in text
+
+
+def test_spacing_that_changes_on_the_way_is_refused() -> None:
+    # Trap 7: head CT, 2.5 mm below and 7.5 mm above.
+    with pytest.raises(GeometryError, match=r"7\.500 mm between s7 and s8.* and 1 more"):
+        stack(at([*(2.5 * n for n in range(8)), 25, 32.5, 40, 47.5]))
+
+
+@pytest.mark.parametrize(
+    ("step_mm", "error_mm", "accepted"),
+    [(5.0, 0.04, True), (5.0, 0.08, False), (0.5, 0.009, True), (0.5, 0.03, False), (1.0, 1e-13, True)],
+)
+def test_small_errors_of_positions_are_tolerated_and_larger_ones_are_not(
+    step_mm: float, error_mm: float, accepted: bool
+) -> None:
+    # Trap 8: 1 % of the spacing, or 0.02 mm; one slice is off, so that the gap before it and that after it are.
+    found = at([step_mm * n + error_mm * (n == 4) for n in range(9)])
+    if accepted:
+        assert stack(found).geometry.spacing_mm[0] == pytest.approx(step_mm)
+    else:
+        with pytest.raises(GeometryError, match=r"between s3 and s4, .* between s4 and s5"):
+            stack(found)
+
+
+def test_errors_that_add_up_along_the_stack_are_refused() -> None:
+    # Trap 7: 2.5 mm, then 2.52 mm. No gap is off by 1 %, but halfway the affine would be off by 2 mm.
+    z_mm = np.cumsum([0, *[2.5] * 200, *[2.52] * 200])
+    with pytest.raises(GeometryError):
+        stack(at(z_mm.tolist()))
+
+
+@pytest.mark.parametrize("tilt_deg", [0.5, -4.5, 10.0, 25.0])
+def test_a_tilted_gantry_is_measured_and_refused(tmp_path: Path, tilt_deg: float) -> None:
+    # Trap 11: an orthonormal direction would hide the shear. The tag for the tilt has either sign and is not read.
+    def tilt(ds: Dataset, k: int) -> None:
+        ds.GantryDetectorTilt = -tilt_deg
+        ds.ImagePositionPatient = [-100, round(-120 + 2.5 * k * np.tan(np.radians(tilt_deg)), 6), -300 + 2.5 * k]
+
+    with pytest.raises(GeometryError, match=rf"leans by {abs(tilt_deg):.2f}° \(gantry tilt\): S1-0001\.dcm"):
+        stack(written(tmp_path, tilt, slices=10))
+
+
+def test_a_gantry_tilt_in_the_header_alone_means_nothing(tmp_path: Path) -> None:
+    # Trap 11.
+    def change(ds: Dataset, _: int) -> None:
+        ds.GantryDetectorTilt = "15"
+
+    assert stack(written(tmp_path, change)).geometry.spacing_mm[0] == pytest.approx(2.5)
+
+
+def test_a_slice_beside_the_others_is_refused() -> None:
+    with pytest.raises(GeometryError, match=r"s3 lies 1\.00 mm beside the normal through s0"):
+        stack(series([(float(n == 3), 0, 2.5 * n) for n in range(6)]))
+
+
+def test_slices_a_little_beside_each_other_are_accepted() -> None:
+    # Trap 8.
+    assert stack(series([(0.05 * (n % 2), 0, 2.5 * n) for n in range(6)])).geometry.spacing_mm[0] == pytest.approx(2.5)
+
+
+def test_a_single_slice_is_refused_by_name() -> None:
+    with pytest.raises(GeometryError, match=r"one slice only \(s0\)"):
+        stack(at([0]))
+
+
+def test_two_slices_are_a_stack() -> None:
+    assert stack(at([7.5, 0])).geometry.spacing_mm[0] == 7.5
+
+
+@pytest.mark.parametrize(
+    "orientation",
+    [(1, 0, 0, 1, 0, 0), (1, 0, 0, 0.1, 0.995, 0), (1, 0, 0, 0, 0, 0), (2, 0, 0, 0, 1, 0), (0.9, 0, 0, 0, 0.9, 0)],
+)
+def test_directions_that_are_no_perpendicular_units_are_refused(orientation: tuple[float, ...]) -> None:
+    with pytest.raises(GeometryError, match="not a pair of perpendicular units"):
+        stack(series([(0, 0, 0), (0, 0, 1)], orientation=orientation))
+
+
+REQUIRED = {
+    "SeriesInstanceUID": (MissingTagError, "no Series Instance UID in"),
+    "ImageOrientationPatient": (MissingTagError, r"Image Orientation \(Patient\) absent or unreadable in"),
+    "ImagePositionPatient": (MissingTagError, r"Image Position \(Patient\) absent or unreadable in"),
+    "PixelSpacing": (MissingTagError, "Pixel Spacing absent or unreadable in"),
+    "Rows": (MissingTagError, "Rows and Columns absent or unreadable in"),
+    "Columns": (MissingTagError, "Rows and Columns absent or unreadable in"),
+    "BitsAllocated": (MissingTagError, "Bits Allocated absent or unreadable in"),
+    # Without it −2000 is 63536, and 62512 HU.
+    "PixelRepresentation": (MissingTagError, "Pixel Representation absent or unreadable in"),
+    "RescaleSlope": (MissingTagError, "Rescale Slope absent or unreadable in"),
+    "RescaleIntercept": (MissingTagError, "Rescale Intercept absent or unreadable in"),
+    "PixelData": (MissingTagError, "Pixel Data absent or unreadable in"),
+    "PhotometricInterpretation": (IntensityError, "Photometric Interpretation not MONOCHROME2 in"),
+}
+
+
+def without(keyword: str, slices: set[int]) -> Change:
+    def change(ds: Dataset, k: int) -> None:
+        ds["PixelData"].VR = "OW"  # pydicom would derive it from what is taken away
+        if k in slices:
+            delattr(ds, keyword)
+
+    return change
+
+
+@pytest.mark.parametrize("keyword", REQUIRED)
+def test_an_attribute_that_all_slices_lack_is_named(tmp_path: Path, keyword: str) -> None:
+    # Trap 41 for the rescale, trap 42 for the pixels.
+    error, text = REQUIRED[keyword]
+    with pytest.raises(error, match=rf"{text} S1-0001\.dcm, S1-0002\.dcm, S1-0003\.dcm and 2 more"):
+        stack(written(tmp_path, without(keyword, {0, 1, 2, 3, 4})))
+
+
+@pytest.mark.parametrize("keyword", REQUIRED)
+def test_an_attribute_that_one_slice_lacks_is_named(tmp_path: Path, keyword: str) -> None:
+    # The top slice, whose absence would go unnoticed in what is left; some of these attributes split the series.
+    error, text = REQUIRED[keyword]
+    stored = np.zeros((5, 16, 20), dtype=np.int16)
+    write_series(tmp_path, stored, (2.5, 0.8, 0.7), change=without(keyword, {4}))
+    incomplete = [s for s in discover(tmp_path) if any(h.name == "S1-0001.dcm" for h in s.slices)]
+    with pytest.raises(error, match=rf"{text} S1-0001\.dcm(?!,| and)"):
+        stack(incomplete[0])
+
+
+@pytest.mark.parametrize("keyword", ["InstanceNumber", "SeriesNumber", "SliceThickness", "HighBit", "RescaleType"])
+def test_an_attribute_that_nothing_depends_on_may_be_absent(tmp_path: Path, keyword: str) -> None:
+    stacked = stack(written(tmp_path, without(keyword, {0, 1, 2, 3, 4})))
+    assert stacked.geometry.spacing_mm == pytest.approx((2.5, 0.8, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "text"),
+    [
+        ("PhotometricInterpretation", "MONOCHROME1", "Photometric Interpretation not MONOCHROME2"),
+        ("PhotometricInterpretation", "PALETTE COLOR", "Photometric Interpretation not MONOCHROME2"),
+        ("RescaleType", "US", "Rescale Type not HU"),
+        ("RescaleType", "OD", "Rescale Type not HU"),
+        ("RescaleSlope", "0", "Rescale Slope 0"),
+        ("SamplesPerPixel", 3, "several samples per pixel"),
+        ("BitsAllocated", 32, "Bits Allocated neither 8 nor 16"),
+        ("BitsAllocated", 12, "Bits Allocated neither 8 nor 16"),
+    ],
+)
+def test_values_that_are_no_hu_are_refused_by_name(tmp_path: Path, keyword: str, value: Any, text: str) -> None:
+    # Trap 41.
+    def change(ds: Dataset, k: int) -> None:
+        ds["PixelData"].VR = "OW"
+        if k in (1, 2):
+            setattr(ds, keyword, value)
+
+    with pytest.raises(IntensityError, match=rf"{text} in S1-0003\.dcm, S1-0004\.dcm: the values cannot be called HU"):
+        stack(written(tmp_path, change))
+
+
+@pytest.mark.parametrize("sop_class", ["1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"])
+def test_a_multi_frame_image_is_refused_by_name(tmp_path: Path, sop_class: str) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UID(sop_class)
+        ds.NumberOfFrames = 7
+        ds.PixelData = bytes(ds.PixelData) * 7
+
+    with pytest.raises(InputError, match=r"multi-frame image of 7 frames \(S1-0001\.dcm\)"):
+        stack(written(tmp_path, change, slices=1))
+
+
+def test_messages_name_no_more_than_three_slices() -> None:
+    found = at([2.5 * n for n in range(9)])
+    slices = tuple(replace(s, rescale_slope=None) for s in found.slices)
+    with pytest.raises(MissingTagError, match=r"in s0, s1, s2 and 6 more$"):
+        stack(replace(found, slices=slices))
+
+
+def test_names_in_messages_hold_nothing_that_a_terminal_obeys() -> None:
+    found = series([(0, 0, 0)])
+    slices = (replace(found.slices[0], path="/data/\x1b[31m\n\udce9"),)
+    with pytest.raises(GeometryError, match=r"\(\\x1b\[31m\\n\\udce9\)"):
+        stack(replace(found, slices=slices))
