@@ -1,7 +1,7 @@
 """The widely copied notebook as a script: pydicom, SciPy, scikit-image and Pillow, one series after the other.
 
-It shares no code with gpuprep, so it is both the rival to be timed and the answer that the ``classic`` recipe is checked
-against. It computes in float64 and writes float32.
+It shares no code with gpuprep, so it is both the rival to be timed and the answer that the ``classic`` recipe is
+checked against. It computes in float64 and writes float32.
 
     python bench/classic.py DICOM_DIR... --out OUT
 """

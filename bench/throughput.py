@@ -4,8 +4,8 @@
 
 A cohort of phantoms (108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm) is written first, and both commands are run on it in
 turn, start-up included, so that slow minutes of the machine hit both. Both write one float32 .tif per slice. Last, the
-output of ``gpuprep convert --recipe classic`` is compared with the script's. Memory is the highest sum, over a command's
-processes, of the memory they do not share plus their part of what they do (PSS).
+output of ``gpuprep convert --recipe classic`` is compared with the script's. Memory is the highest sum, over all
+processes of a command, of the memory they do not share plus their part of what they do (PSS).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_connections
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
@@ -88,6 +89,8 @@ class Processes:
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
+            # Started later, in the middle of starting a worker, it would let through the signals that are held back.
+            resource_tracker.ensure_running()
             self._context.set_forkserver_preload(list(PRELOADED))  # imported once, their pages shared
         self._jobs = jobs
         self._prepare = prepare
