@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import overload
 
 from gpuprep.errors import RequestError
-from gpuprep.headers import Found, Headers, read_headers
+from gpuprep.headers import Headers, read_headers
 from gpuprep.layout import absolute
 from gpuprep.series import Series
 from gpuprep.text import printable
@@ -106,34 +106,33 @@ def _files(paths: list[Path], exclude: Path | None, unlisted: list[tuple[str, st
             yield from (os.path.join(folder, n) for n in fresh)
 
 
-def _group(found: list[Found]) -> Iterator[Series]:
+def _group(found: list[tuple[Series, tuple[int, int]]]) -> Iterator[Series]:
     """Yield series: one per UID, several where matrices, spacings or orientations differ within one."""
-    by_uid: dict[str, list[Found]] = defaultdict(list)
+    by_uid: dict[str, list[Series]] = defaultdict(list)
     seen: set[tuple[int, int]] = set()
-    for f in sorted(found, key=lambda f: f.header.path):  # whatever the order in which headers came
-        if f.identity in seen:
-            continue
-        seen.add(f.identity)
-        # Without a UID nothing says which files belong together; a folder at least keeps strangers apart.
-        by_uid[f.series_uid or f"\0{os.path.dirname(f.header.path)}"].append(f)
+    for single, identity in sorted(found, key=lambda f: f[0].slices[0].path):  # in whatever order headers came
+        if identity not in seen:
+            seen.add(identity)
+            # Without a UID nothing says which files belong together; a folder at least keeps strangers apart.
+            by_uid[single.series_uid or f"\0{single.folder}"].append(single)
     series = []
-    for group in by_uid.values():
-        stacks: list[list[Found]] = []
-        for f in group:
+    for singles in by_uid.values():
+        stacks: list[list[Series]] = []
+        for single in singles:
             for stack in stacks:
-                if _same_stack(f, stack[0]):
-                    stack.append(f)
+                if _same_stack(single, stack[0]):
+                    stack.append(single)
                     break
             else:
-                stacks.append([f])
-        stacks.sort(key=lambda stack: (-len(stack), stack[0].header.path))
-        made = [_series(stack) for stack in stacks]
+                stacks.append([single])
+        stacks.sort(key=lambda stack: (-len(stack), stack[0].slices[0].path))
+        made = [_joined(stack) for stack in stacks]
         series += made if len(made) == 1 else [replace(s, part=n) for n, s in enumerate(made, 1)]
     series.sort(key=lambda s: (s.folder, s.series_number is None, s.series_number or 0, s.key))
     yield from series
 
 
-def _same_stack(a: Found, b: Found) -> bool:
+def _same_stack(a: Series, b: Series) -> bool:
     """Whether two slices can lie in one stack: equal matrices, spacing within 0.1 %, directions within 0.06°."""
     if (a.rows, a.columns) != (b.rows, b.columns):
         return False
@@ -146,18 +145,7 @@ def _close(a: tuple[float, ...] | None, b: tuple[float, ...] | None, rtol: float
     return all(abs(x - y) <= atol + rtol * abs(y) for x, y in zip(a, b, strict=True))
 
 
-def _series(stack: list[Found]) -> Series:
-    first = stack[0]
-    return Series(
-        series_uid=first.series_uid,
-        study_uid=first.study_uid,
-        frame_of_reference_uid=first.frame_of_reference_uid,
-        series_number=first.series_number,
-        rows=first.rows,
-        columns=first.columns,
-        pixel_spacing_mm=first.pixel_spacing_mm,
-        orientation=first.orientation,
-        part=0,
-        folder=os.path.commonpath([os.path.dirname(f.header.path) for f in stack]),
-        slices=tuple(f.header for f in stack),
-    )
+def _joined(stack: list[Series]) -> Series:
+    """Return series of one slice each as one."""
+    folder = os.path.commonpath([s.folder for s in stack])
+    return replace(stack[0], folder=folder, slices=tuple(s.slices[0] for s in stack))

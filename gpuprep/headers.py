@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gpuprep.series import SliceHeader
+from gpuprep.series import Series, SliceHeader
 from gpuprep.text import printable
 
 if TYPE_CHECKING:
@@ -58,28 +58,12 @@ IMPLICIT_VR, EXPLICIT_VR, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1
 """Not compressed; in the first two the pixel bytes lie in the file as little-endian integers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """One CT header, with the attributes by which slices are grouped."""
-
-    series_uid: str
-    study_uid: str
-    frame_of_reference_uid: str
-    series_number: int | None
-    rows: int
-    columns: int
-    pixel_spacing_mm: tuple[float, float] | None
-    orientation: tuple[float, ...] | None
-    header: SliceHeader
-    identity: tuple[int, int]
-    """Device and inode: equal for a file and a link to it."""
-
-
 @dataclass(slots=True)
 class Headers:
     """What a list of files turned out to be."""
 
-    found: list[Found]
+    found: list[tuple[Series, tuple[int, int]]]
+    """CT images as series of one slice, with device and inode: these are equal for a file and a link to it."""
     passed_over: Counter[str]
     unreadable: list[tuple[str, str]]
 
@@ -89,13 +73,14 @@ def read_headers(files: list[str]) -> Headers:
     headers = Headers([], Counter(), [])
     for file in files:
         try:
-            found = _read_header(file)
+            status = os.stat(file)
+            series = _read_header(file, status)
         except _NotCtError as exc:
             headers.passed_over[str(exc)] += 1
         except Exception as exc:  # pydicom raises whatever a broken file provokes
             headers.unreadable.append((printable(file), printable(f"{type(exc).__name__}: {exc}")))
         else:
-            headers.found.append(found)
+            headers.found.append((series, (status.st_dev, status.st_ino)))
     return headers
 
 
@@ -103,10 +88,9 @@ class _NotCtError(Exception):
     """The file is no CT image; the text says what it is."""
 
 
-def _read_header(file: str) -> Found:
+def _read_header(file: str, status: os.stat_result) -> Series:
     import pydicom
 
-    status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise _NotCtError("not a regular file")
     with open(file, "rb") as f:
@@ -179,7 +163,7 @@ def _pixels(f: BinaryIO) -> tuple[int | None, int | None]:
 
 def _facts(
     ds: pydicom.Dataset, file: str, status: os.stat_result, syntax: str, offset: int | None, length: int | None
-) -> Found:
+) -> Series:
     representation = _binary(ds, "PixelRepresentation")
     signed = None if representation is None else representation == 1
     bits = _binary(ds, "BitsAllocated")
@@ -208,7 +192,7 @@ def _facts(
         pixel_offset=offset,
         pixel_bytes=length,
     )
-    return Found(
+    return Series(
         series_uid=_uid(ds, "SeriesInstanceUID"),
         study_uid=_uid(ds, "StudyInstanceUID"),
         frame_of_reference_uid=_uid(ds, "FrameOfReferenceUID"),
@@ -217,8 +201,9 @@ def _facts(
         columns=_binary(ds, "Columns") or 0,
         pixel_spacing_mm=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
         orientation=_decimals(ds, "ImageOrientationPatient", 6),
-        header=header,
-        identity=(status.st_dev, status.st_ino),
+        part=0,
+        folder=os.path.dirname(file),
+        slices=(header,),
     )
 
 
