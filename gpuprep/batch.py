@@ -22,6 +22,7 @@ from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
 from gpuprep.stacking import stack
+from gpuprep.text import printable
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -173,7 +174,8 @@ def convert(
             listener.planned([o for o in outlooks if o.series.key not in postponed])
 
             results = []
-            tasks = {o.series.key: _task(o, recipe, engine, chosen, out) for o in outlooks}
+            doubtful = Counter(os.path.dirname(path) for path, _ in cohort.unreadable)
+            tasks = {o.series.key: _task(o, recipe, engine, chosen, out, doubtful) for o in outlooks}
             for result in _results(outlooks, [tasks[o.series.key] for o in now_], tasks, manifest, executor):
                 results.append(result)
                 listener.finished(result)
@@ -255,7 +257,11 @@ def _complete(series: Series, recipe: Recipe, out: Path, former: SeriesResult) -
     return same and former.status == "ok" and contents(out / former.folder) == (former.files, former.bytes)
 
 
-def _task(outlook: Outlook, recipe: Recipe, engine: Engine, backend: Backend, out: Path) -> Task:
+def _task(
+    outlook: Outlook, recipe: Recipe, engine: Engine, backend: Backend, out: Path, doubtful: Mapping[str, int]
+) -> Task:
+    unreadable = doubtful.get(printable(outlook.series.folder), 0)
+    note = f"{unreadable} unreadable files lie in its folder: a slice may be missing"
     return Task(
         series=outlook.series,
         recipe=recipe,
@@ -264,6 +270,7 @@ def _task(outlook: Outlook, recipe: Recipe, engine: Engine, backend: Backend, ou
         out=out,
         folder=outlook.folder,
         known=outlook.known,
+        notes=(note,) if unreadable else (),
     )
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gpuprep import __version__
-from gpuprep.errors import GpuprepError, RecipeError
+from gpuprep.errors import GpuprepError, RecipeError, RequestError
 from gpuprep.interruption import held_back
 from gpuprep.text import printable
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="gpuprep",
     help="Cohorts of CT DICOM to training-ready volumes, on a GPU or without one.",
-    epilog="Exit codes: 0 all done, 1 some series rejected or failed, 2 bad request, 3 nothing found, 4 backend.",
+    epilog="Exit codes: 0 all done, 1 some series rejected or failed, 2 bad request, 3 nothing found, 4 backend, "
+    "130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,41 +53,45 @@ RecipeOption = Annotated[
 ]  # fmt: skip
 Spacing = Annotated[
     str | None,
-    typer.Option(metavar="MM", help="Target spacing: one number, or z,y,x in mm, or none.", rich_help_panel=RECIPE),
+    typer.Option(metavar="MM", help="Target spacing: one number, or z,y,x in mm, or none [1].", rich_help_panel=RECIPE),
 ]
 Order = Annotated[
-    int | None, typer.Option(metavar="N", help="Spline order: 0 nearest, 1 linear, 3 cubic.", rich_help_panel=RECIPE)
+    int | None,
+    typer.Option(metavar="N", help="Spline order, 0 to 5: 0 nearest, 1 linear, 3 cubic [3].", rich_help_panel=RECIPE),
 ]
 AntiAlias = Annotated[
     Literal["none", "resample", "resize", "both"] | None,
-    typer.Option(help="Steps that blur an axis before shrinking it.", rich_help_panel=RECIPE),
+    typer.Option(help="Steps that blur an axis before shrinking it [none].", rich_help_panel=RECIPE),
 ]
 Window = Annotated[
     str | None,
     typer.Option(
-        metavar="LOW,HIGH", help="Clip to these HU and scale to [0, 1], or none: keep HU.", rich_help_panel=RECIPE
+        metavar="LOW,HIGH",
+        help="Clip to these HU and scale to 0…1, or none: keep HU [-1000,400].",
+        rich_help_panel=RECIPE,
     ),
 ]
 Size = Annotated[
     str | None,
-    typer.Option(metavar="N", help="Slice size: one number, or rows,columns, or none.", rich_help_panel=RECIPE),
+    typer.Option(metavar="N", help="Slice size: one number, or rows,columns, or none [512].", rich_help_panel=RECIPE),
 ]
 Fit = Annotated[
     Literal["stretch", "pad", "crop"] | None,
     typer.Option(
-        help="How a slice gets that size: interpolate; air around it; cut about the centre.", rich_help_panel=RECIPE
+        help="How a slice gets that size: interpolate; air around it; cut about the centre [stretch].",
+        rich_help_panel=RECIPE,
     ),
 ]
 Dtype = Annotated[
     Literal["float32", "uint8", "uint16", "int16"] | None,
-    typer.Option(help="Output type; int16 holds HU, unscaled.", rich_help_panel=RECIPE),
+    typer.Option(help="Output type; int16 holds HU, unscaled [float32].", rich_help_panel=RECIPE),
 ]
 Format = Annotated[
     Literal["tif", "tif-stack"] | None,
-    typer.Option("--format", help="One .tif per slice, or one ImageJ stack.", rich_help_panel=RECIPE),
+    typer.Option("--format", help="One .tif per slice, or one ImageJ stack [tif].", rich_help_panel=RECIPE),
 ]
 Compression = Annotated[
-    Literal["none", "zlib", "zstd"] | None, typer.Option(help="Of the .tif.", rich_help_panel=RECIPE)
+    Literal["none", "zlib", "zstd"] | None, typer.Option(help="Of the .tif [none].", rich_help_panel=RECIPE)
 ]
 BackendOption = Annotated[
     Literal["auto", "cpu", "gpu"],
@@ -104,7 +109,9 @@ Jobs = Annotated[
     ),
 ]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=RUN)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=RUN)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing but what is left out, and errors.", rich_help_panel=RUN)
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -227,13 +234,13 @@ def _convert(
         from gpuprep.backend import get_backend
         from gpuprep.batch import Listener
         from gpuprep.batch import convert as run_conversion
-        from gpuprep.console import Monitor, show_recipe, show_run
+        from gpuprep.console import Complaints, Monitor, show_recipe, show_run
 
     if quiet or json_:
         logging.getLogger("gpuprep").setLevel(logging.ERROR)
     started = time.perf_counter()
     chosen = get_backend(backend)
-    monitor: Any = nullcontext(Listener())
+    monitor: Any = nullcontext(Complaints() if quiet else Listener())
     if not (quiet or json_):
         show_recipe(recipe, chosen.device, engine)
         monitor = Monitor()
@@ -340,22 +347,36 @@ def _errors_to_exit_codes() -> Iterator[None]:
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
+        _check_folder()
         yield
     except GpuprepError as exc:
         _complain(str(exc))
         raise typer.Exit(exc.exit_code) from exc
+    except OSError as exc:
+        _complain(str(exc))
+        raise typer.Exit(1) from exc
     except KeyboardInterrupt as exc:
         _complain("interrupted; what is finished stays, and the same command goes on from there")
         raise typer.Exit(130) from exc
-    except BrokenPipeError as exc:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from exc
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as exc:
+        raise RequestError("the current folder no longer exists: go to another one") from exc
 
 
 def _complain(text: str) -> None:
     """Print one line of error; by itself, so that it works in the middle of an import."""
-    print(f"gpuprep: {printable(text)}", file=sys.stderr)  # noqa: T201
+    with suppress(OSError):  # where nobody listens, the exit code has to do
+        print(f"gpuprep: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))  # noqa: T201
+    from gpuprep.console import mute
+
+    try:
+        print(json.dumps(value, indent=1), flush=True)  # noqa: T201
+    except BrokenPipeError:  # the reader has seen enough
+        mute(sys.stdout)

@@ -5,11 +5,12 @@ Nothing from a file is taken as markup, and results go to standard output, the r
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Self
 
 from rich import box
 from rich.console import Console
@@ -32,7 +33,16 @@ PIPE_WIDTH = 160
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # the command line knows what to do
+        """Go on without a reader: what matters is in the files and in the exit code."""
+        self.quiet = True
+        mute(self.file)
+
+
+def mute(stream: IO[str]) -> None:
+    """Let a stream that nobody reads lead nowhere, so that neither writing nor flushing it is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _console(stderr: bool) -> Console:
@@ -49,6 +59,22 @@ def show_recipe(recipe: Recipe, backend: str, engine: str) -> None:
         "recipe  " + "  ".join(f"{k}={v}" for k, v in values.items()) + f"\nrun     backend={backend}  engine={engine}",
         style="dim",
     )
+
+
+class Complaints(Listener):
+    """A line for every series that is left out, and nothing else."""
+
+    def __init__(self) -> None:
+        self._console = _console(stderr=True)
+
+    def scanned(self, cohort: Cohort) -> None:
+        for path, reason in cohort.unreadable:
+            self._console.print(f"unreadable  {path}: {reason}", style="red")
+
+    def finished(self, result: SeriesResult) -> None:
+        if result.status in ("rejected", "failed"):
+            style = STYLES.get(result.status, "red")
+            self._console.print(f"{result.status:8}  {result.source}: {result.reason}", style=style)
 
 
 class Monitor(Listener):

@@ -48,6 +48,8 @@ class Task:
     out: Path
     folder: str
     """Relative to `out`."""
+    notes: tuple[str, ...] = ()
+    """Warnings from before the series is opened."""
     known: bool
     """Whether the manifest has an earlier output of this series in that folder."""
 
@@ -62,6 +64,7 @@ class Task:
             series_number=s.series_number,
             source=printable(s.folder),
             status="failed",
+            warnings=self.notes,
             slices=len(s.slices),
             engine=self.engine,
             backend=self.backend.name,
@@ -103,7 +106,7 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
     try:
         started = time.perf_counter()
         chunks = _Timed(host_chunks(source, plan, task.backend, task.engine))
-        warnings = source.warnings + WRITERS[task.recipe.format](pending.path, chunks, plan)
+        warnings = task.notes + source.warnings + WRITERS[task.recipe.format](pending.path, chunks, plan)
         files, size = pending.commit(_sidecar(task, source, plan, warnings), known=task.known)
         write_s = time.perf_counter() - started - chunks.seconds
     except OSError as exc:

@@ -58,6 +58,10 @@ IMPLICIT_VR, EXPLICIT_VR, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1
 """Not compressed; in the first two the pixel bytes lie in the file as little-endian integers."""
 
 
+FINEST_MM, COARSEST_MM, FARTHEST_MM = 1e-3, 100.0, 1e6
+"""Pixel spacings and positions beyond these are damage."""
+
+
 @dataclass(slots=True)
 class Headers:
     """What a list of files turned out to be."""
@@ -93,6 +97,8 @@ def _read_header(file: str, status: os.stat_result) -> Series:
 
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise _NotCtError("not a regular file")
+    if not status.st_size and file.lower().endswith(".dcm"):
+        raise ValueError("the file is empty")
     with open(file, "rb") as f:
         head = f.read(132)
         # Without a preamble a data set begins with a group 0008 or 0002 element, in either byte order.
@@ -165,7 +171,7 @@ def _facts(
     ds: pydicom.Dataset, file: str, status: os.stat_result, syntax: str, offset: int | None, length: int | None
 ) -> Series:
     representation = _binary(ds, "PixelRepresentation")
-    signed = None if representation is None else representation == 1
+    signed = {0: False, 1: True}.get(representation) if representation is not None else None
     bits = _binary(ds, "BitsAllocated")
     spacing = _decimals(ds, "PixelSpacing", 2)
     position = _decimals(ds, "ImagePositionPatient", 3)
@@ -175,7 +181,9 @@ def _facts(
         mtime_ns=status.st_mtime_ns,
         sop_instance_uid=_uid(ds, "SOPInstanceUID"),
         instance_number=_integer(ds, "InstanceNumber"),
-        position_mm=(position[0], position[1], position[2]) if position else None,
+        position_mm=(position[0], position[1], position[2])
+        if position and max(map(abs, position)) <= FARTHEST_MM
+        else None,
         rescale_slope=_decimal(ds, "RescaleSlope"),
         rescale_intercept=_decimal(ds, "RescaleIntercept"),
         rescale_type=_text(ds, "RescaleType") or None,
@@ -199,7 +207,9 @@ def _facts(
         series_number=_integer(ds, "SeriesNumber"),
         rows=_binary(ds, "Rows") or 0,
         columns=_binary(ds, "Columns") or 0,
-        pixel_spacing_mm=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
+        pixel_spacing_mm=(spacing[0], spacing[1])
+        if spacing and FINEST_MM <= min(spacing) <= max(spacing) <= COARSEST_MM
+        else None,
         orientation=_decimals(ds, "ImageOrientationPatient", 6),
         part=0,
         folder=os.path.dirname(file),

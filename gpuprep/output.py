@@ -137,11 +137,12 @@ def retire(folder: Path) -> None:
 
 def _check_replaceable(folder: Path, key: str, known: bool) -> None:
     hint = "move it away, or choose another --out"
-    if not known or not folder.is_dir():
-        try:
-            former = json.loads((folder / SIDECAR).read_text("utf-8"))["key"]
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+    try:
+        former = json.loads((folder / SIDECAR).read_text("utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        if not known or not folder.is_dir():
             raise OutputError(f"{folder} is in the way and is not an output of gpuprep: {hint}") from exc
+    else:
         if former != key:
             raise OutputError(f"{folder} holds another series, {former}: {hint}")
     strangers = set(folder.iterdir()) - {folder / SIDECAR, *_own_files(folder)}

@@ -11,6 +11,9 @@ from gpuprep.geometry import Geometry, Shape3
 from gpuprep.intensity import AIR_HU
 from gpuprep.recipe import LARGEST_AXIS, Recipe
 
+MOST_VOXELS = 2**32
+"""After resampling: 4000 slices of 1000 × 1000. More comes from a damaged header or a slip of the pen."""
+
 BYTES = {"float32": 4, "uint8": 1, "uint16": 2, "int16": 2}
 
 
@@ -102,6 +105,11 @@ def make_plan(source: Geometry, recipe: Recipe) -> Plan:
             raise PlanError(
                 f"{source.shape} voxels of {_mm(source)} would become {shape} at {recipe.spacing_mm} mm: "
                 f"more than {LARGEST_AXIS} along an axis; ask for a coarser --spacing"
+            )
+        if np.prod(shape, dtype=np.float64) > MOST_VOXELS:
+            raise PlanError(
+                f"{source.shape} voxels of {_mm(source)} would become {shape} at {recipe.spacing_mm} mm: more than "
+                f"{MOST_VOXELS:.1e} voxels; ask for a coarser --spacing"
             )
     resampled = source.corner_resized(shape) if corner else source.resized(shape)
     blur = recipe.anti_alias in ("resample", "both")

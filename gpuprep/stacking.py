@@ -26,6 +26,10 @@ DRIFT_TOLERANCE_MM = 0.1
 UNDEFINED_LENGTH = 0xFFFF_FFFF
 """Of an element that is a sequence of fragments: encoded pixels."""
 
+STEEPEST_SLOPE = 100.0
+LARGEST_INTERCEPT_HU = 65536.0
+"""Beyond these a rescale does not lead to CT numbers."""
+
 NAMED = 3
 """Slices named in a message before it says how many more there are."""
 
@@ -76,6 +80,9 @@ def stack(series: Series) -> Stack:
     order = np.argsort(positions @ normal, kind="stable")
     slices = tuple(series.slices[n] for n in order)
     positions = positions[order]
+    if len(slices) < 2:
+        apart = ", unlike the rest of its series in matrix, spacing or orientation" if series.part else ""
+        raise GeometryError(f"one slice only ({slices[0].name}{apart}): the spacing between slices cannot be measured")
     step = _regular_step(slices, positions, normal)
     between_rows, between_columns = series.pixel_spacing_mm
     affine = np.eye(4)
@@ -90,8 +97,6 @@ def _regular_step(
     slices: tuple[SliceHeader, ...], positions: NDArray[np.float64], normal: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return the vector from each slice to the next, having made sure that there is one."""
-    if len(slices) < 2:
-        raise GeometryError(f"one slice only ({slices[0].name}): the spacing between slices cannot be measured")
     along = positions @ normal
     gaps = np.diff(along)
     typical = float(np.median(gaps))
@@ -149,7 +154,7 @@ def _check_tags(series: Series) -> None:
         ("Pixel Data", [s for s in series.slices if s.pixel_bytes == 0]),
     ):
         if slices:
-            raise MissingTagError(f"{name} absent or unreadable in {_files(slices)}")
+            raise MissingTagError(f"{name} absent, unreadable or impossible in {_files(slices)}")
 
 
 def _check_intensity(series: Series) -> None:
@@ -164,7 +169,16 @@ def _check_intensity(series: Series) -> None:
         ("Photometric Interpretation not MONOCHROME2", [s for s in series.slices if s.photometric != "MONOCHROME2"]),
         ("Rescale Type not HU", [s for s in series.slices if s.rescale_type not in (None, "HU")]),
         ("Rescale Slope 0", [s for s in series.slices if s.rescale_slope == 0]),
+        ("Rescale Slope absurd", [s for s in series.slices if abs(s.rescale_slope or 0) > STEEPEST_SLOPE]),
+        (
+            "Rescale Intercept absurd",
+            [s for s in series.slices if abs(s.rescale_intercept or 0) > LARGEST_INTERCEPT_HU],
+        ),
         ("Bits Allocated neither 8 nor 16", [s for s in series.slices if s.bits_allocated not in (8, 16)]),
+        (
+            "Bits Stored above Bits Allocated",
+            [s for s in series.slices if (s.bits_stored or 0) > (s.bits_allocated or 0)],
+        ),
     ):
         if slices:
             raise IntensityError(f"{name} in {_files(slices)}: the values cannot be called HU")

@@ -126,7 +126,7 @@ def test_other_files_are_counted_and_disturb_nothing(tmp_path: Path) -> None:
     # Trap 42.
     write(tmp_path)
     for name, content in {
-        "empty.dcm": b"", "note.txt": b"DICM is not in the right place", "a.xml": b"<?xml version='1.0'?><a/>",
+        "empty": b"", "note.txt": b"DICM is not in the right place", "a.xml": b"<?xml version='1.0'?><a/>",
         "tiny": b"\x08", "zeros": bytes(131), "long.bin": bytes(range(256)) * 8, "Thumbs.db": b"\xd0\xcf\x11\xe0" * 99,
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)
@@ -826,3 +826,12 @@ def test_nothing_about_the_patient_comes_out(tmp_path: Path) -> None:
             out.append(str(exc).encode())
     for secret in (b"phantom", b"thorax", b"sesame", b"19000101", b"20250131"):
         assert all(secret not in text.lower() for text in out)
+
+
+def test_an_empty_file_that_should_be_a_slice_is_reported(tmp_path: Path) -> None:
+    # What a copy leaves that ran out of space; the series looks whole without it.
+    files = write_series(tmp_path / "ct", np.zeros((4, 5, 6), dtype=np.int16), (2.5, 0.8, 0.7))
+    files[-1].write_bytes(b"")
+    cohort = discover(tmp_path)
+    assert cohort.unreadable == ((str(files[-1]), "ValueError: the file is empty"),)
+    assert [len(s.slices) for s in cohort] == [3]

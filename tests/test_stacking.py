@@ -345,17 +345,17 @@ def test_directions_that_are_no_perpendicular_units_are_refused(orientation: tup
 
 REQUIRED = {
     "SeriesInstanceUID": (MissingTagError, "no Series Instance UID in"),
-    "ImageOrientationPatient": (MissingTagError, r"Image Orientation \(Patient\) absent or unreadable in"),
-    "ImagePositionPatient": (MissingTagError, r"Image Position \(Patient\) absent or unreadable in"),
-    "PixelSpacing": (MissingTagError, "Pixel Spacing absent or unreadable in"),
-    "Rows": (MissingTagError, "Rows and Columns absent or unreadable in"),
-    "Columns": (MissingTagError, "Rows and Columns absent or unreadable in"),
-    "BitsAllocated": (MissingTagError, "Bits Allocated absent or unreadable in"),
+    "ImageOrientationPatient": (MissingTagError, r"Image Orientation \(Patient\) absent, unreadable or impossible in"),
+    "ImagePositionPatient": (MissingTagError, r"Image Position \(Patient\) absent, unreadable or impossible in"),
+    "PixelSpacing": (MissingTagError, "Pixel Spacing absent, unreadable or impossible in"),
+    "Rows": (MissingTagError, "Rows and Columns absent, unreadable or impossible in"),
+    "Columns": (MissingTagError, "Rows and Columns absent, unreadable or impossible in"),
+    "BitsAllocated": (MissingTagError, "Bits Allocated absent, unreadable or impossible in"),
     # Without it −2000 is 63536, and 62512 HU.
-    "PixelRepresentation": (MissingTagError, "Pixel Representation absent or unreadable in"),
-    "RescaleSlope": (MissingTagError, "Rescale Slope absent or unreadable in"),
-    "RescaleIntercept": (MissingTagError, "Rescale Intercept absent or unreadable in"),
-    "PixelData": (MissingTagError, "Pixel Data absent or unreadable in"),
+    "PixelRepresentation": (MissingTagError, "Pixel Representation absent, unreadable or impossible in"),
+    "RescaleSlope": (MissingTagError, "Rescale Slope absent, unreadable or impossible in"),
+    "RescaleIntercept": (MissingTagError, "Rescale Intercept absent, unreadable or impossible in"),
+    "PixelData": (MissingTagError, "Pixel Data absent, unreadable or impossible in"),
     "PhotometricInterpretation": (IntensityError, "Photometric Interpretation not MONOCHROME2 in"),
 }
 
@@ -441,3 +441,21 @@ def test_names_in_messages_hold_nothing_that_a_terminal_obeys() -> None:
     slices = (replace(found.slices[0], path="/data/\x1b[31m\n\udce9"),)
     with pytest.raises(GeometryError, match=r"\(\\x1b\[31m\\n\\udce9\)"):
         stack(replace(found, slices=slices))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "words"),
+    [
+        ("RescaleSlope", "1E30", "Rescale Slope absurd"),
+        ("RescaleIntercept", "1E38", "Rescale Intercept absurd"),
+        ("BitsStored", 99, "Bits Stored above Bits Allocated"),
+        ("PixelRepresentation", 7, "Pixel Representation absent, unreadable or impossible"),
+        ("PixelSpacing", ["400", "400"], "Pixel Spacing absent, unreadable or impossible"),
+        ("ImagePositionPatient", ["0", "0", "1E30"], "Position \\(Patient\\) absent, unreadable or impossible"),
+    ],
+)
+def test_impossible_numbers_are_refused_and_not_computed_with(
+    tmp_path: Path, keyword: str, value: Any, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        stack(written(tmp_path, lambda ds, _: setattr(ds, keyword, value), slices=4))

@@ -1,0 +1,634 @@
+"""The command line: flags to a recipe, results to standard output, errors to one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEGLSLossless
+from typer.testing import CliRunner
+
+from gpuprep import __version__
+from gpuprep.cli import app
+from gpuprep.output import open_output
+from gpuprep.phantom import thorax, write_series
+from gpuprep.recipe import Recipe
+
+COMMANDS = ["convert", "scan", "demo", "doctor"]
+SMALL = ["--spacing", "5,2,2", "--size", "6,5", "--jobs", "1", "--backend", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Put back what the command line does to signals, which in a process of its own never matters."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Result:
+    """What a command printed and returned."""
+
+    def __init__(self, code: int, stdout: str, stderr: str) -> None:
+        self.code, self.stdout, self.stderr = code, stdout, stderr
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+    @property
+    def complaint(self) -> str:
+        """The one line on standard error."""
+        assert self.stderr.count("\n") == 1, self.stderr
+        assert self.stderr.startswith("gpuprep: ")
+        return self.stderr
+
+
+def run(*args: str | Path) -> Result:
+    """Run a command in this process; whatever is not an exit is raised, as it would be a traceback."""
+    result = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
+    assert "Traceback" not in result.stdout + result.stderr
+    return Result(result.exit_code, result.stdout, result.stderr)
+
+
+def run_apart(*args: str | Path, **options: Any) -> Result:
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "gpuprep", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    assert "Traceback" not in done.stdout + done.stderr
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): ((s := p.lstat()).st_mtime_ns, s.st_size) for p in sorted(folder.rglob("*")) if not p.is_dir()}
+
+
+def garble(ds: Dataset, _: int) -> None:
+    """Say JPEG-LS and hold none."""
+    ds.file_meta.TransferSyntaxUID = JPEGLSLossless
+    ds.PixelData = encapsulate([b"garbage" * 9])
+    ds["PixelData"].is_undefined_length = True
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def mixed(small_series: Path) -> Path:
+    """One good series and one that lost a slice."""
+    write_series(small_series / "gap", np.zeros((5, 4, 4), np.int16), (2.5, 0.8, 0.7))[2].unlink()
+    return small_series
+
+
+# --- help and version
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run_apart("--version").stdout == f"gpuprep {__version__}\n"
+    assert run("--version").stdout == f"gpuprep {__version__}\n"
+
+
+def test_without_arguments_there_is_help() -> None:
+    result = run()
+    assert all(command in result.stdout + result.stderr for command in COMMANDS)
+
+
+def plain(text: str) -> str:
+    """Text without colour, boxes and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─|]", " ", text).split())
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ((), ["convert", "scan", "demo", "doctor", "Exit codes: 0 all done", "2 bad request", "4 backend"]),
+        (
+            ("convert",),
+            [
+                *("DICOM_DIR", "--out", "-o", "--recipe", "--spacing", "--order", "--anti-alias", "--window", "--size"),
+                *("--fit", "--dtype", "--format", "--compression", "--backend", "--engine", "--jobs", "--limit"),
+                *("--dry-run", "--quiet", "-q", "--json"),
+            ],
+        ),
+        (("scan",), ["DICOM_DIR", "--recipe", "--json"]),
+        (("demo",), ["OUT", "--backend", "--jobs"]),
+        (("doctor",), ["--json"]),
+    ],
+)
+def test_help_names_everything_there_is(command: tuple[str, ...], words: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.code == 0
+    assert result.stderr == ""
+    assert [word for word in words if word not in plain(result.stdout)] == []
+
+
+def test_help_does_not_wait_for_numpy() -> None:
+    slow = ["numpy", "scipy", "skimage", "pydicom", "tifffile", "cupy", "cucim"]
+    code = f"import sys, gpuprep.cli; print([m for m in {slow} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_importing_the_package_loads_nothing_large() -> None:
+    large = ["cupy", "cucim", "skimage", "rich", "numpy", "scipy", "pydicom", "typer"]
+    code = f"import sys, gpuprep; print([m for m in {large} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_every_public_name_is_there_when_it_is_asked_for() -> None:
+    import gpuprep
+
+    assert set(gpuprep.__all__) >= {"convert", "discover", "process", "read", "stack", "Recipe", "Geometry"}
+    assert all(getattr(gpuprep, name) is not None for name in gpuprep.__all__)
+    assert dir(gpuprep) == sorted(gpuprep.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'resample'"):
+        _ = gpuprep.resample
+
+
+# --- exit codes
+
+
+def test_all_done_is_exit_code_0(small_series: Path, out: Path) -> None:
+    result = run("convert", small_series, "--out", out, *SMALL)
+    assert result.code == 0
+    assert re.search(r"ok +1 +6 +4", plain(result.stdout))  # one series of 6 slices became 3 slices and volume.json
+    assert (out / "dicom" / "ct" / "volume.json").is_file()
+    assert "spacing_mm=5.0,2.0,2.0" in result.stderr
+    again = run("convert", small_series, "-o", out, *SMALL)
+    assert again.code == 0
+    assert "skipped" in again.stdout
+
+
+def test_a_rejected_series_is_exit_code_1_and_a_line_with_the_reason(mixed: Path, out: Path) -> None:
+    result = run("convert", mixed, "--out", out, *SMALL)
+    assert result.code == 1
+    line = next(line for line in result.stderr.splitlines() if line.startswith("rejected"))
+    assert f"{mixed}/gap: GeometryError: slices are 2.500 mm apart" in line
+
+
+def test_an_unreadable_file_is_exit_code_1(small_series: Path, out: Path) -> None:
+    (small_series / "broken.dcm").write_bytes(bytes(128) + b"DICM" + b"\x02\x00\x00\x00UL\x04\x00\xff")
+    result = run("convert", small_series, "--out", out, *SMALL)
+    assert result.code == 1
+    assert f"unreadable  {small_series}/broken.dcm" in result.stderr
+    assert "1 DICOM files or folders unreadable" in result.stdout
+
+
+BAD_VALUES = [
+    (["--spacing", "0"], "spacing_mm"),
+    (["--spacing", "1,1"], "spacing_mm"),
+    (["--spacing", "nan"], "spacing_mm"),
+    (["--spacing", "1,inf,1"], "spacing_mm"),
+    (["--spacing", "-1"], "spacing_mm"),
+    (["--spacing", "fine"], "give numbers separated by commas, or none"),
+    (["--spacing", ""], "give numbers separated by commas, or none"),
+    (["--spacing", "1;1;1"], "give numbers separated by commas, or none"),
+    (["--order", "6"], "order = 6"),
+    (["--order", "-1"], "order = -1"),
+    (["--window", "400,-1000"], "the first number must be the smaller one"),
+    (["--window", "400"], "low,high in HU, or none"),
+    (["--window", "nan,400"], "window_hu"),
+    (["--window", "-1000:400"], "give numbers separated by commas, or none"),
+    (["--window", "none", "--dtype", "uint8"], "window_hu is none"),
+    (["--size", "0"], "size"),
+    (["--size", "1.5"], "give numbers separated by commas, or none"),
+    (["--size", "1,2,3"], "size"),
+    (["--size", "1e99"], "give numbers separated by commas, or none"),
+    (["--size", "9" * 5000], "size"),
+    (["--recipe", "clasic"], "did you mean 'classic'?"),
+    (["--recipe", "absent.toml"], "cannot read the recipe absent.toml"),
+    (["--recipe", "/"], "cannot read the recipe /"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_VALUES, ids=lambda v: " ".join(v)[:30] if isinstance(v, list) else "")
+def test_a_bad_value_is_one_line_and_exit_code_2(small_series: Path, out: Path, flags: list[str], words: str) -> None:
+    result = run("convert", small_series, "--out", out, *flags)
+    assert result.code == 2
+    assert words in result.complaint
+    assert result.stdout == ""
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--fit", "squeeze"], ["--dtype", "float64"], ["--jobs", "0"], ["--limit", "0"], ["--order", "x"], ["--nonsense"]],
+)
+def test_a_value_that_is_no_choice_is_exit_code_2(small_series: Path, out: Path, flags: list[str]) -> None:
+    result = run("convert", small_series, "--out", out, *flags)
+    assert result.code == 2
+    assert flags[0] in plain(result.stderr)
+    assert result.stdout == ""
+    assert not out.exists()
+
+
+def test_the_output_folder_has_to_be_given(small_series: Path) -> None:
+    result = run("convert", small_series)
+    assert result.code == 2
+    assert "--out" in plain(result.stderr)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["for real", "dry run"])
+def test_output_equal_to_input_is_exit_code_2(small_series: Path, dry: list[str]) -> None:
+    result = run("convert", small_series, "--out", small_series, *dry)
+    assert result.code == 2
+    assert "lies in the output folder" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["convert", "scan"])
+def test_a_folder_that_does_not_exist_is_exit_code_2(tmp_path: Path, out: Path, command: str) -> None:
+    options = ["--out", str(out), "-q"] if command == "convert" else []
+    result = run(command, tmp_path / "absent", *options)
+    assert result.code == 2
+    assert f"{tmp_path}/absent does not exist" in result.complaint
+
+
+def test_an_output_in_use_is_exit_code_2(small_series: Path, out: Path) -> None:
+    with open_output(out):
+        result = run("convert", small_series, "--out", out, "-q", *SMALL)
+    assert result.code == 2
+    assert "another gpuprep is writing into" in result.complaint
+
+
+@pytest.mark.parametrize("command", ["convert", "scan", "dry run"])
+def test_nothing_found_is_exit_code_3(tmp_path: Path, out: Path, command: str) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("no DICOM")
+    args: dict[str, list[str | Path]] = {
+        "convert": ["convert", "-q", "--out", out],
+        "scan": ["scan"],
+        "dry run": ["convert", "--dry-run", "-o", out],
+    }
+    result = run(*args[command], empty)
+    assert result.code == 3
+    assert result.complaint == f"gpuprep: no CT series under {empty}\n"
+
+
+@pytest.mark.skipif(find_spec("cupy") is not None, reason="CuPy is installed")
+@pytest.mark.parametrize("command", ["convert", "demo"])
+def test_a_gpu_that_is_not_there_is_exit_code_4_and_says_what_to_install(
+    small_series: Path, out: Path, command: str
+) -> None:
+    args: list[str | Path] = [small_series, "--out", out] if command == "convert" else [out]
+    result = run(command, *args, "--backend", "gpu")
+    assert result.code == 4
+    assert "CuPy or cuCIM is not installed" in result.complaint
+    assert "pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'" in result.complaint
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "manifest.csv", "manifest.sqlite"])
+def test_a_record_that_cannot_be_written_is_a_complaint_and_no_traceback(
+    small_series: Path, out: Path, name: str
+) -> None:
+    (out / name).mkdir(parents=True)
+    result = run("convert", small_series, "--out", out, "-q", *SMALL)
+    assert result.code in (1, 2)
+    assert name in result.complaint
+
+
+def test_an_interruption_while_libraries_load_is_one_line_and_exit_code_130(
+    small_series: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # NumPy, interrupted in the middle of its import, cannot be imported again: not even to say so in colour.
+    def interrupt(_: str) -> Recipe:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recipe, "preset", interrupt)
+    monkeypatch.setitem(sys.modules, "gpuprep.console", None)
+    result = run("convert", small_series, "--out", out)
+    assert result.code == 130
+    assert "interrupted" in result.complaint
+
+
+# --- recipe and flags
+
+
+def test_flags_override_the_recipe_and_are_written_down(small_series: Path, tmp_path: Path, out: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "classic"\npadding = "keep"\norder = 5\nsize = 99\n')
+    flags = [
+        *("--spacing", "3,2,2.5", "--order", "1", "--anti-alias", "both", "--window", "-500,500", "--size", "8,6"),
+        *("--fit", "crop", "--dtype", "int16", "--format", "tif-stack", "--compression", "zlib"),
+    ]
+    result = run("convert", small_series, "--out", out, "--recipe", file, *flags, "--jobs", "1", "--engine", "ndimage")
+    assert result.code == 0
+    assert tomllib.loads((out / "recipe.toml").read_text()) == {
+        "padding": "keep",  # the file
+        "align": "corner",  # its base
+        "spacing_mm": [3.0, 2.0, 2.5],
+        "order": 1,
+        "anti_alias": "both",
+        "window_hu": [-500.0, 500.0],
+        "size": [8, 6],
+        "fit": "crop",
+        "dtype": "int16",
+        "format": "tif-stack",
+        "compression": "zlib",
+    }
+    sidecar = json.loads((out / "dicom" / "ct" / "volume.json").read_text())
+    assert (sidecar["shape"], sidecar["dtype"], sidecar["engine"]) == ([5, 8, 6], "int16", "ndimage")
+    assert [p.name for p in (out / "dicom" / "ct").glob("*.tif")] == ["volume.tif"]
+    # The written recipe is itself a recipe, and gives the same output: nothing is left to do.
+    again = run("convert", small_series, "-o", out, "--recipe", out / "recipe.toml", "--jobs", "1", "--json")
+    assert again.json["counts"] == {"skipped": 1}
+
+
+CLASSIC = {"padding": "minus2000-to-0", "align": "corner", "anti_alias": "resize"}
+ALL_OFF = {"spacing_mm": "none", "window_hu": "none", "size": "none"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ("", {}),
+        ("--recipe classic", CLASSIC),
+        ("--spacing 2", {"spacing_mm": [2.0, 2.0, 2.0]}),
+        ("--spacing none --window none --size none", ALL_OFF),
+        ("--size 64", {"size": [64, 64]}),
+        ("--recipe classic --anti-alias none --order 0", CLASSIC | {"anti_alias": "none", "order": 0}),
+        ("--window=-1350,150", {"window_hu": [-1350.0, 150.0]}),
+        ("--window -1350,150", {"window_hu": [-1350.0, 150.0]}),
+        ("--window none --dtype int16 --compression none", {"window_hu": "none", "dtype": "int16"}),
+    ],
+)
+def test_flags_become_the_recipe_that_they_say(tmp_path: Path, out: Path, flags: str, changed: dict[str, Any]) -> None:
+    # An empty cohort: the recipe is resolved and written all the same.
+    (tmp_path / "empty").mkdir()
+    assert run("convert", tmp_path / "empty", "--out", out, *flags.split()).code == 3
+    default = {
+        "padding": "air", "spacing_mm": [1.0, 1.0, 1.0], "order": 3, "align": "edge", "anti_alias": "none",
+        "window_hu": [-1000.0, 400.0], "size": [512, 512], "fit": "stretch", "dtype": "float32", "format": "tif",
+        "compression": "none",
+    }  # fmt: skip
+    assert tomllib.loads((out / "recipe.toml").read_text()) == default | changed
+
+
+def test_a_file_called_like_a_preset_is_the_preset(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("classic").write_text("order = 0")
+    Path("mine").write_text("order = 0")
+    Path("empty").mkdir()
+    run("convert", "empty", "--out", out, "--recipe", "classic")
+    assert tomllib.loads((out / "recipe.toml").read_text())["order"] == 3
+    run("convert", "empty", "--out", out, "--recipe", "mine")
+    assert tomllib.loads((out / "recipe.toml").read_text())["order"] == 0
+
+
+# --- what is printed
+
+
+def test_json_of_convert_is_one_object_on_standard_output(mixed: Path, out: Path) -> None:
+    (mixed / "notes.txt").write_text("no DICOM")
+    result = run("convert", mixed, "--out", out, "--json", *SMALL)
+    assert result.code == 1
+    assert result.stderr == ""
+    assert result.json["counts"] == {"ok": 1, "rejected": 1}
+    assert result.json["passed_over"] == {"not DICOM": 1}
+    assert (result.json["postponed"], result.json["unreadable"]) == (0, [])
+    series = {os.path.basename(s["source"]): s for s in result.json["series"]}
+    assert series["ct"]["shape"] == [3, 6, 5]
+    assert series["ct"]["folder"] == "dicom/ct"
+    assert series["gap"]["reason"].startswith("GeometryError: ")
+    limited = run("convert", mixed, "--out", out, "--json", *SMALL, "--limit", "1", "--order", "0")
+    assert limited.json["counts"] == {"ok": 1, "rejected": 1}
+
+
+def test_json_of_a_cohort_of_nothing_is_still_json(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for command in (["scan"], ["convert", "--out", out], ["convert", "--out", out, "--dry-run"]):
+        result = run(*command, "--json", tmp_path / "empty")
+        assert result.code == 3
+        assert result.json["series"] == []
+
+
+def test_json_of_scan_says_what_would_happen(mixed: Path) -> None:
+    result = run("scan", mixed, "--json")
+    assert result.code == 1
+    assert result.stderr == ""
+    good, bad = sorted(result.json["series"], key=lambda s: s["folder"])
+    assert (good["action"], good["slices"], good["source_shape"]) == ("convert", 6, [6, 20, 24])
+    assert good["source_spacing_mm"] == pytest.approx([2.5, 0.8, 0.7])
+    assert good["shape"] == [15, 512, 512]
+    assert good["output_bytes"] == 15 * 512 * 512 * 4
+    assert (bad["action"], bad["shape"]) == ("reject", None)
+    assert bad["reason"].startswith("GeometryError: ")
+
+
+def test_json_holds_any_file_name(small_series: Path, tmp_path: Path) -> None:
+    folder = os.path.join(tmp_path, os.fsdecode(b"odd-\xff\n\x1b[31m"))
+    shutil.copytree(small_series, folder)
+    (series,) = run("scan", folder, "--json").json["series"]
+    assert "odd-" in series["folder"]
+    table = run("scan", folder)
+    assert table.code == 0
+    assert "\x1b[31m" not in table.stdout
+
+
+def test_quiet_prints_nothing(small_series: Path, out: Path) -> None:
+    for flag in ("--quiet", "-q"):
+        result = run("convert", small_series, "--out", out, flag, *SMALL)
+        assert (result.code, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_quiet_does_not_speak_of_a_gpu_that_nobody_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = run_apart("convert", tmp_path / "empty", "--out", tmp_path / "out", "--quiet", "--backend", "auto")
+    assert result.complaint == f"gpuprep: no CT series under {tmp_path / 'empty'}\n"
+
+
+def test_the_table_of_scan_names_each_series_and_reason(mixed: Path) -> None:
+    result = run("scan", mixed, "--recipe", "classic")
+    text = plain(result.stdout)
+    assert result.code == 1
+    assert re.search(r"convert series-1-[0-9a-f]{6} \S+/dicom/ct 6 2\.5 × 0\.8 × 0\.7 15 × 512 × 512 0\.02", text)
+    assert re.search(r"reject series-1-[0-9a-f]{6} \S+/dicom/gap 4", text)
+    assert "GeometryError: slices are 2.500 mm apart" in text
+    assert "2 series: 1 to convert, 1 to reject; 0.02 GB to write" in text
+
+
+def test_tables_survive_a_terminal_of_ascii(mixed: Path) -> None:
+    result = run_apart("scan", mixed, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert result.code == 1
+    assert "reject" in result.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_a_reader_that_has_seen_enough_is_no_error(small_series: Path, options: list[str]) -> None:
+    command = [sys.executable, "-m", "gpuprep", "scan", str(small_series), *options]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("streams", [["stderr"], ["stdout", "stderr"]], ids=lambda streams: " and ".join(streams))
+def test_exit_code_0_means_done_even_if_nobody_listens(small_series: Path, out: Path, streams: list[str]) -> None:
+    # As in `gpuprep convert … 2>&1 | head`.
+    command = [sys.executable, "-m", "gpuprep", "convert", str(small_series), "--out", str(out), *SMALL]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as closed:
+        gone: dict[str, Any] = dict.fromkeys(streams, closed)
+        done = subprocess.run(command, **({"stdout": subprocess.DEVNULL} | gone), timeout=60, check=False)
+    assert done.returncode != 0 or (out / "dicom" / "ct" / "volume.json").is_file()
+
+
+def test_a_decoder_that_fails_is_no_traceback_on_the_screen(tmp_path: Path, out: Path) -> None:
+    # pydicom logs what each of its decoders says. On a GPU decoding happens in threads of the main process.
+    write_series(tmp_path / "dicom", np.zeros((2, 4, 5), np.int16), (2.5, 0.8, 0.7), change=garble)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "import gpuprep.backend, gpuprep.batch\n"
+        "from gpuprep.cli import main\n"
+        "class Imaginary(gpuprep.backend.NumpyBackend):\n"
+        "    name = 'gpu'\n"
+        "gpuprep.backend.get_backend = gpuprep.batch.get_backend = lambda _: Imaginary()\n"
+        "main()\n"
+    )
+    command: list[str | Path] = [sys.executable, script, "convert", tmp_path / "dicom", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "DecodeError: S1-0002.dcm (JPEG-LS Lossless Image Compression) cannot be decoded" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- looking without touching
+
+
+@pytest.mark.parametrize("command", ["scan", "dry run"])
+def test_looking_writes_nothing_and_reads_no_pixels(
+    mixed: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_series(mixed / "garbled", np.zeros((3, 4, 4), np.int16), (2.5, 0.8, 0.7), change=garble)
+    monkeypatch.setitem(sys.modules, "gpuprep.reading", None)  # whoever imports it gets an ImportError
+    files = everything(tmp_path)
+    args: list[str | Path] = ["scan", mixed] if command == "scan" else ["convert", "--dry-run", mixed, "--out", out]
+    result = run(*args, "--json")
+    assert result.code == 1
+    assert {s["slices"]: s["action"] for s in result.json["series"]} == {6: "convert", 4: "reject", 3: "convert"}
+    assert run(*args).code == 1
+    assert everything(tmp_path) == files
+    assert not out.exists()
+
+
+def test_a_dry_run_over_earlier_outputs_touches_nothing(mixed: Path, out: Path) -> None:
+    run("convert", mixed, "--out", out, *SMALL)
+    files = everything(out)
+    result = run("convert", mixed, "--out", out, *SMALL, "--dry-run", "--json")
+    assert sorted(s["action"] for s in result.json["series"]) == ["reject", "skip"]
+    run("convert", mixed, "--out", out, *SMALL, "--dry-run", "--order", "0")
+    assert everything(out) == files
+
+
+# --- demo and doctor
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's cohort in smaller matrices and volumes, so that it is a matter of a second."""
+
+    def smaller(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], seed: int = 0) -> Any:
+        return thorax((max(12, shape[0] // 4), 16, 18), spacing_mm, seed)
+
+    monkeypatch.setattr("gpuprep.demo.thorax", smaller)
+    monkeypatch.setattr("gpuprep.demo.Recipe", lambda: Recipe(size=(8, 8)))
+
+
+def test_the_demo_converts_three_series_and_rejects_one(tmp_path: Path) -> None:
+    try:
+        result = run("demo", tmp_path)
+        assert result.code == 0
+        text = plain(result.stdout)
+        assert re.search(r"ok 3 120 ", text)
+        assert re.search(r"rejected 1 23 0 0\.00", text)
+        looked_at = re.findall(r"\S+(?:\.tif|\.json|\.csv)$", result.stdout, re.MULTILINE)
+        assert len(looked_at) == 3
+        assert all(Path(p).is_file() for p in looked_at)
+        assert len(list((tmp_path / "volumes").rglob("volume.json"))) == 3
+    finally:
+        shutil.rmtree(tmp_path / "volumes", ignore_errors=True)  # half a gigabyte
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_the_demo_may_be_run_again(tmp_path: Path) -> None:
+    assert run("demo", tmp_path, "--jobs", "1").code == 0
+    result = run("demo", tmp_path, "--jobs", "1")
+    assert result.code == 0
+    assert "skipped 3" in plain(result.stdout)
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_a_demo_that_was_interrupted_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return write_series(*args, **options)
+
+    monkeypatch.setattr("gpuprep.demo.write_series", interrupted)
+    result = run("demo", tmp_path, "--jobs", "1")
+    assert result.code == 130
+    assert "the same command goes on from there" in result.stderr
+    assert run("demo", tmp_path, "--jobs", "1").code == 0
+
+
+def test_a_demo_that_comes_out_wrong_says_so(tmp_path: Path) -> None:
+    (tmp_path / "dicom").mkdir()
+    result = run("demo", tmp_path, "--jobs", "1")
+    assert result.code == 1
+    assert "the demo should convert 3 series and reject 1" in result.stderr
+
+
+def test_a_demo_that_cannot_be_written_is_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = run("demo", tmp_path / "file", "--jobs", "1")
+    assert result.code == 2
+    assert "cannot write into" in result.stderr
+
+
+def test_doctor_tells_what_works_and_what_to_install() -> None:
+    result = run("doctor")
+    text = plain(result.stdout)
+    assert (result.code, result.stderr) == (0, "")
+    assert "ok backend cpu NumPy, SciPy and scikit-image on" in text
+    assert f"ok version gpuprep {__version__}" in text
+    assert f"ok version numpy {np.__version__}" in text
+    assert f"ok version pydicom {pydicom.__version__}" in text
+    if find_spec("cupy") is None:
+        assert "no backend gpu CuPy or cuCIM is not installed" in text
+
+
+def test_doctor_finds_a_decoder_for_every_encoding_of_ct() -> None:
+    # Trap 30.
+    findings = {f["name"]: f for f in run("doctor", "--json").json}
+    encodings = [f for f in findings.values() if f["topic"] == "decoder"]
+    assert [f["name"] for f in encodings if not f["ok"]] == []
+    assert len(encodings) == 12
+    assert findings["JPEG 2000 Image Compression"]["detail"]
+    assert findings["cpu"]["ok"] is True

@@ -1,0 +1,321 @@
+"""Here, in threads and in processes the same comes out, and a worker that dies costs its task only.
+
+Most tasks are partials of library functions, run by `operator.call`. Functions of this module work in workers too:
+`multiprocessing` hands them the path on which pytest found it; but then each worker imports pytest first.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import operator
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpuprep.executors import Executor, Here, Processes, Threads, WorkerDiedError
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {
+    "here": Here,
+    "1 thread": lambda: Threads(1),
+    "3 threads": lambda: Threads(3),
+    "1 process": lambda: Processes(1),
+    "2 processes": lambda: Processes(2),
+}
+
+
+@pytest.fixture(params=EXECUTORS)
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    executor = EXECUTORS[request.param]()
+    yield executor
+    executor.stop()
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    """Two worker processes."""
+    executor = Processes(2)
+    yield executor
+    executor.stop()
+
+
+Job = partial[Any]
+
+
+def run(executor: Executor, jobs: list[Job]) -> list[Any]:
+    """Return the outcome of each job, in the order of the jobs."""
+    outcomes = dict(executor.run(operator.call, jobs))
+    return [outcomes[job] for job in jobs]
+
+
+def squares(*numbers: int) -> list[Job]:
+    return [partial(pow, n, 2) for n in numbers]
+
+
+def meet(folder: str) -> int:
+    """Return as soon as two of these run at a time."""
+    Path(folder, str(os.getpid())).touch()
+    while len(os.listdir(folder)) < 2:
+        time.sleep(0.005)
+    return os.getpid()
+
+
+def sleep_in(folder: str) -> int:
+    """Say who sleeps, then sleep longer than any test may take."""
+    with open(os.path.join(folder, "part"), "w") as f:
+        f.write(str(os.getpid()))
+    os.replace(f.name, os.path.join(folder, "pid"))
+    time.sleep(300)
+    return 0
+
+
+def compute_threads() -> set[int]:
+    import numpy as np
+    import threadpoolctl
+
+    np.ones((4, 4)) @ np.ones((4, 4))
+    return {pool["num_threads"] for pool in threadpoolctl.threadpool_info()}
+
+
+def die_at_once(_: object) -> None:
+    """Be a worker that never takes its first task."""
+    os._exit(1)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie: who inherits orphans may take its time to bury them."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except FileNotFoundError:  # it has just gone, or there is no /proc on this system
+        return not os.path.exists("/proc/self")
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Return as soon as something is true; what does not happen within a minute never does."""
+    for _ in range(6000):
+        if true():
+            return
+        time.sleep(0.01)
+    pytest.fail("waited in vain")
+
+
+def test_every_executor_gives_the_same_outcomes(executor: Executor) -> None:
+    assert run(executor, squares(*range(20))) == [n * n for n in range(20)]
+
+
+def test_an_executor_runs_again_and_with_another_function(executor: Executor) -> None:
+    assert dict(executor.run(abs, [-2, 3])) == {-2: 2, 3: 3}
+    assert dict(executor.run(str, [2, 3, 4])) == {2: "2", 3: "3", 4: "4"}
+    assert dict(executor.run(str, list[int]())) == {}
+
+
+def test_tasks_are_taken_only_as_workers_are_free(executor: Executor) -> None:
+    # So that a generator of a million tasks does not fill memory.
+    taken: list[int] = []
+
+    def tasks() -> Iterator[int]:
+        for n in range(50):
+            taken.append(n)
+            yield n
+
+    for done, _ in enumerate(executor.run(abs, tasks()), 1):
+        assert len(taken) <= done + 3
+    assert taken == list(range(50))
+
+
+def test_stop_may_be_called_twice_and_without_a_run(executor: Executor) -> None:
+    executor.stop()
+    executor.stop()
+
+
+def test_only_processes_leave_this_process(processes: Processes) -> None:
+    where: dict[Executor, set[int]] = {}
+    for executor in (Here(), Threads(2), processes):
+        where[executor] = set(run(executor, [partial(os.getpid) for _ in range(4)]))
+        executor.stop()
+    here, threads, others = where.values()
+    assert here == threads == {os.getpid()}
+    assert os.getpid() not in others
+
+
+def test_threads_can_be_told_by_their_name() -> None:
+    executor = Threads(2)
+    (name,) = (thread.name for thread in run(executor, [partial(threading.current_thread)]))
+    executor.stop()
+    assert name.startswith("gpuprep")
+
+
+def test_processes_run_as_many_tasks_at_a_time_as_there_are_workers(processes: Processes, tmp_path: Path) -> None:
+    # Each task waits for the other to start: with one worker this would wait for ever.
+    assert len(set(run(processes, [partial(meet, str(tmp_path)) for _ in range(2)]))) == 2
+
+
+def test_no_more_workers_are_started_than_there_are_tasks() -> None:
+    executor = Processes(50)
+    try:
+        assert run(executor, squares(3)) == [9]
+        assert len(multiprocessing.active_children()) == 1
+    finally:
+        executor.stop()
+
+
+def test_workers_stay_for_the_next_task() -> None:
+    executor = Processes(1)
+    try:
+        pids = [run(executor, [partial(os.getpid) for _ in range(3)]) for _ in range(2)]
+    finally:
+        executor.stop()
+    assert len({*pids[0], *pids[1]}) == 1
+
+
+def test_a_worker_computes_in_one_thread(processes: Processes) -> None:
+    assert run(processes, [partial(compute_threads)]) == [{1}]
+
+
+@pytest.mark.parametrize(
+    ("fatal", "words"),
+    [
+        (
+            partial(signal.raise_signal, signal.SIGKILL),
+            "the worker was killed, most often for lack of memory: use fewer --jobs",
+        ),
+        (partial(os._exit, 3), "the worker died (exit code 3)"),
+        (partial(os._exit, 0), "the worker died (exit code 0)"),
+        (partial(signal.raise_signal, signal.SIGSEGV), "the worker died (SIGSEGV), most often in a decoder"),
+        (partial(os.abort), "the worker died (SIGABRT), most often in a decoder"),
+        (partial(signal.raise_signal, 40), "the worker died ("),
+    ],
+    ids=["killed", "exit 3", "exit 0", "segmentation fault", "abort", "signal without a name"],
+)
+def test_a_worker_that_dies_costs_its_task_only(fatal: Job, words: str) -> None:
+    executor = Processes(1)
+    try:
+        first, death, *rest = run(executor, [*squares(1), fatal, *squares(2, 3)])
+    finally:
+        executor.stop()
+    assert isinstance(death, WorkerDiedError)
+    assert words in str(death)
+    assert (first, rest) == (1, [4, 9])
+
+
+def test_deaths_in_a_row_and_at_the_end_are_survived(processes: Processes) -> None:
+    fatal = [partial(os._exit, 1) for _ in range(3)]
+    outcomes = run(processes, [*fatal[:2], *squares(5, 6, 7), fatal[2]])
+    assert [isinstance(outcome, WorkerDiedError) for outcome in outcomes] == [True, True, False, False, False, True]
+    assert outcomes[2:5] == [25, 36, 49]
+
+
+def test_a_worker_that_died_while_idle_is_replaced(processes: Processes) -> None:
+    (pid,) = run(processes, [partial(os.getpid)])
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not multiprocessing.active_children())
+    assert run(processes, squares(*range(5))) == [0, 1, 4, 9, 16]  # no task went to the dead one
+
+
+def test_an_exception_in_a_worker_costs_its_task_only(processes: Processes) -> None:
+    one, bad, two = run(processes, [partial(int, "1"), partial(int, "x"), partial(int, "2")])
+    assert isinstance(bad, WorkerDiedError)
+    assert (one, two) == (1, 2)
+
+
+def test_an_outcome_that_cannot_travel_costs_its_task_only(processes: Processes) -> None:
+    bad, good = run(processes, [partial(threading.Lock), partial(int, "1")])
+    assert isinstance(bad, WorkerDiedError)
+    assert good == 1
+
+
+def test_large_tasks_and_outcomes_travel(processes: Processes) -> None:
+    # Larger than any buffer of a pipe.
+    text = "x" * 3_000_000
+    assert run(processes, [partial(str.upper, text), partial(str.title, text)]) == [text.upper(), text.title()]
+
+
+@pytest.mark.parametrize("size", [1, 5_000_000], ids=["small task", "large task"])
+def test_a_worker_that_cannot_even_start_costs_its_task_only(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    # A small task fits into the buffer of the pipe; the end of a large one finds nobody there.
+    monkeypatch.setattr("gpuprep.executors._work", die_at_once)
+    ((_, outcome),) = processes.run(len, ["x" * size])
+    assert isinstance(outcome, WorkerDiedError)
+
+
+def test_stop_ends_a_worker_in_the_middle_of_a_task(processes: Processes, tmp_path: Path) -> None:
+    short, long = partial(abs, -3), partial(sleep_in, str(tmp_path))
+    assert next(processes.run(operator.call, [long, short])) == (short, 3)
+    wait_until((tmp_path / "pid").exists)
+    pid = int((tmp_path / "pid").read_text())
+    assert is_running(pid)
+    processes.stop()
+    assert not is_running(pid)
+    assert multiprocessing.active_children() == []
+
+
+def test_stop_leaves_no_process_behind(processes: Processes) -> None:
+    pids = set(run(processes, [partial(os.getpid) for _ in range(8)]))
+    processes.stop()
+    assert not any(is_running(pid) for pid in pids)
+    assert multiprocessing.active_children() == []
+
+
+def test_after_stop_new_workers_are_started(processes: Processes) -> None:
+    run(processes, squares(1))
+    processes.stop()
+    assert run(processes, squares(2)) == [4]
+
+
+ORPHANS = """
+import sys
+from test_executors import sleep_in
+from gpuprep.executors import Processes
+if __name__ == "__main__":
+    list(Processes(1).run(sleep_in, [sys.argv[1]]))
+"""
+
+
+def test_a_worker_ends_with_its_parent_in_the_middle_of_a_task(tmp_path: Path) -> None:
+    # Else it would go on writing into an output that the next run has already opened and swept.
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with subprocess.Popen([sys.executable, script, tmp_path], env=os.environ | {"PYTHONPATH": path}) as parent:
+        wait_until((tmp_path / "pid").exists)
+        parent.kill()
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(500):
+        if not is_running(pid):
+            return
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the worker worked on, five seconds after its parent was killed")
+
+
+UNGUARDED = """
+from gpuprep.executors import Processes
+print("the script runs")
+executor = Processes(2)
+print(dict(executor.run(len, ["a", "bb"])))
+executor.stop()
+"""
+
+
+def test_a_script_needs_no_guard(tmp_path: Path) -> None:
+    # Workers do not run the main script again.
+    script = tmp_path / "unguarded.py"
+    script.write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    first, outcomes = done.stdout.splitlines()
+    assert first == "the script runs"
+    assert outcomes in ("{'a': 1, 'bb': 2}", "{'bb': 2, 'a': 1}")

@@ -1,0 +1,300 @@
+"""The manifest: what goes in comes out, in SQLite and in CSV, and nothing but a manifest is taken for one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gpuprep.errors import OutputError
+from gpuprep.manifest import Manifest, SeriesResult
+
+OK = SeriesResult(
+    key="1.2.3",
+    series_uid="1.2.3",
+    study_uid="1.2",
+    series_number=7,
+    source="/data/p1",
+    status="ok",
+    warnings=("first, with a comma", 'second "quoted"\nand on a new line'),
+    slices=108,
+    source_shape=(108, 512, 512),
+    source_spacing_mm=(3.0, 0.6816, 0.6816),
+    hu_min=-3024.0,
+    hu_max=1234.5,
+    hu_mean=-612.0625,
+    folder="data/p1",
+    shape=(324, 512, 512),
+    spacing_mm=(1.0, 0.681640625, 0.681640625),
+    files=325,
+    bytes=339_746_304_123,
+    read_s=0.5,
+    process_s=0.25,
+    write_s=0.125,
+    engine="operators",
+    backend="cpu",
+    device="cpu",
+    fingerprint="f" * 64,
+    recipe_sha256="e" * 64,
+    version="0.1.0",
+    finished="2026-01-02T03:04:05+00:00",
+)
+BARE = SeriesResult(
+    key="9.9#2", series_uid="9.9", study_uid="", series_number=None, source="/data/p0", status="rejected",
+    reason="GeometryError: gap",
+)  # fmt: skip
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Iterator[Manifest]:
+    with closing(Manifest(tmp_path / "manifest.sqlite")) as opened:
+        yield opened
+
+
+def csv_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "manifest.csv").open(newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+def test_a_result_comes_back_as_it_was_put(manifest: Manifest) -> None:
+    manifest.put(OK)
+    manifest.put(BARE)
+    assert manifest.get("1.2.3") == OK
+    assert manifest.get("9.9#2") == BARE
+    assert manifest.get("1.2") is None
+
+
+def test_none_and_empty_lists_stay_apart(manifest: Manifest) -> None:
+    manifest.put(BARE)
+    found = manifest.get(BARE.key)
+    assert found is not None
+    assert found.warnings == ()
+    assert (found.series_number, found.shape, found.spacing_mm, found.hu_min) == (None, None, None, None)
+
+
+def test_tuples_come_back_as_tuples_of_the_same_numbers(manifest: Manifest) -> None:
+    manifest.put(OK)
+    found = manifest.get(OK.key)
+    assert found is not None
+    assert found.shape == (324, 512, 512)
+    assert isinstance(found.shape, tuple)
+    assert all(isinstance(v, int) for v in found.shape)
+    assert found.spacing_mm == (1.0, 0.681640625, 0.681640625)
+
+
+TEXTS = st.text(max_size=20)
+FLOATS = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+RESULTS = st.builds(
+    SeriesResult,
+    key=st.just("1"),
+    series_uid=TEXTS,
+    study_uid=TEXTS,
+    series_number=st.none() | st.integers(-(2**31), 2**31),
+    source=TEXTS,
+    status=st.sampled_from(["ok", "rejected", "failed"]),
+    reason=TEXTS,
+    warnings=st.lists(TEXTS, max_size=3).map(tuple),
+    source_shape=st.none() | st.tuples(*[st.integers(1, 9999)] * 3),
+    source_spacing_mm=st.none() | st.tuples(*[st.floats(1e-3, 1e3)] * 3),
+    hu_min=FLOATS,
+    hu_mean=FLOATS,
+    folder=TEXTS,
+    bytes=st.integers(0, 2**62),
+    read_s=st.floats(0, 1e6),
+)
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(RESULTS)
+def test_any_result_survives(manifest: Manifest, result: SeriesResult) -> None:
+    manifest.put(result)
+    assert manifest.get("1") == result
+
+
+def test_a_later_result_takes_the_place_of_the_former(manifest: Manifest) -> None:
+    manifest.put(OK)
+    later = replace(OK, status="failed", reason="OutputError: disk full", warnings=(), shape=None)
+    manifest.put(later)
+    assert list(manifest) == [later]
+
+
+def test_results_are_listed_by_source_then_number(manifest: Manifest) -> None:
+    second = replace(OK, key="a", series_number=8)
+    third = replace(OK, key="0", source="/data/p2")
+    for result in (third, second, OK, BARE):
+        manifest.put(result)
+    assert list(manifest) == [BARE, OK, second, third]
+
+
+def test_results_are_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        with closing(Manifest(tmp_path / "manifest.sqlite")) as manifest:
+            manifest.put(OK)
+    with closing(Manifest(tmp_path / "manifest.sqlite")) as manifest:
+        assert list(manifest) == [OK]
+
+
+def test_a_reader_sees_each_result_as_soon_as_it_is_put(manifest: Manifest, tmp_path: Path) -> None:
+    # So a kill loses nothing that was put, and `sqlite3 manifest.sqlite` may be used while a run writes.
+    with closing(sqlite3.connect(tmp_path / "manifest.sqlite")) as reader:
+        for n in range(3):
+            manifest.put(replace(OK, key=str(n)))
+            assert reader.execute("SELECT count(*) FROM series").fetchone() == (n + 1,)
+
+
+def test_csv_holds_exactly_the_rows_of_the_manifest(manifest: Manifest, tmp_path: Path) -> None:
+    manifest.put(OK)
+    manifest.put(BARE)
+    manifest.write_csv()
+    bare, ok = csv_rows(tmp_path)
+    assert list(ok) == [f.name for f in fields(SeriesResult)]
+    assert ok | {"warnings": "", "shape": ""} == {
+        "key": "1.2.3",
+        "series_uid": "1.2.3",
+        "study_uid": "1.2",
+        "series_number": "7",
+        "source": "/data/p1",
+        "status": "ok",
+        "reason": "",
+        "warnings": "",
+        "slices": "108",
+        "source_shape": "[108, 512, 512]",
+        "source_spacing_mm": "[3.0, 0.6816, 0.6816]",
+        "hu_min": "-3024.0",
+        "hu_max": "1234.5",
+        "hu_mean": "-612.0625",
+        "folder": "data/p1",
+        "shape": "",
+        "spacing_mm": "[1.0, 0.681640625, 0.681640625]",
+        "files": "325",
+        "bytes": "339746304123",
+        "read_s": "0.5",
+        "process_s": "0.25",
+        "write_s": "0.125",
+        "engine": "operators",
+        "backend": "cpu",
+        "device": "cpu",
+        "fingerprint": "f" * 64,
+        "recipe_sha256": "e" * 64,
+        "version": "0.1.0",
+        "finished": "2026-01-02T03:04:05+00:00",
+    }
+    assert json.loads(ok["warnings"]) == ["first, with a comma", 'second "quoted"\nand on a new line']
+    assert json.loads(ok["shape"]) == [324, 512, 512]
+    assert (bare["key"], bare["status"], bare["reason"]) == ("9.9#2", "rejected", "GeometryError: gap")
+    assert (bare["series_number"], bare["shape"], bare["hu_min"], bare["warnings"]) == ("", "", "", "[]")
+
+
+def test_csv_of_an_empty_manifest_is_its_heading(manifest: Manifest, tmp_path: Path) -> None:
+    manifest.write_csv()
+    heading, *rest = (tmp_path / "manifest.csv").read_text().splitlines()
+    assert heading.startswith("key,series_uid,study_uid,series_number,source,status,reason,warnings,")
+    assert rest == []
+
+
+def test_csv_is_replaced_whole_or_not_at_all(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Trap 34.
+    manifest.put(OK)
+    manifest.write_csv()
+    before = (tmp_path / "manifest.csv").read_bytes()
+    manifest.put(BARE)
+
+    class Dying:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def writerow(self, row: Any) -> None:
+            self.file.write(f"{row}\n")
+            self.file.flush()
+
+        def writerows(self, _: Any) -> None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv, "writer", Dying)
+        with pytest.raises(KeyboardInterrupt):
+            manifest.write_csv()
+    assert (tmp_path / "manifest.csv").read_bytes() == before
+    manifest.write_csv()
+    assert len(csv_rows(tmp_path)) == 2
+    assert not any(p.name.startswith("manifest.csv.") for p in tmp_path.iterdir())
+
+
+def test_what_was_beside_the_images_is_that_of_the_last_scan(manifest: Manifest, tmp_path: Path) -> None:
+    manifest.account({"not DICOM": 3, "MR Image Storage": 1}, (("/a", "EOFError: short"), ("/b", "cannot be listed")))
+    manifest.account({"not DICOM": 2}, (("/b", "EOFError: short"),))
+    with closing(sqlite3.connect(tmp_path / "manifest.sqlite")) as reader:
+        assert reader.execute("SELECT * FROM passed_over").fetchall() == [("not DICOM", 2)]
+        assert reader.execute("SELECT * FROM unreadable").fetchall() == [("/b", "EOFError: short")]
+
+
+def corrupt(file: Path) -> None:
+    file.write_bytes(b"this is no database" * 100)
+
+
+def cut(file: Path) -> None:
+    with closing(Manifest(file)) as manifest:
+        manifest.put(OK)
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def make_folder(file: Path) -> None:
+    file.mkdir()
+
+
+@pytest.mark.parametrize("damage", [corrupt, cut, make_folder])
+def test_a_file_that_is_no_database_is_an_output_error_with_the_remedy(tmp_path: Path, damage: Any) -> None:
+    file = tmp_path / "manifest.sqlite"
+    damage(file)
+    with pytest.raises(
+        OutputError, match=r"manifest\.sqlite cannot be used as manifest .*move it away, or choose another"
+    ):
+        Manifest(file)
+
+
+def test_a_manifest_in_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be used as manifest"):
+        Manifest(tmp_path / "absent" / "manifest.sqlite")
+
+
+def test_a_database_with_other_columns_is_an_output_error_and_stays_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.sqlite"
+    with closing(sqlite3.connect(file, isolation_level=None)) as foreign:
+        foreign.execute("CREATE TABLE series (key TEXT PRIMARY KEY, title TEXT)")
+        foreign.execute("INSERT INTO series VALUES ('1', 'The Wire')")
+    with pytest.raises(OutputError, match="written by another version of gpuprep: choose another --out"):
+        Manifest(file)
+    with closing(sqlite3.connect(file)) as foreign:
+        assert foreign.execute("SELECT * FROM series").fetchall() == [("1", "The Wire")]
+
+
+def test_a_manifest_that_can_no_longer_be_written_is_an_output_error(manifest: Manifest, tmp_path: Path) -> None:
+    # As by a full disk or a lost mount; a table that is gone is what a test can make.
+    with closing(sqlite3.connect(tmp_path / "manifest.sqlite", isolation_level=None)) as saboteur:
+        saboteur.execute("DROP TABLE series")
+        saboteur.execute("DROP TABLE unreadable")
+    words = r"cannot write .*: no such table"
+    with pytest.raises(OutputError, match=words):
+        manifest.put(OK)
+    with pytest.raises(OutputError, match=words):
+        manifest.account({}, ())
+    with pytest.raises(OutputError, match=words):
+        manifest.write_csv()
+
+
+def test_a_csv_that_cannot_be_written_is_an_output_error(manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "manifest.csv").mkdir()
+    manifest.put(OK)
+    with pytest.raises(OutputError, match=r"manifest\.csv"):
+        manifest.write_csv()
