@@ -194,10 +194,10 @@ def demo(
         show_run(shown.run, str(shown.volumes), time.perf_counter() - started)
         if shown.run.counts not in ({"ok": 3, "rejected": 1}, {"skipped": 3, "rejected": 1}):
             raise GpuprepError(f"the demo should convert 3 series and reject 1, but gave {shown.run.counts}")
-        first = next(r for r in shown.run.results if r.folder)
+        first = shown.volumes / min(r.folder for r in shown.run.results if r.folder)
         say(f"DICOM in    {shown.dicom}  (patient-3 lost a slice on purpose, so it is rejected)")
-        say(f"look at     {shown.volumes / first.folder / '0100.tif'}")
-        say(f"            {shown.volumes / first.folder / 'volume.json'}")
+        say(f"look at     {first / '0100.tif'}  (float32 in [0, 1]: ImageJ shows it)")
+        say(f"            {first / 'volume.json'}")
         say(f"            {shown.volumes / 'manifest.csv'}")
 
 

@@ -69,11 +69,12 @@ def meet(folder: str) -> int:
 
 
 def sleep_in(folder: str) -> int:
-    """Say who sleeps, then sleep longer than any test may take."""
+    """Say who sleeps, then sleep longer than any test should take, and say so."""
     with open(os.path.join(folder, "part"), "w") as f:
         f.write(str(os.getpid()))
     os.replace(f.name, os.path.join(folder, "pid"))
-    time.sleep(300)
+    time.sleep(120)
+    Path(folder, "awake").touch()
     return 0
 
 
@@ -259,6 +260,7 @@ def test_stop_ends_a_worker_in_the_middle_of_a_task(processes: Processes, tmp_pa
     assert is_running(pid)
     processes.stop()
     assert not is_running(pid)
+    assert not (tmp_path / "awake").exists()
     assert multiprocessing.active_children() == []
 
 
