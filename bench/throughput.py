@@ -5,7 +5,8 @@
 A cohort of phantoms (108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm) is written first, and both commands are run on it in
 turn, start-up included, so that slow minutes of the machine hit both. Both write one float32 .tif per slice. Last, the
 output of ``gpuprep convert --recipe classic`` is compared with the script's. Memory is the highest sum, over all
-processes of a command, of the memory they do not share plus their part of what they do (PSS).
+processes of a command, of the memory they do not share plus their part of what they do (PSS); it is watched in runs of
+their own, because watching costs time.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,42 +35,30 @@ SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 SAMPLING_S = 0.02
 
 
-@dataclass
-class Measured:
-    """One command, once."""
-
-    seconds: float
-    peak_bytes: int
-    """Sum of PSS over the processes of the command."""
-
-
-def measure(command: list[str]) -> Measured:
-    """Run a command to its end while watching the memory of all its processes."""
+def seconds(command: list[str]) -> float:
+    """Run a command to its end and return how long it took."""
     started = time.perf_counter()
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    taken = time.perf_counter() - started
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended {done.returncode}:\n{done.stderr.decode()}")
+    return taken
+
+
+def peak_bytes(command: list[str]) -> int:
+    """Run a command to its end and return the highest sum of PSS over its processes; watching slows it down."""
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(SAMPLING_S):
-            total = 0
-            for p in _tree(process):
-                try:
-                    total += p.memory_full_info().pss
-                except (psutil.Error, OSError):
-                    continue  # it has just ended
-            peak = max(peak, total)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    _, errors = process.communicate()
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended {process.returncode}:\n{errors.decode()}")
-    return Measured(seconds, peak)
+    while process.poll() is None:
+        total = 0
+        for p in _tree(process):
+            try:
+                total += p.memory_full_info().pss
+            except (psutil.Error, OSError):
+                continue  # it has just ended
+        peak = max(peak, total)
+        time.sleep(SAMPLING_S)
+    return peak
 
 
 def _tree(process: psutil.Process) -> list[psutil.Process]:
@@ -133,21 +120,26 @@ def main() -> None:
         convert += ["--jobs", str(args.jobs)] if args.jobs else []
         ours = [*convert, "--out", str(scratch / "gpuprep")]
 
-        runs: dict[str, list[Measured]] = {"classic": [], "gpuprep": []}
+        commands = {"classic": classic, "gpuprep": ours}
+        runs: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(args.rounds):
-            for name, command in (("classic", classic), ("gpuprep", ours)):
+            for name, command in commands.items():
                 shutil.rmtree(scratch / name, ignore_errors=True)
                 os.sync()
-                runs[name].append(now := measure(command))
-                print(f"{name:8} {now.seconds / args.series:7.3f} s/series  {now.peak_bytes / 1e6:7.0f} MB", flush=True)
+                runs[name].append(seconds(command))
+                print(f"{name:8} {runs[name][-1] / args.series:7.3f} s/series", flush=True)
+        peaks = {}
+        for name, command in commands.items():
+            shutil.rmtree(scratch / name, ignore_errors=True)
+            peaks[name] = peak_bytes(command)
+            print(f"{name:8} {peaks[name] / 1e6:7.0f} MB", flush=True)
         check = scratch / "check"
-        measure([*convert, "--out", str(check), "--recipe", "classic"])
+        seconds([*convert, "--out", str(check), "--recipe", "classic"])
         difference = largest_difference(scratch / "classic" / "patient-0", check / "dicom" / "patient-0")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
-    seconds = {name: statistics.median(m.seconds for m in measured) for name, measured in runs.items()}
-    peaks = {name: max(m.peak_bytes for m in measured) for name, measured in runs.items()}
+    per_series = {name: statistics.median(taken) / args.series for name, taken in runs.items()}
     result = {
         "command": "python -m bench.throughput " + " ".join(sys.argv[1:]),
         "machine": machine(),
@@ -155,9 +147,9 @@ def main() -> None:
         "series": args.series,
         "shape": SHAPE,
         "spacing_mm": SPACING_MM,
-        "runs": {name: [asdict(m) for m in measured] for name, measured in runs.items()},
-        "seconds_per_series": {name: s / args.series for name, s in seconds.items()},
-        "times_faster": seconds["classic"] / seconds["gpuprep"],
+        "seconds": runs,
+        "seconds_per_series": per_series,
+        "times_faster": per_series["classic"] / per_series["gpuprep"],
         "peak_bytes": peaks,
         "memory_share": peaks["gpuprep"] / peaks["classic"],
         "classic_recipe_largest_difference": difference,

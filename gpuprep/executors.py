@@ -136,7 +136,7 @@ class Processes:
                 return connection
         connection, theirs = self._context.Pipe()
         worker = self._context.Process(target=_work, args=(theirs, self._prepare), daemon=True)
-        with _hidden_main(), held_back():
+        with _hidden_main(), _no_strangers(), held_back():
             worker.start()
         theirs.close()  # so that the worker's end closes with the worker
         self._workers[connection] = worker
@@ -171,6 +171,20 @@ def _hidden_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextlib.contextmanager
+def _no_strangers() -> Iterator[None]:
+    """Keep a new Python from looking for modules in the current folder first: there may be a pydicom.py in it."""
+    former = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = former
 
 
 def _end_with_parent() -> None:

@@ -565,7 +565,7 @@ def test_the_demo_converts_three_series_and_rejects_one(tmp_path: Path) -> None:
         text = plain(result.stdout)
         assert re.search(r"ok 3 120 ", text)
         assert re.search(r"rejected 1 23 0 0\.00", text)
-        looked_at = re.findall(r"\S+(?:\.tif|\.json|\.csv)$", result.stdout, re.MULTILINE)
+        looked_at = re.findall(r"\S+\.(?:tif|json|csv)\b", result.stdout)
         assert len(looked_at) == 3
         assert all(Path(p).is_file() for p in looked_at)
         assert len(list((tmp_path / "volumes").rglob("volume.json"))) == 3

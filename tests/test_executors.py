@@ -321,3 +321,17 @@ def test_a_script_needs_no_guard(tmp_path: Path) -> None:
     first, outcomes = done.stdout.splitlines()
     assert first == "the script runs"
     assert outcomes in ("{'a': 1, 'bb': 2}", "{'bb': 2, 'a': 1}")
+
+
+def test_workers_import_nothing_from_the_folder_they_are_started_in(tmp_path: Path) -> None:
+    # A folder of data may hold a pydicom.py, or another version of gpuprep.
+    (tmp_path / "elsewhere").mkdir()
+    script = tmp_path / "elsewhere" / "script.py"
+    script.write_text(UNGUARDED)
+    (tmp_path / "pydicom.py").write_text("print('a stranger was imported', flush=True)")
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[0] == "the script runs"
+    assert "stranger" not in done.stdout

@@ -210,19 +210,12 @@ def test_csv_is_replaced_whole_or_not_at_all(
     before = (tmp_path / "manifest.csv").read_bytes()
     manifest.put(BARE)
 
-    class Dying:
-        def __init__(self, file: Any) -> None:
-            self.file = file
-
-        def writerow(self, row: Any) -> None:
-            self.file.write(f"{row}\n")
-            self.file.flush()
-
-        def writerows(self, _: Any) -> None:
-            raise KeyboardInterrupt
+    def break_off(path: Path, text: str, *_: Any) -> None:
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(csv, "writer", Dying)
+        patch.setattr(Path, "write_text", break_off)
         with pytest.raises(KeyboardInterrupt):
             manifest.write_csv()
     assert (tmp_path / "manifest.csv").read_bytes() == before
