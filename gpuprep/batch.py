@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
-from gpuprep.conversion import Task, convert_series, left_out, quiet_libraries
+from gpuprep.conversion import Task, convert_series, left_out
 from gpuprep.discovery import Cohort, discover
 from gpuprep.errors import GpuprepError, OutputError, RequestError
 from gpuprep.executors import Executor, Here, Processes, Threads, WorkerDiedError
 from gpuprep.layout import layout
+from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, SeriesResult, now
 from gpuprep.output import contents, open_output, retire, write_text
 from gpuprep.plan import Plan, make_plan
@@ -190,14 +191,14 @@ def _results(
 ) -> Iterator[SeriesResult]:
     """Yield a result per series, stored in the manifest: first those that need no work, then the rest as it is done."""
     for outlook in outlooks:
-        blank = tasks[outlook.series.key].blank
+        task = tasks[outlook.series.key]
         if outlook.action == "skip":
             former = manifest.get(outlook.series.key)
             assert former is not None  # noqa: S101 - that is why it is skipped
             yield replace(former, status="skipped")
         elif outlook.action == "reject":
-            rejected = replace(blank, status="rejected", reason=outlook.reason, finished=now())
-            yield _store(manifest, rejected, tasks[rejected.key].out)
+            rejected = replace(task.blank, status="rejected", reason=outlook.reason, finished=now())
+            yield _store(manifest, rejected, task.out)
     for task, outcome in executor.run(convert_series, todo):
         if isinstance(outcome, WorkerDiedError):
             result = replace(left_out(task.blank, outcome), finished=now())

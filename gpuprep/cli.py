@@ -20,6 +20,7 @@ import typer
 from gpuprep import __version__
 from gpuprep.errors import GpuprepError, RecipeError, RequestError
 from gpuprep.interruption import held_back
+from gpuprep.logs import quiet_libraries
 from gpuprep.text import printable
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def doctor(json_: Json = False) -> None:
 def main() -> None:
     """Run the command line; the console script."""
     logging.basicConfig(level=logging.WARNING, format="gpuprep: %(message)s")
-    logging.getLogger("pydicom").propagate = False  # it grumbles about every odd value of every slice
+    quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal can show every file name
@@ -328,14 +329,14 @@ def _parsed(name: str, value: Any) -> Any:
         numbers = [int(part) if name == "size" else float(part) for part in value.split(",")]
     except ValueError:
         raise RecipeError(f"{name} = {value!r}: give numbers separated by commas, or none") from None
-    return numbers * {"spacing_mm": 3, "size": 2}.get(name, 1) if len(numbers) == 1 else numbers
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _jobs(jobs: int | None, backend: str) -> int | None:
     """On the CPU, a worker per core that this process may use; on a GPU, what `batch` thinks right."""
-    if jobs is not None or backend == "gpu":
-        return jobs
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from gpuprep.executors import usable_cores
+
+    return jobs if jobs is not None or backend == "gpu" else usable_cores()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
@@ -68,20 +68,22 @@ class Complaints(Listener):
         self._console = _console(stderr=True)
 
     def scanned(self, cohort: Cohort) -> None:
-        for path, reason in cohort.unreadable:
-            self._console.print(f"unreadable  {path}: {reason}", style="red")
+        _show_unreadable(self._console, cohort)
 
     def finished(self, result: SeriesResult) -> None:
         if result.status in ("rejected", "failed"):
-            style = STYLES.get(result.status, "red")
-            self._console.print(f"{result.status:8}  {result.source}: {result.reason}", style=style)
+            self._line(result, result.reason)
+
+    def _line(self, result: SeriesResult, text: str) -> None:
+        style = STYLES.get(result.status, "red")
+        self._console.print(f"{result.status:8}  {result.source}: {text}", style=style)
 
 
-class Monitor(Listener):
+class Monitor(Complaints):
     """A progress bar over source slices, and a line for every series that needs a word."""
 
     def __init__(self) -> None:
-        self._console = _console(stderr=True)
+        super().__init__()
         self._progress = Progress(
             TextColumn("series"),
             MofNCompleteColumn(),
@@ -107,17 +109,16 @@ class Monitor(Listener):
     def scanned(self, cohort: Cohort) -> None:
         slices = sum(len(s.slices) for s in cohort)
         self._console.print(f"found   {len(cohort)} series with {slices} slices" + _beside(cohort.passed_over))
-        for path, reason in cohort.unreadable:
-            self._console.print(f"unreadable  {path}: {reason}", style="red")
+        super().scanned(cohort)
 
     def planned(self, outlooks: list[Outlook]) -> None:
         self._task = self._progress.add_task("", total=len(outlooks), rate="")
         self._started = time.perf_counter()
 
     def finished(self, result: SeriesResult) -> None:
-        if result.status not in ("ok", "skipped") or (result.status == "ok" and result.warnings):
-            text = result.reason or "; ".join(result.warnings)
-            self._console.print(f"{result.status:8}  {result.source}: {text}", style=STYLES.get(result.status, "red"))
+        super().finished(result)
+        if result.status == "ok" and result.warnings:
+            self._line(result, "; ".join(result.warnings))
         if result.status == "ok":
             self._slices += result.slices
         if self._task is not None:
@@ -175,8 +176,7 @@ def show_scan(cohort: Cohort, outlooks: list[Outlook]) -> None:
     for o in outlooks:
         if o.reason:
             console.print(f"reject  {o.series.label}  {o.reason}", style=STYLES["reject"])
-    for path, reason in cohort.unreadable:
-        console.print(f"unreadable  {path}: {reason}", style="red")
+    _show_unreadable(console, cohort)
     sums = ", ".join(f"{n} to {action}" for action, n in sorted(counts.items()))
     console.print(
         f"{len(cohort)} series: {sums or 'none'}; {total / 1e9:.2f} GB to write" + _beside(cohort.passed_over)
@@ -200,9 +200,13 @@ def say(text: str) -> None:
     _console(stderr=False).print(printable(text), soft_wrap=True)
 
 
-def _beside(passed_over: object) -> str:
+def _show_unreadable(console: Console, cohort: Cohort) -> None:
+    for path, reason in cohort.unreadable:
+        console.print(f"unreadable  {path}: {reason}", style="red")
+
+
+def _beside(passed_over: Mapping[str, int]) -> str:
     """Say what was passed over, by kind."""
-    assert isinstance(passed_over, dict)  # noqa: S101 - narrows the type
     if not passed_over:
         return ""
     kinds = ", ".join(f"{n} {kind}" for kind, n in passed_over.items())

@@ -30,13 +30,6 @@ RECORDED_PACKAGES = ("numpy", "scipy", "scikit-image", "pydicom", "tifffile", "i
 RECORDED_GPU_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cucim-cu12", "cucim-cu13")
 
 
-def quiet_libraries() -> None:
-    """Keep pydicom from logging what ends up in a reason or does not matter; for processes that are ours alone."""
-    logger = logging.getLogger("pydicom")
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False  # its level would not stay: importing pydicom sets it
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """Everything a worker needs for one series."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from pydicom.pixels.decoders.base import get_decoder
@@ -11,6 +10,7 @@ from pydicom.uid import UID
 from gpuprep.backend import open_gpu
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
 from gpuprep.errors import BackendError
+from gpuprep.executors import usable_cores
 
 COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.5",  # RLE Lossless
@@ -42,8 +42,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Return the state of backends, decoders and versions."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    findings = [Finding("backend", "cpu", True, f"NumPy, SciPy and scikit-image on {cores} cores")]
+    findings = [Finding("backend", "cpu", True, f"NumPy, SciPy and scikit-image on {usable_cores()} cores")]
     try:
         gpu = open_gpu()
         findings.append(Finding("backend", "gpu", True, f"CuPy and cuCIM on {gpu.device}"))

@@ -34,6 +34,11 @@ class WorkerDiedError(GpuprepError):
     """A worker process ended in the middle of a task: killed, out of memory, or crashed in a decoder."""
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Executor(Protocol):
     """See the module's docstring."""
 

@@ -102,15 +102,15 @@ def _read_header(file: str, status: os.stat_result) -> Series:
     with open(file, "rb") as f:
         head = f.read(132)
         # Without a preamble a data set begins with a group 0008 or 0002 element, in either byte order.
-        bare = head[:4] and head[:4] in _FIRST_TAGS
+        bare = head[:4] in _FIRST_TAGS
         if head[128:] != b"DICM" and not bare:
             raise _NotCtError("not DICOM")
         f.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd values are dealt with below, one by one
-            ds = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=list(TAGS.values()), force=bool(bare))
+            ds = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=list(TAGS.values()), force=bare)
             _check_class(
-                _text(ds, "SOPClassUID"), str(getattr(ds.file_meta, "MediaStorageSOPClassUID", "") or ""), bool(bare)
+                _text(ds, "SOPClassUID"), str(getattr(ds.file_meta, "MediaStorageSOPClassUID", "") or ""), bare
             )
             syntax = str(getattr(ds.file_meta, "TransferSyntaxUID", "") or "")
             if not syntax:  # no meta group: what pydicom found by looking

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import numpy as np
+import pydicom
 import pytest
 from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from gpuprep.backend import Backend, NumpyBackend, get_backend
 from gpuprep.errors import BackendError
@@ -138,3 +142,21 @@ def small_series(tmp_path: Path, noise: Callable[..., NDArray[np.int16]]) -> Pat
     """Write 6 slices of 20 × 24 at 2.5 × 0.8 × 0.7 mm and return their folder."""
     write_series(tmp_path / "dicom" / "ct", noise((6, 20, 24)), (2.5, 0.8, 0.7))
     return tmp_path / "dicom"
+
+
+def natively(ds: Dataset, syntax: UID, *, meta: bool = True) -> bytes:
+    """Return a data set in a native transfer syntax; without preamble and meta group where `meta` is False."""
+    plain = Dataset()
+    for element in ds:
+        plain.add(element)
+    if syntax == ExplicitVRBigEndian and "PixelData" in plain:
+        plain.PixelData = np.frombuffer(plain.PixelData, "<u2").astype(">u2").tobytes()
+    buffer = BytesIO()
+    if meta:
+        plain.file_meta = ds.file_meta
+        plain.file_meta.TransferSyntaxUID = syntax
+        pydicom.dcmwrite(buffer, plain, enforce_file_format=True)
+    else:
+        big, implicit = syntax == ExplicitVRBigEndian, syntax == ImplicitVRLittleEndian
+        pydicom.dcmwrite(buffer, plain, implicit_vr=implicit, little_endian=not big)
+    return buffer.getvalue()

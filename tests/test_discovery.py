@@ -9,13 +9,13 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
+from conftest import natively
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -49,24 +49,6 @@ def noise(slices: int, rows: int = 16, columns: int = 20) -> NDArray[np.int16]:
 def write(folder: Path, slices: int = 3, change: Change | None = None, **options: Any) -> list[Path]:
     """Write a series; S1-0001.dcm is its top slice."""
     return write_series(folder, noise(slices), SPACING, change=change, **options)
-
-
-def natively(ds: Dataset, syntax: UID, *, meta: bool = True) -> bytes:
-    """Return a data set in a native transfer syntax; without preamble and meta group where `meta` is False."""
-    plain = Dataset()
-    for element in ds:
-        plain.add(element)
-    if syntax == ExplicitVRBigEndian and "PixelData" in plain:
-        plain.PixelData = np.frombuffer(plain.PixelData, "<u2").astype(">u2").tobytes()
-    buffer = BytesIO()
-    if meta:
-        plain.file_meta = ds.file_meta
-        plain.file_meta.TransferSyntaxUID = syntax
-        pydicom.dcmwrite(buffer, plain, enforce_file_format=True)
-    else:
-        big, implicit = syntax == ExplicitVRBigEndian, syntax == ImplicitVRLittleEndian
-        pydicom.dcmwrite(buffer, plain, implicit_vr=implicit, little_endian=not big)
-    return buffer.getvalue()
 
 
 def as_class(uid: str) -> Change:

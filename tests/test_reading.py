@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
+from conftest import natively
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.encaps import encapsulate, generate_frames
@@ -67,24 +67,6 @@ def write(
         else:
             coded(file, syntax)
     return files
-
-
-def natively(ds: Dataset, syntax: UID, *, meta: bool = True) -> bytes:
-    """Return a data set in a native transfer syntax; without preamble and meta group where `meta` is False."""
-    plain = Dataset()
-    for element in ds:
-        plain.add(element)
-    if syntax == ExplicitVRBigEndian:
-        plain.PixelData = np.frombuffer(plain.PixelData, "<u2").astype(">u2").tobytes()
-    buffer = BytesIO()
-    if meta:
-        plain.file_meta = ds.file_meta
-        plain.file_meta.TransferSyntaxUID = syntax
-        pydicom.dcmwrite(buffer, plain, enforce_file_format=True)
-    else:
-        big, implicit = syntax == ExplicitVRBigEndian, syntax == ImplicitVRLittleEndian
-        pydicom.dcmwrite(buffer, plain, implicit_vr=implicit, little_endian=not big)
-    return buffer.getvalue()
 
 
 def coded(file: Path, syntax: UID, stream: Callable[[bytes], bytes] = bytes) -> None:
