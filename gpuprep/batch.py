@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from gpuprep.audit import Audit, Verdict, audit
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.conversion import Task, convert_series, left_out
 from gpuprep.discovery import Cohort, discover
-from gpuprep.errors import GpuprepError, OutputError, RequestError
-from gpuprep.executors import Executor, Here, Processes, Threads, WorkerDiedError
+from gpuprep.errors import PlanError, RequestError
+from gpuprep.executors import FOR_HEADERS, Executor, Here, Processes, Threads, WorkerDiedError
+from gpuprep.headers import Contents
 from gpuprep.layout import layout
 from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, SeriesResult, now
@@ -22,7 +24,6 @@ from gpuprep.output import contents, open_output, retire, write_text
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
-from gpuprep.stacking import stack
 from gpuprep.text import printable
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -40,9 +41,25 @@ class Outlook:
     folder: str
     """Relative to OUT."""
     plan: Plan | None
+    audit: Audit | None = None
+    """Absent for a series that is skipped: nothing about it has changed."""
     reason: str = ""
     known: bool = False
     """Whether the manifest has an earlier output of this series in that folder."""
+
+    @property
+    def verdict(self) -> Verdict | Literal["skipped"]:
+        """What the headers amount to."""
+        if self.audit is None:
+            return "skipped"
+        return "rejected" if self.action == "reject" else self.audit.verdict
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The reasons for the verdict, for programs."""
+        if self.audit is None:
+            return ()
+        return ("plan",) if self.action == "reject" and self.audit.error is None else self.audit.codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +100,14 @@ class Listener:
 
 
 def scan(
-    paths: Paths, recipe: Recipe | None = None, *, out: str | os.PathLike[str] | None = None
+    paths: Paths,
+    recipe: Recipe | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    index: str | os.PathLike[str] | None = None,
+    jobs: int | None = None,
 ) -> tuple[Cohort, list[Outlook]]:
-    """Return what is under some paths and what would happen to each series; reads no pixels and writes nothing.
+    """Return what is under some paths and what would happen to each series; reads headers only, and writes no output.
 
     Parameters
     ----------
@@ -95,12 +117,20 @@ def scan(
         The default recipe where absent.
     out : path, optional
         The output folder of earlier runs: what is complete there would be skipped.
+    index : path, optional
+        As for `gpuprep.discover`.
+    jobs : int, optional
+        Processes that read headers; absent: this one.
     """
     recipe = recipe or Recipe()
     paths = _listed(paths)
     if out is not None:
         _check_apart(paths, Path(out))
-    cohort = discover(paths, exclude=out)
+    executor = Here() if jobs is None else Processes(jobs, quiet_libraries, FOR_HEADERS)
+    try:
+        cohort = _discover(paths, recipe, out, index, executor)
+    finally:
+        executor.stop()
     if out is not None and (Path(out) / "manifest.sqlite").exists():
         with closing(Manifest(Path(out) / "manifest.sqlite")) as manifest:
             return cohort, _outlooks(cohort, paths, recipe, Path(out), manifest)
@@ -116,6 +146,7 @@ def convert(
     engine: Engine = "operators",
     jobs: int | None = None,
     limit: int | None = None,
+    index: str | os.PathLike[str] | None = None,
     listener: Listener | None = None,
 ) -> Run:
     """Convert every CT series under some paths into a folder of its own under `out`.
@@ -135,6 +166,8 @@ def convert(
         this process.
     limit : int, optional
         Convert at most so many series now.
+    index : path, optional
+        As for `gpuprep.discover`.
     listener : Listener, optional
         Is told what happens.
 
@@ -164,7 +197,7 @@ def convert(
     executor = _executor(chosen, jobs)
     with open_output(out), closing(Manifest(out / "manifest.sqlite")) as manifest:
         try:
-            cohort = discover(paths, exclude=out, map_=lambda f, tasks: _map(executor, f, tasks))
+            cohort = _discover(paths, recipe, out, index, executor)
             listener.scanned(cohort)
             write_text(out / "recipe.toml", recipe.to_toml())
             manifest.account(cohort.passed_over, cohort.unreadable)
@@ -197,7 +230,8 @@ def _results(
             assert former is not None  # noqa: S101 - that is why it is skipped
             yield replace(former, status="skipped")
         elif outlook.action == "reject":
-            rejected = replace(task.blank, status="rejected", reason=outlook.reason, finished=now())
+            codes = outlook.codes
+            rejected = replace(task.blank, status="rejected", reason=outlook.reason, codes=codes, finished=now())
             yield _store(manifest, rejected, task.out)
     for task, outcome in executor.run(convert_series, todo):
         if isinstance(outcome, WorkerDiedError):
@@ -234,15 +268,18 @@ def _outlooks(
         if out and former and _complete(series, recipe, out, former):
             outlooks.append(Outlook(series, "skip", former.folder, None))
             continue
+        audited = audit(series, recipe.rules)
+        if audited.stack is None:
+            outlooks.append(Outlook(series, "reject", "", None, audited, audited.reason))
+            continue
         try:
-            plan = make_plan(stack(series).geometry, recipe)
-        except GpuprepError as exc:
-            reason = f"{type(exc).__name__}: {exc}"
-            outlooks.append(Outlook(series, "reject", "", None, reason))
+            plan = make_plan(audited.stack.geometry, recipe, audited.stack.placement)
+        except PlanError as exc:
+            outlooks.append(Outlook(series, "reject", "", None, audited, f"PlanError: {exc}"))
         else:
             folder = folders[series.key]
             known = former is not None and former.folder == folder
-            outlooks.append(Outlook(series, "convert", folder, plan, known=known))
+            outlooks.append(Outlook(series, "convert", folder, plan, audited, known=known))
     return outlooks
 
 
@@ -255,7 +292,7 @@ def _complete(series: Series, recipe: Recipe, out: Path, former: SeriesResult) -
         recipe.sha256,
         __version__,
     )
-    return same and former.status == "ok" and contents(out / former.folder) == (former.files, former.bytes)
+    return same and former.status in ("ok", "fixed") and contents(out / former.folder) == (former.files, former.bytes)
 
 
 def _task(
@@ -271,6 +308,8 @@ def _task(
         out=out,
         folder=outlook.folder,
         known=outlook.known,
+        audit=outlook.audit.to_dict() if outlook.audit else None,
+        irregularities=outlook.audit.irregularities if outlook.audit else (),
         notes=(note,) if unreadable else (),
     )
 
@@ -283,12 +322,30 @@ def _executor(backend: Backend, jobs: int | None) -> Executor:
     return Here() if jobs is None else Processes(jobs, quiet_libraries)
 
 
-def _map(executor: Executor, function, tasks):  # type: ignore[no-untyped-def]
-    """As the built-in `map`, in no particular order."""
-    for task, outcome in executor.run(function, tasks):
-        if isinstance(outcome, WorkerDiedError):
-            raise OutputError(f"reading headers failed at {task[0]} …: {outcome}")
-        yield outcome
+def _discover(
+    paths: list[str],
+    recipe: Recipe,
+    out: str | os.PathLike[str] | None,
+    index: str | os.PathLike[str] | None,
+    executor: Executor,
+) -> Cohort:
+    """Return the cohort, its headers read by an executor."""
+
+    def map_(
+        function: Callable[[list[str]], list[Contents]], tasks: list[list[str]]
+    ) -> Iterator[tuple[list[str], list[Contents]]]:
+        again = []
+        for task, outcome in executor.run(function, tasks):
+            if not isinstance(outcome, WorkerDiedError):
+                yield task, outcome
+            elif len(task) > 1:
+                again += [[file] for file in task]  # which of them was it?
+            else:
+                yield task, [Contents(unreadable=[(printable(task[0]), str(outcome))], lasting=False)]
+        if again:
+            yield from map_(function, again)
+
+    return discover(paths, recipe.rules, exclude=out, index=index, map_=map_)
 
 
 def _check_apart(paths: list[str], out: Path) -> None:

@@ -40,6 +40,7 @@ app = typer.Typer(
 )
 
 RECIPE = "Recipe"
+STACKING = "Irregular series"
 RUN = "Run"
 
 Paths = Annotated[
@@ -94,6 +95,61 @@ Format = Annotated[
 Compression = Annotated[
     Literal["none", "zlib", "zstd"] | None, typer.Option(help="Of the .tif [none].", rich_help_panel=RECIPE)
 ]
+Policy = Annotated[
+    Literal["fix", "strict", "keep"] | None,
+    typer.Option(
+        help="Irregular series: fix puts right what can be put right truthfully, strict rejects them, keep stacks them "
+        "as they are; all say so [fix].",
+        rich_help_panel=STACKING,
+    ),
+]
+Orient = Annotated[
+    Literal["native", "LPS"] | None,
+    typer.Option(help="Axes as acquired, or turned to the nearest axial ones [native].", rich_help_panel=STACKING),
+]
+SpacingTolerance = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", help="Slice distances may differ from their median by this share [0.01] …",
+        rich_help_panel=STACKING,
+    ),
+]  # fmt: skip
+PositionTolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--position-tolerance-mm", metavar="MM", help="… or by this, whichever is more [0.02].",
+        rich_help_panel=STACKING,
+    ),
+]  # fmt: skip
+LeanTolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--lean-tolerance-mm", metavar="MM", help="Slices may lie this far beside the normal; more is tilt [0.1].",
+        rich_help_panel=STACKING,
+    ),
+]  # fmt: skip
+MaxMissing = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Missing slices in a row that are still filled [3].", rich_help_panel=STACKING),
+]
+MaxMissingShare = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Share of all slices that may be missing [0.1].", rich_help_panel=STACKING),
+]
+AssumeHu = Annotated[
+    bool | None,
+    typer.Option(
+        "--assume-hu", help="Take values as HU although Rescale Type is another, or no rescale is given.",
+        rich_help_panel=STACKING,
+    ),
+]  # fmt: skip
+Index = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|none", help="Where headers are kept, so that unchanged files are not read again "
+        "[~/.cache/gpuprep/headers.sqlite].", rich_help_panel=RUN,
+    ),
+]  # fmt: skip
 BackendOption = Annotated[
     Literal["auto", "cpu", "gpu"],
     typer.Option(help="auto takes a GPU that works; gpu never falls back.", rich_help_panel=RUN),
@@ -138,6 +194,14 @@ def convert(
     dtype: Dtype = None,
     format_: Format = None,
     compression: Compression = None,
+    policy: Policy = None,
+    orient: Orient = None,
+    spacing_tolerance: SpacingTolerance = None,
+    position_tolerance_mm: PositionTolerance = None,
+    lean_tolerance_mm: LeanTolerance = None,
+    max_missing: MaxMissing = None,
+    max_missing_share: MaxMissingShare = None,
+    assume_hu: AssumeHu = None,
     backend: BackendOption = "auto",
     engine: EngineOption = "operators",
     jobs: Jobs = None,
@@ -147,6 +211,7 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would happen, and write nothing.", rich_help_panel=RUN)
     ] = False,
+    index: Index = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -158,19 +223,46 @@ def convert(
     with _errors_to_exit_codes():
         wanted = _recipe(
             recipe, spacing_mm=spacing, order=order, anti_alias=anti_alias, window_hu=window, size=size, fit=fit,
-            dtype=dtype, format=format_, compression=compression,
+            dtype=dtype, format=format_, compression=compression, policy=policy, orient=orient,
+            spacing_tolerance=spacing_tolerance, position_tolerance_mm=position_tolerance_mm,
+            lean_tolerance_mm=lean_tolerance_mm, max_missing=max_missing, max_missing_share=max_missing_share,
+            assume_hu=assume_hu,
         )  # fmt: skip
         if dry_run:
-            _show_scan(paths, wanted, out, json_)
+            _show_scan(paths, wanted, out, jobs, index, "json" if json_ else "table")
         else:
-            _convert(paths, out, wanted, backend, engine, jobs, limit, quiet, json_)
+            _convert(paths, out, wanted, backend, engine, jobs, limit, index, quiet, json_)
 
 
 @app.command()
-def scan(paths: Paths, recipe: RecipeOption = "default", json_: Json = False) -> None:
-    """Show what is there and what would happen to each series; reads headers, never pixels."""
+def scan(
+    paths: Paths,
+    recipe: RecipeOption = "default",
+    policy: Policy = None,
+    orient: Orient = None,
+    spacing_tolerance: SpacingTolerance = None,
+    position_tolerance_mm: PositionTolerance = None,
+    lean_tolerance_mm: LeanTolerance = None,
+    max_missing: MaxMissing = None,
+    max_missing_share: MaxMissingShare = None,
+    assume_hu: AssumeHu = None,
+    jobs: Jobs = None,
+    index: Index = None,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print a line per series instead of tables.", rich_help_panel=RUN)
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Show what is there, what is irregular about it and what would happen to it; reads headers, never pixels."""
     with _errors_to_exit_codes():
-        _show_scan(paths, _recipe(recipe), None, json_)
+        wanted = _recipe(
+            recipe, policy=policy, orient=orient, spacing_tolerance=spacing_tolerance,
+            position_tolerance_mm=position_tolerance_mm, lean_tolerance_mm=lean_tolerance_mm, max_missing=max_missing,
+            max_missing_share=max_missing_share, assume_hu=assume_hu,
+        )  # fmt: skip
+        if csv and json_:
+            raise RequestError("--csv and --json: give one of them")
+        _show_scan(paths, wanted, None, jobs, index, "csv" if csv else "json" if json_ else "table")
 
 
 @app.command()
@@ -193,10 +285,10 @@ def demo(
         with Monitor() as monitor:
             shown = run_demo(out, backend=chosen.name, jobs=_jobs(jobs, chosen.name), listener=monitor)  # type: ignore[arg-type]
         show_run(shown.run, str(shown.volumes), time.perf_counter() - started)
-        if shown.run.counts not in ({"ok": 3, "rejected": 1}, {"skipped": 3, "rejected": 1}):
-            raise GpuprepError(f"the demo should convert 3 series and reject 1, but gave {shown.run.counts}")
+        if shown.run.counts not in ({"ok": 3, "fixed": 1, "rejected": 1}, {"skipped": 4, "rejected": 1}):
+            raise GpuprepError(f"the demo should convert 4 series and reject 1, but gave {shown.run.counts}")
         first = shown.volumes / min(r.folder for r in shown.run.results if r.folder)
-        say(f"DICOM in    {shown.dicom}  (patient-3 lost a slice on purpose, so it is rejected)")
+        say(f"DICOM in    {shown.dicom}  (on purpose, patient-3 lacks a slice, which is filled, and patient-4 six)")
         say(f"look at     {first / '0100.tif'}  (float32 in [0, 1]: ImageJ shows it)")
         say(f"            {first / 'volume.json'}")
         say(f"            {shown.volumes / 'manifest.csv'}")
@@ -229,7 +321,7 @@ def main() -> None:
 
 def _convert(
     paths: list[Path], out: Path, recipe: Recipe, backend: Any, engine: Any, jobs: int | None, limit: int | None,
-    quiet: bool, json_: bool,
+    index: str | None, quiet: bool, json_: bool,
 ) -> None:  # fmt: skip
     with held_back():
         from gpuprep.backend import get_backend
@@ -248,7 +340,7 @@ def _convert(
     with monitor as listener:
         run = run_conversion(
             list(paths), out, recipe, backend=chosen.name, engine=engine, jobs=_jobs(jobs, chosen.name), limit=limit,  # type: ignore[arg-type]
-            listener=listener,
+            index=_index(index), listener=listener,
         )  # fmt: skip
     if json_:
         _print_json(
@@ -268,13 +360,18 @@ def _convert(
     raise typer.Exit(run.exit_code)
 
 
-def _show_scan(paths: list[Path], recipe: Recipe, out: Path | None, json_: bool) -> None:
+def _show_scan(
+    paths: list[Path], recipe: Recipe, out: Path | None, jobs: int | None, index: str | None,
+    how: Literal["table", "csv", "json"],
+) -> None:  # fmt: skip
     with held_back():
         from gpuprep.batch import scan as run_scan
         from gpuprep.console import show_scan
 
-    cohort, outlooks = run_scan(list(paths), recipe, out=out)
-    if json_:
+    cohort, outlooks = run_scan(list(paths), recipe, out=out, index=_index(index), jobs=_jobs(jobs, "cpu"))
+    if how == "csv":
+        _print_csv([_outlook(o) for o in outlooks])
+    elif how == "json":
         _print_json(
             {
                 "series": [_outlook(o) for o in outlooks],
@@ -294,7 +391,11 @@ def _outlook(o: Outlook) -> dict[str, Any]:
     plan = o.plan
     return {
         "action": o.action,
+        "verdict": o.verdict,
+        "codes": o.codes,
         "reason": o.reason,
+        "irregularities": [i.text for i in o.audit.irregularities] if o.audit else [],
+        "key": o.series.key,
         "series_uid": o.series.series_uid,
         "label": o.series.label,
         "folder": o.series.folder,
@@ -304,6 +405,7 @@ def _outlook(o: Outlook) -> dict[str, Any]:
         "shape": plan and plan.target.shape,
         "spacing_mm": plan and plan.target.spacing_mm,
         "output_bytes": plan and plan.output_bytes,
+        "audit": o.audit and o.audit.to_dict(),
     }
 
 
@@ -372,6 +474,37 @@ def _complain(text: str) -> None:
     """Print one line of error; by itself, so that it works in the middle of an import."""
     with suppress(OSError):  # where nobody listens, the exit code has to do
         print(f"gpuprep: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _index(given: str | None) -> Path | None:
+    """Return where headers are kept between scans; None where that is not wanted."""
+    if given == "none":
+        return None
+    if given is not None:
+        return Path(given)
+    from gpuprep.index import default_index
+
+    return default_index()
+
+
+def _print_csv(rows: list[dict[str, Any]]) -> None:
+    """Print dicts as lines of a table; what they hold within becomes columns of its own, and lists JSON."""
+    import csv
+
+    from gpuprep.console import mute
+
+    flat = [
+        {k: v for k, v in row.items() if k != "audit"} | {f"audit_{k}": v for k, v in (row["audit"] or {}).items()}
+        for row in rows
+    ]
+    try:
+        writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(k for row in flat for k in row)))
+        writer.writeheader()
+        for row in flat:
+            writer.writerow({k: json.dumps(v) if isinstance(v, list | tuple | dict) else v for k, v in row.items()})
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        mute(sys.stdout)
 
 
 def _print_json(value: Any) -> None:

@@ -26,7 +26,7 @@ from gpuprep.text import printable
 if TYPE_CHECKING:
     from gpuprep.doctor import Finding
 
-STYLES = {"ok": "green", "convert": "green", "skipped": "dim", "skip": "dim", "rejected": "yellow", "reject": "yellow"}
+STYLES = {"ok": "green", "fixed": "cyan", "skipped": "dim", "rejected": "yellow"}
 PIPE_WIDTH = 160
 """Columns where the output is no terminal."""
 
@@ -117,9 +117,9 @@ class Monitor(Complaints):
 
     def finished(self, result: SeriesResult) -> None:
         super().finished(result)
-        if result.status == "ok" and result.warnings:
-            self._line(result, "; ".join(result.warnings))
-        if result.status == "ok":
+        if result.status in ("ok", "fixed") and (notes := result.irregularities + result.warnings):
+            self._line(result, "; ".join(notes))
+        if result.status in ("ok", "fixed"):
             self._slices += result.slices
         if self._task is not None:
             rate = self._slices / (time.perf_counter() - self._started)
@@ -132,7 +132,7 @@ def show_run(run: Run, out: str, seconds: float) -> None:
     table.add_column("status")
     for heading in ("series", "slices in", "files out", "GB out"):
         table.add_column(heading, justify="right")
-    for status in ("ok", "skipped", "rejected", "failed"):
+    for status in ("ok", "fixed", "skipped", "rejected", "failed"):
         chosen = [r for r in run.results if r.status == status]
         if chosen:
             files, size = sum(r.files for r in chosen), sum(r.bytes for r in chosen)
@@ -153,14 +153,15 @@ def show_run(run: Run, out: str, seconds: float) -> None:
 def show_scan(cohort: Cohort, outlooks: list[Outlook]) -> None:
     """Print what is there and what would happen."""
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("action", "series", "folder"):
+    for heading in ("verdict", "series", "folder"):
         table.add_column(heading, overflow="fold")
+    table.add_column("plane", no_wrap=True)
     for heading in ("slices", "spacing mm", "becomes", "GB"):
         table.add_column(heading, justify="right", overflow="fold")
     counts: Counter[str] = Counter()
     total = 0
     for o in outlooks:
-        counts[o.action] += 1
+        counts[o.verdict] += 1
         spacing = shape = size = ""
         if o.plan is not None:
             spacing = " × ".join(f"{s:.4g}" for s in o.plan.source.spacing_mm)
@@ -168,16 +169,19 @@ def show_scan(cohort: Cohort, outlooks: list[Outlook]) -> None:
             size = f"{o.plan.output_bytes / 1e9:.2f}"
             total += o.plan.output_bytes
         table.add_row(
-            o.action, o.series.label, printable(o.series.folder), str(len(o.series.slices)), spacing, shape, size,
-            style=STYLES[o.action],
+            o.verdict, o.series.label, printable(o.series.folder), o.audit.measures.orientation if o.audit else "",
+            str(len(o.series.slices)), spacing, shape, size, style=STYLES[o.verdict],
         )  # fmt: skip
     console = _console(stderr=False)
     console.print(table)
     for o in outlooks:
         if o.reason:
-            console.print(f"reject  {o.series.label}  {o.reason}", style=STYLES["reject"])
+            console.print(f"rejected  {o.series.label}  {o.reason}", style=STYLES["rejected"])
+        for irregularity in o.audit.irregularities if o.audit and not o.reason else ():
+            style = STYLES[o.verdict]
+            console.print(f"{o.verdict:8}  {o.series.label}  {irregularity.code}: {irregularity.text}", style=style)
     _show_unreadable(console, cohort)
-    sums = ", ".join(f"{n} to {action}" for action, n in sorted(counts.items()))
+    sums = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
     console.print(
         f"{len(cohort)} series: {sums or 'none'}; {total / 1e9:.2f} GB to write" + _beside(cohort.passed_over)
     )

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from gpuprep import __version__
 from gpuprep.backend import Backend, Engine
 from gpuprep.errors import GpuprepError, InputError, OutputError, PlanError
-from gpuprep.manifest import SeriesResult, now
+from gpuprep.manifest import SeriesResult, Status, now
 from gpuprep.output import PendingFolder
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
+from gpuprep.rules import Irregularity
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -41,6 +42,10 @@ class Task:
     out: Path
     folder: str
     """Relative to `out`."""
+    audit: dict[str, Any] | None = None
+    """What the headers show: see `Audit.to_dict`."""
+    irregularities: tuple[Irregularity, ...] = ()
+    """What the headers show that is not as it should be, and what the rules make of it."""
     notes: tuple[str, ...] = ()
     """Warnings from before the series is opened."""
     known: bool
@@ -57,7 +62,10 @@ class Task:
             series_number=s.series_number,
             source=printable(s.folder),
             status="failed",
+            codes=_codes(self.irregularities),
+            irregularities=tuple(i.text for i in self.irregularities),
             warnings=self.notes,
+            audit=self.audit,
             slices=len(s.slices),
             engine=self.engine,
             backend=self.backend.name,
@@ -83,8 +91,13 @@ def convert_series(task: Task) -> SeriesResult:
 
 def left_out(result: SeriesResult, exc: Exception) -> SeriesResult:
     """Return the result of a series that an error kept out."""
-    status = "rejected" if isinstance(exc, InputError | PlanError) else "failed"
-    return replace(result, status=status, reason=printable(f"{type(exc).__name__}: {exc}"))  # type: ignore[arg-type]
+    status: Status = "rejected" if isinstance(exc, InputError | PlanError) else "failed"
+    code = exc.code if isinstance(exc, InputError) else "plan" if isinstance(exc, PlanError) else "error"
+    return replace(result, status=status, reason=printable(f"{type(exc).__name__}: {exc}"), codes=(code,))
+
+
+def _codes(irregularities: tuple[Irregularity, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(i.code for i in irregularities))
 
 
 def _convert(task: Task, result: SeriesResult) -> SeriesResult:
@@ -93,14 +106,23 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
     from gpuprep.reading import SeriesReader
     from gpuprep.writers import WRITERS
 
-    source = SeriesReader(task.series)
-    plan = make_plan(source.geometry, task.recipe)
+    source = SeriesReader(task.series, task.recipe)
+    plan = make_plan(source.geometry, task.recipe, source.placement)
     pending = PendingFolder(task.out, task.folder)
     try:
         started = time.perf_counter()
         chunks = _Timed(host_chunks(source, plan, task.backend, task.engine))
-        warnings = task.notes + source.warnings + WRITERS[task.recipe.format](pending.path, chunks, plan)
-        files, size = pending.commit(_sidecar(task, source, plan, warnings), known=task.known)
+        notes = WRITERS[task.recipe.format](pending.path, chunks, plan)
+        irregularities = task.irregularities + source.irregularities
+        result = replace(
+            result,
+            status="fixed" if irregularities and task.recipe.policy == "fix" else "ok",
+            codes=_codes(irregularities),
+            irregularities=tuple(i.text for i in irregularities),
+            warnings=task.notes + source.warnings + notes,
+            padding_share=source.padding_voxels / source.statistics.voxels,
+        )
+        files, size = pending.commit(_sidecar(task, source, plan, result), known=task.known)
         write_s = time.perf_counter() - started - chunks.seconds
     except OSError as exc:
         raise OutputError(f"cannot write the series: {exc}") from exc
@@ -108,8 +130,6 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
         pending.discard()
     return replace(
         result,
-        status="ok",
-        warnings=warnings,
         source_shape=source.geometry.shape,
         source_spacing_mm=source.geometry.spacing_mm,
         hu_min=source.statistics.low,
@@ -144,7 +164,7 @@ class _Timed:
             self.seconds += time.perf_counter() - started
 
 
-def _sidecar(task: Task, source: SeriesReader, plan: Plan, warnings: tuple[str, ...]) -> dict[str, Any]:
+def _sidecar(task: Task, source: SeriesReader, plan: Plan, result: SeriesResult) -> dict[str, Any]:
     """Return the content of ``volume.json``; UIDs and numbers, nothing that names a patient."""
     from pydicom.uid import UID
 
@@ -175,11 +195,16 @@ def _sidecar(task: Task, source: SeriesReader, plan: Plan, warnings: tuple[str, 
             "hu_min": source.statistics.low,
             "hu_max": source.statistics.high,
             "hu_mean": source.statistics.mean,
+            "padding_share": result.padding_share,
             "fingerprint": series.fingerprint,
         },
         "recipe": task.recipe.to_dict(),
         "recipe_sha256": task.recipe.sha256,
-        "warnings": warnings,
+        "verdict": result.status,
+        "codes": result.codes,
+        "irregularities": result.irregularities,
+        "warnings": result.warnings,
+        "audit": task.audit,
         "engine": task.engine,
         "backend": task.backend.name,
         "device": task.backend.device,

@@ -1,4 +1,4 @@
-"""A small cohort to look at: synthetic patients as DICOM, one of them unfit on purpose, converted."""
+"""A small cohort to look at: synthetic patients as DICOM, two of them with slices missing on purpose, converted."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ class Demo:
 
 
 def write_cohort(folder: Path) -> None:
-    """Write three patients: a plain chest, two series in one folder, and a series that lost a slice."""
+    """Write four patients: a plain chest, two series in one folder, one slice lost, and a whole block of them."""
     write_series(folder / "patient-1" / "chest", thorax((60, 224, 224), THIN, seed=1), THIN)
     for number in (2, 3):
         stored = thorax((30, 240, 240), THICK, seed=number)
         write_series(folder / "patient-2", stored, THICK, series_number=number)
-    files = write_series(folder / "patient-3", thorax((24, 224, 224), THIN, seed=4), THIN)
-    files[10].unlink()
+    for number, lost in ((3, range(10, 11)), (4, range(8, 14))):
+        files = write_series(folder / f"patient-{number}", thorax((24, 224, 224), THIN, seed=number + 1), THIN)
+        for n in lost:
+            files[n].unlink()
     (folder / "patient-1" / "notes.txt").write_text("Files that are no CT images may lie anywhere.\n")
 
 
 def run_demo(
     out: Path, *, backend: BackendName = "auto", jobs: int | None = None, listener: Listener | None = None
 ) -> Demo:
-    """Write the cohort to ``OUT/dicom`` and convert it to ``OUT/volumes``; three series come out, one is rejected."""
+    """Write the cohort to ``OUT/dicom`` and convert it to ``OUT/volumes``; four series come out, one is rejected."""
     dicom, volumes = out / "dicom", out / "volumes"
     try:
         if not dicom.exists():

@@ -1,23 +1,28 @@
-"""Folders to series: every file is looked at, and slices that belong together are grouped."""
+"""Folders to series: every file is looked at once, and images that belong together are put together."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
 from gpuprep.errors import RequestError
-from gpuprep.headers import Headers, read_headers
+from gpuprep.headers import Contents, read_headers
+from gpuprep.index import File, HeaderIndex
 from gpuprep.layout import absolute
+from gpuprep.partition import partition
+from gpuprep.rules import Rules
 from gpuprep.series import Series
 from gpuprep.text import printable
 
 FILES_PER_TASK = 64
 
-Map = Callable[[Callable[[list[str]], "Headers"], list[list[str]]], Iterable["Headers"]]
+Map = Callable[[Callable[[list[str]], list[Contents]], list[list[str]]], Iterable[tuple[list[str], list[Contents]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +46,40 @@ class Cohort(Sequence[Series]):
         return len(self.series)
 
 
+def _one_by_one(
+    function: Callable[[list[str]], list[Contents]], tasks: list[list[str]]
+) -> Iterator[tuple[list[str], list[Contents]]]:
+    return ((task, function(task)) for task in tasks)
+
+
 def discover(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    rules: Rules | None = None,
     *,
     exclude: str | os.PathLike[str] | None = None,
-    map_: Map = map,
+    index: str | os.PathLike[str] | None = None,
+    map_: Map = _one_by_one,
 ) -> Cohort:
     """Return the CT series under some paths, from their headers alone.
 
     Parameters
     ----------
     paths : path or iterable of paths
-        Folders, searched to any depth, whatever the files are called; or single files.
+        Folders, searched to any depth, whatever the files are called; or single files. Files may be gzip'd, and zip
+        archives count as folders. Of a DICOMDIR, the folder it lies in is searched.
+    rules : Rules, optional
+        Whether images that share positions are split into volumes; the default where absent.
     exclude : path, optional
         A folder that is not entered: where outputs go.
+    index : path, optional
+        A file in which to keep what headers say: those of files that have not changed are not read again.
     map_ : callable, optional
-        As the built-in `map`; may run in other processes and in any order.
+        Yields (task, result) of a function for every task; may run in other processes and in any order.
 
     Returns
     -------
     Cohort
-        Series in the order of their folders and numbers. Slices are in no particular order: `stack` orders them.
+        Series by folder, series number and UID.
 
     Raises
     ------
@@ -70,82 +88,96 @@ def discover(
 
     Notes
     -----
-    Series are told apart by Series Instance UID alone, wherever their files lie, and within one UID by matrix, pixel
-    spacing and orientation.
+    Images belong together by *Series Instance UID* alone, wherever their files lie, and within one UID by matrix, pixel
+    spacing and orientation; see `gpuprep.partition`.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    total = Headers([], Counter(), [])
-    files = list(_files([Path(p) for p in paths], Path(exclude).resolve() if exclude else None, total.unreadable))
-    for headers in map_(read_headers, [files[i : i + FILES_PER_TASK] for i in range(0, len(files), FILES_PER_TASK)]):
-        total.found += headers.found
-        total.passed_over += headers.passed_over
-        total.unreadable += headers.unreadable
-    return Cohort(tuple(_group(total.found)), dict(sorted(total.passed_over.items())), tuple(sorted(total.unreadable)))
+    images: list[Series] = []
+    passed_over: Counter[str] = Counter()
+    unreadable: list[tuple[str, str]] = []
+
+    def take(contents: Contents) -> None:
+        images.extend(contents.images)
+        passed_over.update(contents.passed_over)
+        unreadable.extend(contents.unreadable)
+
+    with closing(HeaderIndex(index)) if index is not None else nullcontext() as headers:
+        unknown: dict[str, File] = {}
+        identities: set[tuple[int, int]] = set()
+        excluded = os.path.realpath(exclude) if exclude else None
+        for folder, files, whole in _listed([Path(p) for p in paths], excluded, unreadable, passed_over):
+            fresh = [f for f in files if f.identity not in identities]
+            identities.update(f.identity for f in fresh)
+            known = headers.known(folder, fresh, whole=whole) if headers else {}
+            for contents in known.values():
+                take(contents)
+            unknown.update((f.path, f) for f in fresh if f.path not in known)
+        names = list(unknown)
+        tasks = [names[i : i + FILES_PER_TASK] for i in range(0, len(names), FILES_PER_TASK)]
+        for task, found in map_(read_headers, tasks):
+            for contents in found:
+                take(contents)
+            if headers:
+                headers.add([unknown[name] for name in task], found)
+    return Cohort(
+        tuple(partition(images, rules or Rules())), dict(sorted(passed_over.items())), tuple(sorted(unreadable))
+    )
 
 
-def _files(paths: list[Path], exclude: Path | None, unlisted: list[tuple[str, str]]) -> Iterator[str]:
-    """Yield every file once, sorted within its folder; links are followed, but no folder is entered twice."""
-    singles: set[str] = set()
+def _listed(
+    paths: list[Path], excluded: str | None, unlisted: list[tuple[str, str]], passed_over: Counter[str]
+) -> Iterator[tuple[str, list[File], bool]]:
+    """Yield folders with their files, sorted, and whether these are all; no folder is entered twice."""
+    entered = {excluded}
     for path in paths:
         if not path.exists():
             raise RequestError(f"{path} does not exist")
-        if not path.is_dir() and (real := os.path.realpath(path)) not in singles:
-            singles.add(real)
-            yield absolute(path)
-    entered = {str(exclude)}
+        if path.is_dir():
+            continue
+        name = absolute(path)
+        if path.name.upper() == "DICOMDIR":
+            yield from _walked(os.path.dirname(name), entered, unlisted, passed_over)
+        else:
+            files: list[File] = []
+            _examine(name, files, unlisted, passed_over)
+            yield os.path.dirname(name), files, False
     for path in filter(Path.is_dir, paths):
-        onerror = lambda exc: unlisted.append((printable(str(exc.filename)), f"cannot be listed: {exc.strerror}"))  # noqa: E731
-        for folder, below, names in os.walk(absolute(path), followlinks=True, onerror=onerror):
-            real = os.path.realpath(folder)
-            if real in entered:
-                below.clear()
-                continue
-            entered.add(real)
-            below.sort()
-            fresh = (n for n in sorted(names) if not singles or os.path.join(real, n) not in singles)
-            yield from (os.path.join(folder, n) for n in fresh)
+        yield from _walked(absolute(path), entered, unlisted, passed_over)
 
 
-def _group(found: list[tuple[Series, tuple[int, int]]]) -> Iterator[Series]:
-    """Yield series: one per UID, several where matrices, spacings or orientations differ within one."""
-    by_uid: dict[str, list[Series]] = defaultdict(list)
-    seen: set[tuple[int, int]] = set()
-    for single, identity in sorted(found, key=lambda f: f[0].slices[0].path):  # in whatever order headers came
-        if identity not in seen:
-            seen.add(identity)
-            # Without a UID nothing says which files belong together; a folder at least keeps strangers apart.
-            by_uid[single.series_uid or f"\0{single.folder}"].append(single)
-    series = []
-    for singles in by_uid.values():
-        stacks: list[list[Series]] = []
-        for single in singles:
-            for stack in stacks:
-                if _same_stack(single, stack[0]):
-                    stack.append(single)
-                    break
-            else:
-                stacks.append([single])
-        stacks.sort(key=lambda stack: (-len(stack), stack[0].slices[0].path))
-        made = [_joined(stack) for stack in stacks]
-        series += made if len(made) == 1 else [replace(s, part=n) for n, s in enumerate(made, 1)]
-    series.sort(key=lambda s: (s.folder, s.series_number is None, s.series_number or 0, s.key))
-    yield from series
+def _walked(
+    top: str, entered: set[str | None], unlisted: list[tuple[str, str]], passed_over: Counter[str]
+) -> Iterator[tuple[str, list[File], bool]]:
+    todo = [top]
+    while todo:
+        folder = todo.pop()
+        real = os.path.realpath(folder)
+        if real in entered:
+            continue
+        entered.add(real)
+        files: list[File] = []
+        below: list[str] = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in sorted(entries, key=lambda e: e.name):
+                    if entry.is_dir():
+                        below.append(entry.path)
+                    else:
+                        _examine(entry.path, files, unlisted, passed_over)
+        except OSError as exc:
+            unlisted.append((printable(folder), f"cannot be listed: {exc.strerror}"))
+        todo += reversed(below)
+        yield folder, files, True
 
 
-def _same_stack(a: Series, b: Series) -> bool:
-    """Whether two slices can lie in one stack: equal matrices, spacing within 0.1 %, directions within 0.06°."""
-    if (a.rows, a.columns) != (b.rows, b.columns):
-        return False
-    return _close(a.pixel_spacing_mm, b.pixel_spacing_mm, rtol=1e-3) and _close(a.orientation, b.orientation, atol=1e-3)
-
-
-def _close(a: tuple[float, ...] | None, b: tuple[float, ...] | None, rtol: float = 0.0, atol: float = 0.0) -> bool:
-    if a is None or b is None:
-        return a is b
-    return all(abs(x - y) <= atol + rtol * abs(y) for x, y in zip(a, b, strict=True))
-
-
-def _joined(stack: list[Series]) -> Series:
-    """Return series of one slice each as one."""
-    folder = os.path.commonpath([s.folder for s in stack])
-    return replace(stack[0], folder=folder, slices=tuple(s.slices[0] for s in stack))
+def _examine(path: str, files: list[File], unlisted: list[tuple[str, str]], passed_over: Counter[str]) -> None:
+    """Put a file where it belongs by what the system says of it."""
+    try:
+        status = os.stat(path)
+    except OSError as exc:
+        unlisted.append((printable(path), printable(f"{type(exc).__name__}: {exc}")))
+        return
+    if stat.S_ISREG(status.st_mode):
+        files.append(File(path, status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino)))
+    else:  # opening a pipe would wait for ever
+        passed_over["not a regular file"] += 1

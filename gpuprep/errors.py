@@ -27,23 +27,41 @@ class GpuprepError(Exception):
 
 
 class InputError(GpuprepError):
-    """What is on disk cannot be converted truthfully."""
+    """What is on disk cannot be converted truthfully.
+
+    `code` is the reason in one word, for programs; the text says the rest.
+    """
+
+    code = "input"
+
+    def __init__(self, text: str, code: str | None = None) -> None:
+        super().__init__(text)
+        if code is not None:
+            self.code = code
 
 
 class MissingTagError(InputError):
     """An attribute the conversion needs is absent or unreadable."""
 
+    code = "missing-tag"
+
 
 class GeometryError(InputError):
     """The slices do not form a regular grid."""
+
+    code = "geometry"
 
 
 class IntensityError(InputError):
     """The stored values cannot be called HU."""
 
+    code = "not-hu"
+
 
 class DecodeError(InputError):
     """The pixel data of a file cannot be read."""
+
+    code = "pixels"
 
 
 class PlanError(GpuprepError):

@@ -24,7 +24,9 @@ from typing import Any, Protocol, TypeVar
 from gpuprep.errors import GpuprepError
 from gpuprep.interruption import held_back
 
-PRELOADED = ("gpuprep.headers", "pydicom", "gpuprep.processing", "gpuprep.reading", "gpuprep.writers")
+FOR_HEADERS = ("gpuprep.headers", "pydicom")
+FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.processing", "gpuprep.reading", "gpuprep.writers")
+"""What workers need, imported once by the fork server, so that they share its pages."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -87,16 +89,18 @@ class Threads:
 class Processes:
     """Worker processes with one compute thread each; one that dies costs its task, and is replaced.
 
-    `prepare` is called in each of them before its first task.
+    `prepare` is called in each of them before its first task; `preload` names modules that they need.
     """
 
-    def __init__(self, jobs: int, prepare: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, jobs: int, prepare: Callable[[], None] | None = None, preload: tuple[str, ...] = FOR_VOLUMES
+    ) -> None:
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
             # Started later, in the middle of starting a worker, it would let through the signals that are held back.
             resource_tracker.ensure_running()
-            self._context.set_forkserver_preload(list(PRELOADED))  # imported once, their pages shared
+            self._context.set_forkserver_preload(list(preload))
         self._jobs = jobs
         self._prepare = prepare
         self._workers: dict[Any, BaseProcess] = {}

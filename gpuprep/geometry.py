@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,37 @@ from gpuprep.errors import GeometryError
 
 Shape3 = tuple[int, int, int]
 Vector3 = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Another order of the axes of a volume, and other directions: nothing is interpolated."""
+
+    axes: tuple[int, int, int] = (0, 1, 2)
+    """Which axis of the source becomes axis 0, 1, 2."""
+    flips: tuple[bool, bool, bool] = (False, False, False)
+    """Whether axis 0, 1, 2 of the result runs against its source."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where the slices of an irregular stack lie in its regular grid."""
+
+    along: NDArray[np.float64]
+    """Layer of each slice, ascending from 0, with fractions, shape (n,)."""
+    shift: NDArray[np.float64] | None
+    """(row, column) of the grid at which the first voxel of each slice lies, with fractions, at least 0, shape (n, 2);
+    None where all lie at (0, 0)."""
+    matrix: tuple[int, int]
+    """Rows and columns of a slice."""
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Rows and columns that hold every slice."""
+        if self.shift is None:
+            return self.matrix
+        more = np.ceil(self.shift.max(axis=0) - 1e-6).astype(int)
+        return self.matrix[0] + int(more[0]), self.matrix[1] + int(more[1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,6 +131,25 @@ class Geometry:
     def cropped(self, start: tuple[int, int, int], shape: Shape3) -> Geometry:
         """Return the grid of `shape` voxels whose first voxel is index `start` of this one; it may lie outside."""
         return self._mapped(shape, [(1.0, float(s)) for s in start])
+
+    def turned(self, turn: Turn) -> Geometry:
+        """Return the same grid with its axes in another order or direction."""
+        step = np.zeros((4, 4))
+        step[3, 3] = 1
+        for axis, (source, flip) in enumerate(zip(turn.axes, turn.flips, strict=True)):
+            step[source, axis] = -1 if flip else 1
+            step[source, 3] = self.shape[source] - 1 if flip else 0
+        k, j, i = (self.shape[axis] for axis in turn.axes)
+        return Geometry((k, j, i), self.affine @ step)
+
+    @property
+    def to_axial(self) -> Turn:
+        """The turn after which slices go up, rows to the back and columns to the left, as nearly as axes allow."""
+        toward = self.affine[[2, 1, 0], :3] / np.array(self.spacing_mm)  # z, y, x by source axis
+        best = max(permutations(range(3)), key=lambda p: sum(abs(toward[n, axis]) for n, axis in enumerate(p)))
+        k, j, i = best
+        flips = [bool(toward[n, axis] < 0) for n, axis in enumerate(best)]
+        return Turn((k, j, i), (flips[0], flips[1], flips[2]))
 
     def is_close(self, other: Geometry, atol_mm: float = 1e-4) -> bool:
         """Tell whether two grids have equal shapes and corners that agree within `atol_mm`."""

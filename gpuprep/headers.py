@@ -9,10 +9,13 @@ import re
 import stat
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, open_member, safe_parts
+from gpuprep.deflation import inflated
 from gpuprep.series import Series, SliceHeader
+from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED, EXPLICIT_VR, IMPLICIT_VR, NATIVE, UNDEFINED_LENGTH
 from gpuprep.text import printable
 
 if TYPE_CHECKING:
@@ -27,15 +30,27 @@ CT_CLASSES = {
 }
 
 TAGS = {
+    "ImageType": 0x0008_0008,
     "SOPClassUID": 0x0008_0016,
     "SOPInstanceUID": 0x0008_0018,
+    "AcquisitionDate": 0x0008_0022,
+    "AcquisitionDateTime": 0x0008_002A,
+    "AcquisitionTime": 0x0008_0032,
+    "Modality": 0x0008_0060,
+    "FrameType": 0x0008_9007,
+    "FrameAcquisitionDateTime": 0x0018_9074,
+    "ConvolutionKernel": 0x0018_1210,
     "InstanceNumber": 0x0020_0013,
+    "AcquisitionNumber": 0x0020_0012,
     "StudyInstanceUID": 0x0020_000D,
     "SeriesInstanceUID": 0x0020_000E,
     "SeriesNumber": 0x0020_0011,
     "ImagePositionPatient": 0x0020_0032,
     "ImageOrientationPatient": 0x0020_0037,
     "FrameOfReferenceUID": 0x0020_0052,
+    "TemporalPositionIdentifier": 0x0020_0100,
+    "TemporalPositionIndex": 0x0020_9128,
+    "FrameAcquisitionNumber": 0x0020_9156,
     "SamplesPerPixel": 0x0028_0002,
     "PhotometricInterpretation": 0x0028_0004,
     "NumberOfFrames": 0x0028_0008,
@@ -51,74 +66,131 @@ TAGS = {
     "RescaleIntercept": 0x0028_1052,
     "RescaleSlope": 0x0028_1053,
     "RescaleType": 0x0028_1054,
+    "SharedFunctionalGroupsSequence": 0x5200_9229,
+    "PerFrameFunctionalGroupsSequence": 0x5200_9230,
 }
-"""Everything that is read of a header. No name, no date, no free text ever enters the program."""
-
-IMPLICIT_VR, EXPLICIT_VR, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
-"""Not compressed; in the first two the pixel bytes lie in the file as little-endian integers."""
-
+"""Everything that is read of a header. No name and no free text ever enters the program; dates and times only as
+hashes, which tell acquisitions apart."""
 
 FINEST_MM, COARSEST_MM, FARTHEST_MM = 1e-3, 100.0, 1e6
 """Pixel spacings and positions beyond these are damage."""
 
+MOST_FRAMES = 2**16
+"""More in one file come from a damaged header."""
+
 
 @dataclass(slots=True)
-class Headers:
-    """What a list of files turned out to be."""
+class Contents:
+    """What one file turned out to be."""
 
-    found: list[tuple[Series, tuple[int, int]]]
-    """CT images as series of one slice, with device and inode: these are equal for a file and a link to it."""
-    passed_over: Counter[str]
-    unreadable: list[tuple[str, str]]
+    images: list[Series] = field(default_factory=list)
+    """CT images, each as a series of one slice."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """What else it holds, counted by kind."""
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    """DICOM in it that cannot be read: (path, reason)."""
+    lasting: bool = True
+    """Whether the same bytes would give the same answer: not where the system refused to read them."""
 
 
-def read_headers(files: list[str]) -> Headers:
-    """Return what each of some files is."""
-    headers = Headers([], Counter(), [])
-    for file in files:
+def read_headers(files: list[str]) -> list[Contents]:
+    """Return what each of some files holds: itself, its frames, or what is packed into it."""
+    return [_contents(file) for file in files]
+
+
+def _contents(file: str) -> Contents:
+    try:
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            return Contents(passed_over={"not a regular file": 1}, lasting=False)
+        with open(file, "rb") as f:
+            packed = kind(f.read(4))
+            f.seek(0)
+            if packed is None:
+                return _image(f, file, None, status, status.st_size)
+        if packed == "zip":
+            return _archive(file, status)
+        with open_member(file, GZIP_MEMBER) as f:
+            return _image(f, file, GZIP_MEMBER, status, status.st_size)
+    except OSError as exc:
+        return Contents(unreadable=[(printable(file), _words(exc))], lasting=False)
+
+
+def _archive(file: str, status: os.stat_result) -> Contents:
+    """Return what a zip archive holds; archives inside it are passed over."""
+    total = Contents()
+    passed_over: Counter[str] = Counter()
+    for member in members(file):
         try:
-            status = os.stat(file)
-            series = _read_header(file, status)
-        except _NotCtError as exc:
-            headers.passed_over[str(exc)] += 1
-        except Exception as exc:  # pydicom raises whatever a broken file provokes
-            headers.unreadable.append((printable(file), printable(f"{type(exc).__name__}: {exc}")))
-        else:
-            headers.found.append((series, (status.st_dev, status.st_ino)))
-    return headers
+            if member.error:
+                raise ContainerError(member.error)
+            with open_member(file, member.name) as f:
+                found = _image(f, file, member.name, status, member.bytes)
+        except OSError as exc:
+            total.unreadable.append((_name(file, member.name), _words(exc)))
+            continue
+        total.images += found.images
+        total.unreadable += found.unreadable
+        passed_over.update(found.passed_over)
+        total.lasting &= found.lasting
+    total.passed_over = dict(passed_over)
+    return total
 
 
 class _NotCtError(Exception):
     """The file is no CT image; the text says what it is."""
 
 
-def _read_header(file: str, status: os.stat_result) -> Series:
+def _image(f: BinaryIO, file: str, member: str | None, status: os.stat_result, size: int) -> Contents:
+    """Return what one DICOM file is, as it lies on disk or packed into another."""
+    try:
+        return Contents(images=_read_header(f, file, member, status, size))
+    except _NotCtError as exc:
+        return Contents(passed_over={str(exc): 1})
+    except RecursionError:
+        return Contents(unreadable=[(_name(file, member), "its sequences are nested too deeply")])
+    except Exception as exc:  # pydicom raises whatever a broken file provokes
+        return Contents(unreadable=[(_name(file, member), _words(exc))], lasting=not isinstance(exc, OSError))
+
+
+def _name(file: str, member: str | None) -> str:
+    return printable(f"{file}/{member}" if member else file)
+
+
+def _words(exc: Exception) -> str:
+    return printable(f"{type(exc).__name__}: {exc}")
+
+
+def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_result, size: int) -> list[Series]:
     import pydicom
 
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise _NotCtError("not a regular file")
-    if not status.st_size and file.lower().endswith(".dcm"):
+    if not size and (member or file).lower().endswith(".dcm"):
         raise ValueError("the file is empty")
-    with open(file, "rb") as f:
-        head = f.read(132)
-        # Without a preamble a data set begins with a group 0008 or 0002 element, in either byte order.
-        bare = head[:4] in _FIRST_TAGS
-        if head[128:] != b"DICM" and not bare:
-            raise _NotCtError("not DICOM")
-        f.seek(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd values are dealt with below, one by one
-            ds = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=list(TAGS.values()), force=bare)
-            _check_class(
-                _text(ds, "SOPClassUID"), str(getattr(ds.file_meta, "MediaStorageSOPClassUID", "") or ""), bare
-            )
-            syntax = str(getattr(ds.file_meta, "TransferSyntaxUID", "") or "")
-            if not syntax:  # no meta group: what pydicom found by looking
-                implicit, little = ds.original_encoding
-                syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
-            offset, length = _pixels(f) if syntax in (IMPLICIT_VR, EXPLICIT_VR) else (None, None)
-            return _facts(ds, file, status, syntax, offset, length)
+    head = f.read(132)
+    # Without a preamble a data set begins with a group 0008 or 0002 element, in either byte order.
+    bare = head[:4] in _FIRST_TAGS
+    if head[128:] != b"DICM" and not bare:
+        raise _NotCtError("archive inside an archive" if kind(head[:4]) else "not DICOM")
+    f.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd values are dealt with below, one by one
+        content, announced = inflated(f, HEADER_BYTES)
+        force = bare or content is not f
+        ds = pydicom.dcmread(content, stop_before_pixels=True, specific_tags=list(TAGS.values()), force=force)
+        announced = announced or str(getattr(ds.file_meta, "MediaStorageSOPClassUID", "") or "")
+        _check_class(_text(ds, "SOPClassUID"), announced, bare)
+        if content is not f:
+            syntax = DEFLATED
+        elif not (syntax := str(getattr(ds.file_meta, "TransferSyntaxUID", "") or "")):
+            implicit, little = ds.original_encoding  # no meta group: what pydicom found by looking
+            syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
+        offset, length = _pixels(content, syntax == BIG_ENDIAN) if syntax in NATIVE else (None, None)
+        origin = _Origin(file, member, status.st_mtime_ns, size, syntax, offset, length)
+        return [_facts(frame, origin, n, count) for n, (frame, count) in enumerate(_frames(ds))]
 
+
+HEADER_BYTES = 64 * 2**20
+"""A deflated header that does not end within so many bytes is not one."""
 
 _FIRST_TAGS = {
     group + element
@@ -149,7 +221,7 @@ def _check_class(sop_class: str, announced: str, bare: bool) -> None:
     raise _NotCtError(name if name != kind else "DICOM of an unknown SOP class")
 
 
-def _pixels(f: BinaryIO) -> tuple[int | None, int | None]:
+def _pixels(f: BinaryIO, big: bool) -> tuple[int | None, int | None]:
     """Return offset and length of plain pixel bytes, from where pydicom stopped; length 0 where there are none.
 
     The element itself shows whether it has a VR, whatever the transfer syntax says: read as a length, the letters would
@@ -157,46 +229,109 @@ def _pixels(f: BinaryIO) -> tuple[int | None, int | None]:
     """
     start = f.tell()
     head = f.read(12)
-    if head[:4] != b"\xe0\x7f\x10\x00" or len(head) < 8:
+    if head[:4] != (b"\x7f\xe0\x00\x10" if big else b"\xe0\x7f\x10\x00") or len(head) < 8:
         return None, 0
+    order: Any = "big" if big else "little"
     explicit = head[4:8] in (b"OW\0\0", b"OB\0\0")
-    return (
-        (start + 12, int.from_bytes(head[8:12], "little"))
-        if explicit
-        else (start + 8, int.from_bytes(head[4:8], "little"))
-    )
+    length = head[8:12] if explicit else head[4:8]
+    return start + (12 if explicit else 8), int.from_bytes(length, order)
 
 
-def _facts(
-    ds: pydicom.Dataset, file: str, status: os.stat_result, syntax: str, offset: int | None, length: int | None
-) -> Series:
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where an image comes from, and where its pixels are."""
+
+    path: str
+    member: str | None
+    mtime_ns: int
+    file_bytes: int
+    syntax: str
+    offset: int | None
+    length: int | None
+
+
+class _Frame:
+    """One frame of a multi-frame image: attributes of its own, then shared ones, then those of the image.
+
+    References
+    ----------
+    DICOM PS3.3, C.7.6.16 (Multi-frame Functional Groups module).
+    """
+
+    def __init__(self, *layers: pydicom.Dataset) -> None:
+        self._layers = layers
+
+    def get_item(self, tag: int) -> Any:
+        """Return the element of the innermost layer that has it; None where none has."""
+        for layer in self._layers:
+            if tag in layer:
+                return layer.get_item(tag)
+        return None
+
+
+def _frames(ds: pydicom.Dataset) -> list[tuple[_Frame, int]]:
+    """Return the frames of an image, each with their number; one alone where nothing says where the others are."""
+    image = _Frame(ds)
+    count = _integer(image, "NumberOfFrames") or 1
+    shared_tag, own_tag = TAGS["SharedFunctionalGroupsSequence"], TAGS["PerFrameFunctionalGroupsSequence"]
+    if own_tag not in ds:
+        return [(image, count)]
+    shared = [layer for item in (ds[shared_tag].value if shared_tag in ds else []) for layer in _macros(item)]
+    own = list(ds[own_tag].value)
+    if len(own) != count or count > MOST_FRAMES:
+        raise ValueError(f"{len(own)} functional groups for {count} frames")
+    return [(_Frame(*_macros(item), *shared, ds), count) for item in own]
+
+
+def _macros(item: pydicom.Dataset) -> list[pydicom.Dataset]:
+    """Return what the macros of a functional group hold, each of which is a sequence of one item."""
+    return [element.value[0] for element in item if element.VR == "SQ" and element.value]
+
+
+def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Series:
     representation = _binary(ds, "PixelRepresentation")
     signed = {0: False, 1: True}.get(representation) if representation is not None else None
     bits = _binary(ds, "BitsAllocated")
+    rows, columns = _binary(ds, "Rows") or 0, _binary(ds, "Columns") or 0
     spacing = _decimals(ds, "PixelSpacing", 2)
     position = _decimals(ds, "ImagePositionPatient", 3)
+    image_type = _text(ds, "FrameType") or _text(ds, "ImageType")
+    offset, length = origin.offset, origin.length
+    if origin.syntax == BIG_ENDIAN and bits != 16:
+        offset = None  # 8 bits may be packed two to a big-endian word: pydicom's business
+    if offset is not None and length is not None and frames > 1 and length != UNDEFINED_LENGTH:
+        size = rows * columns * (bits or 0) // 8
+        offset, length = offset + frame * size, max(0, min(size, length - frame * size))
     header = SliceHeader(
-        path=file,
-        file_bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
+        path=origin.path,
+        member=origin.member,
+        frame=frame,
+        frames=frames,
+        file_bytes=origin.file_bytes,
+        mtime_ns=origin.mtime_ns,
         sop_instance_uid=_uid(ds, "SOPInstanceUID"),
         instance_number=_integer(ds, "InstanceNumber"),
         position_mm=(position[0], position[1], position[2])
         if position and max(map(abs, position)) <= FARTHEST_MM
         else None,
+        localizer="LOCALIZER" in image_type.upper().split("\\"),
+        modality=_text(ds, "Modality") or None,
+        temporal_position=_first(_integer(ds, "TemporalPositionIdentifier"), _binary(ds, "TemporalPositionIndex")),
+        acquisition_number=_first(_binary(ds, "FrameAcquisitionNumber"), _integer(ds, "AcquisitionNumber")),
+        acquisition_time=_acquisition_time(ds),
+        reconstruction=_hash(image_type + "\n" + _text(ds, "ConvolutionKernel")),
         rescale_slope=_decimal(ds, "RescaleSlope"),
         rescale_intercept=_decimal(ds, "RescaleIntercept"),
         rescale_type=_text(ds, "RescaleType") or None,
         photometric=_text(ds, "PhotometricInterpretation") or None,
         samples_per_pixel=_binary(ds, "SamplesPerPixel") or 1,
-        frames=_integer(ds, "NumberOfFrames") or 1,
         bits_allocated=bits,
         bits_stored=_binary(ds, "BitsStored"),
         high_bit=_binary(ds, "HighBit"),
         signed=signed,
         padding=_pixel_value(_binary(ds, "PixelPaddingValue"), bits, signed),
         padding_limit=_pixel_value(_binary(ds, "PixelPaddingRangeLimit"), bits, signed),
-        transfer_syntax=syntax,
+        transfer_syntax=origin.syntax,
         pixel_offset=offset,
         pixel_bytes=length,
     )
@@ -205,33 +340,51 @@ def _facts(
         study_uid=_uid(ds, "StudyInstanceUID"),
         frame_of_reference_uid=_uid(ds, "FrameOfReferenceUID"),
         series_number=_integer(ds, "SeriesNumber"),
-        rows=_binary(ds, "Rows") or 0,
-        columns=_binary(ds, "Columns") or 0,
+        rows=rows,
+        columns=columns,
         pixel_spacing_mm=(spacing[0], spacing[1])
         if spacing and FINEST_MM <= min(spacing) <= max(spacing) <= COARSEST_MM
         else None,
         orientation=_decimals(ds, "ImageOrientationPatient", 6),
         part=0,
-        folder=os.path.dirname(file),
+        folder=_folder(origin.path, origin.member),
         slices=(header,),
     )
 
 
-def _raw(ds: pydicom.Dataset, keyword: str) -> Any:
+def _folder(path: str, member: str | None) -> str:
+    """Return the folder an image lies in; an archive is the folder of its members."""
+    return os.path.join(path, *safe_parts(member)[:-1]) if member else os.path.dirname(path)
+
+
+def _acquisition_time(ds: _Frame) -> str:
+    when = _text(ds, "FrameAcquisitionDateTime") or _text(ds, "AcquisitionDateTime")
+    when = when or _text(ds, "AcquisitionDate") + _text(ds, "AcquisitionTime")
+    return _hash(_uid(ds, "SeriesInstanceUID") + when) if when else ""
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _first(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a
+
+
+def _raw(ds: _Frame, keyword: str) -> Any:
     """Return the bytes of an attribute as they stand in the file, with their byte order; converting them costs more."""
-    tag = TAGS[keyword]
-    return ds.get_item(tag) if tag in ds else None
+    return ds.get_item(TAGS[keyword])
 
 
-def _text(ds: pydicom.Dataset, keyword: str) -> str:
-    element = _raw(ds, keyword)
+def _text(ds: _Frame | pydicom.Dataset, keyword: str) -> str:
+    element = ds.get_item(TAGS[keyword])
     value = element.value if element is not None else None
     if isinstance(value, bytes):
         value = value.decode("latin-1")
     return "" if value is None else printable(str(value).strip(" \0"))
 
 
-def _uid(ds: pydicom.Dataset, keyword: str) -> str:
+def _uid(ds: _Frame, keyword: str) -> str:
     """Return a UID; of one that cannot be one, a hash, since a damaged length lets it swallow what follows it."""
     text = _text(ds, keyword)
     return text if _UID.fullmatch(text) else f"malformed-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -240,7 +393,7 @@ def _uid(ds: pydicom.Dataset, keyword: str) -> str:
 _UID = re.compile("[0-9A-Fa-f.]{0,64}")  # some write hexadecimal digits, which do no harm
 
 
-def _decimals(ds: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
+def _decimals(ds: _Frame, keyword: str, count: int) -> tuple[float, ...] | None:
     """Return `count` finite numbers, or None: half a position is none."""
     try:
         values = tuple(float(part.replace("_", "?")) for part in _text(ds, keyword).split("\\"))  # 1_0 is no number
@@ -249,24 +402,29 @@ def _decimals(ds: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...
     return values if len(values) == count and all(map(math.isfinite, values)) else None
 
 
-def _decimal(ds: pydicom.Dataset, keyword: str) -> float | None:
+def _decimal(ds: _Frame, keyword: str) -> float | None:
     values = _decimals(ds, keyword, 1)
     return values[0] if values else None
 
 
-def _integer(ds: pydicom.Dataset, keyword: str) -> int | None:
+def _integer(ds: _Frame, keyword: str) -> int | None:
     """Return an integer string (IS), which has 32 bits; some write it as a decimal."""
     value = _decimal(ds, keyword)
     return int(value) if value is not None and value == int(value) and abs(value) < 2**31 else None
 
 
-def _binary(ds: pydicom.Dataset, keyword: str) -> int | None:
-    """Return the first 16 bits (US, or SS taken as US)."""
+def _binary(ds: _Frame, keyword: str) -> int | None:
+    """Return the first 16 bits (US, or SS taken as US); of UL, in either byte order, the low ones."""
     element = _raw(ds, keyword)
     value = element.value if element is not None else None
+    if isinstance(value, int):  # pydicom has converted it, to know the sign of padding in a functional group
+        return value & 0xFFFF
     if not isinstance(value, bytes) or len(value) < 2:
         return None
-    return int.from_bytes(value[:2], "little" if element.is_little_endian else "big")
+    return int.from_bytes(value[:2] if element.is_little_endian else value[-2:], _ORDER[element.is_little_endian])
+
+
+_ORDER: dict[bool, Any] = {True: "little", False: "big"}
 
 
 def _pixel_value(value: int | None, bits: int | None, signed: bool | None) -> int | None:

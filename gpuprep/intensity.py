@@ -129,14 +129,27 @@ class HuStatistics:
     _count: int = 0
 
     @property
+    def voxels(self) -> int:
+        """Number of voxels so far."""
+        return self._count
+
+    @property
     def mean(self) -> float:
         """Mean of all voxels so far."""
         return self._sum / self._count if self._count else math.nan
 
-    def add(self, stored: NDArray[Any], slope: NDArray[np.float64], intercept: NDArray[np.float64]) -> None:
-        """Take in slices of stored values, shape (k, j, i), with the rescale of each, shape (k,)."""
+    def add(
+        self, stored: NDArray[Any], slope: NDArray[np.float64], intercept: NDArray[np.float64]
+    ) -> list[tuple[int, int]]:
+        """Take in slices of stored values, shape (k, j, i), with the rescale of each, shape (k,).
+
+        Return the lowest and highest stored value of each.
+        """
+        ends = []
         for values, m, b in zip(stored, slope.tolist(), intercept.tolist(), strict=True):
-            ends = int(values.min()) * m + b, int(values.max()) * m + b
-            self.low, self.high = min(self.low, *ends), max(self.high, *ends)
+            low, high = int(values.min()), int(values.max())
+            ends.append((low, high))
+            self.low, self.high = min(self.low, low * m + b, high * m + b), max(self.high, low * m + b, high * m + b)
             self._sum += int(values.sum(dtype=np.int64)) * m + b * values.size
             self._count += values.size
+        return ends

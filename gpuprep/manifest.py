@@ -16,9 +16,9 @@ from typing import Any, Literal
 from gpuprep.errors import OutputError
 from gpuprep.output import write_text
 
-Status = Literal["ok", "skipped", "rejected", "failed"]
-"""ok: converted. skipped: complete and unchanged since an earlier run. rejected: what is on disk cannot be converted
-truthfully. failed: something went wrong on the way."""
+Status = Literal["ok", "fixed", "skipped", "rejected", "failed"]
+"""ok: converted. fixed: converted, and what was irregular put right. skipped: complete and unchanged since an earlier
+run. rejected: what is on disk cannot be converted truthfully. failed: something went wrong on the way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,10 @@ class SeriesResult:
     status: Status
     reason: str = ""
     """Why it was rejected or failed: "Error: text"."""
+    codes: tuple[str, ...] = ()
+    """Why it was rejected, or what was irregular, for programs: "gap", "tilt", …"""
+    irregularities: tuple[str, ...] = ()
+    """What was irregular and what was done about it, for people."""
     warnings: tuple[str, ...] = ()
     slices: int = 0
     source_shape: tuple[int, int, int] | None = None
@@ -43,6 +47,10 @@ class SeriesResult:
     """Of the stacked series, before padding is replaced."""
     hu_max: float | None = None
     hu_mean: float | None = None
+    padding_share: float | None = None
+    """Of the voxels of the stack."""
+    audit: dict[str, Any] | None = None
+    """What was measured on the headers: see `Audit.to_dict`."""
     folder: str = ""
     """Relative to OUT."""
     shape: tuple[int, int, int] | None = None
@@ -73,7 +81,8 @@ def now() -> str:
 
 
 _COLUMNS = [f.name for f in fields(SeriesResult)]
-_LISTS = ("warnings", "source_shape", "source_spacing_mm", "shape", "spacing_mm")
+_LISTS = ("codes", "irregularities", "warnings", "source_shape", "source_spacing_mm", "shape", "spacing_mm")
+_JSON = (*_LISTS, "audit")
 
 
 class Manifest:
@@ -109,7 +118,7 @@ class Manifest:
 
     def put(self, result: SeriesResult) -> None:
         """Store a result in place of the series' former one."""
-        row = [json.dumps(v) if k in _LISTS and v is not None else v for k, v in asdict(result).items()]
+        row = [json.dumps(v) if k in _JSON and v is not None else v for k, v in asdict(result).items()]
         marks = ", ".join("?" * len(_COLUMNS))
         with self._writing():
             self._db.execute(f"INSERT OR REPLACE INTO series VALUES ({marks})", row)  # noqa: S608 - only marks
@@ -157,6 +166,7 @@ class Manifest:
 
 def _result(row: tuple[Any, ...]) -> SeriesResult:
     values = dict(zip(_COLUMNS, row, strict=True))
-    for k in _LISTS:
-        values[k] = tuple(json.loads(values[k])) if values[k] is not None else None
+    for k in _JSON:
+        value = values[k] and json.loads(values[k])
+        values[k] = tuple(value) if k in _LISTS and value is not None else value
     return SeriesResult(**values)

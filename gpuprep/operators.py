@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_namespace, is_numpy_namespace
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import interpolate, ndimage
 
 NEGLIGIBLE = 1e-8
 """Weights below this are dropped: 28 remain around a cubic sample, and 4000 HU change by less than 1e-3 HU."""
@@ -59,7 +59,16 @@ class Operator:
 
 @lru_cache(maxsize=512)
 def build(
-    n_in: int, n_out: int, *, order: int, mode: str, grid_mode: bool, sigma: float, blur_mode: str, block_rows: int
+    n_in: int,
+    n_out: int,
+    *,
+    along: tuple[float, ...] | None = None,
+    order: int,
+    mode: str,
+    grid_mode: bool,
+    sigma: float,
+    blur_mode: str,
+    block_rows: int,
 ) -> Operator:
     """Return the operator that resamples `n_in` samples to `n_out`.
 
@@ -67,6 +76,9 @@ def build(
     ----------
     n_in, n_out : int
         Samples before and after.
+    along : tuple of float, optional
+        Where the samples truly lie, ascending, in units of the regular grid of `n_in`; there may be more of them than
+        `n_in`, or fewer. They are interpolated by a spline through these places.
     order, mode, grid_mode
         As for `scipy.ndimage.zoom`.
     sigma : float
@@ -76,16 +88,54 @@ def build(
     block_rows : int
         Output rows per block.
     """
-    matrix = np.eye(n_in)
-    if sigma > 0:
-        matrix = ndimage.gaussian_filter1d(matrix, sigma, axis=0, mode=blur_mode)
-    matrix = ndimage.zoom(matrix, (n_out / n_in, 1), order=order, mode=mode, grid_mode=grid_mode)
-    matrix[np.abs(matrix) < NEGLIGIBLE] = 0
+    if along is not None and sigma == 0:
+        q = np.arange(n_out)
+        at = (q + 0.5) * n_in / n_out - 0.5 if grid_mode else q * (n_in - 1) / max(1, n_out - 1)
+        matrix = _interpolation(np.array(along), at, order)
+    else:
+        matrix = np.eye(n_in) if along is None else _interpolation(np.array(along), np.arange(n_in), order)
+        if sigma > 0:
+            matrix = ndimage.gaussian_filter1d(matrix, sigma, axis=0, mode=blur_mode)
+        matrix = ndimage.zoom(matrix, (n_out / n_in, 1), order=order, mode=mode, grid_mode=grid_mode)
     return _banded(matrix, block_rows)
+
+
+def _interpolation(places: NDArray[Any], at: NDArray[Any], order: int) -> NDArray[np.float64]:
+    """Return the matrix of spline interpolation from samples at `places` to `at`; beyond the ends the ends are kept."""
+    at = np.clip(at, places[0], places[-1])
+    if order == 0:
+        nearest = np.searchsorted((places[1:] + places[:-1]) / 2, at)
+        return np.eye(len(places))[nearest]
+    spline = interpolate.make_interp_spline(places, np.eye(len(places)), k=min(order, len(places) - 1))
+    return np.asarray(spline(at))
+
+
+def shifted(n_in: int, n_out: int, shift: float, *, order: int) -> tuple[Operator, NDArray[np.bool_]]:
+    """Return the operator that puts `n_in` samples at `shift` in a row of `n_out`, and where nothing is put.
+
+    Parameters
+    ----------
+    n_in, n_out : int
+        Samples before and after.
+    shift : float
+        Where the first sample comes to lie.
+    order : int
+        Spline order.
+    """
+    at = np.arange(n_out) - shift
+    matrix = _shift_spline(n_in, order)(np.clip(at, 0, n_in - 1)) if order else _interpolation(np.arange(n_in), at, 0)
+    return _banded(matrix, BLOCK_ROWS), (at < -0.5) | (at > n_in - 0.5)
+
+
+@lru_cache(maxsize=16)
+def _shift_spline(n: int, order: int) -> Any:
+    """Return the spline through n even samples, each of which is one column: what every shift of them evaluates."""
+    return interpolate.make_interp_spline(np.arange(n), np.eye(n), k=min(order, n - 1))
 
 
 def _banded(matrix: NDArray[np.float64], block_rows: int) -> Operator:
     """Cut a dense matrix into blocks of rows, each with the columns it uses; where they begin never falls."""
+    matrix[np.abs(matrix) < NEGLIGIBLE] = 0
     n_out, n_in = matrix.shape
     blocks: list[Block] = []
     later_low = n_in - 1

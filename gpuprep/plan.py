@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from gpuprep.errors import PlanError
-from gpuprep.geometry import Geometry, Shape3
+from gpuprep.geometry import Geometry, Placement, Shape3, Turn
 from gpuprep.intensity import AIR_HU
 from gpuprep.recipe import LARGEST_AXIS, Recipe
 
@@ -30,6 +31,8 @@ class Step:
     """True: edges of the extent are kept; False: centres of the outer voxels are."""
     sigma: tuple[float, float, float]
     """Gaussian before it, in source voxels along (k, j, i); 0 for none."""
+    along: tuple[tuple[float, ...] | None, tuple[float, ...] | None, tuple[float, ...] | None] = (None, None, None)
+    """Where the samples of an axis truly lie, in voxels of `source`; None: one in each."""
 
     @property
     def blur_mode(self) -> str:
@@ -39,7 +42,7 @@ class Step:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return self.source == self.target
+        return self.source == self.target and self.along == (None, None, None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +51,9 @@ class Plan:
 
     recipe: Recipe
     source: Geometry
+    """Of the stack."""
+    turn: Turn
+    """What its axes become before anything else."""
     resampled: Geometry
     """After `resample`."""
     target: Geometry
@@ -83,12 +89,21 @@ class Plan:
         return int(np.prod(self.target.shape, dtype=np.int64)) * BYTES[self.recipe.dtype]
 
 
-def make_plan(source: Geometry, recipe: Recipe) -> Plan:
+def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = None) -> Plan:
     """Return the plan of `recipe` for a series on the grid `source`.
 
     The number of voxels along an axis is the extent over the asked-for spacing, rounded half to even, at least 1; the
     extent is then kept, so the effective spacing, and not the request, is in ``plan.target``. An axis whose number of
     voxels does not change is left alone.
+
+    Parameters
+    ----------
+    source : Geometry
+        Regular grid of the stack.
+    recipe : Recipe
+        What is asked for.
+    placement : Placement, optional
+        Where the slices lie in that grid, if not one in each layer.
 
     Raises
     ------
@@ -96,25 +111,28 @@ def make_plan(source: Geometry, recipe: Recipe) -> Plan:
         If the output would be absurdly large, or ``fit="pad"`` meets a slice larger than its canvas.
     """
     corner = recipe.align == "corner"
-    shape = source.shape
+    turn = source.to_axial if recipe.orient == "LPS" else Turn()
+    grid = source.turned(turn)
+    shape = grid.shape
     if recipe.spacing_mm is not None:
-        pairs = zip(source.shape, source.spacing_mm, recipe.spacing_mm, strict=True)
+        pairs = zip(grid.shape, grid.spacing_mm, recipe.spacing_mm, strict=True)
         # The inner rounding removes float noise: 133 slices of 2.5 mm are 332.5 mm, not 332.50000000000006.
         shape = _shape3([max(1, round(round(n * s / t, 6))) for n, s, t in pairs])
         if max(shape) > LARGEST_AXIS:
             raise PlanError(
-                f"{source.shape} voxels of {_mm(source)} would become {shape} at {recipe.spacing_mm} mm: "
+                f"{grid.shape} voxels of {_mm(grid)} would become {shape} at {recipe.spacing_mm} mm: "
                 f"more than {LARGEST_AXIS} along an axis; ask for a coarser --spacing"
             )
         if np.prod(shape, dtype=np.float64) > MOST_VOXELS:
             raise PlanError(
-                f"{source.shape} voxels of {_mm(source)} would become {shape} at {recipe.spacing_mm} mm: more than "
+                f"{grid.shape} voxels of {_mm(grid)} would become {shape} at {recipe.spacing_mm} mm: more than "
                 f"{MOST_VOXELS:.1e} voxels; ask for a coarser --spacing"
             )
-    resampled = source.corner_resized(shape) if corner else source.resized(shape)
+    resampled = grid.corner_resized(shape) if corner else grid.resized(shape)
     blur = recipe.anti_alias in ("resample", "both")
     mode = "constant" if corner else "nearest"
-    resample = Step(source.shape, shape, recipe.order, mode, not corner, _sigma(source.shape, shape, blur))
+    along = _along(placement, source.shape[0], turn)
+    resample = Step(grid.shape, shape, recipe.order, mode, not corner, _sigma(grid.shape, shape, blur), along)
 
     size = shape if recipe.size is None else (shape[0], *recipe.size)
     offset = (0, 0)
@@ -139,7 +157,17 @@ def make_plan(source: Geometry, recipe: Recipe) -> Plan:
         low, high = recipe.window_hu
         top = {"float32": 1.0, "uint8": 255.0, "uint16": 65535.0}[recipe.dtype]
         scale, shift_hu = top / (high - low), -low
-    return Plan(recipe, source, resampled, target, resample, resize, offset, scale, shift_hu)
+    return Plan(recipe, source, turn, resampled, target, resample, resize, offset, scale, shift_hu)
+
+
+def _along(placement: Placement | None, layers: int, turn: Turn) -> Any:
+    """Return where samples truly lie along each axis after the turn, None for those that fill their grid."""
+    along: list[tuple[float, ...] | None] = [None, None, None]
+    if placement is not None and not np.array_equal(placement.along, np.arange(layers)):
+        axis = turn.axes.index(0)
+        places = layers - 1 - placement.along[::-1] if turn.flips[axis] else placement.along
+        along[axis] = tuple(places.tolist())
+    return tuple(along)
 
 
 def _sigma(source: Shape3, target: Shape3, blur: bool) -> tuple[float, float, float]:

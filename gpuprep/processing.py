@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from gpuprep import operators
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
-from gpuprep.geometry import Geometry
-from gpuprep.intensity import padding_to_air, quantise, stored_to_hu, window, zero_minus_2000
+from gpuprep.geometry import Geometry, Placement
+from gpuprep.intensity import AIR_HU, padding_to_air, quantise, stored_to_hu, window, zero_minus_2000
 from gpuprep.plan import Plan, Step, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.volume import StoredVolume, Volume
@@ -56,7 +56,7 @@ def process(
         If the backend cannot run here, or its memory is exhausted.
     """
     backend = get_backend(backend) if isinstance(backend, str) else backend
-    plan = make_plan(volume.geometry, recipe or Recipe())
+    plan = make_plan(volume.geometry, recipe or Recipe(), volume.placement)
     with backend.session():
         values: Any = None
         start = 0
@@ -74,7 +74,12 @@ class Source(Protocol):
 
     @property
     def geometry(self) -> Geometry:
-        """Grid of the stack."""
+        """Regular grid of the stack."""
+        ...
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the slices lie in that grid, if not one in each layer."""
         ...
 
     @property
@@ -93,7 +98,7 @@ class Source(Protocol):
         ...
 
     def slab(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the stored values of slices [start, stop); each slice is asked for once, in order."""
+        """Return the stored values of slices [start, stop); each slice is asked for once, upwards or downwards."""
         ...
 
 
@@ -139,13 +144,22 @@ def _operator_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[A
 
 
 def _ndimage_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[Any]:
-    """Make the library calls: zoom the whole volume, then window and resize it a chunk at a time."""
-    hu = _Hu(source, plan, backend)(0, source.geometry.shape[0])
+    """Make the library calls: zoom the whole volume, then window and resize it a chunk at a time.
+
+    Uneven slices are beyond those calls; along them, the operator is applied first.
+    """
+    load = _Hu(source, plan, backend)
+    hu = load(0, load.count)
     step = plan.resample
-    if any(step.sigma):
-        hu = backend.gaussian_filter(hu, step.sigma, mode=step.blur_mode)
-    if not step.idle:
-        factors = [m / n for n, m in zip(step.source, step.target, strict=True)]
+    even = [places is None for places in step.along]
+    for axis, operator in enumerate(_operators(step, backend)):
+        if operator is not None and not even[axis]:
+            hu = _resampled(hu, axis, operator)
+    sigma = [s if e else 0.0 for s, e in zip(step.sigma, even, strict=True)]
+    if any(sigma):
+        hu = backend.gaussian_filter(hu, sigma, mode=step.blur_mode)
+    factors = [m / n if e else 1.0 for n, m, e in zip(step.source, step.target, even, strict=True)]
+    if factors != [1, 1, 1]:
         hu = backend.zoom(hu, factors, order=step.order, mode=step.mode, grid_mode=step.grid_mode)
 
     def resize(values: Any) -> Any:
@@ -166,27 +180,82 @@ _ENGINES: dict[str, Callable[[Source, Plan, Backend], Iterator[Any]]] = {
 
 
 class _Hu:
-    """HU of any slices of a source; stored integers go up to the device, and nothing else of that size."""
+    """HU of the slices of a source, upright and turned as planned.
+
+    Stored integers go up to the device, and nothing else of that size. Where slices stay slices, only those asked for
+    are loaded; where another axis takes their place, all are, once.
+    """
 
     def __init__(self, source: Source, plan: Plan, backend: Backend) -> None:
-        self.count = source.geometry.shape[0]
+        self._slices = len(source.slope)
+        self._turn = plan.turn
+        self._turned: Any = None
+        self.count = self._slices if plan.turn.axes[0] == 0 else plan.resample.source[0]
         self._source = source
         self._backend = backend
         self._rule = plan.recipe.padding
+        self._order = plan.recipe.order
         self._slope = backend.to_device(source.slope.astype(np.float32))
         self._intercept = backend.to_device(source.intercept.astype(np.float32))
         declared = source.padding if self._rule == "air" else None
         self._padding = None if declared is None else backend.to_device(declared)
 
     def __call__(self, start: int, stop: int) -> Any:
-        """Return HU of slices [start, stop): array of float32."""
+        """Return HU of slices [start, stop) of the turned volume: array of float32."""
+        if self._turn.axes[0] == 0:
+            if self._turn.flips[0]:
+                start, stop = self._slices - stop, self._slices - start
+            return self._in_direction(self._loaded(start, stop))
+        if self._turned is None:
+            self._turned = self._in_direction(self._loaded(0, self._slices))
+        return self._turned[start:stop, :, :]
+
+    def _in_direction(self, hu: Any) -> Any:
+        xp = array_namespace(hu)
+        if self._turn.axes != (0, 1, 2):
+            hu = xp.permute_dims(hu, self._turn.axes)
+        for axis, flip in enumerate(self._turn.flips):
+            hu = xp.flip(hu, axis=axis) if flip else hu
+        return hu
+
+    def _loaded(self, start: int, stop: int) -> Any:
+        """Return HU of slices [start, stop) of the source."""
         stored = self._backend.to_device(self._source.slab(start, stop))
         if self._rule == "minus2000-to-0":
             stored = zero_minus_2000(stored)
         hu = stored_to_hu(stored, self._slope[start:stop], self._intercept[start:stop])
         if self._rule == "air":
             hu = padding_to_air(hu, stored, None if self._padding is None else self._padding[start:stop, :])
+        placement = self._source.placement
+        return hu if placement is None or placement.shift is None else self._upright(hu, placement, start)
+
+    def _upright(self, hu: Any, placement: Placement, start: int) -> Any:
+        """Return slices shifted to where they belong, in air."""
+        xp = array_namespace(hu)
+        shift = np.zeros((self._slices, 2)) if placement.shift is None else placement.shift
+        for axis, (have, want) in enumerate(zip(placement.matrix, placement.canvas, strict=True), 1):
+            if not shift[:, axis - 1].any():
+                continue
+            shape = list(hu.shape)
+            shape[axis] = want
+            out = xp.empty(tuple(shape), dtype=hu.dtype, device=device(hu))
+            for n in range(shape[0]):
+                operator, outside = operators.shifted(have, want, shift[start + n, axis - 1], order=self._order)
+                moved = out[n : n + 1, :, :]
+                operators.apply_in_plane(operator.on(self._backend.to_device), hu[n : n + 1, :, :], axis, moved)
+                for low, high in _runs(outside):
+                    if axis == 1:
+                        moved[:, low:high, :] = AIR_HU
+                    else:
+                        moved[:, :, low:high] = AIR_HU
+            hu = out
         return hu
+
+
+def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return [start, stop) of every run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    return [(int(low), int(high)) for low, high in edges.reshape(-1, 2)]
 
 
 class _SlidingWindow:
@@ -229,13 +298,15 @@ class _SlidingWindow:
 def _operators(step: Step, backend: Backend) -> list[operators.Operator | None]:
     """Return one operator per axis; None where the axis is left alone."""
     found: list[operators.Operator | None] = []
-    for axis, (n, m, sigma) in enumerate(zip(step.source, step.target, step.sigma, strict=True)):
-        if n == m:
+    axes = zip(step.source, step.target, step.sigma, step.along, strict=True)
+    for axis, (n, m, sigma, along) in enumerate(axes):
+        if n == m and along is None:
             found.append(None)
             continue
         operator = operators.build(
             n,
             m,
+            along=along,
             order=step.order,
             mode=step.mode,
             grid_mode=step.grid_mode,
@@ -245,6 +316,19 @@ def _operators(step: Step, backend: Backend) -> list[operators.Operator | None]:
         )
         found.append(operator.on(backend.to_device))
     return found
+
+
+def _resampled(values: Any, axis: int, operator: operators.Operator) -> Any:
+    """Return a whole volume with an operator applied along one axis."""
+    xp = array_namespace(values)
+    shape = list(values.shape)
+    shape[axis] = operator.n_out
+    out = xp.empty(tuple(shape), dtype=values.dtype, device=device(values))
+    if axis:
+        return operators.apply_in_plane(operator, values, axis, out)
+    for b in operator.blocks:
+        operators.apply_block(b, values[b.low : b.high, :, :], out[b.start : b.stop, :, :])
+    return out
 
 
 def _pieces(count: int, step: int) -> Iterator[tuple[int, int]]:

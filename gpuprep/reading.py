@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import time
 import warnings
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.encaps import generate_frames
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UID, RLELossless
 
-from gpuprep.codestream import frame_size
-from gpuprep.errors import DecodeError
-from gpuprep.intensity import LOWEST_HU, TISSUE_HU, HuStatistics
+from gpuprep import padding as padded
+from gpuprep.containers import open_member
+from gpuprep.decoding import decode_frame, drop_unused_bits
+from gpuprep.deflation import inflated
+from gpuprep.errors import DecodeError, GeometryError
+from gpuprep.intensity import LOWEST_HU, HuStatistics
+from gpuprep.recipe import Recipe
+from gpuprep.rules import Irregularity
 from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import stack
+from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED
 from gpuprep.volume import StoredVolume
 
 
@@ -29,49 +32,121 @@ class SeriesReader:
     ----------
     series : Series
         From `gpuprep.discover`.
+    recipe : Recipe, optional
+        Its rules say how irregular the series may be, and its `padding` whether undeclared fill becomes air.
 
     Raises
     ------
     InputError
-        As `gpuprep.stack` raises. `slab` raises DecodeError, with the file's name, where pixels cannot be read.
+        As `gpuprep.stack` raises. `slab` raises DecodeError, with the file's name, where pixels cannot be read or
+        cannot be true.
     """
 
-    def __init__(self, series: Series) -> None:
-        stacked = stack(series)
+    def __init__(self, series: Series, recipe: Recipe | None = None) -> None:
+        recipe = recipe or Recipe()
+        stacked = stack(series, recipe.rules)
         self._slices = stacked.slices
+        self._matrix = series.rows, series.columns
+        self._twins = stacked.twins
+        self._keep = recipe.policy == "keep"
+        self._find_fill = recipe.padding == "air"
         self.geometry = stacked.geometry
+        self.placement = stacked.placement
         # One type that holds every slice: 16 bits, unless signed and unsigned ones are mixed.
         least = np.int16 if all(s.signed for s in self._slices) else np.uint16
         self._dtype = np.result_type(least, *map(_dtype, self._slices))
-        self.slope = np.array([s.rescale_slope for s in self._slices], dtype=np.float64)
-        self.intercept = np.array([s.rescale_intercept for s in self._slices], dtype=np.float64)
-        self.padding, self.warnings = _padding(self._slices, self._dtype)
+        # Without a rescale, which only `assume_hu` lets through, stored values are taken as they are.
+        self.slope = np.array([_or(s.rescale_slope, 1) for s in self._slices], dtype=np.float64)
+        self.intercept = np.array([_or(s.rescale_intercept, 0) for s in self._slices], dtype=np.float64)
+        self.padding, self._notes = padded.declared(self._slices, self._dtype)
         self.statistics = HuStatistics()
+        self.padding_voxels = 0
+        """Voxels so far that are padding."""
         self.seconds = 0.0
         """Time spent in `slab`."""
+        self._content = _Content()
+        self._fills: dict[float, int] = {}
+        self._blank = 0
+
+    @property
+    def irregularities(self) -> tuple[Irregularity, ...]:
+        """What pixels showed so far and was put right."""
+        return tuple(
+            Irregularity("padding", f"{n} slices have {hu:g} HU all around the circle, which nothing declares: now air")
+            for hu, n in self._fills.items()
+        )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is doubtful and was left as it is."""
+        blank = (f"{self._blank} slices hold one value throughout",) if self._blank else ()
+        return self._notes + blank
 
     def slab(self, start: int, stop: int) -> NDArray[Any]:
         """Return the stored values of slices [start, stop): array of integers, shape (stop − start, j, i)."""
         started = time.perf_counter()
-        rows, columns = self.geometry.shape[1:]
-        stored = np.empty((stop - start, rows, columns), dtype=self._dtype)
-        for values, header in zip(stored, self._slices[start:stop], strict=True):
-            if header.pixel_offset is not None:
-                _read_plain(header, values)
-            else:
-                values[...] = _decode(header, rows, columns)
-        self.statistics.add(stored, self.slope[start:stop], self.intercept[start:stop])
+        stored = np.empty((stop - start, *self._matrix), dtype=self._dtype)
+        for k, values in enumerate(stored, start):
+            self._content.read(self._slices[k], values)
+            for _, twin in (t for t in self._twins if t[0] == k):
+                self._confirm(k, values, twin)
+        ends = self.statistics.add(stored, self.slope[start:stop], self.intercept[start:stop])
+        for k, values, (low, high) in zip(range(start, stop), stored, ends, strict=True):
+            self._examine(k, values, low, high)
         self.seconds += time.perf_counter() - started
         return stored
 
+    def _confirm(self, k: int, values: NDArray[Any], twin: SliceHeader) -> None:
+        """Raise unless an image that was dropped as a repetition is one."""
+        other = np.empty(self._matrix, dtype=np.result_type(self._dtype, _dtype(twin)))
+        self._content.read(twin, other)
+        same = (_or(twin.rescale_slope, 1), _or(twin.rescale_intercept, 0)) == (self.slope[k], self.intercept[k])
+        if not (same and np.array_equal(values, other)):
+            raise GeometryError(
+                f"{self._slices[k].name} and {twin.name} share a position and differ in their pixels, and nothing in "
+                "their headers tells them apart",
+                "duplicate",
+            )
 
-def read(series: Series) -> StoredVolume:
+    def _examine(self, k: int, values: NDArray[Any], low: int, high: int) -> None:
+        """Raise unless the pixels of a slice can be an image; count its padding, and clear what nobody declared."""
+        slope, intercept = float(self.slope[k]), float(self.intercept[k])
+        declared = None if self.padding is None else self.padding[k]
+        lowest_hu = min(low * slope, high * slope) + intercept
+        if low == high and lowest_hu >= LOWEST_HU and not (declared is not None and declared[0] <= low <= declared[1]):
+            if not self._keep and self._beside_an_image(k, low):
+                raise DecodeError(
+                    f"{self._slices[k].name} holds one value ({low}, {lowest_hu:g} HU) throughout, unlike the slices "
+                    "beside it: half-written or damaged; --policy keep takes it",
+                    "blank",
+                )
+            self._blank += 1
+        elif self._find_fill and (hu := padded.replace_fill(values, slope, intercept)) is not None:
+            self._fills[hu] = self._fills.get(hu, 0) + 1
+        if lowest_hu < LOWEST_HU or declared is not None:
+            self.padding_voxels += padded.count(values, slope, intercept, declared)
+
+    def _beside_an_image(self, k: int, value: int) -> bool:
+        """Whether a neighbour of a blank slice has little of its value: in a phantom's background it has much."""
+        neighbour = np.empty(self._matrix, dtype=self._dtype)
+        for n in (k - 1, k + 1):
+            if 0 <= n < len(self._slices):
+                self._content.read(self._slices[n], neighbour)
+                alike = neighbour == value
+                if not alike.all() and alike[padded.circle(*self._matrix)].mean() < 0.5:
+                    return True
+        return False
+
+
+def read(series: Series, recipe: Recipe | None = None) -> StoredVolume:
     """Return the stacked stored values of a series.
 
     Parameters
     ----------
     series : Series
         From `gpuprep.discover`.
+    recipe : Recipe, optional
+        As for `SeriesReader`; the default recipe where absent.
 
     Returns
     -------
@@ -83,127 +158,103 @@ def read(series: Series) -> StoredVolume:
     InputError
         As `gpuprep.stack` raises; and DecodeError, with the file's name, where pixels cannot be read.
     """
-    reader = SeriesReader(series)
-    stored = reader.slab(0, reader.geometry.shape[0])
+    reader = SeriesReader(series, recipe)
+    stored = reader.slab(0, len(reader.slope))
     return StoredVolume(
-        stored, reader.slope, reader.intercept, reader.padding, reader.geometry, reader.statistics, reader.warnings
+        stored,
+        reader.slope,
+        reader.intercept,
+        reader.padding,
+        reader.geometry,
+        reader.statistics,
+        reader.warnings + tuple(i.text for i in reader.irregularities),
+        reader.placement,
     )
 
 
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
 def _dtype(header: SliceHeader) -> np.dtype[Any]:
-    return np.dtype(f"<{'i' if header.signed else 'u'}{(header.bits_allocated or 16) // 8}")
+    order = ">" if header.transfer_syntax == BIG_ENDIAN else "<"
+    return np.dtype(f"{order}{'i' if header.signed else 'u'}{(header.bits_allocated or 16) // 8}")
 
 
-def _read_plain(header: SliceHeader, out: NDArray[Any]) -> None:
-    """Fill `out` with the little-endian integers that lie in the file at the offset the scan found."""
-    dtype = _dtype(header)
-    need = out.size * dtype.itemsize
-    direct = dtype == out.dtype and out.flags.c_contiguous
-    values = out if direct else np.empty(out.shape, dtype=dtype)
-    try:
-        with open(header.path, "rb", buffering=0) as f:
-            f.seek(header.pixel_offset or 0)
-            view = memoryview(values.data).cast("B")
-            done = 0
-            while done < need and (count := f.readinto(view[done:])):
-                done += count
-    except OSError as exc:
-        raise DecodeError(f"{header.name} cannot be read: {exc.strerror}") from exc
-    if done < need:
-        raise DecodeError(f"{header.name} ends after {done} of {need} bytes of pixels: it changed since the scan")
-    _drop_unused_bits(header, values, header.high_bit)
-    if not direct:
-        out[...] = values
+class _Content:
+    """The pixels of one image after the other; a file of many frames is unpacked and parsed once."""
 
+    def __init__(self) -> None:
+        self._key: tuple[str, str | None] | None = None
+        self._data: pydicom.Dataset | BinaryIO | None = None
 
-PREFERRED_DECODERS = ("pyjpegls", "pylibjpeg", "pydicom", "pillow")
-LAST_DECODER = "gdcm"
-"""Used only where there is no other: what the others report as an error, it answers by ending the process."""
-
-
-def _decode(header: SliceHeader, rows: int, columns: int) -> NDArray[Any]:
-    """Return the pixels of an encoded file by the first decoder that manages."""
-    syntax = UID(header.transfer_syntax)
-    reasons = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ds = pydicom.dcmread(header.path, force=True)
-            if "TransferSyntaxUID" not in ds.file_meta:
-                ds.file_meta.TransferSyntaxUID = syntax
-            if syntax.is_encapsulated:
-                size = frame_size(next(generate_frames(ds.PixelData, number_of_frames=1)))
-                if size is not None and size != (rows, columns, 1):
-                    raise DecodeError(
-                        f"its frame is {size[0]} × {size[1]} × {size[2]}, its header says {rows} × {columns}"
-                    )
-            for plugin in _plugins(syntax):
-                try:
-                    values = np.array(pixel_array(ds, raw=True, correct_unused_bits=False, decoding_plugin=plugin))
-                    break
-                except Exception as exc:  # decoders raise whatever a broken stream provokes
-                    reasons.append(f"{plugin or 'pydicom'}: {_one_line(exc)}")
+    def read(self, header: SliceHeader, out: NDArray[Any]) -> None:
+        """Fill `out` with the stored values of an image."""
+        try:
+            if header.pixel_offset is not None:
+                self._read_plain(header, header.pixel_offset, out)
             else:
-                raise DecodeError("; ".join(reasons))
-    except Exception as exc:  # and so does a broken file
-        raise DecodeError(f"{header.name} ({syntax.name}) cannot be decoded: {_one_line(exc)}") from exc
-    if values.shape != (rows, columns):
-        raise DecodeError(f"{header.name} decodes to {values.shape}, but its header says {rows} × {columns}")
-    # A JPEG holds the stored bits alone; anything else whole words, with High Bit where the header says.
-    whole_words = syntax == RLELossless or not syntax.is_encapsulated
-    _drop_unused_bits(header, values, header.high_bit if whole_words else None)
-    return values
+                out[...] = decode_frame(self._dataset(header), header, header.frame, *out.shape)
+        except OSError as exc:
+            raise DecodeError(f"{header.name} cannot be read: {exc.strerror or exc}") from exc
+
+    def _read_plain(self, header: SliceHeader, offset: int, out: NDArray[Any]) -> None:
+        """Fill `out` with the integers that lie in the file at the offset the scan found."""
+        dtype = _dtype(header)
+        direct = dtype == out.dtype and out.flags.c_contiguous
+        values = out if direct else np.empty(out.shape, dtype=dtype)
+        view = memoryview(values.data).cast("B")
+        if header.member is None and header.transfer_syntax != DEFLATED:
+            with open(header.path, "rb", buffering=0) as f:
+                done = _fill(f, offset, view)
+        elif header.frames == 1:
+            with _open(header) as f:
+                done = _fill(inflated(f, offset + len(view))[0], offset, view)
+        else:
+            done = _fill(self._unpacked(header), offset, view)
+        if done < len(view):
+            raise DecodeError(
+                f"{header.name} ends after {done} of {len(view)} bytes of pixels: it changed since the scan"
+            )
+        drop_unused_bits(header, values, header.high_bit)
+        if not direct:
+            out[...] = values
+
+    def _unpacked(self, header: SliceHeader) -> BinaryIO:
+        """Return the unpacked content of a file of many frames, which may be asked for in any order."""
+        if self._key != (header.path, header.member) or not isinstance(self._data, io.BytesIO):
+            with _open(header) as f:
+                content, _ = inflated(f, MOST_INFLATED_BYTES)
+                self._data = content if isinstance(content, io.BytesIO) else io.BytesIO(content.read())
+            self._key = header.path, header.member
+        return self._data
+
+    def _dataset(self, header: SliceHeader) -> pydicom.Dataset:
+        if self._key != (header.path, header.member) or not isinstance(self._data, pydicom.Dataset):
+            try:
+                with warnings.catch_warnings(), _open(header) as f:
+                    warnings.simplefilter("ignore")
+                    self._data = pydicom.dcmread(f, force=True)
+            except OSError:
+                raise
+            except Exception as exc:  # pydicom raises whatever a broken file provokes
+                raise DecodeError(f"{header.name} cannot be read: {' '.join(str(exc).split())}") from exc
+            self._key = header.path, header.member
+        return self._data
 
 
-def _plugins(syntax: UID) -> list[str]:
-    """Return the decoders to try, in order; "" for pydicom's own of syntaxes without plugins."""
-    available = get_decoder(syntax).available_plugins
-    return sorted((p for p in available if p != LAST_DECODER), key=_preference) or [*available] or [""]
+MOST_INFLATED_BYTES = 4 << 30
+"""A deflated file that holds more is refused."""
 
 
-def _preference(plugin: str) -> int:
-    return PREFERRED_DECODERS.index(plugin) if plugin in PREFERRED_DECODERS else -1
+def _open(header: SliceHeader) -> BinaryIO:
+    return open(header.path, "rb") if header.member is None else open_member(header.path, header.member)
 
 
-def _one_line(exc: Exception) -> str:
-    return " ".join(str(exc).split()) or type(exc).__name__
-
-
-def _drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int | None) -> None:
-    """Keep *Bits Stored* bits below *High Bit*, in place: others may hold an old overlay, and no sign.
-
-    References
-    ----------
-    DICOM PS3.5, 8.1.1 (Pixel Data Encoding of Related Data Elements).
-    """
-    allocated = values.dtype.itemsize * 8
-    kept = header.bits_stored or allocated
-    top = kept - 1 if high_bit is None or not kept - 1 <= high_bit < allocated else high_bit
-    if kept < allocated:
-        values <<= allocated - 1 - top
-        values >>= allocated - kept  # arithmetic where signed: the sign is carried along
-
-
-def _padding(slices: tuple[SliceHeader, ...], dtype: np.dtype[Any]) -> tuple[NDArray[Any] | None, tuple[str, ...]]:
-    """Return the declared padding of each slice as (lowest, highest), and what was not believed."""
-    limits = np.iinfo(dtype)
-    padding = np.tile(np.array([limits.max, limits.min], dtype=dtype), (len(slices), 1))
-    doubted: list[tuple[int, list[float]]] = []
-    for k, s in enumerate(slices):
-        if s.padding is None:
-            continue
-        low, high = sorted((s.padding, s.padding if s.padding_limit is None else s.padding_limit))
-        hu = sorted(v * (s.rescale_slope or 1) + (s.rescale_intercept or 0) for v in (low, high))
-        if hu[0] <= TISSUE_HU[1] and hu[1] >= TISSUE_HU[0]:
-            doubted.append((s.padding, hu))
-        elif hu[1] >= LOWEST_HU and limits.min <= low and high <= limits.max:  # what is lower becomes air anyway
-            padding[k] = low, high
-    notes: tuple[str, ...] = ()
-    if doubted:
-        value, (hu_low, hu_high) = doubted[0]
-        span = f"{hu_low:g} HU" if hu_low == hu_high else f"{hu_low:g} to {hu_high:g} HU with its range limit"
-        notes = (
-            f"Pixel Padding Value {value} is {span}, which tissue has, in {len(doubted)} slices: it is "
-            "not treated as padding",
-        )
-    return (padding if (padding[:, 0] <= padding[:, 1]).any() else None), notes
+def _fill(f: BinaryIO | io.FileIO, offset: int, view: memoryview) -> int:
+    """Read from `offset` on until `view` is full or the file ends; return the bytes read."""
+    f.seek(offset)
+    done = 0
+    while done < len(view) and (count := f.readinto(view[done:])):  # type: ignore[union-attr]
+        done += count
+    return done

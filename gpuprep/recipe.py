@@ -13,7 +13,9 @@ from typing import Any, Literal, get_args
 import tomli_w
 
 from gpuprep.errors import RecipeError
+from gpuprep.rules import Policy, Rules
 
+Orient = Literal["native", "LPS"]
 Padding = Literal["air", "minus2000-to-0", "keep"]
 Align = Literal["edge", "corner"]
 AntiAlias = Literal["none", "resample", "resize", "both"]
@@ -24,6 +26,8 @@ Compression = Literal["none", "zlib", "zstd"]
 
 LARGEST_AXIS = 16384
 """More voxels along one axis are a slip of the pen, not a wish."""
+
+_RULES = Rules()
 
 LARGEST_NUMBER = 1e6
 NARROWEST_WINDOW_HU = 1e-3
@@ -43,6 +47,17 @@ class Recipe:
         If a value is impossible, or two values contradict each other.
     """
 
+    policy: Policy = "fix"
+    """What is done about irregular series: see `Rules`, as for the next six."""
+    spacing_tolerance: float = _RULES.spacing_tolerance
+    position_tolerance_mm: float = _RULES.position_tolerance_mm
+    lean_tolerance_mm: float = _RULES.lean_tolerance_mm
+    max_missing: int = _RULES.max_missing
+    max_missing_share: float = _RULES.max_missing_share
+    assume_hu: bool = False
+    orient: Orient = "native"
+    """"native": axes as acquired. "LPS": in the order and directions nearest to axial, slices up, rows to the back,
+    columns to the left; nothing is interpolated for it."""
     padding: Padding = "air"
     """What the scanner did not measure. "air": declared padding and everything below −1024 HU becomes −1000 HU.
     "minus2000-to-0": the stored value −2000 becomes 0 before rescaling, as in the copied notebooks. "keep"."""
@@ -73,6 +88,15 @@ class Recipe:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise RecipeError(f"{name} = {value!r}: choose one of {', '.join(get_args(kind))}")
+        for name, low, high in _LIMITS:
+            value = getattr(self, name)
+            whole = name == "max_missing"
+            number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                kind_ = "a whole number" if whole else "a number"
+                raise RecipeError(f"{name} = {value!r}: give {kind_} from {low:g} to {high:g}")
+        if not isinstance(self.assume_hu, bool):
+            raise RecipeError(f"assume_hu = {self.assume_hu!r}: give true or false")
         if not isinstance(self.order, int) or isinstance(self.order, bool) or not 0 <= self.order <= 5:
             raise RecipeError(f"order = {self.order!r}: give a whole number from 0 (nearest) to 5; 3 is cubic")
         for name, kind, count, words in (
@@ -95,6 +119,11 @@ class Recipe:
                 f"dtype = {self.dtype!r} spreads a window over its range, but window_hu is none: "
                 "give a window, or choose float32 or int16 to keep HU"
             )
+
+    @property
+    def rules(self) -> Rules:
+        """What stacking has to know of the recipe."""
+        return Rules(**{f.name: getattr(self, f.name) for f in fields(Rules)})
 
     @classmethod
     def preset(cls, name: str) -> Recipe:
@@ -147,7 +176,17 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
+_LIMITS = (
+    ("spacing_tolerance", 0, 1),
+    ("position_tolerance_mm", 1e-6, 10),
+    ("lean_tolerance_mm", 1e-6, 1000),
+    ("max_missing", 0, 1000),
+    ("max_missing_share", 0, 1),
+)
+
 _CHOICES: dict[str, Any] = {
+    "policy": Policy,
+    "orient": Orient,
     "padding": Padding,
     "align": Align,
     "anti_alias": AntiAlias,

@@ -8,26 +8,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpuprep.geometry import Vector3
+from gpuprep.rules import Irregularity
 from gpuprep.text import printable
 
 
 @dataclass(frozen=True, slots=True)
 class SliceHeader:
-    """The facts of one single-frame CT file. A value of None means: absent or unreadable."""
+    """The facts of one CT image: a file, or one frame of it. A value of None means: absent or unreadable."""
 
     path: str
+    member: str | None
+    """Name inside the zip archive at `path`, "" for what a gzip'd file holds; None where the file is DICOM itself."""
+    frame: int
+    """Which frame of the file, from 0."""
+    frames: int
+    """*Number of Frames* of the file."""
     file_bytes: int
     mtime_ns: int
     sop_instance_uid: str
     instance_number: int | None
     position_mm: Vector3 | None
     """*Image Position (Patient)*: centre of the first voxel as (x, y, z), LPS."""
+    localizer: bool
+    """*Image Type* says so."""
+    modality: str | None
+    temporal_position: int | None
+    acquisition_number: int | None
+    acquisition_time: str
+    """A hash of date and time, to tell acquisitions apart without keeping either; "" where absent."""
+    reconstruction: str
+    """A hash of kernel and *Image Type*."""
     rescale_slope: float | None
     rescale_intercept: float | None
     rescale_type: str | None
     photometric: str | None
     samples_per_pixel: int
-    frames: int
     bits_allocated: int | None
     bits_stored: int | None
     high_bit: int | None
@@ -38,13 +53,15 @@ class SliceHeader:
     """*Pixel Padding Range Limit*: padding is everything between it and `padding`."""
     transfer_syntax: str
     pixel_offset: int | None
-    """Where the pixel bytes begin, when they lie in the file as plain little-endian integers."""
+    """Where the frame begins in the (unpacked) file, when its pixels lie there as plain integers."""
     pixel_bytes: int | None
+    """How many bytes the file announces for the frame."""
 
     @property
     def name(self) -> str:
         """File name for messages."""
-        return printable(Path(self.path).name)
+        name = Path(self.path).name + (f"/{self.member}" if self.member else "")
+        return printable(name) + (f" frame {self.frame + 1}" if self.frames > 1 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +79,18 @@ class Series:
     orientation: tuple[float, ...] | None
     """*Image Orientation (Patient)*: cosines of a row, then of a column."""
     part: int
-    """0 where the UID stands for one stack; else 1, 2, … by falling number of slices."""
+    """0 where the UID stands for one volume; else 1, 2, … by falling number of slices."""
     folder: str
     """Deepest folder that holds every slice."""
     slices: tuple[SliceHeader, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Images of the series that are no slices of its volume: (file name, why)."""
+    irregularities: tuple[Irregularity, ...] = ()
+    """What had to be done to get from the images of one UID to these slices."""
 
     @property
     def key(self) -> str:
-        """Identity in the manifest: the UID, and the part where one UID stands for several stacks."""
+        """Identity in the manifest: the UID, and the part where one UID stands for several volumes."""
         uid = self.series_uid or f"no-uid-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
         return f"{uid}#{self.part}" if self.part else uid
 
@@ -82,6 +103,6 @@ class Series:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over each slice's SOP Instance UID, size and time of change: what "unchanged" means."""
-        lines = sorted(f"{s.sop_instance_uid} {s.file_bytes} {s.mtime_ns}" for s in self.slices)
+        """SHA-256 over each slice's SOP Instance UID, frame, size and time of change: what "unchanged" means."""
+        lines = sorted(f"{s.sop_instance_uid} {s.frame} {s.file_bytes} {s.mtime_ns}" for s in self.slices)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.errors import DecodeError, GeometryError, InputError, IntensityError, MissingTagError
-from gpuprep.geometry import Geometry
+from gpuprep.acceptance import check, listed, names
+from gpuprep.errors import GeometryError
+from gpuprep.geometry import Geometry, Placement
+from gpuprep.rules import Irregularity, Rules
 from gpuprep.series import Series, SliceHeader
-
-RELATIVE_TOLERANCE = 0.01
-"""Distances between neighbours may differ from their median by this share of it …"""
-
-ABSOLUTE_TOLERANCE_MM = 0.02
-"""… or by this much, whichever is more: positions are often rounded to hundredths."""
 
 PLACE_TOLERANCE = 0.1
 """A slice may lie this share of the spacing away from its place in the regular grid."""
 
-DRIFT_TOLERANCE_MM = 0.1
-"""Slices may lie this far off the line along their normal; more is a tilted gantry."""
-
-UNDEFINED_LENGTH = 0xFFFF_FFFF
-"""Of an element that is a sequence of fragments: encoded pixels."""
-
-STEEPEST_SLOPE = 100.0
-LARGEST_INTERCEPT_HU = 65536.0
-"""Beyond these a rescale does not lead to CT numbers."""
-
-NAMED = 3
-"""Slices named in a message before it says how many more there are."""
+CLOSEST = 0.2
+"""Slices nearer to each other than this share of the median cannot be interpolated between: noise would explode."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,170 +28,360 @@ class Stack:
     slices: tuple[SliceHeader, ...]
     """Along the normal: for axial slices from the feet to the head."""
     geometry: Geometry
+    """The regular grid that they form, or that is interpolated from them."""
+    placement: Placement | None
+    """Where the slices lie in that grid; None: slice k is its layer k."""
+    twins: tuple[tuple[int, SliceHeader], ...]
+    """Images dropped as identical to a slice, with the index of that slice: what pixels have to confirm."""
+    irregularities: tuple[Irregularity, ...]
+    """What was put right, or kept as it is."""
+    measures: Measures
 
 
-def stack(series: Series) -> Stack:
+@dataclass(slots=True)
+class Measures:
+    """What was measured on the positions, as far as it went."""
+
+    spacing_mm: float | None = None
+    """Median distance between neighbours along the normal."""
+    spacing_deviation_mm: float | None = None
+    """Largest difference of such a distance from the median."""
+    gaps: tuple[tuple[str, float, int], ...] = ()
+    """(slice before it, millimetres to the next, slices missing)."""
+    identical: int = 0
+    """Images that repeat another one, as far as headers tell."""
+    different: int = 0
+    """Images at the place of another one, but unlike it."""
+    tilt_deg: float | None = None
+    """Angle between the normal and the line through the slices, by positions; tags play no part."""
+    obliqueness_deg: float | None = None
+    """Angle between the normal and the nearest axis of the patient."""
+    orientation: str = ""
+    """Plane and directions in which slices, rows and columns grow: "axial SPL"."""
+
+
+def stack(series: Series, rules: Rules | None = None, measures: Measures | None = None) -> Stack:
     """Return the slices of a series in spatial order, and their grid.
 
     Slices are ordered by the projection of *Image Position (Patient)* on the slice normal; the spacing between them
-    is measured on those positions. Names, *Instance Number*, *Slice Location* and *Slice Thickness* play no part.
+    is measured on those positions. Names, *Instance Number*, *Slice Location*, *Slice Thickness*, *Spacing Between
+    Slices* and *Gantry/Detector Tilt* play no part.
+
+    Parameters
+    ----------
+    series : Series
+        From `gpuprep.discover`.
+    rules : Rules, optional
+        Policy and tolerances; the default where absent.
+    measures : Measures, optional
+        Is filled in as far as possible, whatever is raised.
 
     Raises
     ------
-    MissingTagError
-        If an attribute is absent or unreadable without which the place or the HU of a slice are unknown.
-    IntensityError
-        If the stored values cannot be called HU.
-    DecodeError
-        If a file is too short for the pixels it announces.
-    GeometryError
-        If the slices do not form a regular grid: gaps, doubles, a tilted gantry, a single slice.
+    InputError
+        As `gpuprep.acceptance.check` raises; and GeometryError if the slices do not form a regular grid and the rules
+        do not allow to make one of them.
 
     References
     ----------
     DICOM PS3.3, C.7.6.2.1.1 (Image Position and Image Orientation), 10.7.1.3 (Pixel Spacing).
     """
-    _check_tags(series)
-    _check_intensity(series)
-    _check_lengths(series)
-    assert series.orientation is not None and series.pixel_spacing_mm is not None  # noqa: PT018, S101 - checked
-    row, column = np.array(series.orientation[:3]), np.array(series.orientation[3:])
-    lengths = np.linalg.norm(row), np.linalg.norm(column)
-    if abs(lengths[0] - 1) > 1e-2 or abs(lengths[1] - 1) > 1e-2 or abs(row @ column) > 1e-2:
-        raise GeometryError(f"Image Orientation (Patient) {series.orientation} is not a pair of perpendicular units")
-    row, column = row / lengths[0], column / lengths[1]
-    normal = np.cross(row, column)
-    normal /= np.linalg.norm(normal)
+    rules = rules or Rules()
+    measures = measures if measures is not None else Measures()
+    check(series, rules)
+    axes = _axes(series)
+    row, column, _ = axes
+    measures.orientation, measures.obliqueness_deg = _orientation(axes)
+    found = list(series.irregularities)
 
-    positions = np.array([s.position_mm for s in series.slices], dtype=np.float64)
-    order = np.argsort(positions @ normal, kind="stable")
-    slices = tuple(series.slices[n] for n in order)
-    positions = positions[order]
-    if len(slices) < 2:
-        apart = ", unlike the rest of its series in matrix, spacing or orientation" if series.part else ""
-        raise GeometryError(f"one slice only ({slices[0].name}{apart}): the spacing between slices cannot be measured")
-    step = _regular_step(slices, positions, normal)
-    between_rows, between_columns = series.pixel_spacing_mm
+    places = _Places.of(series.slices, axes)
+    if float(np.ptp(places.along)) <= rules.position_tolerance_mm:
+        what = "one slice only" if len(series.slices) == 1 else f"all {len(series.slices)} images share one position"
+        code = "one-slice" if len(series.slices) == 1 else "one-position"
+        raise GeometryError(f"{what} ({names(series.slices)}): the spacing between slices cannot be measured", code)
+    twins: list[tuple[int, SliceHeader]] = []
+    if rules.policy == "keep":
+        _count_doubles(places, rules, measures, found)
+    else:
+        places, twins = _without_doubles(places, rules, measures, found)
+    placement, step, count = _placed(places, series, rules, measures, found)
+    if rules.policy == "strict" and found:
+        raise GeometryError(f"irregular, which --policy strict rejects: {found[0].text}", found[0].code)
+
+    between_rows, between_columns = series.pixel_spacing_mm or (1.0, 1.0)
     affine = np.eye(4)
     affine[:3, 0] = step
     affine[:3, 1] = column * between_rows  # the next row lies along a column
     affine[:3, 2] = row * between_columns
-    affine[:3, 3] = positions[0]
-    return Stack(slices, Geometry((len(slices), series.rows, series.columns), affine))
+    affine[:3, 3] = places.slices[0].position_mm
+    rows, columns = series.rows, series.columns
+    if placement is not None and placement.shift is not None:
+        rows, columns = placement.canvas
+        affine[:3, 3] -= placement.shift[0] @ affine[:3, 1:3].T
+    geometry = Geometry((count, rows, columns), affine)
+    return Stack(places.slices, geometry, placement, tuple(twins), tuple(found), measures)
 
 
-def _regular_step(
-    slices: tuple[SliceHeader, ...], positions: NDArray[np.float64], normal: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return the vector from each slice to the next, having made sure that there is one."""
-    along = positions @ normal
-    gaps = np.diff(along)
-    typical = float(np.median(gaps))
-    double = np.flatnonzero(gaps < max(ABSOLUTE_TOLERANCE_MM, RELATIVE_TOLERANCE * typical))
-    if double.size:
+def _axes(series: Series) -> NDArray[np.float64]:
+    """Return the directions of a row, of a column and of the normal: unit vectors, shape (3, 3)."""
+    orientation = np.array(series.orientation, dtype=np.float64).reshape(2, 3)
+    lengths = np.linalg.norm(orientation, axis=1)
+    if np.abs(lengths - 1).max() > 1e-2 or abs(orientation[0] @ orientation[1]) > 1e-2:
         raise GeometryError(
-            f"neighbouring slices share a position, {double.size} times: "
-            + _named([f"{slices[n].name} and {slices[n + 1].name} at {along[n]:.2f} mm" for n in double])
+            f"Image Orientation (Patient) {series.orientation} is not a pair of perpendicular units", "orientation"
         )
-    uneven = np.flatnonzero(np.abs(gaps - typical) > max(ABSOLUTE_TOLERANCE_MM, RELATIVE_TOLERANCE * typical))
-    if uneven.size:
+    row, column = orientation / lengths[:, None]
+    normal = np.cross(row, column)
+    return np.array([row, column, normal / np.linalg.norm(normal)])
+
+
+_PLANES = ("sagittal", "coronal", "axial")
+_LETTERS = ("LR", "PA", "SI")
+"""Letters for growing and falling x, y and z."""
+
+
+def _orientation(axes: NDArray[np.float64]) -> tuple[str, float]:
+    """Return the plane with the directions that slices, rows and columns grow in, and how oblique it is in degrees."""
+    row, column, normal = axes
+    main = int(np.argmax(np.abs(normal)))
+    angle = math.degrees(math.acos(min(1.0, float(abs(normal[main])))))
+    letters = ""
+    for direction in (normal, column, row):
+        axis = int(np.argmax(np.abs(direction)))
+        letters += _LETTERS[axis][0 if direction[axis] > 0 else 1]
+    return f"{_PLANES[main]} {letters}", angle
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Places:
+    """Slices in order along the normal, and where they are."""
+
+    slices: tuple[SliceHeader, ...]
+    along: NDArray[np.float64]
+    """Millimetres along the normal from the first slice, ascending, shape (n,)."""
+    beside: NDArray[np.float64]
+    """Millimetres beside the normal through the first slice, along (columns, rows), shape (n, 2)."""
+
+    @classmethod
+    def of(cls, slices: tuple[SliceHeader, ...], axes: NDArray[np.float64]) -> _Places:
+        row, column, normal = axes
+        positions = np.array([s.position_mm for s in slices], dtype=np.float64)
+        order = np.argsort(positions @ normal, kind="stable")
+        offsets = positions[order] - positions[order[0]]
+        return cls(
+            tuple(slices[n] for n in order), offsets @ normal, np.stack([offsets @ column, offsets @ row], axis=1)
+        )
+
+    def only(self, kept: list[int]) -> _Places:
+        return _Places(tuple(self.slices[n] for n in kept), self.along[kept], self.beside[kept])
+
+    def doubles(self, tolerance_mm: float) -> list[tuple[int, int]]:
+        """Return (first image at a position, another one there)."""
+        found = []
+        first = 0
+        for n in range(1, len(self.slices)):
+            if self.along[n] - self.along[first] <= tolerance_mm:
+                found.append((first, n))
+            else:
+                first = n
+        return found
+
+
+def _without_doubles(
+    places: _Places, rules: Rules, measures: Measures, found: list[Irregularity]
+) -> tuple[_Places, list[tuple[int, SliceHeader]]]:
+    """Drop images that repeat another one, or raise if one is another image at the same place."""
+    doubles = places.doubles(rules.position_tolerance_mm)
+    if not doubles:
+        return places, []
+    slices = places.slices
+    unlike = [
+        (a, b)
+        for a, b in doubles
+        if not same_image(slices[a], slices[b])
+        or np.abs(places.beside[a] - places.beside[b]).max() > rules.lean_tolerance_mm
+    ]
+    measures.identical, measures.different = len(doubles) - len(unlike), len(unlike)
+    if unlike:
+        pairs = listed([f"{slices[a].name} and {slices[b].name} at {places.along[a]:.2f} mm" for a, b in unlike])
         raise GeometryError(
-            f"slices are {typical:.3f} mm apart (median), but not all: "
-            + _named([f"{gaps[n]:.3f} mm between {slices[n].name} and {slices[n + 1].name}" for n in uneven])
+            f"different images share a position, {len(unlike)} times, and cannot be told apart as regular stacks "
+            f"by acquisition, time or reconstruction: {pairs}",
+            "duplicate",
         )
-    spacing = (along[-1] - along[0]) / (len(slices) - 1)
-    off = np.abs(along - along[0] - spacing * np.arange(len(slices)))
-    worst = int(np.argmax(off))
-    if off[worst] > max(ABSOLUTE_TOLERANCE_MM, PLACE_TOLERANCE * typical):
-        raise GeometryError(
-            f"small differences in spacing add up: {slices[worst].name} lies {off[worst]:.2f} mm from its place in a "
-            f"grid of {spacing:.3f} mm"
+    dropped = {b for _, b in doubles}
+    kept = [n for n in range(len(slices)) if n not in dropped]
+    index = {n: k for k, n in enumerate(kept)}
+    found.append(
+        Irregularity(
+            "duplicate", f"{len(doubles)} images repeat another one, dropped: {names([slices[b] for _, b in doubles])}"
         )
-    step = spacing * normal
-    drift = np.linalg.norm(positions - positions[0] - np.outer(along - along[0], normal), axis=1)
-    worst = int(np.argmax(drift))
-    if drift[worst] > DRIFT_TOLERANCE_MM:
-        tilt_deg = np.degrees(np.arctan2(drift[worst], abs(along[worst] - along[0])))
-        raise GeometryError(
-            f"the stack leans by {tilt_deg:.2f}° (gantry tilt): {slices[worst].name} lies {drift[worst]:.2f} mm beside "
-            f"the normal through {slices[0].name}"
-        )
-    return np.asarray(step)
+    )
+    return places.only(kept), [(index[a], slices[b]) for a, b in doubles]
 
 
-def _check_tags(series: Series) -> None:
-    """Raise unless every slice says where it is and what its numbers mean."""
-    if not series.series_uid:
-        raise MissingTagError(f"no Series Instance UID in {_files(series.slices)}: nothing tells series apart")
-    multi = [s for s in series.slices if s.frames > 1]
-    if multi:
-        raise InputError(
-            f"multi-frame image of {multi[0].frames} frames ({multi[0].name}): only single frames are read"
-        )
-    for name, slices in (
-        ("Image Orientation (Patient)", series.slices if series.orientation is None else ()),
-        ("Pixel Spacing", series.slices if series.pixel_spacing_mm is None else ()),
-        ("Rows and Columns", series.slices if not (series.rows and series.columns) else ()),
-        ("Image Position (Patient)", [s for s in series.slices if s.position_mm is None]),
-        ("Bits Allocated", [s for s in series.slices if s.bits_allocated is None]),
-        ("Bits Stored", [s for s in series.slices if not s.bits_stored]),
-        ("Pixel Representation", [s for s in series.slices if s.signed is None]),
-        ("Rescale Slope", [s for s in series.slices if s.rescale_slope is None]),
-        ("Rescale Intercept", [s for s in series.slices if s.rescale_intercept is None]),
-        ("Pixel Data", [s for s in series.slices if s.pixel_bytes == 0]),
-    ):
-        if slices:
-            raise MissingTagError(f"{name} absent, unreadable or impossible in {_files(slices)}")
-
-
-def _check_intensity(series: Series) -> None:
-    """Raise unless stored value times slope plus intercept is a CT number in HU.
-
-    References
-    ----------
-    DICOM PS3.3, C.8.2.1 (CT Image module): MONOCHROME2, one sample, Rescale Type HU unless said otherwise.
-    """
-    for name, slices in (
-        ("several samples per pixel", [s for s in series.slices if s.samples_per_pixel != 1]),
-        ("Photometric Interpretation not MONOCHROME2", [s for s in series.slices if s.photometric != "MONOCHROME2"]),
-        ("Rescale Type not HU", [s for s in series.slices if s.rescale_type not in (None, "HU")]),
-        ("Rescale Slope 0", [s for s in series.slices if s.rescale_slope == 0]),
-        ("Rescale Slope absurd", [s for s in series.slices if abs(s.rescale_slope or 0) > STEEPEST_SLOPE]),
-        (
-            "Rescale Intercept absurd",
-            [s for s in series.slices if abs(s.rescale_intercept or 0) > LARGEST_INTERCEPT_HU],
-        ),
-        ("Bits Allocated neither 8 nor 16", [s for s in series.slices if s.bits_allocated not in (8, 16)]),
-        (
-            "Bits Stored above Bits Allocated",
-            [s for s in series.slices if (s.bits_stored or 0) > (s.bits_allocated or 0)],
-        ),
-    ):
-        if slices:
-            raise IntensityError(f"{name} in {_files(slices)}: the values cannot be called HU")
-
-
-def _check_lengths(series: Series) -> None:
-    """Raise if plain pixels do not fill the matrix, or the file ends before they do."""
-    for s in series.slices:
-        if s.pixel_offset is None:
-            continue
-        if s.pixel_bytes == UNDEFINED_LENGTH:
-            raise DecodeError(f"{s.name} holds encoded pixels, which its transfer syntax denies: it is damaged")
-        need = series.rows * series.columns * (s.bits_allocated or 0) // 8
-        if (s.pixel_bytes or 0) < need:
-            raise DecodeError(
-                f"{s.name} announces {s.pixel_bytes} bytes of pixels where {need} are needed: it is damaged"
+def _count_doubles(places: _Places, rules: Rules, measures: Measures, found: list[Irregularity]) -> None:
+    doubles = places.doubles(rules.position_tolerance_mm)
+    measures.identical = sum(same_image(places.slices[a], places.slices[b]) for a, b in doubles)
+    measures.different = len(doubles) - measures.identical
+    if doubles:
+        found.append(
+            Irregularity(
+                "duplicate",
+                f"{len(doubles)} images share the position of another one, kept: "
+                + names([places.slices[b] for _, b in doubles]),
             )
-        if s.pixel_offset + need > s.file_bytes:
-            have = max(0, s.file_bytes - s.pixel_offset)
-            raise DecodeError(f"{s.name} ends after {have} of {need} bytes of pixels: it is truncated")
+        )
 
 
-def _files(slices: tuple[SliceHeader, ...] | list[SliceHeader]) -> str:
-    return _named([s.name for s in slices])
+def has_doubles(series: Series, rules: Rules) -> bool:
+    """Whether images share a position; False where that cannot be said."""
+    if series.orientation is None or any(s.position_mm is None for s in series.slices):
+        return False
+    row, column = np.array(series.orientation, dtype=np.float64).reshape(2, 3)
+    along = np.array([s.position_mm for s in series.slices]) @ np.cross(row, column)
+    return bool((np.diff(np.sort(along)) <= rules.position_tolerance_mm).any())
 
 
-def _named(parts: list[str]) -> str:
-    more = len(parts) - NAMED
-    return ", ".join(parts[:NAMED]) + (f" and {more} more" if more > 0 else "")
+def same_image(a: SliceHeader, b: SliceHeader) -> bool:
+    """Whether two images at one position are one image twice, as far as headers tell."""
+    return a.sop_instance_uid == b.sop_instance_uid != "" or _acquisition(a) == _acquisition(b)
+
+
+def _acquisition(s: SliceHeader) -> tuple[object, ...]:
+    return (
+        s.temporal_position, s.acquisition_number, s.acquisition_time, s.reconstruction, s.rescale_slope,
+        s.rescale_intercept, s.bits_stored, s.signed,
+    )  # fmt: skip
+
+
+def _placed(
+    places: _Places, series: Series, rules: Rules, measures: Measures, found: list[Irregularity]
+) -> tuple[Placement | None, NDArray[np.float64], int]:
+    """Return where slices lie in a regular grid, the step of its layers in mm (x, y, z), and their number."""
+    row, column, normal = _axes(series)
+    gaps = np.diff(places.along)
+    apart = gaps[gaps > rules.position_tolerance_mm]  # with policy "keep" there may be doubles
+    typical = float(np.median(apart))
+    missing = np.maximum(np.rint(gaps / typical) - 1, 0).astype(int)
+    missing[gaps <= 1.5 * typical] = 0
+    measures.spacing_mm = typical
+    measures.spacing_deviation_mm = float(np.abs(gaps - typical).max())
+    measures.gaps = tuple((places.slices[n].name, float(gaps[n]), int(missing[n])) for n in np.flatnonzero(missing))
+    lean = _lean(places, rules, measures)
+
+    tolerance_mm = max(rules.position_tolerance_mm, rules.spacing_tolerance * typical)
+    count = len(places.slices)
+    if rules.policy == "keep":
+        if missing.any() or (np.abs(gaps - typical) > tolerance_mm).any():
+            found.append(
+                Irregularity("uneven", f"{_spacings(places, gaps, typical, tolerance_mm)}; stacked as if even")
+            )
+        if lean is not None:
+            found.append(
+                Irregularity("tilt", f"the stack leans by {measures.tilt_deg:.2f}°; kept, in a sheared affine")
+            )
+        offset = normal * places.along[-1] + places.beside[-1] @ np.array([column, row])
+        return None, offset / (count - 1), count
+
+    along: NDArray[np.float64] | None = None
+    spacing = float(places.along[-1]) / (count - 1)
+    if missing.any():
+        _check_gaps(places, gaps, missing, typical, rules)
+        found.append(Irregularity("gap", f"{_gaps(places, gaps, missing)}; interpolated from the slices around"))
+    odd = np.abs(gaps - (missing + 1) * typical) > tolerance_mm
+    if odd.any():
+        found.append(
+            Irregularity("uneven", f"{_spacings(places, gaps, typical, tolerance_mm)}; resampled from true positions")
+        )
+    off = np.abs(places.along - spacing * np.arange(count))
+    if missing.any() or odd.any() or off.max() > max(rules.position_tolerance_mm, PLACE_TOLERANCE * typical):
+        if not (missing.any() or odd.any()):
+            worst = int(np.argmax(off))
+            found.append(
+                Irregularity(
+                    "uneven",
+                    f"small differences in spacing add up: {places.slices[worst].name} lies {off[worst]:.2f} mm from "
+                    f"its place in a grid of {spacing:.3f} mm; resampled from true positions",
+                )
+            )
+        closest = int(np.argmin(gaps))
+        if gaps[closest] < CLOSEST * typical:
+            raise GeometryError(
+                f"{places.slices[closest].name} and {places.slices[closest + 1].name} are only {gaps[closest]:.3f} mm "
+                f"apart, where {typical:.3f} mm is usual: nothing can be interpolated between them",
+                "uneven",
+            )
+        count = round(float(places.along[-1]) / typical) + 1
+        spacing = float(places.along[-1]) / (count - 1)
+        along = places.along / spacing
+    shift = None
+    if lean is not None:
+        shift = _shift(places, series, found, measures, lean)
+    if along is None and shift is None:
+        return None, spacing * normal, count
+    if along is None:
+        along = np.arange(count, dtype=np.float64)
+    return Placement(along, shift, (series.rows, series.columns)), spacing * normal, count
+
+
+def _lean(places: _Places, rules: Rules, measures: Measures) -> float | None:
+    """Return how far slices lie from one straight line, in mm, if they lie beside the normal; None if they do not."""
+    along, beside = places.along, places.beside
+    slope = (along @ beside) / (along @ along)
+    measures.tilt_deg = math.degrees(math.atan(float(np.hypot(*slope))))
+    if np.hypot(*beside.T).max() <= rules.lean_tolerance_mm:
+        return None
+    return float(np.hypot(*(beside - np.outer(along, slope)).T).max())
+
+
+def _shift(
+    places: _Places, series: Series, found: list[Irregularity], measures: Measures, scatter_mm: float
+) -> NDArray[np.float64]:
+    """Return where the first voxel of each slice lies in an upright grid: (rows, columns) in voxels, shape (n, 2)."""
+    shift = places.beside / np.array(series.pixel_spacing_mm)
+    extent = np.ptp(shift, axis=0)
+    if (extent > (series.rows, series.columns)).any():
+        raise GeometryError(
+            f"slices lie up to {np.ptp(places.beside, axis=0).max():.1f} mm beside each other, more than they are wide",
+            "tilt",
+        )
+    straight = scatter_mm <= 0.1 * max(1.0, np.ptp(places.beside, axis=0).max())
+    what = f"the stack leans by {measures.tilt_deg:.2f}° (gantry tilt)" if straight else "slices are moved sideways"
+    found.append(
+        Irregularity(
+            "tilt" if straight else "shift",
+            f"{what}: up to {np.hypot(*places.beside.T).max():.2f} mm beside the normal; undone by shifting each slice",
+        )
+    )
+    return np.asarray(shift - shift.min(axis=0))
+
+
+def _check_gaps(
+    places: _Places, gaps: NDArray[np.float64], missing: NDArray[np.int_], typical: float, rules: Rules
+) -> None:
+    total, count = int(missing.sum()), len(places.slices)
+    if missing.max() > rules.max_missing:
+        limit = f"more than {rules.max_missing} in a row (--max-missing)"
+    elif total > rules.max_missing_share * (count + total):
+        limit = f"{total / (count + total):.0%} of all, more than {rules.max_missing_share:.0%} (--max-missing-share)"
+    else:
+        return
+    raise GeometryError(
+        f"slices are {typical:.3f} mm apart (median), but not all: {_gaps(places, gaps, missing)}: {limit}", "gap"
+    )
+
+
+def _gaps(places: _Places, gaps: NDArray[np.float64], missing: NDArray[np.int_]) -> str:
+    where = [
+        f"{missing[n]} missing in {gaps[n]:.3f} mm between {places.slices[n].name} and {places.slices[n + 1].name}"
+        for n in np.flatnonzero(missing)
+    ]
+    return listed(where)
+
+
+def _spacings(places: _Places, gaps: NDArray[np.float64], typical: float, tolerance_mm: float) -> str:
+    odd = np.flatnonzero(np.abs(gaps - typical) > tolerance_mm)
+    return f"slices are {typical:.3f} mm apart (median), but not all: " + listed(
+        [f"{gaps[n]:.3f} mm between {places.slices[n].name} and {places.slices[n + 1].name}" for n in odd]
+    )

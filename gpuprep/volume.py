@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import GeometryError
-from gpuprep.geometry import Geometry, Vector3
+from gpuprep.geometry import Geometry, Placement, Vector3
 from gpuprep.intensity import HuStatistics
 
 
@@ -27,13 +27,18 @@ class StoredVolume:
     """Lowest and highest stored value that means padding, per slice, in the dtype of `stored`, shape (k, 2).
     A slice that declares none has lowest > highest; None where no slice declares any."""
     geometry: Geometry
+    """The regular grid of the stack."""
     statistics: HuStatistics
     """Of all voxels in HU, padding included."""
     warnings: tuple[str, ...] = ()
+    placement: Placement | None = None
+    """Where the slices lie in that grid, if not one in each layer: see `gpuprep.stacking`."""
 
     def __post_init__(self) -> None:
-        if self.stored.shape != self.geometry.shape:
-            raise GeometryError(f"voxels of shape {self.stored.shape} on a grid of {self.geometry.shape}")
+        p = self.placement
+        expected = self.geometry.shape if p is None else (len(p.along), *p.matrix)
+        if self.stored.shape != expected:
+            raise GeometryError(f"voxels of shape {self.stored.shape} where {expected} belong")
 
     def slab(self, start: int, stop: int) -> NDArray[Any]:
         """Return the stored values of slices [start, stop)."""

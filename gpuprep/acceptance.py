@@ -1,0 +1,141 @@
+"""What a series must say of itself before its slices are stacked and its values called HU."""
+
+from __future__ import annotations
+
+from gpuprep.errors import DecodeError, GeometryError, IntensityError, MissingTagError
+from gpuprep.rules import Rules
+from gpuprep.series import Series, SliceHeader
+from gpuprep.syntaxes import PLAIN, UNDEFINED_LENGTH
+
+STEEPEST_SLOPE = 100.0
+LARGEST_INTERCEPT_HU = 65536.0
+"""Beyond these a rescale does not lead to CT numbers."""
+
+MOST_PIXELS = 2**26
+"""Of one slice: 8192 × 8192. More comes from a damaged header, and memory is not taken on its word."""
+
+NAMED = 3
+"""Slices named in a message before it says how many more there are."""
+
+
+def check(series: Series, rules: Rules) -> None:
+    """Raise unless every slice says where it is, what its numbers mean and that its pixels are there.
+
+    Raises
+    ------
+    MissingTagError
+        If an attribute is absent or unreadable without which the place or the HU of a slice are unknown.
+    GeometryError
+        If all images are localizers.
+    IntensityError
+        If the stored values cannot be called HU.
+    DecodeError
+        If a file is too short for the pixels it announces, or the matrix is absurd.
+    """
+    _check_kind(series)
+    _check_tags(series, rules)
+    _check_intensity(series, rules)
+    _check_lengths(series)
+
+
+def _check_kind(series: Series) -> None:
+    if not series.series_uid:
+        raise MissingTagError(f"no Series Instance UID in {names(series.slices)}: nothing tells series apart", "no-uid")
+    strange = [s for s in series.slices if s.modality not in (None, "CT")]
+    if strange:
+        raise IntensityError(f"Modality is {strange[0].modality!r}, not CT, in {names(strange)}", "modality")
+    if all(s.localizer for s in series.slices):
+        raise GeometryError(f"localizers (scouts) only: {names(series.slices)}", "localizer")
+    multi = [s for s in series.slices if s.frames > 1 and s.position_mm is None]
+    if multi:
+        raise MissingTagError(
+            f"multi-frame image of {multi[0].frames} frames ({multi[0].name}) that does not say where each of them is",
+            "multi-frame",
+        )
+
+
+def _check_tags(series: Series, rules: Rules) -> None:
+    said = [] if rules.assume_hu else series.slices
+    for name, slices in (
+        ("Image Orientation (Patient)", series.slices if series.orientation is None else ()),
+        ("Pixel Spacing", series.slices if series.pixel_spacing_mm is None else ()),
+        ("Rows and Columns", series.slices if not (series.rows and series.columns) else ()),
+        ("Image Position (Patient)", [s for s in series.slices if s.position_mm is None]),
+        ("Bits Allocated", [s for s in series.slices if s.bits_allocated is None]),
+        ("Bits Stored", [s for s in series.slices if not s.bits_stored]),
+        ("Pixel Representation", [s for s in series.slices if s.signed is None]),
+        ("Rescale Slope", [s for s in said if s.rescale_slope is None]),
+        ("Rescale Intercept", [s for s in said if s.rescale_intercept is None]),
+        ("Pixel Data", [s for s in series.slices if s.pixel_bytes == 0]),
+    ):
+        if slices:
+            code = "rescale" if name.startswith("Rescale") else "missing-tag"
+            raise MissingTagError(f"{name} absent, unreadable or impossible in {names(slices)}", code)
+    if series.rows * series.columns > MOST_PIXELS:
+        raise DecodeError(
+            f"{series.rows} × {series.columns} pixels a slice, more than {MOST_PIXELS}: the header is damaged", "size"
+        )
+
+
+def _check_intensity(series: Series, rules: Rules) -> None:
+    """Raise unless stored value times slope plus intercept is a CT number in HU.
+
+    References
+    ----------
+    DICOM PS3.3, C.8.2.1 (CT Image module): MONOCHROME2, one sample, Rescale Type HU unless said otherwise.
+    """
+    slices = series.slices
+    other_type = [] if rules.assume_hu else [s for s in slices if s.rescale_type not in (None, "HU")]
+    for code, text, wrong in (
+        ("colour", "several samples per pixel", [s for s in slices if s.samples_per_pixel != 1]),
+        (
+            "photometric",
+            "Photometric Interpretation not MONOCHROME2",
+            [s for s in slices if s.photometric != "MONOCHROME2"],
+        ),
+        ("rescale-type", "Rescale Type not HU", other_type),
+        ("rescale", "Rescale Slope 0", [s for s in slices if s.rescale_slope == 0]),
+        ("rescale", "Rescale Slope absurd", [s for s in slices if abs(s.rescale_slope or 0) > STEEPEST_SLOPE]),
+        (
+            "rescale",
+            "Rescale Intercept absurd",
+            [s for s in slices if abs(s.rescale_intercept or 0) > LARGEST_INTERCEPT_HU],
+        ),
+        ("bits", "Bits Allocated neither 8 nor 16", [s for s in slices if s.bits_allocated not in (8, 16)]),
+        (
+            "bits",
+            "Bits Stored above Bits Allocated",
+            [s for s in slices if (s.bits_stored or 0) > (s.bits_allocated or 0)],
+        ),
+    ):
+        if wrong:
+            hint = "; --assume-hu takes them as HU" if code == "rescale-type" else ""
+            raise IntensityError(f"{text} in {names(wrong)}: the values cannot be called HU{hint}", code)
+
+
+def _check_lengths(series: Series) -> None:
+    """Raise if plain pixels do not fill the matrix, or the file ends before they do."""
+    for s in series.slices:
+        if s.pixel_offset is None:
+            continue
+        if s.pixel_bytes == UNDEFINED_LENGTH:
+            raise DecodeError(f"{s.name} holds encoded pixels, which its transfer syntax denies: it is damaged")
+        need = series.rows * series.columns * (s.bits_allocated or 0) // 8
+        if (s.pixel_bytes or 0) < need:
+            raise DecodeError(
+                f"{s.name} announces {s.pixel_bytes} bytes of pixels where {need} are needed: it is damaged"
+            )
+        if s.member is None and s.transfer_syntax in PLAIN and s.pixel_offset + need > s.file_bytes:
+            have = max(0, s.file_bytes - s.pixel_offset)
+            raise DecodeError(f"{s.name} ends after {have} of {need} bytes of pixels: it is truncated", "truncated")
+
+
+def names(slices: tuple[SliceHeader, ...] | list[SliceHeader]) -> str:
+    """Return the names of a few slices and the number of the others."""
+    return listed([s.name for s in slices])
+
+
+def listed(parts: list[str]) -> str:
+    """Return the first few of some texts and the number of the others."""
+    more = len(parts) - NAMED
+    return ", ".join(parts[:NAMED]) + (f" and {more} more" if more > 0 else "")

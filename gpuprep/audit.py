@@ -1,0 +1,92 @@
+"""What is to be said of a series before a pixel of it is read: measures, irregularities, a verdict with its reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gpuprep.errors import InputError
+from gpuprep.rules import Irregularity, Rules
+from gpuprep.series import Series
+from gpuprep.stacking import Measures, Stack, stack
+
+Verdict = Literal["ok", "fixed", "rejected"]
+
+LISTED = 100
+"""Entries of a list that a record keeps; how many there were is kept too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The audit of one series."""
+
+    series: Series
+    stack: Stack | None
+    error: InputError | None
+    """Why it is rejected."""
+    measures: Measures
+    policy: str
+
+    @property
+    def verdict(self) -> Verdict:
+        """ok: regular, or kept as it is by policy "keep". fixed: put right. rejected."""
+        if self.stack is None:
+            return "rejected"
+        return "fixed" if self.irregularities and self.policy == "fix" else "ok"
+
+    @property
+    def irregularities(self) -> tuple[Irregularity, ...]:
+        """What was put right, or kept."""
+        return self.stack.irregularities if self.stack is not None else self.series.irregularities
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The reasons for the verdict, for programs."""
+        if self.error is not None:
+            return (self.error.code,)
+        return tuple(dict.fromkeys(i.code for i in self.irregularities))
+
+    @property
+    def reason(self) -> str:
+        """The reason for a rejection, for people; "" where there is none."""
+        return "" if self.error is None else f"{type(self.error).__name__}: {self.error}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON holds them; what could not be measured is None."""
+        slices, m = self.series.slices, self.measures
+        return {
+            "slices": len(slices),
+            "spacing_mm": m.spacing_mm,
+            "spacing_deviation_mm": m.spacing_deviation_mm,
+            "gaps": [{"after": name, "mm": mm, "missing": missing} for name, mm, missing in m.gaps[:LISTED]],
+            "missing": sum(missing for *_, missing in m.gaps),
+            "duplicates": {"identical": m.identical, "different": m.different},
+            "tilt_deg": m.tilt_deg,
+            "obliqueness_deg": m.obliqueness_deg,
+            "orientation": m.orientation or None,
+            "padding": sorted({s.padding for s in slices if s.padding is not None}),
+            "rescales": len({(s.rescale_slope, s.rescale_intercept) for s in slices}),
+            "bits_stored": sorted({s.bits_stored for s in slices if s.bits_stored is not None}),
+            "transfer_syntaxes": sorted({s.transfer_syntax for s in slices}),
+            "left_out": [{"image": name, "why": why} for name, why in self.series.left_out[:LISTED]],
+            "left_out_images": len(self.series.left_out),
+        }
+
+
+def audit(series: Series, rules: Rules | None = None) -> Audit:
+    """Return the audit of a series; whatever is wrong with it is in there, and nothing is raised.
+
+    Parameters
+    ----------
+    series : Series
+        From `gpuprep.discover`, with the same rules.
+    rules : Rules, optional
+        Policy and tolerances; the default where absent.
+    """
+    rules = rules or Rules()
+    measures = Measures()
+    try:
+        stacked = stack(series, rules, measures)
+    except InputError as exc:
+        return Audit(series, None, exc, measures, rules.policy)
+    return Audit(series, stacked, None, measures, rules.policy)

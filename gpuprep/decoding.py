@@ -1,0 +1,308 @@
+"""One frame of an encoded file to stored values.
+
+Decoders are asked for the integers of the code stream alone, and each is given the same bytes. What these integers
+mean, which is for *Pixel Representation* and *Bits Stored* to say, is decided here, once for all of them.
+
+GDCM is not among the decoders: what the others report as an error, it answers by ending the process. `ljpeg_decode` of
+imagecodecs is not either, for the same reason, and `htj2k_decode` invents what damage took away: OpenJPEG reads the
+same streams and refuses where a byte is missing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import JPEG2000, UID, JPEGLSNearLossless, RLELossless
+
+from gpuprep.codestream import FrameInfo, Kind, frame_info
+from gpuprep.errors import DecodeError
+from gpuprep.series import SliceHeader
+
+CONSTANT_BYTES_PER_PIXEL = 0.25
+"""No constant image needs more: lossless JPEG takes 1 bit per pixel at least, the others next to nothing."""
+PYDICOM_SAYS = "Unable to decode as exceptions were raised by all available plugins:"
+"""Before what the one plugin that it was allowed to ask said."""
+PIXELS_PER_TILE = 256
+"""At least so many: OpenJPEG takes some 10 KB for each tile, and a few bytes can announce 65535 of them."""
+MARKERS_BYTES = 1024
+"""Tables and comments, which small images need as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A library that turns a code stream into integers."""
+
+    name: str
+    decode: Callable[[bytes, FrameInfo], NDArray[Any]]
+    available: Callable[[], bool]
+    """Whether it is installed."""
+
+
+def _by_imagecodecs(codec: str) -> Decoder:
+    # imagecodecs is imported late: it takes its time, and few series need it.
+    def decode(stream: bytes, _: FrameInfo) -> NDArray[Any]:
+        import imagecodecs
+
+        return np.asarray(getattr(imagecodecs, f"{codec}_decode")(stream))
+
+    def available() -> bool:
+        try:
+            import imagecodecs
+        except ImportError:
+            return False
+        return bool(getattr(imagecodecs, codec.upper()).available)
+
+    return Decoder(f"imagecodecs {codec}", decode, available)
+
+
+def _by_pydicom(plugin: str, syntax: UID) -> Decoder:
+    def decode(stream: bytes, info: FrameInfo) -> NDArray[Any]:
+        # The code stream's own precision and sign in place of the header's, so that pydicom corrects nothing.
+        options: dict[str, Any] = {
+            "pixel_keyword": "PixelData",
+            "number_of_frames": 1,
+            "rows": info.rows,
+            "columns": info.columns,
+            "samples_per_pixel": info.samples,
+            "photometric_interpretation": "MONOCHROME2",
+            "bits_allocated": 8 if info.precision <= 8 else 16,
+            "bits_stored": info.precision,
+            "pixel_representation": int(info.signed),
+            "correct_unused_bits": False,
+        }
+        source = encapsulate([stream], has_bot=False)
+        return get_decoder(syntax).as_array(source, index=0, raw=True, decoding_plugin=plugin, **options)[0]
+
+    return Decoder(plugin, decode, lambda: plugin in get_decoder(syntax).available_plugins)
+
+
+DECODERS: dict[Kind, tuple[Decoder, ...]] = {
+    "JPEG": (_by_imagecodecs("jpeg8"), _by_imagecodecs("jpegsof3")),
+    "JPEG-LS": (_by_pydicom("pyjpegls", JPEGLSNearLossless), _by_imagecodecs("jpegls")),
+    "JPEG 2000": (_by_pydicom("pylibjpeg", JPEG2000), _by_imagecodecs("jpeg2k")),
+}
+"""What is tried for a code stream, in this order. The transfer syntax does not choose: code streams name themselves.
+
+libjpeg-turbo (`jpeg8`) knows every process of JPEG that DICOM ever had, in 8 and 12 bits and lossless in 2 to 16;
+`jpegsof3` is for builds of it that lack the odd ones of these. CharLS and OpenJPEG are behind both names of the others.
+"""
+SYNTAXES: dict[range, Kind] = {
+    range(50, 71): "JPEG",
+    range(80, 82): "JPEG-LS",
+    range(90, 92): "JPEG 2000",
+    range(201, 204): "JPEG 2000",
+}
+"""What to expect under 1.2.840.10008.1.2.4.*, the transfer syntaxes of still images; the retired of JPEG included."""
+RLE = _by_pydicom("pydicom", RLELossless)
+
+
+def decode_frame(ds: pydicom.Dataset, header: SliceHeader, frame: int, rows: int, columns: int) -> NDArray[Any]:
+    """Return the stored values of one frame, without what lies in unused bits.
+
+    Parameters
+    ----------
+    ds : pydicom.Dataset
+        The file, opened with its pixels.
+    header : SliceHeader
+        What the scan found in it: transfer syntax, bits and sign are taken from here.
+    frame : int
+        Index of the frame, from 0.
+    rows, columns : int
+        The size that the frame must have.
+
+    Returns
+    -------
+    ndarray
+        Integers of shape (rows, columns) with the sign and the *Bits Allocated* of the header.
+
+    Raises
+    ------
+    DecodeError
+        Where no decoder makes an image of it that can be true, with what each of them said.
+    """
+    syntax = UID(header.transfer_syntax)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dtype = _dtype(header)
+            if not syntax.is_encapsulated:
+                return _native(ds, header, syntax, frame, (rows, columns), dtype)
+            stream = _stream(ds, frame)
+            if syntax == RLELossless:
+                return _run_lengths(stream, header, (rows, columns), dtype)
+            return _code_stream(stream, header, (rows, columns), dtype)
+    except Exception as exc:  # broken files provoke whatever they like
+        raise DecodeError(f"{header.name} ({syntax.name}) cannot be decoded: {_one_line(exc)}") from exc
+
+
+def available_decoders(transfer_syntax: str) -> tuple[str, ...]:
+    """Return the names of the installed decoders of an encapsulated transfer syntax, in the order they are tried.
+
+    Parameters
+    ----------
+    transfer_syntax : str
+        Its UID.
+
+    Returns
+    -------
+    tuple of str
+        Empty where there is none.
+    """
+    if transfer_syntax == RLELossless:
+        return (RLE.name,)
+    family, _, number = transfer_syntax.rpartition(".")
+    if family != "1.2.840.10008.1.2.4" or not number.isdecimal():
+        return ()
+    kind = next((kind for numbers, kind in SYNTAXES.items() if int(number) in numbers), None)
+    return tuple(d.name for d in DECODERS[kind] if d.available()) if kind else ()
+
+
+def drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int | None) -> None:
+    """Keep *Bits Stored* bits below *High Bit*, in place: others may hold an old overlay, and no sign.
+
+    Parameters
+    ----------
+    header : SliceHeader
+        Says how many bits are stored.
+    values : ndarray
+        Whole words; changed.
+    high_bit : int or None
+        Where the topmost stored bit lies; None for *Bits Stored* − 1.
+
+    References
+    ----------
+    DICOM PS3.5, 8.1.1 (Pixel Data Encoding of Related Data Elements).
+    """
+    allocated = values.dtype.itemsize * 8
+    kept = header.bits_stored or allocated
+    top = kept - 1 if high_bit is None or not kept - 1 <= high_bit < allocated else high_bit
+    if kept < allocated:
+        values <<= allocated - 1 - top
+        values >>= allocated - kept  # arithmetic where signed: the sign is carried along
+
+
+def _dtype(header: SliceHeader) -> np.dtype[Any]:
+    allocated = header.bits_allocated or 16
+    if allocated not in (8, 16):
+        raise DecodeError(f"{allocated} bits are allocated to a pixel, not 8 or 16")
+    return np.dtype(f"{'i' if header.signed else 'u'}{allocated // 8}")
+
+
+def _stream(ds: pydicom.Dataset, frame: int) -> bytes:
+    """Return the bytes of one frame, fragments joined."""
+    frames = int(ds.get("NumberOfFrames") or 1)
+    if not 0 <= frame < frames:
+        raise DecodeError(f"it has no frame {frame + 1} of {frames}")
+    offsets, lengths = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
+    table = (offsets, lengths) if offsets and lengths else None
+    return get_frame(ds.PixelData, frame, number_of_frames=frames, extended_offsets=table)
+
+
+def _native(
+    ds: pydicom.Dataset, header: SliceHeader, syntax: UID, frame: int, shape: tuple[int, int], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    said = (ds.Rows, ds.Columns, ds.BitsAllocated)
+    if said != (*shape, dtype.itemsize * 8):  # before room is made for what it says
+        raise DecodeError(f"it changed since the scan: now {said[0]} × {said[1]} in {said[2]} bits")
+    options: dict[str, Any] = {"correct_unused_bits": False}
+    values, _ = get_decoder(syntax).as_array(ds, index=frame, raw=True, **options)
+    _check_shape(values, shape)
+    values = values.astype(dtype)
+    drop_unused_bits(header, values, header.high_bit)
+    return values
+
+
+def _run_lengths(stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    # The kind stands for nothing here; `end` neither, as run lengths have no end marker.
+    info = FrameInfo("JPEG", *shape, 1, dtype.itemsize * 8, dtype.kind == "i", 1, 0, None)
+    values = RLE.decode(stream, info).astype(dtype)
+    _check_shape(values, shape)
+    drop_unused_bits(header, values, header.high_bit)  # whole words, as in native files
+    _check_constant(values, len(stream))
+    return values
+
+
+def _code_stream(stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the values of a JPEG, JPEG-LS or JPEG 2000 image by the first decoder that gives plausible ones."""
+    info = frame_info(stream)
+    if info is None:
+        raise DecodeError("its frame begins like no JPEG, JPEG-LS or JPEG 2000 image")
+    if (info.rows, info.columns, info.samples) != (*shape, 1):
+        raise DecodeError(
+            f"its frame is {info.rows} × {info.columns} × {info.samples}, its header says {shape[0]} × {shape[1]}"
+        )
+    if info.precision > 16:
+        raise DecodeError(f"its frame has {info.precision} bits per pixel")
+    if info.tiles > max(shape[0] * shape[1] // PIXELS_PER_TILE, 1):
+        raise DecodeError(f"its frame has {info.tiles} tiles")
+    if info.end is None:
+        # libjpeg fills what is missing with grey and says so to nobody. The decoders of the others are strict: without
+        # the marker they fail as well, so nothing is lost by refusing here.
+        raise DecodeError("its frame lacks the end marker: it is cut off")
+    # Without a JP2 file around it, in whose boxes pydicom may look for the code stream for ever.
+    stream = stream[info.start : info.end]
+    reasons = []
+    for decoder in DECODERS[info.kind]:
+        try:
+            values = decoder.decode(stream, info)
+            _check_shape(values, shape)
+            values = _stored(values, info, header, dtype)
+            _check_constant(values, len(stream))
+        except Exception as exc:  # decoders raise whatever a broken stream provokes
+            reasons.append(f"{decoder.name}: {_one_line(exc)}")
+        else:
+            return values
+    raise DecodeError("; ".join(reasons))
+
+
+def _stored(values: NDArray[Any], info: FrameInfo, header: SliceHeader, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the integers that the header makes of those of the code stream.
+
+    The lowest `info.precision` bits of whatever a decoder returns are the sample: lossless JPEG reckons modulo 65536,
+    and decoders leave what that adds above. Where they and the header differ in sign, the header is right (pydicom
+    does the same since its issues 1149 and 2009).
+    """
+    stored = min(header.bits_stored or dtype.itemsize * 8, dtype.itemsize * 8)
+    result = values.astype(np.uint16)
+    result &= np.uint16(2**info.precision - 1)
+    top = int(result.max())
+    if info.precision < stored and info.signed != (dtype.kind == "i") and top >= 2 ** (info.precision - 1):
+        raise DecodeError(
+            f"its {stored} bits are {info.precision} of another sign in its frame: {top} may be negative or not"
+        )
+    low, high = 0, 2**stored - 1
+    if dtype.kind == "i":
+        low, high = -(2 ** (stored - 1)), 2 ** (stored - 1) - 1
+        # Words of 16 bits may hold 12 with nothing above them; then the sign is the 12th.
+        bits = stored if info.precision > stored and top < 2**stored else info.precision
+        result <<= 16 - bits
+        result = result.view(np.int16)
+        result >>= 16 - bits
+    least, most = int(result.min()), int(result.max())
+    if least < low or most > high:
+        raise DecodeError(f"its values, {least} to {most}, are not {stored} bits")
+    return result.astype(dtype, copy=False)
+
+
+def _check_shape(values: NDArray[Any], shape: tuple[int, int]) -> None:
+    if values.shape != shape or values.dtype.kind not in "iu":
+        raise DecodeError(f"{values.dtype} of shape {values.shape} came out, not integers of {shape}")
+
+
+def _check_constant(values: NDArray[Any], encoded_bytes: int) -> None:
+    """Raise where nothing but one value came out of more bytes than that takes."""
+    if encoded_bytes > values.size * CONSTANT_BYTES_PER_PIXEL + MARKERS_BYTES and values.min() == values.max():
+        raise DecodeError(f"{encoded_bytes} bytes became nothing but {values.flat[0]}")
+
+
+def _one_line(exc: Exception) -> str:
+    text = " ".join(str(exc).split()).removeprefix(PYDICOM_SAYS).lstrip()
+    return text or type(exc).__name__

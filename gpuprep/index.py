@@ -1,0 +1,152 @@
+"""What headers said, kept from scan to scan: a file that has not changed is not opened again.
+
+SQLite, keyed by path, size and time of change. It is a cache: any of it may be lost, and one that cannot be used is
+said once and done without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+from dataclasses import fields
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpuprep import __version__
+from gpuprep.headers import TAGS, Contents
+from gpuprep.series import Series, SliceHeader
+
+log = logging.getLogger(__name__)
+
+
+class File(NamedTuple):
+    """A file as the folder listing has it; nothing of it is read."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    identity: tuple[int, int]
+    """Device and inode: equal for a file and a link to it."""
+
+
+def default_index() -> Path:
+    """Return where the command line keeps its index: in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "gpuprep" / "headers.sqlite"
+
+
+class HeaderIndex:
+    """A file of what headers said.
+
+    Parameters
+    ----------
+    path : path
+        Made if need be, with its folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._db: sqlite3.Connection | None = None
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            db = sqlite3.connect(path, timeout=30)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            stale = [n for (n,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'") if n != _TABLE]
+            for name in stale:  # written by another version, which may have read other things
+                db.execute(f'DROP TABLE "{name}"')
+            db.execute(
+                f"CREATE TABLE IF NOT EXISTS {_TABLE} (folder BLOB, name BLOB, bytes INTEGER, mtime_ns INTEGER, "
+                "contents TEXT, PRIMARY KEY (folder, name)) WITHOUT ROWID"
+            )
+            db.commit()
+            self._db = db
+        except (OSError, sqlite3.Error) as exc:
+            self._give_up(path, exc)
+
+    def known(self, folder: str, files: list[File], *, whole: bool) -> dict[str, Contents]:
+        """Return what is known of files of one folder, by path; if these are all it has, forget those that are gone."""
+        if self._db is None:
+            return {}
+        known: dict[str, Contents] = {}
+        try:
+            rows = self._db.execute(f"{_SELECT} WHERE folder = ?", (os.fsencode(folder),)).fetchall()
+            if rows:
+                stored = {row[0]: row for row in rows}
+                for file in files:
+                    row = stored.pop(os.fsencode(os.path.basename(file.path)), None)
+                    if row is not None and (row[1], row[2]) == (file.bytes, file.mtime_ns):
+                        known[file.path] = _contents(json.loads(row[3]), file)
+                gone = [] if not whole else [(os.fsencode(folder), name) for name in stored]
+                self._db.executemany(f"DELETE FROM {_TABLE} WHERE folder = ? AND name = ?", gone)  # noqa: S608
+        except (sqlite3.Error, ValueError, TypeError) as exc:
+            self._give_up(folder, exc)
+        return known
+
+    def add(self, files: list[File], contents: list[Contents]) -> None:
+        """Keep what some files were found to hold."""
+        if self._db is None:
+            return
+        rows = [
+            (os.fsencode(folder), os.fsencode(name), f.bytes, f.mtime_ns, json.dumps(_plain(c)))
+            for f, c in zip(files, contents, strict=True)
+            if c.lasting
+            for folder, name in [os.path.split(f.path)]
+        ]
+        try:
+            self._db.executemany(f"INSERT OR REPLACE INTO {_TABLE} VALUES (?, ?, ?, ?, ?)", rows)  # noqa: S608
+            self._db.commit()
+        except sqlite3.Error as exc:
+            self._give_up("", exc)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._db is not None:
+            try:
+                self._db.commit()
+                self._db.close()
+            except sqlite3.Error as exc:
+                self._give_up("", exc)
+
+    def _give_up(self, what: object, exc: Exception) -> None:
+        log.warning("the index of headers cannot be used (%s %s); every header is read", what, exc)
+        self._db = None
+
+
+_SERIES = ("series_uid", "study_uid", "frame_of_reference_uid", "series_number", "rows", "columns",
+           "pixel_spacing_mm", "orientation", "folder")  # fmt: skip
+_SLICE = tuple(f.name for f in fields(SliceHeader) if f.name not in ("path", "mtime_ns"))
+_series_values, _slice_values = attrgetter(*_SERIES), attrgetter(*_SLICE)
+_POSITION = _SLICE.index("position_mm")
+_VERSION = hashlib.sha256(repr((__version__, _SERIES, _SLICE, sorted(TAGS))).encode()).hexdigest()[:12]
+_TABLE = f"files_{_VERSION}"
+_SELECT = f"SELECT name, bytes, mtime_ns, contents FROM {_TABLE}"  # noqa: S608 - a constant
+
+
+def _plain(contents: Contents) -> list[Any]:
+    """Return contents as JSON can hold them."""
+    images = [[*_series_values(image), *_slice_values(image.slices[0])] for image in contents.images]
+    return [images, contents.passed_over, contents.unreadable]
+
+
+def _contents(plain: list[Any], file: File) -> Contents:
+    images, passed_over, unreadable = plain
+    return Contents([_image(v, file) for v in images], passed_over, [(path, reason) for path, reason in unreadable])
+
+
+def _image(values: list[Any], file: File) -> Series:
+    uid, study, frame_of_reference, number, rows, columns, spacing, orientation, folder, *rest = values
+    rest[_POSITION] = _tuple(rest[_POSITION])
+    member, frame, frames, size, *others = rest
+    header = SliceHeader(file.path, member, frame, frames, size, file.mtime_ns, *others)
+    return Series(
+        uid, study, frame_of_reference, number, rows, columns, _tuple(spacing), _tuple(orientation), 0, folder,
+        (header,),
+    )  # fmt: skip
+
+
+def _tuple(values: list[float] | None) -> Any:
+    return None if values is None else tuple(values)

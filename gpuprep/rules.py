@@ -1,0 +1,39 @@
+"""How irregular a series may be, and what is done about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Policy = Literal["fix", "strict", "keep"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Policy and tolerances, as a `Recipe` holds them."""
+
+    policy: Policy = "fix"
+    """"fix": what can be put right truthfully is, and is recorded. "strict": whatever is irregular is rejected.
+    "keep": slices are stacked as they are, as if evenly spaced, and the irregularity is recorded."""
+    spacing_tolerance: float = 0.01
+    """Distances between neighbours may differ from their median by this share of it …"""
+    position_tolerance_mm: float = 0.02
+    """… or by this much, whichever is more: positions are often rounded to hundredths."""
+    lean_tolerance_mm: float = 0.1
+    """Slices may lie this far beside the line along their normal; more is a tilted gantry or a moved table."""
+    max_missing: int = 3
+    """Slices missing in a row that are still filled by interpolation."""
+    max_missing_share: float = 0.1
+    """Share of all slices, the missing ones included, that may be missing."""
+    assume_hu: bool = False
+    """Take rescaled values as HU although *Rescale Type* says otherwise, and stored values where nothing is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Irregularity:
+    """Something about a series that is not as it should be."""
+
+    code: str
+    """For programs: "gap", "tilt", … (README lists them)."""
+    text: str
+    """For people: what, where, how much, and what was done about it."""
