@@ -11,8 +11,8 @@ STEEPEST_SLOPE = 100.0
 LARGEST_INTERCEPT_HU = 65536.0
 """Beyond these a rescale does not lead to CT numbers."""
 
-MOST_PIXELS = 2**26
-"""Of one slice: 8192 × 8192. More comes from a damaged header, and memory is not taken on its word."""
+LARGEST_SIDE = 8192
+"""Rows or columns of a slice. More come from a damaged header, and memory is not taken on its word."""
 
 NAMED = 3
 """Slices named in a message before it says how many more there are."""
@@ -71,9 +71,10 @@ def _check_tags(series: Series, rules: Rules) -> None:
         if slices:
             code = "rescale" if name.startswith("Rescale") else "missing-tag"
             raise MissingTagError(f"{name} absent, unreadable or impossible in {names(slices)}", code)
-    if series.rows * series.columns > MOST_PIXELS:
+    if max(series.rows, series.columns) > LARGEST_SIDE:
         raise DecodeError(
-            f"{series.rows} × {series.columns} pixels a slice, more than {MOST_PIXELS}: the header is damaged", "size"
+            f"{series.rows} × {series.columns} pixels a slice, more than {LARGEST_SIDE} a side: the header is damaged",
+            "size",
         )
 
 

@@ -84,9 +84,3 @@ def frame_info(frame: bytes) -> FrameInfo | None:
 def _end(frame: bytes, start: int) -> int | None:
     at = frame.rfind(END, start)
     return None if at < 0 else at + len(END)
-
-
-def frame_size(frame: bytes) -> tuple[int, int, int] | None:
-    """Return rows, columns and samples per pixel; None as in `frame_info`."""
-    info = frame_info(frame)
-    return None if info is None else (info.rows, info.columns, info.samples)

@@ -170,7 +170,7 @@ def _is_gzip(path: str) -> bool:
         return kind(file.read(4)) == "gzip"
 
 
-class _ArchiveFile(io.BufferedReader):
+class _ArchiveFile(io.FileIO):
     """What zipfile reads from. It asks for the directory in one piece, which is where its size can be limited."""
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -196,7 +196,7 @@ def _archive(path: str) -> zipfile.ZipFile:
 @lru_cache(CACHED_ARCHIVES)
 def _parsed(path: str, *_: int) -> zipfile.ZipFile:
     """Open an archive, once for all of its members. It is closed when neither the cache nor a stream refers to it."""
-    file = _ArchiveFile(io.FileIO(path))
+    file = _ArchiveFile(path)
     try:
         with _one_line():
             return zipfile.ZipFile(file)

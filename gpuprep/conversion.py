@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,6 +213,7 @@ def _sidecar(task: Task, source: SeriesReader, plan: Plan, result: SeriesResult)
     }
 
 
+@cache
 def versions(gpu: bool = False) -> dict[str, str]:
     """Return the versions of gpuprep, Python and what the result depends on."""
     found = {"gpuprep": __version__, "python": platform.python_version()}

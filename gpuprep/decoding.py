@@ -257,7 +257,7 @@ def _code_stream(stream: bytes, header: SliceHeader, shape: tuple[int, int], dty
             values = _stored(values, info, header, dtype)
             _check_constant(values, len(stream))
         except Exception as exc:  # decoders raise whatever a broken stream provokes
-            reasons.append(f"{decoder.name}: {_one_line(exc)}")
+            reasons.append(f"{decoder.name}: {_one_line(exc).removeprefix(decoder.name + ': ')}")
         else:
             return values
     raise DecodeError("; ".join(reasons))

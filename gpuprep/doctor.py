@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
 from gpuprep.backend import open_gpu
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
+from gpuprep.decoding import available_decoders
 from gpuprep.errors import BackendError
 from gpuprep.executors import usable_cores
 
@@ -16,6 +16,8 @@ COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.5",  # RLE Lossless
     "1.2.840.10008.1.2.4.50",  # JPEG Baseline
     "1.2.840.10008.1.2.4.51",  # JPEG Extended
+    "1.2.840.10008.1.2.4.53",  # JPEG Spectral Selection, retired
+    "1.2.840.10008.1.2.4.55",  # JPEG Full Progression, retired
     "1.2.840.10008.1.2.4.57",  # JPEG Lossless
     "1.2.840.10008.1.2.4.70",  # JPEG Lossless, first-order prediction
     "1.2.840.10008.1.2.4.80",  # JPEG-LS Lossless
@@ -49,12 +51,9 @@ def examine() -> list[Finding]:
     except BackendError as exc:
         findings.append(Finding("backend", "gpu", False, str(exc)))
     for syntax in COMPRESSED_SYNTAXES:
-        decoder = get_decoder(UID(syntax))
-        if decoder.is_available:
-            detail = ", ".join(decoder.available_plugins)
-        else:
-            detail = "no decoder: reinstall gpuprep, whose dependencies bring one"
-        findings.append(Finding("decoder", UID(syntax).name, decoder.is_available, detail))
+        decoders = available_decoders(syntax)
+        detail = ", ".join(decoders) or "no decoder: reinstall gpuprep, whose dependencies bring one"
+        findings.append(Finding("decoder", UID(syntax).name, bool(decoders), detail))
     for package, version in versions(gpu=True).items():
         findings.append(Finding("version", package, True, version))
     if not any(f.name in RECORDED_GPU_PACKAGES for f in findings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import re
@@ -103,7 +104,7 @@ def _contents(file: str) -> Contents:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return Contents(passed_over={"not a regular file": 1}, lasting=False)
-        with open(file, "rb") as f:
+        with open_bounded(file) as f:
             packed = kind(f.read(4))
             f.seek(0)
             if packed is None:
@@ -135,6 +136,23 @@ def _archive(file: str, status: os.stat_result) -> Contents:
         total.lasting &= found.lasting
     total.passed_over = dict(passed_over)
     return total
+
+
+class _Bounded(io.BufferedReader):
+    """A file that takes no memory for what is not there, whatever a damaged length asks for."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > LARGE_BYTES:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
+LARGE_BYTES = 2**20
+
+
+def open_bounded(file: str) -> BinaryIO:
+    """Open a file for pydicom, which reads as many bytes at once as a header announces."""
+    return _Bounded(io.FileIO(file))
 
 
 class _NotCtError(Exception):
@@ -272,7 +290,9 @@ class _Frame:
 def _frames(ds: pydicom.Dataset) -> list[tuple[_Frame, int]]:
     """Return the frames of an image, each with their number; one alone where nothing says where the others are."""
     image = _Frame(ds)
-    count = _integer(image, "NumberOfFrames") or 1
+    count = _integer(image, "NumberOfFrames") if _text(image, "NumberOfFrames") else 1
+    if count is None or count < 1:
+        raise ValueError(f"Number of Frames is {_text(image, 'NumberOfFrames')[:20]!r}")
     shared_tag, own_tag = TAGS["SharedFunctionalGroupsSequence"], TAGS["PerFrameFunctionalGroupsSequence"]
     if own_tag not in ds:
         return [(image, count)]
@@ -421,10 +441,9 @@ def _binary(ds: _Frame, keyword: str) -> int | None:
         return value & 0xFFFF
     if not isinstance(value, bytes) or len(value) < 2:
         return None
-    return int.from_bytes(value[:2] if element.is_little_endian else value[-2:], _ORDER[element.is_little_endian])
-
-
-_ORDER: dict[bool, Any] = {True: "little", False: "big"}
+    if getattr(element, "is_little_endian", True):
+        return int.from_bytes(value[:2], "little")
+    return int.from_bytes(value[-2:], "big")
 
 
 def _pixel_value(value: int | None, bits: int | None, signed: bool | None) -> int | None:

@@ -16,6 +16,7 @@ from gpuprep.containers import open_member
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, GeometryError
+from gpuprep.headers import TAGS, open_bounded
 from gpuprep.intensity import LOWEST_HU, HuStatistics
 from gpuprep.recipe import Recipe
 from gpuprep.rules import Irregularity
@@ -127,13 +128,13 @@ class SeriesReader:
             self.padding_voxels += padded.count(values, slope, intercept, declared)
 
     def _beside_an_image(self, k: int, value: int) -> bool:
-        """Whether a neighbour of a blank slice has little of its value: in a phantom's background it has much."""
+        """Whether a neighbour of a blank slice is an image with little of its value: in a phantom it has much of it."""
         neighbour = np.empty(self._matrix, dtype=self._dtype)
         for n in (k - 1, k + 1):
             if 0 <= n < len(self._slices):
                 self._content.read(self._slices[n], neighbour)
-                alike = neighbour == value
-                if not alike.all() and alike[padded.circle(*self._matrix)].mean() < 0.5:
+                alike = neighbour[padded.circle(*self._matrix)] == value
+                if neighbour.min() != neighbour.max() and alike.mean() < 0.5:
                     return True
         return False
 
@@ -234,7 +235,7 @@ class _Content:
             try:
                 with warnings.catch_warnings(), _open(header) as f:
                     warnings.simplefilter("ignore")
-                    self._data = pydicom.dcmread(f, force=True)
+                    self._data = pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
             except OSError:
                 raise
             except Exception as exc:  # pydicom raises whatever a broken file provokes
@@ -243,12 +244,15 @@ class _Content:
         return self._data
 
 
+_PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0001, 0x7FE0_0002, 0x7FE0_0010]
+"""Everything that decoding may need: the header's facts, offset tables, pixels."""
+
 MOST_INFLATED_BYTES = 4 << 30
 """A deflated file that holds more is refused."""
 
 
 def _open(header: SliceHeader) -> BinaryIO:
-    return open(header.path, "rb") if header.member is None else open_member(header.path, header.member)
+    return open_bounded(header.path) if header.member is None else open_member(header.path, header.member)
 
 
 def _fill(f: BinaryIO | io.FileIO, offset: int, view: memoryview) -> int:

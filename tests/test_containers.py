@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import gzip
 import io
 import os
@@ -11,6 +13,7 @@ import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +27,7 @@ from gpuprep import containers
 from gpuprep.containers import GZIP_MEMBER, ContainerError, Member, kind, members, open_member, safe_parts
 from gpuprep.phantom import write_series
 
-METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
 NOISE = np.random.default_rng(0).bytes(300_000)
 MIXED = NOISE + bytes(300_000) + NOISE[:1000]
 MB = 1 << 20
@@ -52,13 +55,9 @@ def patched(path: str, *changes: tuple[int, bytes]) -> str:
     return path
 
 
-def central(path: str, n: int = 0) -> int:
-    """Position of the nth record in the directory."""
-    data = Path(path).read_bytes()
-    at = data.index(b"PK\x01\x02")
-    for _ in range(n):
-        at = data.index(b"PK\x01\x02", at + 4)
-    return at
+def central(path: str) -> int:
+    """Position of the directory."""
+    return Path(path).read_bytes().index(b"PK\x01\x02")
 
 
 def content(path: str, name: str) -> bytes:
@@ -81,18 +80,22 @@ def watched(act: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by the length of whatever is read from files that containers opens."""
-    lengths: list[int] = []
+@pytest.fixture
+def chunks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A list that grows by one for each chunk that is unpacked."""
+    seen: list[bool] = []
+    real = containers._Stream._advance
 
-    class Counting(io.FileIO):
-        def readinto(self, buffer: Any) -> int:
-            n = super().readinto(buffer)
-            lengths.append(n or 0)
-            return n or 0
+    def counting(stream: Any) -> bool:
+        seen.append(real(stream))
+        return seen[-1]
 
-    monkeypatch.setattr(containers, "open", lambda path, _: io.BufferedReader(Counting(path)), raising=False)
-    return lengths
+    monkeypatch.setattr(containers._Stream, "_advance", counting)
+    return seen
+
+
+def parses() -> int:
+    return containers._parsed.cache_info().misses
 
 
 # What is sound
@@ -111,8 +114,8 @@ def test_members_of_every_method_read_back(tmp_path: Path, method: int) -> None:
     files = {"b/mixed.dcm": MIXED, "a": b"", "b/ü Ω.txt": b"short", "noise": NOISE}
     path = archive(tmp_path / "a.zip", files, method)
     assert list(members(path)) == [Member(name, len(data)) for name, data in files.items()]
-    for name, data in files.items():
-        assert content(path, name) == data
+    assert {name: content(path, name) for name in files} == files
+    assert list(members(archive(tmp_path / "b.zip", {}, method))) == []
 
 
 def test_folders_and_links_are_no_members(tmp_path: Path) -> None:
@@ -132,8 +135,18 @@ def test_folders_and_links_are_no_members(tmp_path: Path) -> None:
         open_member(str(path), "link")
 
 
-def test_an_empty_archive_has_no_members(tmp_path: Path) -> None:
-    assert list(members(archive(tmp_path / "a.zip", {}))) == []
+def test_of_two_members_of_a_name_the_later_one_counts(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.zip", {"twice": b"1"})
+    with zipfile.ZipFile(path, "a") as z, pytest.warns(UserWarning, match="Duplicate"):
+        z.writestr("twice", b"2")
+    assert [m.error for m in members(path)] == ["a later member has the same name", ""]
+    assert content(path, "twice") == b"2"
+
+
+def test_an_archive_behind_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"#!/bin/sh\nexit\n" + Path(archive(path, {"x": MIXED})).read_bytes())
+    assert content(str(path), "x") == MIXED
 
 
 def test_zip64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,18 +159,6 @@ def test_zip64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.count(b"\xff\xff\xff\xff") >= 3  # so that the wide numbers are what is read
     assert [(m.name, m.bytes, m.error) for m in members(path)] == [(k, len(v), "") for k, v in files.items()]
     assert {name: content(path, name) for name in files} == files
-
-
-def test_zip64_of_unknown_size_and_behind_something_else(tmp_path: Path) -> None:
-    path = tmp_path / "a.zip"
-    with path.open("wb") as f:
-        f.write(b"#!/bin/sh\nexit\n")
-        with zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z, z.open("x", "w", force_zip64=True) as member:
-            member.write(MIXED)
-    start = Path(tmp_path / "b.zip")
-    start.write_bytes(b"prefix" + path.read_bytes() + b"")  # offsets are now off by the prefix
-    for p in (path, start):
-        assert content(str(p), "x") == MIXED
 
 
 def test_an_archive_with_a_comment_and_data_descriptors(tmp_path: Path) -> None:
@@ -182,38 +183,12 @@ def test_an_archive_with_a_comment_and_data_descriptors(tmp_path: Path) -> None:
     assert content(str(path), "y") == NOISE
 
 
-def test_lzma_without_end_marker(tmp_path: Path) -> None:
-    """7-Zip writes none. Here it is cut off: the marker is what remains after the content."""
-    path = archive(tmp_path / "a.zip", {"x": MIXED, "y": b""}, zipfile.ZIP_LZMA)
-    at = central(path)
-    packed = struct.unpack_from("<L", Path(path).read_bytes(), at + 20)[0]
-    patched(path, (at + 20, struct.pack("<L", packed - 5)))
-    assert content(path, "x") == MIXED
-
-
 @pytest.mark.parametrize("parts", [(MIXED,), (MIXED, NOISE, b"", b"tail"), (b"",)])
 def test_gzip_is_one_member_of_one_or_several_parts(tmp_path: Path, parts: tuple[bytes, ...]) -> None:
     path = tmp_path / "a.dcm.gz"
     path.write_bytes(b"".join(gzip.compress(p) for p in parts) + bytes(70_000))  # filled up as on a tape
     assert list(members(str(path))) == [Member(GZIP_MEMBER, path.stat().st_size)]
     assert content(str(path), GZIP_MEMBER) == b"".join(parts)
-
-
-def test_gzip_parts_at_every_position_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.gz"
-    path.write_bytes(b"".join(gzip.compress(bytes([n]) * n) for n in range(20)))
-    for size in range(1, 70):
-        monkeypatch.setattr(containers, "CHUNK_BYTES", size)
-        assert content(str(path), GZIP_MEMBER) == b"".join(bytes([n]) * n for n in range(20))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size", [1, 7, 100])
-def test_chunks_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: int, size: int) -> None:
-    data = NOISE[:500] + bytes(5000) + NOISE[:10]
-    path = archive(tmp_path / "a.zip", {"x": data}, method)
-    monkeypatch.setattr(containers, "CHUNK_BYTES", max(size, 16) if method == zipfile.ZIP_LZMA else size)
-    assert content(path, "x") == data
 
 
 # Reading here and there
@@ -264,56 +239,41 @@ def test_odd_seeks_and_closed_files_raise(three: list[tuple[str, str]]) -> None:
                 use()
 
 
-@pytest.mark.parametrize("method", METHODS[:2])
-def test_a_header_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: int) -> None:
+@pytest.mark.parametrize("method", [*METHODS, None])
+def test_only_what_is_read_is_unpacked(tmp_path: Path, chunks: list[bool], method: int | None) -> None:
     data = np.random.default_rng(1).bytes(4 * MB)
-    path = archive(tmp_path / "a.zip", {"x": data}, method)
-    packed = tmp_path / "a.gz"
-    packed.write_bytes(gzip.compress(data, 1))
-    lengths = bytes_read(monkeypatch)
-    for p, name in ((path, "x"), (str(packed), GZIP_MEMBER)):
-        lengths.clear()
-        with open_member(p, name) as f:
-            assert f.read(132) == data[:132]
+    if method is None:
+        path, name = str(tmp_path / "a.gz"), GZIP_MEMBER
+        Path(path).write_bytes(gzip.compress(data, 1))
+    else:
+        path, name = archive(tmp_path / "a.zip", {"x": data}, method), "x"
+    with open_member(path, name) as f:
+        assert f.read(132) == data[:132]
+        f.seek(0)
+        f.seek(5000, os.SEEK_CUR)
+        f.seek(-12, os.SEEK_CUR)
+        assert f.read(100) == data[4988:5088]
+        if method is not None:
+            assert f.seek(0, os.SEEK_END) == 4 * MB
             f.seek(0)
-            f.seek(5000, os.SEEK_CUR)
-            f.seek(-12, os.SEEK_CUR)
-            assert f.read(100) == data[4988:5088]
-        assert sum(lengths) < 300_000
-
-
-def test_small_steps_back_deep_inside_do_not_begin_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.gz"
-    data = np.random.default_rng(1).bytes(4 * MB)
-    path.write_bytes(gzip.compress(data, 1))
-    lengths = bytes_read(monkeypatch)
-    with open_member(str(path), GZIP_MEMBER) as f:
+        assert f.read(1)
+    assert len(chunks) <= 2
+    chunks.clear()
+    with open_member(path, name) as f:
         while len(piece := f.read(1000)) == 1000:
             f.seek(-20, os.SEEK_CUR)
         assert piece == data[-len(piece) :]
-    assert sum(lengths) < 5 * MB
+    assert len(chunks) < 4 * MB // containers.CHUNK_BYTES + 10  # small steps back do not begin again
 
 
-def test_looking_for_the_size_unpacks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = archive(tmp_path / "a.zip", {"x": np.random.default_rng(1).bytes(4 * MB)})
-    lengths = bytes_read(monkeypatch)
-    with open_member(path, "x") as f:
-        assert f.seek(0, os.SEEK_END) == 4 * MB
-        f.seek(0)
-        assert f.read(1)
-    assert sum(lengths) < 300_000
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_memory_does_not_grow_with_the_member(tmp_path: Path, method: int) -> None:
-    """Four kilobytes of bzip2 or LZMA may be eighty megabytes. They need some for themselves, whatever the member."""
-    path = archive(tmp_path / "a.zip", {"x": bytes(40 * MB)}, method)
+def test_memory_does_not_grow_with_the_member(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.zip", {"x": bytes(20 * MB)})
 
     def read() -> None:
         with open_member(path, "x") as f:
             drain(f, 10_000)
 
-    assert watched(read) < (10 if method in METHODS[2:] else 2) * MB
+    assert watched(read) < 2 * MB
 
 
 def test_pydicom_reads_members(tmp_path: Path) -> None:
@@ -348,12 +308,19 @@ def refused(path: str, name: str, match: str) -> None:
                 drain(f, 777)
 
 
-def test_gzip_cut_short(tmp_path: Path) -> None:
+def test_damaged_gzip(tmp_path: Path) -> None:
     data = gzip.compress(MIXED)
     path = tmp_path / "a.gz"
-    for cut in (5, 12, 1000, len(data) // 2, len(data) - 9, len(data) - 8, len(data) - 1):
-        path.write_bytes(data[:cut])
+    for length in (5, 12, 1000, len(data) // 2, len(data) - 9, len(data) - 8, len(data) - 1):
+        path.write_bytes(data[:length])
         refused(str(path), GZIP_MEMBER, "cut short")
+    for garbage in (b"x", b"\x1f", b"\x1f\x8b", b"\0\0garbage" * 10_000):
+        path.write_bytes(data + garbage)
+        refused(str(path), GZIP_MEMBER, "Not a gzipped file|cut short")
+    for at in (20, len(data) // 2, len(data) - 8, len(data) - 2):
+        path.write_bytes(data)
+        patched(str(path), (at, bytes([data[at] ^ 0x55])))
+        refused(str(path), GZIP_MEMBER, "cannot be read|cut short")
 
 
 def test_the_last_bytes_come_only_from_sound_files(tmp_path: Path) -> None:
@@ -369,155 +336,86 @@ def test_the_last_bytes_come_only_from_sound_files(tmp_path: Path) -> None:
             f.readinto(bytearray(len(MIXED)))  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("garbage", [b"x", b"\x1f", b"\x1f\x8b", b"\0\0garbage" * 10_000])
-def test_gzip_with_something_else_behind(tmp_path: Path, garbage: bytes) -> None:
-    path = tmp_path / "a.gz"
-    path.write_bytes(gzip.compress(MIXED) + garbage)
-    refused(str(path), GZIP_MEMBER, "unpacked|cut short")
-
-
-def test_gzip_with_flipped_bits(tmp_path: Path) -> None:
-    data = gzip.compress(MIXED)
-    for at in (20, len(data) // 2, len(data) - 8, len(data) - 2):
-        path = tmp_path / "a.gz"
-        path.write_bytes(data)
-        patched(str(path), (at, bytes([data[at] ^ 0x55])))
-        refused(str(path), GZIP_MEMBER, "unpacked|cut short")
-
-
 def test_neither_gzip_nor_zip(tmp_path: Path) -> None:
     path = tmp_path / "a"
     for data in (b"", b"PK", b"PK\x03\x04", b"PK\x05\x06", NOISE):
         path.write_bytes(data)
-        with pytest.raises(ContainerError, match="no zip archive"):
+        with pytest.raises(ContainerError, match="not a zip file"):
             list(members(str(path)))
-        with pytest.raises(ContainerError, match="no zip archive"):
+        with pytest.raises(ContainerError, match="not a zip file"):
             open_member(str(path), "x")
         with pytest.raises(ContainerError, match="not a gzip'd file"):
             open_member(str(path), GZIP_MEMBER)
-    with pytest.raises(FileNotFoundError):
-        open_member(str(tmp_path / "absent"), "x")
+    for name in ("x", GZIP_MEMBER):
+        with pytest.raises(FileNotFoundError):
+            open_member(str(tmp_path / "absent"), name)
 
 
-def test_encrypted_members(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [(8, flag, "encrypted") for flag in (0x1, 0x41, 0x2000)]
+    + [(10, n, f"compressed with an unusual method, number {n}") for n in (1, 6, 9, 12, 14, 93, 99)]
+    + [(28, 0, "has no name")],
+)
+def test_members_that_cannot_be_opened(tmp_path: Path, field: int, value: int, error: str) -> None:
     path = archive(tmp_path / "a.zip", {"x": MIXED, "y": NOISE})
-    for flag in (b"\1\0", b"\x41\0", b"\0\x20"):
-        patched(path, (central(path) + 8, flag), (6, flag))
-        assert [m.error for m in members(path)] == ["encrypted", ""]
-        refused(path, "x", "encrypted")
+    patched(path, (central(path) + field, struct.pack("<H", value)))
+    if field == 28:  # what was the name is an extra field
+        patched(path, (central(path) + 30, b"\1"), (26, b"\0\0\1"))
+    assert [m.error for m in members(path)] == [error, ""]
+    if field == 28:
+        refused(path, "", "not a gzip")
+    else:
+        refused(path, "x", error)
+    assert content(path, "y") == NOISE
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_damaged_members(tmp_path: Path, method: int) -> None:
+    path = archive(tmp_path / "a.zip", {"x": MIXED, "y": NOISE}, method)
+    data = Path(path).read_bytes()
+    at = central(path)
+    changes = [(at + 16, b"\1\2\3\4")]  # the checksum
+    changes += [(at + 24, struct.pack("<L", len(MIXED) + lie)) for lie in (-5000, -1, 1, 5000, 100 * MB)]
+    changes += [(at + 20, struct.pack("<L", 1000)), (at + 42, b"\1"), (at + 42, b"\xf0\xff\xff\xff"), (30, b"z")]
+    changes += [(n, bytes([data[n] ^ 0x55])) for n in range(40, 300_000, 37_011)]
+    for change in changes:
+        Path(path).write_bytes(data)
+        patched(path, change)
+        refused(path, "x", "cannot be read|cut short|announces")
         assert content(path, "y") == NOISE
 
 
-@pytest.mark.parametrize("method", [1, 6, 9, 93, 99])
-def test_unknown_methods(tmp_path: Path, method: int) -> None:
-    path = archive(tmp_path / "a.zip", {"x": MIXED, "y": NOISE})
-    patched(path, (central(path) + 10, struct.pack("<H", method)))
-    assert [m.error for m in members(path)] == [f"compressed with an unknown method, number {method}", ""]
-    refused(path, "x", "unknown method")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_wrong_checksum_and_flipped_bits(tmp_path: Path, method: int) -> None:
-    path = archive(tmp_path / "a.zip", {"x": MIXED, "y": NOISE}, method)
-    data = Path(path).read_bytes()
-    patched(path, (central(path) + 16, b"\1\2\3\4"))
-    refused(path, "x", "checksum")
-    assert content(path, "y") == NOISE
-    for at in range(40, 300_000, 37_011):
-        Path(path).write_bytes(data)
-        patched(path, (at, bytes([data[at] ^ 0x55])))
-        refused(path, "x", "checksum|unpack|cut short|window")
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("lie", [-1, -5000, 1, 5000, 100 * MB])
-def test_announced_size_is_a_lie(tmp_path: Path, method: int, lie: int) -> None:
-    path = archive(tmp_path / "a.zip", {"x": MIXED}, method)
-    # The checksum is the one of what is announced, where that is the front of the content.
-    announced = len(MIXED) + lie
-    crc = zlib.crc32(MIXED[:announced])
-    patched(path, (central(path) + 16, struct.pack("<L", crc)), (central(path) + 24, struct.pack("<L", announced)))
-    refused(path, "x", "announces|Corrupt")  # LZMA may miss the content that should not be there
-
-
-def test_archives_cut_short(tmp_path: Path) -> None:
+def test_damaged_archives(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.zip", {"x": MIXED, "y": NOISE})
     data = Path(path).read_bytes()
-    for cut in (100, len(data) // 2, central(path) + 10, len(data) - 22, len(data) - 1):
+    at = central(path)
+    for cut in (100, len(data) // 2, at + 10, len(data) - 22, len(data) - 1):
         Path(path).write_bytes(data[:cut])
-        refused(path, "x", "end record")
+        refused(path, "x", "not a zip file")
     for missing in (1, 50, 1000):  # from the middle
         Path(path).write_bytes(data[:5000] + data[5000 + missing :])
-        with pytest.raises(ContainerError, match="lost a part"):
-            list(members(path))
-
-
-def test_damaged_directories(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", {"x": MIXED, "y": NOISE})
-    data = Path(path).read_bytes()
-    for at, new in (
-        (central(path), b"XX"),
-        (central(path, 1), b"XX"),
-        (central(path) + 28, b"\xff\xff"),
-        (central(path, 1) + 28, b"\xff\xff"),
-        (-10, b"\xff\xff\xff\x0f"),
-        (-18, b"\1\0"),
-    ):
+        refused(path, "x", "cannot be read")
+    version_99, utf8 = (at + 6, b"\x63\0"), (at + 8, b"\0\x08")
+    for changes in ([(at, b"XX")], [(-10, b"\xff\xff\xff\x0f")], [version_99], [utf8, (at + 46, b"\xff")]):
         Path(path).write_bytes(data)
-        patched(path, (at, new))
+        patched(path, *changes)
         with pytest.raises(ContainerError):
             list(members(path))
-        with pytest.raises(ContainerError):
-            open_member(path, "y")
+        refused(path, "y", "cannot be read")
 
 
-def test_members_elsewhere_than_announced(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", {"x": MIXED, "y": NOISE})
-    data = Path(path).read_bytes()
-    patched(path, (central(path) + 42, struct.pack("<L", 1)))
-    refused(path, "x", "is not where")
-    Path(path).write_bytes(data)
-    patched(path, (30, b"z"))
-    refused(path, "x", "another name")
-    Path(path).write_bytes(data)
-    patched(path, (central(path) + 20, struct.pack("<L", 0x7FFF_FFFF)))
-    refused(path, "x", "overlaps")
-    assert content(path, "y") == NOISE
+def test_failures_of_the_disk_keep_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = archive(tmp_path / "a.zip", {"x": MIXED})
 
+    def broken(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
 
-def test_one_bad_name_does_not_sink_the_archive(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", {"ü": b"1", "y": NOISE, "twice": b"1"})
-    with zipfile.ZipFile(path, "a") as z, pytest.warns(UserWarning, match="Duplicate"):
-        z.writestr("twice", b"2")
-    patched(path, (central(path) + 46, b"\xff\xff"), (30, b"\xff\xff"))
-    listed = list(members(path))
-    assert [m.error for m in listed] == ["", "", "a later member has the same name", ""]
-    assert [m.name for m in listed[1:]] == ["y", "twice", "twice"]
-    assert content(path, listed[0].name) == b"1"
-    assert content(path, "twice") == b"2"
-
-
-def test_nameless_members(tmp_path: Path) -> None:
-    """The empty name is that of a gzip'd file's content."""
-    path = archive(tmp_path / "a.zip", {"x": b"1", "y": b"2"})
-    short = struct.pack("<2H", 0, 1)  # what was the name is an extra field
-    patched(path, (26, short), (central(path) + 28, short))
-    assert [(m.name, m.error) for m in members(path)] == [("", "has no name"), ("y", "")]
-    with pytest.raises(ContainerError, match="not a gzip"):
-        open_member(path, "")
-
-
-def test_overlapping_members(tmp_path: Path) -> None:
-    """The second member lies inside the first, which is stored."""
-    inner = archive(tmp_path / "inner.zip", {"y": bytes(MB)})
-    path = archive(tmp_path / "a.zip", {"x": Path(inner).read_bytes(), "y": b"1"}, zipfile.ZIP_STORED)
-    record = central(inner)
-    fields = Path(inner).read_bytes()[record + 10 : record + 28]
-    second = Path(path).read_bytes().rindex(b"PK\x01\x02")
-    patched(path, (second + 10, fields), (second + 42, struct.pack("<L", 31)))
-    assert [m.error for m in members(path)] == ["overlaps another member", ""]
-    refused(path, "x", "overlaps")
-    assert content(path, "y") == bytes(MB)  # one of the two is enough
+    with open_member(path, "x") as f:
+        monkeypatch.setattr(containers._ArchiveFile, "read", broken)
+        with pytest.raises(OSError, match="Input") as info:
+            f.read()
+    assert info.value.errno == errno.EIO
 
 
 # Bombs
@@ -543,33 +441,25 @@ def zip_of(path: Path, packed: bytes, size: int) -> str:
     return str(path)
 
 
-def test_ten_megabytes_of_zeros_are_fine(tmp_path: Path) -> None:
-    path = tmp_path / "a.gz"
-    path.write_bytes(gzip.compress(bytes(10 * MB)))
-    assert content(str(path), GZIP_MEMBER) == bytes(10 * MB)
-    assert content(archive(tmp_path / "a.zip", {"x": bytes(10 * MB)}), "x") == bytes(10 * MB)
-
-
-def test_bombs_are_refused(tmp_path: Path) -> None:
-    gib = zeros(1024)
-    assert len(gib) < 2 * MB
-    honest = zip_of(tmp_path / "honest.zip", gib, 1 << 30)
-    error = f"announces {1 << 30} bytes, more than 200 times its size in the archive"
+def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "RATIO_FREE_BYTES", 10 * MB)
+    bomb = zeros(50)
+    assert len(bomb) < 100_000
+    honest = zip_of(tmp_path / "honest.zip", bomb, 50 * MB)
+    error = f"announces {50 * MB} bytes, more than 200 times its size in the archive"
     assert [m.error for m in members(honest)] == [error]
-    lying = zip_of(tmp_path / "lying.zip", gib, 1000)
+    lying = zip_of(tmp_path / "lying.zip", bomb, 1000)
     packed = tmp_path / "a.gz"
-    packed.write_bytes(b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + gib + bytes(8))
-
-    def fall_for(path: str, name: str) -> None:
-        with open_member(path, name) as f:
-            drain(f, MB)
+    packed.write_bytes(b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + bomb + bytes(8))
 
     def try_all() -> None:
-        for path, name in ((honest, "x"), (lying, "x"), (str(packed), GZIP_MEMBER)):
-            with pytest.raises(ContainerError, match="more than"):
-                fall_for(path, name)
+        for path, name, match in ((honest, "x", error), (lying, "x", "CRC"), (str(packed), GZIP_MEMBER, "more than")):
+            with pytest.raises(ContainerError, match=match), open_member(path, name) as f:
+                drain(f, MB)
 
     assert watched(try_all) < 4 * MB
+    with open_member(str(packed), GZIP_MEMBER) as f, pytest.raises(ContainerError, match="more than"):
+        f.seek(0, os.SEEK_END)
 
 
 def test_largest_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -578,22 +468,13 @@ def test_largest_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     packed.write_bytes(gzip.compress(NOISE))
     monkeypatch.setattr(containers, "LARGEST_MEMBER_BYTES", len(NOISE))
     assert content(path, "x") == content(str(packed), GZIP_MEMBER) == NOISE
-    containers._parsed.cache_clear()
     monkeypatch.setattr(containers, "LARGEST_MEMBER_BYTES", len(NOISE) - 1)
     refused(path, "x", "announces 300000 bytes, more than the limit of 299999")
     refused(str(packed), GZIP_MEMBER, "more than 299999")
 
 
-def test_the_window_of_lzma_is_no_larger_than_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = archive(tmp_path / "a.zip", {"x": MIXED}, zipfile.ZIP_LZMA)
-    patched(path, (31 + 5, b"\xff\xff\xff\xff"))
-    assert content(path, "x") == MIXED
-    monkeypatch.setattr(containers, "LARGEST_WINDOW_BYTES", 100_000)
-    refused(path, "x", "window")
-
-
 @pytest.mark.parametrize("wide", [False, True])
-def test_huge_directories_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: bool) -> None:
+def test_huge_directories_are_not_loaded(tmp_path: Path, wide: bool) -> None:
     """A sparse file of two gigabytes whose end record calls nearly all of it its directory."""
     path, size = tmp_path / "a.zip", 2 << 30
     if wide:
@@ -606,24 +487,21 @@ def test_huge_directories_are_not_loaded(tmp_path: Path, monkeypatch: pytest.Mon
         f.write(b"PK\3\4")
         f.seek(size)
         f.write(end)
-    lengths = bytes_read(monkeypatch)
 
     def look() -> None:
         with pytest.raises(ContainerError, match="a directory of"):
             list(members(str(path)))
 
     assert watched(look) < 2 * MB
-    assert sum(lengths) < 300_000
 
 
 def test_most_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = archive(tmp_path / "a.zip", {f"{n}": b"" for n in range(20)})
     monkeypatch.setattr(containers, "MOST_MEMBERS", 19)
-    with pytest.raises(ContainerError, match="announces 20 members, more than the limit of 19"):
-        list(members(path))
-    patched(path, (-14, b"\1\0\1\0"))  # it says that there is one
-    with pytest.raises(ContainerError, match="more members than the limit of 19"):
-        list(members(path))
+    for claim in (20, 1):
+        patched(path, (-14, struct.pack("<2H", claim, claim)))
+        with pytest.raises(ContainerError, match="more members than the limit of 19"):
+            list(members(path))
 
 
 # Names
@@ -662,120 +540,74 @@ def test_safe_parts_stay_below(name: str) -> None:
 # The cache
 
 
-@pytest.fixture
-def parses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    seen: list[str] = []
-    real = containers._read_directory
-
-    def counting(file: BinaryIO, size: int) -> Any:
-        seen.append(os.path.basename(file.name))
-        return real(file, size)
-
-    monkeypatch.setattr(containers, "_read_directory", counting)
-    return seen
-
-
-def test_a_directory_is_read_once(tmp_path: Path, parses: list[str]) -> None:
+def test_a_directory_is_read_once(tmp_path: Path) -> None:
     files = {f"{n}": bytes([n]) * n for n in range(100)}
     path = archive(tmp_path / "a.zip", files)
     list(members(path))
     assert {name: content(path, name) for name in files} == files
-    assert parses == ["a.zip"]
+    assert parses() == 1
 
 
-def test_a_changed_archive_is_read_again(tmp_path: Path, parses: list[str]) -> None:
+def test_a_changed_archive_is_read_again(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.zip", {"x": b"old"}, zipfile.ZIP_STORED)
     assert content(path, "x") == b"old"
     status = os.stat(path)
     archive(tmp_path / "a.zip", {"x": b"new"}, zipfile.ZIP_STORED)  # of the same size
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert content(path, "x") == b"new"
-    assert parses == ["a.zip"] * 2
+    assert parses() == 2
 
 
-def test_the_cache_keeps_the_last_few(tmp_path: Path, parses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [archive(tmp_path / f"{n}", {"x": MIXED, "y": b""}) for n in range(6)]
-    held = open_member(paths[0], "x")
-    for n in (0, 1, 2, 3, 0, 4, 0, 1):  # when 4 comes, 1 is the one unused for longest
-        open_member(paths[n], "x").close()
-    assert parses == ["0", "1", "2", "3", "4", "1"]
-    with held:
-        assert held.read() == MIXED
-    monkeypatch.setattr(containers, "MOST_MEMBERS", 3)
-    open_member(paths[5], "x").close()
-    assert len(containers._cache) == 1
+def test_streams_outlive_the_cache_and_then_nothing_stays_open(tmp_path: Path) -> None:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    paths = [archive(tmp_path / f"{n}", {"x": MIXED}) for n in range(6)]
+    with open_member(paths[0], "x") as held:
+        for path in paths:
+            with pytest.raises(ContainerError, match="no such member"):
+                open_member(path, "absent")
+            content(path, "x")
+        assert held.read(10) == MIXED[:10]
+        containers._parsed.cache_clear()
+        assert held.read() == MIXED[10:]
+    Path(paths[0]).write_bytes(b"PK")
+    with pytest.raises(ContainerError):
+        open_member(paths[0], "x")
+    del held
+    gc.collect()  # pytest keeps errors in cycles
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_threads_read_one_archive_at_once(tmp_path: Path, parses: list[str]) -> None:
+def test_threads_read_one_archive_at_once(tmp_path: Path) -> None:
     files = {f"{n}": NOISE[n : n + 100_000] for n in range(16)}
     path = archive(tmp_path / "a.zip", files)
     others = [archive(tmp_path / f"{n}.zip", {"x": bytes([n])}) for n in range(8)]
-    results: dict[str, bool] = {}
     ready = threading.Barrier(8)
 
-    def work(k: int) -> None:
+    def work(k: int) -> bool:
         ready.wait()
+        sound = True
         for name in list(files)[k % 4 :: 4]:
             with open_member(path, name) as f:
-                pieces = []
-                while piece := f.read(3000):
-                    pieces.append(piece)
-            content(others[k], "x")
-            results[f"{k} {name}"] = b"".join(pieces) == files[name]
+                sound &= f.read(3000) + f.read() == files[name]
+            sound &= content(others[k], "x") == bytes([k])
+        return sound
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert len(results) == 32
-    assert all(results.values())
-    assert set(parses) == {"a.zip", *(os.path.basename(p) for p in others)}
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [True] * 8
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside threads
-def test_a_fork_while_another_thread_reads_a_directory(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", {"x": MIXED})
-    assert content(path, "x") == MIXED
-    held, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with containers._lock:
-            held.set()
-            done.wait(60)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait(60)
-    child = os.fork()
-    if not child:
-        os._exit(0 if content(path, "x") == MIXED else 1)
-    try:
-        assert os.waitpid(child, 0)[1] == 0
-    finally:
-        done.set()
-        thread.join()
-
-
 def test_parent_and_child_read_the_same_archive_after_a_fork(tmp_path: Path) -> None:
     files = {f"{n}": NOISE[n : n + 50_000] for n in range(50)}
     path = archive(tmp_path / "a.zip", files)
     list(members(path))
     child = os.fork()
-    sound = all(content(path, name) == data for name, data in files.items())
-    if not child:
-        os._exit(0 if sound else 1)
+    sound = False
+    try:
+        sound = all(content(path, name) == data for name, data in files.items())
+    finally:
+        if not child:
+            os._exit(0 if sound else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert sound
-
-
-def test_refusals_leave_no_file_open(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", {"x": MIXED})
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(20):
-        with pytest.raises(ContainerError):
-            open_member(path, "absent")
-        with pytest.raises(ContainerError):
-            open_member(path, GZIP_MEMBER)
-        content(path, "x")
-    assert len(os.listdir("/proc/self/fd")) == before
