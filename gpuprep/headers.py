@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, open_member, safe_parts
 from gpuprep.deflation import inflated
-from gpuprep.series import Series, SliceHeader
+from gpuprep.series import Image, SliceHeader
 from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED, EXPLICIT_VR, IMPLICIT_VR, NATIVE, UNDEFINED_LENGTH
 from gpuprep.text import printable
 
@@ -84,8 +84,7 @@ MOST_FRAMES = 2**16
 class Contents:
     """What one file turned out to be."""
 
-    images: list[Series] = field(default_factory=list)
-    """CT images, each as a series of one slice."""
+    images: list[Image] = field(default_factory=list)
     passed_over: dict[str, int] = field(default_factory=dict)
     """What else it holds, counted by kind."""
     unreadable: list[tuple[str, str]] = field(default_factory=list)
@@ -179,7 +178,7 @@ def _words(exc: Exception) -> str:
     return printable(f"{type(exc).__name__}: {exc}")
 
 
-def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_result, size: int) -> list[Series]:
+def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_result, size: int) -> list[Image]:
     import pydicom
 
     if not size and (member or file).lower().endswith(".dcm"):
@@ -308,7 +307,7 @@ def _macros(item: pydicom.Dataset) -> list[pydicom.Dataset]:
     return [element.value[0] for element in item if element.VR == "SQ" and element.value]
 
 
-def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Series:
+def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
     representation = _binary(ds, "PixelRepresentation")
     signed = {0: False, 1: True}.get(representation) if representation is not None else None
     bits = _binary(ds, "BitsAllocated")
@@ -355,7 +354,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Series:
         pixel_offset=offset,
         pixel_bytes=length,
     )
-    return Series(
+    return Image(
         series_uid=_uid(ds, "SeriesInstanceUID"),
         study_uid=_uid(ds, "StudyInstanceUID"),
         frame_of_reference_uid=_uid(ds, "FrameOfReferenceUID"),
@@ -366,14 +365,12 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Series:
         if spacing and FINEST_MM <= min(spacing) <= max(spacing) <= COARSEST_MM
         else None,
         orientation=_decimals(ds, "ImageOrientationPatient", 6),
-        part=0,
         folder=_folder(origin.path, origin.member),
-        slices=(header,),
+        header=header,
     )
 
 
 def _folder(path: str, member: str | None) -> str:
-    """Return the folder an image lies in; an archive is the folder of its members."""
     return os.path.join(path, *safe_parts(member)[:-1]) if member else os.path.dirname(path)
 
 

@@ -11,14 +11,12 @@ import json
 import logging
 import os
 import sqlite3
-from dataclasses import fields
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpuprep import __version__
 from gpuprep.headers import TAGS, Contents
-from gpuprep.series import Series, SliceHeader
+from gpuprep.series import Image, SliceHeader
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +74,15 @@ class HeaderIndex:
             rows = self._db.execute(f"{_SELECT} WHERE folder = ?", (os.fsencode(folder),)).fetchall()
             if rows:
                 stored = {row[0]: row for row in rows}
-                for file in files:
-                    row = stored.pop(os.fsencode(os.path.basename(file.path)), None)
-                    if row is not None and (row[1], row[2]) == (file.bytes, file.mtime_ns):
-                        known[file.path] = _contents(json.loads(row[3]), file)
+                same = [
+                    (file, row[3])
+                    for file in files
+                    if (row := stored.pop(os.fsencode(os.path.basename(file.path)), None)) is not None
+                    and (row[1], row[2]) == (file.bytes, file.mtime_ns)
+                ]
+                texts = ",".join([text for _, text in same])  # parsed in one go, which is faster
+                for (file, _), plain in zip(same, json.loads(f"[{texts}]"), strict=True):
+                    known[file.path] = _contents(plain, file)
                 gone = [] if not whole else [(os.fsencode(folder), name) for name in stored]
                 self._db.executemany(f"DELETE FROM {_TABLE} WHERE folder = ? AND name = ?", gone)  # noqa: S608
         except (sqlite3.Error, ValueError, TypeError) as exc:
@@ -116,19 +119,18 @@ class HeaderIndex:
         self._db = None
 
 
-_SERIES = ("series_uid", "study_uid", "frame_of_reference_uid", "series_number", "rows", "columns",
-           "pixel_spacing_mm", "orientation", "folder")  # fmt: skip
-_SLICE = tuple(f.name for f in fields(SliceHeader) if f.name not in ("path", "mtime_ns"))
-_series_values, _slice_values = attrgetter(*_SERIES), attrgetter(*_SLICE)
-_POSITION = _SLICE.index("position_mm")
-_VERSION = hashlib.sha256(repr((__version__, _SERIES, _SLICE, sorted(TAGS))).encode()).hexdigest()[:12]
+_SPACING, _ORIENTATION = Image._fields.index("pixel_spacing_mm"), Image._fields.index("orientation")
+_POSITION = SliceHeader._fields.index("position_mm") - 2
+_VERSION = hashlib.sha256(repr((__version__, Image._fields, SliceHeader._fields, sorted(TAGS))).encode()).hexdigest()[
+    :12
+]
 _TABLE = f"files_{_VERSION}"
 _SELECT = f"SELECT name, bytes, mtime_ns, contents FROM {_TABLE}"  # noqa: S608 - a constant
 
 
 def _plain(contents: Contents) -> list[Any]:
-    """Return contents as JSON can hold them."""
-    images = [[*_series_values(image), *_slice_values(image.slices[0])] for image in contents.images]
+    """Return contents as JSON can hold them: of an image, what the file itself does not say."""
+    images = [[*image[:-1], image.header[2:]] for image in contents.images]
     return [images, contents.passed_over, contents.unreadable]
 
 
@@ -137,16 +139,11 @@ def _contents(plain: list[Any], file: File) -> Contents:
     return Contents([_image(v, file) for v in images], passed_over, [(path, reason) for path, reason in unreadable])
 
 
-def _image(values: list[Any], file: File) -> Series:
-    uid, study, frame_of_reference, number, rows, columns, spacing, orientation, folder, *rest = values
-    rest[_POSITION] = _tuple(rest[_POSITION])
-    member, frame, frames, size, *others = rest
-    header = SliceHeader(file.path, member, frame, frames, size, file.mtime_ns, *others)
-    return Series(
-        uid, study, frame_of_reference, number, rows, columns, _tuple(spacing), _tuple(orientation), 0, folder,
-        (header,),
-    )  # fmt: skip
-
-
-def _tuple(values: list[float] | None) -> Any:
-    return None if values is None else tuple(values)
+def _image(values: list[Any], file: File) -> Image:
+    """Return an image; what JSON made lists are tuples again."""
+    if (header := values.pop())[_POSITION] is not None:
+        header[_POSITION] = tuple(header[_POSITION])
+    for n in (_SPACING, _ORIENTATION):
+        if values[n] is not None:
+            values[n] = tuple(values[n])
+    return Image._make((*values, SliceHeader(file.path, file.mtime_ns, *header)))

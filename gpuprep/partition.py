@@ -11,7 +11,7 @@ from itertools import combinations
 
 from gpuprep.errors import InputError
 from gpuprep.rules import Irregularity, Rules
-from gpuprep.series import Series, SliceHeader
+from gpuprep.series import Image, Series, SliceHeader
 from gpuprep.stacking import Measures, has_doubles, stack
 
 SMALLEST_PART = 3
@@ -26,19 +26,19 @@ ACQUISITION: dict[str, Callable[[SliceHeader], Hashable]] = {
 """What tells images at the same place apart, in the order in which it is tried."""
 
 
-def partition(images: Iterable[Series], rules: Rules) -> list[Series]:
+def partition(images: Iterable[Image], rules: Rules) -> list[Series]:
     """Return the volumes that images form, by folder, series number and key.
 
     Parameters
     ----------
-    images : iterable of Series
-        Of one slice each.
+    images : iterable of Image
+        In any order.
     rules : Rules
         With policy "fix", images at the same place but of different acquisitions become volumes of their own where
         each of these is regular.
     """
-    by_uid: dict[str, list[Series]] = defaultdict(list)
-    for image in sorted(images, key=lambda s: (s.slices[0].path, s.slices[0].member or "", s.slices[0].frame)):
+    by_uid: dict[str, list[Image]] = defaultdict(list)
+    for image in sorted(images, key=_path):  # what one file holds stays in its order
         # Without a UID nothing says which files belong together; a folder at least keeps strangers apart.
         by_uid[image.series_uid or f"\0{image.folder}"].append(image)
     series = [volume for group in by_uid.values() for volume in _volumes(group, rules)]
@@ -46,13 +46,13 @@ def partition(images: Iterable[Series], rules: Rules) -> list[Series]:
     return series
 
 
-def _volumes(images: list[Series], rules: Rules) -> list[Series]:
+def _volumes(images: list[Image], rules: Rules) -> list[Series]:
     """Return the volumes of one UID."""
     strays = [(image, why) for image in images if (why := _stray(image))]
     if len(strays) == len(images):
         strays = []  # nothing else is there: let the whole be judged
     aside = {id(image) for image, _ in strays}
-    stacks: list[list[Series]] = []
+    stacks: list[list[Image]] = []
     for image in images:
         if id(image) in aside:
             continue
@@ -62,7 +62,7 @@ def _volumes(images: list[Series], rules: Rules) -> list[Series]:
                 break
         else:
             stacks.append([image])
-    stacks.sort(key=lambda stacked: (-len(stacked), stacked[0].slices[0].path))
+    stacks.sort(key=lambda stacked: (-len(stacked), _path(stacked[0])))
     main, *others = stacks
     large = [stacked for stacked in others if len(stacked) >= SMALLEST_PART]
     strays += [(image, _unlike(image, main[0])) for small in others if small not in large for image in small]
@@ -74,7 +74,7 @@ def _volumes(images: list[Series], rules: Rules) -> list[Series]:
         )
         volumes = [replace(v, irregularities=(note,)) for v in volumes]
     if strays:
-        left_out = tuple((image.slices[0].name, why) for image, why in strays)
+        left_out = tuple((image.header.name, why) for image, why in strays)
         first = ", ".join(f"{name} ({why})" for name, why in left_out[:3])
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         note = Irregularity("left-out", f"{len(left_out)} images are no slices of the volume: {first}{more}")
@@ -84,9 +84,13 @@ def _volumes(images: list[Series], rules: Rules) -> list[Series]:
     return volumes if len(volumes) == 1 else [replace(v, part=n) for n, v in enumerate(volumes, 1)]
 
 
-def _stray(image: Series) -> str:
+def _path(image: Image) -> str:
+    return image.header.path
+
+
+def _stray(image: Image) -> str:
     """Return why an image is no slice; "" for one that may be."""
-    s = image.slices[0]
+    s = image.header
     if s.localizer:
         return "localizer"
     if s.samples_per_pixel != 1:
@@ -96,14 +100,14 @@ def _stray(image: Series) -> str:
     return ""
 
 
-def _same_stack(a: Series, b: Series) -> bool:
+def _same_stack(a: Image, b: Image) -> bool:
     """Whether two slices can lie in one stack: equal matrices, spacing within 0.1 %, directions within 0.06°."""
     if (a.rows, a.columns) != (b.rows, b.columns):
         return False
     return _close(a.pixel_spacing_mm, b.pixel_spacing_mm, rtol=1e-3) and _close(a.orientation, b.orientation, atol=1e-3)
 
 
-def _unlike(a: Series, b: Series) -> str:
+def _unlike(a: Image, b: Image) -> str:
     """Return in what an image differs from a stack that it does not belong to."""
     if (a.rows, a.columns) != (b.rows, b.columns):
         return "other matrix"
@@ -111,15 +115,27 @@ def _unlike(a: Series, b: Series) -> str:
 
 
 def _close(a: tuple[float, ...] | None, b: tuple[float, ...] | None, rtol: float = 0.0, atol: float = 0.0) -> bool:
-    if a is None or b is None:
-        return a is b
+    if a == b or a is None or b is None:
+        return a == b
     return all(abs(x - y) <= atol + rtol * abs(y) for x, y in zip(a, b, strict=True))
 
 
-def _joined(images: list[Series]) -> Series:
-    """Return series of one slice each as one."""
-    folder = os.path.commonpath([s.folder for s in images])
-    return replace(images[0], folder=folder, slices=tuple(s.slices[0] for s in images))
+def _joined(images: list[Image]) -> Series:
+    """Return images that form one stack as a series."""
+    first = images[0]
+    return Series(
+        series_uid=first.series_uid,
+        study_uid=first.study_uid,
+        frame_of_reference_uid=first.frame_of_reference_uid,
+        series_number=first.series_number,
+        rows=first.rows,
+        columns=first.columns,
+        pixel_spacing_mm=first.pixel_spacing_mm,
+        orientation=first.orientation,
+        part=0,
+        folder=os.path.commonpath({image.folder for image in images}),
+        slices=tuple(image.header for image in images),
+    )
 
 
 def _acquisitions(volume: Series, rules: Rules) -> list[Series]:

@@ -65,7 +65,7 @@ class SeriesReader:
         """Voxels so far that are padding."""
         self.seconds = 0.0
         """Time spent in `slab`."""
-        self._content = _Content()
+        self._content = Content()
         self._fills: dict[float, int] = {}
         self._blank = 0
 
@@ -182,7 +182,7 @@ def _dtype(header: SliceHeader) -> np.dtype[Any]:
     return np.dtype(f"{order}{'i' if header.signed else 'u'}{(header.bits_allocated or 16) // 8}")
 
 
-class _Content:
+class Content:
     """The pixels of one image after the other; a file of many frames is unpacked and parsed once."""
 
     def __init__(self) -> None:

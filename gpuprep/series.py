@@ -6,17 +6,21 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from gpuprep.geometry import Vector3
 from gpuprep.rules import Irregularity
 from gpuprep.text import printable
 
 
-@dataclass(frozen=True, slots=True)
-class SliceHeader:
-    """The facts of one CT image: a file, or one frame of it. A value of None means: absent or unreadable."""
+class SliceHeader(NamedTuple):
+    """The facts of one CT image: a file, or one frame of it. A value of None means: absent or unreadable.
+
+    A tuple, because cohorts have millions of them, and an index of headers makes them again at every scan.
+    """
 
     path: str
+    mtime_ns: int
     member: str | None
     """Name inside the zip archive at `path`, "" for what a gzip'd file holds; None where the file is DICOM itself."""
     frame: int
@@ -24,7 +28,6 @@ class SliceHeader:
     frames: int
     """*Number of Frames* of the file."""
     file_bytes: int
-    mtime_ns: int
     sop_instance_uid: str
     instance_number: int | None
     position_mm: Vector3 | None
@@ -62,6 +65,22 @@ class SliceHeader:
         """File name for messages."""
         name = Path(self.path).name + (f"/{self.member}" if self.member else "")
         return printable(name) + (f" frame {self.frame + 1}" if self.frames > 1 else "")
+
+
+class Image(NamedTuple):
+    """One CT image with what it says of its series."""
+
+    series_uid: str
+    study_uid: str
+    frame_of_reference_uid: str
+    series_number: int | None
+    rows: int
+    columns: int
+    pixel_spacing_mm: tuple[float, float] | None
+    orientation: tuple[float, ...] | None
+    folder: str
+    """Folder it lies in; an archive is the folder of its members."""
+    header: SliceHeader
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.acceptance import check, listed, names
-from gpuprep.errors import GeometryError
+from gpuprep.errors import GeometryError, InputError, MissingTagError
 from gpuprep.geometry import Geometry, Placement
 from gpuprep.rules import Irregularity, Rules
 from gpuprep.series import Series, SliceHeader
@@ -88,12 +89,24 @@ def stack(series: Series, rules: Rules | None = None, measures: Measures | None 
     """
     rules = rules or Rules()
     measures = measures if measures is not None else Measures()
-    check(series, rules)
+    try:
+        check(series, rules)
+    except InputError:
+        with suppress(InputError):  # what can be measured is told nevertheless
+            _arranged(series, rules, measures)
+        raise
+    return _arranged(series, rules, measures)
+
+
+def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
+    """Return the stack of a series whose values may be anything."""
     axes = _axes(series)
     row, column, _ = axes
     measures.orientation, measures.obliqueness_deg = _orientation(axes)
     found = list(series.irregularities)
 
+    if not series.pixel_spacing_mm or any(s.position_mm is None for s in series.slices):
+        raise MissingTagError("Pixel Spacing or Image Position (Patient) absent")
     places = _Places.of(series.slices, axes)
     if float(np.ptp(places.along)) <= rules.position_tolerance_mm:
         what = "one slice only" if len(series.slices) == 1 else f"all {len(series.slices)} images share one position"
@@ -108,7 +121,7 @@ def stack(series: Series, rules: Rules | None = None, measures: Measures | None 
     if rules.policy == "strict" and found:
         raise GeometryError(f"irregular, which --policy strict rejects: {found[0].text}", found[0].code)
 
-    between_rows, between_columns = series.pixel_spacing_mm or (1.0, 1.0)
+    between_rows, between_columns = series.pixel_spacing_mm
     affine = np.eye(4)
     affine[:3, 0] = step
     affine[:3, 1] = column * between_rows  # the next row lies along a column
@@ -124,6 +137,8 @@ def stack(series: Series, rules: Rules | None = None, measures: Measures | None 
 
 def _axes(series: Series) -> NDArray[np.float64]:
     """Return the directions of a row, of a column and of the normal: unit vectors, shape (3, 3)."""
+    if series.orientation is None:
+        raise MissingTagError("Image Orientation (Patient) absent")
     orientation = np.array(series.orientation, dtype=np.float64).reshape(2, 3)
     lengths = np.linalg.norm(orientation, axis=1)
     if np.abs(lengths - 1).max() > 1e-2 or abs(orientation[0] @ orientation[1]) > 1e-2:
@@ -245,7 +260,9 @@ def has_doubles(series: Series, rules: Rules) -> bool:
 
 def same_image(a: SliceHeader, b: SliceHeader) -> bool:
     """Whether two images at one position are one image twice, as far as headers tell."""
-    return a.sop_instance_uid == b.sop_instance_uid != "" or _acquisition(a) == _acquisition(b)
+    if a.sop_instance_uid and (a.sop_instance_uid, a.frame) == (b.sop_instance_uid, b.frame):
+        return True
+    return _acquisition(a) == _acquisition(b)
 
 
 def _acquisition(s: SliceHeader) -> tuple[object, ...]:

@@ -30,6 +30,12 @@ hypothesis.settings.load_profile("gpuprep")
 DATA = Path(os.environ.get("GPUPREP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tests away from the index of headers in the user's cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """Folder of real CT; tests that ask for it are skipped where it is absent."""

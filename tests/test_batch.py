@@ -31,6 +31,7 @@ from gpuprep.backend import NumpyBackend
 from gpuprep.batch import Listener, Outlook, Run, convert, scan
 from gpuprep.discovery import Cohort
 from gpuprep.errors import BackendError, OutputError, RequestError
+from gpuprep.headers import Contents, read_headers
 from gpuprep.manifest import SeriesResult
 from gpuprep.output import open_output
 from gpuprep.phantom import write_series
@@ -156,7 +157,8 @@ def test_bad_series_never_stop_the_others(
 ) -> None:
     # Traps 4, 42.
     monkeypatch.setattr("gpuprep.batch.get_backend", lambda _: DeadlyBackend())
-    add(dicom / "gap", slices=8)[3].unlink()  # what is left has 7 slices, but is rejected before anyone counts
+    # 1 of 8 is more than a tenth. What is left has 7 slices, but is rejected before anyone counts.
+    add(dicom / "gap", slices=8)[3].unlink()
     truncate(add(dicom / "short")[2])
     add(dicom / "garbled", change=undecodable)
     add(dicom / "deadly", slices=7)
@@ -165,7 +167,7 @@ def test_bad_series_never_stop_the_others(
     expected = {
         "p1": ("ok", ""),
         "p2": ("ok", ""),
-        "gap": ("rejected", "GeometryError: slices are 2.500 mm apart (median), but not all: 5.000 mm between"),
+        "gap": ("rejected", "GeometryError: slices are 2.500 mm apart (median), but not all: 1 missing in 5.000"),
         "short": ("rejected", "DecodeError: S1-0004.dcm ends after 860 of 960 bytes of pixels"),
         "garbled": ("rejected", "DecodeError: S1-0006.dcm (JPEG 2000 Image Compression (Lossless Only)) cannot be"),
         "deadly": ("failed", "WorkerDiedError: the worker was killed, most often for lack of memory"),
@@ -186,6 +188,68 @@ def test_bad_series_never_stop_the_others(
     alone = tmp_path / "alone"
     assert statuses(go([dicom / "p1", dicom / "p2"], alone)) == {"p1": "ok", "p2": "ok"}
     assert outputs(out) == {f"dicom/{name}": content for name, content in outputs(alone).items()}
+
+
+def read_or_die(files: list[str]) -> list[Contents]:
+    """Read headers, but die of one file, as in a crash of the interpreter."""
+    if any(file.endswith("p2/S1-0003.dcm") for file in files):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_headers(files)
+
+
+def test_a_header_that_kills_its_reader_is_an_unreadable_file(
+    dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Trap 42. Both series are read in one task.
+    monkeypatch.setattr("gpuprep.discovery.read_headers", read_or_die)
+    run = go(dicom, out, jobs=2)
+    ((path, reason),) = run.unreadable
+    assert path == str(dicom / "p2" / "S1-0003.dcm")
+    assert reason.startswith("the worker was killed")
+    assert statuses(run) == {"p1": "ok", "p2": "rejected"}  # 1 of 6 missing
+    assert run.exit_code == 1
+
+
+def test_a_series_that_was_put_right_is_recorded_as_fixed_and_skipped_from_then_on(dicom: Path, out: Path) -> None:
+    # Trap 4.
+    add(dicom / "p3", slices=12)[5].unlink()
+    run = go(dicom, out)
+    assert statuses(run) == {"p1": "ok", "p2": "ok", "p3": "fixed"}
+    assert run.exit_code == 0
+    row = rows(out)["p3"]
+    assert json.loads(row["codes"]) == ["gap"]
+    (text,) = json.loads(row["irregularities"])
+    assert "1 missing in 5.000 mm between S1-0008.dcm and S1-0006.dcm" in text
+    assert json.loads(row["source_shape"]) == [12, 20, 24]
+    assert row["slices"] == 11
+    assert json.loads(row["audit"])["missing"] == 1
+    assert statuses(go(dicom, out)) == {"p1": "skipped", "p2": "skipped", "p3": "skipped"}
+    again = go(dicom, out, replace(SMALL, policy="strict"))
+    assert statuses(again) == {"p1": "ok", "p2": "ok", "p3": "rejected"}
+
+
+def undeclared(ds: Dataset, _: int) -> None:
+    """Fill the corners outside the scanner's circle with a value that nothing declares: 976 HU."""
+    del ds.PixelPaddingValue
+    stored = np.frombuffer(ds.PixelData, "<i2").reshape(20, 24).copy()
+    y, x = np.ogrid[:20, :24]
+    stored[(y - 9.5) ** 2 + (x - 11.5) ** 2 > 10**2] = 2000
+    ds.PixelData = stored.tobytes()
+
+
+def test_fill_that_nothing_declares_becomes_air_and_is_told(dicom: Path, out: Path) -> None:
+    # Trap 26.
+    add(dicom / "p3", change=undeclared)
+    assert statuses(go(dicom, out)) == {"p1": "ok", "p2": "ok", "p3": "fixed"}
+    row = rows(out)["p3"]
+    assert json.loads(row["codes"]) == ["padding"]
+    assert "6 slices have 976 HU all around the circle" in json.loads(row["irregularities"])[0]
+
+
+def test_what_only_pixels_show_is_rejected_by_policy_strict_too(dicom: Path, out: Path) -> None:
+    add(dicom / "p3", change=undeclared)
+    run = go(dicom, out, replace(SMALL, policy="strict"))
+    assert statuses(run) == {"p1": "ok", "p2": "ok", "p3": "rejected"}
 
 
 def test_a_bad_series_is_tried_again_and_a_mended_one_converted(dicom: Path, out: Path) -> None:
@@ -269,7 +333,7 @@ def touch_an_input(dicom: Path, out: Path) -> None:  # noqa: ARG001
 def rewrite_an_input(dicom: Path, out: Path) -> None:  # noqa: ARG001
     file = sorted((dicom / "p1").iterdir())[0]
     ds = pydicom.dcmread(file)
-    ds.PixelData = bytes(len(ds.PixelData))
+    ds.PixelData = ds.PixelData[2:] + ds.PixelData[:2]
     ds.save_as(file)
 
 

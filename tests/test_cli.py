@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -330,10 +332,21 @@ def test_flags_override_the_recipe_and_are_written_down(small_series: Path, tmp_
     flags = [
         *("--spacing", "3,2,2.5", "--order", "1", "--anti-alias", "both", "--window", "-500,500", "--size", "8,6"),
         *("--fit", "crop", "--dtype", "int16", "--format", "tif-stack", "--compression", "zlib"),
+        *("--policy", "strict", "--spacing-tolerance", "0.02", "--position-tolerance-mm", "0.03"),
+        *("--lean-tolerance-mm", "0.2", "--max-missing", "2", "--max-missing-share", "0.25", "--assume-hu"),
+        *("--orient", "LPS"),
     ]
     result = run("convert", small_series, "--out", out, "--recipe", file, *flags, "--jobs", "1", "--engine", "ndimage")
     assert result.code == 0
     assert tomllib.loads((out / "recipe.toml").read_text()) == {
+        "policy": "strict",
+        "spacing_tolerance": 0.02,
+        "position_tolerance_mm": 0.03,
+        "lean_tolerance_mm": 0.2,
+        "max_missing": 2,
+        "max_missing_share": 0.25,
+        "assume_hu": True,
+        "orient": "LPS",
         "padding": "keep",  # the file
         "align": "corner",  # its base
         "spacing_mm": [3.0, 2.0, 2.5],
@@ -370,6 +383,8 @@ ALL_OFF = {"spacing_mm": "none", "window_hu": "none", "size": "none"}
         ("--window=-1350,150", {"window_hu": [-1350.0, 150.0]}),
         ("--window -1350,150", {"window_hu": [-1350.0, 150.0]}),
         ("--window none --dtype int16 --compression none", {"window_hu": "none", "dtype": "int16"}),
+        ("--policy keep --max-missing 0", {"policy": "keep", "max_missing": 0}),
+        ("--assume-hu --orient LPS", {"assume_hu": True, "orient": "LPS"}),
     ],
 )
 def test_flags_become_the_recipe_that_they_say(tmp_path: Path, out: Path, flags: str, changed: dict[str, Any]) -> None:
@@ -377,6 +392,8 @@ def test_flags_become_the_recipe_that_they_say(tmp_path: Path, out: Path, flags:
     (tmp_path / "empty").mkdir()
     assert run("convert", tmp_path / "empty", "--out", out, *flags.split()).code == 3
     default = {
+        "policy": "fix", "spacing_tolerance": 0.01, "position_tolerance_mm": 0.02, "lean_tolerance_mm": 0.1,
+        "max_missing": 3, "max_missing_share": 0.1, "assume_hu": False, "orient": "native",
         "padding": "air", "spacing_mm": [1.0, 1.0, 1.0], "order": 3, "align": "edge", "anti_alias": "none",
         "window_hu": [-1000.0, 400.0], "size": [512, 512], "fit": "stretch", "dtype": "float32", "format": "tif",
         "compression": "none",
@@ -457,14 +474,63 @@ def test_quiet_does_not_speak_of_a_gpu_that_nobody_asked_for(tmp_path: Path) -> 
     assert result.complaint == f"gpuprep: no CT series under {tmp_path / 'empty'}\n"
 
 
-def test_the_table_of_scan_names_each_series_and_reason(mixed: Path) -> None:
+def test_the_table_of_scan_names_each_series_and_reason(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpuprep.console.PIPE_WIDTH", 400)  # temporary folders have long names
     result = run("scan", mixed, "--recipe", "classic")
     text = plain(result.stdout)
     assert result.code == 1
-    assert re.search(r"convert series-1-[0-9a-f]{6} \S+/dicom/ct 6 2\.5 × 0\.8 × 0\.7 15 × 512 × 512 0\.02", text)
-    assert re.search(r"reject series-1-[0-9a-f]{6} \S+/dicom/gap 4", text)
+    became = r"2\.5 × 0\.8 × 0\.7 15 × 512 × 512 0\.02"
+    assert re.search(rf"ok series-1-[0-9a-f]{{6}} \S+/dicom/ct axial SPL 6 {became}", text)
+    assert re.search(r"rejected series-1-[0-9a-f]{6} \S+/dicom/gap axial SPL 4", text)
     assert "GeometryError: slices are 2.500 mm apart" in text
-    assert "2 series: 1 to convert, 1 to reject; 0.02 GB to write" in text
+    assert "2 series: 1 ok, 1 rejected; 0.02 GB to write" in text
+
+
+def test_the_audit_says_the_same_in_json_and_csv(mixed: Path) -> None:
+    good, gap = run("scan", mixed, "--json").json["series"]
+    assert (good["action"], good["verdict"], good["codes"], good["reason"]) == ("convert", "ok", [], "")
+    assert (gap["action"], gap["verdict"], gap["codes"]) == ("reject", "rejected", ["gap"])
+    assert (good["key"], good["slices"], gap["slices"]) == (good["series_uid"], 6, 4)
+    assert good["audit"]["spacing_mm"] == pytest.approx(2.5)
+    # Files are numbered from the top: of five, the third is gone.
+    assert gap["audit"]["gaps"] == [{"after": "S1-0004.dcm", "mm": pytest.approx(5.0), "missing": 1}]
+    result = run("scan", mixed, "--csv")
+    assert result.code == 1
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    for row, record in zip(rows, (good, gap), strict=True):
+        flat = record | {f"audit_{k}": v for k, v in record["audit"].items()}
+        del flat["audit"]
+        assert list(row) == list(flat)
+        for name, value in flat.items():
+            wanted = "" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
+            assert row[name] == wanted
+
+
+def test_json_and_csv_at_once_are_a_bad_request(small_series: Path) -> None:
+    result = run("scan", small_series, "--csv", "--json")
+    assert result.code == 2
+    assert "--csv and --json: give one of them" in result.complaint
+
+
+def test_flags_decide_what_scan_calls_irregular(mixed: Path) -> None:
+    def verdicts(*flags: str) -> list[tuple[str, list[str]]]:
+        return [(s["verdict"], s["codes"]) for s in run("scan", mixed, "--json", *flags).json["series"]]
+
+    assert verdicts() == [("ok", []), ("rejected", ["gap"])]
+    assert verdicts("--max-missing-share", "0.2") == [("ok", []), ("fixed", ["gap"])]
+    assert verdicts("--policy", "keep") == [("ok", []), ("ok", ["uneven"])]
+    assert verdicts("--policy", "strict", "--max-missing-share", "0.2") == [("ok", []), ("rejected", ["gap"])]
+
+
+def test_headers_are_kept_where_the_user_says_and_not_where_he_says_none(small_series: Path, tmp_path: Path) -> None:
+    cache = Path(os.environ["XDG_CACHE_HOME"])
+    assert run("scan", small_series, "--index", "none").code == 0
+    assert list(cache.iterdir()) == []
+    assert run("scan", small_series, "--index", tmp_path / "kept" / "index").code == 0
+    assert (tmp_path / "kept" / "index").is_file()
+    assert list(cache.iterdir()) == []
+    assert run("scan", small_series).code == 0
+    assert (cache / "gpuprep" / "headers.sqlite").is_file()
 
 
 def test_tables_survive_a_terminal_of_ascii(mixed: Path) -> None:
@@ -552,23 +618,24 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's cohort in smaller matrices and volumes, so that it is a matter of a second."""
 
     def smaller(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], seed: int = 0) -> Any:
-        return thorax((max(12, shape[0] // 4), 16, 18), spacing_mm, seed)
+        return thorax((max(24, shape[0] // 4), 16, 18), spacing_mm, seed)  # slices 8 to 13 of 24 are taken away
 
     monkeypatch.setattr("gpuprep.demo.thorax", smaller)
     monkeypatch.setattr("gpuprep.demo.Recipe", lambda: Recipe(size=(8, 8)))
 
 
-def test_the_demo_converts_three_series_and_rejects_one(tmp_path: Path) -> None:
+def test_the_demo_converts_four_series_one_of_them_mended_and_rejects_one(tmp_path: Path) -> None:
     try:
         result = run("demo", tmp_path)
         assert result.code == 0
         text = plain(result.stdout)
         assert re.search(r"ok 3 120 ", text)
-        assert re.search(r"rejected 1 23 0 0\.00", text)
+        assert re.search(r"fixed 1 23 ", text)
+        assert re.search(r"rejected 1 18 0 0\.00", text)
         looked_at = re.findall(r"\S+\.(?:tif|json|csv)\b", result.stdout)
         assert len(looked_at) == 3
         assert all(Path(p).is_file() for p in looked_at)
-        assert len(list((tmp_path / "volumes").rglob("volume.json"))) == 3
+        assert len(list((tmp_path / "volumes").rglob("volume.json"))) == 4
     finally:
         shutil.rmtree(tmp_path / "volumes", ignore_errors=True)  # half a gigabyte
 
@@ -578,7 +645,7 @@ def test_the_demo_may_be_run_again(tmp_path: Path) -> None:
     assert run("demo", tmp_path, "--jobs", "1").code == 0
     result = run("demo", tmp_path, "--jobs", "1")
     assert result.code == 0
-    assert "skipped 3" in plain(result.stdout)
+    assert "skipped 4" in plain(result.stdout)
 
 
 @pytest.mark.usefixtures("small_demo")
@@ -602,7 +669,7 @@ def test_a_demo_that_comes_out_wrong_says_so(tmp_path: Path) -> None:
     (tmp_path / "dicom").mkdir()
     result = run("demo", tmp_path, "--jobs", "1")
     assert result.code == 1
-    assert "the demo should convert 3 series and reject 1" in result.stderr
+    assert "the demo should convert 4 series and reject 1" in result.stderr
 
 
 def test_a_demo_that_cannot_be_written_is_exit_code_2(tmp_path: Path) -> None:
@@ -629,6 +696,6 @@ def test_doctor_finds_a_decoder_for_every_encoding_of_ct() -> None:
     findings = {f["name"]: f for f in run("doctor", "--json").json}
     encodings = [f for f in findings.values() if f["topic"] == "decoder"]
     assert [f["name"] for f in encodings if not f["ok"]] == []
-    assert len(encodings) == 12
+    assert len(encodings) == 14  # RLE, five of JPEG, lossless JPEG by two names, and two or three of LS, 2000 and HT
     assert findings["JPEG 2000 Image Compression"]["detail"]
     assert findings["cpu"]["ok"] is True

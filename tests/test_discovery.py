@@ -7,10 +7,11 @@ import os
 import pickle
 import shutil
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydicom
@@ -33,6 +34,8 @@ from pydicom.uid import (
 from gpuprep.discovery import Cohort, discover
 from gpuprep.errors import InputError, RequestError
 from gpuprep.phantom import write_series
+from gpuprep.reading import read
+from gpuprep.rules import Rules
 from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import stack
 
@@ -391,6 +394,8 @@ def test_a_file_cut_short_anywhere_is_reported_or_refused(tmp_path: Path) -> Non
         assert {str(files[0]), str(files[1])} <= set(paths(cohort))
         if str(files[2]) in dict(cohort.unreadable):
             continue
+        if any(files[2].name == name for series in cohort for name, _ in series.left_out):
+            continue
         holder = next((s for s in cohort if files[2].name in names(s)), None)
         if holder is None:
             silent.append((size, cohort.passed_over))
@@ -398,6 +403,20 @@ def test_a_file_cut_short_anywhere_is_reported_or_refused(tmp_path: Path) -> Non
             with pytest.raises(InputError, match=r"S1-0001\.dcm"):
                 stack(holder)
     assert silent == []
+
+
+def test_a_deflated_file_cut_short_anywhere_is_reported_or_refused(tmp_path: Path) -> None:
+    # Trap 42: what is left of it unpacks to the beginning of a data set.
+    file = write(tmp_path)[2]
+    whole = natively(pydicom.dcmread(file), DeflatedExplicitVRLittleEndian)
+    for size in range(whole.index(CT.encode()) + len(CT) + 1, len(whole) - 2, 29):
+        file.write_bytes(whole[:size])
+        cohort = discover(tmp_path)
+        if str(file) in dict(cohort.unreadable) or any(file.name == n for s in cohort for n, _ in s.left_out):
+            continue
+        (holder,) = (s for s in cohort if file.name in names(s))
+        with pytest.raises(InputError, match=r"S1-0001\.dcm"):
+            read(holder)
 
 
 def test_a_damaged_sop_class_is_not_taken_for_something_else(tmp_path: Path) -> None:
@@ -410,12 +429,14 @@ def test_a_damaged_sop_class_is_not_taken_for_something_else(tmp_path: Path) -> 
 
 
 def test_a_header_that_cannot_be_read_costs_no_other_file(tmp_path: Path) -> None:
-    # Trap 42: a deflated data set of which the first half is left.
-    files = write(tmp_path, 5)
-    data = natively(pydicom.dcmread(files[1]), DeflatedExplicitVRLittleEndian)
-    files[1].write_bytes(data[: len(data) // 2])
+    # Trap 42.
+    def change(ds: Dataset, k: int) -> None:
+        if k == 1:
+            ds.NumberOfFrames = 0
+
+    files = write(tmp_path, 5, change)
     cohort = discover(tmp_path)
-    assert [path for path, _ in cohort.unreadable] == [str(files[1])]
+    assert cohort.unreadable == ((str(files[1]), "ValueError: Number of Frames is '0'"),)
     assert paths(cohort) == sorted(str(f) for f in files if f != files[1])
 
 
@@ -432,7 +453,8 @@ def test_no_header_makes_the_scan_fail(tmp_path_factory: pytest.TempPathFactory,
     bad.write_bytes(data)
     cohort = discover(folder)
     assert str(good) in paths(cohort)
-    assert len(paths(cohort)) + len(cohort.unreadable) + sum(cohort.passed_over.values()) == 2
+    left_out = sum(len(series.left_out) for series in cohort)
+    assert len(paths(cohort)) + len(cohort.unreadable) + sum(cohort.passed_over.values()) + left_out == 2
 
 
 # Values
@@ -550,6 +572,7 @@ def test_headers_are_read_as_they_were_written(tmp_path: Path) -> None:
     def change(ds: Dataset, _: int) -> None:
         ds.RescaleSlope, ds.RescaleIntercept = "0.0444", "-8.5"
         ds.BitsStored, ds.HighBit = 12, 11
+        ds.AcquisitionNumber, ds.TemporalPositionIdentifier = 2, 3
 
     (file,) = write(tmp_path, 1, change, series_number=7, series_uid="1.2.3.4")
     ds = pydicom.dcmread(file)
@@ -560,12 +583,47 @@ def test_headers_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert series.orientation == (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     assert series.folder == str(tmp_path)
     assert found == SliceHeader(
-        path=str(file), file_bytes=file.stat().st_size, mtime_ns=file.stat().st_mtime_ns,
-        sop_instance_uid=ds.SOPInstanceUID, instance_number=1, position_mm=(-100, -120, -300), rescale_slope=0.0444,
-        rescale_intercept=-8.5, rescale_type="HU", photometric="MONOCHROME2", samples_per_pixel=1, frames=1,
-        bits_allocated=16, bits_stored=12, high_bit=11, signed=True, padding=-2000, padding_limit=None,
+        path=str(file), member=None, frame=0, frames=1, file_bytes=file.stat().st_size,
+        mtime_ns=file.stat().st_mtime_ns, sop_instance_uid=ds.SOPInstanceUID, instance_number=1,
+        position_mm=(-100, -120, -300), localizer=False, modality="CT", temporal_position=3, acquisition_number=2,
+        acquisition_time=found.acquisition_time, reconstruction=found.reconstruction, rescale_slope=0.0444,
+        rescale_intercept=-8.5, rescale_type="HU", photometric="MONOCHROME2", samples_per_pixel=1, bits_allocated=16,
+        bits_stored=12, high_bit=11, signed=True, padding=-2000, padding_limit=None,
         transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=found.pixel_offset, pixel_bytes=640,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"AcquisitionTime": "120001"}, "acquisition_time"),
+        ({"AcquisitionDate": "20250102"}, "acquisition_time"),
+        ({"AcquisitionDateTime": "20250101120000.5"}, "acquisition_time"),
+        ({"ConvolutionKernel": "LUNG"}, "reconstruction"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "AXIAL"]}, "reconstruction"),
+        ({"ContentTime": "120001", "InstanceNumber": 9}, None),
+    ],
+)
+def test_hashes_tell_times_and_reconstructions_apart_without_keeping_them(
+    tmp_path: Path, changes: dict[str, Any], differs: str | None
+) -> None:
+    # Traps 6, 33.
+    def plain(ds: Dataset, _: int) -> None:
+        ds.AcquisitionDate, ds.AcquisitionTime, ds.ConvolutionKernel = "20250101", "120000", "STANDARD"
+
+    def other(ds: Dataset, k: int) -> None:
+        plain(ds, k)
+        for keyword, value in changes.items():
+            setattr(ds, keyword, value)
+
+    one, two = (
+        header(write(tmp_path / name, 1, change, series_uid="1.2.3")[0])
+        for name, change in (("one", plain), ("two", other))
+    )
+    assert (one.acquisition_time != two.acquisition_time) is (differs == "acquisition_time")
+    assert (one.reconstruction != two.reconstruction) is (differs == "reconstruction")
+    for text in (repr(one), repr(two)):
+        assert not any(said in text for said in ("20250101", "1200", "STANDARD", "LUNG", "PRIMARY"))
 
 
 @pytest.mark.parametrize("meta", [True, False])
@@ -589,17 +647,38 @@ def test_the_pixel_offset_points_at_the_pixels(tmp_path: Path, syntax: UID, meta
         assert data == pixels.astype("<i2").tobytes()
 
 
-@pytest.mark.parametrize("syntax", [ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless])
-def test_pixels_that_are_not_plain_have_no_offset(tmp_path: Path, syntax: UID) -> None:
+def test_the_offset_of_big_endian_pixels_points_at_them(tmp_path: Path) -> None:
+    # Trap 29.
+    (file,) = write(tmp_path, 1)
+    file.write_bytes(natively(pydicom.dcmread(file), ExplicitVRBigEndian))
+    found = header(file)
+    assert found.transfer_syntax == ExplicitVRBigEndian
+    assert found.pixel_offset is not None
+    assert found.pixel_bytes == 640
+    assert file.read_bytes()[found.pixel_offset : found.pixel_offset + 640] == noise(1).astype(">i2").tobytes()
+
+
+def test_the_offset_of_deflated_pixels_counts_unpacked_bytes(tmp_path: Path) -> None:
+    # Trap 29.
+    (file,) = write(tmp_path, 1)
+    data = natively(pydicom.dcmread(file), DeflatedExplicitVRLittleEndian)
+    file.write_bytes(data)
+    # PS3.10, 7.1: the meta group is 128 + 4 bytes, an element of 12 that says how long the rest is, and the rest.
+    unpacked = zlib.decompress(data[144 + int.from_bytes(data[140:144], "little") :], -zlib.MAX_WBITS)
+    found = header(file)
+    assert found.transfer_syntax == DeflatedExplicitVRLittleEndian
+    assert found.pixel_offset is not None
+    assert found.pixel_bytes == 640
+    assert unpacked[found.pixel_offset : found.pixel_offset + 640] == noise(1).astype("<i2").tobytes()
+
+
+def test_encoded_pixels_have_no_offset(tmp_path: Path) -> None:
     # Trap 29.
     (file,) = write(tmp_path, 1)
     ds = pydicom.dcmread(file)
-    if syntax == RLELossless:
-        ds.compress(syntax)
-        ds.save_as(file)
-    else:
-        file.write_bytes(natively(ds, syntax))
-    assert header(file).transfer_syntax == syntax
+    ds.compress(RLELossless)
+    ds.save_as(file)
+    assert header(file).transfer_syntax == RLELossless
     assert (header(file).pixel_offset, header(file).pixel_bytes) == (None, None)
 
 
@@ -647,30 +726,112 @@ def test_equal_geometry_does_not_join_series(tmp_path: Path) -> None:
     assert [len(s.slices) for s in discover(tmp_path)] == [3, 3]
 
 
-@pytest.mark.parametrize(
-    ("keyword", "value"),
-    [
-        ("ImageOrientationPatient", [1, 0, 0, 0, 0, -1]),
-        ("ImageOrientationPatient", None),
-        ("PixelSpacing", [0.8, 0.71]),
-        ("PixelSpacing", [0.7, 0.8]),
-        ("PixelSpacing", None),
-        ("Rows", 20),
-        ("Columns", 16),
-    ],
-)
-def test_one_uid_is_split_where_slices_cannot_lie_in_one_stack(tmp_path: Path, keyword: str, value: Any) -> None:
-    # Traps 9, 10: a scout, a screenshot or a second reconstruction inside the series.
+OTHER_KINDS: list[tuple[str, Any, str]] = [
+    ("ImageOrientationPatient", [1, 0, 0, 0, 0, -1], "other orientation"),
+    ("PixelSpacing", [0.8, 0.71], "other pixel spacing"),
+    ("PixelSpacing", [0.7, 0.8], "other pixel spacing"),
+    ("PixelSpacing", None, "other pixel spacing"),
+    ("Rows", 20, "other matrix"),
+    ("Columns", 16, "other matrix"),
+]
+STRAYS: list[tuple[str, Any, str]] = [
+    ("ImageOrientationPatient", None, "no position"),
+    ("ImagePositionPatient", None, "no position"),
+    ("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"], "localizer"),
+    ("SamplesPerPixel", 3, "colour"),
+]
+
+
+@pytest.mark.parametrize(("keyword", "value", "why"), OTHER_KINDS + STRAYS)
+def test_two_images_of_another_kind_are_left_out_and_named(tmp_path: Path, keyword: str, value: Any, why: str) -> None:
+    # Traps 9, 10: a scout or a screenshot inside the series.
     def change(ds: Dataset, k: int) -> None:
+        ds["PixelData"].VR = "OW"
         if k in (1, 3):
             setattr(ds, keyword, value)
 
     write(tmp_path, 6, change, series_uid="1.2.3")
+    series = only(discover(tmp_path))
+    assert (series.key, series.part, len(series.slices)) == ("1.2.3", 0, 4)
+    assert series.left_out == (("S1-0003.dcm", why), ("S1-0005.dcm", why))
+    assert [i.code for i in series.irregularities] == ["left-out"]
+    assert f"S1-0003.dcm ({why})" in series.irregularities[0].text
+
+
+@pytest.mark.parametrize(("keyword", "value"), [(keyword, value) for keyword, value, _ in OTHER_KINDS])
+def test_three_images_of_another_kind_are_a_volume_of_their_own(tmp_path: Path, keyword: str, value: Any) -> None:
+    # Traps 9, 10: a second reconstruction inside the series.
+    def change(ds: Dataset, k: int) -> None:
+        if k in (1, 3, 5):
+            setattr(ds, keyword, value)
+
+    write(tmp_path, 7, change, series_uid="1.2.3")
     large, small = discover(tmp_path)
     assert (large.key, large.part, len(large.slices)) == ("1.2.3#1", 1, 4)
-    assert (small.key, small.part, len(small.slices)) == ("1.2.3#2", 2, 2)
-    assert names(small) == {"S1-0005.dcm", "S1-0003.dcm"}
+    assert (small.key, small.part, len(small.slices)) == ("1.2.3#2", 2, 3)
+    assert names(small) == {"S1-0006.dcm", "S1-0004.dcm", "S1-0002.dcm"}
     assert large.label == "series-1-c47f5b-part1"  # printf 1.2.3 | sha256sum
+    assert large.left_out == small.left_out == ()
+    assert [[i.code for i in s.irregularities] for s in (large, small)] == [["mixed"], ["mixed"]]
+
+
+@pytest.mark.parametrize(("keyword", "value", "why"), STRAYS)
+def test_images_that_are_no_slices_are_left_out_however_many_they_are(
+    tmp_path: Path, keyword: str, value: Any, why: str
+) -> None:
+    # Traps 9, 10.
+    def change(ds: Dataset, k: int) -> None:
+        ds["PixelData"].VR = "OW"
+        if k < 4:
+            setattr(ds, keyword, value)
+
+    write(tmp_path, 7, change)
+    series = only(discover(tmp_path))
+    assert names(series) == {"S1-0001.dcm", "S1-0002.dcm", "S1-0003.dcm"}
+    assert [reason for _, reason in series.left_out] == [why] * 4
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values"),
+    [
+        ("AcquisitionNumber", (1, 2)),
+        ("TemporalPositionIdentifier", (1, 2)),
+        ("AcquisitionTime", ("120000", "120030.5")),
+        ("ConvolutionKernel", ("STANDARD", "LUNG")),
+    ],
+)
+def test_acquisitions_at_the_same_places_are_volumes_of_their_own(
+    tmp_path: Path, keyword: str, values: tuple[Any, Any]
+) -> None:
+    # Trap 6: every position twice, interleaved as files are.
+    def change(ds: Dataset, k: int) -> None:
+        ds.ImagePositionPatient = [-100, -120, -300 + k // 2 * 2.5]
+        setattr(ds, keyword, values[k % 2])
+
+    write(tmp_path, 10, change, series_uid="1.2.3")
+    one, two = discover(tmp_path)
+    assert (one.key, two.key) == ("1.2.3#1", "1.2.3#2")
+    # File S1-0010 is k = 0; the volume of the file first by Instance Number comes first: S1-0001, k = 9.
+    assert names(one) == {f"S1-{n:04}.dcm" for n in (1, 3, 5, 7, 9)}
+    assert names(two) == {f"S1-{n:04}.dcm" for n in (2, 4, 6, 8, 10)}
+    for series in (one, two):
+        assert [i.code for i in series.irregularities] == ["acquisitions"]
+        assert stack(series).geometry.spacing_mm[0] == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("policy", ["strict", "keep"])
+def test_acquisitions_stay_together_where_nothing_is_to_be_put_right(
+    tmp_path: Path, policy: Literal["strict", "keep"]
+) -> None:
+    # Trap 6.
+    def change(ds: Dataset, k: int) -> None:
+        ds.ImagePositionPatient = [-100, -120, -300 + k // 2 * 2.5]
+        ds.AcquisitionNumber = k % 2
+
+    write(tmp_path, 10, change)
+    series = only(discover(tmp_path, Rules(policy=policy)))
+    assert len(series.slices) == 10
+    assert series.irregularities == ()
 
 
 def test_small_differences_do_not_split_a_series(tmp_path: Path) -> None:
@@ -703,11 +864,11 @@ def test_keys_tell_all_series_apart(tmp_path: Path) -> None:
     # Trap 33: the manifest has one row per key. Without a UID, folders and parts are all there is.
     def nameless(ds: Dataset, k: int) -> None:
         del ds.SeriesInstanceUID
-        if k == 2:
+        if k > 2:
             ds.Rows, ds.Columns = 20, 16
 
     for folder in "ab":
-        write(tmp_path / folder, 3, nameless)
+        write(tmp_path / folder, 6, nameless)
     write(tmp_path / "c", series_uid="1.2.3")
     keys = [s.key for s in discover(tmp_path)]
     assert len(keys) == 5
@@ -718,8 +879,8 @@ def test_keys_tell_all_series_apart(tmp_path: Path) -> None:
 
 
 def in_order(order: Callable[[list[Any]], Iterable[Any]]) -> Callable[..., Iterator[Any]]:
-    """Return a `map` whose results come in another order, as those of worker processes do."""
-    return lambda function, tasks: iter([function(task) for task in order(tasks)])
+    """Return a `map_` whose results come in another order, as those of worker processes do."""
+    return lambda function, tasks: iter([(task, function(task)) for task in order(tasks)])
 
 
 def test_nothing_depends_on_the_order_in_which_headers_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -755,6 +916,48 @@ def test_the_account_does_not_depend_on_the_order_either(tmp_path: Path, monkeyp
     assert len(one.unreadable) == 3
 
 
+# The index of headers
+
+
+class Opened:
+    """A `map_` that keeps account of the files whose headers are read."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, function: Callable[[Any], Any], tasks: list[list[str]]) -> Iterator[Any]:
+        for task in tasks:
+            self.names += [os.path.basename(path) for path in task]
+            yield task, function(task)
+
+
+def test_unchanged_files_are_not_read_again_and_give_the_same(tmp_path: Path) -> None:
+    files = write(tmp_path / "in", 4)
+    write(tmp_path / "in" / "mr", 1, as_class("1.2.840.10008.5.1.4.1.1.4"))
+    write(tmp_path / "in" / "deep", 3)[0].write_bytes(bytes(128) + b"DICM" + b"\x02\0\0\0UL\4\0\xff")
+    (tmp_path / "in" / "notes.txt").write_text("text")
+    plain = discover(tmp_path / "in")
+    index = tmp_path / "index" / "headers.sqlite"
+    first, second, third = Opened(), Opened(), Opened()
+    assert discover(tmp_path / "in", index=index, map_=first) == plain
+    assert len(first.names) == 9
+    assert discover(tmp_path / "in", index=index, map_=second) == plain
+    assert second.names == []
+    # One touched, one new, one gone.
+    os.utime(files[0], ns=(1, 1))
+    (tmp_path / "in" / "more.txt").write_text("text")
+    files[1].unlink()
+    assert discover(tmp_path / "in", index=index, map_=third) == discover(tmp_path / "in")
+    assert sorted(third.names) == ["S1-0004.dcm", "more.txt"]
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 99, b""], ids=["text", "empty"])
+def test_an_index_that_is_none_is_done_without(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path / "in", 4)
+    (tmp_path / "index").write_bytes(content)
+    assert discover(tmp_path / "in", index=tmp_path / "index") == discover(tmp_path / "in")
+
+
 def test_a_fingerprint_changes_with_any_file_and_with_nothing_else(tmp_path: Path) -> None:
     files = write(tmp_path / "a", 4)
     series = only(discover(tmp_path))
@@ -775,7 +978,7 @@ def test_a_fingerprint_changes_with_any_file_and_with_nothing_else(tmp_path: Pat
         f.write(b"\0\0")
     os.utime(files[2], ns=(status.st_atime_ns, status.st_mtime_ns))
     seen.add(only(discover(tmp_path / "a")).fingerprint)
-    other = replace(series.slices[0], sop_instance_uid="1.2.3")
+    other = series.slices[0]._replace(sop_instance_uid="1.2.3")
     seen.add(replace(series, slices=(other, *series.slices[1:])).fingerprint)
     files[0].unlink()
     seen.add(only(discover(tmp_path / "a")).fingerprint)

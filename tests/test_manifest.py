@@ -24,7 +24,9 @@ OK = SeriesResult(
     study_uid="1.2",
     series_number=7,
     source="/data/p1",
-    status="ok",
+    status="fixed",
+    codes=("gap", "tilt"),
+    irregularities=("1 missing, between a and b", "leans by 5°"),
     warnings=("first, with a comma", 'second "quoted"\nand on a new line'),
     slices=108,
     source_shape=(108, 512, 512),
@@ -32,6 +34,8 @@ OK = SeriesResult(
     hu_min=-3024.0,
     hu_max=1234.5,
     hu_mean=-612.0625,
+    padding_share=0.125,
+    audit={"slices": 108, "gaps": [{"after": "a", "mm": 6.0, "missing": 1}], "tilt_deg": None},
     folder="data/p1",
     shape=(324, 512, 512),
     spacing_mm=(1.0, 0.681640625, 0.681640625),
@@ -157,14 +161,16 @@ def test_csv_holds_exactly_the_rows_of_the_manifest(manifest: Manifest, tmp_path
     manifest.write_csv()
     bare, ok = csv_rows(tmp_path)
     assert list(ok) == [f.name for f in fields(SeriesResult)]
-    assert ok | {"warnings": "", "shape": ""} == {
+    assert ok | {"warnings": "", "irregularities": "", "audit": "", "shape": ""} == {
         "key": "1.2.3",
         "series_uid": "1.2.3",
         "study_uid": "1.2",
         "series_number": "7",
         "source": "/data/p1",
-        "status": "ok",
+        "status": "fixed",
         "reason": "",
+        "codes": '["gap", "tilt"]',
+        "irregularities": "",
         "warnings": "",
         "slices": "108",
         "source_shape": "[108, 512, 512]",
@@ -172,6 +178,8 @@ def test_csv_holds_exactly_the_rows_of_the_manifest(manifest: Manifest, tmp_path
         "hu_min": "-3024.0",
         "hu_max": "1234.5",
         "hu_mean": "-612.0625",
+        "padding_share": "0.125",
+        "audit": "",
         "folder": "data/p1",
         "shape": "",
         "spacing_mm": "[1.0, 0.681640625, 0.681640625]",
@@ -189,15 +197,22 @@ def test_csv_holds_exactly_the_rows_of_the_manifest(manifest: Manifest, tmp_path
         "finished": "2026-01-02T03:04:05+00:00",
     }
     assert json.loads(ok["warnings"]) == ["first, with a comma", 'second "quoted"\nand on a new line']
+    assert json.loads(ok["irregularities"]) == ["1 missing, between a and b", "leans by 5°"]
+    assert json.loads(ok["audit"]) == {
+        "slices": 108, "gaps": [{"after": "a", "mm": 6.0, "missing": 1}], "tilt_deg": None,
+    }  # fmt: skip
     assert json.loads(ok["shape"]) == [324, 512, 512]
     assert (bare["key"], bare["status"], bare["reason"]) == ("9.9#2", "rejected", "GeometryError: gap")
     assert (bare["series_number"], bare["shape"], bare["hu_min"], bare["warnings"]) == ("", "", "", "[]")
+    assert (bare["codes"], bare["irregularities"], bare["padding_share"], bare["audit"]) == ("[]", "[]", "", "")
 
 
 def test_csv_of_an_empty_manifest_is_its_heading(manifest: Manifest, tmp_path: Path) -> None:
     manifest.write_csv()
     heading, *rest = (tmp_path / "manifest.csv").read_text().splitlines()
-    assert heading.startswith("key,series_uid,study_uid,series_number,source,status,reason,warnings,")
+    assert heading.startswith(
+        "key,series_uid,study_uid,series_number,source,status,reason,codes,irregularities,warnings,"
+    )
     assert rest == []
 
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from gpuprep.batch import convert
 from gpuprep.cli import app
+from gpuprep.discovery import discover
 from gpuprep.phantom import write_series
 from gpuprep.recipe import Recipe
 
@@ -154,6 +155,25 @@ def test_no_file_of_the_output_names_the_patient(dicom: Path, tmp_path: Path, re
 def test_the_workers_and_the_files_they_leave_do_not_name_the_patient(dicom: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(dicom, out, Recipe(spacing_mm=None, size=(6, 5)), backend="cpu", jobs=1)
+    assert leaks(out) == {}
+
+
+def test_the_index_of_headers_does_not_name_the_patient(dicom: Path, tmp_path: Path) -> None:
+    # Nor does it hold when the patient was there: dates and times are hashed.
+    assert discover(dicom, index=tmp_path / "index" / "headers.sqlite").series
+    (file,) = (tmp_path / "index").iterdir()
+    assert file.stat().st_size > 10_000
+    assert leaks(tmp_path / "index") == {}
+
+
+def test_a_name_in_place_of_the_modality_is_not_recorded(tmp_path: Path) -> None:
+    def misuse(ds: Dataset, _: int) -> None:
+        ds.Modality = "PHANTOM"  # the Patient ID
+
+    write_series(tmp_path / "dicom", np.zeros((3, 4, 5), np.int16), (2.5, 0.8, 0.7), change=misuse)
+    out = tmp_path / "out"
+    (result,) = convert(tmp_path / "dicom", out, backend="cpu").results
+    assert (result.status, result.codes) == ("rejected", ("modality",))
     assert leaks(out) == {}
 
 

@@ -38,6 +38,7 @@ from gpuprep.errors import DecodeError, MissingTagError
 from gpuprep.intensity import padding_to_air, stored_to_hu
 from gpuprep.phantom import write_series
 from gpuprep.reading import SeriesReader, read
+from gpuprep.recipe import Recipe
 from gpuprep.series import Series
 from gpuprep.volume import StoredVolume
 
@@ -453,7 +454,9 @@ def test_a_file_that_was_cut_after_the_scan_is_named(tmp_path: Path) -> None:
         read(series)
 
 
-@pytest.mark.parametrize("syntax", PLAIN, ids=lambda uid: uid.keyword)
+@pytest.mark.parametrize(
+    "syntax", [*PLAIN, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian], ids=lambda uid: uid.keyword
+)
 def test_pixel_data_shorter_than_the_matrix_are_refused(tmp_path: Path, syntax: UID) -> None:
     # Trap 42. What follows in the file must not be read as pixels.
     def shorten(ds: Dataset, k: int) -> None:
@@ -462,20 +465,28 @@ def test_pixel_data_shorter_than_the_matrix_are_refused(tmp_path: Path, syntax: 
         ds.add_new(0xFFFCFFFC, "OB", bytes(64))
 
     write(tmp_path, integers(-2000, 3000, "int16"), syntax, shorten)
-    with pytest.raises(DecodeError, match=r"S1-0002\.dcm \w+ 638 bytes of pixels.* 640 are needed"):
+    with pytest.raises(DecodeError, match=r"S1-0002\.dcm announces 638 bytes of pixels where 640 are needed"):
         read_back(tmp_path)
 
 
-@pytest.mark.parametrize("syntax", [ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian], ids=lambda uid: uid.keyword)
-def test_other_native_pixel_data_shorter_than_the_matrix_are_refused(tmp_path: Path, syntax: UID) -> None:
-    # Trap 42.
-    def shorten(ds: Dataset, k: int) -> None:
-        if k == 1:
-            ds.PixelData = ds.PixelData[:-2]
-
-    write(tmp_path, integers(-2000, 3000, "int16"), syntax, shorten)
-    with pytest.raises(DecodeError, match=rf"S1-0002\.dcm \({syntax.name}\) cannot be decoded"):
+@pytest.mark.parametrize("value", [-1000, 0, 24])
+def test_a_slice_of_one_value_beside_images_is_refused_by_name(tmp_path: Path, value: int) -> None:
+    # Trap 42: half-written.
+    stored = integers(-2000, 3000, "int16")
+    stored[1] = value + 1024
+    write(tmp_path, stored)
+    with pytest.raises(DecodeError, match=rf"S1-0002\.dcm holds one value \({value + 1024}, {value} HU\)") as caught:
         read_back(tmp_path)
+    assert caught.value.code == "blank"
+    keep = Recipe(policy="keep", padding="keep")
+    volume = read(discover(tmp_path, keep.rules)[0], keep)
+    np.testing.assert_array_equal(volume.stored, stored)
+    assert volume.warnings == ("1 slices hold one value throughout",)
+
+
+def test_a_volume_of_one_value_is_read_and_doubted(tmp_path: Path) -> None:
+    write(tmp_path, np.full((3, 16, 20), 1024, dtype=np.int16))
+    assert read(discover(tmp_path)[0]).warnings == ("3 slices hold one value throughout",)
 
 
 @pytest.mark.parametrize("syntax", CODED, ids=lambda uid: uid.keyword)

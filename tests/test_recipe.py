@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,20 @@ from hypothesis import strategies as st
 
 from gpuprep.errors import RecipeError, RequestError
 from gpuprep.recipe import PRESETS, Recipe
+from gpuprep.rules import Rules
 
 SPACINGS = st.none() | st.tuples(*[st.floats(0.01, 16384)] * 3)
 SIZES = st.none() | st.tuples(*[st.integers(1, 16384)] * 2)
 WINDOWS = st.tuples(st.integers(-100_000, 100_000), st.floats(0.01, 100_000)).map(lambda w: (float(w[0]), w[0] + w[1]))
 COMMON: dict[str, st.SearchStrategy[Any]] = {
+    "policy": st.sampled_from(["fix", "strict", "keep"]),
+    "spacing_tolerance": st.floats(0, 1),
+    "position_tolerance_mm": st.floats(1e-6, 10),
+    "lean_tolerance_mm": st.floats(1e-6, 1000),
+    "max_missing": st.integers(0, 1000),
+    "max_missing_share": st.floats(0, 1),
+    "assume_hu": st.booleans(),
+    "orient": st.sampled_from(["native", "LPS"]),
     "padding": st.sampled_from(["air", "minus2000-to-0", "keep"]),
     "spacing_mm": SPACINGS,
     "order": st.integers(0, 5),
@@ -34,6 +43,15 @@ RECIPES = st.builds(
 ) | st.builds(Recipe, window_hu=st.none(), dtype=st.sampled_from(["float32", "int16"]), **COMMON)
 
 ONE_CHANGE: list[dict[str, Any]] = [
+    {"policy": "strict"},
+    {"policy": "keep"},
+    {"spacing_tolerance": 0.02},
+    {"position_tolerance_mm": 0.01},
+    {"lean_tolerance_mm": 0.2},
+    {"max_missing": 2},
+    {"max_missing_share": 0.2},
+    {"assume_hu": True},
+    {"orient": "LPS"},
     {"padding": "keep"},
     {"padding": "minus2000-to-0"},
     {"spacing_mm": None},
@@ -102,6 +120,14 @@ def test_two_ways_to_write_one_recipe_have_one_hash(one: Recipe, other: Recipe) 
 
 def test_the_default_is_what_the_design_says() -> None:
     assert Recipe() == Recipe(
+        policy="fix",
+        spacing_tolerance=0.01,
+        position_tolerance_mm=0.02,
+        lean_tolerance_mm=0.1,
+        max_missing=3,
+        max_missing_share=0.1,
+        assume_hu=False,
+        orient="native",
         padding="air",
         spacing_mm=(1.0, 1.0, 1.0),
         order=3,
@@ -143,12 +169,14 @@ def test_an_unknown_preset_suggests_the_right_one() -> None:
     [("windw_hu", "window_hu"), ("spacing", "spacing_mm"), ("antialias", "anti_alias"), ("Dtype", "dtype")],
 )
 def test_an_unknown_key_suggests_the_right_one(slip: str, meant: str) -> None:
-    with pytest.raises(RecipeError, match=rf"no '{slip}' \(did you mean '{meant}'\?\); its keys: base, padding"):
+    with pytest.raises(RecipeError, match=rf"no '{slip}' \(did you mean '{meant}'\?\); its keys: base, policy, "):
         Recipe.from_dict({slip: 1})
 
 
 def test_a_key_like_no_other_gets_the_list_and_no_guess() -> None:
-    with pytest.raises(RecipeError, match=r"no 'zzz'; its keys: base, padding, spacing_mm, order, .*compression"):
+    with pytest.raises(
+        RecipeError, match=r"no 'zzz'; its keys: base, policy, spacing_tolerance, .*order, .*compression$"
+    ):
         Recipe.from_dict({"zzz": 1})
 
 
@@ -163,7 +191,9 @@ def test_none_is_a_word_like_others_where_it_is_a_choice() -> None:
     assert (recipe.anti_alias, recipe.compression) == ("none", "none")
 
 
-@pytest.mark.parametrize("name", ["padding", "order", "align", "fit", "dtype", "format"])
+@pytest.mark.parametrize(
+    "name", ["policy", "max_missing", "assume_hu", "orient", "padding", "order", "align", "fit", "dtype", "format"]
+)
 def test_none_is_refused_where_something_has_to_be(name: str) -> None:
     with pytest.raises(RecipeError, match=name):
         Recipe.from_dict({name: "none"})
@@ -175,6 +205,14 @@ def test_one_number_stands_for_all_axes_in_a_file() -> None:
 
 
 BAD_VALUES: dict[str, list[Any]] = {
+    "policy": ["", "Fix", 0, None, True, ["fix"]],
+    "spacing_tolerance": ["", "0.01", -0.1, 1.1, math.nan, math.inf, None, True, [0.01], 10**400],
+    "position_tolerance_mm": ["0.02", 0, -1, 10.1, math.nan, None, True, [0.02]],
+    "lean_tolerance_mm": ["0.1", 0, -1, 1001, math.nan, None, True, [0.1]],
+    "max_missing": ["3", -1, 1001, 2.0, 2.5, math.nan, None, True, [3]],
+    "max_missing_share": ["0.1", -0.1, 1.1, math.nan, None, True, [0.1]],
+    "assume_hu": ["", "yes", "true", 1, 0, None],
+    "orient": ["", "lps", "RAS", 1, None],
     "padding": ["", "Air", 0, None, True, ["air"]],
     "spacing_mm": [
         *("", "1,1,1", True, [], [1.0], [1.0, 1.0], [1.0] * 4, {}, {"z": 1.0}),
@@ -233,6 +271,18 @@ def test_a_recipe_error_ends_the_run_as_a_bad_request_and_is_a_value_error() -> 
     assert isinstance(caught.value, RequestError)
     assert isinstance(caught.value, ValueError)
     assert caught.value.exit_code == 2
+
+
+@settings(deadline=None)
+@given(RECIPES)
+def test_rules_hold_what_the_recipe_says_of_irregular_series(recipe: Recipe) -> None:
+    rules = asdict(recipe.rules)
+    assert set(rules) == {
+        "policy", "spacing_tolerance", "position_tolerance_mm", "lean_tolerance_mm", "max_missing",
+        "max_missing_share", "assume_hu",
+    }  # fmt: skip
+    assert rules == {name: getattr(recipe, name) for name in rules}
+    assert Recipe().rules == Rules()
 
 
 def test_a_recipe_cannot_be_changed() -> None:

@@ -20,21 +20,24 @@ from gpuprep.discovery import discover
 from gpuprep.errors import GeometryError, InputError, IntensityError, MissingTagError
 from gpuprep.phantom import write_series
 from gpuprep.reading import read
+from gpuprep.rules import Rules
 from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import Stack, stack
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+STRICT = Rules(policy="strict")
 Xyz = tuple[float, float, float]
 Change = Callable[[Dataset, int], None]
 
 
 def header(name: str, position_mm: Xyz | None, pixel_bytes: int = 640) -> SliceHeader:
     return SliceHeader(
-        path=f"/data/{name}", file_bytes=1000 + pixel_bytes, mtime_ns=1, sop_instance_uid=name, instance_number=None,
-        position_mm=position_mm, rescale_slope=1.0, rescale_intercept=-1024.0, rescale_type="HU",
-        photometric="MONOCHROME2", samples_per_pixel=1, frames=1, bits_allocated=16, bits_stored=16, high_bit=15,
-        signed=True, padding=None, padding_limit=None, transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=1000,
-        pixel_bytes=pixel_bytes,
+        path=f"/data/{name}", member=None, frame=0, frames=1, file_bytes=1000 + pixel_bytes, mtime_ns=1,
+        sop_instance_uid=name, instance_number=None, position_mm=position_mm, localizer=False, modality="CT",
+        temporal_position=None, acquisition_number=None, acquisition_time="", reconstruction="", rescale_slope=1.0,
+        rescale_intercept=-1024.0, rescale_type="HU", photometric="MONOCHROME2", samples_per_pixel=1,
+        bits_allocated=16, bits_stored=16, high_bit=15, signed=True, padding=None, padding_limit=None,
+        transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=1000, pixel_bytes=pixel_bytes,
     )  # fmt: skip
 
 
@@ -222,54 +225,146 @@ def test_cosines_rounded_by_the_scanner_are_made_units() -> None:
     assert geometry.spacing_mm == pytest.approx((2.0, 0.8, 0.7), rel=1e-9)
 
 
-# What is refused, and accepted
+# What is irregular: put right by default, refused by policy "strict"
+
+
+def layers(stacked: Stack) -> list[float]:
+    """Return the layer of the grid at which each slice lies."""
+    assert stacked.placement is not None
+    assert stacked.placement.shift is None
+    return [float(v) for v in stacked.placement.along]
+
+
+def codes(stacked: Stack) -> list[str]:
+    return [i.code for i in stacked.irregularities]
 
 
 def test_a_missing_slice_is_named_by_its_neighbours(tmp_path: Path) -> None:
     # Trap 4: not averaged away.
+    written(tmp_path, slices=12)
+    (tmp_path / "S1-0008.dcm").unlink()
+    found = discover(tmp_path)[0]
+    where = "1 missing in 5.000 mm between S1-0009.dcm and S1-0007.dcm"
+    with pytest.raises(GeometryError, match=rf"strict rejects: {where}") as caught:
+        stack(found, STRICT)
+    assert caught.value.code == "gap"
+    stacked = stack(found)
+    assert stacked.geometry.shape == (12, 16, 20)
+    assert stacked.geometry.spacing_mm == pytest.approx((2.5, 0.8, 0.7))
+    assert layers(stacked) == pytest.approx([0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11])
+    assert codes(stacked) == ["gap"]
+    assert where in stacked.irregularities[0].text
+
+
+def test_more_missing_than_a_tenth_is_refused_by_default(tmp_path: Path) -> None:
+    # Trap 4: 1 of 9 is 11 %.
     written(tmp_path, slices=9)
     (tmp_path / "S1-0005.dcm").unlink()
-    with pytest.raises(GeometryError, match=r"2\.500 mm apart \(median\).*5\.000 mm between S1-0006\.dcm and S1-0004"):
+    with pytest.raises(
+        GeometryError,
+        match=r"2\.500 mm apart \(median\).*5\.000 mm between S1-0006\.dcm and S1-0004\.dcm: 11% of all, more than 10%",
+    ):
         stack(discover(tmp_path)[0])
 
 
 def test_a_missing_slice_among_three_is_noticed() -> None:
     # Trap 4: here the median is as far from one gap as from the other.
+    found = at([0, 2.5, 7.5])
     with pytest.raises(GeometryError, match=r"5\.000 mm between s1 and s2"):
-        stack(at([0, 2.5, 7.5]))
+        stack(found, STRICT)
+    stacked = stack(found)
+    spacing_mm = stacked.geometry.spacing_mm[0]
+    assert [spacing_mm * layer for layer in layers(stacked)] == pytest.approx([0, 2.5, 7.5])
 
 
-def test_a_position_given_twice_is_named(tmp_path: Path) -> None:
+def doubled(folder: Path, change: Change | None = None) -> Series:
+    """Write five slices, and a sixth, S1-0001.dcm, at the place of the fourth and with its pixels; then spoil it."""
+
+    def change_(ds: Dataset, k: int) -> None:
+        if k == 5:
+            ds.ImagePositionPatient = [-100, -120, -300 + 3 * 2.5]
+            ds.PixelData = (np.frombuffer(ds.PixelData, "<i2") - 200).astype("<i2").tobytes()
+            if change:
+                change(ds, k)
+
+    return written(folder, change_, slices=6)
+
+
+def test_an_image_given_twice_is_dropped_and_named(tmp_path: Path) -> None:
     # Trap 6.
-    def change(ds: Dataset, k: int) -> None:
-        if k == 3:
-            ds.ImagePositionPatient = [-100, -120, -295]
+    found = doubled(tmp_path)
+    with pytest.raises(GeometryError, match=r"1 images repeat another one, dropped: S1-000[13]\.dcm") as caught:
+        stack(found, STRICT)
+    assert caught.value.code == "duplicate"
+    stacked = stack(found)
+    assert codes(stacked) == ["duplicate"]
+    assert stacked.placement is None
+    assert stacked.geometry.shape == (5, 16, 20)
+    ((index, twin),) = stacked.twins
+    assert index == 3
+    assert {twin.name, stacked.slices[3].name} == {"S1-0001.dcm", "S1-0003.dcm"}
+    assert read(found).stored[:, 0, 0].tolist() == [0, 100, 200, 300, 400]
 
-    with pytest.raises(GeometryError, match=r"share a position, 1 times: S1-000[23]\.dcm and S1-000[23].* -295\.00 mm"):
-        stack(written(tmp_path, change))
+
+def test_an_image_at_the_place_of_another_one_with_other_pixels_is_refused(tmp_path: Path) -> None:
+    # Trap 6: headers alike, one pixel not.
+    def change(ds: Dataset, _: int) -> None:
+        ds.PixelData = ds.PixelData[:-2] + b"\7\7"
+
+    found = doubled(tmp_path, change)
+    with pytest.raises(GeometryError, match=r"S1-0001\.dcm and S1-0003\.dcm share a position and differ") as caught:
+        read(found)
+    assert caught.value.code == "duplicate"
 
 
-def test_two_phases_in_one_series_are_refused() -> None:
-    # Trap 6: every position twice.
-    with pytest.raises(GeometryError, match=r"share a position, 5 times: .* and 2 more"):
-        stack(at([n // 2 * 2.5 for n in range(10)]))
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"acquisition_number": 2}, {"acquisition_time": "b"}, {"temporal_position": 2}, {"reconstruction": "b"},
+        {"rescale_slope": 2.0}, {"rescale_intercept": 0.0}, {"signed": False}, {"bits_stored": 12},
+    ],
+    ids=lambda other: next(iter(other)),
+)  # fmt: skip
+def test_different_images_at_one_place_are_refused_by_name(other: dict[str, Any]) -> None:
+    # Trap 6: every position twice. Discovery would have parted them where that gives regular stacks.
+    found = at([n // 2 * 2.5 for n in range(10)])
+    slices = tuple(s._replace(**other) if n % 2 else s for n, s in enumerate(found.slices))
+    with pytest.raises(
+        GeometryError, match=r"share a position, 5 times, .*: s0 and s1 at 0\.00 mm, s2 and .* and 2 more"
+    ) as caught:
+        stack(replace(found, slices=slices))
+    assert caught.value.code == "duplicate"
 
 
-@pytest.mark.parametrize("first_mm", [1.0, 5.0])
-def test_one_odd_gap_is_measured_against_the_median(first_mm: float) -> None:
+def test_a_slice_too_near_is_placed_and_told_against_the_median() -> None:
     # Trap 5: the first two slices decide nothing. Trap 7.
-    z_mm = [0, *(first_mm + 2.5 * n for n in range(6))]
+    z_mm = [0, *(1 + 2.5 * n for n in range(6))]
     with pytest.raises(GeometryError) as caught:
-        stack(at(z_mm))
+        stack(at(z_mm), STRICT)
+    assert caught.value.code == "uneven"
+    stacked = stack(at(z_mm))
+    assert codes(stacked) == ["uneven"]
+    for text in (str(caught.value), stacked.irregularities[0].text):
+        assert "2.500 mm apart (median)" in text
+        assert "1.000 mm between s0 and s1" in text
+        assert "s2" not in text
+    spacing_mm = stacked.geometry.spacing_mm[0]
+    assert [spacing_mm * layer for layer in layers(stacked)] == pytest.approx(z_mm)
+
+
+def test_a_slice_too_far_is_told_against_the_median() -> None:
+    # Traps 4, 5, 7: 1 of 8 is more than a tenth.
+    with pytest.raises(GeometryError) as caught:
+        stack(at([0, *(5 + 2.5 * n for n in range(6))]))
     text = str(caught.value)
     assert "2.500 mm apart (median)" in text
-    assert f"{first_mm:.3f} mm between s0 and s1" in text
+    assert "1 missing in 5.000 mm between s0 and s1" in text
     assert "s2" not in text
 
 
 def test_spacing_that_changes_on_the_way_is_refused() -> None:
-    # Trap 7: head CT, 2.5 mm below and 7.5 mm above.
-    with pytest.raises(GeometryError, match=r"7\.500 mm between s7 and s8.* and 1 more"):
+    # Trap 7: head CT, 2.5 mm below and 7.5 mm above; as many slices as there are would have to be made up.
+    with pytest.raises(GeometryError, match=r"2 missing in 7\.500 mm between s7 and s8.* and 1 more: 40% of all"):
         stack(at([*(2.5 * n for n in range(8)), 25, 32.5, 40, 47.5]))
 
 
@@ -282,29 +377,71 @@ def test_small_errors_of_positions_are_tolerated_and_larger_ones_are_not(
 ) -> None:
     # Trap 8: 1 % of the spacing, or 0.02 mm; one slice is off, so that the gap before it and that after it are.
     found = at([step_mm * n + error_mm * (n == 4) for n in range(9)])
+    assert stack(found).geometry.spacing_mm[0] == pytest.approx(step_mm)
     if accepted:
-        assert stack(found).geometry.spacing_mm[0] == pytest.approx(step_mm)
+        assert stack(found, STRICT).placement is None
+        assert stack(found).placement is None
+        assert codes(stack(found)) == []
     else:
         with pytest.raises(GeometryError, match=r"between s3 and s4, .* between s4 and s5"):
-            stack(found)
+            stack(found, STRICT)
+        assert codes(stack(found)) == ["uneven"]
+        assert layers(stack(found)) == pytest.approx([0, 1, 2, 3, 4 + error_mm / step_mm, 5, 6, 7, 8])
 
 
-def test_errors_that_add_up_along_the_stack_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("rules", "accepted"),
+    [
+        (Rules(policy="strict", spacing_tolerance=0.02), True),
+        (Rules(policy="strict", position_tolerance_mm=0.09), True),
+        (Rules(policy="strict", spacing_tolerance=0.015), False),
+    ],
+)
+def test_tolerances_are_those_of_the_rules(rules: Rules, accepted: bool) -> None:
+    # Trap 8: 0.08 mm of 5 mm are 1.6 %.
+    found = at([5.0 * n + 0.08 * (n == 4) for n in range(9)])
+    if accepted:
+        assert stack(found, rules).placement is None
+    else:
+        with pytest.raises(GeometryError, match=r"between s3 and s4, .* between s4 and s5"):
+            stack(found, rules)
+
+
+def test_errors_that_add_up_along_the_stack_are_noticed() -> None:
     # Trap 7: 2.5 mm, then 2.52 mm. No gap is off by 1 %, but halfway the affine would be off by 2 mm.
     z_mm = np.cumsum([0, *[2.5] * 200, *[2.52] * 200])
-    with pytest.raises(GeometryError):
-        stack(at(z_mm.tolist()))
+    with pytest.raises(GeometryError, match=r"s200 lies 2\.00 mm from its place in a grid of 2\.510 mm"):
+        stack(at(z_mm.tolist()), STRICT)
+    stacked = stack(at(z_mm.tolist()))
+    assert codes(stacked) == ["uneven"]
+    assert stacked.geometry.spacing_mm[0] == pytest.approx(2.51)
+    assert layers(stacked) == pytest.approx(z_mm / 2.51)
 
 
 @pytest.mark.parametrize("tilt_deg", [0.5, -4.5, 10.0, 25.0])
-def test_a_tilted_gantry_is_measured_and_refused(tmp_path: Path, tilt_deg: float) -> None:
+def test_a_tilted_gantry_is_measured_and_undone(tmp_path: Path, tilt_deg: float) -> None:
     # Trap 11: an orthonormal direction would hide the shear. The tag for the tilt has either sign and is not read.
+    lean_mm = 2.5 * np.tan(np.radians(tilt_deg))
+
     def tilt(ds: Dataset, k: int) -> None:
         ds.GantryDetectorTilt = -tilt_deg
-        ds.ImagePositionPatient = [-100, round(-120 + 2.5 * k * np.tan(np.radians(tilt_deg)), 6), -300 + 2.5 * k]
+        ds.ImagePositionPatient = [-100, round(-120 + lean_mm * k, 6), -300 + 2.5 * k]
 
-    with pytest.raises(GeometryError, match=rf"leans by {abs(tilt_deg):.2f}° \(gantry tilt\): S1-0001\.dcm"):
-        stack(written(tmp_path, tilt, slices=10))
+    found = written(tmp_path, tilt, slices=10)
+    with pytest.raises(GeometryError, match=rf"leans by {abs(tilt_deg):.2f}° \(gantry tilt\)") as caught:
+        stack(found, STRICT)
+    assert caught.value.code == "tilt"
+    stacked = stack(found)
+    assert codes(stacked) == ["tilt"]
+    assert f"up to {9 * abs(lean_mm):.2f} mm beside the normal" in stacked.irregularities[0].text
+    # The grid is upright, holds every slice, and each slice lies in it where it was.
+    assert stacked.geometry.affine[:3, :3] == pytest.approx(np.array([[0, 0, 0.7], [0, 0.8, 0], [2.5, 0, 0]]))
+    assert stacked.geometry.shape == (10, 16 + int(np.ceil(9 * abs(lean_mm) / 0.8)), 20)
+    assert stacked.placement is not None
+    assert stacked.placement.shift is not None
+    for k, (row, column) in enumerate(stacked.placement.shift):
+        expected = (-100, -120 + lean_mm * k, -300 + 2.5 * k)
+        assert stacked.geometry.points_mm((k, row, column)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_gantry_tilt_in_the_header_alone_means_nothing(tmp_path: Path) -> None:
@@ -315,9 +452,24 @@ def test_a_gantry_tilt_in_the_header_alone_means_nothing(tmp_path: Path) -> None
     assert stack(written(tmp_path, change)).geometry.spacing_mm[0] == pytest.approx(2.5)
 
 
-def test_a_slice_beside_the_others_is_refused() -> None:
-    with pytest.raises(GeometryError, match=r"s3 lies 1\.00 mm beside the normal through s0"):
-        stack(series([(float(n == 3), 0, 2.5 * n) for n in range(6)]))
+def test_a_slice_beside_the_others_is_moved_back() -> None:
+    found = series([(float(n == 3), 0, 2.5 * n) for n in range(6)])
+    with pytest.raises(GeometryError, match=r"moved sideways: up to 1\.00 mm beside the normal") as caught:
+        stack(found, STRICT)
+    assert caught.value.code == "shift"
+    stacked = stack(found)
+    assert codes(stacked) == ["shift"]
+    assert stacked.placement is not None
+    assert stacked.placement.shift is not None
+    assert stacked.placement.shift == pytest.approx(np.array([[0, 1 / 0.7 * (n == 3)] for n in range(6)]))
+    assert stacked.geometry.shape == (6, 16, 22)
+
+
+def test_slices_that_share_no_pixel_with_each_other_are_refused() -> None:
+    # 20 columns of 0.7 mm.
+    with pytest.raises(GeometryError, match=r"up to 14\.1 mm beside each other, more than they are wide") as caught:
+        stack(series([(14.1 * (n == 3), 0, 2.5 * n) for n in range(6)]))
+    assert caught.value.code == "tilt"
 
 
 def test_slices_a_little_beside_each_other_are_accepted() -> None:
@@ -377,15 +529,38 @@ def test_an_attribute_that_all_slices_lack_is_named(tmp_path: Path, keyword: str
         stack(written(tmp_path, without(keyword, {0, 1, 2, 3, 4})))
 
 
-@pytest.mark.parametrize("keyword", REQUIRED)
+PLACING = {
+    "ImageOrientationPatient": "no position",
+    "ImagePositionPatient": "no position",
+    "PixelSpacing": "other pixel spacing",
+    "Rows": "other matrix",
+    "Columns": "other matrix",
+}
+"""What an image needs to be a slice at all, and why it is left out of the volume without it."""
+
+
+@pytest.mark.parametrize("keyword", sorted(REQUIRED.keys() - PLACING.keys()))
 def test_an_attribute_that_one_slice_lacks_is_named(tmp_path: Path, keyword: str) -> None:
-    # The top slice, whose absence would go unnoticed in what is left; some of these attributes split the series.
+    # The top slice, whose absence would go unnoticed in what is left.
     error, text = REQUIRED[keyword]
     stored = np.zeros((5, 16, 20), dtype=np.int16)
     write_series(tmp_path, stored, (2.5, 0.8, 0.7), change=without(keyword, {4}))
     incomplete = [s for s in discover(tmp_path) if any(h.name == "S1-0001.dcm" for h in s.slices)]
     with pytest.raises(error, match=rf"{text} S1-0001\.dcm(?!,| and)"):
         stack(incomplete[0])
+
+
+@pytest.mark.parametrize(("keyword", "why"), PLACING.items())
+def test_an_image_that_cannot_be_placed_is_left_out_and_named(tmp_path: Path, keyword: str, why: str) -> None:
+    # Traps 9, 10.
+    found = written(tmp_path, without(keyword, {4}))
+    assert found.left_out == (("S1-0001.dcm", why),)
+    stacked = stack(found)
+    assert names(stacked) == ["S1-0005.dcm", "S1-0004.dcm", "S1-0003.dcm", "S1-0002.dcm"]
+    assert codes(stacked) == ["left-out"]
+    with pytest.raises(GeometryError, match=rf"1 images are no slices of the volume: S1-0001\.dcm \({why}\)") as caught:
+        stack(found, STRICT)
+    assert caught.value.code == "left-out"
 
 
 @pytest.mark.parametrize("keyword", ["InstanceNumber", "SeriesNumber", "SliceThickness", "HighBit", "RescaleType"])
@@ -402,7 +577,6 @@ def test_an_attribute_that_nothing_depends_on_may_be_absent(tmp_path: Path, keyw
         ("RescaleType", "US", "Rescale Type not HU"),
         ("RescaleType", "OD", "Rescale Type not HU"),
         ("RescaleSlope", "0", "Rescale Slope 0"),
-        ("SamplesPerPixel", 3, "several samples per pixel"),
         ("BitsAllocated", 32, "Bits Allocated neither 8 nor 16"),
         ("BitsAllocated", 12, "Bits Allocated neither 8 nor 16"),
     ],
@@ -418,27 +592,61 @@ def test_values_that_are_no_hu_are_refused_by_name(tmp_path: Path, keyword: str,
         stack(written(tmp_path, change))
 
 
+def colour(slices: set[int]) -> Change:
+    def change(ds: Dataset, k: int) -> None:
+        ds["PixelData"].VR = "OW"
+        if k in slices:
+            ds.SamplesPerPixel = 3
+
+    return change
+
+
+def test_a_series_of_colour_images_is_refused(tmp_path: Path) -> None:
+    # Trap 41.
+    with pytest.raises(IntensityError, match=r"several samples per pixel in S1-0001\.dcm, .* cannot be called HU"):
+        stack(written(tmp_path, colour({0, 1, 2, 3, 4})))
+
+
+def test_colour_images_among_slices_are_left_out(tmp_path: Path) -> None:
+    # Trap 10: dose sheets and screenshots.
+    found = written(tmp_path, colour({0, 4}))
+    assert found.left_out == (("S1-0001.dcm", "colour"), ("S1-0005.dcm", "colour"))
+    assert names(stack(found)) == ["S1-0004.dcm", "S1-0003.dcm", "S1-0002.dcm"]
+
+
 @pytest.mark.parametrize("sop_class", ["1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"])
-def test_a_multi_frame_image_is_refused_by_name(tmp_path: Path, sop_class: str) -> None:
+def test_a_multi_frame_image_that_does_not_place_its_frames_is_refused_by_name(tmp_path: Path, sop_class: str) -> None:
     def change(ds: Dataset, _: int) -> None:
         ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UID(sop_class)
         ds.NumberOfFrames = 7
         ds.PixelData = bytes(ds.PixelData) * 7
+        del ds.ImagePositionPatient
 
-    with pytest.raises(InputError, match=r"multi-frame image of 7 frames \(S1-0001\.dcm\)"):
+    with pytest.raises(MissingTagError, match=r"multi-frame image of 7 frames \(S1-0001\.dcm frame 1\)") as caught:
         stack(written(tmp_path, change, slices=1))
+    assert caught.value.code == "multi-frame"
+
+
+def test_frames_without_places_of_their_own_are_not_dropped_in_silence(tmp_path: Path) -> None:
+    # One position for all frames places none of them; taking the first and forgetting six is no volume.
+    def change(ds: Dataset, _: int) -> None:
+        ds.NumberOfFrames = 7
+        ds.PixelData = bytes(ds.PixelData) * 7
+
+    with pytest.raises(InputError, match="7 frames"):
+        stack(written(tmp_path, change))
 
 
 def test_messages_name_no_more_than_three_slices() -> None:
     found = at([2.5 * n for n in range(9)])
-    slices = tuple(replace(s, rescale_slope=None) for s in found.slices)
+    slices = tuple(s._replace(rescale_slope=None) for s in found.slices)
     with pytest.raises(MissingTagError, match=r"in s0, s1, s2 and 6 more$"):
         stack(replace(found, slices=slices))
 
 
 def test_names_in_messages_hold_nothing_that_a_terminal_obeys() -> None:
     found = series([(0, 0, 0)])
-    slices = (replace(found.slices[0], path="/data/\x1b[31m\n\udce9"),)
+    slices = (found.slices[0]._replace(path="/data/\x1b[31m\n\udce9"),)
     with pytest.raises(GeometryError, match=r"\(\\x1b\[31m\\n\\udce9\)"):
         stack(replace(found, slices=slices))
 

@@ -1,0 +1,1223 @@
+"""The 42 traps of CT DICOM stacking, HU and resampling, one test each, by number: ``pytest tests/test_traps.py -v``.
+
+What is expected is worked out by hand or by pydicom, SciPy and SimpleITK alone, never by gpuprep.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import math
+import os
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import array_api_strict
+import imagecodecs
+import numpy as np
+import pydicom
+import pytest
+import tifffile
+from conftest import ForeignBackend, axial, stored_volume
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    UID,
+    BasicTextSRStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
+from scipy import ndimage
+
+import gpuprep
+from gpuprep import decoding
+from gpuprep.backend import Backend, Engine, NumpyBackend
+from gpuprep.batch import Run, scan
+from gpuprep.errors import GeometryError, InputError
+from gpuprep.geometry import Geometry, Placement
+from gpuprep.manifest import SeriesResult
+from gpuprep.phantom import write_series
+from gpuprep.plan import make_plan
+from gpuprep.processing import host_chunks
+from gpuprep.recipe import Recipe
+from gpuprep.rules import Rules
+from gpuprep.volume import Volume
+from gpuprep.writers import tiff
+
+sitk: Any = pytest.importorskip("SimpleITK")
+
+Array = NDArray[Any]
+Change = Callable[[Dataset, int], None]
+Xyz = tuple[float, float, float]
+
+LATER = {
+    22: "labels: nearest or one-hot, and the set of labels is kept",
+    37: "contour holes, keyholes and several polygons in a slice",
+    38: "LIDC contours lie just outside the nodule, and some exclude",
+    39: "whether a pixel belongs to a contour is decided at its centre",
+    40: "contours find their slices by position",
+}
+"""Rows about masks, which are a later stage."""
+
+TESTED: list[int] = []
+
+SPACING = (2.5, 0.8, 0.7)
+ORIGIN = (-100.0, -120.0, -300.0)
+"""What `write_series` takes unless told otherwise."""
+HU = Recipe(spacing_mm=None, size=None, window_hu=None)
+"""HU on the grid of the stack."""
+ENGINES: tuple[Engine, ...] = ("operators", "ndimage")
+
+
+def trap(number: int, name: str) -> pytest.MarkDecorator:
+    """Mark the test of a row."""
+    TESTED.append(number)
+    return pytest.mark.parametrize("row", [pytest.param(number, id=f"trap-{number:02}-{name}")], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def row(request: pytest.FixtureRequest) -> int | None:
+    return getattr(request, "param", None)
+
+
+def test_every_row_is_tested_or_for_later() -> None:
+    assert not set(TESTED) & set(LATER)
+    assert sorted({*TESTED, *LATER}) == list(range(1, 43))
+
+
+@pytest.mark.parametrize("reason", [pytest.param(text, id=f"trap-{n}-later") for n, text in LATER.items()])
+def test_rows_about_masks_are_for_a_later_stage(reason: str) -> None:
+    pytest.skip(f"no masks yet: {reason}")
+
+
+# What tests have in common
+
+
+def noise(slices: int = 6, rows: int = 20, columns: int = 24, seed: int = 0) -> NDArray[np.int16]:
+    return np.random.default_rng(seed).integers(0, 3000, (slices, rows, columns)).astype(np.int16)
+
+
+def found(folder: Path, rules: Rules | None = None) -> gpuprep.Series:
+    (series,) = gpuprep.discover(folder, rules)
+    return series
+
+
+def in_hu(series: gpuprep.Series, recipe: Recipe = HU, engine: Engine = "operators") -> Volume:
+    return gpuprep.process(gpuprep.read(series, recipe), recipe, backend="cpu", engine=engine)
+
+
+def convert(folder: Path, out: Path, recipe: Recipe = HU) -> Run:
+    return gpuprep.convert(folder, out, recipe, backend="cpu")
+
+
+def alone(run: Run) -> SeriesResult:
+    (result,) = run.results
+    return result
+
+
+def written(out: Path, result: SeriesResult) -> Array:
+    return np.stack([tifffile.imread(f) for f in sorted((out / result.folder).glob("[0-9]*.tif"))])
+
+
+def by_pydicom(files: list[Path]) -> NDArray[np.float64]:
+    """Return HU as pydicom decodes them, in the order of positions along the normal."""
+    slices = [pydicom.dcmread(f) for f in files]
+    normal = np.cross(slices[0].ImageOrientationPatient[:3], slices[0].ImageOrientationPatient[3:])
+    slices.sort(key=lambda ds: float(np.dot(ds.ImagePositionPatient, normal)))
+    return np.stack([ds.pixel_array * float(ds.RescaleSlope) + float(ds.RescaleIntercept) for ds in slices])
+
+
+def places_mm(shape: tuple[int, ...], affine: Array) -> Array:
+    """Return where voxels lie: shape (k, j, i, 3), as (x, y, z)."""
+    indices = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    return np.asarray(indices @ affine[:3, :3].T + affine[:3, 3])
+
+
+def number(value: float) -> str:
+    return f"{value:.10g}"
+
+
+def at_heights(z_mm: list[float], hu: Callable[[float], float]) -> Change:
+    """Put axial slices at these heights and `hu` of the height into all but the columns of each: see `columns`."""
+
+    def change(ds: Dataset, k: int) -> None:
+        ds.ImagePositionPatient = [number(v) for v in (*ORIGIN[:2], z_mm[k])]
+        ds.RescaleIntercept = number(hu(z_mm[k]))
+        del ds.PixelPaddingValue
+
+    return change
+
+
+def columns(slices: int) -> NDArray[np.int16]:
+    """Return slices whose pixels are the index of their column: no image is blank, and corners differ."""
+    return np.broadcast_to(np.arange(10, dtype=np.int16), (slices, 8, 10)).copy()
+
+
+def check_heights(volume: Volume, hu: Callable[[float], float], atol: float = 0.01) -> None:
+    """Assert that every slice holds the `hu` of the height that the affine gives it."""
+    z_mm = volume.affine[2, 3] + volume.affine[2, 0] * np.arange(volume.shape[0])
+    expected = np.array([hu(z) for z in z_mm])[:, None, None] + np.arange(10)
+    np.testing.assert_allclose(np.asarray(volume.values), np.broadcast_to(expected, volume.shape), rtol=0, atol=atol)
+
+
+# Order, spacing, completeness
+
+
+@trap(1, "order")
+@pytest.mark.parametrize(
+    "orientation",
+    [(1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1), (0.8, 0.6, 0, 0, 0, -1)],
+    ids=["axial", "sagittal", "oblique"],
+)
+def test_slices_are_ordered_by_position_whatever_else_they_say(tmp_path: Path, orientation: tuple[float, ...]) -> None:
+    lots = [3, 7, 0, 5, 1, 6, 2, 4]
+
+    def lie(ds: Dataset, k: int) -> None:
+        ds.InstanceNumber, ds.SliceLocation = lots[k], f"{-lots[k]}"
+
+    files = write_series(tmp_path, noise(8), SPACING, orientation=orientation, change=lie)
+    files = [file.rename(tmp_path / f"{lots[k]:02}.dcm") for k, file in enumerate(files)]
+    expected = by_pydicom(files)
+    for order in (files, files[::-1], sorted(files)):
+        (series,) = gpuprep.discover(order)
+        np.testing.assert_array_equal(in_hu(series).values, expected)
+
+
+@trap(2, "thickness-is-no-spacing")
+def test_spacing_between_slices_comes_from_positions(tmp_path: Path) -> None:
+    def lie(ds: Dataset, _: int) -> None:
+        ds.SliceThickness, ds.SpacingBetweenSlices = "5", "1.25"
+
+    write_series(tmp_path, noise(12), SPACING, change=lie)
+    series = found(tmp_path)
+    assert gpuprep.stack(series).geometry.spacing_mm == pytest.approx((2.5, 0.8, 0.7))
+    volume = in_hu(series, replace(HU, spacing_mm=(1, 0.8, 0.7)))
+    assert volume.shape == (30, 20, 24)  # 12 · 2.5 mm
+    assert volume.spacing_mm[0] == pytest.approx(1)
+
+
+@trap(3, "negative-spacing")
+def test_a_negative_spacing_turns_nothing_round(tmp_path: Path) -> None:
+    def lie(ds: Dataset, _: int) -> None:
+        ds.SpacingBetweenSlices = "-2.5"
+
+    stored = noise()
+    write_series(tmp_path, stored, SPACING, change=lie)
+    volume = in_hu(found(tmp_path))
+    np.testing.assert_array_equal(volume.values, stored - 1024.0)
+    np.testing.assert_allclose(volume.affine[:3, 0], (0, 0, 2.5), atol=1e-9)
+    assert volume.geometry.origin_mm == pytest.approx(ORIGIN)
+
+
+@trap(4, "missing-slice")
+def test_a_missing_slice_is_interpolated_and_recorded_and_shifts_nothing(tmp_path: Path) -> None:
+    z_mm = [2.0 * k for k in range(12) if k != 4]
+    hu = lambda z: 10 * z - 50  # noqa: E731
+    write_series(tmp_path / "one", columns(11), (2, 0.8, 0.7), change=at_heights(z_mm, hu))
+    stacked = gpuprep.stack(found(tmp_path / "one"))
+    assert stacked.geometry.shape[0] == 12
+    assert stacked.geometry.spacing_mm[0] == pytest.approx(2)
+    for order, engine in product((1, 3), ENGINES):
+        check_heights(in_hu(found(tmp_path / "one"), replace(HU, order=order), engine), hu)
+    result = alone(convert(tmp_path / "one", tmp_path / "out"))
+    assert (result.status, result.codes) == ("fixed", ("gap",))
+    before = stacked.slices[3].name
+    assert result.audit is not None
+    assert result.audit["gaps"] == [{"after": before, "mm": pytest.approx(4), "missing": 1}]
+    assert before in result.irregularities[0]
+    assert alone(convert(tmp_path / "one", tmp_path / "strict", replace(HU, policy="strict"))).codes == ("gap",)
+
+    many = [2.0 * k for k in range(60) if k not in (20, 21, 22, 23)]  # more than three in a row
+    write_series(tmp_path / "many", columns(56), (2, 0.8, 0.7), change=at_heights(many, hu))
+    result = alone(convert(tmp_path / "many", tmp_path / "out-many"))
+    assert (result.status, result.codes) == ("rejected", ("gap",))
+
+
+@trap(5, "first-two-slices")
+def test_the_first_two_slices_do_not_make_the_spacing(tmp_path: Path) -> None:
+    z_mm = [0.0, 1.0, *(1 + 2.5 * n for n in range(1, 11))]
+    hu = lambda z: 7 * z - 20  # noqa: E731
+    write_series(tmp_path, columns(len(z_mm)), SPACING, change=at_heights(z_mm, hu))
+    stacked = gpuprep.stack(found(tmp_path))
+    assert stacked.measures.spacing_mm == pytest.approx(2.5)
+    assert stacked.measures.spacing_deviation_mm == pytest.approx(1.5)
+    assert [i.code for i in stacked.irregularities] == ["uneven"]
+    check_heights(in_hu(found(tmp_path)), hu)
+
+
+@trap(6, "doubles")
+def test_doubles_are_dropped_told_apart_or_refused(tmp_path: Path) -> None:
+    stored = noise(10)
+    first = write_series(tmp_path / "same", stored, (2, 0.8, 0.7))
+    again = pydicom.dcmread(first[4])
+    again.SOPInstanceUID = again.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    again.save_as(tmp_path / "same" / "again.dcm")
+    result = alone(convert(tmp_path / "same", tmp_path / "out-same"))
+    assert (result.status, result.codes) == ("fixed", ("duplicate",))
+    assert result.source_shape == (10, 20, 24)
+    assert result.source_spacing_mm == pytest.approx((2, 0.8, 0.7))  # 11 slices would be 1.8 mm apart
+    np.testing.assert_array_equal(written(tmp_path / "out-same", result), stored - 1024.0)
+
+    other = noise(10, seed=1)
+    uid = generate_uid()
+
+    def acquisition(n: int) -> Change:
+        def change(ds: Dataset, _: int) -> None:
+            ds.AcquisitionNumber = n
+
+        return change
+
+    for n, values in ((1, stored), (2, other)):
+        write_series(tmp_path / "two" / f"{n}", values, SPACING, series_uid=uid, change=acquisition(n))
+    one, two = gpuprep.discover(tmp_path / "two")
+    assert one.key != two.key
+    np.testing.assert_array_equal(in_hu(one).values, stored - 1024.0)
+    np.testing.assert_array_equal(in_hu(two).values, other - 1024.0)
+
+    again.PixelData = other[4].tobytes()
+    again.save_as(tmp_path / "same" / "again.dcm")
+    with pytest.raises(GeometryError, match=r"again\.dcm") as error:
+        gpuprep.read(found(tmp_path / "same"))
+    assert error.value.code == "duplicate"
+    result = alone(convert(tmp_path / "same", tmp_path / "out-unlike"))
+    assert (result.status, result.codes) == ("rejected", ("duplicate",))
+
+
+@trap(6, "interleaved-acquisitions")
+@pytest.mark.parametrize("offset_mm", [1.25, 1.0])
+def test_acquisitions_between_each_other_are_not_one_volume(tmp_path: Path, offset_mm: float) -> None:
+    uid = generate_uid()
+    stacks = [noise(12, seed=n) for n in (1, 2)]
+    for n, stored in enumerate(stacks):
+
+        def acquisition(ds: Dataset, _: int, n: int = n) -> None:
+            ds.AcquisitionNumber, ds.AcquisitionTime = n + 1, f"10150{n}"
+
+        origin = (*ORIGIN[:2], ORIGIN[2] + n * offset_mm)
+        write_series(tmp_path / "in" / f"{n}", stored, SPACING, series_uid=uid, origin_mm=origin, change=acquisition)
+    run = convert(tmp_path / "in", tmp_path / "out")
+    if run.counts != {"rejected": 1}:
+        assert sorted(r.source_shape or () for r in run.results) == [(12, 20, 24)] * 2
+        for result in run.results:
+            values = written(tmp_path / "out", result)
+            assert any(np.array_equal(values, stored - 1024.0) for stored in stacks)
+
+
+@trap(7, "variable-spacing")
+def test_uneven_slices_are_resampled_from_where_they_are_or_refused(tmp_path: Path) -> None:
+    steps = [2.5] * 8 + [3.5] * 6
+    z_mm = [0.0]
+    for step in steps:
+        z_mm.append(z_mm[-1] + step)
+    square = lambda z: 0.2 * (z - 15) ** 2 - 100  # noqa: E731 - a cubic spline goes through it exactly
+    write_series(tmp_path / "a", columns(len(z_mm)), SPACING, change=at_heights(z_mm, square))
+    result = alone(convert(tmp_path / "a", tmp_path / "out"))
+    assert (result.status, result.codes) == ("fixed", ("uneven",))
+    for engine in ENGINES:
+        volume = in_hu(found(tmp_path / "a"), engine=engine)
+        assert volume.affine[2, 3] + volume.affine[2, 0] * (volume.shape[0] - 1) == pytest.approx(z_mm[-1])
+        check_heights(volume, square)
+
+    head = [2.5 * n for n in range(12)] + [27.5 + 7.5 * n for n in range(1, 9)]  # a head CT: 2.5, then 7.5 mm
+    write_series(tmp_path / "head", columns(len(head)), SPACING, change=at_heights(head, square))
+    assert alone(convert(tmp_path / "head", tmp_path / "out-head")).status == "rejected"
+    check_heights(in_hu(found(tmp_path / "head"), replace(HU, max_missing_share=0.9)), square)
+
+
+@trap(8, "tolerance")
+def test_the_tolerance_is_a_hundredth_or_a_rounding_and_is_for_the_user_to_set(tmp_path: Path) -> None:
+    def codes(name: str, z_mm: list[float], recipe: Recipe = HU) -> tuple[str, ...]:
+        if not (tmp_path / name).exists():
+            spacing = (z_mm[1] - z_mm[0], 0.8, 0.7)
+            write_series(tmp_path / name, columns(len(z_mm)), spacing, change=at_heights(z_mm, lambda z: z))
+        _, (outlook,) = scan(tmp_path / name, recipe)
+        return outlook.codes
+
+    assert codes("float", [n * 0.1 * 7 + 1e-13 * (n % 2) for n in range(9)]) == ()
+    assert codes("rounded", [round(0.625 * n, 2) for n in range(33)]) == ()  # gaps of 0.62 and 0.63
+    assert codes("hundredth", [2.5 * n + 0.01 * (n % 2) for n in range(9)]) == ()  # gaps of 2.49 and 2.51
+    uneven = [2.5 * n + (0.1 if n == 4 else 0) for n in range(9)]  # 4 % of the spacing
+    assert codes("uneven", uneven) == ("uneven",)
+    assert codes("uneven", uneven, replace(HU, spacing_tolerance=0.05)) == ()
+    assert codes("hundredth", [], replace(HU, spacing_tolerance=0.001, position_tolerance_mm=0.001)) == ("uneven",)
+
+
+@trap(9, "strangers")
+def test_scouts_screenshots_and_reports_are_no_slices_and_are_reported(tmp_path: Path) -> None:
+    uid = generate_uid()
+    stored = noise(8)
+    write_series(tmp_path, stored, SPACING, series_uid=uid)
+
+    def scout(ds: Dataset, _: int) -> None:
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+    def page(ds: Dataset, _: int) -> None:
+        ds.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+        ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 3, "RGB", 0
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8, 8, 7, 0
+        del ds.PixelPaddingValue
+        ds.PixelData = bytes(ds.Rows * ds.Columns * 3)
+
+    def screenshot(ds: Dataset, _: int) -> None:
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+
+    def lost(ds: Dataset, _: int) -> None:
+        del ds.ImagePositionPatient
+
+    def coronal(ds: Dataset, _: int) -> None:
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+
+    strangers = (
+        (scout, (32, 64)),
+        (coronal, (20, 24)),
+        (scout, (20, 24)),
+        (page, (20, 24)),
+        (lost, (20, 24)),
+        (screenshot, (20, 24)),
+    )
+    for n, (change, shape) in enumerate(strangers, 2):
+        write_series(tmp_path, noise(1, *shape), SPACING, series_uid=uid, series_number=n, change=change)
+    cohort = gpuprep.discover(tmp_path)
+    assert cohort.passed_over == {"Secondary Capture Image Storage": 1}
+    (series,) = cohort
+    reasons = ["colour", "localizer", "localizer", "no position", "other orientation"]
+    assert sorted(why for _, why in series.left_out) == reasons
+    assert {name for name, _ in series.left_out} == {f"S{n}-0001.dcm" for n in range(2, 7)}
+    result = alone(convert(tmp_path, tmp_path / "out"))
+    assert (result.status, result.codes) == ("fixed", ("left-out",))
+    np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
+
+
+@trap(9, "image-type")
+def test_a_derived_page_that_claims_a_place_is_no_slice(tmp_path: Path) -> None:
+    uid = generate_uid()
+    stored = noise(12)
+    write_series(tmp_path / "in", stored, SPACING, series_uid=uid)
+
+    def page(ds: Dataset, _: int) -> None:
+        ds.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+
+    next_place = (*ORIGIN[:2], ORIGIN[2] + 12 * SPACING[0])
+    write_series(tmp_path / "in", noise(1), SPACING, series_uid=uid, series_number=2, origin_mm=next_place, change=page)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    if result.status != "rejected":
+        assert result.source_shape == (12, 20, 24)
+        np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
+        assert any("S2-0001.dcm" in text for text in result.irregularities)
+
+
+@trap(10, "mixed-matrices")
+def test_other_matrices_and_pixel_spacings_are_other_volumes_or_left_out(tmp_path: Path) -> None:
+    uid = generate_uid()
+    large, small, fine = noise(7, 20, 24), noise(6, 20, 1, seed=1), noise(5, 20, 24, seed=2)
+    write_series(tmp_path, large, SPACING, series_uid=uid)
+    write_series(tmp_path, small, SPACING, series_uid=uid, series_number=2, origin_mm=(-100, -120, 0))
+    write_series(tmp_path, fine, (2.5, 0.4, 0.35), series_uid=uid, series_number=3, origin_mm=(-100, -120, 100))
+    write_series(tmp_path, noise(1, 10, 12), SPACING, series_uid=uid, series_number=4)
+    volumes = sorted(gpuprep.discover(tmp_path), key=lambda s: -len(s.slices))
+    assert [why for v in volumes for _, why in v.left_out] == ["other matrix"]
+    expected = ((large, (0.8, 0.7)), (small, (0.8, 0.7)), (fine, (0.4, 0.35)))
+    for series, (values, spacing) in zip(volumes, expected, strict=True):
+        volume = in_hu(series)
+        np.testing.assert_array_equal(volume.values, values - 1024.0)
+        assert volume.spacing_mm == pytest.approx((2.5, *spacing))
+    run = convert(tmp_path, tmp_path / "out")
+    assert run.counts == {"fixed": 3}
+    assert all("mixed" in r.codes for r in run.results)
+
+
+# Tilt
+
+TILT_DEG = 14.0
+TILTED_SHAPE = (14, 30, 10)
+
+
+def tilted(sign: int, hu_along: int | None) -> tuple[tuple[float, ...], Change]:
+    """Return orientation and change of a series whose gantry leans and whose table moves along z by 5 mm.
+
+    HU are the patient's coordinate `hu_along` (1: y, 2: z); None: as stored.
+    """
+    c, s = math.cos(math.radians(TILT_DEG)), sign * math.sin(math.radians(TILT_DEG))
+
+    def change(ds: Dataset, k: int) -> None:
+        place = (ORIGIN[0], ORIGIN[1], ORIGIN[2] + 5 * k)
+        ds.ImagePositionPatient = [number(v) for v in place]
+        ds.GantryDetectorTilt = number(-sign * 30)  # no one can rely on it
+        del ds.PixelPaddingValue
+        if hu_along is not None:
+            ds.RescaleSlope = number(0.8 * (c if hu_along == 1 else s))
+            ds.RescaleIntercept = number(place[hu_along])
+
+    return (1, 0, 0, 0, c, s), change
+
+
+def source_rows(points: Array, sign: int) -> Array:
+    """Return which row of its slice a point lies at, with fractions, for points on the planes of slices."""
+    c, s = math.cos(math.radians(TILT_DEG)), sign * math.sin(math.radians(TILT_DEG))
+    column, normal = np.array([0, c, s]), np.array([0, -s, c])
+    k = np.rint((points - ORIGIN) @ normal / (5 * c))
+    return np.asarray(((points - ORIGIN - k[..., None] * np.array([0, 0, 5])) @ column) / 0.8)
+
+
+@trap(11, "gantry-tilt")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_tilted_stack_is_made_upright_with_every_value_in_its_place(tmp_path: Path, sign: int) -> None:
+    stored = np.broadcast_to(np.arange(30, dtype=np.int16)[:, None], TILTED_SHAPE).copy()
+    for axis in (1, 2):
+        orientation, change = tilted(sign, axis)
+        write_series(tmp_path / f"{axis}", stored, (5, 0.8, 0.7), orientation=orientation, change=change)
+        stacked = gpuprep.stack(found(tmp_path / f"{axis}"))
+        assert [i.code for i in stacked.irregularities] == ["tilt"]
+        assert stacked.measures.tilt_deg == pytest.approx(TILT_DEG, abs=1e-3)
+        assert stacked.measures.spacing_mm == pytest.approx(5 * math.cos(math.radians(TILT_DEG)))  # and not 5
+        for order, engine in product((1, 3), ENGINES):
+            volume = in_hu(found(tmp_path / f"{axis}"), replace(HU, order=order), engine)
+            steps = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+            np.testing.assert_allclose(steps.T @ steps, np.eye(3), atol=1e-6)
+            points = places_mm(volume.shape, volume.affine)
+            rows = source_rows(points, sign)
+            inside = (rows >= 0) & (rows <= 29)
+            assert inside.sum() > 0.9 * stored.size
+            np.testing.assert_allclose(volume.values[inside], points[..., axis][inside], rtol=0, atol=1e-3)
+
+
+@trap(12, "new-area-is-air")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_straightening_adds_is_air(tmp_path: Path, sign: int) -> None:
+    orientation, change = tilted(sign, None)
+    stored = noise(*TILTED_SHAPE) % 3 + 1064  # 40 to 42 HU
+    write_series(tmp_path, stored, (5, 0.8, 0.7), orientation=orientation, change=change)
+    for order, engine in product((1, 3), ENGINES):
+        volume = in_hu(found(tmp_path), replace(HU, order=order), engine)
+        rows = source_rows(places_mm(volume.shape, volume.affine), sign)
+        new = (rows < -0.51) | (rows > 29.51)
+        assert new.sum() > 500
+        assert (volume.values[new] == -1000).all()
+        old = volume.values[(rows > -0.49) & (rows < 29.49)]
+        assert old.min() > 38
+        assert old.max() < 44
+
+
+# Resampling: where samples lie
+
+
+def hu_along_z(values: Array) -> gpuprep.StoredVolume:
+    """Return a volume with these HU along z, 5 mm apart, the same throughout each slice."""
+    volume = stored_volume(np.zeros((len(values), 4, 5), np.int16), (5, 0.8, 0.7))
+    return replace(volume, intercept=np.asarray(values, dtype=np.float64))
+
+
+@trap(13, "past-the-last-voxel")
+def test_the_grid_ends_where_the_volume_ends_and_its_border_is_repeated() -> None:
+    hu = np.random.default_rng(0).uniform(-900, 900, 7)
+    for engine in ENGINES:
+        recipe = replace(HU, spacing_mm=(1, 0.8, 0.7), order=1)
+        values = gpuprep.process(hu_along_z(hu), recipe, backend="cpu", engine=engine).values
+        assert len(values) == 35
+        for k, layer in enumerate(values):  # centres lie 2 mm beyond the first and last slice at most: linear between
+            expected = np.interp((k + 0.5) * 1.0 - 2.5, np.arange(7) * 5, hu)
+            np.testing.assert_allclose(layer, expected, rtol=0, atol=0.01)
+        np.testing.assert_allclose(values[:3, 0, 0], hu[0], rtol=0, atol=0.01)
+        np.testing.assert_allclose(values[-3:, 0, 0], hu[-1], rtol=0, atol=0.01)
+
+
+@trap(14, "corners-or-edges")
+@pytest.mark.parametrize("align", ["edge", "corner"])
+def test_a_ramp_in_millimetres_holds_what_the_affine_says(align: Any) -> None:
+    z_mm = -300 + 5 * np.arange(60.0)
+    for engine in ENGINES:
+        volume = gpuprep.process(
+            hu_along_z(z_mm), replace(HU, spacing_mm=(1, 0.8, 0.7), align=align), backend="cpu", engine=engine
+        )
+        q = np.arange(300)
+        expected = -302.5 + (q + 0.5) if align == "edge" else -300 + q * 295 / 299
+        np.testing.assert_allclose(places_mm(volume.shape, volume.affine)[:, 0, 0, 2], expected, atol=1e-9)
+        inside = slice(60, -60)
+        np.testing.assert_allclose(volume.values[inside, 2, 2], expected[inside], rtol=0, atol=1e-3)
+
+
+@trap(15, "half-a-voxel")
+def test_the_origin_moves_by_half_the_change_in_spacing() -> None:
+    shape, spacing, recipe = (11, 33, 47), (2.5, 0.7, 0.9), replace(HU, size=(64, 30))
+    volume = gpuprep.process(stored_volume(noise(*shape), spacing), recipe, backend="cpu")
+    assert volume.shape == (11, 64, 30)
+    out = (2.5, 0.7 * 33 / 64, 0.9 * 47 / 30)
+    assert volume.spacing_mm == pytest.approx(out)
+    expected = [o + (b - a) / 2 for o, a, b in zip(ORIGIN, spacing[::-1], out[::-1], strict=True)]
+    assert volume.geometry.origin_mm == pytest.approx(expected)
+    corners = []  # SimpleITK's word for where a volume begins and ends
+    for n, s, o in ((shape, spacing, ORIGIN), (volume.shape, volume.spacing_mm, volume.geometry.origin_mm)):
+        image = sitk.Image([*n[::-1]], sitk.sitkUInt8)
+        image.SetSpacing(s[::-1])
+        image.SetOrigin(o)
+        ends = ([-0.5] * 3, [m - 0.5 for m in n[::-1]])
+        corners.append([image.TransformContinuousIndexToPhysicalPoint(e) for e in ends])
+    np.testing.assert_allclose(corners[0], corners[1], atol=1e-9)
+
+
+@trap(16, "parity")
+def test_engines_and_backends_equal_scipy_over_orders_and_factors(backend: Backend) -> None:
+    stored = noise(9, 22, 26)
+    for order, spacing in product(range(6), ((3.0, 0.6816, 0.7), (0.5, 1.9, 1.3), (1.0, 2.0, 0.4))):
+        shape = tuple(round(n * s) for n, s in zip(stored.shape, spacing, strict=True))
+        factors = [m / n for n, m in zip(stored.shape, shape, strict=True)]
+        hu = stored.astype(np.float64) - 1024
+        expected = ndimage.zoom(hu, factors, order=order, mode="nearest", grid_mode=True)
+        for engine in ENGINES:
+            recipe = replace(HU, spacing_mm=(1, 1, 1), order=order, padding="keep")
+            volume = stored_volume(stored, spacing)
+            chunks = host_chunks(volume, make_plan(volume.geometry, recipe), backend, engine)
+            values = np.concatenate([chunk.copy() for chunk in chunks])
+            assert values.shape == shape
+            np.testing.assert_allclose(values, expected, rtol=0, atol=0.02, err_msg=f"{engine} {order} {spacing}")
+
+
+@trap(17, "true-spacing")
+def test_the_spacing_that_came_out_is_recorded_and_not_the_request(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", noise(133, 8, 9), (2.5, 0.703125, 0.6))
+    result = alone(convert(tmp_path / "in", tmp_path / "out", replace(HU, spacing_mm=(1, 1, 1), order=1)))
+    assert result.shape == (332, 6, 5)
+    expected = (332.5 / 332, 8 * 0.703125 / 6, 9 * 0.6 / 5)
+    assert result.spacing_mm == pytest.approx(expected)
+    sidecar = json.loads((tmp_path / "out" / result.folder / "volume.json").read_text())
+    assert sidecar["spacing_mm"] == pytest.approx(expected)
+    assert np.linalg.norm(np.array(sidecar["affine_lps"])[:3, :3], axis=0) == pytest.approx(expected)
+    with tifffile.TiffFile(tmp_path / "out" / result.folder / "0000.tif") as tif:
+        x, y = (tif.pages.first.tags[t].value for t in (282, 283))
+    assert (10 * x[1] / x[0], 10 * y[1] / y[0]) == pytest.approx((expected[2], expected[1]), rel=1e-6)
+
+
+@trap(18, "off-by-one")
+def test_sizes_are_those_of_exact_arithmetic_and_at_least_one() -> None:
+    texts = ("0.1", "0.3", "0.35", "0.625", "0.7", "0.703125", "0.9765625", "1.1", "1.25", "2.5", "4.7")
+    for spacing, target, n in product(texts, ("1", "0.8", "0.7", "1.5", "0.1"), (1, 2, 3, 5, 49, 115, 133, 346)):
+        exact = max(1, round(n * Fraction(spacing) / Fraction(target)))  # of fractions, half to even
+        s, t = float(spacing), float(target)
+        plan = make_plan(axial((n, 3, 3), (s, 1, 1)), replace(HU, spacing_mm=(t, 1, 1)))
+        assert plan.target.shape == (exact, 3, 3), (n, spacing, target)
+    volume = stored_volume(noise(3, 4, 5), (0.2, 0.1, 0.1))
+    thin = gpuprep.process(volume, replace(HU, spacing_mm=(5, 5, 5)), backend="cpu")
+    assert thin.shape == (1, 1, 1)
+    assert np.isfinite(thin.values).all()
+
+
+@trap(19, "zero-border")
+def test_a_constant_volume_stays_constant_to_its_last_row() -> None:
+    zeros = 0
+    for n, m, order, engine in product((5, 7, 10), (3, 8, 11, 23), (0, 1, 3), ENGINES):
+        volume = stored_volume(np.full((n, n, n), 1724, np.int16), (m / n, m / n, m / n))
+        values = gpuprep.process(volume, replace(HU, spacing_mm=(1, 1, 1), order=order), backend="cpu", engine=engine)
+        assert values.shape == (m, m, m)
+        np.testing.assert_allclose(values.values, 700, rtol=0, atol=0.01)
+        naive = ndimage.zoom(np.full((n, n), 700.0), m / n, order=order, mode="grid-constant", grid_mode=True)
+        zeros += int(abs(naive[-1, -1] - 700) > 1)
+    assert zeros  # what SciPy does where it is asked for zeros beyond the border
+
+
+@trap(20, "anti-aliasing")
+def test_anti_aliasing_calms_noise_and_leaves_a_ramp() -> None:
+    white = np.clip(np.random.default_rng(0).normal(1024, 100, (12, 120, 120)), 0, 4000).astype(np.int16)
+    ramp = np.broadcast_to(np.arange(120, dtype=np.int16) * 10 + 500, (12, 120, 120)).copy()
+    steps: tuple[tuple[Recipe, Any], ...] = (
+        (replace(HU, spacing_mm=(1, 2, 2)), "resample"), (replace(HU, size=(30, 30)), "resize")
+    )  # fmt: skip
+    for (recipe, step), engine in product(steps, ENGINES):
+        on = replace(recipe, anti_alias=step)
+
+        def values(stored: Array, recipe: Recipe, engine: Engine = engine) -> Array:
+            volume = gpuprep.process(stored_volume(stored, (1, 0.5, 0.5)), recipe, backend="cpu", engine=engine)
+            return np.asarray(volume.values)[:, 4:-4, 4:-4]
+
+        assert values(white, on).shape == (12, 22, 22)
+        # A Gaussian of 1.5 voxels leaves 1/(2·σ·√π) of the SD of white noise in two dimensions: 0.188.
+        share = values(white, on).std() / values(white, recipe).std()
+        # Between voxels linear interpolation alone calms by 0.5, cubic by some 0.8, less after the blur.
+        assert share < 0.4
+        assert values(white, on).std() == pytest.approx(18.8, rel=0.15)
+        np.testing.assert_allclose(values(ramp, on), values(ramp, recipe), rtol=0, atol=0.1)
+        centres = (np.arange(30) + 0.5) * 4 - 0.5
+        expected = np.broadcast_to((centres * 10 - 524)[4:-4], (12, 22, 22))
+        np.testing.assert_allclose(values(ramp, on), expected, rtol=0, atol=0.1)
+
+
+@trap(21, "overshoot")
+def test_cubic_overshoot_is_clipped_after_and_linear_has_none() -> None:
+    stored = np.full((6, 40, 20), 24, np.int16)
+    stored[:, 20:] = 2524  # −1000 | 1500 HU
+    spacing = (1, 0.9, 0.8)
+    factors = [1, 36 / 40, 16 / 20]
+    cubic = ndimage.zoom(stored - 1024.0, factors, order=3, mode="nearest", grid_mode=True)
+    assert cubic.min() < -1050  # there is something to clip
+    assert cubic.max() > 1550
+    for engine in ENGINES:
+        volume = stored_volume(stored, spacing)
+        recipe = replace(HU, spacing_mm=(1, 1, 1), window_hu=(-1000, 1500))
+        values = gpuprep.process(volume, recipe, backend="cpu", engine=engine).values
+        assert values.min() == 0
+        assert values.max() == 1
+        np.testing.assert_allclose(values, (np.clip(cubic, -1000, 1500) + 1000) / 2500, rtol=0, atol=1e-5)
+        linear = gpuprep.process(volume, replace(recipe, order=1, window_hu=None), backend="cpu", engine=engine).values
+        assert linear.min() >= -1000.01
+        assert linear.max() <= 1500.01
+
+
+# Stored values to HU
+
+
+@trap(23, "rescale-of-each-slice")
+def test_every_slice_has_its_own_rescale_and_type(tmp_path: Path) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        ds.RescaleSlope, ds.RescaleIntercept = ("1", "0.0444", "2", "0.5", "1.5", "1")[k], str(-1024 + 10 * k)
+        if k in (2, 5):  # unsigned, with more than the first slice's type holds
+            ds.PixelRepresentation = 0
+            del ds.PixelPaddingValue
+            ds.PixelData = (np.frombuffer(ds.PixelData, "<i2") + 32000).astype("<u2").tobytes()
+        if k == 3:
+            ds.BitsStored, ds.HighBit = 13, 12
+            ds.RescaleIntercept = "-1000.5"
+
+    files = write_series(tmp_path, noise(6), SPACING, change=change)
+    expected = by_pydicom(files)
+    assert expected.max() > 60000
+    np.testing.assert_allclose(in_hu(found(tmp_path)).values, expected, rtol=1e-6, atol=1e-3)
+    result = alone(convert(tmp_path, tmp_path / "out"))
+    assert result.status == "ok"
+    assert (result.hu_min, result.hu_max) == pytest.approx((expected.min(), expected.max()))
+
+
+@trap(24, "bits")
+@pytest.mark.parametrize(
+    ("signed", "bits", "high"), [(False, 16, 15), (False, 12, 11), (True, 12, 11), (True, 16, 15), (False, 12, 13)]
+)
+def test_words_hold_their_bits_and_nothing_of_their_neighbours(
+    tmp_path: Path, signed: bool, bits: int, high: int
+) -> None:
+    rng = np.random.default_rng(bits)
+    low = -(2 ** (bits - 1)) if signed else 0
+    values = rng.integers(low, low + 2**bits, (4, 20, 24))
+    assert signed or bits < 16 or values.max() > 32767
+    shift = high - bits + 1
+    junk = rng.integers(0, 2**16, values.shape) & ~(((1 << bits) - 1) << shift)  # an old overlay
+    words = (((values & ((1 << bits) - 1)) << shift) | junk).astype("<u2")
+
+    def change(ds: Dataset, _: int) -> None:
+        ds.BitsStored, ds.HighBit, ds.PixelRepresentation = bits, high, int(signed)
+        ds.RescaleIntercept = "0"
+
+    write_series(tmp_path, words, SPACING, change=change)
+    np.testing.assert_array_equal(gpuprep.read(found(tmp_path)).stored, values)
+    np.testing.assert_array_equal(in_hu(found(tmp_path), replace(HU, padding="keep")).values, values)
+
+
+def encode(syntax: UID, values: Array, bits: int = 16) -> bytes:
+    """Return pixels as a code stream with the sign that `values` have."""
+    if syntax == JPEG2000Lossless:
+        options: dict[str, Any] = {"level": 0, "codecformat": "j2k", "reversible": True, "bitspersample": bits}
+        return bytes(imagecodecs.jpeg2k_encode(values, **options))
+    if syntax == JPEGLSLossless:
+        return bytes(imagecodecs.jpegls_encode(values.view("u2")))
+    return bytes(imagecodecs.ljpeg_encode(values.view("u2"), bitspersample=16))
+
+
+def put(ds: Dataset, syntax: UID, stream_as: str = "u2") -> None:
+    """Give a data set's pixels another transfer syntax."""
+    ds.file_meta.TransferSyntaxUID = syntax
+    pixels = np.frombuffer(ds.PixelData, "<u2").reshape(ds.Rows, ds.Columns)
+    if syntax == ExplicitVRBigEndian:
+        ds.set_original_encoding(None, None)
+        ds.PixelData = pixels.astype(">u2").tobytes()
+    elif syntax == RLELossless:
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.compress(RLELossless, generate_instance_uid=False)
+    elif syntax.is_encapsulated:
+        ds.PixelData = encapsulate([encode(syntax, pixels.view(stream_as))])
+        ds["PixelData"].VR = "OB"
+        ds["PixelData"].is_undefined_length = True
+
+
+@trap(25, "sign-of-the-code-stream")
+@pytest.mark.parametrize(
+    ("syntax", "stream_as"),
+    [(JPEG2000Lossless, "u2"), (JPEG2000Lossless, "i2"), (JPEGLSLossless, "u2")],
+    ids=["J2K-unsigned", "J2K-signed", "JPEG-LS"],
+)
+def test_the_header_decides_on_the_sign_whatever_the_code_stream_says(
+    tmp_path: Path, syntax: UID, stream_as: str
+) -> None:
+    signed = noise(4) - 2000
+    unsigned = (noise(4).astype(np.int32) + 31500).astype(np.uint16)
+    assert signed.min() < 0
+    assert unsigned.max() > 32767
+    for name, values in (("signed", signed), ("unsigned", unsigned)):
+        write_series(tmp_path / name, values, SPACING, change=lambda ds, _: put(ds, syntax, stream_as))
+        stored = gpuprep.read(found(tmp_path / name)).stored
+        assert stored.dtype == values.dtype
+        np.testing.assert_array_equal(stored, values)
+
+    twelve = noise(4) % 4096 - 2048  # the sign is the 12th bit, and nothing lies above it
+
+    def change(ds: Dataset, k: int) -> None:
+        ds.BitsStored, ds.HighBit = 12, 11
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.PixelData = encapsulate([encode(syntax, (twelve[k] & 0xFFF).view("u2"), 12)])
+        ds["PixelData"].VR = "OB"
+        ds["PixelData"].is_undefined_length = True
+
+    write_series(tmp_path / "twelve", twelve, SPACING, change=change)
+    np.testing.assert_array_equal(gpuprep.read(found(tmp_path / "twelve")).stored, twelve)
+
+
+# Padding
+
+CIRCLE_SHAPE = (5, 64, 60)
+
+
+def outside_circle() -> NDArray[np.bool_]:
+    y, x = np.mgrid[:64, :60]
+    return np.asarray((y - 31.5) ** 2 + (x - 29.5) ** 2 > 30**2)
+
+
+def padded(fill: int, air: int, body: int) -> NDArray[np.int16]:
+    """Return a circle of air with a body of 6 × 6 pixels in it, in stored values, and `fill` around."""
+    stored = np.full(CIRCLE_SHAPE, air, np.int16)
+    stored[:, outside_circle()] = fill
+    stored[:, 29:35, 27:33] = body
+    return stored
+
+
+def rescaled(intercept: int, padding: tuple[str, int] | None, limit: int | None = None) -> Change:
+    def change(ds: Dataset, _: int) -> None:
+        ds.RescaleIntercept = str(intercept)
+        del ds.PixelPaddingValue
+        if padding is not None:
+            ds.add_new("PixelPaddingValue", *padding)
+        if limit is not None:
+            ds.add_new("PixelPaddingRangeLimit", "SS", limit)
+
+    return change
+
+
+@trap(26, "padding")
+@pytest.mark.parametrize(
+    ("fill", "intercept", "padding", "limit", "code"),
+    [
+        (-2000, -1024, ("US", 63536), None, None),
+        (-2000, -1024, ("SS", -2000), None, None),
+        (-2000, 0, ("US", 63536), None, None),  # 0 in its place would be water
+        (-2000, 0, ("SS", 0), None, None),  # declared is something else
+        (-2000, -1000, ("SS", -32768), None, None),
+        (-2000, 0, None, None, None),
+        (-960, 0, ("SS", -990), -950, None),  # a range
+        (0, 0, None, None, "padding"),  # found by its constancy around the circle
+        (-476, -1024, None, None, "padding"),  # −1500 HU
+        (-1024, 0, None, None, None),
+    ],
+)
+def test_padding_is_air_by_what_is_declared_or_by_what_it_looks_like(
+    tmp_path: Path, fill: int, intercept: int, padding: tuple[str, int] | None, limit: int | None, code: str | None
+) -> None:
+    stored = padded(fill, -1010 - intercept, 40 - intercept)
+    stored[:, 30:32, 28:30] = -intercept  # 0 HU inside the body
+    write_series(tmp_path, stored, SPACING, change=rescaled(intercept, padding, limit))
+    expected = stored.astype(np.float64) + intercept
+    expected[:, outside_circle()] = -1000
+    if fill == -1024:
+        expected[:, outside_circle()] = -1024  # a CT number that scanners give
+    if code == "padding" and fill + intercept < -1024:
+        code = None  # no CT number: nothing is to be guessed
+    result = alone(convert(tmp_path, tmp_path / "out"))
+    np.testing.assert_array_equal(written(tmp_path / "out", result), expected)
+    assert result.codes == ((code,) if code else ())
+    if code:
+        assert "5 slices" in result.irregularities[0]
+    if padding == ("SS", 0):
+        assert any("Pixel Padding Value 0" in w for w in result.warnings)
+    if fill == -2000:
+        assert result.padding_share == pytest.approx(outside_circle().mean())
+
+
+@trap(27, "halo")
+@pytest.mark.parametrize(
+    ("fill", "intercept", "padding"),
+    [(-2000, -1024, ("US", 63536)), (-2000, 0, None), (-476, -1024, None), (0, 0, None), (-960, 0, ("SS", -960))],
+)
+def test_padding_leaves_no_halo_around_the_circle(
+    tmp_path: Path, fill: int, intercept: int, padding: tuple[str, int] | None
+) -> None:
+    write_series(
+        tmp_path, padded(fill, -1000 - intercept, 40 - intercept), SPACING, change=rescaled(intercept, padding)
+    )
+    for engine in ENGINES:
+        values = in_hu(found(tmp_path), replace(HU, spacing_mm=(1, 0.5, 0.45)), engine).values
+        rows, columns_ = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(values.shape[1:], (64, 60), strict=True))
+        far = np.hypot(rows[:, None] - 31.5, columns_ - 29.5) > 20  # a cubic feels the body by 0.268 per pixel
+        assert far.mean() > 0.5
+        np.testing.assert_allclose(values[:, far], -1000, rtol=0, atol=0.01)
+        assert values.max() > 0
+
+
+@trap(28, "quantise-last")
+def test_whole_numbers_come_last() -> None:
+    stored = noise(9, 22, 26)
+    factors = [27 / 9, 15 / 22, 31 / 26]
+    spacing = (3.0, 15 / 22, 31 / 26)
+    hu = stored - 1024.0
+    exact = 255 * np.clip((ndimage.zoom(hu, factors, order=3, mode="nearest", grid_mode=True) + 1000) / 1400, 0, 1)
+    early = np.round(255 * np.clip((hu + 1000) / 1400, 0, 1))
+    early = np.clip(ndimage.zoom(early, factors, order=3, mode="nearest", grid_mode=True), 0, 255)
+    assert np.abs(np.round(early) - exact).max() > 1  # what quantising first would cost
+    for engine in ENGINES:
+        recipe = Recipe(size=None, dtype="uint8")
+        values = gpuprep.process(stored_volume(stored, spacing), recipe, backend="cpu", engine=engine).values
+        assert values.dtype == np.uint8
+        assert np.abs(values - exact).max() < 0.501
+
+
+# Files and decoders
+
+SYNTAXES = (
+    ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless,
+    JPEGLSLossless, JPEG2000Lossless, JPEGLosslessSV1,
+)  # fmt: skip
+
+
+@trap(29, "transfer-syntax")
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda uid: uid.keyword)
+def test_every_transfer_syntax_gives_the_same_integers(tmp_path: Path, syntax: UID) -> None:
+    stored = noise(4) - 1500
+    files = write_series(tmp_path, stored, SPACING, change=lambda ds, _: put(ds, syntax))
+    assert pydicom.dcmread(files[0]).file_meta.TransferSyntaxUID == syntax
+    np.testing.assert_array_equal(gpuprep.read(found(tmp_path)).stored, stored)
+
+
+@trap(30, "decoder-fails")
+def test_the_next_decoder_takes_over_and_the_last_one_leaves_reasons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = noise(4)
+    write_series(tmp_path / "in" / "ls", stored, SPACING, change=lambda ds, _: put(ds, JPEGLSLossless))
+    write_series(tmp_path / "in" / "plain", stored, SPACING)
+
+    def failing(decoder: decoding.Decoder, words: str) -> decoding.Decoder:
+        def decode(*_: Any) -> Any:
+            raise RuntimeError(words)
+
+        return replace(decoder, decode=decode)
+
+    first, *others = decoding.DECODERS["JPEG-LS"]
+    assert others
+    broken = (failing(first, "library is missing"), *others)
+    monkeypatch.setitem(decoding.DECODERS, "JPEG-LS", broken)
+    run = convert(tmp_path / "in", tmp_path / "out")
+    assert run.counts == {"ok": 2}
+    for result in run.results:
+        np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
+
+    broken = tuple(failing(d, f"no {n}") for n, d in enumerate((first, *others)))
+    monkeypatch.setitem(decoding.DECODERS, "JPEG-LS", broken)
+    bad, good = convert(tmp_path / "in", tmp_path / "out2").results
+    assert (bad.status, good.status) == ("rejected", "ok")
+    assert JPEGLSLossless.name in bad.reason
+    for n, decoder in enumerate(broken):
+        assert f"{decoder.name}: no {n}" in bad.reason
+
+
+class Vast:
+    """A stack of more than 2 GiB of float32, each slice of which is made when it is asked for."""
+
+    geometry = Geometry((540, 1000, 1000), axial((540, 1000, 1000), (1, 1, 1)).affine)
+    placement: Placement | None = None
+    padding: Array | None = None
+    slope = np.ones(540)
+    intercept = np.zeros(540)
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def slab(self, start: int, stop: int) -> Array:
+        self.asked.append((start, stop))
+        values = np.arange(start, stop, dtype=np.int16)[:, None, None] + np.arange(1000, dtype=np.int16)[:, None]
+        return np.broadcast_to(values, (stop - start, 1000, 1000))
+
+
+@trap(31, "two-gigabytes")
+def test_more_than_two_gigabytes_go_through_in_bounded_chunks() -> None:
+    source = Vast()
+    assert math.prod(source.geometry.shape) * 4 > 2**31
+    plan = make_plan(source.geometry, replace(HU, spacing_mm=(1, 100, 250), order=1, padding="keep"))
+    tracemalloc.start()
+    try:
+        chunks = [chunk.copy() for chunk in host_chunks(source, plan, NumpyBackend())]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    values = np.concatenate(chunks)
+    assert values.shape == (540, 10, 4)
+    assert max(map(len, chunks)) <= 16
+    assert [a for a, _ in source.asked] == [0, *(b for _, b in source.asked[:-1])]  # each slice once, in order
+    assert peak < 256 * 2**20
+    centres = (np.arange(10) + 0.5) * 100 - 0.5
+    for k in (0, 1, 538, 539):
+        np.testing.assert_allclose(values[k], np.broadcast_to((k + centres)[:, None], (10, 4)), rtol=0, atol=0.01)
+
+    most = make_plan(axial((1024, 2048, 2047), (1, 1, 1)), HU)
+    assert most.output_bytes == 1024 * 2048 * 2047 * 4  # 16 GB: 32 bits would not hold it
+    assert most.output_bytes > tiff.BIGTIFF_BYTES
+
+
+@trap(32, "compiled-per-shape")
+def test_the_operators_use_the_same_functions_whatever_the_shape(
+    foreign: ForeignBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # CuPy compiles element by element functions once per type, and `matmul` is cuBLAS: nothing of it knows a shape.
+    # Its `ndimage` writes shapes into the source of its kernels, and the operators must do without.
+    used: set[str] = set()
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            value = getattr(array_api_strict, name)
+            if callable(value) and not isinstance(value, type):
+                used.add(name)
+            return value
+
+    recorder = Recorder()
+    monkeypatch.setattr(array_api_strict._array_object.Array, "__array_namespace__", lambda *_, **__: recorder)
+    for name in ("zoom", "gaussian_filter", "resize"):
+        monkeypatch.delattr(ForeignBackend, name)
+    recipes = (Recipe(size=(30, 30), dtype="uint8"), Recipe(window_hu=None, size=None, anti_alias="both"))
+    functions = []
+    for recipe in recipes:
+        seen = []
+        for shape in ((9, 22, 26), (17, 41, 33), (5, 60, 19)):
+            used.clear()
+            gpuprep.process(stored_volume(noise(*shape), (3.0, 0.7, 0.6)), recipe, backend=foreign)
+            seen.append(set(used))
+        assert seen[0] == seen[1] == seen[2]
+        functions.append(seen[0])
+    assert "matmul" in functions[0]
+    assert functions[0] <= {
+        "asarray", "astype", "clip", "empty", "iinfo", "isdtype", "matmul", "reshape", "round", "where"
+    }  # fmt: skip
+
+    kernels = {"RawKernel", "RawModule", "ElementwiseKernel", "ReductionKernel", "fuse", "jit"}
+    for file in Path(gpuprep.__file__).parent.rglob("*.py"):
+        names = {n.attr for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Attribute)}
+        assert not names & kernels, file.name
+
+
+# Output
+
+
+@trap(33, "names")
+def test_outputs_have_names_of_their_own_and_keep_leading_zeros(tmp_path: Path) -> None:
+    folders = ("007/CT", "7/CT", "07/CT")
+    for n, folder in enumerate(folders):
+
+        def patient(ds: Dataset, _: int, number: str = folder.split("/")[0]) -> None:
+            ds.PatientID = number
+
+        for seed in (0, 1):  # two series of the same number in one folder
+            files = write_series(tmp_path / "new", noise(4, seed=2 * n + seed), SPACING, change=patient)
+            (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
+            for file in files:
+                file.rename(tmp_path / "in" / folder / f"{seed}-{file.name}")
+    run = convert(tmp_path / "in", tmp_path / "out")
+    assert run.counts == {"ok": 6}
+    places = [r.folder for r in run.results]
+    assert len({p.casefold() for p in places}) == 6
+    assert {p.split("/")[1] for p in places} == {"007", "07", "7"}
+    means = [written(tmp_path / "out", r).mean() for r in run.results]
+    expected = [noise(4, seed=s).mean() - 1024 for s in range(6)]
+    assert sorted(means) == pytest.approx(sorted(expected), abs=0.01)  # six volumes, none written over another
+    with (tmp_path / "out" / "manifest.csv").open(newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    assert {Path(r["source"]).parts[-2] for r in rows} == {"007", "07", "7"}
+    assert {r["folder"] for r in rows} == set(places)
+
+
+@trap(34, "partial-output")
+def test_a_partial_output_is_never_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_series(source, noise(6), SPACING)
+    first = alone(convert(source, out))
+    expected = written(out, first)
+    slices = sorted((out / first.folder).glob("*.tif"))
+
+    def cut() -> None:
+        os.truncate(slices[2], slices[2].stat().st_size - 1)
+
+    for damage in (cut, slices[5].unlink, (out / first.folder / "volume.json").unlink):
+        assert alone(convert(source, out)).status == "skipped"
+        damage()
+        assert alone(convert(source, out)).status == "ok"
+        np.testing.assert_array_equal(written(out, first), expected)
+
+    class Interrupted(NumpyBackend):
+        def to_host(self, array: Any) -> Any:
+            if len(list((tmp_path / "new").rglob("0003.tif"))):
+                raise KeyboardInterrupt
+            return array
+
+        chunk_slices = 2
+
+    monkeypatch.setattr("gpuprep.batch.get_backend", lambda _: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "new")
+    monkeypatch.undo()
+    assert not list((tmp_path / "new").rglob("*.tif"))
+    result = alone(convert(source, tmp_path / "new"))
+    assert result.status == "ok"
+    np.testing.assert_array_equal(written(tmp_path / "new", result), expected)
+
+
+@trap(35, "swapped-axes")
+def test_axes_are_those_of_simpleitk(tmp_path: Path) -> None:
+    stored = noise(7, 18, 26)
+    orientation = (0.8, 0.6, 0, 0, 0, -1)
+    files = write_series(tmp_path, stored, (2.5, 0.8, 0.5), orientation=orientation, origin_mm=(3, -7, 11))
+    image = sitk.ReadImage([str(f) for f in files])
+    assert image.GetSpacing() == pytest.approx((0.5, 0.8, 2.5))
+    volume = in_hu(found(tmp_path))
+    assert volume.shape == (7, 18, 26)
+    assert volume.spacing_mm == pytest.approx(image.GetSpacing()[::-1])
+    np.testing.assert_array_equal(volume.values, sitk.GetArrayFromImage(image))
+    for index in ((0, 0, 0), (6, 0, 0), (0, 17, 0), (0, 0, 25), (2, 3, 5)):
+        place = volume.affine @ [*index, 1]
+        assert tuple(place[:3]) == pytest.approx(image.TransformIndexToPhysicalPoint(index[::-1]), abs=1e-4)
+
+
+@trap(36, "tiff")
+def test_57_slices_are_57_slices_to_whoever_opens_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = noise(57, 9, 11)
+    write_series(tmp_path / "in", stored, SPACING)
+    recipe = replace(HU, format="tif-stack")
+    result = alone(convert(tmp_path / "in", tmp_path / "out", recipe))
+    with tifffile.TiffFile(tmp_path / "out" / result.folder / "volume.tif") as tif:
+        assert (tif.series[0].axes, tif.series[0].shape) == ("ZYX", (57, 9, 11))
+        metadata = tif.imagej_metadata or {}
+        assert (metadata["images"], metadata["slices"], metadata["unit"]) == (57, 57, "mm")
+        assert metadata["spacing"] == pytest.approx(2.5)
+        assert "channels" not in metadata
+        x, y = (tif.pages.first.tags[t].value for t in (282, 283))
+        assert (x[1] / x[0], y[1] / y[0]) == pytest.approx((0.7, 0.8))
+        np.testing.assert_array_equal(tif.asarray(), stored - 1024.0)
+    assert result.warnings == ()
+
+    assert tiff.BIGTIFF_BYTES < 2**32
+    monkeypatch.setattr(tiff, "BIGTIFF_BYTES", stored.size * 4 - 1)
+    result = alone(convert(tmp_path / "in", tmp_path / "big", recipe))
+    assert [w for w in result.warnings if "BigTIFF" in w]
+    with tifffile.TiffFile(tmp_path / "big" / result.folder / "volume.tif") as tif:
+        assert tif.is_bigtiff
+        assert not tif.is_imagej
+        assert tif.series[0].shape == (57, 9, 11)
+        assert tif.series[0].axes == "ZYX"
+
+
+# What is no CT, and what is broken
+
+
+def monochrome1(ds: Dataset, _: int) -> None:
+    ds.PhotometricInterpretation = "MONOCHROME1"
+
+
+def unspecified(ds: Dataset, _: int) -> None:
+    ds.RescaleType = "US"
+
+
+def no_rescale(ds: Dataset, k: int) -> None:
+    if k == 3:
+        del ds.RescaleSlope, ds.RescaleIntercept
+
+
+def magnetic(ds: Dataset, _: int) -> None:
+    ds.Modality = "MR"
+
+
+@trap(41, "not-hu")
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (monochrome1, "photometric", "Photometric Interpretation not MONOCHROME2"),
+        (unspecified, "rescale-type", "Rescale Type not HU"),
+        (no_rescale, "rescale", "Rescale Slope"),
+        (magnetic, "modality", "'MR'"),
+    ],
+    ids=["MONOCHROME1", "type-US", "no-rescale", "MR"],
+)
+def test_what_is_not_known_to_be_hu_is_not_called_hu(tmp_path: Path, change: Change, code: str, words: str) -> None:
+    stored = noise(6)
+    write_series(tmp_path / "in", stored, SPACING, change=change)
+    with pytest.raises(InputError, match=words) as error:
+        gpuprep.read(found(tmp_path / "in"))
+    assert error.value.code == code
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == ("rejected", (code,))
+    assert words in result.reason
+    assert not list((tmp_path / "out").rglob("*.tif"))
+    believed = alone(convert(tmp_path / "in", tmp_path / "believed", replace(HU, assume_hu=True)))
+    assert (believed.status == "rejected") == (code in ("photometric", "modality"))
+    if code == "rescale-type":
+        np.testing.assert_array_equal(written(tmp_path / "believed", believed), stored - 1024.0)
+
+
+@trap(42, "broken-neighbours")
+def test_a_broken_series_is_named_and_costs_no_other(tmp_path: Path) -> None:
+    stored = noise(len(SYNTAXES))
+    folder = tmp_path / "in"
+    write_series(folder, stored, SPACING, change=lambda ds, k: put(ds, SYNTAXES[k]))
+    cut = write_series(folder, noise(4), SPACING, series_number=2)[1]
+    os.truncate(cut, cut.stat().st_size - 100)
+
+    def empty(ds: Dataset, k: int) -> None:
+        if k == 2:
+            del ds.PixelData
+
+    def garbled(ds: Dataset, k: int) -> None:
+        if k == 2:
+            put(ds, JPEG2000Lossless)
+            ds.PixelData = encapsulate([b"this is no code stream"])
+            ds["PixelData"].is_undefined_length = True
+
+    def report(ds: Dataset, _: int) -> None:
+        ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
+        ds.Modality = "SR"
+        del ds.PixelData
+
+    without = write_series(folder, noise(4), SPACING, series_number=3, change=empty)[2]
+    code = write_series(folder, noise(4), SPACING, series_number=4, change=garbled)[2]
+    write_series(folder, noise(1), SPACING, series_number=5, change=report)
+    (folder / "notes.txt").write_text("no DICOM")
+    header, half = write_series(folder, noise(2), SPACING, series_number=6)
+    os.truncate(header, 150)  # in the meta group
+    os.truncate(half, 360)  # it says that it is CT, and no more
+
+    run = convert(folder, tmp_path / "out")
+    results = {r.series_number: r for r in run.results}
+    expected = {1: "ok", 2: "rejected", 3: "rejected", 4: "rejected", None: "rejected"}
+    assert {n: r.status for n, r in results.items()} == expected
+    np.testing.assert_array_equal(written(tmp_path / "out", results[1]), stored - 1024.0)
+    assert [results[n].codes for n in (2, 3, 4)] == [("truncated",), ("missing-tag",), ("pixels",)]
+    for n, file in ((2, cut), (3, without), (4, code), (None, half)):
+        assert file.name in results[n].reason
+        assert results[n].folder == ""
+    assert run.passed_over == {"Basic Text SR Storage": 1, "not DICOM": 1}
+    assert [path for path, _ in run.unreadable] == [str(header)]
+    assert run.exit_code == 1
+    with (tmp_path / "out" / "manifest.csv").open(newline="", encoding="utf-8") as f:
+        assert sum(line["status"] == "rejected" for line in csv.DictReader(f)) == 4
