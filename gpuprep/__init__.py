@@ -13,24 +13,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from gpuprep.auditing import Audit as Audit
+    from gpuprep.auditing import audit as audit
     from gpuprep.batch import convert as convert
     from gpuprep.discovery import discover as discover
     from gpuprep.geometry import Geometry as Geometry
     from gpuprep.processing import process as process
     from gpuprep.reading import read as read
     from gpuprep.recipe import Recipe as Recipe
+    from gpuprep.rules import Rules as Rules
     from gpuprep.series import Series as Series
     from gpuprep.stacking import stack as stack
     from gpuprep.volume import StoredVolume as StoredVolume
     from gpuprep.volume import Volume as Volume
 
 _HOMES = {
+    "Audit": "auditing",
+    "audit": "auditing",
     "convert": "batch",
     "discover": "discovery",
     "Geometry": "geometry",
     "process": "processing",
     "read": "reading",
     "Recipe": "recipe",
+    "Rules": "rules",
     "Series": "series",
     "stack": "stacking",
     "StoredVolume": "volume",

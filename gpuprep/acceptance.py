@@ -86,7 +86,7 @@ def _check_intensity(series: Series, rules: Rules) -> None:
     DICOM PS3.3, C.8.2.1 (CT Image module): MONOCHROME2, one sample, Rescale Type HU unless said otherwise.
     """
     slices = series.slices
-    other_type = [] if rules.assume_hu else [s for s in slices if s.rescale_type not in (None, "HU")]
+    other_type = [] if rules.assume_hu else [s for s in slices if (s.rescale_type or "HU").upper() != "HU"]
     for code, text, wrong in (
         ("colour", "several samples per pixel", [s for s in slices if s.samples_per_pixel != 1]),
         (

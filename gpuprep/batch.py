@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from gpuprep.audit import Audit, Verdict, audit
+from gpuprep.auditing import Audit, Verdict, audit
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.conversion import Task, convert_series, left_out
 from gpuprep.discovery import Cohort, discover
@@ -209,6 +209,8 @@ def convert(
 
             results = []
             doubtful = Counter(os.path.dirname(path) for path, _ in cohort.unreadable)
+            for nameless in (s for s in cohort if not s.series_uid):
+                doubtful[printable(nameless.folder)] += len(nameless.slices)
             tasks = {o.series.key: _task(o, recipe, engine, chosen, out, doubtful) for o in outlooks}
             for result in _results(outlooks, [tasks[o.series.key] for o in now_], tasks, manifest, executor):
                 results.append(result)
@@ -299,7 +301,7 @@ def _task(
     outlook: Outlook, recipe: Recipe, engine: Engine, backend: Backend, out: Path, doubtful: Mapping[str, int]
 ) -> Task:
     unreadable = doubtful.get(printable(outlook.series.folder), 0)
-    note = f"{unreadable} unreadable files lie in its folder: a slice may be missing"
+    note = f"{unreadable} files in its folder are unreadable or of no known series: a slice may be missing"
     return Task(
         series=outlook.series,
         recipe=recipe,

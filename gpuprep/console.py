@@ -162,7 +162,9 @@ def show_scan(cohort: Cohort, outlooks: list[Outlook]) -> None:
     total = 0
     for o in outlooks:
         counts[o.verdict] += 1
-        spacing = shape = size = ""
+        shape = size = ""
+        between = o.audit.measures.spacing_mm if o.audit else None
+        spacing = "" if between is None else f"{between:.4g}"
         if o.plan is not None:
             spacing = " × ".join(f"{s:.4g}" for s in o.plan.source.spacing_mm)
             shape = " × ".join(map(str, o.plan.target.shape))

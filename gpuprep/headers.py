@@ -315,6 +315,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
     spacing = _decimals(ds, "PixelSpacing", 2)
     position = _decimals(ds, "ImagePositionPatient", 3)
     image_type = _text(ds, "FrameType") or _text(ds, "ImageType")
+    kinds = [part.strip() for part in image_type.upper().split("\\")]
     offset, length = origin.offset, origin.length
     if origin.syntax == BIG_ENDIAN and bits != 16:
         offset = None  # 8 bits may be packed two to a big-endian word: pydicom's business
@@ -333,7 +334,8 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         position_mm=(position[0], position[1], position[2])
         if position and max(map(abs, position)) <= FARTHEST_MM
         else None,
-        localizer="LOCALIZER" in image_type.upper().split("\\"),
+        localizer="LOCALIZER" in kinds,
+        secondary="SECONDARY" in kinds[1:2],
         modality=_text(ds, "Modality") or None,
         temporal_position=_first(_integer(ds, "TemporalPositionIdentifier"), _binary(ds, "TemporalPositionIndex")),
         acquisition_number=_first(_binary(ds, "FrameAcquisitionNumber"), _integer(ds, "AcquisitionNumber")),

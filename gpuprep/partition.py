@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
 
+from gpuprep.acceptance import listed
 from gpuprep.errors import InputError
 from gpuprep.rules import Irregularity, Rules
 from gpuprep.series import Image, Series, SliceHeader
-from gpuprep.stacking import Measures, has_doubles, stack
+from gpuprep.stacking import along_normal_mm, has_doubles, stack
 
 SMALLEST_PART = 3
 """Fewer slices of another matrix, spacing or orientation are strays, and no volume of their own."""
@@ -48,16 +48,17 @@ def partition(images: Iterable[Image], rules: Rules) -> list[Series]:
 
 def _volumes(images: list[Image], rules: Rules) -> list[Series]:
     """Return the volumes of one UID."""
-    strays = [(image, why) for image in images if (why := _stray(image))]
-    if len(strays) == len(images):
-        strays = []  # nothing else is there: let the whole be judged
+    strays = _strays(images)
     aside = {id(image) for image, _ in strays}
+    frames = Counter(image.frame_of_reference_uid for image in images)
+    # Some anonymisers give every file a frame of reference of its own: then it says nothing.
+    framed = min(frames.values()) >= SMALLEST_PART
     stacks: list[list[Image]] = []
     for image in images:
         if id(image) in aside:
             continue
         for stacked in stacks:
-            if _same_stack(image, stacked[0]):
+            if _same_stack(image, stacked[0], framed):
                 stacked.append(image)
                 break
         else:
@@ -69,18 +70,15 @@ def _volumes(images: list[Image], rules: Rules) -> list[Series]:
 
     volumes = [_joined(stacked) for stacked in (main, *large)]
     if large:
-        note = Irregularity(
-            "mixed", f"{len(volumes)} stacks unlike in matrix, spacing or orientation share a series: each is a volume"
-        )
+        what = f"{len(volumes)} stacks unlike in matrix, spacing, orientation or frame of reference share a series"
+        note = Irregularity("mixed", what, "each is a volume")
         volumes = [replace(v, irregularities=(note,)) for v in volumes]
     if strays:
         left_out = tuple((image.header.name, why) for image, why in strays)
-        first = ", ".join(f"{name} ({why})" for name, why in left_out[:3])
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        note = Irregularity("left-out", f"{len(left_out)} images are no slices of the volume: {first}{more}")
+        what = f"{len(left_out)} images are no slices: " + listed([f"{name} ({why})" for name, why in left_out])
+        note = Irregularity("left-out", what, "left out of the volume")
         volumes[0] = replace(volumes[0], left_out=left_out, irregularities=(*volumes[0].irregularities, note))
-    if rules.policy == "fix":
-        volumes = [part for volume in volumes for part in _acquisitions(volume, rules)]
+    volumes = [part for volume in volumes for part in _acquisitions(volume, rules)]
     return volumes if len(volumes) == 1 else [replace(v, part=n) for n, v in enumerate(volumes, 1)]
 
 
@@ -88,21 +86,33 @@ def _path(image: Image) -> str:
     return image.header.path
 
 
-def _stray(image: Image) -> str:
-    """Return why an image is no slice; "" for one that may be."""
+def _strays(images: list[Image]) -> list[tuple[Image, str]]:
+    """Return images that are no slices, and why; none if there is nothing else: then the whole is to be judged."""
+    primary = sum(not image.header.secondary for image in images) > len(images) / 2
+    strays = [(image, why) for image in images if (why := _stray(image, primary))]
+    return strays if len(strays) < len(images) else []
+
+
+def _stray(image: Image, primary: bool) -> str:
+    """Return why an image is no slice; "" for one that may be. `primary`: most images of the series are."""
     s = image.header
-    if s.localizer:
-        return "localizer"
-    if s.samples_per_pixel != 1:
-        return "colour"
-    if s.position_mm is None or image.orientation is None:
-        return "no position"
+    for why, true in (
+        ("localizer", s.localizer),
+        ("colour", s.samples_per_pixel != 1),
+        ("secondary image", s.secondary and primary),
+        ("no position", s.position_mm is None),
+        ("no orientation", image.orientation is None),
+        ("no pixel spacing", image.pixel_spacing_mm is None),
+        ("no matrix", not (image.rows and image.columns)),
+    ):
+        if true:
+            return why
     return ""
 
 
-def _same_stack(a: Image, b: Image) -> bool:
+def _same_stack(a: Image, b: Image, framed: bool) -> bool:
     """Whether two slices can lie in one stack: equal matrices, spacing within 0.1 %, directions within 0.06°."""
-    if (a.rows, a.columns) != (b.rows, b.columns):
+    if (a.rows, a.columns) != (b.rows, b.columns) or (framed and a.frame_of_reference_uid != b.frame_of_reference_uid):
         return False
     return _close(a.pixel_spacing_mm, b.pixel_spacing_mm, rtol=1e-3) and _close(a.orientation, b.orientation, atol=1e-3)
 
@@ -111,7 +121,9 @@ def _unlike(a: Image, b: Image) -> str:
     """Return in what an image differs from a stack that it does not belong to."""
     if (a.rows, a.columns) != (b.rows, b.columns):
         return "other matrix"
-    return "other orientation" if not _close(a.orientation, b.orientation, atol=1e-3) else "other pixel spacing"
+    if not _close(a.orientation, b.orientation, atol=1e-3):
+        return "other orientation"
+    return "other pixel spacing"
 
 
 def _close(a: tuple[float, ...] | None, b: tuple[float, ...] | None, rtol: float = 0.0, atol: float = 0.0) -> bool:
@@ -139,37 +151,51 @@ def _joined(images: list[Image]) -> Series:
 
 
 def _acquisitions(volume: Series, rules: Rules) -> list[Series]:
-    """Return the regular stacks that lie in the same place in a volume; itself where it holds but one, or none."""
-    if not has_doubles(volume, rules):
-        return [volume]
-    measures = Measures()
-    with suppress(InputError):
-        stack(volume, rules, measures)
-    if not measures.different:
-        return [volume]
+    """Return the acquisitions that lie in the same place, each as a volume; the volume itself where it holds but one.
+
+    They share positions, or lie between each other: slices of two scans 2.5 mm apart then look like one of 1.25 mm.
+    """
     keys = {name: key for name, key in ACQUISITION.items() if len({key(s) for s in volume.slices}) > 1}
-    for count in range(1, len(keys) + 1):
+    if not keys:
+        return [volume]
+    sharing = has_doubles(volume, rules)
+    # What tells images at one position apart may take several attributes; what lies in between has to differ in one.
+    for count in range(1, len(keys) + 1 if sharing else 2):
         for chosen in combinations(keys, count):
             groups: dict[Hashable, list[SliceHeader]] = defaultdict(list)
             for s in volume.slices:
                 groups[tuple(keys[name](s) for name in chosen)].append(s)
-            if parts := _regular(volume, list(groups.values()), " and ".join(chosen), rules):
-                return parts
+            apart = _regular(volume, list(groups.values()), rules)
+            if not apart or not (sharing or _interleaved(apart)):
+                continue
+            what = f"{len(apart)} acquisitions lie in one place, told apart by {' and '.join(chosen)}"
+            if rules.policy != "fix":
+                note = Irregularity("acquisitions", what, "stacked as one")
+                return [replace(volume, irregularities=(*volume.irregularities, note))]
+            note = Irregularity("acquisitions", what, "each is a volume")
+            return [replace(part, irregularities=(*part.irregularities, note)) for part in apart]
     return [volume]
 
 
-def _regular(volume: Series, groups: list[list[SliceHeader]], by: str, rules: Rules) -> list[Series]:
-    """Return groups of slices as volumes if each is a regular stack; none if one is not."""
+def _regular(volume: Series, groups: list[list[SliceHeader]], rules: Rules) -> list[Series]:
+    """Return groups of slices as volumes if each is a stack; none if one is not."""
     if min(map(len, groups)) < SMALLEST_PART:
         return []
-    note = Irregularity("acquisitions", f"{len(groups)} acquisitions share positions: told apart by {by}")
     groups.sort(key=lambda g: (-len(g), min((s.instance_number or 0, s.path, s.frame) for s in g)))
-    parts = []
-    for group in groups:
-        part = replace(volume, slices=tuple(group), irregularities=(*volume.irregularities, note))
-        try:
-            stack(part, rules)
-        except InputError:
-            return []
-        parts.append(part)
+    parts = [replace(volume, slices=tuple(group), left_out=(), irregularities=()) for group in groups]
+    try:
+        for part in parts:
+            stack(part, replace(rules, policy="fix"))
+    except InputError:
+        return []
+    parts[0] = replace(parts[0], left_out=volume.left_out, irregularities=volume.irregularities)
     return parts
+
+
+def _interleaved(parts: list[Series]) -> bool:
+    """Whether two stacks overlap by more than half of the shorter one."""
+    ends = [(float(along.min()), float(along.max())) for along in map(along_normal_mm, parts)]
+    return any(
+        min(top_a, top_b) - max(low_a, low_b) > 0.5 * min(top_a - low_a, top_b - low_b)
+        for (low_a, top_a), (low_b, top_b) in combinations(ends, 2)
+    )

@@ -73,7 +73,9 @@ class SeriesReader:
     def irregularities(self) -> tuple[Irregularity, ...]:
         """What pixels showed so far and was put right."""
         return tuple(
-            Irregularity("padding", f"{n} slices have {hu:g} HU all around the circle, which nothing declares: now air")
+            Irregularity(
+                "padding", f"{n} slices have {hu:g} HU all around the circle, which nothing declares", "now air"
+            )
             for hu, n in self._fills.items()
         )
 

@@ -35,5 +35,12 @@ class Irregularity:
 
     code: str
     """For programs: "gap", "tilt", … (README lists them)."""
-    text: str
-    """For people: what, where, how much, and what was done about it."""
+    what: str
+    """For people: what, where, how much."""
+    done: str
+    """What was done about it."""
+
+    @property
+    def text(self) -> str:
+        """Both in one line."""
+        return f"{self.what}; {self.done}"

@@ -33,7 +33,8 @@ class SliceHeader(NamedTuple):
     position_mm: Vector3 | None
     """*Image Position (Patient)*: centre of the first voxel as (x, y, z), LPS."""
     localizer: bool
-    """*Image Type* says so."""
+    secondary: bool
+    """*Image Type* says so: made after the examination, from other images."""
     modality: str | None
     temporal_position: int | None
     acquisition_number: int | None

@@ -119,7 +119,7 @@ def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
         places, twins = _without_doubles(places, rules, measures, found)
     placement, step, count = _placed(places, series, rules, measures, found)
     if rules.policy == "strict" and found:
-        raise GeometryError(f"irregular, which --policy strict rejects: {found[0].text}", found[0].code)
+        raise GeometryError(f"irregular, which --policy strict rejects: {found[0].what}", found[0].code)
 
     between_rows, between_columns = series.pixel_spacing_mm
     affine = np.eye(4)
@@ -229,7 +229,9 @@ def _without_doubles(
     index = {n: k for k, n in enumerate(kept)}
     found.append(
         Irregularity(
-            "duplicate", f"{len(doubles)} images repeat another one, dropped: {names([slices[b] for _, b in doubles])}"
+            "duplicate",
+            f"{len(doubles)} images repeat another one: {names([slices[b] for _, b in doubles])}",
+            "dropped, if their pixels are equal",
         )
     )
     return places.only(kept), [(index[a], slices[b]) for a, b in doubles]
@@ -243,19 +245,28 @@ def _count_doubles(places: _Places, rules: Rules, measures: Measures, found: lis
         found.append(
             Irregularity(
                 "duplicate",
-                f"{len(doubles)} images share the position of another one, kept: "
+                f"{len(doubles)} images share the position of another one: "
                 + names([places.slices[b] for _, b in doubles]),
+                "kept",
             )
         )
 
 
 def has_doubles(series: Series, rules: Rules) -> bool:
     """Whether images share a position; False where that cannot be said."""
-    if series.orientation is None or any(s.position_mm is None for s in series.slices):
+    if any(s.position_mm is None for s in series.slices):
         return False
-    row, column = np.array(series.orientation, dtype=np.float64).reshape(2, 3)
-    along = np.array([s.position_mm for s in series.slices]) @ np.cross(row, column)
+    try:
+        along = along_normal_mm(series)
+    except InputError:
+        return False
     return bool((np.diff(np.sort(along)) <= rules.position_tolerance_mm).any())
+
+
+def along_normal_mm(series: Series) -> NDArray[np.float64]:
+    """Return where slices lie along their normal, in the order of `series.slices`: array of shape (n,)."""
+    positions = np.array([s.position_mm for s in series.slices], dtype=np.float64)
+    return np.asarray(positions @ _axes(series)[2])
 
 
 def same_image(a: SliceHeader, b: SliceHeader) -> bool:
@@ -291,12 +302,10 @@ def _placed(
     count = len(places.slices)
     if rules.policy == "keep":
         if missing.any() or (np.abs(gaps - typical) > tolerance_mm).any():
-            found.append(
-                Irregularity("uneven", f"{_spacings(places, gaps, typical, tolerance_mm)}; stacked as if even")
-            )
+            found.append(Irregularity("uneven", _spacings(places, gaps, typical, tolerance_mm), "stacked as if even"))
         if lean is not None:
             found.append(
-                Irregularity("tilt", f"the stack leans by {measures.tilt_deg:.2f}°; kept, in a sheared affine")
+                Irregularity("tilt", f"the stack leans by {measures.tilt_deg:.2f}°", "kept, in a sheared affine")
             )
         offset = normal * places.along[-1] + places.beside[-1] @ np.array([column, row])
         return None, offset / (count - 1), count
@@ -305,11 +314,11 @@ def _placed(
     spacing = float(places.along[-1]) / (count - 1)
     if missing.any():
         _check_gaps(places, gaps, missing, typical, rules)
-        found.append(Irregularity("gap", f"{_gaps(places, gaps, missing)}; interpolated from the slices around"))
+        found.append(Irregularity("gap", _gaps(places, gaps, missing), "interpolated from the slices around"))
     odd = np.abs(gaps - (missing + 1) * typical) > tolerance_mm
     if odd.any():
         found.append(
-            Irregularity("uneven", f"{_spacings(places, gaps, typical, tolerance_mm)}; resampled from true positions")
+            Irregularity("uneven", _spacings(places, gaps, typical, tolerance_mm), "resampled from true positions")
         )
     off = np.abs(places.along - spacing * np.arange(count))
     if missing.any() or odd.any() or off.max() > max(rules.position_tolerance_mm, PLACE_TOLERANCE * typical):
@@ -319,7 +328,8 @@ def _placed(
                 Irregularity(
                     "uneven",
                     f"small differences in spacing add up: {places.slices[worst].name} lies {off[worst]:.2f} mm from "
-                    f"its place in a grid of {spacing:.3f} mm; resampled from true positions",
+                    f"its place in a grid of {spacing:.3f} mm",
+                    "resampled from true positions",
                 )
             )
         closest = int(np.argmin(gaps))
@@ -368,7 +378,8 @@ def _shift(
     found.append(
         Irregularity(
             "tilt" if straight else "shift",
-            f"{what}: up to {np.hypot(*places.beside.T).max():.2f} mm beside the normal; undone by shifting each slice",
+            f"{what}: up to {np.hypot(*places.beside.T).max():.2f} mm beside the normal",
+            "undone by shifting each slice",
         )
     )
     return np.asarray(shift - shift.min(axis=0))

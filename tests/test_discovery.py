@@ -585,7 +585,8 @@ def test_headers_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert found == SliceHeader(
         path=str(file), member=None, frame=0, frames=1, file_bytes=file.stat().st_size,
         mtime_ns=file.stat().st_mtime_ns, sop_instance_uid=ds.SOPInstanceUID, instance_number=1,
-        position_mm=(-100, -120, -300), localizer=False, modality="CT", temporal_position=3, acquisition_number=2,
+        position_mm=(-100, -120, -300), localizer=False, secondary=False, modality="CT", temporal_position=3,
+        acquisition_number=2,
         acquisition_time=found.acquisition_time, reconstruction=found.reconstruction, rescale_slope=0.0444,
         rescale_intercept=-8.5, rescale_type="HU", photometric="MONOCHROME2", samples_per_pixel=1, bits_allocated=16,
         bits_stored=12, high_bit=11, signed=True, padding=-2000, padding_limit=None,

@@ -16,7 +16,7 @@ from pydicom import Dataset
 from scipy.interpolate import CubicSpline
 
 import gpuprep
-from gpuprep.audit import audit
+from gpuprep.auditing import audit
 from gpuprep.backend import Backend, NumpyBackend
 from gpuprep.phantom import write_series
 from gpuprep.plan import make_plan

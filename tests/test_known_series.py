@@ -13,7 +13,7 @@ import pydicom
 import pytest
 
 import gpuprep
-from gpuprep.audit import Audit, audit
+from gpuprep.auditing import Audit, audit
 from gpuprep.reading import Content
 from gpuprep.recipe import Recipe
 from gpuprep.rules import Rules

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from conftest import natively
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import (
@@ -26,13 +27,12 @@ from pydicom.uid import (
 )
 
 import gpuprep
-from gpuprep.audit import audit
+from gpuprep.auditing import audit
 from gpuprep.batch import scan
 from gpuprep.index import HeaderIndex
 from gpuprep.phantom import write_series
 from gpuprep.recipe import Recipe
 from gpuprep.rules import Rules
-from tests.conftest import natively
 
 SHAPE, SPACING_MM = (7, 18, 22), (2.5, 0.8, 0.7)
 UID = "1.2.3.4"
@@ -310,7 +310,7 @@ def test_a_file_that_is_given_alone_does_not_make_the_index_forget_its_neighbour
 
 
 def test_the_index_holds_no_name_and_no_date(tmp_path: Path, stored: NDArray[np.int16]) -> None:
-    def name(ds: Dataset, k: int) -> None:
+    def name(ds: Dataset, _: int) -> None:
         ds.PatientName, ds.PatientID, ds.AcquisitionDate, ds.AcquisitionTime = (
             "Doe^Jane",
             "MRN0042",

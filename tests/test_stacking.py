@@ -33,8 +33,8 @@ Change = Callable[[Dataset, int], None]
 def header(name: str, position_mm: Xyz | None, pixel_bytes: int = 640) -> SliceHeader:
     return SliceHeader(
         path=f"/data/{name}", member=None, frame=0, frames=1, file_bytes=1000 + pixel_bytes, mtime_ns=1,
-        sop_instance_uid=name, instance_number=None, position_mm=position_mm, localizer=False, modality="CT",
-        temporal_position=None, acquisition_number=None, acquisition_time="", reconstruction="", rescale_slope=1.0,
+        sop_instance_uid=name, instance_number=None, position_mm=position_mm, localizer=False, secondary=False,
+        modality="CT", temporal_position=None, acquisition_number=None, acquisition_time="", reconstruction="", rescale_slope=1.0,
         rescale_intercept=-1024.0, rescale_type="HU", photometric="MONOCHROME2", samples_per_pixel=1,
         bits_allocated=16, bits_stored=16, high_bit=15, signed=True, padding=None, padding_limit=None,
         transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=1000, pixel_bytes=pixel_bytes,
