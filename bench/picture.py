@@ -1,28 +1,31 @@
-"""Draw the README's picture: a phantom series as it is stored, and what becomes of it.
+"""Draw the README's pictures: a phantom as it is stored and what becomes of it; a tilted one, kept and fixed.
 
-python -m bench.picture bench/results/before-after.png
+python -m bench.picture bench/results
 """
 
 import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from pydicom import Dataset
 
 import gpuprep
 from gpuprep.geometry import Geometry
 from gpuprep.intensity import HuStatistics
-from gpuprep.phantom import thorax
+from gpuprep.phantom import thorax, write_series
 from gpuprep.volume import StoredVolume
 
 SHAPE, SPACING_MM = (70, 512, 512), (4.5, 0.6816, 0.6816)
 PANEL = 330
+TILT_DEG = 15.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file")
-    args = parser.parse_args()
-
+def before_and_after() -> list[tuple[str, NDArray[Any]]]:
+    """Return panels of a plain series: what is stored, what comes out."""
     stored = thorax(SHAPE, SPACING_MM, seed=1)
     affine = np.diag([*SPACING_MM, 1.0])[[2, 1, 0, 3]]
     count = len(stored)
@@ -31,21 +34,61 @@ def main() -> None:
     )
     volume = np.asarray(gpuprep.process(source, gpuprep.Recipe(dtype="uint8"), backend="cpu"))
     raw = np.clip((stored.astype(np.float32) - 1024 + 3024) / 6100 * 255, 0, 255).astype(np.uint8)
-    panels = [
+    return [
         ("stored values, axial: 512 x 512", raw[35]),
         ("stored, coronal: 70 slices of 4.5 mm", raw[::-1, 250]),
         ("gpuprep, axial: 512 x 512, 1 mm apart", volume[157]),
         ("gpuprep, coronal: 315 slices of 1 mm", volume[::-1, 250]),
     ]
+
+
+def kept_and_fixed() -> list[tuple[str, NDArray[Any]]]:
+    """Return sagittal panels of balls, seen by a tilted gantry that lost two slices, under both policies."""
+    tilt = np.radians(TILT_DEG)
+    table_mm, j, i = np.meshgrid(np.arange(60) * 3.0, np.arange(160) * 1.4, np.arange(48) * 1.4, indexing="ij")
+    z, y, x = table_mm - j * np.sin(tilt), j * np.cos(tilt), i
+    hu = np.random.default_rng(0).normal(-40, 15, z.shape)
+    for centre_z, centre_y, radius_mm in ((70, 60, 40), (110, 150, 25), (30, 165, 30), (128, 95, 12), (0, 110, 18)):
+        distance_mm = np.sqrt((z - centre_z) ** 2 + (y - centre_y) ** 2 + (x - 33) ** 2)
+        hu += 300 * np.clip(radius_mm - distance_mm, 0, 1)
+    leaning = (hu + 1024).astype(np.int16)
+
+    def place(ds: Dataset, k: int) -> None:
+        ds.ImagePositionPatient = ["0", "0", f"{k * 3:g}"]
+
+    panels = []
+    with tempfile.TemporaryDirectory() as folder:
+        orientation = (1, 0, 0, 0, float(np.cos(tilt)), float(-np.sin(tilt)))
+        files = write_series(Path(folder), leaning, (3.0, 1.4, 1.4), orientation=orientation, change=place)
+        for lost in (20, 41):
+            files[lost].unlink()
+        for policy, title in (("keep", "kept: as if upright"), ("fix", "fixed: shifted, gaps filled")):
+            recipe = gpuprep.Recipe(policy=policy, size=None, dtype="uint8", spacing_mm=(1.4, 1.4, 1.4))  # type: ignore[arg-type]
+            series = gpuprep.discover(folder, recipe.rules)[0]
+            volume = np.asarray(gpuprep.process(gpuprep.read(series, recipe), recipe, backend="cpu"))
+            panels.append((title, volume[::-1, :, 24]))
+    return panels
+
+
+def draw(panels: list[tuple[str, NDArray[Any]]], file: Path) -> None:
+    """Write panels side by side."""
     sheet = Image.new("L", (PANEL * len(panels) + 8 * (len(panels) - 1), PANEL + 22), 255)
-    draw = ImageDraw.Draw(sheet)
+    pen = ImageDraw.Draw(sheet)
     for n, (title, pixels) in enumerate(panels):
-        image = Image.fromarray(pixels)
+        image = Image.fromarray(np.ascontiguousarray(pixels))
         scale = PANEL / max(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.NEAREST)
         sheet.paste(image, (n * (PANEL + 8), 22 + (PANEL - image.height) // 2))
-        draw.text((n * (PANEL + 8) + 4, 5), title, fill=0)
-    sheet.save(args.file, optimize=True)
+        pen.text((n * (PANEL + 8) + 4, 5), title, fill=0)
+    sheet.save(file, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    draw(before_and_after(), folder / "before-after.png")
+    draw(kept_and_fixed(), folder / "tilt.png")
 
 
 if __name__ == "__main__":

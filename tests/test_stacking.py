@@ -34,10 +34,10 @@ def header(name: str, position_mm: Xyz | None, pixel_bytes: int = 640) -> SliceH
     return SliceHeader(
         path=f"/data/{name}", member=None, frame=0, frames=1, file_bytes=1000 + pixel_bytes, mtime_ns=1,
         sop_instance_uid=name, instance_number=None, position_mm=position_mm, localizer=False, secondary=False,
-        modality="CT", temporal_position=None, acquisition_number=None, acquisition_time="", reconstruction="", rescale_slope=1.0,
-        rescale_intercept=-1024.0, rescale_type="HU", photometric="MONOCHROME2", samples_per_pixel=1,
-        bits_allocated=16, bits_stored=16, high_bit=15, signed=True, padding=None, padding_limit=None,
-        transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=1000, pixel_bytes=pixel_bytes,
+        modality="CT", temporal_position=None, acquisition_number=None, acquisition_time="", reconstruction="",
+        rescale_slope=1.0, rescale_intercept=-1024.0, rescale_type="HU", photometric="MONOCHROME2",
+        samples_per_pixel=1, bits_allocated=16, bits_stored=16, high_bit=15, signed=True, padding=None,
+        padding_limit=None, transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=1000, pixel_bytes=pixel_bytes,
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_only_positions_order_slices(tmp_path: Path) -> None:
     def lie(ds: Dataset, k: int) -> None:
         ds.InstanceNumber = lots[k]
         ds.SliceLocation = f"{-lots[k] * 3.5:g}"
-        ds.AcquisitionNumber = k % 2
+        ds.AcquisitionNumber = lots[k]
         ds.SliceThickness = "5"
         ds.SpacingBetweenSlices = "-1.25"
 
@@ -293,7 +293,7 @@ def doubled(folder: Path, change: Change | None = None) -> Series:
 def test_an_image_given_twice_is_dropped_and_named(tmp_path: Path) -> None:
     # Trap 6.
     found = doubled(tmp_path)
-    with pytest.raises(GeometryError, match=r"1 images repeat another one, dropped: S1-000[13]\.dcm") as caught:
+    with pytest.raises(GeometryError, match=r"1 images repeat another one: S1-000[13]\.dcm") as caught:
         stack(found, STRICT)
     assert caught.value.code == "duplicate"
     stacked = stack(found)
@@ -530,11 +530,11 @@ def test_an_attribute_that_all_slices_lack_is_named(tmp_path: Path, keyword: str
 
 
 PLACING = {
-    "ImageOrientationPatient": "no position",
+    "ImageOrientationPatient": "no orientation",
     "ImagePositionPatient": "no position",
-    "PixelSpacing": "other pixel spacing",
-    "Rows": "other matrix",
-    "Columns": "other matrix",
+    "PixelSpacing": "no pixel spacing",
+    "Rows": "no matrix",
+    "Columns": "no matrix",
 }
 """What an image needs to be a slice at all, and why it is left out of the volume without it."""
 
@@ -558,7 +558,7 @@ def test_an_image_that_cannot_be_placed_is_left_out_and_named(tmp_path: Path, ke
     stacked = stack(found)
     assert names(stacked) == ["S1-0005.dcm", "S1-0004.dcm", "S1-0003.dcm", "S1-0002.dcm"]
     assert codes(stacked) == ["left-out"]
-    with pytest.raises(GeometryError, match=rf"1 images are no slices of the volume: S1-0001\.dcm \({why}\)") as caught:
+    with pytest.raises(GeometryError, match=rf"1 images are no slices: S1-0001\.dcm \({why}\)") as caught:
         stack(found, STRICT)
     assert caught.value.code == "left-out"
 
