@@ -14,6 +14,12 @@ LARGEST_INTERCEPT_HU = 65536.0
 LARGEST_SIDE = 8192
 """Rows or columns of a slice. More come from a damaged header, and memory is not taken on its word."""
 
+DAMAGED = ("no Rows and Columns", "no Image Orientation (Patient)", "no Pixel Spacing")
+"""Images that lack these may be slices, and a volume without them would be short of some."""
+
+HARMLESS = ("localizer", "colour", "secondary image")
+"""Images beside the slices of a series that are none, however many."""
+
 NAMED = 3
 """Slices named in a message before it says how many more there are."""
 
@@ -43,9 +49,19 @@ def _check_kind(series: Series) -> None:
         raise MissingTagError(f"no Series Instance UID in {names(series.slices)}: nothing tells series apart", "no-uid")
     strange = [s for s in series.slices if s.modality not in (None, "CT")]
     if strange:
-        raise IntensityError(f"Modality is {strange[0].modality!r}, not CT, in {names(strange)}", "modality")
+        raise IntensityError(f"Modality is {strange[0].modality}, not CT, in {names(strange)}", "modality")
     if all(s.localizer for s in series.slices):
         raise GeometryError(f"localizers (scouts) only: {names(series.slices)}", "localizer")
+    for lack in DAMAGED:
+        if damaged := [name for name, why in series.left_out if why == lack]:
+            raise MissingTagError(f"{lack.removeprefix('no ')} absent, unreadable or impossible in {listed(damaged)}")
+    lost = [name for name, why in series.left_out if why not in HARMLESS]
+    if len(lost) >= len(series.slices):
+        raise GeometryError(
+            f"only {len(series.slices)} images form the largest stack, and {len(lost)} do not belong to it: "
+            + listed(lost),
+            "left-out",
+        )
     multi = [s for s in series.slices if s.frames > 1 and s.position_mm is None]
     if multi:
         raise MissingTagError(
@@ -86,7 +102,7 @@ def _check_intensity(series: Series, rules: Rules) -> None:
     DICOM PS3.3, C.8.2.1 (CT Image module): MONOCHROME2, one sample, Rescale Type HU unless said otherwise.
     """
     slices = series.slices
-    other_type = [] if rules.assume_hu else [s for s in slices if (s.rescale_type or "HU").upper() != "HU"]
+    other_type = [] if rules.assume_hu else [s for s in slices if s.rescale_type not in (None, "HU")]
     for code, text, wrong in (
         ("colour", "several samples per pixel", [s for s in slices if s.samples_per_pixel != 1]),
         (

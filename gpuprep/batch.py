@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -27,6 +27,9 @@ from gpuprep.series import Series
 from gpuprep.text import printable
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+DONE = ("ok", "fixed", "skipped")
+"""Of a series whose output is there."""
 
 GPU_JOBS = 4
 """Series in flight on one GPU unless asked otherwise: enough that some read and write while one computes."""
@@ -215,6 +218,7 @@ def convert(
             for result in _results(outlooks, [tasks[o.series.key] for o in now_], tasks, manifest, executor):
                 results.append(result)
                 listener.finished(result)
+            _forget_former_parts(results, manifest, out)
         finally:
             executor.stop()
             manifest.write_csv()
@@ -241,6 +245,19 @@ def _results(
         else:
             result = outcome
         yield _store(manifest, result, task.out)
+
+
+def _forget_former_parts(results: list[SeriesResult], manifest: Manifest, out: Path) -> None:
+    """Remove what earlier runs made of series that are now divided otherwise, once all their parts are there."""
+    by_uid: dict[str, list[SeriesResult]] = defaultdict(list)
+    for result in results:
+        by_uid[result.series_uid].append(result)
+    for former in list(manifest):
+        now_ = by_uid.get(former.series_uid, []) if former.series_uid else []
+        if now_ and former.key not in {r.key for r in now_} and all(r.status in DONE for r in now_):
+            manifest.remove(former.key)
+            if former.folder and former.folder not in {r.folder for r in now_}:
+                retire(out / former.folder)
 
 
 def _store(manifest: Manifest, result: SeriesResult, out: Path) -> SeriesResult:
@@ -294,7 +311,7 @@ def _complete(series: Series, recipe: Recipe, out: Path, former: SeriesResult) -
         recipe.sha256,
         __version__,
     )
-    return same and former.status in ("ok", "fixed") and contents(out / former.folder) == (former.files, former.bytes)
+    return same and former.status in DONE and contents(out / former.folder) == (former.files, former.bytes)
 
 
 def _task(

@@ -24,7 +24,7 @@ GZIP_MEMBER = ""
 """The content of a gzip'd file has the empty name; no member of an archive can be opened by it."""
 
 LARGEST_MEMBER_BYTES = 4 << 30
-LARGEST_RATIO, RATIO_FREE_BYTES = 200, 64 << 20
+LARGEST_RATIO, RATIO_FREE_BYTES = 50, 64 << 20
 """Nothing may unpack to more than so many times its size, once it is larger than the second number: a zip bomb."""
 MOST_MEMBERS = 1_000_000
 LARGEST_DIRECTORY_BYTES = 256 << 20

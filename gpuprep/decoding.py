@@ -128,7 +128,9 @@ def decode_frame(ds: pydicom.Dataset, header: SliceHeader, frame: int, rows: int
     DecodeError
         Where no decoder makes an image of it that can be true, with what each of them said.
     """
-    syntax = UID(header.transfer_syntax)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        syntax = UID(header.transfer_syntax)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

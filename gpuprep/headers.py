@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import re
@@ -13,9 +12,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, open_member, safe_parts
+from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.deflation import inflated
 from gpuprep.series import Image, SliceHeader
+from gpuprep.streams import open_frugally
 from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED, EXPLICIT_VR, IMPLICIT_VR, NATIVE, UNDEFINED_LENGTH
 from gpuprep.text import printable
 
@@ -103,14 +103,14 @@ def _contents(file: str) -> Contents:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return Contents(passed_over={"not a regular file": 1}, lasting=False)
-        with open_bounded(file) as f:
+        with open_frugally(file, None, HEADER_BYTES) as f:
             packed = kind(f.read(4))
             f.seek(0)
             if packed is None:
                 return _image(f, file, None, status, status.st_size)
         if packed == "zip":
             return _archive(file, status)
-        with open_member(file, GZIP_MEMBER) as f:
+        with open_frugally(file, GZIP_MEMBER, HEADER_BYTES) as f:
             return _image(f, file, GZIP_MEMBER, status, status.st_size)
     except OSError as exc:
         return Contents(unreadable=[(printable(file), _words(exc))], lasting=False)
@@ -124,7 +124,7 @@ def _archive(file: str, status: os.stat_result) -> Contents:
         try:
             if member.error:
                 raise ContainerError(member.error)
-            with open_member(file, member.name) as f:
+            with open_frugally(file, member.name, HEADER_BYTES) as f:
                 found = _image(f, file, member.name, status, member.bytes)
         except OSError as exc:
             total.unreadable.append((_name(file, member.name), _words(exc)))
@@ -135,23 +135,6 @@ def _archive(file: str, status: os.stat_result) -> Contents:
         total.lasting &= found.lasting
     total.passed_over = dict(passed_over)
     return total
-
-
-class _Bounded(io.BufferedReader):
-    """A file that takes no memory for what is not there, whatever a damaged length asks for."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > LARGE_BYTES:
-            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
-        return super().read(size)
-
-
-LARGE_BYTES = 2**20
-
-
-def open_bounded(file: str) -> BinaryIO:
-    """Open a file for pydicom, which reads as many bytes at once as a header announces."""
-    return _Bounded(io.FileIO(file))
 
 
 class _NotCtError(Exception):
@@ -198,16 +181,21 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         _check_class(_text(ds, "SOPClassUID"), announced, bare)
         if content is not f:
             syntax = DEFLATED
-        elif not (syntax := str(getattr(ds.file_meta, "TransferSyntaxUID", "") or "")):
+        elif not _UID.fullmatch(syntax := str(getattr(ds.file_meta, "TransferSyntaxUID", "") or "")):
+            raise ValueError("the Transfer Syntax UID is none")
+        elif not syntax:
             implicit, little = ds.original_encoding  # no meta group: what pydicom found by looking
             syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
         offset, length = _pixels(content, syntax == BIG_ENDIAN) if syntax in NATIVE else (None, None)
         origin = _Origin(file, member, status.st_mtime_ns, size, syntax, offset, length)
-        return [_facts(frame, origin, n, count) for n, (frame, count) in enumerate(_frames(ds))]
+        images = [_facts(frame, origin, n, count) for n, (frame, count) in enumerate(_frames(ds))]
+    if len(images) < (count := images[0].header.frames):  # of one frame's place nothing follows for the others
+        images = [images[0]._replace(header=images[0].header._replace(position_mm=None, frames=count))]
+    return images
 
 
-HEADER_BYTES = 64 * 2**20
-"""A deflated header that does not end within so many bytes is not one."""
+HEADER_BYTES = 16 * 2**20
+"""No element of a header is longer, and no deflated header."""
 
 _FIRST_TAGS = {
     group + element
@@ -295,8 +283,8 @@ def _frames(ds: pydicom.Dataset) -> list[tuple[_Frame, int]]:
     shared_tag, own_tag = TAGS["SharedFunctionalGroupsSequence"], TAGS["PerFrameFunctionalGroupsSequence"]
     if own_tag not in ds:
         return [(image, count)]
-    shared = [layer for item in (ds[shared_tag].value if shared_tag in ds else []) for layer in _macros(item)]
-    own = list(ds[own_tag].value)
+    shared = [layer for item in ((ds[shared_tag].value or []) if shared_tag in ds else []) for layer in _macros(item)]
+    own = list(ds[own_tag].value or [])
     if len(own) != count or count > MOST_FRAMES:
         raise ValueError(f"{len(own)} functional groups for {count} frames")
     return [(_Frame(*_macros(item), *shared, ds), count) for item in own]
@@ -336,15 +324,15 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         else None,
         localizer="LOCALIZER" in kinds,
         secondary="SECONDARY" in kinds[1:2],
-        modality=_text(ds, "Modality") or None,
+        modality=_term(ds, "Modality"),
         temporal_position=_first(_integer(ds, "TemporalPositionIdentifier"), _binary(ds, "TemporalPositionIndex")),
         acquisition_number=_first(_binary(ds, "FrameAcquisitionNumber"), _integer(ds, "AcquisitionNumber")),
         acquisition_time=_acquisition_time(ds),
         reconstruction=_hash(image_type + "\n" + _text(ds, "ConvolutionKernel")),
         rescale_slope=_decimal(ds, "RescaleSlope"),
         rescale_intercept=_decimal(ds, "RescaleIntercept"),
-        rescale_type=_text(ds, "RescaleType") or None,
-        photometric=_text(ds, "PhotometricInterpretation") or None,
+        rescale_type=_term(ds, "RescaleType"),
+        photometric=_term(ds, "PhotometricInterpretation"),
         samples_per_pixel=_binary(ds, "SamplesPerPixel") or 1,
         bits_allocated=bits,
         bits_stored=_binary(ds, "BitsStored"),
@@ -379,7 +367,7 @@ def _folder(path: str, member: str | None) -> str:
 def _acquisition_time(ds: _Frame) -> str:
     when = _text(ds, "FrameAcquisitionDateTime") or _text(ds, "AcquisitionDateTime")
     when = when or _text(ds, "AcquisitionDate") + _text(ds, "AcquisitionTime")
-    return _hash(_uid(ds, "SeriesInstanceUID") + when) if when else ""
+    return _hash(_uid(ds, "SeriesInstanceUID") + when)[:4] if when else ""
 
 
 def _hash(text: str) -> str:
@@ -401,6 +389,19 @@ def _text(ds: _Frame | pydicom.Dataset, keyword: str) -> str:
     if isinstance(value, bytes):
         value = value.decode("latin-1")
     return "" if value is None else printable(str(value).strip(" \0"))
+
+
+TERMS = {
+    "Modality": "CT MR PT NM CR DX MG XA RF US OT SC SEG RTIMAGE RTDOSE RTSTRUCT RTPLAN PR SR REG",
+    "RescaleType": "HU US OD HU_MOD MGML Z_EFF ED EDW PCT",
+    "PhotometricInterpretation": "MONOCHROME1 MONOCHROME2 RGB PALETTE_COLOR YBR_FULL YBR_FULL_422 YBR_ICT YBR_RCT",
+}
+"""Words that are kept; any other, which might be a name, is "another"."""
+
+
+def _term(ds: _Frame, keyword: str) -> str | None:
+    word = _text(ds, keyword).upper()
+    return None if not word else word if word.replace(" ", "_") in TERMS[keyword].split() else "another"
 
 
 def _uid(ds: _Frame, keyword: str) -> str:

@@ -85,7 +85,7 @@ class HeaderIndex:
                     known[file.path] = _contents(plain, file)
                 gone = [] if not whole else [(os.fsencode(folder), name) for name in stored]
                 self._db.executemany(f"DELETE FROM {_TABLE} WHERE folder = ? AND name = ?", gone)  # noqa: S608
-        except (sqlite3.Error, ValueError, TypeError) as exc:
+        except Exception as exc:  # rows may hold anything: then they are read again
             self._give_up(folder, exc)
         return known
 

@@ -123,6 +123,11 @@ class Manifest:
         with self._writing():
             self._db.execute(f"INSERT OR REPLACE INTO series VALUES ({marks})", row)  # noqa: S608 - only marks
 
+    def remove(self, key: str) -> None:
+        """Forget a series."""
+        with self._writing():
+            self._db.execute("DELETE FROM series WHERE key = ?", (key,))
+
     def get(self, key: str) -> SeriesResult | None:
         """Return the last result of a series."""
         row = self._db.execute("SELECT * FROM series WHERE key = ?", (key,)).fetchone()

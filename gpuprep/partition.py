@@ -8,7 +8,9 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from itertools import combinations
 
-from gpuprep.acceptance import listed
+import numpy as np
+
+from gpuprep.acceptance import DAMAGED, listed
 from gpuprep.errors import InputError
 from gpuprep.rules import Irregularity, Rules
 from gpuprep.series import Image, Series, SliceHeader
@@ -65,7 +67,7 @@ def _volumes(images: list[Image], rules: Rules) -> list[Series]:
             stacks.append([image])
     stacks.sort(key=lambda stacked: (-len(stacked), _path(stacked[0])))
     main, *others = stacks
-    large = [stacked for stacked in others if len(stacked) >= SMALLEST_PART]
+    large = [stacked for stacked in others if len(stacked) >= SMALLEST_PART and not _lack(stacked[0], main[0])]
     strays += [(image, _unlike(image, main[0])) for small in others if small not in large for image in small]
 
     volumes = [_joined(stacked) for stacked in (main, *large)]
@@ -100,14 +102,19 @@ def _stray(image: Image, primary: bool) -> str:
         ("localizer", s.localizer),
         ("colour", s.samples_per_pixel != 1),
         ("secondary image", s.secondary and primary),
-        ("no position", s.position_mm is None),
-        ("no orientation", image.orientation is None),
-        ("no pixel spacing", image.pixel_spacing_mm is None),
-        ("no matrix", not (image.rows and image.columns)),
     ):
         if true:
             return why
     return ""
+
+
+def _lack(image: Image, other: Image) -> str:
+    """Return what an image lacks that would say whether it is of another kind than `other`: it may be a slice."""
+    if not (image.rows and image.columns):
+        return DAMAGED[0]
+    if (image.rows, image.columns) != (other.rows, other.columns):
+        return ""
+    return DAMAGED[1] if image.orientation is None else DAMAGED[2] if image.pixel_spacing_mm is None else ""
 
 
 def _same_stack(a: Image, b: Image, framed: bool) -> bool:
@@ -119,6 +126,8 @@ def _same_stack(a: Image, b: Image, framed: bool) -> bool:
 
 def _unlike(a: Image, b: Image) -> str:
     """Return in what an image differs from a stack that it does not belong to."""
+    if lack := _lack(a, b):
+        return lack
     if (a.rows, a.columns) != (b.rows, b.columns):
         return "other matrix"
     if not _close(a.orientation, b.orientation, atol=1e-3):
@@ -166,7 +175,7 @@ def _acquisitions(volume: Series, rules: Rules) -> list[Series]:
             for s in volume.slices:
                 groups[tuple(keys[name](s) for name in chosen)].append(s)
             apart = _regular(volume, list(groups.values()), rules)
-            if not apart or not (sharing or _interleaved(apart)):
+            if not apart or not (sharing or (_interleaved(apart) and not _numbered_through(volume))):
                 continue
             what = f"{len(apart)} acquisitions lie in one place, told apart by {' and '.join(chosen)}"
             if rules.policy != "fix":
@@ -199,3 +208,12 @@ def _interleaved(parts: list[Series]) -> bool:
         min(top_a, top_b) - max(low_a, low_b) > 0.5 * min(top_a - low_a, top_b - low_b)
         for (low_a, top_a), (low_b, top_b) in combinations(ends, 2)
     )
+
+
+def _numbered_through(volume: Series) -> bool:
+    """Whether instance numbers follow the positions of all slices: then they were made as one stack."""
+    numbers = [s.instance_number for s in volume.slices]
+    if None in numbers:
+        return False
+    steps = np.diff(np.array(numbers)[np.argsort(along_normal_mm(volume), kind="stable")])
+    return bool((steps > 0).all() or (steps < 0).all())

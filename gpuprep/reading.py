@@ -12,16 +12,16 @@ import pydicom
 from numpy.typing import NDArray
 
 from gpuprep import padding as padded
-from gpuprep.containers import open_member
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
-from gpuprep.errors import DecodeError, GeometryError
-from gpuprep.headers import TAGS, open_bounded
+from gpuprep.errors import DecodeError, GeometryError, IntensityError
+from gpuprep.headers import TAGS
 from gpuprep.intensity import LOWEST_HU, HuStatistics
 from gpuprep.recipe import Recipe
 from gpuprep.rules import Irregularity
 from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import stack
+from gpuprep.streams import open_frugally
 from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED
 from gpuprep.volume import StoredVolume
 
@@ -49,8 +49,8 @@ class SeriesReader:
         self._slices = stacked.slices
         self._matrix = series.rows, series.columns
         self._twins = stacked.twins
-        self._keep = recipe.policy == "keep"
-        self._find_fill = recipe.padding == "air"
+        self._policy = recipe.policy
+        self._find_fill = recipe.padding == "air" and recipe.policy != "keep"
         self.geometry = stacked.geometry
         self.placement = stacked.placement
         # One type that holds every slice: 16 bits, unless signed and unsigned ones are mixed.
@@ -117,7 +117,7 @@ class SeriesReader:
         declared = None if self.padding is None else self.padding[k]
         lowest_hu = min(low * slope, high * slope) + intercept
         if low == high and lowest_hu >= LOWEST_HU and not (declared is not None and declared[0] <= low <= declared[1]):
-            if not self._keep and self._beside_an_image(k, low):
+            if self._policy != "keep" and self._beside_an_image(k, low):
                 raise DecodeError(
                     f"{self._slices[k].name} holds one value ({low}, {lowest_hu:g} HU) throughout, unlike the slices "
                     "beside it: half-written or damaged; --policy keep takes it",
@@ -125,6 +125,12 @@ class SeriesReader:
                 )
             self._blank += 1
         elif self._find_fill and (hu := padded.replace_fill(values, slope, intercept)) is not None:
+            if self._policy == "strict":
+                raise IntensityError(
+                    f"irregular, which --policy strict rejects: {self._slices[k].name} has {hu:g} HU all around the "
+                    "circle, which nothing declares",
+                    "padding",
+                )
             self._fills[hu] = self._fills.get(hu, 0) + 1
         if lowest_hu < LOWEST_HU or declared is not None:
             self.padding_voxels += padded.count(values, slope, intercept, declared)
@@ -214,21 +220,24 @@ class Content:
             with _open(header) as f:
                 done = _fill(inflated(f, offset + len(view))[0], offset, view)
         else:
-            done = _fill(self._unpacked(header), offset, view)
+            end = offset + (header.frames - header.frame) * len(view)
+            done = _fill(self._unpacked(header, end), offset, view)
         if done < len(view):
             raise DecodeError(
-                f"{header.name} ends after {done} of {len(view)} bytes of pixels: it changed since the scan"
+                f"{header.name} ends after {done} of {len(view)} bytes of pixels: it is truncated, or changed since "
+                "the scan",
+                "truncated",
             )
         drop_unused_bits(header, values, header.high_bit)
         if not direct:
             out[...] = values
 
-    def _unpacked(self, header: SliceHeader) -> BinaryIO:
-        """Return the unpacked content of a file of many frames, which may be asked for in any order."""
+    def _unpacked(self, header: SliceHeader, end: int) -> BinaryIO:
+        """Return the first `end` bytes of a packed file of many frames, which may be asked for in any order."""
         if self._key != (header.path, header.member) or not isinstance(self._data, io.BytesIO):
             with _open(header) as f:
-                content, _ = inflated(f, MOST_INFLATED_BYTES)
-                self._data = content if isinstance(content, io.BytesIO) else io.BytesIO(content.read())
+                content, _ = inflated(f, end)
+                self._data = content if isinstance(content, io.BytesIO) else io.BytesIO(content.read(end))
             self._key = header.path, header.member
         return self._data
 
@@ -249,12 +258,9 @@ class Content:
 _PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0001, 0x7FE0_0002, 0x7FE0_0010]
 """Everything that decoding may need: the header's facts, offset tables, pixels."""
 
-MOST_INFLATED_BYTES = 4 << 30
-"""A deflated file that holds more is refused."""
-
 
 def _open(header: SliceHeader) -> BinaryIO:
-    return open_bounded(header.path) if header.member is None else open_member(header.path, header.member)
+    return open_frugally(header.path, header.member)
 
 
 def _fill(f: BinaryIO | io.FileIO, offset: int, view: memoryview) -> int:

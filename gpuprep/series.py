@@ -39,7 +39,7 @@ class SliceHeader(NamedTuple):
     temporal_position: int | None
     acquisition_number: int | None
     acquisition_time: str
-    """A hash of date and time, to tell acquisitions apart without keeping either; "" where absent."""
+    """16 bits of a hash of date and time: enough to tell a few acquisitions apart, and too little to find the time."""
     reconstruction: str
     """A hash of kernel and *Image Type*."""
     rescale_slope: float | None

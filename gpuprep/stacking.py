@@ -339,7 +339,7 @@ def _placed(
                 f"apart, where {typical:.3f} mm is usual: nothing can be interpolated between them",
                 "uneven",
             )
-        count = round(float(places.along[-1]) / typical) + 1
+        count = math.ceil(float(places.along[-1]) / typical - PLACE_TOLERANCE) + 1  # no coarser than acquired
         spacing = float(places.along[-1]) / (count - 1)
         along = places.along / spacing
     shift = None
@@ -371,7 +371,7 @@ def _shift(
     if (extent > (series.rows, series.columns)).any():
         raise GeometryError(
             f"slices lie up to {np.ptp(places.beside, axis=0).max():.1f} mm beside each other, more than they are wide",
-            "tilt",
+            "shift",
         )
     straight = scatter_mm <= 0.1 * max(1.0, np.ptp(places.beside, axis=0).max())
     what = f"the stack leans by {measures.tilt_deg:.2f}° (gantry tilt)" if straight else "slices are moved sideways"

@@ -967,3 +967,31 @@ def test_slices_say_how_large_their_pixels_are(small_series: Path, out: Path) ->
         assert per_cm == pytest.approx({"XResolution": 340 / 16.8, "YResolution": 5.0}, rel=1e-5)
         description = json.loads(tiff.pages[0].description)  # type: ignore[union-attr]
     assert description["spacing_mm"] == pytest.approx([1.0, 2.0, 16.8 / 34])
+
+
+def test_a_series_that_is_divided_otherwise_than_before_leaves_nothing_behind(tmp_path: Path) -> None:
+    # Trap 6: two acquisitions in one place, first refused, then told apart, then one of them taken away.
+    rng = np.random.default_rng(0)
+    for number in (1, 2):
+
+        def acquired(ds: Dataset, _: int, number: int = number) -> None:
+            ds.AcquisitionNumber = number
+
+        stored = rng.integers(0, 2000, (4, 12, 14)).astype(np.int16)
+        write_series(tmp_path / "in" / str(number), stored, (2.0, 1.0, 1.0), series_uid="1.2.3", change=acquired)
+    out, small = tmp_path / "out", {"size": (8, 8), "spacing_mm": None}
+
+    def converted(**changes: Any) -> tuple[dict[str, int], dict[str, str], set[Path]]:
+        run = convert(tmp_path / "in", out, Recipe(**small, **changes), backend="cpu")  # type: ignore[arg-type]
+        rows = sqlite3.connect(out / "manifest.sqlite").execute("SELECT key, folder FROM series")
+        return run.counts, dict(rows.fetchall()), {f.parent.relative_to(out) for f in out.rglob("volume.json")}
+
+    counts, rows, folders = converted(policy="strict")
+    assert (counts, set(rows), folders) == ({"rejected": 1}, {"1.2.3"}, set())
+    counts, rows, folders = converted()
+    assert (counts, set(rows)) == ({"fixed": 2}, {"1.2.3#1", "1.2.3#2"})
+    assert folders == set(map(Path, rows.values()))
+    shutil.rmtree(tmp_path / "in" / "2")
+    counts, rows, folders = converted()
+    assert (counts, set(rows)) == ({"ok": 1}, {"1.2.3"})
+    assert folders == set(map(Path, rows.values()))

@@ -735,15 +735,19 @@ OTHER_KINDS: list[tuple[str, Any, str]] = [
     ("Columns", 16, "other matrix"),
 ]
 STRAYS: list[tuple[str, Any, str]] = [
-    ("ImageOrientationPatient", None, "no orientation"),
-    ("ImagePositionPatient", None, "no position"),
-    ("PixelSpacing", None, "no pixel spacing"),
     ("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"], "localizer"),
     ("SamplesPerPixel", 3, "colour"),
 ]
 
 
-@pytest.mark.parametrize(("keyword", "value", "why"), OTHER_KINDS + STRAYS)
+LACKING: list[tuple[str, Any, str]] = [
+    ("ImageOrientationPatient", None, "no Image Orientation (Patient)"),
+    ("PixelSpacing", None, "no Pixel Spacing"),
+    ("ImageType", ["DERIVED", "SECONDARY"], "secondary image"),
+]
+
+
+@pytest.mark.parametrize(("keyword", "value", "why"), OTHER_KINDS + STRAYS + LACKING)
 def test_two_images_of_another_kind_are_left_out_and_named(tmp_path: Path, keyword: str, value: Any, why: str) -> None:
     # Traps 9, 10: a scout or a screenshot inside the series.
     def change(ds: Dataset, k: int) -> None:

@@ -377,6 +377,7 @@ def test_scouts_screenshots_and_reports_are_no_slices_and_are_reported(tmp_path:
         ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
 
     def lost(ds: Dataset, _: int) -> None:
+        ds.ImageType = ["DERIVED", "SECONDARY"]
         del ds.ImagePositionPatient
 
     def coronal(ds: Dataset, _: int) -> None:
@@ -395,7 +396,7 @@ def test_scouts_screenshots_and_reports_are_no_slices_and_are_reported(tmp_path:
     cohort = gpuprep.discover(tmp_path)
     assert cohort.passed_over == {"Secondary Capture Image Storage": 1}
     (series,) = cohort
-    reasons = ["colour", "localizer", "localizer", "no position", "other orientation"]
+    reasons = ["colour", "localizer", "localizer", "other orientation", "secondary image"]
     assert sorted(why for _, why in series.left_out) == reasons
     assert {name for name, _ in series.left_out} == {f"S{n}-0001.dcm" for n in range(2, 7)}
     result = alone(convert(tmp_path, tmp_path / "out"))
@@ -1156,7 +1157,7 @@ def magnetic(ds: Dataset, _: int) -> None:
         (monochrome1, "photometric", "Photometric Interpretation not MONOCHROME2"),
         (unspecified, "rescale-type", "Rescale Type not HU"),
         (no_rescale, "rescale", "Rescale Slope"),
-        (magnetic, "modality", "'MR'"),
+        (magnetic, "modality", "Modality is MR, not CT"),
     ],
     ids=["MONOCHROME1", "type-US", "no-rescale", "MR"],
 )
