@@ -975,7 +975,7 @@ def test_a_series_that_is_divided_otherwise_than_before_leaves_nothing_behind(tm
     for number in (1, 2):
 
         def acquired(ds: Dataset, _: int, number: int = number) -> None:
-            ds.AcquisitionNumber = number
+            ds.AcquisitionNumber, ds.FrameOfReferenceUID = number, "1.9"
 
         stored = rng.integers(0, 2000, (4, 12, 14)).astype(np.int16)
         write_series(tmp_path / "in" / str(number), stored, (2.0, 1.0, 1.0), series_uid="1.2.3", change=acquired)

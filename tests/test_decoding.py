@@ -601,7 +601,7 @@ def test_damage_ends_in_an_array_or_in_an_error_that_says_so(encoding: str, capl
             assert ours.shape == stored.shape
             assert ours.dtype == stored.dtype
             assert -2048 <= ours.min() <= ours.max() <= 2047
-    assert len(errors) > 20
+    assert len(errors) > 10
     assert all(e.startswith("a.dcm (") and "\n" not in e for e in errors)
 
 
