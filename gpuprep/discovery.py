@@ -103,17 +103,18 @@ def discover(
             passed_over.update(contents.passed_over)
         unreadable.extend(contents.unreadable)
 
-    with _no_collection(), closing(HeaderIndex(index)) if index is not None else nullcontext() as headers:
+    with closing(HeaderIndex(index)) if index is not None else nullcontext() as headers:
         unknown: dict[str, File] = {}
         identities: set[tuple[int, int]] = set()
         excluded = os.path.realpath(exclude) if exclude else None
-        for folder, files, whole in _listed([Path(p) for p in paths], excluded, unreadable, passed_over):
-            fresh = [f for f in files if f.identity not in identities]
-            identities.update(f.identity for f in fresh)
-            known = headers.known(folder, fresh, whole=whole) if headers else {}
-            for contents in known.values():
-                take(contents)
-            unknown.update((f.path, f) for f in fresh if f.path not in known)
+        with _no_collection():
+            for folder, files, whole in _listed([Path(p) for p in paths], excluded, unreadable, passed_over):
+                fresh = [f for f in files if f.identity not in identities]
+                identities.update(f.identity for f in fresh)
+                known = headers.known(folder, fresh, whole=whole) if headers else {}
+                for contents in known.values():
+                    take(contents)
+                unknown.update((f.path, f) for f in fresh if f.path not in known)
         names = list(unknown)
         tasks = [names[i : i + FILES_PER_TASK] for i in range(0, len(names), FILES_PER_TASK)]
         for task, found in map_(read_headers, tasks):
