@@ -1041,7 +1041,8 @@ def _wrap(rng: random.Random, base: Base, files: list[File], done: list[str], da
 def write_case(case: Case, folder: Path) -> None:
     """Write the files of a case."""
     for file in case.files:
-        path = os.fsencode(str(folder) + "/" + file.path)
+        below, name = os.path.split(str(folder) + "/" + file.path)
+        path = os.fsencode(below) + b"/" + os.fsencode(name)[-255:]  # what wrapped it may have made it too long
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
             if file.kind == "fifo":

@@ -17,7 +17,7 @@ from gpuprep.discovery import Cohort, discover
 from gpuprep.errors import PlanError, RequestError
 from gpuprep.executors import FOR_HEADERS, Executor, Here, Processes, Threads, WorkerDiedError
 from gpuprep.headers import Contents
-from gpuprep.layout import layout
+from gpuprep.layout import absolute, layout
 from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, SeriesResult, now
 from gpuprep.output import contents, open_output, retire, write_text
@@ -211,14 +211,14 @@ def convert(
             listener.planned([o for o in outlooks if o.series.key not in postponed])
 
             results = []
-            doubtful = Counter(os.path.dirname(path) for path, _ in cohort.unreadable)
+            doubtful = Counter(folder for path, _ in cohort.unreadable for folder in (os.path.dirname(path), path))
             for nameless in (s for s in cohort if not s.series_uid):
                 doubtful[printable(nameless.folder)] += len(nameless.slices)
             tasks = {o.series.key: _task(o, recipe, engine, chosen, out, doubtful) for o in outlooks}
             for result in _results(outlooks, [tasks[o.series.key] for o in now_], tasks, manifest, executor):
                 results.append(result)
                 listener.finished(result)
-            _forget_former_parts(results, manifest, out)
+            _forget_former_parts(results, {o.series.key for o in outlooks}, paths, manifest, out)
         finally:
             executor.stop()
             manifest.write_csv()
@@ -247,16 +247,26 @@ def _results(
         yield _store(manifest, result, task.out)
 
 
-def _forget_former_parts(results: list[SeriesResult], manifest: Manifest, out: Path) -> None:
-    """Remove what earlier runs made of series that are now divided otherwise, once all their parts are there."""
+def _forget_former_parts(
+    results: list[SeriesResult], keys: set[str], paths: list[str], manifest: Manifest, out: Path
+) -> None:
+    """Remove what earlier runs made of series that are now divided otherwise, once all their parts are there.
+
+    Only what was made from under the paths of this run: elsewhere it may still be as it was.
+    """
     by_uid: dict[str, list[SeriesResult]] = defaultdict(list)
     for result in results:
         by_uid[result.series_uid].append(result)
+    postponed = {key.partition("#")[0] for key in keys - {r.key for r in results}}
+    roots = [printable(absolute(path)) for path in paths]
     for former in list(manifest):
-        now_ = by_uid.get(former.series_uid, []) if former.series_uid else []
-        if now_ and former.key not in {r.key for r in now_} and all(r.status in DONE for r in now_):
+        parts = by_uid.get(former.series_uid, []) if former.series_uid else []
+        seen = any(former.source == root or former.source.startswith(root.rstrip("/") + "/") for root in roots)
+        if not parts or not seen or former.key in keys or former.series_uid in postponed:
+            continue
+        if all(part.status in DONE for part in parts):
             manifest.remove(former.key)
-            if former.folder and former.folder not in {r.folder for r in now_}:
+            if former.folder and former.folder not in {part.folder for part in parts}:
                 retire(out / former.folder)
 
 

@@ -398,7 +398,7 @@ def _outlook(o: Outlook) -> dict[str, Any]:
         "key": o.series.key,
         "series_uid": o.series.series_uid,
         "label": o.series.label,
-        "folder": o.series.folder,
+        "folder": printable(o.series.folder),
         "slices": len(o.series.slices),
         "source_shape": plan and plan.source.shape,
         "source_spacing_mm": plan and plan.source.spacing_mm,

@@ -205,6 +205,8 @@ def _stream(ds: pydicom.Dataset, frame: int) -> bytes:
         raise DecodeError(f"it has no frame {frame + 1} of {frames}")
     offsets, lengths = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
     table = (offsets, lengths) if offsets and lengths else None
+    if offsets and (np.diff(np.frombuffer(offsets, "<u8").astype(np.int64)) <= 0).any():
+        raise DecodeError("its Extended Offset Table does not ascend")
     return get_frame(ds.PixelData, frame, number_of_frames=frames, extended_offsets=table)
 
 

@@ -175,7 +175,7 @@ def _walked(
         try:
             with os.scandir(folder) as entries:
                 for entry in sorted(entries, key=lambda e: e.name):
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         below.append(entry.path)
                     else:
                         _examine(entry.path, files, unlisted, passed_over)
@@ -183,6 +183,13 @@ def _walked(
             unlisted.append((printable(folder), f"cannot be listed: {exc.strerror}"))
         todo += reversed(below)
         yield folder, files, True
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or into a folder that may not be entered: no reason to lose its neighbours
+        return False
 
 
 def _examine(path: str, files: list[File], unlisted: list[tuple[str, str]], passed_over: Counter[str]) -> None:

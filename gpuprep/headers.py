@@ -40,6 +40,8 @@ TAGS = {
     "Modality": 0x0008_0060,
     "FrameType": 0x0008_9007,
     "FrameAcquisitionDateTime": 0x0018_9074,
+    "KVP": 0x0018_0060,
+    "TriggerTime": 0x0018_1060,
     "ConvolutionKernel": 0x0018_1210,
     "InstanceNumber": 0x0020_0013,
     "AcquisitionNumber": 0x0020_0012,
@@ -51,7 +53,9 @@ TAGS = {
     "FrameOfReferenceUID": 0x0020_0052,
     "TemporalPositionIdentifier": 0x0020_0100,
     "TemporalPositionIndex": 0x0020_9128,
+    "StackID": 0x0020_9056,
     "FrameAcquisitionNumber": 0x0020_9156,
+    "NominalPercentageOfCardiacPhase": 0x0020_9241,
     "SamplesPerPixel": 0x0028_0002,
     "PhotometricInterpretation": 0x0028_0004,
     "NumberOfFrames": 0x0028_0008,
@@ -72,6 +76,8 @@ TAGS = {
 }
 """Everything that is read of a header. No name and no free text ever enters the program; dates and times only as
 hashes, which tell acquisitions apart."""
+
+PHASE = ("TriggerTime", "NominalPercentageOfCardiacPhase", "StackID")
 
 FINEST_MM, COARSEST_MM, FARTHEST_MM = 1e-3, 100.0, 1e6
 """Pixel spacings and positions beyond these are damage."""
@@ -170,7 +176,9 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
     # Without a preamble a data set begins with a group 0008 or 0002 element, in either byte order.
     bare = head[:4] in _FIRST_TAGS
     if head[128:] != b"DICM" and not bare:
-        raise _NotCtError("archive inside an archive" if kind(head[:4]) else "not DICOM")
+        if member is not None and kind(head[:4]):
+            raise ValueError("packed twice: unpack the outer archive")
+        raise _NotCtError("not DICOM")
     f.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd values are dealt with below, one by one
@@ -328,7 +336,8 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         temporal_position=_first(_integer(ds, "TemporalPositionIdentifier"), _binary(ds, "TemporalPositionIndex")),
         acquisition_number=_first(_binary(ds, "FrameAcquisitionNumber"), _integer(ds, "AcquisitionNumber")),
         acquisition_time=_acquisition_time(ds),
-        reconstruction=_hash(image_type + "\n" + _text(ds, "ConvolutionKernel")),
+        reconstruction=_hash("\n".join([image_type, _text(ds, "ConvolutionKernel"), _text(ds, "KVP")])),
+        phase=_hash("\n".join(_text(ds, k) for k in PHASE)) if any(_text(ds, k) for k in PHASE) else "",
         rescale_slope=_decimal(ds, "RescaleSlope"),
         rescale_intercept=_decimal(ds, "RescaleIntercept"),
         rescale_type=_term(ds, "RescaleType"),

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from gpuprep import __version__
 from gpuprep.headers import TAGS, Contents
 from gpuprep.series import Image, SliceHeader
+from gpuprep.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +53,12 @@ class HeaderIndex:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             db = sqlite3.connect(path, timeout=30)
+            tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            if any(not _OWN_TABLE.fullmatch(name) for name in tables):
+                raise sqlite3.DatabaseError("it is a database of something else")
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = NORMAL")
-            stale = [n for (n,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'") if n != _TABLE]
-            for name in stale:  # written by another version, which may have read other things
+            for name in set(tables) - {_TABLE}:  # written by another version, which may have read other things
                 db.execute(f'DROP TABLE "{name}"')
             db.execute(
                 f"CREATE TABLE IF NOT EXISTS {_TABLE} (folder BLOB, name BLOB, bytes INTEGER, mtime_ns INTEGER, "
@@ -85,8 +89,10 @@ class HeaderIndex:
                     known[file.path] = _contents(plain, file)
                 gone = [] if not whole else [(os.fsencode(folder), name) for name in stored]
                 self._db.executemany(f"DELETE FROM {_TABLE} WHERE folder = ? AND name = ?", gone)  # noqa: S608
-        except Exception as exc:  # rows may hold anything: then they are read again
+        except sqlite3.Error as exc:
             self._give_up(folder, exc)
+        except Exception:  # rows may hold anything: then their files are read again, and the rows written anew
+            return {}
         return known
 
     def add(self, files: list[File], contents: list[Contents]) -> None:
@@ -115,7 +121,8 @@ class HeaderIndex:
                 self._give_up("", exc)
 
     def _give_up(self, what: object, exc: Exception) -> None:
-        log.warning("the index of headers cannot be used (%s %s); every header is read", what, exc)
+        text = printable(f"{what}: {exc}")
+        log.warning("the index of headers cannot be used (%s); every header is read", text)
         self._db = None
 
 
@@ -125,6 +132,7 @@ _VERSION = hashlib.sha256(repr((__version__, Image._fields, SliceHeader._fields,
     :12
 ]
 _TABLE = f"files_{_VERSION}"
+_OWN_TABLE = re.compile("files_[0-9a-f]{12}")
 _SELECT = f"SELECT name, bytes, mtime_ns, contents FROM {_TABLE}"  # noqa: S608 - a constant
 
 

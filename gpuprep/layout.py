@@ -81,9 +81,10 @@ class _Used:
         self._given[folder] = key
 
     def free(self, folder: str, key: str) -> bool:
-        """Whether no other series stands at `folder` or below it, and none is being put above it."""
+        """Whether no other series stands at `folder`, nothing at all below it, and none is being put above it."""
         above = {self._given[p] for p in _parents(folder) if p in self._given}
-        return {self._owners.get(folder, key)} | self._below.get(folder, set()) | above <= {key}
+        # Not even a former output of the same series may lie below: it goes only when the new one is there.
+        return not self._below.get(folder) and {self._owners.get(folder, key)} | above <= {key}
 
 
 def _base(folder: str, top: str) -> str:

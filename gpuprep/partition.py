@@ -21,6 +21,7 @@ SMALLEST_PART = 3
 
 ACQUISITION: dict[str, Callable[[SliceHeader], Hashable]] = {
     "temporal position": lambda s: s.temporal_position,
+    "cardiac phase or stack": lambda s: s.phase,
     "acquisition number": lambda s: s.acquisition_number,
     "reconstruction": lambda s: s.reconstruction,
     "acquisition time": lambda s: s.acquisition_time,
@@ -52,9 +53,9 @@ def _volumes(images: list[Image], rules: Rules) -> list[Series]:
     """Return the volumes of one UID."""
     strays = _strays(images)
     aside = {id(image) for image, _ in strays}
-    frames = Counter(image.frame_of_reference_uid for image in images)
+    frames = Counter(image.frame_of_reference_uid for image in images if id(image) not in aside)
     # Some anonymisers give every file a frame of reference of its own: then it says nothing.
-    framed = min(frames.values()) >= SMALLEST_PART
+    framed = sum(count >= SMALLEST_PART for count in frames.values()) > 1
     stacks: list[list[Image]] = []
     for image in images:
         if id(image) in aside:
@@ -132,7 +133,9 @@ def _unlike(a: Image, b: Image) -> str:
         return "other matrix"
     if not _close(a.orientation, b.orientation, atol=1e-3):
         return "other orientation"
-    return "other pixel spacing"
+    if not _close(a.pixel_spacing_mm, b.pixel_spacing_mm, rtol=1e-3):
+        return "other pixel spacing"
+    return "other frame of reference"
 
 
 def _close(a: tuple[float, ...] | None, b: tuple[float, ...] | None, rtol: float = 0.0, atol: float = 0.0) -> bool:
@@ -174,7 +177,7 @@ def _acquisitions(volume: Series, rules: Rules) -> list[Series]:
             groups: dict[Hashable, list[SliceHeader]] = defaultdict(list)
             for s in volume.slices:
                 groups[tuple(keys[name](s) for name in chosen)].append(s)
-            apart = _regular(volume, list(groups.values()), rules)
+            apart = _apart(volume, list(groups.values()), rules, sharing)
             if not apart or not (sharing or (_interleaved(apart) and not _numbered_through(volume))):
                 continue
             what = f"{len(apart)} acquisitions lie in one place, told apart by {' and '.join(chosen)}"
@@ -186,19 +189,31 @@ def _acquisitions(volume: Series, rules: Rules) -> list[Series]:
     return [volume]
 
 
-def _regular(volume: Series, groups: list[list[SliceHeader]], rules: Rules) -> list[Series]:
-    """Return groups of slices as volumes if each is a stack; none if one is not."""
-    if min(map(len, groups)) < SMALLEST_PART:
-        return []
+def _apart(volume: Series, groups: list[list[SliceHeader]], rules: Rules, sharing: bool) -> list[Series]:
+    """Return groups of slices as volumes, if that explains them; else none.
+
+    Each has to be a stack. Where slices share positions, most have to be in one: an acquisition that was broken off, or
+    lacks slices, must not cost the others; it is left out, or judged by itself.
+    """
     groups.sort(key=lambda g: (-len(g), min((s.instance_number or 0, s.path, s.frame) for s in g)))
-    parts = [replace(volume, slices=tuple(group), left_out=(), irregularities=()) for group in groups]
-    try:
-        for part in parts:
-            stack(part, replace(rules, policy="fix"))
-    except InputError:
+    large = [group for group in groups if len(group) >= SMALLEST_PART]
+    parts = [replace(volume, slices=tuple(group), left_out=(), irregularities=()) for group in large]
+    stacked = sum(len(part.slices) for part in parts if _is_stack(part, rules))
+    if not parts or 2 * stacked <= len(volume.slices):
         return []
-    parts[0] = replace(parts[0], left_out=volume.left_out, irregularities=volume.irregularities)
+    if not sharing and stacked < len(volume.slices):
+        return []
+    others = tuple((s.name, "other acquisition") for group in groups if group not in large for s in group)
+    parts[0] = replace(parts[0], left_out=volume.left_out + others, irregularities=volume.irregularities)
     return parts
+
+
+def _is_stack(part: Series, rules: Rules) -> bool:
+    try:
+        stack(part, replace(rules, policy="fix"))
+    except InputError:
+        return False
+    return True
 
 
 def _interleaved(parts: list[Series]) -> bool:

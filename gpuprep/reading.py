@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 import warnings
 from typing import Any, BinaryIO
@@ -116,7 +117,7 @@ class SeriesReader:
         slope, intercept = float(self.slope[k]), float(self.intercept[k])
         declared = None if self.padding is None else self.padding[k]
         lowest_hu = min(low * slope, high * slope) + intercept
-        if low == high and lowest_hu >= LOWEST_HU and not (declared is not None and declared[0] <= low <= declared[1]):
+        if low == high:
             if self._policy != "keep" and self._beside_an_image(k, low):
                 raise DecodeError(
                     f"{self._slices[k].name} holds one value ({low}, {lowest_hu:g} HU) throughout, unlike the slices "
@@ -200,6 +201,8 @@ class Content:
     def read(self, header: SliceHeader, out: NDArray[Any]) -> None:
         """Fill `out` with the stored values of an image."""
         try:
+            if os.stat(header.path).st_mtime_ns != header.mtime_ns:
+                raise DecodeError(f"{header.name} changed since the scan: run the same command again", "changed")
             if header.pixel_offset is not None:
                 self._read_plain(header, header.pixel_offset, out)
             else:

@@ -41,7 +41,9 @@ class SliceHeader(NamedTuple):
     acquisition_time: str
     """16 bits of a hash of date and time: enough to tell a few acquisitions apart, and too little to find the time."""
     reconstruction: str
-    """A hash of kernel and *Image Type*."""
+    """A hash of *Image Type*, kernel and tube voltage."""
+    phase: str
+    """A hash of trigger time, cardiac phase and stack; "" where there are none."""
     rescale_slope: float | None
     rescale_intercept: float | None
     rescale_type: str | None

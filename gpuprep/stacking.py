@@ -18,6 +18,12 @@ from gpuprep.series import Series, SliceHeader
 PLACE_TOLERANCE = 0.1
 """A slice may lie this share of the spacing away from its place in the regular grid."""
 
+UNEVEN = 1.75
+"""Up to so many times the median is uneven; at more, a slice is missing."""
+
+RUN = 3
+"""So many equal distances in a row are a spacing of their own: nothing is missing in them."""
+
 CLOSEST = 0.2
 """Slices nearer to each other than this share of the median cannot be interpolated between: noise would explode."""
 
@@ -104,6 +110,8 @@ def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
     row, column, _ = axes
     measures.orientation, measures.obliqueness_deg = _orientation(axes)
     found = list(series.irregularities)
+    if rules.policy == "strict" and found:
+        raise GeometryError(f"irregular, which --policy strict rejects: {found[0].what}", found[0].code)
 
     if not series.pixel_spacing_mm or any(s.position_mm is None for s in series.slices):
         raise MissingTagError("Pixel Spacing or Image Position (Patient) absent")
@@ -278,7 +286,7 @@ def same_image(a: SliceHeader, b: SliceHeader) -> bool:
 
 def _acquisition(s: SliceHeader) -> tuple[object, ...]:
     return (
-        s.temporal_position, s.acquisition_number, s.acquisition_time, s.reconstruction, s.rescale_slope,
+        s.temporal_position, s.acquisition_number, s.acquisition_time, s.reconstruction, s.phase, s.rescale_slope,
         s.rescale_intercept, s.bits_stored, s.signed,
     )  # fmt: skip
 
@@ -291,14 +299,14 @@ def _placed(
     gaps = np.diff(places.along)
     apart = gaps[gaps > rules.position_tolerance_mm]  # with policy "keep" there may be doubles
     typical = float(np.median(apart))
+    tolerance_mm = max(rules.position_tolerance_mm, rules.spacing_tolerance * typical)
     missing = np.maximum(np.rint(gaps / typical) - 1, 0).astype(int)
-    missing[gaps <= 1.5 * typical] = 0
+    missing[(gaps <= UNEVEN * typical) | _regular_runs(gaps, tolerance_mm)] = 0
     measures.spacing_mm = typical
     measures.spacing_deviation_mm = float(np.abs(gaps - typical).max())
     measures.gaps = tuple((places.slices[n].name, float(gaps[n]), int(missing[n])) for n in np.flatnonzero(missing))
     lean = _lean(places, rules, measures)
 
-    tolerance_mm = max(rules.position_tolerance_mm, rules.spacing_tolerance * typical)
     count = len(places.slices)
     if rules.policy == "keep":
         if missing.any() or (np.abs(gaps - typical) > tolerance_mm).any():
@@ -312,8 +320,8 @@ def _placed(
 
     along: NDArray[np.float64] | None = None
     spacing = float(places.along[-1]) / (count - 1)
+    _check_gaps(places, gaps, missing, typical, rules)
     if missing.any():
-        _check_gaps(places, gaps, missing, typical, rules)
         found.append(Irregularity("gap", _gaps(places, gaps, missing), "interpolated from the slices around"))
     odd = np.abs(gaps - (missing + 1) * typical) > tolerance_mm
     if odd.any():
@@ -352,6 +360,18 @@ def _placed(
     return Placement(along, shift, (series.rows, series.columns)), spacing * normal, count
 
 
+def _regular_runs(gaps: NDArray[np.float64], tolerance_mm: float) -> NDArray[np.bool_]:
+    """Return which distances stand in a run of equal ones."""
+    same = np.abs(np.diff(gaps)) <= tolerance_mm
+    runs = np.zeros(len(gaps), dtype=bool)
+    start = 0
+    for n in range(1, len(gaps) + 1):
+        if n == len(gaps) or not same[n - 1]:
+            runs[start:n] = n - start >= RUN
+            start = n
+    return runs
+
+
 def _lean(places: _Places, rules: Rules, measures: Measures) -> float | None:
     """Return how far slices lie from one straight line, in mm, if they lie beside the normal; None if they do not."""
     along, beside = places.along, places.beside
@@ -388,8 +408,10 @@ def _shift(
 def _check_gaps(
     places: _Places, gaps: NDArray[np.float64], missing: NDArray[np.int_], typical: float, rules: Rules
 ) -> None:
+    """Raise if one distance is too wide to be filled, or too many slices are missing."""
     total, count = int(missing.sum()), len(places.slices)
-    if missing.max() > rules.max_missing:
+    if gaps.max() > max(UNEVEN, rules.max_missing + 1.5) * typical:
+        missing = np.maximum(np.rint(gaps / typical) - 1, 0).astype(int)
         limit = f"more than {rules.max_missing} in a row (--max-missing)"
     elif total > rules.max_missing_share * (count + total):
         limit = f"{total / (count + total):.0%} of all, more than {rules.max_missing_share:.0%} (--max-missing-share)"

@@ -587,7 +587,7 @@ def test_headers_are_read_as_they_were_written(tmp_path: Path) -> None:
         mtime_ns=file.stat().st_mtime_ns, sop_instance_uid=ds.SOPInstanceUID, instance_number=1,
         position_mm=(-100, -120, -300), localizer=False, secondary=False, modality="CT", temporal_position=3,
         acquisition_number=2,
-        acquisition_time=found.acquisition_time, reconstruction=found.reconstruction, rescale_slope=0.0444,
+        acquisition_time=found.acquisition_time, reconstruction=found.reconstruction, phase="", rescale_slope=0.0444,
         rescale_intercept=-8.5, rescale_type="HU", photometric="MONOCHROME2", samples_per_pixel=1, bits_allocated=16,
         bits_stored=12, high_bit=11, signed=True, padding=-2000, padding_limit=None,
         transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=found.pixel_offset, pixel_bytes=640,

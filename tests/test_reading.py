@@ -446,7 +446,11 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path, lost: int) -> None:
 def test_a_file_that_was_cut_after_the_scan_is_named(tmp_path: Path) -> None:
     file = write(tmp_path, integers(-2000, 3000, "int16"))[1]
     series = found(tmp_path)
+    before = file.stat()
     os.truncate(file, 100)
+    with pytest.raises(DecodeError, match=r"S1-0002\.dcm changed since the scan"):
+        read(series)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(DecodeError, match=r"S1-0002\.dcm ends after 0 of 640 bytes"):
         read(series)
     file.unlink()

@@ -35,7 +35,7 @@ def header(name: str, position_mm: Xyz | None, pixel_bytes: int = 640) -> SliceH
         path=f"/data/{name}", member=None, frame=0, frames=1, file_bytes=1000 + pixel_bytes, mtime_ns=1,
         sop_instance_uid=name, instance_number=None, position_mm=position_mm, localizer=False, secondary=False,
         modality="CT", temporal_position=None, acquisition_number=None, acquisition_time="", reconstruction="",
-        rescale_slope=1.0, rescale_intercept=-1024.0, rescale_type="HU", photometric="MONOCHROME2",
+        phase="", rescale_slope=1.0, rescale_intercept=-1024.0, rescale_type="HU", photometric="MONOCHROME2",
         samples_per_pixel=1, bits_allocated=16, bits_stored=16, high_bit=15, signed=True, padding=None,
         padding_limit=None, transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=1000, pixel_bytes=pixel_bytes,
     )  # fmt: skip
@@ -362,10 +362,19 @@ def test_a_slice_too_far_is_told_against_the_median() -> None:
     assert "s2" not in text
 
 
-def test_spacing_that_changes_on_the_way_is_refused() -> None:
-    # Trap 7: head CT, 2.5 mm below and 7.5 mm above; as many slices as there are would have to be made up.
-    with pytest.raises(GeometryError, match=r"2 missing in 7\.500 mm between s7 and s8.* and 1 more: 40% of all"):
-        stack(at([*(2.5 * n for n in range(8)), 25, 32.5, 40, 47.5]))
+def test_a_second_spacing_is_uneven_and_no_gap() -> None:
+    # Trap 7: head CT, 2.5 mm below and 7.5 mm above.
+    heights = [*(2.5 * n for n in range(8)), 25, 32.5, 40, 47.5]
+    stacked = stack(at(heights))
+    assert codes(stacked) == ["uneven"]
+    assert stacked.geometry.shape[0] == 20
+    assert stacked.placement is not None
+    assert stacked.placement.along * 2.5 == pytest.approx(heights)
+    # Two in a row are no spacing of their own, and distances too wide to fill are refused however many they are.
+    with pytest.raises(GeometryError, match=r"2 missing in 7\.500 mm between s7 and s8.*: 29% of all"):
+        stack(at(heights[:10]))
+    with pytest.raises(GeometryError, match=r"4 missing in 12\.500 mm between s7 and s8.*more than 3 in a row"):
+        stack(at([*(2.5 * n for n in range(8)), 30, 42.5, 55]))
 
 
 @pytest.mark.parametrize(
