@@ -140,7 +140,8 @@ def _check_lengths(series: Series) -> None:
         need = series.rows * series.columns * (s.bits_allocated or 0) // 8
         if (s.pixel_bytes or 0) < need:
             raise DecodeError(
-                f"{s.name} announces {s.pixel_bytes} bytes of pixels where {need} are needed: it is damaged"
+                f"{s.name} announces {s.pixel_bytes} bytes of pixels where {need} are needed: it is damaged",
+                "truncated",
             )
         if s.member is None and s.transfer_syntax in PLAIN and s.pixel_offset + need > s.file_bytes:
             have = max(0, s.file_bytes - s.pixel_offset)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="gpuprep",
     help="Cohorts of CT DICOM to training-ready volumes, on a GPU or without one.",
-    epilog="Exit codes: 0 all done, 1 some series rejected or failed, 2 bad request, 3 nothing found, 4 backend, "
+    epilog="Exit codes: 0 all done, 1 some series rejected or failed or some file unreadable, 2 bad request, 3 nothing found, 4 backend, "
     "130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
@@ -63,7 +63,7 @@ Order = Annotated[
 ]
 AntiAlias = Annotated[
     Literal["none", "resample", "resize", "both"] | None,
-    typer.Option(help="Steps that blur an axis before shrinking it [none].", rich_help_panel=RECIPE),
+    typer.Option(help="Steps that blur an axis before shrinking it \\[none].", rich_help_panel=RECIPE),
 ]
 Window = Annotated[
     str | None,
@@ -80,32 +80,32 @@ Size = Annotated[
 Fit = Annotated[
     Literal["stretch", "pad", "crop"] | None,
     typer.Option(
-        help="How a slice gets that size: interpolate; air around it; cut about the centre [stretch].",
+        help="How a slice gets that size: interpolate; air around it; cut about the centre \\[stretch].",
         rich_help_panel=RECIPE,
     ),
 ]
 Dtype = Annotated[
     Literal["float32", "uint8", "uint16", "int16"] | None,
-    typer.Option(help="Output type; int16 holds HU, unscaled [float32].", rich_help_panel=RECIPE),
+    typer.Option(help="Output type; int16 holds HU, unscaled \\[float32].", rich_help_panel=RECIPE),
 ]
 Format = Annotated[
     Literal["tif", "tif-stack"] | None,
-    typer.Option("--format", help="One .tif per slice, or one ImageJ stack [tif].", rich_help_panel=RECIPE),
+    typer.Option("--format", help="One .tif per slice, or one ImageJ stack \\[tif].", rich_help_panel=RECIPE),
 ]
 Compression = Annotated[
-    Literal["none", "zlib", "zstd"] | None, typer.Option(help="Of the .tif [none].", rich_help_panel=RECIPE)
+    Literal["none", "zlib", "zstd"] | None, typer.Option(help="Of the .tif \\[none].", rich_help_panel=RECIPE)
 ]
 Policy = Annotated[
     Literal["fix", "strict", "keep"] | None,
     typer.Option(
         help="Irregular series: fix puts right what can be put right truthfully, strict rejects them, keep stacks them "
-        "as they are; all say so [fix].",
+        "as they are; all say so \\[fix].",
         rich_help_panel=STACKING,
     ),
 ]
 Orient = Annotated[
     Literal["native", "LPS"] | None,
-    typer.Option(help="Axes as acquired, or turned to the nearest axial ones [native].", rich_help_panel=STACKING),
+    typer.Option(help="Axes as acquired, or turned to the nearest axial ones \\[native].", rich_help_panel=STACKING),
 ]
 SpacingTolerance = Annotated[
     float | None,
@@ -371,6 +371,8 @@ def _show_scan(
     cohort, outlooks = run_scan(list(paths), recipe, out=out, index=_index(index), jobs=_jobs(jobs, "cpu"))
     if how == "csv":
         _print_csv([_outlook(o) for o in outlooks])
+        for path, reason in cohort.unreadable:
+            _complain(f"unreadable: {path}: {reason}")
     elif how == "json":
         _print_json(
             {

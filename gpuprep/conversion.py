@@ -113,7 +113,7 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
     try:
         started = time.perf_counter()
         chunks = _Timed(host_chunks(source, plan, task.backend, task.engine))
-        notes = WRITERS[task.recipe.format](pending.path, chunks, plan)
+        notes = WRITERS[task.recipe.format](pending.path, chunks, plan) + _stretched(source, plan)
         irregularities = task.irregularities + source.irregularities
         result = replace(
             result,
@@ -144,6 +144,20 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
         read_s=source.seconds,
         process_s=chunks.seconds - source.seconds,
         write_s=write_s,
+    )
+
+
+def _stretched(source: SeriesReader, plan: Plan) -> tuple[str, ...]:
+    """Return a note if slices that a shear made longer were stretched to a size of another shape."""
+    _, rows_mm, columns_mm = plan.target.spacing_mm
+    _, before_rows_mm, before_columns_mm = plan.resampled.spacing_mm
+    changed = abs(rows_mm * before_columns_mm / (columns_mm * before_rows_mm) - 1)
+    if source.placement is None or source.placement.shift is None or changed < 0.01:
+        return ()
+    return (
+        f"slices grew to {plan.resampled.shape[1]} × {plan.resampled.shape[2]} and were stretched to "
+        f"{plan.target.shape[1]} × {plan.target.shape[2]}: pixels are {rows_mm:.4g} × {columns_mm:.4g} mm "
+        "(--fit pad or --size none keep their shape)",
     )
 
 

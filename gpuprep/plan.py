@@ -75,7 +75,7 @@ class Plan:
     @property
     def hu_intercept(self) -> float:
         """HU of output value 0."""
-        return -self.shift_hu
+        return 0.0 - self.shift_hu
 
     @property
     def air(self) -> float:

@@ -310,7 +310,8 @@ def _placed(
     count = len(places.slices)
     if rules.policy == "keep":
         if missing.any() or (np.abs(gaps - typical) > tolerance_mm).any():
-            found.append(Irregularity("uneven", _spacings(places, gaps, typical, tolerance_mm), "stacked as if even"))
+            what = _gaps(places, gaps, missing) if missing.any() else _spacings(places, gaps, typical, tolerance_mm)
+            found.append(Irregularity("gap" if missing.any() else "uneven", what, "stacked as if even"))
         if lean is not None:
             found.append(
                 Irregularity("tilt", f"the stack leans by {measures.tilt_deg:.2f}°", "kept, in a sheared affine")

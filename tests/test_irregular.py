@@ -203,7 +203,7 @@ def test_cubic_on_uneven_positions_is_the_spline_through_them(tmp_path: Path) ->
 def test_policy_keep_stacks_as_it_is_and_strict_rejects(tmp_path: Path) -> None:
     folder = uneven(tmp_path, lambda p: p[..., 0] * 10)
     kept = audit(gpuprep.discover(folder)[0], Rules(policy="keep"))
-    assert (kept.verdict, kept.codes) == ("ok", ("uneven",))
+    assert (kept.verdict, kept.codes) == ("ok", ("gap",))
     assert kept.stack is not None
     assert kept.stack.geometry.shape == (22, 24, 20)
     assert kept.stack.geometry.spacing_mm == pytest.approx((44 / 21, 1, 1))
