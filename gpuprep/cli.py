@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="gpuprep",
     help="Cohorts of CT DICOM to training-ready volumes, on a GPU or without one.",
-    epilog="Exit codes: 0 all done, 1 some series rejected or failed or some file unreadable, 2 bad request, 3 nothing found, 4 backend, "
-    "130 interrupted.",
+    epilog="Exit codes: 0 all done, 1 some series rejected or failed or some file unreadable, 2 bad request, "
+    "3 nothing found, 4 backend, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -518,7 +518,7 @@ def test_flags_decide_what_scan_calls_irregular(mixed: Path) -> None:
 
     assert verdicts() == [("ok", []), ("rejected", ["gap"])]
     assert verdicts("--max-missing-share", "0.2") == [("ok", []), ("fixed", ["gap"])]
-    assert verdicts("--policy", "keep") == [("ok", []), ("ok", ["uneven"])]
+    assert verdicts("--policy", "keep") == [("ok", []), ("ok", ["gap"])]
     assert verdicts("--policy", "strict", "--max-missing-share", "0.2") == [("ok", []), ("rejected", ["gap"])]
 
 
