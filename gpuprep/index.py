@@ -87,8 +87,10 @@ class HeaderIndex:
                 texts = ",".join([text for _, text in same])  # parsed in one go, which is faster
                 for (file, _), plain in zip(same, json.loads(f"[{texts}]"), strict=True):
                     known[file.path] = _contents(plain, file)
-                gone = [] if not whole else [(os.fsencode(folder), name) for name in stored]
-                self._db.executemany(f"DELETE FROM {_TABLE} WHERE folder = ? AND name = ?", gone)  # noqa: S608
+                if whole and stored:
+                    gone = [(os.fsencode(folder), name) for name in stored]
+                    self._db.executemany(f"DELETE FROM {_TABLE} WHERE folder = ? AND name = ?", gone)  # noqa: S608
+                    self._db.commit()
         except sqlite3.Error as exc:
             self._give_up(folder, exc)
         except Exception:  # rows may hold anything: then their files are read again, and the rows written anew
