@@ -148,7 +148,7 @@ def _axes(series: Series) -> NDArray[np.float64]:
     if series.orientation is None:
         raise MissingTagError("Image Orientation (Patient) absent")
     orientation = np.array(series.orientation, dtype=np.float64).reshape(2, 3)
-    lengths = np.linalg.norm(orientation, axis=1)
+    lengths = np.linalg.norm(np.clip(orientation, -9, 9), axis=1)  # whose squares are numbers
     if np.abs(lengths - 1).max() > 1e-2 or abs(orientation[0] @ orientation[1]) > 1e-2:
         raise GeometryError(
             f"Image Orientation (Patient) {series.orientation} is not a pair of perpendicular units", "orientation"
