@@ -122,9 +122,9 @@ def discover(
                 take(contents)
             if headers:
                 headers.add([unknown[name] for name in task], found)
-    return Cohort(
-        tuple(partition(images, rules or Rules())), dict(sorted(passed_over.items())), tuple(sorted(unreadable))
-    )
+    with _no_collection():
+        series = tuple(partition(images, rules or Rules()))
+    return Cohort(series, dict(sorted(passed_over.items())), tuple(sorted(unreadable)))
 
 
 @contextmanager

@@ -78,10 +78,11 @@ class HeaderIndex:
             rows = self._db.execute(f"{_SELECT} WHERE folder = ?", (os.fsencode(folder),)).fetchall()
             if rows:
                 stored = {row[0]: row for row in rows}
+                start = len(os.fsencode(os.path.join(folder, "")))  # of a name in a path
                 same = [
                     (file, row[3])
                     for file in files
-                    if (row := stored.pop(os.fsencode(os.path.basename(file.path)), None)) is not None
+                    if (row := stored.pop(os.fsencode(file.path)[start:], None)) is not None
                     and (row[1], row[2]) == (file.bytes, file.mtime_ns)
                 ]
                 texts = ",".join([text for _, text in same])  # parsed in one go, which is faster
@@ -146,7 +147,9 @@ def _plain(contents: Contents) -> list[Any]:
 
 def _contents(plain: list[Any], file: File) -> Contents:
     images, passed_over, unreadable = plain
-    return Contents([_image(v, file) for v in images], passed_over, [(path, reason) for path, reason in unreadable])
+    if unreadable:
+        unreadable = [(path, reason) for path, reason in unreadable]
+    return Contents([_image(v, file) for v in images], passed_over, unreadable)
 
 
 def _image(values: list[Any], file: File) -> Image:

@@ -125,7 +125,7 @@ def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
         _count_doubles(places, rules, measures, found)
     else:
         places, twins = _without_doubles(places, rules, measures, found)
-    placement, step, count = _placed(places, series, rules, measures, found)
+    placement, step, count = _placed(places, axes, series, rules, measures, found)
     if rules.policy == "strict" and found:
         raise GeometryError(f"irregular, which --policy strict rejects: {found[0].what}", found[0].code)
 
@@ -292,13 +292,18 @@ def _acquisition(s: SliceHeader) -> tuple[object, ...]:
 
 
 def _placed(
-    places: _Places, series: Series, rules: Rules, measures: Measures, found: list[Irregularity]
+    places: _Places,
+    axes: NDArray[np.float64],
+    series: Series,
+    rules: Rules,
+    measures: Measures,
+    found: list[Irregularity],
 ) -> tuple[Placement | None, NDArray[np.float64], int]:
     """Return where slices lie in a regular grid, the step of its layers in mm (x, y, z), and their number."""
-    row, column, normal = _axes(series)
+    row, column, normal = axes
     gaps = np.diff(places.along)
-    apart = gaps[gaps > rules.position_tolerance_mm]  # with policy "keep" there may be doubles
-    typical = float(np.median(apart))
+    apart = np.sort(gaps[gaps > rules.position_tolerance_mm])  # with policy "keep" there may be doubles
+    typical = float(apart[(len(apart) - 1) // 2] + apart[len(apart) // 2]) / 2  # the median
     tolerance_mm = max(rules.position_tolerance_mm, rules.spacing_tolerance * typical)
     missing = np.maximum(np.rint(gaps / typical) - 1, 0).astype(int)
     missing[(gaps <= UNEVEN * typical) | _regular_runs(gaps, tolerance_mm)] = 0
