@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_namespace, is_numpy_namespace
 from numpy.typing import NDArray
-from scipy import interpolate, ndimage
+from scipy import ndimage
 
 NEGLIGIBLE = 1e-8
 """Weights below this are dropped: 28 remain around a cubic sample, and 4000 HU change by less than 1e-3 HU."""
@@ -106,8 +106,14 @@ def _interpolation(places: NDArray[Any], at: NDArray[Any], order: int) -> NDArra
     if order == 0:
         nearest = np.searchsorted((places[1:] + places[:-1]) / 2, at)
         return np.eye(len(places))[nearest]
-    spline = interpolate.make_interp_spline(places, np.eye(len(places)), k=min(order, len(places) - 1))
-    return np.asarray(spline(at))
+    return np.asarray(_spline(places, order)(at))
+
+
+def _spline(places: NDArray[Any], order: int) -> Any:
+    """Return the spline through samples at `places`, each of which is one column."""
+    from scipy import interpolate  # 27 MB that only irregular stacks need
+
+    return interpolate.make_interp_spline(places, np.eye(len(places)), k=min(order, len(places) - 1))
 
 
 def shifted(n_in: int, n_out: int, shift: float, *, order: int) -> tuple[Operator, NDArray[np.bool_]]:
@@ -129,8 +135,8 @@ def shifted(n_in: int, n_out: int, shift: float, *, order: int) -> tuple[Operato
 
 @lru_cache(maxsize=16)
 def _shift_spline(n: int, order: int) -> Any:
-    """Return the spline through n even samples, each of which is one column: what every shift of them evaluates."""
-    return interpolate.make_interp_spline(np.arange(n), np.eye(n), k=min(order, n - 1))
+    """Return the spline through n even samples: what every shift of them evaluates."""
+    return _spline(np.arange(n), order)
 
 
 def _banded(matrix: NDArray[np.float64], block_rows: int) -> Operator:
