@@ -623,7 +623,8 @@ def test_hashes_tell_times_and_reconstructions_apart_without_keeping_them(
     )
     assert (one.acquisition_time != two.acquisition_time) is (differs == "acquisition_time")
     assert (one.reconstruction != two.reconstruction) is (differs == "reconstruction")
-    for text in (repr(one), repr(two)):
+    for found in (one, two):
+        text = repr(found._replace(path="", mtime_ns=0, sop_instance_uid=""))  # which hold digits of any kind
         assert not any(said in text for said in ("20250101", "1200", "STANDARD", "LUNG", "PRIMARY"))
 
 
