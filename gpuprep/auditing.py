@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gpuprep.errors import InputError
-from gpuprep.rules import Irregularity, Rules
+from gpuprep.rules import Irregularity, Rules, codes
 from gpuprep.series import Series
 from gpuprep.stacking import Measures, Stack, stack
 
@@ -44,7 +44,7 @@ class Audit:
         """The reasons for the verdict, for programs."""
         if self.error is not None:
             return (self.error.code,)
-        return tuple(dict.fromkeys(i.code for i in self.irregularities))
+        return codes(self.irregularities)
 
     @property
     def reason(self) -> str:

@@ -19,7 +19,7 @@ from gpuprep.manifest import SeriesResult, Status, now
 from gpuprep.output import PendingFolder
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
-from gpuprep.rules import Irregularity
+from gpuprep.rules import Irregularity, codes
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -63,7 +63,7 @@ class Task:
             series_number=s.series_number,
             source=printable(s.folder),
             status="failed",
-            codes=_codes(self.irregularities),
+            codes=codes(self.irregularities),
             irregularities=tuple(i.text for i in self.irregularities),
             warnings=self.notes,
             audit=self.audit,
@@ -97,10 +97,6 @@ def left_out(result: SeriesResult, exc: Exception) -> SeriesResult:
     return replace(result, status=status, reason=printable(f"{type(exc).__name__}: {exc}"), codes=(code,))
 
 
-def _codes(irregularities: tuple[Irregularity, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(i.code for i in irregularities))
-
-
 def _convert(task: Task, result: SeriesResult) -> SeriesResult:
     # Imported here, in the worker: the parent of a cohort only hands out tasks, and stays small.
     from gpuprep.processing import host_chunks
@@ -118,7 +114,7 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
         result = replace(
             result,
             status="fixed" if irregularities and task.recipe.policy == "fix" else "ok",
-            codes=_codes(irregularities),
+            codes=codes(irregularities),
             irregularities=tuple(i.text for i in irregularities),
             warnings=task.notes + source.warnings + notes,
             padding_share=source.padding_voxels / source.statistics.voxels,

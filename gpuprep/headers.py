@@ -123,7 +123,7 @@ def _contents(file: str) -> Contents:
 
 
 def _archive(file: str, status: os.stat_result) -> Contents:
-    """Return what a zip archive holds; archives inside it are passed over."""
+    """Return what a zip archive holds; archives inside it are not opened, and named as unreadable."""
     total = Contents()
     passed_over: Counter[str] = Counter()
     for member in members(file):

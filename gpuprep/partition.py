@@ -98,15 +98,11 @@ def _strays(images: list[Image]) -> list[tuple[Image, str]]:
 
 def _stray(image: Image, primary: bool) -> str:
     """Return why an image is no slice; "" for one that may be. `primary`: most images of the series are."""
-    s = image.header
-    for why, true in (
-        ("localizer", s.localizer),
-        ("colour", s.samples_per_pixel != 1),
-        ("secondary image", s.secondary and primary),
-    ):
-        if true:
-            return why
-    return ""
+    if image.header.localizer:
+        return "localizer"
+    if image.header.samples_per_pixel != 1:
+        return "colour"
+    return "secondary image" if image.header.secondary and primary else ""
 
 
 def _lack(image: Image, other: Image) -> str:

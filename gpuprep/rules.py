@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,3 +45,8 @@ class Irregularity:
     def text(self) -> str:
         """Both in one line."""
         return f"{self.what}; {self.done}"
+
+
+def codes(irregularities: Iterable[Irregularity]) -> tuple[str, ...]:
+    """Return the codes of irregularities, each once."""
+    return tuple(dict.fromkeys(i.code for i in irregularities))

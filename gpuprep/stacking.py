@@ -110,8 +110,7 @@ def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
     row, column, _ = axes
     measures.orientation, measures.obliqueness_deg = _orientation(axes)
     found = list(series.irregularities)
-    if rules.policy == "strict" and found:
-        raise GeometryError(f"irregular, which --policy strict rejects: {found[0].what}", found[0].code)
+    _check_strict(found, rules)
 
     if not series.pixel_spacing_mm or any(s.position_mm is None for s in series.slices):
         raise MissingTagError("Pixel Spacing or Image Position (Patient) absent")
@@ -126,8 +125,7 @@ def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
     else:
         places, twins = _without_doubles(places, rules, measures, found)
     placement, step, count = _placed(places, axes, series, rules, measures, found)
-    if rules.policy == "strict" and found:
-        raise GeometryError(f"irregular, which --policy strict rejects: {found[0].what}", found[0].code)
+    _check_strict(found, rules)
 
     between_rows, between_columns = series.pixel_spacing_mm
     affine = np.eye(4)
@@ -141,6 +139,12 @@ def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
         affine[:3, 3] -= placement.shift[0] @ affine[:3, 1:3].T
     geometry = Geometry((count, rows, columns), affine)
     return Stack(places.slices, geometry, placement, tuple(twins), tuple(found), measures)
+
+
+def _check_strict(found: list[Irregularity], rules: Rules) -> None:
+    """Raise if anything was found that the policy does not bear."""
+    if rules.policy == "strict" and found:
+        raise GeometryError(f"irregular, which --policy strict rejects: {found[0].what}", found[0].code)
 
 
 def _axes(series: Series) -> NDArray[np.float64]:
@@ -305,7 +309,7 @@ def _placed(
     apart = np.sort(gaps[gaps > rules.position_tolerance_mm])  # with policy "keep" there may be doubles
     typical = float(apart[(len(apart) - 1) // 2] + apart[len(apart) // 2]) / 2  # the median
     tolerance_mm = max(rules.position_tolerance_mm, rules.spacing_tolerance * typical)
-    missing = np.maximum(np.rint(gaps / typical) - 1, 0).astype(int)
+    missing = _counted(gaps, typical)
     missing[(gaps <= UNEVEN * typical) | _regular_runs(gaps, tolerance_mm)] = 0
     measures.spacing_mm = typical
     measures.spacing_deviation_mm = float(np.abs(gaps - typical).max())
@@ -366,6 +370,11 @@ def _placed(
     return Placement(along, shift, (series.rows, series.columns)), spacing * normal, count
 
 
+def _counted(gaps: NDArray[np.float64], typical: float) -> NDArray[np.int_]:
+    """Return how many slices each distance would hold beside the two at its ends."""
+    return np.asarray(np.maximum(np.rint(gaps / typical) - 1, 0), dtype=int)
+
+
 def _regular_runs(gaps: NDArray[np.float64], tolerance_mm: float) -> NDArray[np.bool_]:
     """Return which distances stand in a run of equal ones."""
     same = np.abs(np.diff(gaps)) <= tolerance_mm
@@ -417,7 +426,7 @@ def _check_gaps(
     """Raise if one distance is too wide to be filled, or too many slices are missing."""
     total, count = int(missing.sum()), len(places.slices)
     if gaps.max() > max(UNEVEN, rules.max_missing + 1.5) * typical:
-        missing = np.maximum(np.rint(gaps / typical) - 1, 0).astype(int)
+        missing = _counted(gaps, typical)
         limit = f"more than {rules.max_missing} in a row (--max-missing)"
     elif total > rules.max_missing_share * (count + total):
         limit = f"{total / (count + total):.0%} of all, more than {rules.max_missing_share:.0%} (--max-missing-share)"
