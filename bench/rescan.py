@@ -20,6 +20,7 @@ import numpy as np
 from pydicom import Dataset
 
 from bench.throughput import machine
+from gpuprep.conversion import versions
 from gpuprep.phantom import write_series
 
 SLICES = 200
@@ -75,6 +76,7 @@ def main() -> None:
         result = {
             "command": "python -m bench.rescan " + " ".join(sys.argv[1:]),
             "machine": machine(),
+            "versions": versions(),
             "files": options.files // SLICES * SLICES,
             "first": {k: runs[0][k] for k in ("scan_s", "process_s")},
             "again": [{k: run[k] for k in ("scan_s", "process_s")} for run in again],
