@@ -13,6 +13,7 @@ from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-i
     resize as cucim_resize,
 )
 
+from gpuprep.backend import Body
 from gpuprep.errors import BackendError, DeviceMemoryError
 
 
@@ -29,6 +30,7 @@ class CupyBackend:
     """
 
     name = "gpu"
+    body: Body = "matmul"
     chunk_slices = 64
     slab_slices = 64
 

@@ -8,9 +8,11 @@ a GPU is asked for.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 BackendName = Literal["auto", "cpu", "gpu"]
 Engine = Literal["operators", "ndimage"]
 """How the arithmetic is done on either: banded matrices, or the libraries' own calls."""
+Body = Literal["matmul", "loops"]
+"""How banded matrices are applied: by an array library, or on the host by loops that Numba compiles."""
 
 
 class Backend(Protocol):
@@ -33,6 +37,8 @@ class Backend(Protocol):
     """Output slices made at a time along z: the more, the less often the source slices are read."""
     slab_slices: int
     """Slices that then go through window and resize at a time: few stay in a CPU's cache, more keep a GPU busy."""
+    body: Body
+    """What does the arithmetic of the engine ``operators``."""
 
     def session(self) -> AbstractContextManager[Any]:
         """Make the device and a stream of its own current in this thread; around the work on one volume."""
@@ -67,6 +73,9 @@ class NumpyBackend:
     chunk_slices = 16
     slab_slices = 4
 
+    def __init__(self, body: Body | None = None) -> None:
+        self.body: Body = body or ("loops" if numba_works() else "matmul")
+
     def session(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
@@ -93,6 +102,11 @@ class NumpyBackend:
             values, shape, order=1, mode=mode, clip=False, preserve_range=True, anti_aliasing=anti_aliasing
         )
         return np.asarray(resized, dtype=values.dtype)
+
+
+def numba_works() -> bool:
+    """Whether Numba is there to compile loops; nothing is imported for it."""
+    return find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
 
 def checked_engine(name: str) -> Engine:

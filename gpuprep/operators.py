@@ -70,7 +70,25 @@ def build(
     blur_mode: str,
     block_rows: int,
 ) -> Operator:
-    """Return the operator that resamples `n_in` samples to `n_out`.
+    """Return the operator of a `matrix`, in blocks of `block_rows` output rows."""
+    return _banded(
+        matrix(n_in, n_out, along=along, order=order, mode=mode, grid_mode=grid_mode, sigma=sigma, blur_mode=blur_mode),
+        block_rows,
+    )
+
+
+def matrix(
+    n_in: int,
+    n_out: int,
+    *,
+    along: tuple[float, ...] | None = None,
+    order: int,
+    mode: str,
+    grid_mode: bool,
+    sigma: float,
+    blur_mode: str,
+) -> NDArray[np.float64]:
+    """Return the matrix that resamples `n_in` samples to `n_out`: array of shape (n_out, samples).
 
     Parameters
     ----------
@@ -85,19 +103,15 @@ def build(
         Standard deviation, in input samples, of a Gaussian applied first; 0 for none.
     blur_mode : str
         Boundary rule of that Gaussian.
-    block_rows : int
-        Output rows per block.
     """
     if along is not None and sigma == 0:
         q = np.arange(n_out)
         at = (q + 0.5) * n_in / n_out - 0.5 if grid_mode else q * (n_in - 1) / max(1, n_out - 1)
-        matrix = _interpolation(np.array(along), at, order)
-    else:
-        matrix = np.eye(n_in) if along is None else _interpolation(np.array(along), np.arange(n_in), order)
-        if sigma > 0:
-            matrix = ndimage.gaussian_filter1d(matrix, sigma, axis=0, mode=blur_mode)
-        matrix = ndimage.zoom(matrix, (n_out / n_in, 1), order=order, mode=mode, grid_mode=grid_mode)
-    return _banded(matrix, block_rows)
+        return _interpolation(np.array(along), at, order)
+    rows = np.eye(n_in) if along is None else _interpolation(np.array(along), np.arange(n_in), order)
+    if sigma > 0:
+        rows = ndimage.gaussian_filter1d(rows, sigma, axis=0, mode=blur_mode)
+    return np.asarray(ndimage.zoom(rows, (n_out / n_in, 1), order=order, mode=mode, grid_mode=grid_mode))
 
 
 def _interpolation(places: NDArray[Any], at: NDArray[Any], order: int) -> NDArray[np.float64]:

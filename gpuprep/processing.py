@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gpuprep import operators
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
+from gpuprep.buffers import Scratch, SlidingWindow
 from gpuprep.geometry import Geometry, Placement
 from gpuprep.intensity import AIR_HU, padding_to_air, quantise, stored_to_hu, window, zero_minus_2000
 from gpuprep.plan import Plan, Step, make_plan
@@ -114,7 +115,19 @@ def device_chunks(source: Source, plan: Plan, backend: Backend, engine: Engine) 
 
     A chunk is valid until the next one is asked for.
     """
-    return _ENGINES[checked_engine(engine)](source, plan, backend)
+    if checked_engine(engine) == "ndimage":
+        return _ndimage_chunks(source, plan, backend)
+    if backend.body == "loops":
+        hu = _Hu(source, plan, backend)
+        return _compiled().chunks(hu, hu.count, plan)
+    return _operator_chunks(source, plan, backend)
+
+
+def _compiled() -> Any:
+    """Return the module of compiled loops; Numba takes half a second to import, and is an extra."""
+    from gpuprep import compiled
+
+    return compiled
 
 
 def _operator_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[Any]:
@@ -123,7 +136,7 @@ def _operator_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[A
     first = [(axis, op) for axis, op in enumerate(in_plane, 1) if op is not None and op.n_out <= op.n_in]
     last = [(axis, op) for axis, op in enumerate(in_plane, 1) if op is not None and op.n_out > op.n_in]
     resize = [(axis, op) for axis, op in enumerate(_operators(plan.resize, backend)) if op is not None]
-    scratch = _Scratch()
+    scratch = Scratch()
 
     def in_plane_by(todo: list[tuple[int, operators.Operator]], name: str) -> Callable[[Any], Any]:
         def apply(values: Any) -> Any:
@@ -137,7 +150,7 @@ def _operator_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[A
 
     shrink, grow, size = in_plane_by(first, "shrink"), in_plane_by(last, "grow"), in_plane_by(resize, "resize")
     hu = _Hu(source, plan, backend)
-    shrunk = _SlidingWindow(hu.count, backend.slab_slices, lambda start, stop: shrink(hu(start, stop)), scratch)
+    shrunk = SlidingWindow(hu.count, backend.slab_slices, lambda start, stop: shrink(hu(start, stop)), scratch)
     for chunk in _along_z(shrunk, along_z, backend.chunk_slices, scratch):
         for start, stop in _pieces(chunk.shape[0], backend.slab_slices):
             yield _finish(grow(chunk[start:stop, :, :]), plan, size)
@@ -171,12 +184,6 @@ def _ndimage_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[An
 
     for start, stop in _pieces(hu.shape[0], backend.chunk_slices):
         yield _finish(hu[start:stop, :, :], plan, resize)
-
-
-_ENGINES: dict[str, Callable[[Source, Plan, Backend], Iterator[Any]]] = {
-    "operators": _operator_chunks,
-    "ndimage": _ndimage_chunks,
-}
 
 
 class _Hu:
@@ -223,9 +230,14 @@ class _Hu:
         stored = self._backend.to_device(self._source.slab(start, stop))
         if self._rule == "minus2000-to-0":
             stored = zero_minus_2000(stored)
-        hu = stored_to_hu(stored, self._slope[start:stop], self._intercept[start:stop])
-        if self._rule == "air":
-            hu = padding_to_air(hu, stored, None if self._padding is None else self._padding[start:stop, :])
+        slope, intercept = self._slope[start:stop], self._intercept[start:stop]
+        padding = None if self._padding is None else self._padding[start:stop, :]
+        if self._rule == "air" and self._backend.body == "loops":
+            hu: Any = _compiled().to_hu(stored, slope, intercept, padding)
+        else:
+            hu = stored_to_hu(stored, slope, intercept)
+            if self._rule == "air":
+                hu = padding_to_air(hu, stored, padding)
         placement = self._source.placement
         return hu if placement is None or placement.shift is None else self._upright(hu, placement, start)
 
@@ -256,43 +268,6 @@ def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return [start, stop) of every run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     return [(int(low), int(high)) for low, high in edges.reshape(-1, 2)]
-
-
-class _SlidingWindow:
-    """The source slices that the next output slices need; earlier ones are dropped, so long series cost no more.
-
-    Slices are loaded once, in order, `step` at a time.
-    """
-
-    def __init__(self, count: int, step: int, load: Callable[[int, int], Any], scratch: _Scratch) -> None:
-        self.count = count
-        self._step = step
-        self._load = load
-        self._scratch = scratch
-        self._capacity = 0
-        self._buffer: Any = None
-        self._start = 0
-        """Slice that lies first in the buffer."""
-        self._stop = 0
-
-    def reserve(self, slices: int) -> None:
-        """Say how many slices will be asked for at a time; room for half as many more makes moving them rare."""
-        self._capacity = min(self.count, slices + max(slices // 2, self._step))
-
-    def get(self, low: int, high: int) -> Any:
-        """Return slices [low, high), shape (high − low, j, i); `low` never falls from call to call."""
-        while self._stop < high:
-            stop = min(self._stop + self._step, self.count)
-            slab = self._load(self._stop, stop)
-            if self._buffer is None:
-                self._buffer = self._scratch.like(slab, (self._capacity, *slab.shape[1:]), "window")
-            if stop - self._start > self._capacity:
-                for k in range(max(0, self._stop - low)):  # one by one and upwards, since the two ranges may overlap
-                    self._buffer[k, :, :] = self._buffer[low - self._start + k, :, :]
-                self._start = min(low, self._stop)
-            self._buffer[self._stop - self._start : stop - self._start, :, :] = slab
-            self._stop = stop
-        return self._buffer[low - self._start : high - self._start, :, :]
 
 
 def _operators(step: Step, backend: Backend) -> list[operators.Operator | None]:
@@ -336,24 +311,8 @@ def _pieces(count: int, step: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
-class _Scratch:
-    """Buffers by name, used again and again: fresh memory costs a page fault per page, ten times the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[Any, Any] = {}
-
-    def like(self, values: Any, shape: Sequence[int], name: Any) -> Any:
-        """Return an array of the library, device and dtype of `values`; what was in it is lost."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape[0] < shape[0]:
-            xp = array_namespace(values)
-            buffer = xp.empty(tuple(shape), dtype=values.dtype, device=device(values))
-            self._buffers[name] = buffer
-        return buffer[: shape[0], :, :]
-
-
 def _along_z(
-    window: _SlidingWindow, along_z: operators.Operator | None, chunk_slices: int, scratch: _Scratch
+    window: SlidingWindow, along_z: operators.Operator | None, chunk_slices: int, scratch: Scratch
 ) -> Iterator[Any]:
     """Yield the output slices in chunks; each block of the z operator is one chunk."""
     if along_z is None:

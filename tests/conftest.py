@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
-from gpuprep.backend import Backend, NumpyBackend, get_backend
+from gpuprep.backend import Backend, Body, NumpyBackend, get_backend
 from gpuprep.errors import BackendError
 from gpuprep.geometry import Geometry
 from gpuprep.intensity import HuStatistics
@@ -55,6 +55,7 @@ class ForeignBackend:
     device = "array-api-strict device1"
     chunk_slices = 16
     slab_slices = 8
+    body: Body = "matmul"
 
     def __init__(self) -> None:
         import array_api_strict
@@ -92,11 +93,13 @@ class ForeignBackend:
         return np.array(array.to_device(self._xp.Device("CPU_DEVICE")))
 
 
-@pytest.fixture(params=["numpy", "foreign", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["numpy", "loops", "foreign", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """NumPy, the stand-in for a GPU, and a real GPU where ``-m gpu`` asks for one."""
+    """NumPy, compiled loops, the stand-in for a GPU, and a real GPU where ``-m gpu`` asks for one."""
     if request.param == "numpy":
-        return NumpyBackend()
+        return NumpyBackend("matmul")
+    if request.param == "loops":
+        return NumpyBackend("loops")
     if request.param == "foreign":
         return ForeignBackend()
     try:

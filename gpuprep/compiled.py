@@ -1,0 +1,197 @@
+"""The ``operators`` engine on a CPU, in compiled loops: a slice at a time through the cache.
+
+Each source slice is resampled within its plane as it is read. Across slices, the first half of the spline filter goes
+along with the reading; the second half runs downwards from a few slices ahead, for one group of output slices after the
+other. Each output slice is then combined from four filtered ones, windowed, resized and rounded without leaving the
+cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep import lines, loops
+from gpuprep.buffers import Scratch, SlidingWindow
+from gpuprep.intensity import quantise
+from gpuprep.plan import Plan, Step
+
+GROUP = 16
+"""Source slices whose span of output is made at a time: many, and little is filtered twice; few, and memory is small."""
+
+Slices = Callable[[int, int], NDArray[np.float32]]
+
+
+def chunks(hu: Slices, count: int, plan: Plan) -> Iterator[NDArray[Any]]:
+    """Yield the output slice by slice, each valid until the next is asked for.
+
+    Parameters
+    ----------
+    hu : callable
+        ``hu(start, stop)`` returns HU of source slices [start, stop): array of float32, shape (k, j, i). Each slice is
+        asked for once, upwards.
+    count : int
+        Number of source slices.
+    plan : Plan
+        What to do.
+    """
+    scratch = Scratch()
+    across, *within = _lines(plan.resample)
+    planes = _Planes(hu, across, within, scratch)
+    window = SlidingWindow(count, 1, planes.load, scratch)
+    finish = _Finish(plan, scratch)
+    if across is None:
+        window.reserve(1)
+        for k in range(count):
+            yield finish(window.get(k, k + 1), _ONE)
+        return
+    groups = list(_groups(across))
+    ahead = lines.REACH if across.solve.shape[1] else 0
+    window.reserve(max(min(high + ahead, count) - low for _, _, low, high in groups))
+    for first, last, low, high in groups:
+        slices = window.get(low, min(high + ahead, count))
+        if ahead:
+            slices = planes.backwards(slices, low, high)
+        for q in range(first, last):
+            k = across.start[q] - low
+            yield finish(slices[k : k + across.taps], across.weights[q])
+    window.get(count, count)  # the rest counts in the statistics even where no output needs it
+
+
+_ONE = np.ones(1, dtype=np.float32)
+
+
+def to_hu(
+    stored: NDArray[Any], slope: NDArray[np.float32], intercept: NDArray[np.float32], padding: NDArray[Any] | None
+) -> NDArray[np.float32]:
+    """Return HU with air where the scanner measured nothing; see `gpuprep.intensity`."""
+    out = np.empty(stored.shape, dtype=np.float32)
+    limits = np.iinfo(stored.dtype)
+    none = np.array([limits.max, limits.min], dtype=stored.dtype)
+    for k, values in enumerate(stored):
+        low, high = none if padding is None else padding[k]
+        loops.to_hu(values, slope[k], intercept[k], low, high, out[k])
+    return out
+
+
+def _lines(step: Step) -> list[lines.Line | None]:
+    """Return how to resample each axis; None where it is left alone."""
+    found: list[lines.Line | None] = []
+    for n, m, sigma, along in zip(step.source, step.target, step.sigma, step.along, strict=True):
+        line = None
+        if n != m or along is not None:
+            line = lines.build(
+                n,
+                m,
+                along=along,
+                order=step.order,
+                mode=step.mode,
+                grid_mode=step.grid_mode,
+                sigma=sigma,
+                blur_mode=step.blur_mode,
+            )
+        found.append(line)
+    return found
+
+
+def _groups(across: lines.Line) -> Iterator[tuple[int, int, int, int]]:
+    """Yield output slices [first, last) with the filtered slices [low, high) that they need."""
+    step = max(1, round(GROUP * across.n_out / across.n_in))
+    for first in range(0, across.n_out, step):
+        last = min(first + step, across.n_out)
+        start = across.start[first:last]
+        yield first, last, int(start.min()), int(start.max()) + across.taps
+
+
+class _Planes:
+    """Source slices resampled within their planes, and filtered across them."""
+
+    def __init__(
+        self, hu: Slices, across: lines.Line | None, within: list[lines.Line | None], scratch: Scratch
+    ) -> None:
+        self._hu = hu
+        self._across = across if across is not None and across.solve.shape[1] else None
+        self._rows, self._columns = within
+        self._scratch = scratch
+        self._former: NDArray[np.float32] | None = None
+        self._parity = 0
+
+    def load(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the next slices, after the first half of the filter."""
+        values = np.ascontiguousarray(self._hu(start, stop))
+        self._parity ^= 1  # the slice before must outlast this one's making
+        if self._rows is not None:
+            values = self._along_rows(values, self._rows)
+        if self._columns is not None:
+            values = self._along_columns(values, self._columns)
+        if self._across is not None:
+            p, q, _ = self._across.solve
+            for k, plane in enumerate(values, start):
+                former = plane if self._former is None else self._former
+                loops.forwards(plane, former, p[k], q[k])
+                self._former = plane
+        return values
+
+    def backwards(self, slices: NDArray[np.float32], low: int, high: int) -> NDArray[np.float32]:
+        """Return the filtered slices [low, high) from half-filtered ones that begin at `low` and reach further."""
+        assert self._across is not None  # noqa: S101 - only called where there is a filter
+        out = self._scratch.like(slices, (high - low, *slices.shape[1:]), "filtered")
+        line = self._scratch.like(slices, slices.shape[2:], "line across")
+        loops.backwards(slices, self._across.solve[2, low:], line, out)
+        return out
+
+    def _along_rows(self, values: NDArray[np.float32], line: lines.Line) -> NDArray[np.float32]:
+        out = self._scratch.like(values, (len(values), line.n_out, values.shape[2]), ("rows", self._parity))
+        strip = self._scratch.like(values, (line.n_in, loops.STRIP), "strip")
+        for source, target in zip(values, out, strict=True):
+            loops.along_rows(source, line.solve, line.start, line.weights, strip, target)
+        return out
+
+    def _along_columns(self, values: NDArray[np.float32], line: lines.Line) -> NDArray[np.float32]:
+        out = self._scratch.like(values, (*values.shape[:2], line.n_out), ("columns", self._parity))
+        row = self._scratch.like(values, (line.n_in + 2 * lines.REACH,), "line")
+        solved = self._scratch.like(values, (line.n_in,), "solved")
+        for source, target in zip(values, out, strict=True):
+            loops.along_columns(source, line.beyond, line.start, line.columns, row, solved, target)
+        return out
+
+
+class _Finish:
+    """Filtered slices to one slice of output."""
+
+    def __init__(self, plan: Plan, scratch: Scratch) -> None:
+        low, high = plan.recipe.window_hu or (-np.inf, np.inf)
+        self._window = np.array([low, high, plan.shift_hu, plan.scale], dtype=np.float32)
+        self._slice = quantise(np.full(plan.target.shape[1:], plan.air, dtype=np.float32), plan.recipe.dtype)
+        self._limits = None if plan.recipe.dtype == "float32" else np.iinfo(self._slice.dtype)
+        have, want = plan.resampled.shape[1:], plan.target.shape[1:]
+        self._from, self._to = (0, 0), (0, 0)
+        used = have
+        if plan.resize.idle:  # then slices are cut, or have air around them
+            cuts = list(zip(plan.offset, have, want, strict=True))
+            self._from = tuple(max(0, offset) for offset, _, _ in cuts)
+            self._to = tuple(max(0, -offset) for offset, _, _ in cuts)
+            used = tuple(min(n, offset + m) - max(0, offset) for offset, n, m in cuts)
+        resize = zip(_lines(plan.resize)[1:], used, strict=True)
+        self._rows, self._columns = (line or lines.unchanged(n) for line, n in resize)
+        self._line = np.empty(self._columns.n_in, dtype=np.float32)
+        self._wide = np.empty((self._rows.n_in, self._columns.n_out), dtype=np.float32)
+        self._row = np.empty((1, self._columns.n_out), dtype=np.float32)
+
+    def __call__(self, slices: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[Any]:
+        """Return the weighted sum of some slices as output: array of shape (1, j, i)."""
+        columns, rows = self._columns, self._rows
+        loops.finish(
+            slices, weights, *self._from, self._window, columns.start, columns.columns, self._line, self._wide
+        )
+        if self._limits is None:
+            loops.combine(self._wide, rows.start, rows.weights, self._slice, *self._to, columns.n_out)
+        else:
+            least, most = np.float32(self._limits.min), np.float32(self._limits.max)
+            loops.combine_rounded(
+                self._wide, rows.start, rows.weights, least, most, self._row, self._slice, *self._to
+            )
+        return self._slice[None]

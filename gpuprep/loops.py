@@ -1,0 +1,212 @@
+"""Compiled loops that resample one line after the other: what `gpuprep.lines` describes, at the speed of the cache.
+
+All of them let other threads run, and compute in float32. Inner loops run over neighbours in memory, so that compilers
+make vectors of them. Compilation takes a few seconds, once per machine: Numba keeps the result on disk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from gpuprep.intensity import AIR_HU, LOWEST_HU
+from gpuprep.lines import INVERSE, REACH
+
+STRIP = 128
+"""Columns taken at a time where lines run down the rows: few enough that a strip of a slice stays in the cache."""
+
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+_AIR, _LOWEST = np.float32(AIR_HU), np.float32(LOWEST_HU)
+_INVERSE = tuple(np.float32(w) for w in INVERSE)
+
+
+@_compiled
+def summary(stored: Any, edge: Any, below: Any, low: Any, high: Any) -> Any:
+    """Return minimum, maximum and sum of a slice, and how many of its pixels are padding.
+
+    Padding is what lies below `edge` (`below` true) or above it, and what lies in [`low`, `high`].
+    """
+    least = most = stored[0, 0]
+    total, padding = 0, 0
+    for j in range(stored.shape[0]):
+        row_total, row_padding = np.int32(0), np.int32(0)
+        for i in range(stored.shape[1]):
+            v = stored[j, i]
+            least, most = min(least, v), max(most, v)
+            row_total += np.int32(v)
+            row_padding += np.int32(((v < edge) if below else (v > edge)) | ((v >= low) & (v <= high)))
+        total += row_total
+        padding += row_padding
+    return least, most, total, padding
+
+
+@_compiled
+def to_hu(stored: Any, slope: Any, intercept: Any, low: Any, high: Any, out: Any) -> None:
+    """Put HU of a slice into `out`, with air below all CT numbers and for stored values in [`low`, `high`]."""
+    for j in range(stored.shape[0]):
+        for i in range(stored.shape[1]):
+            v = stored[j, i]
+            hu = np.float32(v) * slope + intercept
+            out[j, i] = _AIR if (hu < _LOWEST) | ((v >= low) & (v <= high)) else hu
+
+
+@_compiled
+def along_rows(values: Any, solve: Any, start: Any, weights: Any, strip: Any, out: Any) -> None:
+    """Resample a slice along axis 0; `strip` is scratch of (rows, STRIP)."""
+    rows, columns = values.shape
+    if solve.shape[1] == 0:
+        combine(values, start, weights, out, 0, 0, columns)
+        return
+    for left in range(0, columns, STRIP):
+        width = min(STRIP, columns - left)
+        for x, v in enumerate(values[0, left : left + width]):
+            strip[0, x] = solve[0, 0] * v
+        for j in range(1, rows):
+            p, q = solve[0, j], solve[1, j]
+            row, to, before = values[j, left : left + width], strip[j, :width], strip[j - 1, :width]
+            for x in range(width):
+                to[x] = p * row[x] - q * before[x]
+        for j in range(rows - 2, -1, -1):
+            g = solve[2, j]
+            to, after = strip[j, :width], strip[j + 1, :width]
+            for x in range(width):
+                to[x] -= g * after[x]
+        combine(strip, start, weights, out, 0, left, width)
+
+
+@_compiled
+def combine(values: Any, start: Any, weights: Any, out: Any, top: int, left: int, width: int) -> None:
+    """Put weighted sums of rows of `values` into rows of `out`, from row `top` and column `left` on."""
+    for y in range(len(start)):
+        s, o = start[y], out[top + y, left : left + width]
+        if weights.shape[1] == 4:
+            a, b, c, d = weights[y, 0], weights[y, 1], weights[y, 2], weights[y, 3]
+            v, w, y_, z = values[s], values[s + 1], values[s + 2], values[s + 3]
+            for x in range(width):
+                o[x] = a * v[x] + b * w[x] + c * y_[x] + d * z[x]
+        elif weights.shape[1] == 2:
+            a, b = weights[y, 0], weights[y, 1]
+            v, w = values[s], values[s + 1]
+            for x in range(width):
+                o[x] = a * v[x] + b * w[x]
+        else:
+            a, v = weights[y, 0], values[s]
+            for x in range(width):
+                o[x] = a * v[x]
+            for t in range(1, weights.shape[1]):
+                a, v = weights[y, t], values[s + t]
+                for x in range(width):
+                    o[x] += a * v[x]
+
+
+@_compiled
+def combine_rounded(
+    values: Any, start: Any, weights: Any, least: Any, most: Any, line: Any, out: Any, top: int, left: int
+) -> None:
+    """As `combine`, rounded to the integers of `out`; `line` is scratch of (1, columns)."""
+    width = values.shape[1]
+    for y in range(len(start)):
+        combine(values, start[y : y + 1], weights[y : y + 1], line, 0, 0, width)
+        o, v = out[top + y, left : left + width], line[0]
+        for x in range(width):
+            o[x] = np.rint(min(max(v[x], least), most))
+
+
+@_compiled
+def along_columns(values: Any, beyond: Any, start: Any, weights: Any, line: Any, solved: Any, out: Any) -> None:
+    """Resample a slice along axis 1; `weights` has shape (taps, columns of `out`); `line` and `solved` are scratch."""
+    columns = values.shape[1]
+    for j in range(values.shape[0]):
+        if beyond.shape[1]:
+            for x in range(REACH):
+                line[x] = values[j, beyond[0, x]]
+                line[REACH + columns + x] = values[j, beyond[1, x]]
+            for x in range(columns):
+                line[REACH + x] = values[j, x]
+            for x in range(columns):
+                c = _INVERSE[0] * line[x + REACH]
+                for t in range(1, REACH + 1):
+                    c += _INVERSE[t] * (line[x + REACH - t] + line[x + REACH + t])
+                solved[x] = c
+            gather(solved, start, weights, out[j])
+        else:
+            gather(values[j], start, weights, out[j])
+
+
+@_compiled
+def gather(line: Any, start: Any, weights: Any, out: Any) -> None:
+    """Put weighted sums of a line's neighbours into `out`."""
+    if weights.shape[0] == 4:
+        for x in range(out.shape[0]):
+            s = start[x]
+            near = weights[0, x] * line[s] + weights[1, x] * line[s + 1]
+            out[x] = near + weights[2, x] * line[s + 2] + weights[3, x] * line[s + 3]
+    elif weights.shape[0] == 2:
+        for x in range(out.shape[0]):
+            s = start[x]
+            out[x] = weights[0, x] * line[s] + weights[1, x] * line[s + 1]
+    else:
+        for x in range(out.shape[0]):
+            out[x] = weights[0, x] * line[start[x]]
+        for t in range(1, weights.shape[0]):
+            for x in range(out.shape[0]):
+                out[x] += weights[t, x] * line[start[x] + t]
+
+
+@_compiled
+def forwards(plane: Any, former: Any, p: Any, q: Any) -> None:
+    """First half of the spline filter across slices, in place; `former` is the slice before, filtered."""
+    for j in range(plane.shape[0]):
+        for i in range(plane.shape[1]):
+            plane[j, i] = p * plane[j, i] - q * former[j, i]
+
+
+@_compiled
+def backwards(planes: Any, g: Any, line: Any, out: Any) -> None:
+    """Second half of the spline filter across slices, from the last of `planes` down to the first; fills `out`."""
+    count, rows, columns = planes.shape
+    for j in range(rows):
+        for i in range(columns):
+            line[i] = planes[count - 1, j, i]
+        if count <= out.shape[0]:
+            for i in range(columns):
+                out[count - 1, j, i] = line[i]
+        for k in range(count - 2, -1, -1):
+            gk = g[k]
+            for i in range(columns):
+                line[i] = planes[k, j, i] - gk * line[i]
+            if k < out.shape[0]:
+                for i in range(columns):
+                    out[k, j, i] = line[i]
+
+
+@_compiled
+def finish(
+    planes: Any, weights_k: Any, top: int, left: int, window: Any, start: Any, weights: Any, line: Any, out: Any
+) -> None:
+    """Combine slices into one, from row `top` and column `left` on, window it, and resample it along its columns.
+
+    `line` is scratch for a row; `window` has the lowest and highest HU, what is added, and what that is multiplied by.
+    """
+    low, high, shift, scale = window[0], window[1], window[2], window[3]
+    width = len(line)
+    for j in range(out.shape[0]):
+        if len(weights_k) == 4:
+            a, b, c, d = weights_k[0], weights_k[1], weights_k[2], weights_k[3]
+            e, f = planes[0, top + j, left : left + width], planes[1, top + j, left : left + width]
+            g, h = planes[2, top + j, left : left + width], planes[3, top + j, left : left + width]
+            for i in range(width):
+                line[i] = a * e[i] + b * f[i] + c * g[i] + d * h[i]
+        else:
+            a, e = weights_k[0], planes[0, top + j, left : left + width]
+            for i in range(width):
+                line[i] = a * e[i]
+            for t in range(1, len(weights_k)):
+                a, e = weights_k[t], planes[t, top + j, left : left + width]
+                for i in range(width):
+                    line[i] += a * e[i]
+        for i in range(width):
+            line[i] = (min(max(line[i], low), high) + shift) * scale
+        gather(line, start, weights, out[j])
