@@ -138,18 +138,9 @@ class HuStatistics:
         """Mean of all voxels so far."""
         return self._sum / self._count if self._count else math.nan
 
-    def add(
-        self, stored: NDArray[Any], slope: NDArray[np.float64], intercept: NDArray[np.float64]
-    ) -> list[tuple[int, int]]:
-        """Take in slices of stored values, shape (k, j, i), with the rescale of each, shape (k,).
-
-        Return the lowest and highest stored value of each.
-        """
-        ends = []
-        for values, m, b in zip(stored, slope.tolist(), intercept.tolist(), strict=True):
-            low, high = int(values.min()), int(values.max())
-            ends.append((low, high))
-            self.low, self.high = min(self.low, low * m + b, high * m + b), max(self.high, low * m + b, high * m + b)
-            self._sum += int(values.sum(dtype=np.int64)) * m + b * values.size
-            self._count += values.size
-        return ends
+    def add(self, low: int, high: int, total: int, voxels: int, slope: float, intercept: float) -> None:
+        """Take in a slice: its lowest and highest stored value, their sum and number, and its rescale."""
+        ends = low * slope + intercept, high * slope + intercept
+        self.low, self.high = min(self.low, *ends), max(self.high, *ends)
+        self._sum += total * slope + intercept * voxels
+        self._count += voxels

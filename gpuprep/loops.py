@@ -23,23 +23,27 @@ _INVERSE = tuple(np.float32(w) for w in INVERSE)
 
 
 @_compiled
-def summary(stored: Any, edge: Any, below: Any, low: Any, high: Any) -> Any:
-    """Return minimum, maximum and sum of a slice, and how many of its pixels are padding.
+def summary(stored: Any, padding: Any) -> Any:
+    """Return minimum, maximum and sum of a slice, and how many values lie in any of two ranges of `padding`.
 
-    Padding is what lies below `edge` (`below` true) or above it, and what lies in [`low`, `high`].
+    Three loops over each row, and sums that are kept to 32 bits: that is what becomes vectors.
     """
-    least = most = stored[0, 0]
-    total, padding = 0, 0
+    least, most, total, count = stored[0, 0], stored[0, 0], 0, 0
+    a, b, c, d = padding[0, 0], padding[0, 1], padding[1, 0], padding[1, 1]
     for j in range(stored.shape[0]):
-        row_total, row_padding = np.int32(0), np.int32(0)
-        for i in range(stored.shape[1]):
-            v = stored[j, i]
-            least, most = min(least, v), max(most, v)
-            row_total += np.int32(v)
-            row_padding += np.int32(((v < edge) if below else (v > edge)) | ((v >= low) & (v <= high)))
-        total += row_total
-        padding += row_padding
-    return least, most, total, padding
+        row = stored[j]
+        for i in range(len(row)):
+            least, most = min(least, row[i]), max(most, row[i])
+        part = np.int32(0)
+        for i in range(len(row)):
+            part = np.int32(part + np.int32(row[i]))
+        total += part
+        part = np.int32(0)
+        for i in range(len(row)):
+            v = row[i]
+            part = np.int32(part + np.int32(((v >= a) & (v <= b)) | ((v >= c) & (v <= d))))
+        count += part
+    return least, most, total, count
 
 
 @_compiled

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.backend import numba_works
 from gpuprep.intensity import AIR_HU, LOWEST_HU, TISSUE_HU
 from gpuprep.series import SliceHeader
 
@@ -105,8 +107,20 @@ def circle(rows: int, columns: int) -> NDArray[np.bool_]:
     return mask
 
 
-def count(values: NDArray[Any], slope: float, intercept: float, padding: NDArray[Any] | None) -> int:
-    """Return how many pixels of a slice are padding: declared, or below all CT numbers.
+class Summary(NamedTuple):
+    """What a look at every pixel of a slice tells."""
+
+    low: int
+    """Lowest stored value."""
+    high: int
+    total: int
+    """Sum of all stored values."""
+    padding: int
+    """Number of pixels that are padding: declared, or below all CT numbers."""
+
+
+def summary(values: NDArray[Any], slope: float, intercept: float, padding: NDArray[Any] | None) -> Summary:
+    """Return what there is to know about the pixels of a slice.
 
     Parameters
     ----------
@@ -117,8 +131,20 @@ def count(values: NDArray[Any], slope: float, intercept: float, padding: NDArray
     padding : array of integers, shape (2,), or None
         Lowest and highest declared value.
     """
-    edge = (LOWEST_HU - intercept) / slope
-    mask = values < edge if slope > 0 else values > edge
+    limits = np.iinfo(values.dtype)
+    ranges = np.array([[limits.max, limits.min]] * 2, dtype=values.dtype)  # of nothing
+    edge = min(max((LOWEST_HU - intercept) / slope, limits.min - 1), limits.max + 1)
+    below = (int(limits.min), math.ceil(edge) - 1) if slope > 0 else (math.floor(edge) + 1, int(limits.max))
+    if below[0] <= below[1]:
+        ranges[0] = below
     if padding is not None:
-        mask |= (values >= padding[0]) & (values <= padding[1])
-    return int(np.count_nonzero(mask))
+        ranges[1] = padding
+    if numba_works():
+        from gpuprep.loops import summary as compiled
+
+        return Summary(*compiled(values, ranges))
+    mask = np.zeros(values.shape, dtype=bool)
+    for first, last in ranges:
+        if first <= last:
+            mask |= (values >= first) & (values <= last)
+    return Summary(int(values.min()), int(values.max()), int(values.sum(dtype=np.int64)), int(np.count_nonzero(mask)))

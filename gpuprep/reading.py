@@ -17,7 +17,7 @@ from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
 from gpuprep.headers import TAGS
-from gpuprep.intensity import LOWEST_HU, HuStatistics
+from gpuprep.intensity import HuStatistics
 from gpuprep.recipe import Recipe
 from gpuprep.rules import Irregularity
 from gpuprep.series import Series, SliceHeader
@@ -94,9 +94,8 @@ class SeriesReader:
             self._content.read(self._slices[k], values)
             for _, twin in (t for t in self._twins if t[0] == k):
                 self._confirm(k, values, twin)
-        ends = self.statistics.add(stored, self.slope[start:stop], self.intercept[start:stop])
-        for k, values, (low, high) in zip(range(start, stop), stored, ends, strict=True):
-            self._examine(k, values, low, high)
+        for k, values in enumerate(stored, start):
+            self._examine(k, values)
         self.seconds += time.perf_counter() - started
         return stored
 
@@ -112,15 +111,17 @@ class SeriesReader:
                 "duplicate",
             )
 
-    def _examine(self, k: int, values: NDArray[Any], low: int, high: int) -> None:
+    def _examine(self, k: int, values: NDArray[Any]) -> None:
         """Raise unless the pixels of a slice can be an image; count its padding, and clear what nobody declared."""
         slope, intercept = float(self.slope[k]), float(self.intercept[k])
         declared = None if self.padding is None else self.padding[k]
-        lowest_hu = min(low * slope, high * slope) + intercept
+        low, high, total, padding_voxels = padded.summary(values, slope, intercept, declared)
+        self.statistics.add(low, high, total, values.size, slope, intercept)
+        self.padding_voxels += padding_voxels
         if low == high:
             if self._policy != "keep" and self._beside_an_image(k, low):
                 raise DecodeError(
-                    f"{self._slices[k].name} holds one value ({low}, {lowest_hu:g} HU) throughout, unlike the slices "
+                    f"{self._slices[k].name} holds one value ({low}, {low * slope + intercept:g} HU) throughout, unlike the slices "
                     "beside it: half-written or damaged; --policy keep takes it",
                     "blank",
                 )
@@ -133,8 +134,6 @@ class SeriesReader:
                     "padding",
                 )
             self._fills[hu] = self._fills.get(hu, 0) + 1
-        if lowest_hu < LOWEST_HU or declared is not None:
-            self.padding_voxels += padded.count(values, slope, intercept, declared)
 
     def _beside_an_image(self, k: int, value: int) -> bool:
         """Whether a neighbour of a blank slice is an image with little of its value: in a phantom it has much of it."""
