@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import cupy  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
 import cupyx.scipy.ndimage as cupy_ndimage  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
@@ -13,7 +13,6 @@ from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-i
     resize as cucim_resize,
 )
 
-from gpuprep.backend import Body
 from gpuprep.errors import BackendError, DeviceMemoryError
 
 
@@ -30,7 +29,7 @@ class CupyBackend:
     """
 
     name = "gpu"
-    body: Body = "matmul"
+    body: Literal["matmul", "loops"] = "matmul"
     chunk_slices = 64
     slab_slices = 64
 

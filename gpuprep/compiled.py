@@ -20,7 +20,7 @@ from gpuprep.intensity import quantise
 from gpuprep.plan import Plan, Step
 
 GROUP = 16
-"""Source slices whose span of output is made at a time: many, and little is filtered twice; few, and memory is small."""
+"""Source slices whose span of output is made at a time: many, and few are filtered twice; few, and memory is small."""
 
 Slices = Callable[[int, int], NDArray[np.float32]]
 
@@ -42,7 +42,7 @@ def chunks(hu: Slices, count: int, plan: Plan) -> Iterator[NDArray[Any]]:
     across, *within = _lines(plan.resample)
     planes = _Planes(hu, across, within, scratch)
     window = SlidingWindow(count, 1, planes.load, scratch)
-    finish = _Finish(plan, scratch)
+    finish = _Finish(plan)
     if across is None:
         window.reserve(1)
         for k in range(count):
@@ -141,40 +141,44 @@ class _Planes:
         out = self._scratch.like(slices, (high - low, *slices.shape[1:]), "filtered")
         line = self._scratch.like(slices, slices.shape[2:], "line across")
         loops.backwards(slices, self._across.solve[2, low:], line, out)
-        return out
+        return np.asarray(out)
 
     def _along_rows(self, values: NDArray[np.float32], line: lines.Line) -> NDArray[np.float32]:
-        out = self._scratch.like(values, (len(values), line.n_out, values.shape[2]), ("rows", self._parity))
+        out = self._output(values, (line.n_out, values.shape[2]), "rows")
         strip = self._scratch.like(values, (line.n_in, loops.STRIP), "strip")
         for source, target in zip(values, out, strict=True):
             loops.along_rows(source, line.solve, line.start, line.weights, strip, target)
         return out
 
     def _along_columns(self, values: NDArray[np.float32], line: lines.Line) -> NDArray[np.float32]:
-        out = self._scratch.like(values, (*values.shape[:2], line.n_out), ("columns", self._parity))
+        out = self._output(values, (values.shape[1], line.n_out), "columns")
         row = self._scratch.like(values, (line.n_in + 2 * lines.REACH,), "line")
         solved = self._scratch.like(values, (line.n_in,), "solved")
         for source, target in zip(values, out, strict=True):
             loops.along_columns(source, line.beyond, line.start, line.columns, row, solved, target)
         return out
 
+    def _output(self, values: NDArray[np.float32], plane: tuple[int, int], name: str) -> NDArray[np.float32]:
+        return np.asarray(self._scratch.like(values, (len(values), *plane), (name, self._parity)))
+
 
 class _Finish:
     """Filtered slices to one slice of output."""
 
-    def __init__(self, plan: Plan, scratch: Scratch) -> None:
+    def __init__(self, plan: Plan) -> None:
         low, high = plan.recipe.window_hu or (-np.inf, np.inf)
         self._window = np.array([low, high, plan.shift_hu, plan.scale], dtype=np.float32)
         self._slice = quantise(np.full(plan.target.shape[1:], plan.air, dtype=np.float32), plan.recipe.dtype)
-        self._limits = None if plan.recipe.dtype == "float32" else np.iinfo(self._slice.dtype)
+        self._limits: tuple[np.float32, np.float32] | None = None
+        if plan.recipe.dtype != "float32":
+            limits = np.iinfo(self._slice.dtype)
+            self._limits = np.float32(limits.min), np.float32(limits.max)
         have, want = plan.resampled.shape[1:], plan.target.shape[1:]
-        self._from, self._to = (0, 0), (0, 0)
-        used = have
-        if plan.resize.idle:  # then slices are cut, or have air around them
-            cuts = list(zip(plan.offset, have, want, strict=True))
-            self._from = tuple(max(0, offset) for offset, _, _ in cuts)
-            self._to = tuple(max(0, -offset) for offset, _, _ in cuts)
-            used = tuple(min(n, offset + m) - max(0, offset) for offset, n, m in cuts)
+        # Where slices are not resized, they are cut, or have air around them.
+        self._top, self._left = (max(0, offset) for offset in plan.offset)
+        self._below, self._right = (max(0, -offset) for offset in plan.offset)
+        cut = zip(plan.offset, have, want, strict=True)
+        used = [min(n, o + m) - max(0, o) for o, n, m in cut] if plan.resize.idle else have
         resize = zip(_lines(plan.resize)[1:], used, strict=True)
         self._rows, self._columns = (line or lines.unchanged(n) for line, n in resize)
         self._line = np.empty(self._columns.n_in, dtype=np.float32)
@@ -185,13 +189,19 @@ class _Finish:
         """Return the weighted sum of some slices as output: array of shape (1, j, i)."""
         columns, rows = self._columns, self._rows
         loops.finish(
-            slices, weights, *self._from, self._window, columns.start, columns.columns, self._line, self._wide
+            slices,
+            weights,
+            self._top,
+            self._left,
+            self._window,
+            columns.start,
+            columns.columns,
+            self._line,
+            self._wide,
         )
+        into = self._slice, self._below, self._right
         if self._limits is None:
-            loops.combine(self._wide, rows.start, rows.weights, self._slice, *self._to, columns.n_out)
+            loops.combine(self._wide, rows.start, rows.weights, *into, columns.n_out)
         else:
-            least, most = np.float32(self._limits.min), np.float32(self._limits.max)
-            loops.combine_rounded(
-                self._wide, rows.start, rows.weights, least, most, self._row, self._slice, *self._to
-            )
-        return self._slice[None]
+            loops.combine_rounded(self._wide, rows.start, rows.weights, *self._limits, self._row, *into)
+        return np.asarray(self._slice[None])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECORDED_PACKAGES = ("numpy", "scipy", "scikit-image", "pydicom", "tifffile", "imagecodecs")
+RECORDED_PACKAGES = ("numpy", "scipy", "scikit-image", "numba", "pydicom", "tifffile", "imagecodecs")
 RECORDED_GPU_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cucim-cu12", "cucim-cu13")
 
 
@@ -217,6 +217,7 @@ def _sidecar(task: Task, source: SeriesReader, plan: Plan, result: SeriesResult)
         "warnings": result.warnings,
         "audit": task.audit,
         "engine": task.engine,
+        "body": task.backend.body if task.engine == "operators" else None,
         "backend": task.backend.name,
         "device": task.backend.device,
         "versions": versions(task.backend.name == "gpu"),

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from pydicom.uid import UID
 
-from gpuprep.backend import open_gpu
+from gpuprep.backend import numba_works, open_gpu
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
 from gpuprep.decoding import available_decoders
 from gpuprep.errors import BackendError
 from gpuprep.executors import usable_cores
+from gpuprep.processing import compiled_loops
 
 COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.5",  # RLE Lossless
@@ -45,6 +46,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Return the state of backends, decoders and versions."""
     findings = [Finding("backend", "cpu", True, f"NumPy, SciPy and scikit-image on {usable_cores()} cores")]
+    findings.append(_loops())
     try:
         gpu = open_gpu()
         findings.append(Finding("backend", "gpu", True, f"CuPy and cuCIM on {gpu.device}"))
@@ -59,3 +61,15 @@ def examine() -> list[Finding]:
     if not any(f.name in RECORDED_GPU_PACKAGES for f in findings):
         findings.append(Finding("version", "cupy, cucim", False, "pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'"))
     return findings
+
+
+def _loops() -> Finding:
+    """Return whether the loops that make the CPU several times as fast can be compiled."""
+    if not numba_works():
+        missing = "Numba is not installed, or switched off: the CPU takes several times as long"
+        return Finding("backend", "cpu loops", False, f"{missing}; pip install 'gpuprep[fast]'")
+    try:
+        compiled_loops()
+    except BackendError as exc:
+        return Finding("backend", "cpu loops", False, str(exc))
+    return Finding("backend", "cpu loops", True, "compiled by Numba")

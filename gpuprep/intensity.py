@@ -9,9 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from array_api_compat import array_namespace, device
-from numpy.typing import NDArray
 
 AIR_HU = -1000.0
 """CT number of air."""

@@ -52,7 +52,7 @@ class Line:
     @property
     def taps(self) -> int:
         """Number of weights per output."""
-        return self.weights.shape[1]
+        return int(self.weights.shape[1])
 
 
 @lru_cache(maxsize=512)
@@ -106,13 +106,13 @@ def _line(
     )
 
 
-def _places(n_in: int, n_out: int, mode: str, grid_mode: bool) -> NDArray[np.float64] | None:
+def _places(n_in: int, n_out: int, mode: str, grid_mode: bool) -> NDArray[Any] | None:
     """Return where among the input samples each output lies, as `scipy.ndimage.zoom` reckons; None for other rules."""
     q = np.arange(n_out)
     if (mode, grid_mode) == ("nearest", True):
         return (q + 0.5) * (n_in / n_out) - 0.5
     if (mode, grid_mode) == ("mirror", True):
-        return (n_in - 1) - np.abs((n_in - 1) - np.abs((q + 0.5) * (n_in / n_out) - 0.5))
+        return np.asarray((n_in - 1) - np.abs((n_in - 1) - np.abs((q + 0.5) * (n_in / n_out) - 0.5)))
     if (mode, grid_mode) == ("constant", False):
         return q * ((n_in - 1) / max(1, n_out - 1))
     return None

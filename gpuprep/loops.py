@@ -34,15 +34,14 @@ def summary(stored: Any, padding: Any) -> Any:
         row = stored[j]
         for i in range(len(row)):
             least, most = min(least, row[i]), max(most, row[i])
-        part = np.int32(0)
+        row_total, row_count = np.int32(0), np.int32(0)
         for i in range(len(row)):
-            part = np.int32(part + np.int32(row[i]))
-        total += part
-        part = np.int32(0)
+            row_total = np.int32(row_total + np.int32(row[i]))
         for i in range(len(row)):
             v = row[i]
-            part = np.int32(part + np.int32(((v >= a) & (v <= b)) | ((v >= c) & (v <= d))))
-        count += part
+            row_count = np.int32(row_count + np.int32(((v >= a) & (v <= b)) | ((v >= c) & (v <= d))))
+        total += int(row_total)
+        count += int(row_count)
     return least, most, total, count
 
 

@@ -7,7 +7,7 @@ Two engines give the same volume. ``operators`` multiplies with one banded matri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from gpuprep import operators
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.buffers import Scratch, SlidingWindow
+from gpuprep.errors import BackendError
 from gpuprep.geometry import Geometry, Placement
 from gpuprep.intensity import AIR_HU, padding_to_air, quantise, stored_to_hu, window, zero_minus_2000
 from gpuprep.plan import Plan, Step, make_plan
@@ -119,14 +120,20 @@ def device_chunks(source: Source, plan: Plan, backend: Backend, engine: Engine) 
         return _ndimage_chunks(source, plan, backend)
     if backend.body == "loops":
         hu = _Hu(source, plan, backend)
-        return _compiled().chunks(hu, hu.count, plan)
+        chunks: Iterator[Any] = compiled_loops().chunks(hu, hu.count, plan)
+        return chunks
     return _operator_chunks(source, plan, backend)
 
 
-def _compiled() -> Any:
+def compiled_loops() -> Any:
     """Return the module of compiled loops; Numba takes half a second to import, and is an extra."""
-    from gpuprep import compiled
-
+    try:
+        from gpuprep import compiled
+    except Exception as exc:  # Numba checks its surroundings when it is imported, and raises what it likes
+        raise BackendError(
+            f"Numba is installed and does not work ({exc}): pip install 'gpuprep[fast]' again, or set "
+            "NUMBA_DISABLE_JIT=1 to do without it"
+        ) from exc
     return compiled
 
 
@@ -233,7 +240,7 @@ class _Hu:
         slope, intercept = self._slope[start:stop], self._intercept[start:stop]
         padding = None if self._padding is None else self._padding[start:stop, :]
         if self._rule == "air" and self._backend.body == "loops":
-            hu: Any = _compiled().to_hu(stored, slope, intercept, padding)
+            hu: Any = compiled_loops().to_hu(stored, slope, intercept, padding)
         else:
             hu = stored_to_hu(stored, slope, intercept)
             if self._rule == "air":

@@ -120,8 +120,9 @@ class SeriesReader:
         self.padding_voxels += padding_voxels
         if low == high:
             if self._policy != "keep" and self._beside_an_image(k, low):
+                value = f"{low}, {low * slope + intercept:g} HU"
                 raise DecodeError(
-                    f"{self._slices[k].name} holds one value ({low}, {low * slope + intercept:g} HU) throughout, unlike the slices "
+                    f"{self._slices[k].name} holds one value ({value}) throughout, unlike the slices "
                     "beside it: half-written or damaged; --policy keep takes it",
                     "blank",
                 )

@@ -1,0 +1,155 @@
+"""Few weights per sample against SciPy's matrix, and compiled loops against matrix products."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import axial
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from gpuprep import lines, operators
+from gpuprep.backend import NumpyBackend
+from gpuprep.geometry import Placement
+from gpuprep.intensity import HuStatistics
+from gpuprep.padding import Summary, summary
+from gpuprep.plan import make_plan
+from gpuprep.processing import host_chunks
+from gpuprep.recipe import Recipe
+from gpuprep.volume import StoredVolume
+
+RULES = [("nearest", True), ("constant", False), ("mirror", True)]
+
+
+def dense(line: lines.Line, samples: int) -> NDArray[np.float64]:
+    """Return the matrix that a line stands for, by following its own description on unit vectors."""
+    values = np.eye(samples)
+    if line.solve.shape[1]:
+        p, q, g = line.solve.astype(np.float64)
+        for k in range(samples):
+            values[k] = p[k] * values[k] - (q[k] * values[k - 1] if k else 0)
+        for k in reversed(range(samples - 1)):
+            values[k] -= g[k] * values[k + 1]
+    matrix = np.zeros((line.n_out, samples))
+    for row, start, weights in zip(matrix, line.start.astype(int), line.weights, strict=True):
+        row[:] = weights @ values[start : start + line.taps]
+    return matrix
+
+
+@settings(max_examples=150)
+@given(
+    n=st.integers(1, 70),
+    m=st.integers(1, 150),
+    order=st.sampled_from([0, 1, 2, 3, 5]),
+    rule=st.sampled_from(RULES),
+    sigma=st.sampled_from([0.0, 0.0, 0.7]),
+)
+def test_a_line_is_the_matrix_that_scipy_makes(
+    n: int, m: int, order: int, rule: tuple[str, bool], sigma: float
+) -> None:
+    mode, grid_mode = rule
+    options: dict[str, Any] = {"order": order, "mode": mode, "grid_mode": grid_mode, "sigma": sigma}
+    expected = operators.matrix(n, m, along=None, blur_mode="nearest", **options)
+    line = lines.build(n, m, along=None, blur_mode="nearest", **options)
+    # 3e-7 of 4000 HU is a thousandth of one.
+    assert np.abs(dense(line, n) - expected).max() < 3e-7
+    assert (np.diff(line.start.astype(int)) >= 0).all()  # or slices that are gone would be asked for
+
+
+def test_cubic_lines_take_four_weights_and_others_what_their_matrix_has() -> None:
+    options: dict[str, Any] = {"mode": "nearest", "grid_mode": True, "blur_mode": "nearest", "along": None}
+    assert lines.build(512, 349, order=3, sigma=0.0, **options).taps == 4
+    assert lines.build(349, 512, order=1, sigma=0.0, **options).taps == 2
+    assert lines.build(512, 349, order=3, sigma=0.5, **options).taps > 20
+
+
+@st.composite
+def volumes(draw: st.DrawFn) -> StoredVolume:
+    shape = draw(st.tuples(st.integers(1, 45), st.integers(2, 40), st.integers(2, 40)))
+    spacing_mm = draw(st.tuples(*[st.sampled_from([0.4, 0.7, 1.0, 1.3, 2.5])] * 3))
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    stored = rng.integers(-2200, 3000, shape).astype(draw(st.sampled_from([np.int16, np.int32])))
+    placement = None
+    if shape[0] > 3 and draw(st.booleans()):
+        along = np.arange(shape[0]) + rng.uniform(-0.3, 0.3, shape[0])
+        placement = Placement(along, None, (shape[1], shape[2]))
+    padding = np.tile(np.array([40, 60], dtype=stored.dtype), (shape[0], 1)) if draw(st.booleans()) else None
+    slope, intercept = rng.choice([0.5, 1.0, -1.0], shape[0]), np.full(shape[0], -24.0)
+    return StoredVolume(
+        stored, slope, intercept, padding, axial(shape, spacing_mm), HuStatistics(), placement=placement
+    )
+
+
+@settings(max_examples=80)
+@given(
+    volume=volumes(),
+    order=st.sampled_from([0, 1, 3, 3, 5]),
+    align=st.sampled_from(["edge", "corner"]),
+    fit=st.sampled_from(["stretch", "crop"]),
+    size=st.sampled_from([None, (16, 24), (64, 50)]),
+    anti_alias=st.sampled_from(["none", "both"]),
+    padding=st.sampled_from(["air", "keep", "minus2000-to-0"]),
+    orient=st.sampled_from(["native", "LPS"]),
+)
+def test_loops_and_matrix_products_give_the_same_volume(volume: StoredVolume, order: int, **fields: Any) -> None:
+    recipe = Recipe(order=order, window_hu=(-1000.0, 3000.0), dtype="float32", **fields)
+    plan = make_plan(volume.geometry, recipe, volume.placement)
+
+    def made_by(body: Any) -> NDArray[Any]:
+        return np.concatenate([c.copy() for c in host_chunks(volume, plan, NumpyBackend(body))])
+
+    expected, values = made_by("matmul"), made_by("loops")
+    assert values.shape == plan.target.shape
+    assert np.abs(values - expected).max() * 4000 < 0.01  # HU
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
+def test_loops_round_as_numpy_does(dtype: Any) -> None:
+    # A ramp in HU that falls on halves in output units: half to even, by both.
+    stored = np.tile(np.arange(64, dtype=np.int16), (3, 4, 1))
+    recipe = Recipe(spacing_mm=None, size=None, dtype=dtype, window_hu=(0.0, 31.875 if dtype == "uint8" else 32.0))
+    volume = StoredVolume(stored, np.full(3, 0.0625), np.zeros(3), None, axial(stored.shape, (1, 1, 1)), HuStatistics())
+    plan = make_plan(volume.geometry, recipe)
+    expected = np.round(np.clip(np.arange(64, dtype=np.float32) / 16, *recipe.window_hu or ()) * np.float32(plan.scale))
+    for chunk in host_chunks(volume, plan, NumpyBackend("loops")):
+        assert chunk.dtype == dtype
+        assert (chunk == expected.astype(dtype)).all()
+
+
+@given(
+    values=st.lists(st.integers(-32768, 32767), min_size=1, max_size=40),
+    slope=st.sampled_from([1.0, -1.0, 0.37, 1e-3, 40.0]),
+    intercept=st.sampled_from([-1024.0, 0.0, 5000.0, -9000.0]),
+    declared=st.one_of(st.none(), st.tuples(st.integers(-3000, 3000), st.integers(-3000, 3000))),
+)
+def test_the_summary_of_a_slice_is_what_counting_gives(
+    values: list[int], slope: float, intercept: float, declared: tuple[int, int] | None
+) -> None:
+    padding = None if declared is None else np.array(declared, dtype=np.int16)
+    low, high = (1, 0) if declared is None else declared
+    outside = sum(v * slope + intercept < -1024 or low <= v <= high for v in values)
+    expected = Summary(min(values), max(values), sum(values), outside)
+    slice_ = np.array([values], dtype=np.int16)
+    assert summary(slice_, slope, intercept, padding) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpuprep.padding.numba_works", lambda: False)
+        assert summary(slice_, slope, intercept, padding) == expected
+
+
+def test_without_numba_matrix_products_serve() -> None:
+    code = "from gpuprep.backend import get_backend; print(get_backend('cpu').body)"
+    for switch, body in (("0", "loops"), ("1", "matmul")):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"NUMBA_DISABLE_JIT": switch},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert run.stdout.strip() == body
