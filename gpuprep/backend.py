@@ -1,20 +1,22 @@
 """Where the arithmetic runs: NumPy on the host, or CuPy on a GPU.
 
-Kernels take their namespace from the array they are given. What a backend adds is the way there and back, and the
-two library calls of the ``ndimage`` engine, which have other names on each side. `gpuprep._cupy` is imported only when
-a GPU is asked for.
+Kernels take their namespace from the array they are given. What a backend adds is the way there and back, the passes
+over voxels that a GPU fuses, and the library calls of the ``ndimage`` engine, which have other names on each side.
+`gpuprep._cupy` is imported only when a GPU is asked for.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
+from gpuprep import intensity
 from gpuprep.errors import BackendError, RequestError
 
 log = logging.getLogger(__name__)
@@ -24,8 +26,24 @@ Engine = Literal["operators", "ndimage"]
 """How the arithmetic is done on either: banded matrices, or the libraries' own calls."""
 
 
+class Lane(Protocol):
+    """The way of one series to where it is computed and back: see `gpuprep.staging`."""
+
+    def uploads(self, read: Callable[..., NDArray[Any]], spans: Sequence[tuple[int, int]]) -> Iterator[Any]:
+        """Yield ``read(start, stop)`` of each span as an array of the backend."""
+        ...
+
+    def downloads(self, chunks: Iterator[Any]) -> Iterator[NDArray[Any]]:
+        """Yield arrays of the backend as NumPy, each valid until the next is asked for."""
+        ...
+
+    def seconds(self) -> dict[str, float]:
+        """Return the time spent in each stage on a device, "upload_s", "kernels_s" and "download_s", after the last."""
+        ...
+
+
 class Backend(Protocol):
-    """What `process` needs to know of the machine under it."""
+    """What `process` needs to know of the machine under it. An instance travels to worker processes."""
 
     name: str
     device: str
@@ -33,17 +51,30 @@ class Backend(Protocol):
     """Output slices made at a time along z: the more, the less often the source slices are read."""
     slab_slices: int
     """Slices that then go through window and resize at a time: few stay in a CPU's cache, more keep a GPU busy."""
+    block_rows: int
+    """Rows of an in-plane operator multiplied at a time: the more, the fewer calls and the more zeros in them."""
 
-    def session(self) -> AbstractContextManager[Any]:
-        """Make the device and a stream of its own current in this thread; around the work on one volume."""
+    def session(self) -> AbstractContextManager[Lane]:
+        """Make the device and a stream of its own current in this thread; around the work on one volume.
+
+        Raises DeviceMemoryError or DeviceLostError for what went wrong on the device.
+        """
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Return how much memory the device has to give; None where that is the host's."""
         ...
 
     def to_device(self, host: Any) -> Any:
-        """Return a host array as an array of this backend."""
+        """Return a small host array as an array of this backend."""
         ...
 
-    def to_host(self, array: Any) -> Any:
-        """Return an array of this backend as NumPy."""
+    def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
+        """Return `gpuprep.intensity.to_hu`, or the same in one pass."""
+        ...
+
+    def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
+        """Return `gpuprep.intensity.finish`, or the same in one pass."""
         ...
 
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
@@ -59,6 +90,19 @@ class Backend(Protocol):
         ...
 
 
+class Direct:
+    """No way at all: what is read is where it is computed, and what is computed is where it is written."""
+
+    def uploads(self, read: Callable[..., NDArray[Any]], spans: Sequence[tuple[int, int]]) -> Iterator[Any]:
+        return (read(start, stop) for start, stop in spans)
+
+    def downloads(self, chunks: Iterator[Any]) -> Iterator[NDArray[Any]]:
+        return chunks
+
+    def seconds(self) -> dict[str, float]:
+        return {}
+
+
 class NumpyBackend:
     """NumPy, SciPy and scikit-image; going to the device and back is the identity."""
 
@@ -66,15 +110,22 @@ class NumpyBackend:
     device = "cpu"
     chunk_slices = 16
     slab_slices = 4
+    block_rows = 32
 
-    def session(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+    def session(self) -> AbstractContextManager[Lane]:
+        return nullcontext(Direct())
+
+    def free_bytes(self) -> None:
+        return None
 
     def to_device(self, host: Any) -> Any:
         return host
 
-    def to_host(self, array: Any) -> Any:
-        return array
+    def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
+        return intensity.to_hu(stored, slope, intercept, padding, rule)
+
+    def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
+        return intensity.finish(values, window, dtype)
 
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
         from scipy import ndimage

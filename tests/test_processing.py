@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ForeignBackend, axial, stored_volume
+from conftest import axial, stored_volume
 from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.transform import resize as skimage_resize
+from standin import ForeignBackend
 
 from gpuprep.backend import Backend, Engine, NumpyBackend
 from gpuprep.errors import PlanError, RequestError
