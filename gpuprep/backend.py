@@ -1,22 +1,24 @@
 """Where the arithmetic runs: NumPy on the host, or CuPy on a GPU.
 
-Kernels take their namespace from the array they are given. What a backend adds is the way there and back, and the
-two library calls of the ``ndimage`` engine, which have other names on each side. `gpuprep._cupy` is imported only when
-a GPU is asked for.
+Kernels take their namespace from the array they are given. What a backend adds is the way there and back, the passes
+over voxels that a GPU fuses, and the library calls of the ``ndimage`` engine, which have other names on each side.
+`gpuprep._cupy` is imported only when a GPU is asked for.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
+from gpuprep import intensity
 from gpuprep.errors import BackendError, RequestError
 
 log = logging.getLogger(__name__)
@@ -28,8 +30,24 @@ Body = Literal["matmul", "loops"]
 """How banded matrices are applied: by an array library, or on the host by loops that Numba compiles."""
 
 
+class Lane(Protocol):
+    """The way of one series to where it is computed and back: see `gpuprep.staging`."""
+
+    def uploads(self, read: Callable[..., NDArray[Any]], spans: Sequence[tuple[int, int]]) -> Iterator[Any]:
+        """Yield ``read(start, stop)`` of each span as an array of the backend."""
+        ...
+
+    def downloads(self, chunks: Iterator[Any]) -> Iterator[NDArray[Any]]:
+        """Yield arrays of the backend as NumPy, each valid until the next is asked for."""
+        ...
+
+    def seconds(self) -> dict[str, float]:
+        """Return the time spent in each stage on a device, "upload_s", "kernels_s" and "download_s", after the last."""
+        ...
+
+
 class Backend(Protocol):
-    """What `process` needs to know of the machine under it."""
+    """What `process` needs to know of the machine under it. An instance travels to worker processes."""
 
     name: str
     device: str
@@ -37,19 +55,32 @@ class Backend(Protocol):
     """Output slices made at a time along z: the more, the less often the source slices are read."""
     slab_slices: int
     """Slices that then go through window and resize at a time: few stay in a CPU's cache, more keep a GPU busy."""
+    block_rows: int
+    """Rows of an in-plane operator multiplied at a time: the more, the fewer calls and the more zeros in them."""
     body: Body
     """What does the arithmetic of the engine ``operators``."""
 
-    def session(self) -> AbstractContextManager[Any]:
-        """Make the device and a stream of its own current in this thread; around the work on one volume."""
+    def session(self) -> AbstractContextManager[Lane]:
+        """Make the device and a stream of its own current in this thread; around the work on one volume.
+
+        Raises DeviceMemoryError or DeviceLostError for what went wrong on the device.
+        """
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Return how much memory the device has to give; None where that is the host's."""
         ...
 
     def to_device(self, host: Any) -> Any:
-        """Return a host array as an array of this backend."""
+        """Return a small host array as an array of this backend."""
         ...
 
-    def to_host(self, array: Any) -> Any:
-        """Return an array of this backend as NumPy."""
+    def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
+        """Return `gpuprep.intensity.to_hu`, or the same in one pass."""
+        ...
+
+    def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
+        """Return `gpuprep.intensity.finish`, or the same in one pass."""
         ...
 
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
@@ -65,25 +96,52 @@ class Backend(Protocol):
         ...
 
 
+class Direct:
+    """No way at all: what is read is where it is computed, and what is computed is where it is written."""
+
+    def uploads(self, read: Callable[..., NDArray[Any]], spans: Sequence[tuple[int, int]]) -> Iterator[Any]:
+        return (read(start, stop) for start, stop in spans)
+
+    def downloads(self, chunks: Iterator[Any]) -> Iterator[NDArray[Any]]:
+        return chunks
+
+    def seconds(self) -> dict[str, float]:
+        return {}
+
+
 class NumpyBackend:
     """NumPy, SciPy and scikit-image; going to the device and back is the identity."""
 
     name = "cpu"
     device = "cpu"
     chunk_slices = 16
-    slab_slices = 4
+    block_rows = 32
 
     def __init__(self, body: Body | None = None) -> None:
         self.body: Body = body or ("loops" if numba_works() else "matmul")
+        # Loops take a slice at a time through the cache; products are worth their calls from a few on.
+        self.slab_slices = 1 if self.body == "loops" else 4
 
-    def session(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+    def session(self) -> AbstractContextManager[Lane]:
+        return nullcontext(Direct())
+
+    def free_bytes(self) -> None:
+        return None
 
     def to_device(self, host: Any) -> Any:
         return host
 
-    def to_host(self, array: Any) -> Any:
-        return array
+    def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
+        if self.body == "matmul" or rule != "air":
+            return intensity.to_hu(stored, slope, intercept, padding, rule)
+        hu = np.empty(stored.shape, dtype=np.float32)
+        limits = np.iinfo(stored.dtype)
+        nothing = np.array([[limits.max, limits.min]] * len(stored), dtype=stored.dtype)
+        compiled_loops().to_hu(stored, slope, intercept, nothing if padding is None else padding, hu)
+        return hu
+
+    def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
+        return intensity.finish(values, window, dtype)
 
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
         from scipy import ndimage
@@ -107,6 +165,18 @@ class NumpyBackend:
 def numba_works() -> bool:
     """Whether Numba is there to compile loops; nothing is imported for it."""
     return find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
+
+
+def compiled_loops() -> Any:
+    """Return `gpuprep.loops`; Numba takes its time to import, and is an extra."""
+    try:
+        from gpuprep import loops
+    except Exception as exc:  # Numba checks its surroundings when it is imported, and raises what it likes
+        raise BackendError(
+            f"Numba is installed and does not work ({exc}): pip install 'gpuprep[fast]' again, or set "
+            "NUMBA_DISABLE_JIT=1 to do without it"
+        ) from exc
+    return loops
 
 
 def checked_engine(name: str) -> Engine:

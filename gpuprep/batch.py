@@ -6,20 +6,22 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from gpuprep.auditing import Audit, Verdict, audit
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
-from gpuprep.conversion import Task, convert_series, left_out
+from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
 from gpuprep.discovery import Cohort, discover
 from gpuprep.errors import PlanError, RequestError
-from gpuprep.executors import FOR_HEADERS, Executor, Here, Processes, Threads, WorkerDiedError
+from gpuprep.executors import FOR_HEADERS, Budget, Executor, Here, Processes, WorkerDiedError, usable_cores
 from gpuprep.headers import Contents
 from gpuprep.layout import absolute, layout
 from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, SeriesResult, now
+from gpuprep.memory import device_bytes, for_volumes, workers
 from gpuprep.output import contents, open_output, retire, write_text
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
@@ -30,9 +32,6 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 DONE = ("ok", "fixed", "skipped")
 """Of a series whose output is there."""
-
-GPU_JOBS = 4
-"""Series in flight on one GPU unless asked otherwise: enough that some read and write while one computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +164,8 @@ def convert(
     backend, engine
         As for `gpuprep.process`.
     jobs : int, optional
-        Series at a time: worker processes on the CPU, threads on a GPU. Absent: on the CPU one after the other in
-        this process.
+        Series at a time, each in a worker process. Absent: on the CPU one after the other in this process; on a GPU
+        one per core. On a GPU never more than its memory has room for.
     limit : int, optional
         Convert at most so many series now.
     index : path, optional
@@ -197,7 +196,7 @@ def convert(
         raise RequestError(f"limit = {limit}: give at least 1")
     checked_engine(engine)
     chosen = get_backend(backend)
-    executor = _executor(chosen, jobs)
+    executor, budget = _executor(chosen, jobs)
     with open_output(out), closing(Manifest(out / "manifest.sqlite")) as manifest:
         try:
             cohort = _discover(paths, recipe, out, index, executor)
@@ -215,7 +214,8 @@ def convert(
             for nameless in (s for s in cohort if not s.series_uid):
                 doubtful[printable(nameless.folder)] += len(nameless.slices)
             tasks = {o.series.key: _task(o, recipe, engine, chosen, out, doubtful) for o in outlooks}
-            for result in _results(outlooks, [tasks[o.series.key] for o in now_], tasks, manifest, executor):
+            outcomes = _converted([tasks[o.series.key] for o in now_], executor, budget)
+            for result in _results(outlooks, outcomes, tasks, manifest):
                 results.append(result)
                 listener.finished(result)
             _forget_former_parts(results, {o.series.key for o in outlooks}, paths, manifest, out)
@@ -226,7 +226,7 @@ def convert(
 
 
 def _results(
-    outlooks: list[Outlook], todo: list[Task], tasks: dict[str, Task], manifest: Manifest, executor: Executor
+    outlooks: list[Outlook], outcomes: Iterator[tuple[Task, SeriesResult]], tasks: dict[str, Task], manifest: Manifest
 ) -> Iterator[SeriesResult]:
     """Yield a result per series, stored in the manifest: first those that need no work, then the rest as it is done."""
     for outlook in outlooks:
@@ -239,12 +239,49 @@ def _results(
             codes = outlook.codes
             rejected = replace(task.blank, status="rejected", reason=outlook.reason, codes=codes, finished=now())
             yield _store(manifest, rejected, task.out)
-    for task, outcome in executor.run(convert_series, todo):
-        if isinstance(outcome, WorkerDiedError):
-            result = replace(left_out(task.blank, outcome), finished=now())
-        else:
-            result = outcome
+    for task, result in outcomes:
         yield _store(manifest, result, task.out)
+
+
+def _converted(todo: list[Task], executor: Executor, budget: Budget | None) -> Iterator[tuple[Task, SeriesResult]]:
+    """Yield what became of each task; those that found too little memory on a device are tried again, alone.
+
+    First as they are, when all others are done and their memory is free; then in smaller chunks.
+    """
+    again = []
+    for task, outcome in executor.run(convert_series, todo, budget):
+        result = _result(task, outcome)
+        if DEVICE_MEMORY in result.codes:
+            again.append(task)
+        else:
+            yield task, result
+    for task in again:
+        # The library calls of the other engine take a volume whole, whatever the chunks.
+        divisors = (1, 4, 64) if task.engine == "operators" else (1,)
+        for attempt in (_smaller(task, divisor) for divisor in divisors):
+            executor.stop()  # workers that have nothing to do still hold memory
+            ((_, outcome),) = executor.run(convert_series, [attempt])
+            result = _result(attempt, outcome)
+            if DEVICE_MEMORY not in result.codes:
+                break
+        else:
+            advice = "alone on the device: ask for a coarser --spacing or a smaller --size, or use --backend cpu"
+            result = replace(result, reason=f"{result.reason}, {advice}")
+        yield task, result
+
+
+def _result(task: Task, outcome: SeriesResult | WorkerDiedError) -> SeriesResult:
+    if isinstance(outcome, WorkerDiedError):
+        return replace(left_out(task.blank, outcome), finished=now())
+    return outcome
+
+
+def _smaller(task: Task, divisor: int) -> Task:
+    """Return a task that takes so many times fewer slices at a time."""
+    backend = copy(task.backend)
+    backend.chunk_slices = max(1, backend.chunk_slices // divisor)
+    backend.slab_slices = max(1, backend.slab_slices // divisor)
+    return replace(task, backend=backend)
 
 
 def _forget_former_parts(
@@ -340,15 +377,19 @@ def _task(
         audit=outlook.audit.to_dict() if outlook.audit else None,
         irregularities=outlook.audit.irregularities if outlook.audit else (),
         notes=(note,) if unreadable else (),
+        device_bytes=device_bytes(outlook.plan, backend, engine) if outlook.plan is not None else 0,
     )
 
 
-def _executor(backend: Backend, jobs: int | None) -> Executor:
+def _executor(backend: Backend, jobs: int | None) -> tuple[Executor, Budget | None]:
+    """Return what runs the tasks, and what they share."""
     if jobs is not None and jobs < 1:
         raise RequestError(f"jobs = {jobs}: give at least 1")
-    if backend.name == "gpu":
-        return Threads(jobs or GPU_JOBS)
-    return Here() if jobs is None else Processes(jobs, quiet_libraries)
+    free = backend.free_bytes()
+    if free is None:
+        return Here() if jobs is None else Processes(jobs, quiet_libraries), None
+    jobs = workers(free, jobs or usable_cores())
+    return Processes(jobs, quiet_libraries), Budget(for_volumes(free, jobs), lambda task: int(task.device_bytes))
 
 
 def _discover(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from array_api_compat import array_namespace, device
@@ -27,13 +27,13 @@ class Scratch:
 class SlidingWindow:
     """The source slices that the next output slices need; earlier ones are dropped, so long series cost no more.
 
-    Slices are loaded once, in order, `step` at a time.
+    `slabs` are of `step` slices each, the last one perhaps of fewer.
     """
 
-    def __init__(self, count: int, step: int, load: Callable[[int, int], Any], scratch: Scratch) -> None:
+    def __init__(self, count: int, step: int, slabs: Iterator[Any], scratch: Scratch) -> None:
         self.count = count
         self._step = step
-        self._load = load
+        self._slabs = slabs
         self._scratch = scratch
         self._capacity = 0
         self._buffer: Any = None
@@ -49,7 +49,7 @@ class SlidingWindow:
         """Return slices [low, high), shape (high − low, j, i); `low` never falls from call to call."""
         while self._stop < high:
             stop = min(self._stop + self._step, self.count)
-            slab = self._load(self._stop, stop)
+            slab = next(self._slabs)
             if self._buffer is None:
                 self._buffer = self._scratch.like(slab, (self._capacity, *slab.shape[1:]), "window")
             if stop - self._start > self._capacity:

@@ -437,7 +437,7 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def _jobs(jobs: int | None, backend: str) -> int | None:
-    """On the CPU, a worker per core that this process may use; on a GPU, what `batch` thinks right."""
+    """Return one worker per core that this process may use; on a GPU, leave it to `batch`."""
     from gpuprep.executors import usable_cores
 
     return jobs if jobs is not None or backend == "gpu" else usable_cores()

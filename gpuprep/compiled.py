@@ -8,7 +8,7 @@ cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,17 +22,14 @@ from gpuprep.plan import Plan, Step
 GROUP = 16
 """Source slices whose span of output is made at a time: many, and few are filtered twice; few, and memory is small."""
 
-Slices = Callable[[int, int], NDArray[np.float32]]
 
-
-def chunks(hu: Slices, count: int, plan: Plan) -> Iterator[NDArray[Any]]:
+def chunks(hu: Iterator[NDArray[np.float32]], count: int, plan: Plan) -> Iterator[NDArray[Any]]:
     """Yield the output slice by slice, each valid until the next is asked for.
 
     Parameters
     ----------
-    hu : callable
-        ``hu(start, stop)`` returns HU of source slices [start, stop): array of float32, shape (k, j, i). Each slice is
-        asked for once, upwards.
+    hu : iterator of arrays of float32
+        HU of the source slices, one at a time: shape (1, j, i).
     count : int
         Number of source slices.
     plan : Plan
@@ -40,8 +37,8 @@ def chunks(hu: Slices, count: int, plan: Plan) -> Iterator[NDArray[Any]]:
     """
     scratch = Scratch()
     across, *within = _lines(plan.resample)
-    planes = _Planes(hu, across, within, scratch)
-    window = SlidingWindow(count, 1, planes.load, scratch)
+    planes = _Planes(across, within, scratch)
+    window = SlidingWindow(count, 1, planes.forwards(hu), scratch)
     finish = _Finish(plan)
     if across is None:
         window.reserve(1)
@@ -62,19 +59,6 @@ def chunks(hu: Slices, count: int, plan: Plan) -> Iterator[NDArray[Any]]:
 
 
 _ONE = np.ones(1, dtype=np.float32)
-
-
-def to_hu(
-    stored: NDArray[Any], slope: NDArray[np.float32], intercept: NDArray[np.float32], padding: NDArray[Any] | None
-) -> NDArray[np.float32]:
-    """Return HU with air where the scanner measured nothing; see `gpuprep.intensity`."""
-    out = np.empty(stored.shape, dtype=np.float32)
-    limits = np.iinfo(stored.dtype)
-    none = np.array([limits.max, limits.min], dtype=stored.dtype)
-    for k, values in enumerate(stored):
-        low, high = none if padding is None else padding[k]
-        loops.to_hu(values, slope[k], intercept[k], low, high, out[k])
-    return out
 
 
 def _lines(step: Step) -> list[lines.Line | None]:
@@ -109,31 +93,27 @@ def _groups(across: lines.Line) -> Iterator[tuple[int, int, int, int]]:
 class _Planes:
     """Source slices resampled within their planes, and filtered across them."""
 
-    def __init__(
-        self, hu: Slices, across: lines.Line | None, within: list[lines.Line | None], scratch: Scratch
-    ) -> None:
-        self._hu = hu
+    def __init__(self, across: lines.Line | None, within: list[lines.Line | None], scratch: Scratch) -> None:
         self._across = across if across is not None and across.solve.shape[1] else None
         self._rows, self._columns = within
         self._scratch = scratch
-        self._former: NDArray[np.float32] | None = None
         self._parity = 0
 
-    def load(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Return the next slices, after the first half of the filter."""
-        values = np.ascontiguousarray(self._hu(start, stop))
-        self._parity ^= 1  # the slice before must outlast this one's making
-        if self._rows is not None:
-            values = self._along_rows(values, self._rows)
-        if self._columns is not None:
-            values = self._along_columns(values, self._columns)
-        if self._across is not None:
-            p, q, _ = self._across.solve
-            for k, plane in enumerate(values, start):
-                former = plane if self._former is None else self._former
-                loops.forwards(plane, former, p[k], q[k])
-                self._former = plane
-        return values
+    def forwards(self, hu: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        """Yield slices resampled within their planes, after the first half of the filter."""
+        former: NDArray[np.float32] | None = None
+        for k, slab in enumerate(hu):
+            values = np.ascontiguousarray(slab)
+            self._parity ^= 1  # the slice before must outlast the making of this one
+            if self._rows is not None:
+                values = self._along_rows(values, self._rows)
+            if self._columns is not None:
+                values = self._along_columns(values, self._columns)
+            if self._across is not None:
+                p, q, _ = self._across.solve[:, k]
+                loops.forwards(values, values if former is None else former, p, q)
+                former = values
+            yield values
 
     def backwards(self, slices: NDArray[np.float32], low: int, high: int) -> NDArray[np.float32]:
         """Return the filtered slices [low, high) from half-filtered ones that begin at `low` and reach further."""
@@ -146,20 +126,18 @@ class _Planes:
     def _along_rows(self, values: NDArray[np.float32], line: lines.Line) -> NDArray[np.float32]:
         out = self._output(values, (line.n_out, values.shape[2]), "rows")
         strip = self._scratch.like(values, (line.n_in, loops.STRIP), "strip")
-        for source, target in zip(values, out, strict=True):
-            loops.along_rows(source, line.solve, line.start, line.weights, strip, target)
+        loops.along_rows(values[0], line.solve, line.start, line.weights, strip, out[0])
         return out
 
     def _along_columns(self, values: NDArray[np.float32], line: lines.Line) -> NDArray[np.float32]:
         out = self._output(values, (values.shape[1], line.n_out), "columns")
         row = self._scratch.like(values, (line.n_in + 2 * lines.REACH,), "line")
         solved = self._scratch.like(values, (line.n_in,), "solved")
-        for source, target in zip(values, out, strict=True):
-            loops.along_columns(source, line.beyond, line.start, line.columns, row, solved, target)
+        loops.along_columns(values[0], line.beyond, line.start, line.columns, row, solved, out[0])
         return out
 
     def _output(self, values: NDArray[np.float32], plane: tuple[int, int], name: str) -> NDArray[np.float32]:
-        return np.asarray(self._scratch.like(values, (len(values), *plane), (name, self._parity)))
+        return np.asarray(self._scratch.like(values, (1, *plane), (name, self._parity)))
 
 
 class _Finish:

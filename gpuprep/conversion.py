@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from gpuprep import __version__
 from gpuprep.backend import Backend, Engine
-from gpuprep.errors import GpuprepError, InputError, OutputError, PlanError
+from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
+from gpuprep.executors import last_task
 from gpuprep.manifest import SeriesResult, Status, now
+from gpuprep.memory import device_bytes
 from gpuprep.output import PendingFolder
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from gpuprep.reading import SeriesReader
 
 log = logging.getLogger(__name__)
+
+DEVICE_MEMORY = "device-memory"
+"""Code of a series that did not fit into what was left on the device."""
 
 RECORDED_PACKAGES = ("numpy", "scipy", "scikit-image", "numba", "pydicom", "tifffile", "imagecodecs")
 RECORDED_GPU_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cucim-cu12", "cucim-cu13")
@@ -51,6 +56,8 @@ class Task:
     """Warnings from before the series is opened."""
     known: bool
     """Whether the manifest has an earlier output of this series in that folder."""
+    device_bytes: int = 0
+    """What it is predicted to need of a device's memory."""
 
     @property
     def blank(self) -> SeriesResult:
@@ -84,6 +91,8 @@ def convert_series(task: Task) -> SeriesResult:
         result = _convert(task, result)
     except GpuprepError as exc:
         result = left_out(result, exc)
+        if isinstance(exc, BackendError) and not isinstance(exc, DeviceMemoryError):
+            last_task()  # a lost device is lost to this process only; a fresh one may find it
     except Exception as exc:  # the boundary: a bug in one series must not cost the others
         log.exception("series %s crashed", result.key)
         result = left_out(result, exc)
@@ -93,7 +102,13 @@ def convert_series(task: Task) -> SeriesResult:
 def left_out(result: SeriesResult, exc: Exception) -> SeriesResult:
     """Return the result of a series that an error kept out."""
     status: Status = "rejected" if isinstance(exc, InputError | PlanError) else "failed"
-    code = exc.code if isinstance(exc, InputError) else "plan" if isinstance(exc, PlanError) else "error"
+    code = "error"
+    if isinstance(exc, InputError):
+        code = exc.code
+    elif isinstance(exc, PlanError):
+        code = "plan"
+    elif isinstance(exc, DeviceMemoryError):
+        code = DEVICE_MEMORY
     return replace(result, status=status, reason=printable(f"{type(exc).__name__}: {exc}"), codes=(code,))
 
 
@@ -108,7 +123,8 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
     pending = PendingFolder(task.out, task.folder)
     try:
         started = time.perf_counter()
-        chunks = _Timed(host_chunks(source, plan, task.backend, task.engine))
+        on_device: dict[str, Any] = {}
+        chunks = _Timed(host_chunks(source, plan, task.backend, task.engine, on_device))
         notes = WRITERS[task.recipe.format](pending.path, chunks, plan) + _stretched(source, plan)
         irregularities = task.irregularities + source.irregularities
         result = replace(
@@ -121,6 +137,11 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
         )
         files, size = pending.commit(_sidecar(task, source, plan, result), known=task.known)
         write_s = time.perf_counter() - started - chunks.seconds
+    except DeviceMemoryError as exc:
+        need = device_bytes(plan, task.backend, task.engine) / 1e9
+        raise DeviceMemoryError(
+            f"{exc}; in chunks of {task.backend.chunk_slices} slices the series needs about {need:.2f} GB"
+        ) from exc
     except OSError as exc:
         raise OutputError(f"cannot write the series: {exc}") from exc
     finally:
@@ -138,8 +159,9 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
         files=files,
         bytes=size,
         read_s=source.seconds,
-        process_s=chunks.seconds - source.seconds,
+        process_s=max(0.0, chunks.seconds - source.seconds),  # reading may have gone on beside it
         write_s=write_s,
+        **on_device,
     )
 
 

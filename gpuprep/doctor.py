@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from pydicom.uid import UID
 
-from gpuprep.backend import numba_works, open_gpu
+from gpuprep.backend import compiled_loops, numba_works, open_gpu
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
 from gpuprep.decoding import available_decoders
 from gpuprep.errors import BackendError
 from gpuprep.executors import usable_cores
-from gpuprep.processing import compiled_loops
 
 COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.5",  # RLE Lossless

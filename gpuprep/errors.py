@@ -13,7 +13,8 @@
     ├── RequestError            the whole run: what was asked makes no sense
     │   └── RecipeError         … in the recipe
     └── BackendError            the whole run: the engine cannot start
-        └── DeviceMemoryError   one series: it does not fit on the device
+        ├── DeviceMemoryError   one series: it does not fit on the device
+        └── DeviceLostError     one series: the device failed under it
 
 Errors of one series end up in the manifest with their text, and the cohort goes on; the others end the run.
 `exit_code` is what the command line returns when the error ends a run.
@@ -89,4 +90,8 @@ class BackendError(GpuprepError):
 
 
 class DeviceMemoryError(BackendError):
-    """A volume does not fit into the memory of the device."""
+    """A volume does not fit into the memory of the device, for now or at all."""
+
+
+class DeviceLostError(BackendError):
+    """The device failed, and nothing more can be computed on it in this process."""

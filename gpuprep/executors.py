@@ -1,4 +1,4 @@
-"""Ways to run one function over many tasks: here, in threads, or in worker processes.
+"""Ways to run one function over many tasks: here, or in worker processes.
 
 Each has ``run(function, tasks)``, which yields ``(task, outcome)`` as tasks finish, with no more tasks in flight than
 workers; the outcome is what the function returned, or `WorkerDiedError`. `stop` ends whatever runs.
@@ -15,7 +15,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait as wait_connections
 from multiprocessing.process import BaseProcess
@@ -60,11 +60,25 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Something that tasks in flight share, such as the memory of a GPU."""
+
+    size: int
+    cost: Callable[[Any], int]
+    """What a task takes of it."""
+
+
 class Executor(Protocol):
     """See the module's docstring."""
 
-    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R | WorkerDiedError]]:
-        """Yield (task, outcome) as tasks finish."""
+    def run(
+        self, function: Callable[[T], R], tasks: Iterable[T], budget: Budget | None = None
+    ) -> Iterator[tuple[T, R | WorkerDiedError]]:
+        """Yield (task, outcome) as tasks finish.
+
+        Tasks begin in their order, each as soon as what is in flight leaves enough of the budget; alone if need be.
+        """
         ...
 
     def stop(self) -> None:
@@ -75,7 +89,12 @@ class Executor(Protocol):
 class Here:
     """One task after the other, in this thread."""
 
-    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R | WorkerDiedError]]:
+    def run(
+        self,
+        function: Callable[[T], R],
+        tasks: Iterable[T],
+        budget: Budget | None = None,  # noqa: ARG002 - each task is alone
+    ) -> Iterator[tuple[T, R | WorkerDiedError]]:
         for task in tasks:
             yield task, function(task)
 
@@ -83,32 +102,11 @@ class Here:
         pass
 
 
-class Threads:
-    """Threads of this process: for a GPU, where one thread reads or writes while another one's kernels run."""
-
-    def __init__(self, jobs: int) -> None:
-        self._jobs = jobs
-        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="gpuprep")
-
-    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R | WorkerDiedError]]:
-        queue = iter(tasks)
-        flying: dict[Future[R], T] = {}
-        while True:
-            while len(flying) < self._jobs and (task := next(queue, _END)) is not _END:
-                flying[self._pool.submit(function, task)] = task
-            if not flying:
-                return
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                yield flying.pop(future), future.result()
-
-    def stop(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
 class Processes:
     """Worker processes with one compute thread each; one that dies costs its task, and is replaced.
 
-    `prepare` is called in each of them before its first task; `preload` names modules that they need.
+    `prepare` is called in each of them before its first task; `preload` names modules that they need. A worker may ask
+    to be replaced after a task: see `last_task`.
     """
 
     def __init__(
@@ -116,28 +114,38 @@ class Processes:
     ) -> None:
         self._context: Any = multiprocessing.get_context("forkserver" if HAVE_FORK_SERVER else "spawn")
         start_fork_server(preload)
-        self._jobs = jobs
+        self.jobs = jobs
         self._prepare = prepare
         self._workers: dict[Any, BaseProcess] = {}
         self._idle: list[Any] = []
 
-    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R | WorkerDiedError]]:
+    def run(
+        self, function: Callable[[T], R], tasks: Iterable[T], budget: Budget | None = None
+    ) -> Iterator[tuple[T, R | WorkerDiedError]]:
         queue = iter(tasks)
         flying: dict[Any, T] = {}
+        task = next(queue, _END)
         while True:
-            while len(flying) < self._jobs and (task := next(queue, _END)) is not _END:
+            while task is not _END and len(flying) < self.jobs and _affordable(task, flying.values(), budget):
                 flying[self._send(function, task)] = task
+                task = next(queue, _END)
             if not flying:
                 return
             connections: list[Any] = wait_connections(list(flying))
             for ready in connections:
-                task = flying.pop(ready)
+                done = flying.pop(ready)
+                outcome: R | WorkerDiedError
                 try:
-                    outcome: R | WorkerDiedError = ready.recv()
-                    self._idle.append(ready)
+                    outcome, last = ready.recv()
                 except (EOFError, OSError):
                     outcome = WorkerDiedError(self._bury(ready))
-                yield task, outcome
+                else:
+                    if last:
+                        self._workers[ready].kill()  # its own way out may be blocked
+                        self._bury(ready)
+                    else:
+                        self._idle.append(ready)
+                yield done, outcome
 
     def stop(self) -> None:
         for worker in self._workers.values():
@@ -186,6 +194,23 @@ class Processes:
 _END: Any = object()
 
 
+def _affordable(task: Any, flying: Iterable[Any], budget: Budget | None) -> bool:
+    """Whether a task may join those in flight."""
+    if budget is None:
+        return True
+    taken = [budget.cost(t) for t in flying]
+    return not taken or sum(taken) + budget.cost(task) <= budget.size
+
+
+_ending = False
+
+
+def last_task() -> None:
+    """Have this worker end, and be replaced, once it has given its outcome; it is in no state to do more."""
+    global _ending
+    _ending = True
+
+
 @contextlib.contextmanager
 def _hidden_main() -> Iterator[None]:
     """Keep a new worker from running the main script again: no task lives there, and a script needs no guard then."""
@@ -231,4 +256,6 @@ def _work(connection: Any, prepare: Callable[[], None] | None) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             function, task = connection.recv()
-            connection.send(function(task))
+            connection.send((function(task), _ending))
+            if _ending:
+                return

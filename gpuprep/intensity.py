@@ -114,6 +114,22 @@ def quantise(values: Any, dtype: str) -> Any:
     return xp.astype(xp.clip(xp.round(values), float(limits.min), float(limits.max)), target)
 
 
+def to_hu(stored: Any, slope: Any, intercept: Any, padding: Any | None, rule: str) -> Any:
+    """Return stored values as HU by a recipe's rule for padding: "air", "keep" or "minus2000-to-0".
+
+    The arguments are those of `stored_to_hu` and `padding_to_air`.
+    """
+    if rule == "minus2000-to-0":
+        stored = zero_minus_2000(stored)
+    hu = stored_to_hu(stored, slope, intercept)
+    return padding_to_air(hu, stored, padding) if rule == "air" else hu
+
+
+def finish(values: Any, window_: tuple[float, float, float, float] | None, dtype: str) -> Any:
+    """Return values windowed, by the arguments of `window` or not at all, and in the output type: see `quantise`."""
+    return quantise(values if window_ is None else window(values, *window_), dtype)
+
+
 @dataclass(slots=True)
 class HuStatistics:
     """Minimum, maximum and mean of a stack in HU, gathered slab by slab on the host, in float64.

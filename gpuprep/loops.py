@@ -46,13 +46,16 @@ def summary(stored: Any, padding: Any) -> Any:
 
 
 @_compiled
-def to_hu(stored: Any, slope: Any, intercept: Any, low: Any, high: Any, out: Any) -> None:
-    """Put HU of a slice into `out`, with air below all CT numbers and for stored values in [`low`, `high`]."""
-    for j in range(stored.shape[0]):
-        for i in range(stored.shape[1]):
-            v = stored[j, i]
-            hu = np.float32(v) * slope + intercept
-            out[j, i] = _AIR if (hu < _LOWEST) | ((v >= low) & (v <= high)) else hu
+def to_hu(stored: Any, slope: Any, intercept: Any, padding: Any, out: Any) -> None:
+    """Put HU of slices into `out`: air below all CT numbers, and for stored values in the range of each slice."""
+    for k in range(stored.shape[0]):
+        m, b, low, high = slope[k], intercept[k], padding[k, 0], padding[k, 1]
+        for j in range(stored.shape[1]):
+            values, hu = stored[k, j], out[k, j]
+            for i in range(len(values)):
+                v = values[i]
+                h = np.float32(v) * m + b
+                hu[i] = _AIR if (h < _LOWEST) | ((v >= low) & (v <= high)) else h
 
 
 @_compiled
@@ -161,9 +164,9 @@ def gather(line: Any, start: Any, weights: Any, out: Any) -> None:
 @_compiled
 def forwards(plane: Any, former: Any, p: Any, q: Any) -> None:
     """First half of the spline filter across slices, in place; `former` is the slice before, filtered."""
-    for j in range(plane.shape[0]):
-        for i in range(plane.shape[1]):
-            plane[j, i] = p * plane[j, i] - q * former[j, i]
+    for j in range(plane.shape[1]):
+        for i in range(plane.shape[2]):
+            plane[0, j, i] = p * plane[0, j, i] - q * former[0, j, i]
 
 
 @_compiled

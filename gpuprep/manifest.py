@@ -8,7 +8,7 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,10 @@ class SeriesResult:
     read_s: float = 0.0
     process_s: float = 0.0
     write_s: float = 0.0
+    upload_s: float | None = None
+    """Of the device's time; the device works while the host reads and writes."""
+    kernels_s: float | None = None
+    download_s: float | None = None
     engine: str = ""
     backend: str = ""
     device: str = ""
@@ -81,6 +85,10 @@ def now() -> str:
 
 
 _COLUMNS = [f.name for f in fields(SeriesResult)]
+_NAMES = ", ".join(_COLUMNS)
+_ROWS = f"SELECT {_NAMES} FROM series "  # noqa: S608
+"""In this order, whatever the order of an older manifest."""
+_BY_SOURCE = "ORDER BY source, series_number, key"
 _LISTS = ("codes", "irregularities", "warnings", "source_shape", "source_spacing_mm", "shape", "spacing_mm")
 _JSON = (*_LISTS, "audit")
 
@@ -98,10 +106,7 @@ class Manifest:
 
     def __init__(self, path: Path) -> None:
         self._csv = path.with_suffix(".csv")
-        types = {"int": "INTEGER", "float": "REAL"}
-        columns = ", ".join(
-            f"{f.name} {types.get(str(f.type).removesuffix(' | None'), 'TEXT')}" for f in fields(SeriesResult)
-        )
+        columns = ", ".join(f"{f.name} {_type(f)}" for f in fields(SeriesResult))
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -113,15 +118,19 @@ class Manifest:
             raise OutputError(
                 f"{path} cannot be used as manifest ({exc}): move it away, or choose another --out"
             ) from exc
-        if have != _COLUMNS:
+        added = [f for f in fields(SeriesResult) if f.default is None and f.name not in have]
+        if set(have) | {f.name for f in added} != set(_COLUMNS):
             raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
+        with self._writing():
+            for f in added:  # by a version that knows more than the one that wrote it
+                self._db.execute(f"ALTER TABLE series ADD COLUMN {f.name} {_type(f)}")
 
     def put(self, result: SeriesResult) -> None:
         """Store a result in place of the series' former one."""
         row = [json.dumps(v) if k in _JSON and v is not None else v for k, v in asdict(result).items()]
         marks = ", ".join("?" * len(_COLUMNS))
         with self._writing():
-            self._db.execute(f"INSERT OR REPLACE INTO series VALUES ({marks})", row)  # noqa: S608 - only marks
+            self._db.execute(f"INSERT OR REPLACE INTO series ({_NAMES}) VALUES ({marks})", row)  # noqa: S608
 
     def remove(self, key: str) -> None:
         """Forget a series."""
@@ -130,12 +139,12 @@ class Manifest:
 
     def get(self, key: str) -> SeriesResult | None:
         """Return the last result of a series."""
-        row = self._db.execute("SELECT * FROM series WHERE key = ?", (key,)).fetchone()
+        row = self._db.execute(_ROWS + "WHERE key = ?", (key,)).fetchone()
         return None if row is None else _result(row)
 
     def __iter__(self) -> Iterator[SeriesResult]:
         """Yield every result, by source folder."""
-        for row in self._db.execute("SELECT * FROM series ORDER BY source, series_number, key"):
+        for row in self._db.execute(_ROWS + _BY_SOURCE):
             yield _result(row)
 
     def account(self, passed_over: dict[str, int], unreadable: tuple[tuple[str, str], ...]) -> None:
@@ -154,7 +163,7 @@ class Manifest:
             text = io.StringIO()
             writer = csv.writer(text)
             writer.writerow(_COLUMNS)
-            writer.writerows(self._db.execute("SELECT * FROM series ORDER BY source, series_number, key"))
+            writer.writerows(self._db.execute(_ROWS + _BY_SOURCE))
             write_text(self._csv, text.getvalue())
 
     @contextmanager
@@ -167,6 +176,11 @@ class Manifest:
     def close(self) -> None:
         """Let go of the file."""
         self._db.close()
+
+
+def _type(field: Field[Any]) -> str:
+    types = {"int": "INTEGER", "float": "REAL"}
+    return types.get(str(field.type).removesuffix(" | None"), "TEXT")
 
 
 def _result(row: tuple[Any, ...]) -> SeriesResult:

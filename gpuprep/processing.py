@@ -15,11 +15,10 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from gpuprep import operators
-from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
+from gpuprep.backend import Backend, BackendName, Engine, Lane, checked_engine, compiled_loops, get_backend
 from gpuprep.buffers import Scratch, SlidingWindow
-from gpuprep.errors import BackendError
 from gpuprep.geometry import Geometry, Placement
-from gpuprep.intensity import AIR_HU, padding_to_air, quantise, stored_to_hu, window, zero_minus_2000
+from gpuprep.intensity import AIR_HU
 from gpuprep.plan import Plan, Step, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.volume import StoredVolume, Volume
@@ -59,10 +58,10 @@ def process(
     """
     backend = get_backend(backend) if isinstance(backend, str) else backend
     plan = make_plan(volume.geometry, recipe or Recipe(), volume.placement)
-    with backend.session():
+    with backend.session() as lane:
         values: Any = None
         start = 0
-        for chunk in device_chunks(volume, plan, backend, engine):
+        for chunk in device_chunks(volume, plan, backend, engine, lane):
             xp = array_namespace(chunk)
             if values is None:
                 values = xp.empty(plan.target.shape, dtype=chunk.dtype, device=device(chunk))
@@ -99,45 +98,54 @@ class Source(Protocol):
         """Declared padding of each slice, shape (k, 2); see `StoredVolume`."""
         ...
 
-    def slab(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the stored values of slices [start, stop); each slice is asked for once, upwards or downwards."""
+    @property
+    def slab(self) -> Callable[..., NDArray[Any]]:
+        """``slab(start, stop, empty=…)`` returns the stored values of slices [start, stop).
+
+        Each slice is asked for once, upwards or downwards, perhaps by another thread. ``empty(shape, dtype)``, where
+        given, makes the array.
+        """
         ...
 
 
-def host_chunks(source: Source, plan: Plan, backend: Backend, engine: Engine = "operators") -> Iterator[NDArray[Any]]:
-    """Yield the output as NumPy arrays of a few slices each, in order; each is valid until the next is asked for."""
-    with backend.session():
-        for chunk in device_chunks(source, plan, backend, engine):
-            yield backend.to_host(chunk)
+def host_chunks(
+    source: Source,
+    plan: Plan,
+    backend: Backend,
+    engine: Engine = "operators",
+    seconds: dict[str, float] | None = None,
+) -> Iterator[NDArray[Any]]:
+    """Yield the output as NumPy arrays of a few slices each, in order; each is valid until the next is asked for.
+
+    Into `seconds` goes, after the last, what `Lane.seconds` returns.
+    """
+    with backend.session() as lane:
+        yield from lane.downloads(device_chunks(source, plan, backend, engine, lane))
+        if seconds is not None:
+            seconds.update(lane.seconds())
 
 
-def device_chunks(source: Source, plan: Plan, backend: Backend, engine: Engine) -> Iterator[Any]:
+def device_chunks(source: Source, plan: Plan, backend: Backend, engine: Engine, lane: Lane) -> Iterator[Any]:
     """Yield the output in chunks that are still where they were computed; inside the backend's session.
 
     A chunk is valid until the next one is asked for.
     """
     if checked_engine(engine) == "ndimage":
-        return _ndimage_chunks(source, plan, backend)
+        return _ndimage_chunks(source, plan, backend, lane)
     if backend.body == "loops":
-        hu = _Hu(source, plan, backend)
-        chunks: Iterator[Any] = compiled_loops().chunks(hu, hu.count, plan)
-        return chunks
-    return _operator_chunks(source, plan, backend)
+        return _compiled_chunks(source, plan, backend, lane)
+    return _operator_chunks(source, plan, backend, lane)
 
 
-def compiled_loops() -> Any:
-    """Return the module of compiled loops; Numba takes half a second to import, and is an extra."""
-    try:
-        from gpuprep import compiled
-    except Exception as exc:  # Numba checks its surroundings when it is imported, and raises what it likes
-        raise BackendError(
-            f"Numba is installed and does not work ({exc}): pip install 'gpuprep[fast]' again, or set "
-            "NUMBA_DISABLE_JIT=1 to do without it"
-        ) from exc
-    return compiled
+def _compiled_chunks(source: Source, plan: Plan, backend: Backend, lane: Lane) -> Iterator[Any]:
+    compiled_loops()  # or it says why there are none
+    from gpuprep import compiled
+
+    hu = _Hu(source, plan, backend, lane)
+    return compiled.chunks(hu.slabs(), hu.count, plan)
 
 
-def _operator_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[Any]:
+def _operator_chunks(source: Source, plan: Plan, backend: Backend, lane: Lane) -> Iterator[Any]:
     """Shrink in-plane on the few source slices, then grow along z and in-plane, a few slices at a time."""
     along_z, *in_plane = _operators(plan.resample, backend)
     first = [(axis, op) for axis, op in enumerate(in_plane, 1) if op is not None and op.n_out <= op.n_in]
@@ -156,20 +164,19 @@ def _operator_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[A
         return apply
 
     shrink, grow, size = in_plane_by(first, "shrink"), in_plane_by(last, "grow"), in_plane_by(resize, "resize")
-    hu = _Hu(source, plan, backend)
-    shrunk = SlidingWindow(hu.count, backend.slab_slices, lambda start, stop: shrink(hu(start, stop)), scratch)
+    hu = _Hu(source, plan, backend, lane)
+    shrunk = SlidingWindow(hu.count, backend.slab_slices, map(shrink, hu.slabs()), scratch)
     for chunk in _along_z(shrunk, along_z, backend.chunk_slices, scratch):
         for start, stop in _pieces(chunk.shape[0], backend.slab_slices):
-            yield _finish(grow(chunk[start:stop, :, :]), plan, size)
+            yield _finish(grow(chunk[start:stop, :, :]), plan, size, backend)
 
 
-def _ndimage_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[Any]:
+def _ndimage_chunks(source: Source, plan: Plan, backend: Backend, lane: Lane) -> Iterator[Any]:
     """Make the library calls: zoom the whole volume, then window and resize it a chunk at a time.
 
     Uneven slices are beyond those calls; along them, the operator is applied first.
     """
-    load = _Hu(source, plan, backend)
-    hu = load(0, load.count)
+    hu = _Hu(source, plan, backend, lane).whole()
     step = plan.resample
     even = [places is None for places in step.along]
     for axis, operator in enumerate(_operators(step, backend)):
@@ -190,23 +197,23 @@ def _ndimage_chunks(source: Source, plan: Plan, backend: Backend) -> Iterator[An
         return backend.resize(values, shape, mode=mode, anti_aliasing=any(plan.resize.sigma))
 
     for start, stop in _pieces(hu.shape[0], backend.chunk_slices):
-        yield _finish(hu[start:stop, :, :], plan, resize)
+        yield _finish(hu[start:stop, :, :], plan, resize, backend)
 
 
 class _Hu:
     """HU of the slices of a source, upright and turned as planned.
 
-    Stored integers go up to the device, and nothing else of that size. Where slices stay slices, only those asked for
-    are loaded; where another axis takes their place, all are, once.
+    Stored integers go up to the device, and nothing else of that size. Where slices stay slices, they are loaded a
+    slab at a time; where another axis takes their place, all are, once.
     """
 
-    def __init__(self, source: Source, plan: Plan, backend: Backend) -> None:
+    def __init__(self, source: Source, plan: Plan, backend: Backend, lane: Lane) -> None:
         self._slices = len(source.slope)
         self._turn = plan.turn
-        self._turned: Any = None
         self.count = self._slices if plan.turn.axes[0] == 0 else plan.resample.source[0]
         self._source = source
         self._backend = backend
+        self._lane = lane
         self._rule = plan.recipe.padding
         self._order = plan.recipe.order
         self._slope = backend.to_device(source.slope.astype(np.float32))
@@ -214,15 +221,28 @@ class _Hu:
         declared = source.padding if self._rule == "air" else None
         self._padding = None if declared is None else backend.to_device(declared)
 
-    def __call__(self, start: int, stop: int) -> Any:
-        """Return HU of slices [start, stop) of the turned volume: array of float32."""
+    def slabs(self) -> Iterator[Any]:
+        """Yield HU of the turned volume a slab at a time: arrays of float32."""
         if self._turn.axes[0] == 0:
+            spans = list(_pieces(self.count, self._backend.slab_slices))
             if self._turn.flips[0]:
-                start, stop = self._slices - stop, self._slices - start
-            return self._in_direction(self._loaded(start, stop))
-        if self._turned is None:
-            self._turned = self._in_direction(self._loaded(0, self._slices))
-        return self._turned[start:stop, :, :]
+                spans = [(self.count - high, self.count - low) for low, high in spans]
+            yield from map(self._in_direction, self._loaded(spans))
+        else:
+            turned = self.whole()
+            for start, stop in _pieces(self.count, self._backend.slab_slices):
+                yield turned[start:stop, :, :]
+
+    def whole(self) -> Any:
+        """Return HU of the whole turned volume: array of float32."""
+        spans = list(_pieces(self._slices, self._backend.slab_slices))
+        hu: Any = None
+        for (start, stop), slab in zip(spans, self._loaded(spans), strict=True):
+            if hu is None:
+                xp = array_namespace(slab)
+                hu = xp.empty((self._slices, *slab.shape[1:]), dtype=slab.dtype, device=device(slab))
+            hu[start:stop, :, :] = slab
+        return self._in_direction(hu)
 
     def _in_direction(self, hu: Any) -> Any:
         xp = array_namespace(hu)
@@ -232,21 +252,14 @@ class _Hu:
             hu = xp.flip(hu, axis=axis) if flip else hu
         return hu
 
-    def _loaded(self, start: int, stop: int) -> Any:
-        """Return HU of slices [start, stop) of the source."""
-        stored = self._backend.to_device(self._source.slab(start, stop))
-        if self._rule == "minus2000-to-0":
-            stored = zero_minus_2000(stored)
-        slope, intercept = self._slope[start:stop], self._intercept[start:stop]
-        padding = None if self._padding is None else self._padding[start:stop, :]
-        if self._rule == "air" and self._backend.body == "loops":
-            hu: Any = compiled_loops().to_hu(stored, slope, intercept, padding)
-        else:
-            hu = stored_to_hu(stored, slope, intercept)
-            if self._rule == "air":
-                hu = padding_to_air(hu, stored, padding)
+    def _loaded(self, spans: list[tuple[int, int]]) -> Iterator[Any]:
+        """Yield HU of spans of slices of the source."""
         placement = self._source.placement
-        return hu if placement is None or placement.shift is None else self._upright(hu, placement, start)
+        for (start, stop), stored in zip(spans, self._lane.uploads(self._source.slab, spans), strict=True):
+            padding = None if self._padding is None else self._padding[start:stop, :]
+            slope, intercept = self._slope[start:stop], self._intercept[start:stop]
+            hu = self._backend.to_hu(stored, slope, intercept, padding, self._rule)
+            yield hu if placement is None or placement.shift is None else self._upright(hu, placement, start)
 
     def _upright(self, hu: Any, placement: Placement, start: int) -> Any:
         """Return slices shifted to where they belong, in air."""
@@ -294,7 +307,7 @@ def _operators(step: Step, backend: Backend) -> list[operators.Operator | None]:
             grid_mode=step.grid_mode,
             sigma=sigma,
             blur_mode=step.blur_mode,
-            block_rows=operators.BLOCK_ROWS if axis else backend.chunk_slices,
+            block_rows=backend.block_rows if axis else backend.chunk_slices,
         )
         found.append(operator.on(backend.to_device))
     return found
@@ -336,13 +349,14 @@ def _along_z(
     window.get(window.count, window.count)  # the rest counts in the statistics even where no output needs it
 
 
-def _finish(hu: Any, plan: Plan, resize: Callable[[Any], Any]) -> Any:
-    """Window, size and quantise a chunk of resampled HU."""
-    values = hu if plan.recipe.window_hu is None else window(hu, *plan.recipe.window_hu, plan.scale, plan.shift_hu)
-    values = resize(values)
-    if plan.offset != (0, 0) or values.shape[1:] != plan.target.shape[1:]:
-        values = _place(values, plan)
-    return quantise(values, plan.recipe.dtype)
+def _finish(hu: Any, plan: Plan, resize: Callable[[Any], Any], backend: Backend) -> Any:
+    """Window, size and quantise a chunk of resampled HU; window and quantise at once where nothing is between them."""
+    window = None if plan.recipe.window_hu is None else (*plan.recipe.window_hu, plan.scale, plan.shift_hu)
+    placed = plan.offset != (0, 0) or plan.resize.target[1:] != plan.target.shape[1:]
+    if plan.resize.idle and not placed:
+        return backend.finish(hu, window, plan.recipe.dtype)
+    values = resize(backend.finish(hu, window, "float32"))
+    return backend.finish(_place(values, plan) if placed else values, None, plan.recipe.dtype)
 
 
 def _place(values: Any, plan: Plan) -> Any:

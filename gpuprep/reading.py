@@ -6,6 +6,7 @@ import io
 import os
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -86,10 +87,13 @@ class SeriesReader:
         blank = (f"{self._blank} slices hold one value throughout",) if self._blank else ()
         return self._notes + blank
 
-    def slab(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the stored values of slices [start, stop): array of integers, shape (stop − start, j, i)."""
+    def slab(self, start: int, stop: int, empty: Callable[[Any, Any], NDArray[Any]] = np.empty) -> NDArray[Any]:
+        """Return the stored values of slices [start, stop): array of integers, shape (stop − start, j, i).
+
+        `empty` makes the array, of that shape and the dtype of the stored values.
+        """
         started = time.perf_counter()
-        stored = np.empty((stop - start, *self._matrix), dtype=self._dtype)
+        stored = empty((stop - start, *self._matrix), self._dtype)
         for k, values in enumerate(stored, start):
             self._content.read(self._slices[k], values)
             for _, twin in (t for t in self._twins if t[0] == k):

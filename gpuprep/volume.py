@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,13 @@ class StoredVolume:
         if self.stored.shape != expected:
             raise GeometryError(f"voxels of shape {self.stored.shape} where {expected} belong")
 
-    def slab(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the stored values of slices [start, stop)."""
-        return self.stored[start:stop]
+    def slab(self, start: int, stop: int, empty: Callable[[Any, Any], NDArray[Any]] | None = None) -> NDArray[Any]:
+        """Return the stored values of slices [start, stop), as they lie here or in an array that `empty` made."""
+        if empty is None:
+            return self.stored[start:stop]
+        out = empty((stop - start, *self.stored.shape[1:]), self.stored.dtype)
+        out[...] = self.stored[start:stop]
+        return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from standin import ForeignBackend
 
-from gpuprep.backend import Backend, Body, NumpyBackend, get_backend
+from gpuprep.backend import Backend, NumpyBackend, get_backend
 from gpuprep.errors import BackendError
 from gpuprep.geometry import Geometry
 from gpuprep.intensity import HuStatistics
@@ -42,55 +42,6 @@ def data() -> Path:
     if not (DATA / "INDEX.json").exists():
         pytest.skip(f"real CT is absent: no INDEX.json in {DATA}; set GPUPREP_TEST_DATA")
     return DATA
-
-
-class ForeignBackend:
-    """A stand-in for a GPU: its arrays refuse to become NumPy, so a hidden round trip fails on any machine.
-
-    The two library calls go through the host in the open, as a GPU's would go through its own library. `transfers`
-    lists what was moved on request: direction, dtype and shape.
-    """
-
-    name = "foreign"
-    device = "array-api-strict device1"
-    chunk_slices = 16
-    slab_slices = 8
-    body: Body = "matmul"
-
-    def __init__(self) -> None:
-        import array_api_strict
-
-        self._xp = array_api_strict
-        self._far = array_api_strict.Device("device1")
-        self.transfers: list[tuple[str, str, tuple[int, ...]]] = []
-
-    def session(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def to_device(self, host: Any) -> Any:
-        self.transfers.append(("up", str(host.dtype), host.shape))
-        return self._put(host)
-
-    def to_host(self, array: Any) -> Any:
-        host = self._take(array)
-        self.transfers.append(("down", str(host.dtype), host.shape))
-        return host
-
-    def zoom(self, values: Any, factors: Sequence[float], **options: Any) -> Any:
-        return self._put(NumpyBackend().zoom(self._take(values), factors, **options))
-
-    def gaussian_filter(self, values: Any, sigma: Sequence[float], **options: Any) -> Any:
-        return self._put(NumpyBackend().gaussian_filter(self._take(values), sigma, **options))
-
-    def resize(self, values: Any, shape: Sequence[int], **options: Any) -> Any:
-        return self._put(NumpyBackend().resize(self._take(values), shape, **options))
-
-    def _put(self, host: NDArray[Any]) -> Any:
-        return self._xp.asarray(host, device=self._far, copy=True)
-
-    def _take(self, array: Any) -> NDArray[Any]:
-        assert array.device == self._far, "left its device"
-        return np.array(array.to_device(self._xp.Device("CPU_DEVICE")))
 
 
 @pytest.fixture(params=["numpy", "loops", "foreign", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -675,27 +675,6 @@ def test_serial_and_parallel_runs_give_the_same_bytes(tmp_path: Path, recipe: Re
     assert outputs(tmp_path / "parallel") == serial
 
 
-class ImaginaryGpu(NumpyBackend):
-    """The host under another name: batch gives it threads."""
-
-    name = "gpu"
-    device = "imaginary"
-
-
-def test_threads_of_a_gpu_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for n in range(6):
-        add(tmp_path / "dicom" / f"p{n}", seed=n, slices=5 + n)
-    add(tmp_path / "dicom" / "bad", seed=9)[1].unlink()
-    assert go(tmp_path / "dicom", tmp_path / "serial").counts == {"ok": 6, "rejected": 1}
-    monkeypatch.setattr("gpuprep.batch.get_backend", lambda _: ImaginaryGpu())
-    run = go(tmp_path / "dicom", tmp_path / "threads")
-    assert run.counts == {"ok": 6, "rejected": 1}
-    assert {r.device for r in run.results} == {"imaginary"}
-    serial, threads = outputs(tmp_path / "serial"), outputs(tmp_path / "threads")
-    assert set(threads) == set(serial)
-    assert all(threads[name] == serial[name] for name in serial if name.endswith(".tif"))
-
-
 def test_a_run_leaves_no_worker_behind(dicom: Path, out: Path) -> None:
     go(dicom, out, jobs=2)
     assert multiprocessing.active_children() == []

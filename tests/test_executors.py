@@ -1,4 +1,4 @@
-"""Here, in threads and in processes the same comes out, and a worker that dies costs its task only.
+"""Here and in processes the same comes out, and a worker that dies costs its task only.
 
 Most tasks are partials of library functions, run by `operator.call`. Functions of this module work in workers too:
 `multiprocessing` hands them the path on which pytest found it; but then each worker imports pytest first.
@@ -21,12 +21,10 @@ from typing import Any
 
 import pytest
 
-from gpuprep.executors import Executor, Here, Processes, Threads, WorkerDiedError
+from gpuprep.executors import Budget, Executor, Here, Processes, WorkerDiedError, last_task
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {
     "here": Here,
-    "1 thread": lambda: Threads(1),
-    "3 threads": lambda: Threads(3),
     "1 process": lambda: Processes(1),
     "2 processes": lambda: Processes(2),
 }
@@ -76,6 +74,20 @@ def sleep_in(folder: str) -> int:
     time.sleep(120)
     Path(folder, "awake").touch()
     return 0
+
+
+def give_up() -> int:
+    last_task()
+    return os.getpid()
+
+
+def be_seen(log: str, n: int) -> int:
+    """Leave marks of being at work; appending a short line is atomic."""
+    for what in ("begin", "end"):
+        with open(log, "a") as f:
+            f.write(f"{what} {n}\n")
+        time.sleep(0.05 if what == "begin" else 0)
+    return n
 
 
 def compute_threads() -> set[int]:
@@ -142,19 +154,12 @@ def test_stop_may_be_called_twice_and_without_a_run(executor: Executor) -> None:
 
 def test_only_processes_leave_this_process(processes: Processes) -> None:
     where: dict[Executor, set[int]] = {}
-    for executor in (Here(), Threads(2), processes):
+    for executor in (Here(), processes):
         where[executor] = set(run(executor, [partial(os.getpid) for _ in range(4)]))
         executor.stop()
-    here, threads, others = where.values()
-    assert here == threads == {os.getpid()}
+    here, others = where.values()
+    assert here == {os.getpid()}
     assert os.getpid() not in others
-
-
-def test_threads_can_be_told_by_their_name() -> None:
-    executor = Threads(2)
-    (name,) = (thread.name for thread in run(executor, [partial(threading.current_thread)]))
-    executor.stop()
-    assert name.startswith("gpuprep")
 
 
 def test_processes_run_as_many_tasks_at_a_time_as_there_are_workers(processes: Processes, tmp_path: Path) -> None:
@@ -275,6 +280,52 @@ def test_after_stop_new_workers_are_started(processes: Processes) -> None:
     run(processes, squares(1))
     processes.stop()
     assert run(processes, squares(2)) == [4]
+
+
+def test_a_worker_in_no_state_to_do_more_gives_its_outcome_and_is_replaced() -> None:
+    executor = Processes(1)
+    try:
+        first, last, next_, same = run(executor, [partial(os.getpid), partial(give_up), *[partial(os.getpid)] * 2])
+    finally:
+        executor.stop()
+    assert first == last
+    assert next_ != last
+    assert same == next_
+
+
+@pytest.mark.parametrize(
+    ("costs", "most_at_a_time"),
+    [
+        ((4, 4, 4, 4), 2),  # of the four workers, two stay idle
+        ((2, 2, 2, 2), 4),
+        ((50, 1, 50, 1), 1),  # what costs more than there is goes alone; nothing overtakes it
+    ],
+)
+def test_no_more_is_in_flight_than_the_budget_has_room_for(
+    tmp_path: Path, costs: tuple[int, ...], most_at_a_time: int
+) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    jobs = [partial(be_seen, str(log), n) for n in range(len(costs))]
+    executor = Processes(4)
+    try:
+        outcomes = list(executor.run(operator.call, jobs, Budget(8, lambda job: costs[job.args[1]])))
+    finally:
+        executor.stop()
+    assert [n for _, n in sorted(outcomes, key=lambda o: jobs.index(o[0]))] == list(range(len(costs)))
+    inside: set[int] = set()
+    begun, most = [], 0
+    for line in log.read_text().splitlines():
+        what, n = line.split()
+        if what == "begin":
+            begun.append(int(n))
+            inside.add(int(n))
+        else:
+            inside.discard(int(n))
+        most = max(most, len(inside))
+        assert len(inside) == 1 or sum(costs[k] for k in inside) <= 8
+    assert begun == sorted(begun) or most_at_a_time > 1  # two that may run at once may begin in any order
+    assert most <= most_at_a_time
 
 
 ORPHANS = """

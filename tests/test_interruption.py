@@ -233,15 +233,6 @@ import sys, gpuprep
 gpuprep.convert(sys.argv[1], sys.argv[2], gpuprep.Recipe(size=(192, 192), compression="zlib"), backend="cpu")
 """
 
-IMAGINARY_GPU = """
-import gpuprep.backend, gpuprep.batch
-from gpuprep.cli import main
-class Imaginary(gpuprep.backend.NumpyBackend):
-    name = "gpu"
-gpuprep.backend.get_backend = gpuprep.batch.get_backend = lambda _: Imaginary()
-main()
-"""
-
 
 def test_a_script_without_workers_may_be_interrupted_too(dicom: Path, tmp_path: Path, whole: Volumes) -> None:
     out = tmp_path / "out"
@@ -252,14 +243,3 @@ def test_a_script_without_workers_may_be_interrupted_too(dicom: Path, tmp_path: 
     assert not in_the_making(out)
     assert done(out) >= 2
     finish(dicom, out, whole)
-
-
-def test_threads_of_a_gpu_end_with_what_they_are_at(dicom: Path, tmp_path: Path, whole: Volumes) -> None:
-    out = tmp_path / "out"
-    options = ["convert", str(dicom), "--out", str(out), "--jobs", "2", *("--size", "192", "--compression", "zlib")]
-    run = Interrupted(["-c", IMAGINARY_GPU, *options], signal.SIGTERM, lambda: done(out) == 1)
-    sidecars = {f: {n: c for n, c in files.items() if n.endswith(".tif")} for f, files in volumes(out).items()}
-    assert all(files == {n: c for n, c in whole[f].items() if n.endswith(".tif")} for f, files in sidecars.items())
-    check_orderly(run, out)
-    assert done(out) >= 1
-    assert not in_the_making(out)

@@ -14,6 +14,7 @@ import tifffile
 from numpy.typing import NDArray
 from pydicom import Dataset
 from scipy.interpolate import CubicSpline
+from standin import to_numpy
 
 import gpuprep
 from gpuprep.auditing import audit
@@ -103,8 +104,7 @@ def test_straight_rods_come_out_straight_of_a_tilted_gantry(
     assert found.measures.tilt_deg == pytest.approx(15, abs=1e-3)
     assert found.measures.spacing_mm == pytest.approx(2.5 * np.cos(np.radians(15)))
     volume = converted(folder, recipe, backend)
-    take = getattr(backend, "to_host", np.asarray)
-    values, where = np.asarray(take(volume.values)), places(volume)
+    values, where = to_numpy(volume.values), places(volume)
     affine = volume.affine[:3, :3] / volume.spacing_mm
     assert affine.T @ affine == pytest.approx(np.eye(3), abs=1e-6)  # upright: no shear is left
     seen = 0
@@ -182,8 +182,7 @@ def test_a_ramp_in_z_survives_uneven_slices(
         folder, Recipe(window_hu=None, size=None, spacing_mm=spacing, order=order, padding="keep"), backend
     )
     z = places(volume)[..., 2]
-    take = getattr(backend, "to_host", np.asarray)
-    values = np.asarray(take(volume.values)) + 1024 - 20
+    values = to_numpy(volume.values) + 1024 - 20
     inside = (z >= -20) & (z <= 24)
     assert inside.mean() > 0.9
     assert np.abs(values - z)[inside].max() < 1e-3
@@ -270,8 +269,7 @@ def test_a_turn_to_axial_moves_voxels_and_changes_none(
     assert np.array_equal(np.asarray(native), stored - 1024.0)
     recipe = Recipe(window_hu=None, size=None, spacing_mm=None, orient="LPS")
     turned = gpuprep.process(gpuprep.read(series), recipe, backend=backend)
-    take = getattr(backend, "to_host", np.asarray)
-    values = np.asarray(take(turned.values))
+    values = to_numpy(turned.values)
     assert np.array_equal(values, np.flip((stored - 1024.0).transpose(axes), tuple(flips)))
     toward = turned.affine[[2, 1, 0], :3]
     assert (np.argmax(np.abs(toward), axis=0) == [0, 1, 2]).all()

@@ -188,6 +188,9 @@ def test_csv_holds_exactly_the_rows_of_the_manifest(manifest: Manifest, tmp_path
         "read_s": "0.5",
         "process_s": "0.25",
         "write_s": "0.125",
+        "upload_s": "",
+        "kernels_s": "",
+        "download_s": "",
         "engine": "operators",
         "backend": "cpu",
         "device": "cpu",
@@ -285,6 +288,25 @@ def test_a_database_with_other_columns_is_an_output_error_and_stays_as_it_is(tmp
         Manifest(file)
     with closing(sqlite3.connect(file)) as foreign:
         assert foreign.execute("SELECT * FROM series").fetchall() == [("1", "The Wire")]
+
+
+def test_a_manifest_from_before_a_column_was_added_is_taken_on(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.sqlite"
+    with closing(Manifest(file)) as manifest:
+        manifest.put(OK)
+    with closing(sqlite3.connect(file, isolation_level=None)) as old:
+        for column in ("upload_s", "kernels_s", "download_s"):
+            old.execute(f"ALTER TABLE series DROP COLUMN {column}")
+    later = replace(OK, key="2", upload_s=0.5, kernels_s=1.5, download_s=2.5)
+    with closing(Manifest(file)) as manifest:
+        assert list(manifest) == [OK]
+        manifest.put(later)
+        manifest.write_csv()
+    with closing(Manifest(file)) as manifest:
+        assert manifest.get("2") == later
+    names = [f.name for f in fields(SeriesResult)]
+    assert [list(row) for row in csv_rows(tmp_path)] == [names, names]
+    assert [row["kernels_s"] for row in csv_rows(tmp_path)] == ["", "1.5"]
 
 
 def test_a_manifest_that_can_no_longer_be_written_is_an_output_error(manifest: Manifest, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ForeignBackend, axial, stored_volume
+from conftest import axial, stored_volume
 from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.transform import resize as skimage_resize
+from standin import ForeignBackend
 
 from gpuprep.backend import Backend, Engine, NumpyBackend
 from gpuprep.errors import PlanError, RequestError
@@ -277,13 +278,13 @@ def test_engines_agree_with_anti_aliasing_everywhere(
     )
     foreign.chunk_slices, foreign.slab_slices = 5, 3
     expected = run(volume, recipe, NumpyBackend(), "ndimage")
-    for backend in (NumpyBackend(), foreign):
+    for backend in (NumpyBackend("matmul"), NumpyBackend("loops"), foreign):
         assert np.abs(run(volume, recipe, backend, "operators") - expected).max() < 0.01
 
 
 def test_a_chunked_run_equals_a_whole_one(noise: Any) -> None:
     volume = stored_volume(noise((40, 30, 31)), (2.0, 0.7, 1.3))
-    backend = NumpyBackend()
+    backend = NumpyBackend("matmul")
     whole = np.asarray(process(volume, HU_ONLY, backend=backend))
     for chunk, slab in ((1, 1), (7, 3), (1000, 1000)):
         backend.chunk_slices, backend.slab_slices = chunk, slab

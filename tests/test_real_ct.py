@@ -17,7 +17,7 @@ import gpuprep
 from bench import classic
 from gpuprep.backend import Engine, NumpyBackend
 from gpuprep.plan import make_plan
-from gpuprep.processing import device_chunks
+from gpuprep.processing import host_chunks
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
 
@@ -105,7 +105,7 @@ def test_engines_agree_before_windowing(data: Path, name: str, preset: str) -> N
     volume = gpuprep.read(some_series(data, name))
     plan = make_plan(volume.geometry, recipe)
     first, second = (
-        np.concatenate([chunk.copy() for chunk in device_chunks(volume, plan, NumpyBackend(), engine)])
+        np.concatenate([chunk.copy() for chunk in host_chunks(volume, plan, NumpyBackend(), engine)])
         for engine in ENGINES
     )
     assert np.abs(first - second).max() <= 0.01

@@ -1,0 +1,120 @@
+"""How much of a device's memory a series takes, from shapes alone, and how that memory is shared out."""
+
+from __future__ import annotations
+
+import math
+
+from gpuprep.backend import Backend, Engine
+from gpuprep.plan import BYTES, Plan, Step
+
+CONTEXT_BYTES = 600 * 2**20
+"""What a process takes before its first volume: CUDA's context, loaded kernels, cuBLAS and its workspace."""
+
+USABLE = 0.8
+"""Share of the free memory that is planned with: predictions look at arrays, and allocators round and split."""
+
+FLOAT = 4
+
+REACH = {0: 2, 1: 3, 2: 26, 3: 32, 4: 42, 5: 52}
+"""Input samples that an output sample depends on, by spline order: where weights fall under 1e-8, and some to spare."""
+
+PADDED = 24
+"""Voxels by which `cupyx.scipy.ndimage.zoom` lengthens each axis before a prefilter."""
+
+
+def workers(free: int, wanted: int) -> int:
+    """Return how many processes may share a device with so much free memory: their contexts take half at most."""
+    return max(1, min(wanted, int(USABLE * free / 2) // CONTEXT_BYTES))
+
+
+def for_volumes(free: int, processes: int) -> int:
+    """Return what is left for volumes beside the contexts of the processes."""
+    return max(0, int(USABLE * free) - processes * CONTEXT_BYTES)
+
+
+def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
+    """Return an upper estimate of the device memory that a series needs at one time.
+
+    Parameters
+    ----------
+    plan : Plan
+        Of the series.
+    backend : Backend
+        Its slices at a time count.
+    engine : {"operators", "ndimage"}
+        The latter holds the whole volume, before and after resampling.
+    """
+    step, slab = plan.resample, backend.slab_slices
+    stack = math.prod(plan.source.shape)
+    source = math.prod(plan.source.shape[1:])
+    # The slab that goes up, as integers and as HU; each of them is replaced only when the next one is there.
+    total = 2 * slab * source * (2 + FLOAT)
+    if any(plan.turn.axes[k] != k for k in range(3)) or engine == "ndimage":
+        total += stack * FLOAT
+    if engine == "ndimage":
+        voxels = backend.chunk_slices * 2 * (_plane(step.target) + _plane(plan.resize.target))
+        if not step.idle:
+            voxels += math.prod(step.target)
+            voxels += stack if any(step.sigma) else 0
+            voxels += 2 * math.prod(n + PADDED for n in step.source) if step.order > 1 else 0
+        return total + FLOAT * voxels + _output(plan, backend.chunk_slices)
+
+    n, m = step.source, step.target
+    shrunk = (n[0], min(n[1], m[1]), min(n[2], m[2]))
+    before, between = _in_plane(n, shrunk, slab, step, backend)
+    grown, there = _in_plane(shrunk, m, slab, step, backend)
+    resized, at_last = _in_plane(m, plan.resize.target, slab, plan.resize, backend)
+    chunk = min(backend.chunk_slices, m[0])
+    band = _band(step, 0, chunk)
+    window = min(n[0], band + max(band // 2, slab)) * _plane(shrunk)
+    weights = 2 * sum(
+        s.target[axis] * _band(s, axis, backend.block_rows if axis else chunk)
+        for s in (step, plan.resize)
+        for axis in range(3)
+        if _moves(s, axis)
+    )
+    along_z = chunk * _plane(shrunk) if _moves(step, 0) else 0
+    windowed = slab * _plane(m) if plan.recipe.window_hu is not None else 0
+    voxels = before + window + along_z + grown + windowed + resized + max(between, there, at_last) + weights
+    return total + FLOAT * voxels + _output(plan, slab)
+
+
+def _in_plane(
+    before: tuple[int, int, int], after: tuple[int, int, int], slab: int, step: Step, backend: Backend
+) -> tuple[int, int]:
+    """Return the voxels that stay allocated for rows and then columns of slabs, and the most that are for a moment.
+
+    `matmul` copies its arguments and its result where they are not contiguous, which blocks of an axis are not.
+    """
+    shape, kept, moment = list(before), 0, 0
+    for axis in (1, 2):
+        if before[axis] == after[axis]:
+            continue
+        other = shape[3 - axis]
+        rows = min(backend.block_rows, after[axis])
+        moment = max(moment, slab * other * (_band(step, axis, rows) + rows))
+        shape[axis] = after[axis]
+        kept += slab * shape[1] * shape[2]
+    return kept, moment
+
+
+def _band(step: Step, axis: int, rows: int) -> int:
+    """Return how many input samples so many output samples in a row depend on."""
+    places = step.along[axis]
+    n = step.source[axis] if places is None else len(places)
+    reach = REACH[step.order] + math.ceil(8 * step.sigma[axis])
+    return min(n, math.ceil(rows * n / step.target[axis]) + reach)
+
+
+def _moves(step: Step, axis: int) -> bool:
+    return step.source[axis] != step.target[axis] or step.along[axis] is not None
+
+
+def _plane(shape: tuple[int, int, int]) -> int:
+    return shape[1] * shape[2]
+
+
+def _output(plan: Plan, slab: int) -> int:
+    """Return the bytes of the finished chunks: one that is copied down, and the next one."""
+    placed = slab * _plane(plan.target.shape) * FLOAT if plan.resize.target != plan.target.shape else 0
+    return placed + 2 * slab * _plane(plan.target.shape) * BYTES[plan.recipe.dtype]

@@ -1,0 +1,227 @@
+"""A stand-in for a GPU, for tests of what goes on around one. No code runs on a GPU here, and nothing is timed.
+
+What it is strict about is what goes wrong on a real one without a word:
+
+* its arrays (array-api-strict on another device) refuse to become NumPy, so a hidden round trip fails;
+* copies start only from and into page-locked memory that it has given out itself;
+* a download arrives when its event is waited for; until then the host sees other values;
+* an upload must find its host memory unchanged when its event is waited for, or at the end of the session;
+* its memory may be limited, and it may fail for good in the middle of a series.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep import intensity
+from gpuprep.backend import Body, NumpyBackend
+from gpuprep.errors import DeviceLostError, DeviceMemoryError
+from gpuprep.staging import Empty, Lane
+
+UPLOAD_S, KERNEL_S, DOWNLOAD_S = 1.0, 0.25, 16.0
+"""What each copy and each of the two fused kernels takes on the stand-in's clock."""
+
+
+_lost: set[str] = set()
+"""Devices lost to this process, however many backends it makes."""
+
+
+class FakeMemoryError(MemoryError):
+    """What the allocator of a device raises."""
+
+
+class FakeCudaError(RuntimeError):
+    """What a device raises once it is lost."""
+
+
+class ForeignBackend:
+    """See the module. `transfers` lists what was moved on request: direction, dtype and shape.
+
+    Parameters
+    ----------
+    largest : int, optional
+        Bytes of the largest array that there is memory for.
+    lost_at : int, optional
+        A series of so many slices provokes an error after which nothing works.
+    memory : int
+        Bytes that it says are free.
+    """
+
+    name = "foreign"
+    device = "array-api-strict device1"
+    body: Body = "matmul"
+
+    def __init__(self, *, largest: int | None = None, lost_at: int | None = None, memory: int = 10**11) -> None:
+        self.chunk_slices = 16
+        self.slab_slices = 8
+        self.block_rows = 32
+        self.transfers: list[tuple[str, str, tuple[int, ...]]] = []
+        self.sessions = 0
+        self._largest = largest
+        self._lost_at = lost_at
+        self._memory = memory
+        self.now = 0.0
+        """What its clock says."""
+        self.arrays: list[weakref.ref[Any]] = []
+        """Every large array so far, as long as someone holds it."""
+
+    @contextmanager
+    def _session(self) -> Iterator[Lane]:
+        self.sessions += 1
+        stream = _Stream(self)
+        try:
+            self._check_alive()
+            yield Lane(stream)
+            stream.finish()
+        except FakeMemoryError as exc:
+            raise DeviceMemoryError(f"{exc}; the stand-in has {self._memory} bytes free") from exc
+        except FakeCudaError as exc:
+            raise DeviceLostError(f"the stand-in failed: {exc}") from exc
+
+    def session(self) -> AbstractContextManager[Lane]:
+        return self._session()
+
+    def free_bytes(self) -> int:
+        return self._memory
+
+    def to_device(self, host: Any) -> Any:
+        if host.shape == (self._lost_at,):  # the rescale slope of each slice
+            _lost.add(self.name)
+        self._check_alive()
+        self.transfers.append(("up", str(host.dtype), host.shape))
+        return self.put(host)
+
+    def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
+        _take(slope), _take(intercept)  # they too must be here
+        self.allocate(4 * stored.size)
+        self.now += KERNEL_S
+        return self._known(intensity.to_hu(stored, slope, intercept, padding, rule))
+
+    def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
+        self.allocate(np.dtype(dtype).itemsize * values.size)
+        self.now += KERNEL_S
+        return intensity.finish(values, window, dtype)
+
+    def zoom(self, values: Any, factors: Sequence[float], **options: Any) -> Any:
+        return self.put(NumpyBackend().zoom(_take(values), factors, **options))
+
+    def gaussian_filter(self, values: Any, sigma: Sequence[float], **options: Any) -> Any:
+        return self.put(NumpyBackend().gaussian_filter(_take(values), sigma, **options))
+
+    def resize(self, values: Any, shape: Sequence[int], **options: Any) -> Any:
+        return self.put(NumpyBackend().resize(_take(values), shape, **options))
+
+    def put(self, host: NDArray[Any]) -> Any:
+        import array_api_strict as xp
+
+        self.allocate(host.nbytes)
+        return self._known(xp.asarray(host, device=xp.Device("device1"), copy=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"arrays": [], "transfers": []}
+
+    def allocate(self, size: int) -> None:
+        self._check_alive()
+        if self._largest is not None and size > self._largest:
+            raise FakeMemoryError(f"out of memory allocating {size} bytes")
+
+    def _known(self, array: Any) -> Any:
+        self.arrays.append(weakref.ref(array))
+        return array
+
+    def _check_alive(self) -> None:
+        if _lost:
+            raise FakeCudaError("an illegal memory access was encountered")
+
+
+class _Stream:
+    """Copies that are done only when someone waits for them."""
+
+    def __init__(self, backend: ForeignBackend) -> None:
+        self._backend = backend
+        self._pinned: list[NDArray[np.uint8]] = []
+        self._under_way: list[_Copy] = []
+
+    def pinned(self, size: int) -> NDArray[np.uint8]:
+        self._pinned.append(np.full(size, 0xEE, np.uint8))
+        return self._pinned[-1]
+
+    def start_upload(self, host: NDArray[Any]) -> tuple[Any, _Copy]:
+        self._check_pinned(host)
+        self._backend.now += UPLOAD_S
+        self._backend.transfers.append(("up", str(host.dtype), host.shape))
+        return self._backend.put(host), self._begin(_Upload(host))
+
+    def start_download(self, array: Any, empty: Empty) -> tuple[NDArray[Any], _Copy]:
+        values = _take(array)
+        host = empty(values.shape, values.dtype)
+        self._check_pinned(host)
+        self._backend.now += DOWNLOAD_S
+        host.view(np.uint8)[...] = 0xEE
+        self._backend.transfers.append(("down", str(values.dtype), values.shape))
+        return host, self._begin(_Download(values, host))
+
+    def mark(self) -> float:
+        return self._backend.now
+
+    def elapsed(self, start: float, stop: float) -> float:
+        return stop - start
+
+    def finish(self) -> None:
+        for copy in self._under_way:
+            copy.synchronize()
+
+    def _begin(self, copy: _Copy) -> _Copy:
+        self._under_way.append(copy)
+        return copy
+
+    def _check_pinned(self, host: NDArray[Any]) -> None:
+        assert any(np.shares_memory(host, memory) for memory in self._pinned), "the host's end is not page-locked"
+
+
+class _Copy:
+    def synchronize(self) -> None:
+        raise NotImplementedError
+
+
+class _Upload(_Copy):
+    def __init__(self, host: NDArray[Any]) -> None:
+        self._host = host
+        self._before: NDArray[Any] | None = host.copy()
+
+    def synchronize(self) -> None:
+        if self._before is not None:
+            np.testing.assert_array_equal(self._host, self._before, "overwritten while it was copied up")
+            self._before = None
+
+
+class _Download(_Copy):
+    def __init__(self, values: NDArray[Any], host: NDArray[Any]) -> None:
+        self._values: NDArray[Any] | None = values
+        self._host = host
+
+    def synchronize(self) -> None:
+        if self._values is not None:
+            self._host[...] = self._values
+            self._values = None
+
+
+def _take(array: Any) -> NDArray[Any]:
+    """Return an array of the stand-in as NumPy; only what stands for the device itself may do that."""
+    import array_api_strict as xp
+
+    assert array.device == xp.Device("device1"), "left its device"
+    return np.array(array.to_device(xp.Device("CPU_DEVICE")))
+
+
+def to_numpy(array: Any) -> NDArray[Any]:
+    """Return values that a test wants to look at, wherever they are."""
+    if isinstance(array, np.ndarray):
+        return array
+    return np.asarray(array.get()) if hasattr(array, "get") else _take(array)

@@ -1,0 +1,118 @@
+"""The predicted memory of a device, against what the same arithmetic really takes on the host."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import axial, stored_volume
+
+from gpuprep.backend import Engine, NumpyBackend
+from gpuprep.geometry import Placement
+from gpuprep.memory import CONTEXT_BYTES, device_bytes, for_volumes, workers
+from gpuprep.plan import make_plan
+from gpuprep.processing import host_chunks
+from gpuprep.recipe import Recipe
+
+
+class Fused(NumpyBackend):
+    """The host with passes that take no memory but for their result, as a GPU's fused ones."""
+
+    def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
+        out = np.empty(stored.shape, np.float32)
+        for k in range(len(stored)):
+            row = slice(k, k + 1)
+            declared = None if padding is None else padding[row]
+            out[row] = super().to_hu(stored[row], slope[row], intercept[row], declared, rule)
+        return out
+
+    def finish(self, values: Any, window: Any, dtype: str) -> Any:
+        if window is None and dtype == "float32":
+            return values
+        out = np.empty(values.shape, dtype)
+        for k in range(len(values)):
+            out[k] = super().finish(values[k], window, dtype)
+        return out
+
+
+def peak(shape: tuple[int, int, int], spacing: Any, recipe: Recipe, backend: NumpyBackend, engine: Engine) -> int:
+    volume = stored_volume(np.zeros(shape, np.int16), spacing)
+    plan = make_plan(volume.geometry, recipe)
+    for _ in host_chunks(volume, plan, backend, engine):  # operators are cached, and not the device's
+        pass
+    tracemalloc.start()
+    try:
+        for _ in host_chunks(volume, plan, backend, engine):
+            pass
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "recipe"),
+    [
+        ((60, 128, 128), (3.0, 0.6816, 0.6816), Recipe(size=(128, 128))),
+        ((60, 128, 128), (3.0, 0.6816, 0.6816), Recipe(size=(128, 128), dtype="uint8")),
+        ((60, 96, 96), (1.0, 2.0, 2.0), Recipe(size=None, dtype="int16")),
+        ((40, 96, 112), (2.0, 0.5, 0.5), Recipe(size=(200, 200), fit="pad", dtype="uint16", anti_alias="both")),
+        ((90, 128, 128), (1.0, 1.0, 1.0), Recipe(size=None)),
+    ],
+)
+@pytest.mark.parametrize("engine", ["operators", "ndimage"])
+def test_a_prediction_is_an_upper_estimate_and_not_far_off(
+    shape: tuple[int, int, int], spacing: Any, recipe: Recipe, engine: Engine
+) -> None:
+    backend = Fused()
+    backend.chunk_slices, backend.slab_slices = 32, 16
+    plan = make_plan(axial(shape, spacing), recipe)
+    predicted = device_bytes(plan, backend, engine)
+    real = peak(shape, spacing, recipe, backend, engine)
+    # The host makes no copies for `matmul`, pads nothing for a prefilter and holds no integers twice.
+    assert real <= predicted <= 4 * real, (real, predicted)
+
+
+def test_smaller_chunks_need_less() -> None:
+    plan = make_plan(axial((400, 512, 512), (1.25, 0.7, 0.7)), Recipe(dtype="uint8"))
+    backend = NumpyBackend()
+    predictions = []
+    for divisor in (1, 4, 64):
+        backend.chunk_slices, backend.slab_slices = 64 // divisor, max(1, 32 // divisor)
+        predictions.append(device_bytes(plan, backend, "operators"))
+    first, second, third = predictions
+    assert third < second / 2 < first / 4
+    # Nothing of it grows with the length of the series…
+    longer = make_plan(axial((4000, 512, 512), (1.25, 0.7, 0.7)), Recipe(dtype="uint8"))
+    assert device_bytes(longer, backend, "operators") < 1.05 * third
+    # …unless an axis in the plane becomes the slices, or the library calls are made: one float per voxel, and both.
+    assert device_bytes(longer, backend, "ndimage") > 4 * (4000 * 512 * 512 + 5000 * 358 * 358)
+
+
+def test_a_turned_stack_is_held_whole() -> None:
+    geometry = axial((300, 256, 256), (1.0, 1.0, 1.0))
+    coronal = replace(geometry, affine=geometry.affine[:, [1, 0, 2, 3]])
+    plan = make_plan(coronal, Recipe(orient="LPS"))
+    assert plan.turn.axes[0] != 0
+    assert device_bytes(plan, NumpyBackend(), "operators") > 4 * 300 * 256 * 256
+
+
+def test_uneven_stacks_are_counted_by_their_slices() -> None:
+    grid = axial((100, 64, 64), (1.0, 1.0, 1.0))
+    along = np.sort(np.concatenate([[0.0, 99.0], np.random.default_rng(0).uniform(0, 99, 60)]))
+    plan = make_plan(grid, Recipe(size=None), Placement(along, None, (64, 64)))
+    assert device_bytes(plan, NumpyBackend(), "operators") > 0
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "wanted", "expected"),
+    [(140, 16, 16), (8, 16, 5), (1, 16, 1), (8, 2, 2)],  # 0.8 · 8 GB / 2 / 0.63 GB = 5.09
+)
+def test_contexts_take_half_of_a_device_at_most(free_gb: int, wanted: int, expected: int) -> None:
+    free = free_gb * 10**9
+    assert workers(free, wanted) == expected
+    left = for_volumes(free, expected)
+    assert left == max(0, int(0.8 * free) - expected * CONTEXT_BYTES)
+    assert expected == 1 or left >= 0.4 * free
