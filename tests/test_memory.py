@@ -66,7 +66,7 @@ def peak(shape: tuple[int, int, int], spacing: Any, recipe: Recipe, backend: Num
 def test_a_prediction_is_an_upper_estimate_and_not_far_off(
     shape: tuple[int, int, int], spacing: Any, recipe: Recipe, engine: Engine
 ) -> None:
-    backend = Fused()
+    backend = Fused("matmul")
     backend.chunk_slices, backend.slab_slices = 32, 16
     plan = make_plan(axial(shape, spacing), recipe)
     predicted = device_bytes(plan, backend, engine)
@@ -77,7 +77,7 @@ def test_a_prediction_is_an_upper_estimate_and_not_far_off(
 
 def test_smaller_chunks_need_less() -> None:
     plan = make_plan(axial((400, 512, 512), (1.25, 0.7, 0.7)), Recipe(dtype="uint8"))
-    backend = NumpyBackend()
+    backend = NumpyBackend("matmul")
     predictions = []
     for divisor in (1, 4, 64):
         backend.chunk_slices, backend.slab_slices = 64 // divisor, max(1, 32 // divisor)
@@ -96,14 +96,14 @@ def test_a_turned_stack_is_held_whole() -> None:
     coronal = replace(geometry, affine=geometry.affine[:, [1, 0, 2, 3]])
     plan = make_plan(coronal, Recipe(orient="LPS"))
     assert plan.turn.axes[0] != 0
-    assert device_bytes(plan, NumpyBackend(), "operators") > 4 * 300 * 256 * 256
+    assert device_bytes(plan, NumpyBackend("matmul"), "operators") > 4 * 300 * 256 * 256
 
 
 def test_uneven_stacks_are_counted_by_their_slices() -> None:
     grid = axial((100, 64, 64), (1.0, 1.0, 1.0))
     along = np.sort(np.concatenate([[0.0, 99.0], np.random.default_rng(0).uniform(0, 99, 60)]))
     plan = make_plan(grid, Recipe(size=None), Placement(along, None, (64, 64)))
-    assert device_bytes(plan, NumpyBackend(), "operators") > 0
+    assert device_bytes(plan, NumpyBackend("matmul"), "operators") > 0
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ RECIPES = [
 def test_the_stand_in_gives_what_the_cpu_gives(noise: Any, recipe: Recipe, engine: Engine) -> None:
     # 31 slices in slabs of 4 and chunks of 8: every buffer is used again several times, the last one in part.
     volume = stored_volume(noise((31, 40, 37)), SPACING)
-    cpu, foreign = NumpyBackend(), ForeignBackend()
+    cpu, foreign = NumpyBackend("matmul"), ForeignBackend()
     for backend in (cpu, foreign):
         backend.chunk_slices, backend.slab_slices = 8, 4
     expected = run(volume, recipe, cpu, engine)
@@ -81,7 +81,7 @@ def test_turned_and_flipped_stacks_come_up_in_the_order_they_are_needed(
     foreign.slab_slices = 4
     plan = make_plan(volume.geometry, recipe)
     assert any(plan.turn.flips)
-    cpu = NumpyBackend()
+    cpu = NumpyBackend("matmul")
     cpu.slab_slices = 4
     np.testing.assert_array_equal(run(volume, recipe, foreign), run(volume, recipe, cpu))
 
@@ -92,7 +92,7 @@ def test_without_waiting_for_copies_the_stand_in_gives_something_else(
     # So that the tests above are worth something.
     volume = stored_volume(noise((31, 40, 37)), SPACING)
     foreign = ForeignBackend()
-    expected = run(volume, RECIPES[0], NumpyBackend())
+    expected = run(volume, RECIPES[0], NumpyBackend("matmul"))
     with monkeypatch.context() as patched:
         patched.setattr(staging, "_landed", lambda _, host: host)
         assert not np.array_equal(run(volume, RECIPES[0], foreign), expected)
@@ -124,7 +124,7 @@ def test_the_next_slab_is_read_while_the_device_works_on_one(
 
     monkeypatch.setattr(foreign, "to_hu", compute)
     values = run(Source(volume, slab), RECIPES[0], foreign)
-    np.testing.assert_array_equal(values, run(volume, RECIPES[0], NumpyBackend()))
+    np.testing.assert_array_equal(values, run(volume, RECIPES[0], NumpyBackend("matmul")))
     assert all(name.startswith("gpuprep-read") for name in reading)
     assert next(computed, None) is None
 
@@ -197,7 +197,7 @@ def test_the_cpu_needs_no_thread_and_no_copy_and_tells_no_times(noise: Any) -> N
 
     seconds: dict[str, float] = {}
     plan = make_plan(volume.geometry, RECIPES[0])
-    list(host_chunks(Source(volume, slab), plan, NumpyBackend(), "operators", seconds))
+    list(host_chunks(Source(volume, slab), plan, NumpyBackend("matmul"), "operators", seconds))
     assert all(np.shares_memory(s, volume.stored) for s in given)
     assert seconds == {}
 
