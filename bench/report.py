@@ -100,7 +100,7 @@ def chart(result: dict[str, Any], file: Path) -> None:
         return
     names = [name for name, _ in bars]
     seconds = [record["seconds_per_series"] for _, record in bars]
-    colours = [ACCENT if n.startswith("gpuprep") else CONVERTER if r["dtype"] == "int16" else RIVAL for n, r in bars]
+    colours = [ACCENT if n.startswith("gpuprep") else CONVERTER if r["dtype"] == "source" else RIVAL for n, r in bars]
 
     figure = Figure(figsize=(9, 0.32 * len(bars) + 1.4), layout="constrained")
     axes = figure.add_subplot()

@@ -1,9 +1,9 @@
 """Runs one contender in a process of its own: ``python -m bench.run_contender MODULE``.
 
 Each line on stdin asks for a job, ``{"folders": [...], "out": "...", "options": {...}}``, and is answered by a line on
-stdout: ``{"seconds": ...}`` with what else the contender tells, ``{"absent": reason}`` or ``{"failed": reason}``. So the
-first answer after the start of the process is a cold start, and the next ones are steady state. What libraries print
-goes to stderr.
+stdout: ``{"seconds": ...}`` with what else the contender tells, ``{"absent": reason}`` or ``{"failed": reason}``. The
+first answer after the start of the process is thus a cold start, and the next ones are steady state. What libraries
+print goes to stderr.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def _converters() -> list[Contender]:
         Contender(
             name=name,
             module=f"with_{name}",
-            dtype="int16",
+            dtype="source",
             note="stack only, no resampling",
             against="gpuprep, uint8 stack",
             **MEDIUM,

@@ -13,10 +13,11 @@ def convert_all(folders: list[Path], out: Path, *, sizes_bytes: dict[str, list[i
     """Do so for a cohort, in `jobs` processes; `sizes_bytes` are of the files of each series."""
     tasks = [(folder, out / folder.name, sizes_bytes[folder.name]) for folder in folders]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        pool.starmap(_copy, tasks, chunksize=1)
+        pool.starmap(copy, tasks, chunksize=1)
 
 
-def _copy(folder: Path, out: Path, sizes_bytes: list[int]) -> None:
+def copy(folder: Path, out: Path, sizes_bytes: list[int]) -> None:
+    """Read every file of a folder, and write files of these sizes."""
     files = list(folder.iterdir())
     buffer = bytearray(max(f.stat().st_size for f in files))
     for file in files:

@@ -1,6 +1,6 @@
 """TorchIO: its transforms, linear.
 
-`Resample` rounds the number of voxels up and keeps 1 mm, so its grid is not quite gpuprep's. Its B-spline is
+`Resample` rounds the number of voxels down and keeps 1 mm, so its grid is not quite gpuprep's. Its B-spline is
 SimpleITK's.
 """
 
