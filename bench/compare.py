@@ -34,7 +34,7 @@ from bench import agreement, cohort, report
 from bench.contenders import Contender, contenders, floors
 from bench.driver import Driver
 from bench.measure import MemoryWatch, machine
-from bench.summary import summarise
+from bench.summary import summarise, without_paths
 from gpuprep.conversion import versions
 from gpuprep.executors import usable_cores
 
@@ -148,8 +148,8 @@ class Comparison:
         """Whether a contender is absent or has failed; note it then."""
         for status in ("absent", "failed"):
             if status in answer:
-                self.records[contender.name] |= {"status": status, "reason": _without_paths(answer[status])}
-                self._say(f"{contender.name}: {status}: {_without_paths(answer[status])}")
+                self.records[contender.name] |= {"status": status, "reason": without_paths(answer[status])}
+                self._say(f"{contender.name}: {status}: {without_paths(answer[status])}")
                 self._clean()
                 return True
         return False
@@ -166,12 +166,6 @@ def _agreement_in_words(record: dict[str, Any]) -> str:
         return f", a grid of its own: {record['shape']}"
     sign = "≤" if record["agrees"] else "but not ≤"
     return f", within {record['largest_difference_inside_hu']:.2g} HU of SciPy ({sign} {record['tolerance_hu']:.2g})"
-
-
-def _without_paths(text: str) -> str:
-    """Return one line without the folders of this machine."""
-    words = " ".join(text.split()).split(" ")
-    return " ".join("…/" + w.rstrip("/").rsplit("/", 1)[-1] if w.lstrip("'\"(").startswith("/") else w for w in words)
 
 
 def _versions(gpu: bool) -> dict[str, str]:
@@ -236,7 +230,7 @@ def main() -> int:
     records = comparison.records
     summarise(records, all_)
     result = {
-        "command": "python -m bench.compare " + _without_paths(" ".join(sys.argv[1:])),
+        "command": "python -m bench.compare " + without_paths(" ".join(sys.argv[1:])),
         "machine": machine(),
         "versions": _versions(gpu),
         "cohort": {"series": len(folders), "bytes": bytes_in, "phantoms": None if args.data else args.shape},

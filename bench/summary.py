@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import Any
 
@@ -42,3 +43,8 @@ def accounted_share(split: dict[str, float], runs: list[dict[str, Any]], jobs: i
     stages_s = sum(seconds for stage, seconds in split.items() if stage != "scan_s")
     explained_s: float = split["scan_s"] + stages_s * series / min(jobs, series)
     return explained_s / statistics.fmean(r["seconds"] for r in runs)
+
+
+def without_paths(text: str) -> str:
+    """Return text on one line, absolute paths cut to their last part: results name no folders of the machine."""
+    return re.sub(r"""(?<![\w.…/])/(?:[^\s/'"]+/)*([^\s/'"]*)/?""", r"…/\1", " ".join(text.split()))

@@ -11,7 +11,7 @@ import tifffile
 from bench import agreement, report
 from bench.contenders import Contender, contenders, floor, with_gpuprep
 from bench.run_contender import answer
-from bench.summary import summarise
+from bench.summary import summarise, without_paths
 from gpuprep.phantom import thorax, write_series
 
 SPACING_MM = (3.0, 2.0, 2.0)
@@ -130,3 +130,15 @@ def test_what_a_contender_raises_is_an_answer(tmp_path: Path, capsys: pytest.Cap
     assert "is not installed" in answer("nothing_of_that_name", {}, [], tmp_path)["absent"]
     assert "TypeError" in answer("floor", {}, [], tmp_path)["failed"]
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--data=/home/me/ct/ --out bench/results/a.json", "--data=…/ct --out bench/results/a.json"),
+        ("OSError: no '/data/x/y.dcm'\n at 3 s/series", "OSError: no '…/y.dcm' at 3 s/series"),
+        ("--data ../ct ./here", "--data ../ct ./here"),
+    ],
+)
+def test_results_name_no_folders_of_the_machine(text: str, expected: str) -> None:
+    assert without_paths(text) == expected
