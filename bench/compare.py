@@ -241,7 +241,10 @@ def main() -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-        report.chart(result, args.out.with_suffix(".png"))
+        try:
+            report.chart(result, args.out.with_suffix(".png"))
+        except ModuleNotFoundError as exc:
+            say(f"no chart: {exc.name} is not installed")
     ours = [records[c.name] for c in all_ if c.ours and records[c.name]["status"] != "absent"]
     return 0 if all(r["status"] == "ok" and r.get("agrees", True) for r in ours) else 1
 

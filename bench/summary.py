@@ -47,4 +47,4 @@ def accounted_share(split: dict[str, float], runs: list[dict[str, Any]], jobs: i
 
 def without_paths(text: str) -> str:
     """Return text on one line, absolute paths cut to their last part: results name no folders of the machine."""
-    return re.sub(r"""(?<![\w.…/])/(?:[^\s/'"]+/)*([^\s/'"]*)/?""", r"…/\1", " ".join(text.split()))
+    return re.sub(r"""(?<![\w.…/])/(?:[^\s/'"]+/)*([^\s/'"]+)/?""", r"…/\1", " ".join(text.split()))

@@ -75,7 +75,11 @@ def floors(cores: int, sizes_bytes: Mapping[str, dict[str, list[int]]]) -> list[
     """Return the floors of the outputs whose file sizes are known, by output and series."""
     return [
         Contender(
-            name=f"floor, {name}", module="floor", options={"sizes_bytes": sizes, "jobs": cores}, dtype=name.split()[0]
+            name=f"floor, {name}",
+            module="floor",
+            options={"sizes_bytes": sizes, "jobs": cores},
+            dtype=name.split()[0],
+            against=f"gpuprep, {name}",
         )
         for name, sizes in sizes_bytes.items()
     ]
