@@ -1515,7 +1515,7 @@ def main() -> int:
     for v in summary.violations:
         print(f"  case {v.case} ({v.base}; {'; '.join(v.done)}): {v.kind}: {v.detail}")
     if args.out:
-        from bench.throughput import machine
+        from bench.measure import machine
         from gpuprep.conversion import versions
 
         command = "python -m bench.fuzz " + " ".join(sys.argv[1:])

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from pydicom import Dataset
 
-from bench.throughput import machine
+from bench.measure import machine
 from gpuprep.conversion import versions
 from gpuprep.phantom import write_series
 

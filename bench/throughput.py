@@ -14,82 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import psutil
-import tifffile
-
+from bench.measure import largest_difference, machine, peak_bytes, seconds
 from gpuprep.conversion import versions
 from gpuprep.phantom import thorax, write_series
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
-SAMPLING_S = 0.02
-
-
-def seconds(command: list[str]) -> float:
-    """Run a command to its end and return how long it took."""
-    started = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-    taken = time.perf_counter() - started
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended {done.returncode}:\n{done.stderr.decode()}")
-    return taken
-
-
-def peak_bytes(command: list[str]) -> int:
-    """Run a command to its end and return the highest sum of PSS over its processes; watching slows it down."""
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        total = 0
-        for p in _tree(process):
-            try:
-                total += p.memory_full_info().pss
-            except (psutil.Error, OSError):
-                continue  # it has just ended
-        peak = max(peak, total)
-        time.sleep(SAMPLING_S)
-    return peak
-
-
-def _tree(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return []
-
-
-def largest_difference(a: Path, b: Path) -> float:
-    """Return the largest difference between two folders of equal slices."""
-    names = sorted(f.name for f in a.glob("*.tif"))
-    if names != sorted(f.name for f in b.glob("*.tif")) or not names:
-        raise SystemExit(f"{a} and {b} do not hold the same slices")
-    return max(float(np.abs(tifffile.imread(a / n) - tifffile.imread(b / n)).max()) for n in names)
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
-        )
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.platform(),
-    }
 
 
 def main() -> None:

@@ -1,0 +1,45 @@
+"""The series that are converted: phantoms, or copies of real ones; each in a folder of its own, as rivals read one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import gpuprep
+from gpuprep.phantom import thorax, write_series
+
+SPACING_MM = (3.0, 0.6816, 0.6816)
+
+
+def phantoms(root: Path, count: int, shape: tuple[int, int, int]) -> list[Path]:
+    """Write so many phantoms; return their folders."""
+    folders = [root / f"series-{n:03d}" for n in range(count)]
+    for n, folder in enumerate(folders):
+        write_series(folder, thorax(shape, SPACING_MM, seed=n), SPACING_MM)
+    return folders
+
+
+def copies(root: Path, data: Path, count: int) -> list[Path]:
+    """Copy at most so many series that every rival can read: regular, and one file per slice; return their folders."""
+    folders: list[Path] = []
+    for series in gpuprep.discover(data):
+        plain = all(s.member is None and s.frames == 1 for s in series.slices)
+        if len(folders) == count or not plain or gpuprep.audit(series).verdict != "ok":
+            continue
+        folder = root / f"series-{len(folders):03d}"
+        folder.mkdir(parents=True)
+        for k, header in enumerate(series.slices):
+            shutil.copyfile(os.fspath(header.path), folder / f"{k:04d}.dcm")
+        folders.append(folder)
+    return folders
+
+
+def size_bytes(folders: list[Path]) -> int:
+    """Return the bytes of all files in some folders."""
+    return sum(size for folder in folders for size in file_sizes_bytes(folder))
+
+
+def file_sizes_bytes(folder: Path) -> list[int]:
+    """Return the size of every file under a folder."""
+    return [f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()]

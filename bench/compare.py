@@ -1,0 +1,253 @@
+"""gpuprep against what people use instead, disk to disk: DICOM → 1 mm → window → 512² → .tif.
+
+    python -m bench.compare [--data DIR] [--series 8] [--backend cpu|gpu] [--out bench/results/compare-….json]
+
+First every contender converts a series, or where that is quick the cohort, while its memory is watched; the first
+series of those that claim the same recipe is compared with float64 SciPy. Then come the rounds, in which all contenders
+take turns, so that slow minutes of the machine hit all of them. Each time a fresh process converts one series, which is
+its cold start, and then what is timed: the cohort, or of slow contenders the few series that the table says. Outputs
+are deleted and the disk is synchronised in between. The floor reads the same input and writes as many files of the
+same sizes, and does nothing else. Rivals that are not installed are listed as absent.
+
+A ratio to gpuprep is a contender's time over that of gpuprep with the same dtype (a stack for what writes one file).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench import agreement, cohort, report
+from bench.contenders import Contender, contenders, floors
+from bench.driver import Driver
+from bench.measure import MemoryWatch, machine
+from bench.summary import summarise, without_paths
+from gpuprep.conversion import versions
+from gpuprep.executors import usable_cores
+
+RIVALS = ("numba", "SimpleITK", "monai", "torch", "torchio", "dcm2niix", "dicom2nifti")
+
+
+class Comparison:
+    """One run of it: the cohort, a folder to work in, and a record per contender."""
+
+    def __init__(self, folders: list[Path], scratch: Path, say: Callable[[str], None]) -> None:
+        self.folders = folders
+        self.records: dict[str, dict[str, Any]] = {}
+        self.sizes_bytes: dict[str, dict[str, list[int]]] = {}
+        """Of the files of each series, by the name of the floor."""
+        self._out = scratch / "out"
+        self._say = say
+        self._expected: dict[str, NDArray[np.float32]] = {}
+        self._source_shape: tuple[int, ...] = ()
+
+    def watch_and_check(self, all_: list[Contender]) -> None:
+        """Run everybody once: peak memory, sizes of outputs, agreement."""
+        hu, spacing_mm = agreement.hounsfield(self.folders[0])
+        self._source_shape = hu.shape
+        for claim, order in (("cubic", 3), ("linear", 1)):
+            self._expected[claim] = agreement.reference(hu, spacing_mm, order)
+            self._say(f"reference, {claim}")
+        for contender in sorted(all_, key=lambda c: c.module != "notebook"):  # whose values are a reference
+            self._watch_and_check(contender)
+        self._expected.clear()
+
+    def _watch_and_check(self, contender: Contender) -> None:
+        todo = self.folders if contender.series is None else self.folders[:1]
+        record: dict[str, Any] = {"status": "ok", "note": contender.note, "dtype": contender.dtype}
+        self.records[contender.name] = record
+        with Driver(contender) as driver:
+            with MemoryWatch(driver.process) as memory:
+                answer = driver.ask(todo, self._out)
+            if self._stopped(contender, answer):
+                return
+        record["peak_bytes"] = memory.peak_bytes
+        record["largest_process_bytes"] = memory.largest_process_bytes
+        record["series_watched"] = len(todo)
+        if "device" in answer:
+            record["device"] = answer["device"]
+        made = {f.name: self._out / answer.get("outputs", {}).get(f.name, f.name) for f in todo}
+        if contender.floor is not None and contender.floor not in self.sizes_bytes:
+            self.sizes_bytes[contender.floor] = {name: cohort.file_sizes_bytes(at) for name, at in made.items()}
+        if contender.claim is not None:
+            self._check(contender, record, made[self.folders[0].name])
+        self._say(f"{contender.name}: {memory.peak_bytes / 1e6:.0f} MB" + _agreement_in_words(record))
+        self._clean()
+
+    def _check(self, contender: Contender, record: dict[str, Any], folder: Path) -> None:
+        values = agreement.read_output(folder)
+        if contender.module == "notebook":
+            self._expected["classic"] = values
+            return
+        expected = self._expected.get(str(contender.claim))
+        if expected is None:
+            return
+        record["tolerance_hu"] = tolerance_hu = agreement.tolerance_hu(contender.dtype)
+        if values.shape != expected.shape:
+            record |= {"agrees": False, "shape": values.shape}
+            return
+        record["largest_difference_hu"] = agreement.largest_difference_hu(values, expected)
+        inside = agreement.inner(values.shape, self._source_shape, contender.border)
+        record["border_left_out"] = contender.border
+        record["largest_difference_inside_hu"] = agreement.largest_difference_hu(values[inside], expected[inside])
+        record["agrees"] = record["largest_difference_inside_hu"] <= tolerance_hu
+
+    def time(self, all_: list[Contender], until: float) -> None:
+        """Let everybody take turns; from `until` on (seconds of `time.perf_counter`) nobody gets another round."""
+        lasted_s: dict[str, float] = {}
+        for n in range(max(c.rounds for c in all_)):
+            for contender in all_:
+                record = self.records.setdefault(contender.name, {"status": "ok", "dtype": contender.dtype})
+                late = n > 0 and time.perf_counter() + lasted_s.get(contender.name, 0) > until
+                if n < contender.rounds and record["status"] == "ok" and not late:
+                    started = time.perf_counter()
+                    self._time_once(contender, record, n)
+                    lasted_s[contender.name] = time.perf_counter() - started
+
+    def _time_once(self, contender: Contender, record: dict[str, Any], round_: int) -> None:
+        count = contender.series or len(self.folders)
+        first = round_ * count % len(self.folders)
+        todo = (self.folders[first:] + self.folders[:first])[:count]
+        with Driver(contender) as driver:
+            answer = driver.ask(self.folders[:1], self._out)
+            cold_s = time.perf_counter() - driver.started
+            if self._stopped(contender, answer):
+                return
+            self._clean()
+            cpu_before_s = driver.cpu_s()
+            answer = driver.ask(todo, self._out)
+            if self._stopped(contender, answer):
+                return
+            cpu_s = driver.cpu_s() - cpu_before_s
+        run = {
+            "cold_s": cold_s,
+            "seconds": answer["seconds"],
+            "series": len(todo),
+            "cpu_s": cpu_s,
+            "bytes_in": cohort.size_bytes(todo),
+            "bytes_out": cohort.size_bytes([self._out]),
+        }
+        record.setdefault("runs", []).append(run | {k: answer[k] for k in ("split",) if k in answer})
+        self._say(f"{contender.name}: {answer['seconds'] / len(todo):.3f} s/series")
+        self._clean()
+
+    def _stopped(self, contender: Contender, answer: dict[str, Any]) -> bool:
+        """Whether a contender is absent or has failed; note it then."""
+        for status in ("absent", "failed"):
+            if status in answer:
+                self.records[contender.name] |= {"status": status, "reason": without_paths(answer[status])}
+                self._say(f"{contender.name}: {status}: {without_paths(answer[status])}")
+                self._clean()
+                return True
+        return False
+
+    def _clean(self) -> None:
+        shutil.rmtree(self._out, ignore_errors=True)
+        os.sync()
+
+
+def _agreement_in_words(record: dict[str, Any]) -> str:
+    if "agrees" not in record:
+        return ""
+    if "shape" in record:
+        return f", a grid of its own: {record['shape']}"
+    sign = "≤" if record["agrees"] else "but not ≤"
+    return f", within {record['largest_difference_inside_hu']:.2g} HU of SciPy ({sign} {record['tolerance_hu']:.2g})"
+
+
+def _versions(gpu: bool) -> dict[str, str]:
+    found = dict(versions(gpu))
+    for package in RIVALS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    slices, rows, columns = (int(n) for n in text.split(","))
+    return slices, rows, columns
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m bench.compare"
+    )
+    parser.add_argument("--data", type=Path, help="folder of real series, of which the regular ones are copied")
+    parser.add_argument("--series", type=int, default=8)
+    parser.add_argument("--shape", type=_shape, default=(108, 512, 512), help="of a phantom; small ones to try it out")
+    parser.add_argument("--backend", choices=("cpu", "gpu"), default="cpu", help="gpu: there too")
+    parser.add_argument("--minutes", type=float, default=14, help="no second rounds beyond that")
+    parser.add_argument("--whole", action="store_true", help="slow contenders convert the whole cohort too")
+    parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured")
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON, and the chart beside it")
+    return parser.parse_args()
+
+
+def main() -> int:
+    started = time.perf_counter()
+    args = _arguments()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - started:5.0f} s  {text}", flush=True)
+
+    gpu, cores = args.backend == "gpu", usable_cores()
+    scratch = Path(tempfile.mkdtemp(dir=args.scratch))
+    try:
+        cohort_folder = scratch / "dicom"
+        if args.data:
+            folders = cohort.copies(cohort_folder, args.data, args.series)
+        else:
+            folders = cohort.phantoms(cohort_folder, args.series, args.shape)
+        if not folders:
+            raise SystemExit(f"no regular series of single files under {args.data}")
+        bytes_in = cohort.size_bytes(folders)
+        say(f"{len(folders)} series, {bytes_in / 1e6:.0f} MB")
+        all_ = contenders(cores, gpu, scratch)
+        if args.whole:
+            all_ = [replace(c, series=None) for c in all_]
+        comparison = Comparison(folders, scratch, say)
+        comparison.watch_and_check(all_)
+        all_ = floors(cores, comparison.sizes_bytes) + all_
+        comparison.time(all_, until=started + args.minutes * 60)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+    records = comparison.records
+    summarise(records, all_)
+    result = {
+        "command": "python -m bench.compare " + without_paths(" ".join(sys.argv[1:])),
+        "machine": machine(),
+        "versions": _versions(gpu),
+        "cohort": {"series": len(folders), "bytes": bytes_in, "phantoms": None if args.data else args.shape},
+        "minutes": (time.perf_counter() - started) / 60,
+        "contenders": {c.name: records[c.name] for c in all_},
+    }
+    print(report.table(result))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        try:
+            report.chart(result, args.out.with_suffix(".png"))
+        except ModuleNotFoundError as exc:
+            say(f"no chart: {exc.name} is not installed")
+    ours = [records[c.name] for c in all_ if c.ours and records[c.name]["status"] != "absent"]
+    return 0 if all(r["status"] == "ok" and r.get("agrees", True) for r in ours) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Who is compared: how each is run, what it claims to compute, and how often it can be afforded.
+
+A module of this package has either ``convert(folder, out, **options)`` for one series, as a competent user of that
+library would write it, or ``convert_all(folders, out, **options)`` for a cohort. Only `with_gpuprep` uses gpuprep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Claim = Literal["cubic", "linear", "classic"]
+"""Whose values it says it computes: gpuprep's default recipe, the same with linear resampling, or the notebook's."""
+
+GPU_JOBS = 4
+"""Series in flight on a GPU: gpuprep's default."""
+
+MIRRORED_VOXELS = 8
+"""Source voxels from each border in which SimpleITK's B-spline, which mirrors the volume there, differs from one that
+repeats its border; what reaches further has fallen below 1e-4."""
+
+
+class AbsentError(Exception):
+    """A contender lacks something that it needs here: not a failure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One line of the comparison."""
+
+    name: str
+    module: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    dtype: str
+    claim: Claim | None = None
+    """None: it has a grid of its own, or does not resample."""
+    border: int = 0
+    """Source voxels from each border in which it does not claim agreement."""
+    floor: str | None = None
+    """Name of the floor that has its input and output."""
+    series: int | None = None
+    """How many it converts per round; None: the whole cohort."""
+    rounds: int = 3
+    note: str = ""
+    against: str = ""
+    """Name of the gpuprep contender that its ratio is taken to; that of its dtype where empty."""
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is gpuprep."""
+        return self.module == "with_gpuprep"
+
+    @property
+    def jobs(self) -> int:
+        """Series at a time."""
+        return int(self.options.get("jobs") or (GPU_JOBS if self.options.get("gpu") else 1))
+
+
+FLOORS = {"uint8": {"dtype": "uint8"}, "float32": {}, "uint8 stack": {"dtype": "uint8", "format": "tif-stack"}}
+"""Recipes whose bytes of output have a floor."""
+
+SLOW: dict[str, Any] = {"series": 1, "rounds": 2}
+MEDIUM: dict[str, Any] = {"series": 2, "rounds": 2}
+
+
+def contenders(cores: int, gpu: bool, scratch: Path) -> list[Contender]:
+    """Return all contenders, gpuprep with the default recipe in both dtypes first."""
+    return [*_gpuprep(cores, scratch), *(_gpuprep_gpu() if gpu else ()), *_rivals(), *_converters()]
+
+
+def floors(cores: int, sizes_bytes: Mapping[str, dict[str, list[int]]]) -> list[Contender]:
+    """Return the floors of the outputs whose file sizes are known, by output and series."""
+    return [
+        Contender(
+            name=f"floor, {name}",
+            module="floor",
+            options={"sizes_bytes": sizes, "jobs": cores},
+            dtype=name.split()[0],
+            against=f"gpuprep, {name}",
+        )
+        for name, sizes in sizes_bytes.items()
+    ]
+
+
+def _gpuprep(cores: int, scratch: Path) -> list[Contender]:
+    def ours(name: str, floor: str | None, *, claim: Claim = "cubic", **kwargs: Any) -> Contender:
+        recipe = FLOORS[floor] if floor else {"base": "classic"}
+        options = {"recipe": recipe, "jobs": cores} | kwargs.pop("options", {})
+        dtype = recipe.get("dtype", "float32")
+        name = f"gpuprep, {name}"
+        return Contender(
+            name=name, module="with_gpuprep", options=options, dtype=dtype, claim=claim, floor=floor, **kwargs
+        )
+
+    fewer = [2**n for n in range(cores.bit_length()) if 2**n < cores]
+    index = str(scratch / "headers.sqlite")
+    return [
+        ours("float32", "float32"),
+        ours("uint8", "uint8"),
+        ours("uint8 stack", "uint8 stack"),
+        *(ours(f"uint8, {n} job{'s'[: n > 1]}", "uint8", options={"jobs": n}, rounds=2) for n in fewer),
+        ours("uint8, headers known", "uint8", options={"index": index}, rounds=2, note="index of a former scan"),
+        ours("float32, matmul body", "float32", environment={"NUMBA_DISABLE_JIT": "1"}, rounds=2),
+        ours("uint8, matmul body", "uint8", environment={"NUMBA_DISABLE_JIT": "1"}, rounds=2),
+        ours("float32, engine ndimage", "float32", options={"engine": "ndimage", "jobs": 1}, **SLOW),
+        ours("float32, classic recipe", None, claim="classic", rounds=2),
+    ]
+
+
+def _gpuprep_gpu() -> list[Contender]:
+    def ours(dtype: str, engine: str) -> Contender:
+        return Contender(
+            name=f"gpuprep, GPU, {dtype}" + (", engine ndimage" if engine == "ndimage" else ""),
+            module="with_gpuprep",
+            options={"recipe": FLOORS[dtype], "engine": engine, "gpu": True},
+            dtype=dtype,
+            claim="cubic",
+            floor=dtype,
+        )
+
+    return [ours(dtype, engine) for engine in ("operators", "ndimage") for dtype in ("float32", "uint8")]
+
+
+def _rivals() -> list[Contender]:
+    def itk(interpolation: Claim, dtype: str, **kwargs: Any) -> Contender:
+        return Contender(
+            name=f"SimpleITK, {'B-spline' if interpolation == 'cubic' else 'linear'}, {dtype}",
+            module="with_simpleitk",
+            options={"interpolation": interpolation, "dtype": dtype},
+            dtype=dtype,
+            claim=interpolation,
+            **kwargs,
+        )
+
+    def monai(device: str) -> Contender:
+        return Contender(
+            name=f"MONAI, {device.upper()}, linear, uint8",
+            module="with_monai",
+            options={"device": device, "dtype": "uint8"},
+            dtype="uint8",
+            note="grid of its own",
+            **MEDIUM,
+        )
+
+    return [
+        Contender(name="bench/classic.py, float32", module="notebook", dtype="float32", claim="classic", **SLOW),
+        itk("cubic", "float32", border=MIRRORED_VOXELS, **SLOW),
+        itk("cubic", "uint8", border=MIRRORED_VOXELS, **SLOW),
+        itk("linear", "uint8", **MEDIUM),
+        monai("cpu"),
+        monai("cuda"),
+        Contender(
+            name="TorchIO, linear, uint8",
+            module="with_torchio",
+            options={"dtype": "uint8"},
+            dtype="uint8",
+            note="grid of its own",
+            **MEDIUM,
+        ),
+    ]
+
+
+def _converters() -> list[Contender]:
+    return [
+        Contender(
+            name=name,
+            module=f"with_{name}",
+            dtype="source",
+            note="stack only, no resampling",
+            against="gpuprep, uint8 stack",
+            **MEDIUM,
+        )
+        for name in ("dcm2niix", "dicom2nifti")
+    ]

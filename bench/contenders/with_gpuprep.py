@@ -1,0 +1,75 @@
+"""gpuprep: a cohort at a time, as users run it, and where its time went."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import gpuprep
+from bench.contenders import AbsentError
+from gpuprep.backend import Engine
+from gpuprep.batch import DONE, Listener, Outlook, Run
+from gpuprep.errors import BackendError
+from gpuprep.recipe import Recipe
+
+STAGES = ("read", "process", "write", "upload", "kernels", "download")
+"""Of one series, as its `SeriesResult` has them in `<stage>_s`; the last three are of a device, beside the others."""
+
+
+class _Clock(Listener):
+    """Notes when headers are read and conversion begins."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.planned_s = 0.0
+
+    def planned(self, outlooks: list[Outlook]) -> None:  # noqa: ARG002 - only the moment counts
+        self.planned_s = time.perf_counter() - self.started
+
+
+def convert_all(
+    folders: list[Path],
+    out: Path,
+    *,
+    recipe: dict[str, Any],
+    engine: Engine = "operators",
+    gpu: bool = False,
+    jobs: int | None = None,
+    index: str | None = None,
+) -> dict[str, Any]:
+    """Convert a cohort; return where each series is, where the time went and on what."""
+    clock = _Clock()
+    try:
+        run = gpuprep.convert(
+            folders,
+            out,
+            Recipe.from_dict(recipe),
+            backend="gpu" if gpu else "cpu",
+            engine=engine,
+            jobs=jobs,
+            index=index,
+            listener=clock,
+        )
+    except BackendError as exc:
+        raise AbsentError(str(exc)) from exc
+    bad = [f"{Path(r.source).name} {r.status}: {r.reason}" for r in run.results if r.status not in DONE]
+    if bad or len(run.results) != len(folders):
+        raise RuntimeError("; ".join(bad) or f"{len(run.results)} results for {len(folders)} series")
+    return {
+        "outputs": {Path(r.source).name: r.folder for r in run.results},
+        "split": _split(run, clock.planned_s),
+        "device": run.results[0].device,
+    }
+
+
+def _split(run: Run, scan_s: float) -> dict[str, float]:
+    """Return mean seconds of each stage per series, and of the scan of the cohort."""
+    split = {"scan_s": scan_s}
+    for stage in STAGES:
+        times = [getattr(r, f"{stage}_s", None) for r in run.results]
+        known = [t for t in times if t is not None]
+        if known:
+            split[f"{stage}_s"] = fmean(known)
+    return split

@@ -1,0 +1,145 @@
+"""What a comparison found, as a table and as a chart: ``python -m bench.report RESULT.json`` makes both again.
+
+Prints the table in Markdown and draws the chart beside the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
+    ("s/series", lambda r: _number(r, "seconds_per_series")),
+    ("series/h", lambda r: _number(r, "series_per_hour", ".0f")),
+    ("× gpuprep", lambda r: _number(r, "ratio_to_gpuprep")),
+    ("× floor", lambda r: _number(r, "ratio_to_floor")),
+    ("cold, s", lambda r: _number(r, "cold_s")),
+    ("CPU s/series", lambda r: _number(r, "cpu_s_per_series")),
+    ("MB/s in", lambda r: _number(r, "mb_per_s_in")),
+    ("MB/s out", lambda r: _number(r, "mb_per_s_out")),
+    ("peak MB", lambda r: _number(r, "peak_bytes", ".0f", 1e-6)),
+    ("largest process MB", lambda r: _number(r, "largest_process_bytes", ".0f", 1e-6)),
+    ("largest Δ HU", lambda r: _difference(r)),
+    ("timed", lambda r: _timed(r)),
+)
+STAGES = ("scan_s", "read_s", "process_s", "write_s", "accounted_share", "upload_s", "kernels_s", "download_s")
+ACCENT, RIVAL, CONVERTER = "#0b6e4f", "#9aa5b1", "#d5dbe1"
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+
+
+def _number(record: Record, key: str, form: str = ".3g", factor: float = 1) -> str:
+    if key not in record:
+        return ""
+    text = f"{record[key] * factor:{form}}"
+    return f"{float(text):.0f}" if "e" in text else text
+
+
+def _difference(record: Record) -> str:
+    if "largest_difference_inside_hu" not in record:
+        return "other shape" if "shape" in record else ""
+    sign = "" if record["agrees"] else " (!)"
+    return f"{record['largest_difference_inside_hu']:.2g}" + sign
+
+
+def _timed(record: Record) -> str:
+    runs = record.get("runs", [])
+    return f"{len(runs)} × {runs[0]['series']}" if runs else ""
+
+
+def rows(result: dict[str, Any]) -> list[list[str]]:
+    """Return a heading and a line per contender."""
+    lines = [["contender", *(name for name, _ in COLUMNS), "note"]]
+    for name, record in result["contenders"].items():
+        note = record.get("note", "") if record["status"] == "ok" else f"{record['status']}: {record['reason']}"
+        lines.append([name, *(cell(record) for _, cell in COLUMNS), note])
+    return lines
+
+
+def split_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Return where gpuprep's time went: of the scan in all, of the other stages per series."""
+    lines = [["mean per series; the scan in all", *(s.removesuffix("_s").replace("_", " ") for s in STAGES)]]
+    for name, record in result["contenders"].items():
+        if "split" in record:
+            lines.append([name, *(_number(record["split"], stage) for stage in STAGES)])
+    return lines
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return both tables in columns."""
+    return "\n\n".join("\n".join(_aligned(lines)) for lines in (rows(result), split_rows(result)))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return both tables in Markdown."""
+    return "\n\n".join("\n".join(_marked(lines)) for lines in (rows(result), split_rows(result)))
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _marked(lines: list[list[str]]) -> list[str]:
+    marked = ["| " + " | ".join(line) + " |" for line in lines]
+    return [marked[0], "|---" * len(lines[0]) + "|", *marked[1:]]
+
+
+def chart(result: dict[str, Any], file: Path) -> None:
+    """Draw seconds per series, the fastest on top, and the floors as lines."""
+    from matplotlib.figure import Figure
+
+    timed = {n: r for n, r in result["contenders"].items() if "seconds_per_series" in r}
+    floors = {n: r["seconds_per_series"] for n, r in timed.items() if n.startswith("floor")}
+    bars = sorted(((n, r) for n, r in timed.items() if n not in floors), key=lambda b: -b[1]["seconds_per_series"])
+    if not bars:
+        return
+    names = [name for name, _ in bars]
+    seconds = [record["seconds_per_series"] for _, record in bars]
+    colours = [ACCENT if n.startswith("gpuprep") else CONVERTER if r["dtype"] == "source" else RIVAL for n, r in bars]
+
+    figure = Figure(figsize=(9, 0.32 * len(bars) + 1.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(names, seconds, color=colours, height=0.72)
+    for y, value in enumerate(seconds):
+        axes.text(
+            value * 1.04,
+            y,
+            f"{value:.2g}" if value < 10 else f"{value:.0f}",
+            va="center",
+            fontsize=8,
+            bbox=LABEL,
+            zorder=3,
+        )
+    for (name, value), style in zip(floors.items(), ("-", "--", ":"), strict=False):
+        axes.axvline(value, color="#b3261e", linewidth=1, linestyle=style, label=name)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(min([*seconds, *floors.values()]) / 1.6, max(seconds) * 1.6)
+    axes.set_xlabel("seconds per series, disk to disk (logarithmic; shorter is better)")
+    axes.set_ylim(-0.6, len(bars) - 0.4)
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    if floors:
+        axes.legend(loc="upper right", fontsize=8, frameon=False)
+    machine, cohort = result["machine"], result["cohort"]
+    size = " × ".join(map(str, cohort["phantoms"])) + " phantoms" if cohort["phantoms"] else "real series"
+    axes.set_title(f"{size}, {machine['cores']} cores, {machine['cpu']}", fontsize=9, loc="left")
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    file = parser.parse_args().result
+    result = json.loads(file.read_text())
+    print(markdown(result))
+    chart(result, file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Runs one contender in a process of its own: ``python -m bench.run_contender MODULE``.
+
+Each line on stdin asks for a job, ``{"folders": [...], "out": "...", "options": {...}}``, and is answered by a line on
+stdout: ``{"seconds": ...}`` with what else the contender tells, ``{"absent": reason}`` or ``{"failed": reason}``. The
+first answer after the start of the process is thus a cold start, and the next ones are steady state. What libraries
+print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from bench.contenders import AbsentError
+
+
+def answer(module: str, options: dict[str, Any], folders: list[Path], out: Path) -> dict[str, Any]:
+    """Do a job and return what to say of it."""
+    started = time.perf_counter()
+    try:
+        contender = importlib.import_module(f"bench.contenders.{module}")
+        if hasattr(contender, "convert_all"):
+            told = contender.convert_all(folders, out, **options) or {}
+        else:
+            told = {}
+            for folder in folders:
+                contender.convert(folder, out / folder.name, **options)
+    except ModuleNotFoundError as exc:
+        return {"absent": f"{exc.name} is not installed"}
+    except AbsentError as exc:
+        return {"absent": str(exc)}
+    except Exception as exc:  # whatever a rival raises is a result
+        traceback.print_exc()
+        return {"failed": f"{type(exc).__name__}: {exc}"}
+    return {"seconds": time.perf_counter() - started} | told
+
+
+def main() -> None:
+    module = sys.argv[1]
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        folders = [Path(folder) for folder in job["folders"]]
+        print(json.dumps(answer(module, job["options"], folders, Path(job["out"]))), file=answers)
+
+
+if __name__ == "__main__":
+    main()

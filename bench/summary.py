@@ -1,0 +1,53 @@
+"""What the runs of a comparison amount to: medians, ratios, and how much of gpuprep's time its stages explain."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from typing import Any
+
+from bench.contenders import Contender
+
+
+def summarise(records: dict[str, dict[str, Any]], all_: list[Contender]) -> None:
+    """Add to each record what its runs amount to."""
+    for contender in all_:
+        record = records[contender.name]
+        runs = record.get("runs", [])
+        if not runs:
+            continue
+        seconds_per_series = statistics.median(r["seconds"] / r["series"] for r in runs)
+        record |= {
+            "seconds_per_series": seconds_per_series,
+            "series_per_hour": 3600 / seconds_per_series,
+            "cold_s": statistics.median(r["cold_s"] for r in runs),
+            "cpu_s_per_series": statistics.median(r["cpu_s"] / r["series"] for r in runs),
+            "mb_per_s_in": statistics.median(r["bytes_in"] / r["seconds"] for r in runs) / 1e6,
+            "mb_per_s_out": statistics.median(r["bytes_out"] / r["seconds"] for r in runs) / 1e6,
+        }
+        splits = [r["split"] for r in runs if "split" in r]
+        if splits:
+            split = {stage: statistics.fmean(s[stage] for s in splits) for stage in splits[0]}
+            record["split"] = split | {"accounted_share": accounted_share(split, runs, contender.jobs)}
+    for contender in all_:
+        against = contender.against or f"gpuprep, {contender.dtype}"
+        for key, other in (("ratio_to_gpuprep", against), ("ratio_to_floor", f"floor, {contender.floor}")):
+            mine, theirs = records[contender.name], records.get(other, {})
+            if "seconds_per_series" in mine and "seconds_per_series" in theirs:
+                mine[key] = mine["seconds_per_series"] / theirs["seconds_per_series"]
+
+
+def accounted_share(split: dict[str, float], runs: list[dict[str, Any]], jobs: int) -> float:
+    """Return which share of the wall time the stages explain: the scan, then `jobs` series at a time.
+
+    What a device does meanwhile is no time of its own.
+    """
+    series = runs[0]["series"]
+    stages_s = split["read_s"] + split["process_s"] + split["write_s"]
+    explained_s: float = split["scan_s"] + stages_s * series / min(jobs, series)
+    return explained_s / statistics.fmean(r["seconds"] for r in runs)
+
+
+def without_paths(text: str) -> str:
+    """Return text on one line, absolute paths cut to their last part: results name no folders of the machine."""
+    return re.sub(r"""(?<![\w.…/])/(?:[^\s/'"]+/)*([^\s/'"]+)/?""", r"…/\1", " ".join(text.split()))

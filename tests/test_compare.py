@@ -1,0 +1,144 @@
+"""The comparison's own arithmetic; no rival is needed, and nothing is timed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+
+from bench import agreement, report
+from bench.contenders import Contender, contenders, floor, with_gpuprep
+from bench.run_contender import answer
+from bench.summary import summarise, without_paths
+from gpuprep.phantom import thorax, write_series
+
+SPACING_MM = (3.0, 2.0, 2.0)
+
+
+def _run(seconds: float, series: int, **more: Any) -> dict[str, Any]:
+    return {
+        "cold_s": 2.0,
+        "seconds": seconds,
+        "series": series,
+        "cpu_s": 2 * seconds,
+        "bytes_in": 10**6,
+        "bytes_out": 4 * 10**6,
+    } | more
+
+
+def _summarised() -> dict[str, dict[str, Any]]:
+    split = {"scan_s": 1.0, "read_s": 0.25, "process_s": 1.0, "write_s": 0.25}
+    all_ = [
+        Contender(name="floor, float32", module="floor", dtype="float32"),
+        Contender(
+            name="gpuprep, float32", module="with_gpuprep", dtype="float32", floor="float32", options={"jobs": 2}
+        ),
+        Contender(name="slow", module="slow", dtype="float32"),
+        Contender(name="gone", module="gone", dtype="uint8"),
+    ]
+    records: dict[str, dict[str, Any]] = {
+        "floor, float32": {"status": "ok", "dtype": "float32", "runs": [_run(1, 4), _run(2, 4), _run(9, 4)]},
+        "gpuprep, float32": {"status": "ok", "dtype": "float32", "runs": [_run(4, 4, split=split)]},
+        "slow": {"status": "ok", "dtype": "float32", "runs": [_run(10, 1)]},
+        "gone": {"status": "absent", "dtype": "uint8", "reason": "gone is not installed"},
+    }
+    summarise(records, all_)
+    return records
+
+
+def test_medians_per_series_and_ratios() -> None:
+    records = _summarised()
+    assert records["floor, float32"]["seconds_per_series"] == 0.5
+    ours = records["gpuprep, float32"]
+    assert ours["series_per_hour"] == 3600
+    assert ours["ratio_to_floor"] == 2
+    assert (ours["mb_per_s_in"], ours["mb_per_s_out"]) == (0.25, 1)
+    assert ours["cpu_s_per_series"] == 2
+    assert records["slow"]["ratio_to_gpuprep"] == 10
+    assert "ratio_to_gpuprep" not in records["gone"]
+
+
+def test_the_split_is_held_against_the_wall_clock() -> None:
+    split = _summarised()["gpuprep, float32"]["split"]
+    assert split["accounted_share"] == (1 + 1.5 * 4 / 2) / 4
+
+
+def _result() -> dict[str, Any]:
+    machine, cohort = {"cores": 2, "cpu": "some"}, {"phantoms": (1, 2, 3)}
+    result: dict[str, Any] = json.loads(json.dumps({"machine": machine, "cohort": cohort, "contenders": _summarised()}))
+    return result
+
+
+def test_tables_name_everybody() -> None:
+    assert "absent: gone is not installed" in report.table(_result())
+    assert report.markdown(_result()).count("\n|---") == 2
+
+
+def test_chart(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.chart(_result(), tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 1000
+
+
+def test_every_contender_has_a_name_of_its_own() -> None:
+    names = [c.name for c in contenders(16, True, Path("scratch"))]
+    assert len(names) == len(set(names))
+    assert {"gpuprep, float32", "gpuprep, uint8", "gpuprep, uint8 stack"} <= set(names)  # what ratios are taken to
+
+
+def test_the_floor_writes_as_many_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "series"
+    folder.mkdir()
+    (folder / "a.dcm").write_bytes(b"1234")
+    sizes_bytes = [3, floor.PIECE_BYTES, 2 * floor.PIECE_BYTES + 5]
+    floor.copy(folder, tmp_path / "out", sizes_bytes)
+    assert [f.stat().st_size for f in sorted((tmp_path / "out").iterdir())] == sizes_bytes
+
+
+def test_gpuprep_agrees_with_the_reference_and_a_shifted_volume_does_not(tmp_path: Path) -> None:
+    folder = tmp_path / "dicom" / "patient"
+    write_series(folder, thorax((8, 48, 48), SPACING_MM), SPACING_MM)
+    told = with_gpuprep.convert_all([folder], tmp_path / "out", recipe={})
+    hu, spacing_mm = agreement.hounsfield(folder)
+    expected = agreement.reference(hu, spacing_mm, order=3)
+    values = agreement.read_output(tmp_path / "out" / told["outputs"]["patient"])
+    assert agreement.largest_difference_hu(values, expected) <= agreement.tolerance_hu("float32")
+    assert agreement.largest_difference_hu(np.roll(values, 1, axis=2), expected) > agreement.tolerance_hu("uint8")
+    assert set(told["split"]) >= {"scan_s", "read_s", "process_s", "write_s"}
+
+
+def test_a_stack_reads_as_slices_do(tmp_path: Path) -> None:
+    values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    for name in ("stack", "slices"):
+        (tmp_path / name).mkdir()
+    tifffile.imwrite(tmp_path / "stack" / "volume.tif", values, photometric="minisblack")
+    for k, image in enumerate(values):
+        tifffile.imwrite(tmp_path / "slices" / f"{k:04d}.tif", image)
+    stack, slices = (agreement.read_output(tmp_path / name) for name in ("stack", "slices"))
+    np.testing.assert_array_equal(stack, slices)
+    np.testing.assert_array_equal(slices, values / np.float32(255))
+
+
+def test_a_border_is_left_out_but_never_all() -> None:
+    assert agreement.inner((24, 60), (8, 60), border=2) == (slice(6, 18), slice(2, 58))
+    assert agreement.inner((9,), (3,), border=8) == (slice(3, 6),)
+
+
+def test_what_a_contender_raises_is_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not installed" in answer("nothing_of_that_name", {}, [], tmp_path)["absent"]
+    assert "TypeError" in answer("floor", {}, [], tmp_path)["failed"]
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--data=/home/me/ct/ --out bench/results/a.json", "--data=…/ct --out bench/results/a.json"),
+        ("OSError: no '/data/x/y.dcm'\n at 3 s/series", "OSError: no '…/y.dcm' at 3 s/series"),
+        ("--data ../ct ./here", "--data ../ct ./here"),
+    ],
+)
+def test_results_name_no_folders_of_the_machine(text: str, expected: str) -> None:
+    assert without_paths(text) == expected
