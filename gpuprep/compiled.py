@@ -19,9 +19,6 @@ from gpuprep.buffers import Scratch, SlidingWindow
 from gpuprep.intensity import quantise
 from gpuprep.plan import Plan, Step
 
-GROUP = 16
-"""Source slices whose span of output is made at a time: many, and few are filtered twice; few, and memory is small."""
-
 
 def chunks(hu: Iterator[NDArray[np.float32]], count: int, plan: Plan) -> Iterator[NDArray[Any]]:
     """Yield the output slice by slice, each valid until the next is asked for.
@@ -37,7 +34,8 @@ def chunks(hu: Iterator[NDArray[np.float32]], count: int, plan: Plan) -> Iterato
     """
     scratch = Scratch()
     across, *within = _lines(plan.resample)
-    planes = _Planes(across, within, scratch)
+    groups = list(_groups(across)) if across else []
+    planes = _Planes(across, within, scratch, max((high - low for _, _, low, high in groups), default=1))
     window = SlidingWindow(count, 1, planes.forwards(hu), scratch)
     finish = _Finish(plan)
     if across is None:
@@ -45,7 +43,6 @@ def chunks(hu: Iterator[NDArray[np.float32]], count: int, plan: Plan) -> Iterato
         for k in range(count):
             yield finish(window.get(k, k + 1), _ONE)
         return
-    groups = list(_groups(across))
     ahead = lines.REACH if across.solve.shape[1] else 0
     window.reserve(max(min(high + ahead, count) - low for _, _, low, high in groups))
     for first, last, low, high in groups:
@@ -83,7 +80,7 @@ def _lines(step: Step) -> list[lines.Line | None]:
 
 def _groups(across: lines.Line) -> Iterator[tuple[int, int, int, int]]:
     """Yield output slices [first, last) with the filtered slices [low, high) that they need."""
-    step = max(1, round(GROUP * across.n_out / across.n_in))
+    step = max(1, round(lines.GROUP * across.n_out / across.n_in))
     for first in range(0, across.n_out, step):
         last = min(first + step, across.n_out)
         start = across.start[first:last]
@@ -93,7 +90,8 @@ def _groups(across: lines.Line) -> Iterator[tuple[int, int, int, int]]:
 class _Planes:
     """Source slices resampled within their planes, and filtered across them."""
 
-    def __init__(self, across: lines.Line | None, within: list[lines.Line | None], scratch: Scratch) -> None:
+    def __init__(self, across: lines.Line | None, within: list[lines.Line | None], scratch: Scratch, most: int) -> None:
+        self._most = most
         self._across = across if across is not None and across.solve.shape[1] else None
         self._rows, self._columns = within
         self._scratch = scratch
@@ -118,7 +116,7 @@ class _Planes:
     def backwards(self, slices: NDArray[np.float32], low: int, high: int) -> NDArray[np.float32]:
         """Return the filtered slices [low, high) from half-filtered ones that begin at `low` and reach further."""
         assert self._across is not None  # noqa: S101 - only called where there is a filter
-        out = self._scratch.like(slices, (high - low, *slices.shape[1:]), "filtered")
+        out = self._scratch.like(slices, (self._most, *slices.shape[1:]), "filtered")[: high - low]
         line = self._scratch.like(slices, slices.shape[2:], "line across")
         loops.backwards(slices, self._across.solve[2, low:], line, out)
         return np.asarray(out)

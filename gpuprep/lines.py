@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep import operators
-
 POLE = math.sqrt(3) - 2
 """Of the cubic spline: what one sample does to coefficients falls by this per sample."""
 
 REACH = 12
 """Samples to either side beyond which that is nothing: 1.4e-7 of it is left."""
+
+GROUP = 16
+"""Source slices whose span of output is made at a time: many, and few are filtered twice; few, and memory is small."""
 
 INVERSE = tuple(-6 * POLE / (1 - POLE**2) * POLE**t for t in range(REACH + 1))
 """What a sample does to the coefficients at its own place, one further, two further, …, far from both ends."""
@@ -70,10 +71,12 @@ def build(
     """Return how to resample a line; the arguments are those of `gpuprep.operators.matrix`."""
     places = _places(n_in, n_out, mode, grid_mode) if order in (1, 3) and along is None and not sigma else None
     if places is None or n_in < 4:
+        from gpuprep import operators  # and SciPy, which most lines do without
+
         matrix = operators.matrix(
             n_in, n_out, along=along, order=order, mode=mode, grid_mode=grid_mode, sigma=sigma, blur_mode=blur_mode
         )
-        return _line(matrix.shape[1], *_band(matrix))
+        return _line(matrix.shape[1], *_band(matrix, operators.NEGLIGIBLE))
     if order == 1:
         start = np.clip(np.floor(places), 0, n_in - 2)
         part = np.clip(places, 0, n_in - 1) - start
@@ -166,9 +169,9 @@ def _elimination(n: int, edge: NDArray[Any]) -> NDArray[np.float64]:
     return table
 
 
-def _band(matrix: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def _band(matrix: NDArray[np.float64], negligible: float) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Return the first column and the weights of each row, all equally many; where rows begin never falls."""
-    used = np.abs(matrix) >= operators.NEGLIGIBLE
+    used = np.abs(matrix) >= negligible
     n_in = matrix.shape[1]
     empty = ~used.any(axis=1)
     low = np.where(empty, n_in, used.argmax(axis=1))
@@ -177,4 +180,4 @@ def _band(matrix: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64
     width = min(int((high - low).max()), n_in)
     low = np.minimum(low, n_in - width)
     weights = np.take_along_axis(matrix, low[:, None] + np.arange(width), axis=1)
-    return low, np.where(np.abs(weights) < operators.NEGLIGIBLE, 0, weights)
+    return low, np.where(np.abs(weights) < negligible, 0, weights)

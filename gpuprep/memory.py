@@ -1,14 +1,21 @@
-"""How much of a device's memory a series takes, from shapes alone, and how that memory is shared out."""
+"""How much memory a series takes, on a device or on the host, from shapes alone, and how it is shared out."""
 
 from __future__ import annotations
 
 import math
+import os
+from contextlib import suppress
+from pathlib import Path
 
+from gpuprep import lines
 from gpuprep.backend import Backend, Engine
 from gpuprep.plan import BYTES, Plan, Step
 
 CONTEXT_BYTES = 600 * 2**20
 """What a process takes before its first volume: CUDA's context, loaded kernels, cuBLAS and its workspace."""
+
+AT_REST_BYTES = 190 * 2**20
+"""What a worker process takes before its first volume: Python and what it imports."""
 
 USABLE = 0.8
 """Share of the free memory that is planned with: predictions look at arrays, and allocators round and split."""
@@ -30,6 +37,52 @@ def workers(free: int, wanted: int) -> int:
 def for_volumes(free: int, processes: int) -> int:
     """Return what is left for volumes beside the contexts of the processes."""
     return max(0, int(USABLE * free) - processes * CONTEXT_BYTES)
+
+
+def host_bytes_free() -> int | None:
+    """Return the memory that this machine, or the container around this process, has left; None where nobody says."""
+    left = []
+    with suppress(OSError, ValueError):
+        meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        left.append(1024 * int(meminfo["MemAvailable"].split()[0]))
+    with suppress(OSError, ValueError, KeyError):  # the word "max" where the container has no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Files that are cached only because there is room count as used.
+        left.append(limit - int((group / "memory.current").read_text()) + int(stat["file"]))
+    return min(left, default=None)
+
+
+def host_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
+    """Return the memory that a series needs at one time in a process that computes on the host.
+
+    That is beyond `AT_REST_BYTES`. The parameters are those of `device_bytes`.
+    """
+    step, out_bytes = plan.resample, _plane(plan.target.shape) * BYTES[plan.recipe.dtype]
+    source, slab = _plane(plan.source.shape), backend.slab_slices
+    whole = math.prod(plan.source.shape) if plan.turn.axes[0] != 0 or engine == "ndimage" else 0
+    if engine == "ndimage":
+        # SciPy pads in float32, filters in float64 and keeps both while it resamples.
+        padded = math.prod(n + PADDED for n in step.source) if step.order > 1 else math.prod(step.source)
+        resampled = 0 if step.idle else math.prod(step.target)
+        filtered = 0 if step.idle else (3 if step.order > 1 else 0) * padded
+        chunk = backend.chunk_slices * (_plane(step.target) + 3 * _plane(plan.resize.target))
+        return FLOAT * (whole + max(filtered + resampled, resampled + chunk)) + backend.chunk_slices * out_bytes
+    if backend.body == "matmul":
+        return device_bytes(plan, backend, engine)
+    rows, columns = step.target[1:]
+    window = 1
+    if _moves(step, 0):
+        ahead = lines.REACH if step.order == 3 and step.along[0] is None and not step.sigma[0] else 0
+        span = _band(step, 0, round(lines.GROUP * step.target[0] / step.source[0])) if not ahead else lines.GROUP + 4
+        slices = min(step.source[0], span + ahead)
+        window = min(step.source[0], slices + slices // 2) + (min(step.source[0], span) if ahead else 0)
+    voxels = whole + source * 3 // 2  # the slice that is read, as integers and as HU
+    voxels += 2 * rows * step.source[2] if _moves(step, 1) else 0
+    voxels += 2 * rows * columns if _moves(step, 2) else 0
+    voxels += window * rows * columns + rows * plan.resize.target[2]
+    return FLOAT * voxels + slab * out_bytes
 
 
 def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
