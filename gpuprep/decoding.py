@@ -263,7 +263,7 @@ def _native(
 def _run_lengths(stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
     # The kind stands for nothing here; `end` neither, as run lengths have no end marker.
     info = FrameInfo("JPEG", *shape, 1, dtype.itemsize * 8, dtype.kind == "i", 1, 0, None)
-    values = RLE.decode(stream, info).astype(dtype)
+    values = RLE.decode(stream, info).astype(dtype, copy=False)
     _check_shape(values, shape)
     drop_unused_bits(header, values, header.high_bit)  # whole words, as in native files
     _check_constant(values, len(stream))
