@@ -88,8 +88,8 @@ def _join(barrier: Barrier) -> None:
     _together = barrier
 
 
-def _seconds(task: tuple[str, str | None, int]) -> list[float]:
-    """Read a series several times with one decoder alone, at the same time as the other processes do; return how long."""
+def _seconds(task: tuple[str, str | None, int]) -> list[tuple[float, float]]:
+    """Read a series several times with one decoder alone, when the other processes do; return seconds by clock and CPU."""
     folder, name, rounds = task
     for kind, decoders in decoding.DECODERS.items():
         decoding.DECODERS[kind] = tuple(d for d in decoders if d.name == name) or decoders
@@ -99,10 +99,10 @@ def _seconds(task: tuple[str, str | None, int]) -> list[float]:
     for _ in range(rounds):
         reader = SeriesReader(series)
         _together.wait()
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         for start in range(0, len(series.slices), SLAB):
             reader.slab(start, min(start + SLAB, len(series.slices)))
-        taken.append(time.perf_counter() - started)
+        taken.append((time.perf_counter() - started, time.process_time() - busy))
     return taken
 
 
@@ -111,10 +111,12 @@ def measure(folder: Path, name: str | None, processes: int, shape: tuple[int, ..
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, _join, (context.Barrier(processes),)) as pool:
         by_process = pool.map(_seconds, [(str(folder), name, rounds)] * processes, chunksize=1)
-    taken = [statistics.mean(times) for times in zip(*by_process, strict=True)]
+    taken = [statistics.mean(clock for clock, _ in times) for times in zip(*by_process, strict=True)]
+    busy = min(busy for times in by_process for _, busy in times)
     return {
         "ms_per_slice": round(min(taken) / shape[0] * 1e3, 2),
         "median_ms_per_slice": round(statistics.median(taken) / shape[0] * 1e3, 2),
+        "cpu_ms_per_slice": round(busy / shape[0] * 1e3, 2),
         "mb_per_s": round(processes * int(np.prod(shape)) * 2 / min(taken) / 1e6, 1),
     }
 
