@@ -89,7 +89,7 @@ def _join(barrier: Barrier) -> None:
 
 
 def _seconds(task: tuple[str, str | None, int]) -> list[tuple[float, float]]:
-    """Read a series several times with one decoder alone, when the other processes do; return seconds by clock and CPU."""
+    """Read a series some times with one decoder alone, as the other processes do; return seconds by clock and CPU."""
     folder, name, rounds = task
     for kind, decoders in decoding.DECODERS.items():
         decoding.DECODERS[kind] = tuple(d for d in decoders if d.name == name) or decoders
