@@ -3,16 +3,16 @@
 Decoders are asked for the integers of the code stream alone, and each is given the same bytes. What these integers
 mean, which is for *Pixel Representation* and *Bits Stored* to say, is decided here, once for all of them.
 
-GDCM is not among the decoders: what the others report as an error, it answers by ending the process. `ljpeg_decode` of
-imagecodecs is not either, for the same reason, and `htj2k_decode` invents what damage took away: OpenJPEG reads the
-same streams and refuses where a byte is missing.
+GDCM is not among the decoders: what the others report as an error, it answers by ending the process. `ljpeg_decode` and
+`dicomrle_decode` of imagecodecs are not either, for the same reason, and `htj2k_decode` invents what damage took away:
+OpenJPEG reads the same streams and refuses where a byte is missing.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,34 @@ def _by_imagecodecs(codec: str) -> Decoder:
     return Decoder(f"imagecodecs {codec}", decode, available)
 
 
+def _segments(stream: bytes, info: FrameInfo) -> NDArray[Any]:
+    """Return the integers of run lengths: a segment for each byte of a pixel, the most significant first.
+
+    Nothing but the length of its segments tells whether such a frame is whole. So they have to fill the frame exactly,
+    save for two zeros at the end, with which some writers pad them: these are one more pixel of 0.
+
+    References
+    ----------
+    DICOM PS3.5, G.3 to G.5 (RLE segments, header).
+    """
+    import imagecodecs
+
+    count, *starts = np.frombuffer(stream, "<u4", 16).tolist()
+    if count != (expected := info.precision // 8):
+        raise DecodeError(f"it has {count} segments, not {expected}")
+    size = info.rows * info.columns
+    planes = np.empty((count, size + 1), np.uint8)
+    for plane, start, end in zip(planes, starts, [*starts[1:count], len(stream)], strict=False):
+        done = len(imagecodecs.packbits_decode(stream[start:end], out=memoryview(plane)))
+        if done != size and (done != size + 1 or plane[size]):
+            raise DecodeError(f"a segment holds {done} bytes, not {size}")
+    values = planes[0, :size].astype(f"u{count}")
+    for plane in planes[1:, :size]:
+        values <<= 8
+        values |= plane
+    return values.reshape(info.rows, info.columns)
+
+
 def _by_pydicom(plugin: str, syntax: UID) -> Decoder:
     def decode(stream: bytes, info: FrameInfo) -> NDArray[Any]:
         # The code stream's own precision and sign in place of the header's, so that pydicom corrects nothing.
@@ -86,8 +114,8 @@ def _by_pydicom(plugin: str, syntax: UID) -> Decoder:
 
 DECODERS: dict[Kind, tuple[Decoder, ...]] = {
     "JPEG": (_by_imagecodecs("jpeg8"), _by_imagecodecs("jpegsof3")),
-    "JPEG-LS": (_by_pydicom("pyjpegls", JPEGLSNearLossless), _by_imagecodecs("jpegls")),
-    "JPEG 2000": (_by_pydicom("pylibjpeg", JPEG2000), _by_imagecodecs("jpeg2k")),
+    "JPEG-LS": (_by_imagecodecs("jpegls"), _by_pydicom("pyjpegls", JPEGLSNearLossless)),
+    "JPEG 2000": (_by_imagecodecs("jpeg2k"), _by_pydicom("pylibjpeg", JPEG2000)),
 }
 """What is tried for a code stream, in this order. The transfer syntax does not choose: code streams name themselves.
 
@@ -101,16 +129,18 @@ SYNTAXES: dict[range, Kind] = {
     range(201, 204): "JPEG 2000",
 }
 """What to expect under 1.2.840.10008.1.2.4.*, the transfer syntaxes of still images; the retired of JPEG included."""
-RLE = _by_pydicom("pydicom", RLELossless)
+RLE = replace(_by_imagecodecs("packbits"), decode=_segments)
 
 
-def decode_frame(ds: pydicom.Dataset, header: SliceHeader, frame: int, rows: int, columns: int) -> NDArray[Any]:
+def decode_frame(
+    source: pydicom.Dataset | bytes, header: SliceHeader, frame: int, rows: int, columns: int
+) -> NDArray[Any]:
     """Return the stored values of one frame, without what lies in unused bits.
 
     Parameters
     ----------
-    ds : pydicom.Dataset
-        The file, opened with its pixels.
+    source : pydicom.Dataset or bytes
+        The file, opened with its pixels; or, of an encapsulated syntax, its basic offset table and fragments alone.
     header : SliceHeader
         What the scan found in it: transfer syntax, bits and sign are taken from here.
     frame : int
@@ -135,9 +165,11 @@ def decode_frame(ds: pydicom.Dataset, header: SliceHeader, frame: int, rows: int
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dtype = _dtype(header)
-            if not syntax.is_encapsulated:
-                return _native(ds, header, syntax, frame, (rows, columns), dtype)
-            stream = _stream(ds, frame)
+            if isinstance(source, pydicom.Dataset) and not syntax.is_encapsulated:
+                return _native(source, header, syntax, frame, (rows, columns), dtype)
+            if not syntax.is_transfer_syntax:
+                raise DecodeError("UID is not a transfer syntax.")
+            stream = _stream(source, header, frame)
             if syntax == RLELossless:
                 return _run_lengths(stream, header, (rows, columns), dtype)
             return _code_stream(stream, header, (rows, columns), dtype)
@@ -159,7 +191,7 @@ def available_decoders(transfer_syntax: str) -> tuple[str, ...]:
         Empty where there is none.
     """
     if transfer_syntax == RLELossless:
-        return (RLE.name,)
+        return (RLE.name,) if RLE.available() else ()
     family, _, number = transfer_syntax.rpartition(".")
     if family != "1.2.840.10008.1.2.4" or not number.isdecimal():
         return ()
@@ -198,16 +230,20 @@ def _dtype(header: SliceHeader) -> np.dtype[Any]:
     return np.dtype(f"{'i' if header.signed else 'u'}{allocated // 8}")
 
 
-def _stream(ds: pydicom.Dataset, frame: int) -> bytes:
+def _stream(source: pydicom.Dataset | bytes, header: SliceHeader, frame: int) -> bytes:
     """Return the bytes of one frame, fragments joined."""
-    frames = int(ds.get("NumberOfFrames") or 1)
+    table = None
+    if isinstance(source, bytes):
+        frames, items = header.frames, source
+    else:
+        frames, items = int(source.get("NumberOfFrames") or 1), source.PixelData
+        offsets, lengths = source.get("ExtendedOffsetTable"), source.get("ExtendedOffsetTableLengths")
+        if offsets and (np.diff(np.frombuffer(offsets, "<u8").astype(np.int64)) <= 0).any():
+            raise DecodeError("its Extended Offset Table does not ascend")
+        table = (offsets, lengths) if offsets and lengths else None
     if not 0 <= frame < frames:
         raise DecodeError(f"it has no frame {frame + 1} of {frames}")
-    offsets, lengths = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
-    table = (offsets, lengths) if offsets and lengths else None
-    if offsets and (np.diff(np.frombuffer(offsets, "<u8").astype(np.int64)) <= 0).any():
-        raise DecodeError("its Extended Offset Table does not ascend")
-    return get_frame(ds.PixelData, frame, number_of_frames=frames, extended_offsets=table)
+    return get_frame(items, frame, number_of_frames=frames, extended_offsets=table)
 
 
 def _native(
@@ -227,7 +263,7 @@ def _native(
 def _run_lengths(stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
     # The kind stands for nothing here; `end` neither, as run lengths have no end marker.
     info = FrameInfo("JPEG", *shape, 1, dtype.itemsize * 8, dtype.kind == "i", 1, 0, None)
-    values = RLE.decode(stream, info).astype(dtype)
+    values = RLE.decode(stream, info).astype(dtype, copy=False)
     _check_shape(values, shape)
     drop_unused_bits(header, values, header.high_bit)  # whole words, as in native files
     _check_constant(values, len(stream))

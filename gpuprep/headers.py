@@ -73,6 +73,7 @@ TAGS = {
     "RescaleType": 0x0028_1054,
     "SharedFunctionalGroupsSequence": 0x5200_9229,
     "PerFrameFunctionalGroupsSequence": 0x5200_9230,
+    "ExtendedOffsetTable": 0x7FE0_0001,
 }
 """Everything that is read of a header. No name and no free text ever enters the program; dates and times only as
 hashes, which tell acquisitions apart."""
@@ -194,8 +195,14 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         elif not syntax:
             implicit, little = ds.original_encoding  # no meta group: what pydicom found by looking
             syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
-        offset, length = _pixels(content, syntax == BIG_ENDIAN) if syntax in NATIVE else (None, None)
-        origin = _Origin(file, member, status.st_mtime_ns, size, syntax, offset, length)
+        offset, length = _pixels(content, syntax == BIG_ENDIAN)
+        encoded = None
+        if syntax not in NATIVE:
+            # Where a table of other offsets goes before the fragments, pydicom follows it.
+            if length == UNDEFINED_LENGTH and TAGS["ExtendedOffsetTable"] not in ds:
+                encoded = offset
+            offset = length = None
+        origin = _Origin(file, member, status.st_mtime_ns, size, syntax, offset, length, encoded)
         images = [_facts(frame, origin, n, count) for n, (frame, count) in enumerate(_frames(ds))]
     if len(images) < (count := images[0].header.frames):  # of one frame's place nothing follows for the others
         images = [images[0]._replace(header=images[0].header._replace(position_mm=None, frames=count))]
@@ -235,7 +242,7 @@ def _check_class(sop_class: str, announced: str, bare: bool) -> None:
 
 
 def _pixels(f: BinaryIO, big: bool) -> tuple[int | None, int | None]:
-    """Return offset and length of plain pixel bytes, from where pydicom stopped; length 0 where there are none.
+    """Return offset and length of the value of the pixels, from where pydicom stopped; length 0 where there are none.
 
     The element itself shows whether it has a VR, whatever the transfer syntax says: read as a length, the letters would
     be an odd one.
@@ -261,6 +268,7 @@ class _Origin:
     syntax: str
     offset: int | None
     length: int | None
+    encoded_offset: int | None
 
 
 class _Frame:
@@ -352,6 +360,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         transfer_syntax=origin.syntax,
         pixel_offset=offset,
         pixel_bytes=length,
+        encoded_offset=origin.encoded_offset,
     )
     return Image(
         series_uid=_uid(ds, "SeriesInstanceUID"),

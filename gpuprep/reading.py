@@ -200,7 +200,7 @@ class Content:
 
     def __init__(self) -> None:
         self._key: tuple[str, str | None] | None = None
-        self._data: pydicom.Dataset | BinaryIO | None = None
+        self._data: pydicom.Dataset | bytes | io.BytesIO | None = None
 
     def read(self, header: SliceHeader, out: NDArray[Any]) -> None:
         """Fill `out` with the stored values of an image."""
@@ -210,7 +210,7 @@ class Content:
             if header.pixel_offset is not None:
                 self._read_plain(header, header.pixel_offset, out)
             else:
-                out[...] = decode_frame(self._dataset(header), header, header.frame, *out.shape)
+                out[...] = decode_frame(self._encoded(header), header, header.frame, *out.shape)
         except OSError as exc:
             raise DecodeError(f"{header.name} cannot be read: {exc.strerror or exc}") from exc
 
@@ -239,7 +239,7 @@ class Content:
         if not direct:
             out[...] = values
 
-    def _unpacked(self, header: SliceHeader, end: int) -> BinaryIO:
+    def _unpacked(self, header: SliceHeader, end: int) -> io.BytesIO:
         """Return the first `end` bytes of a packed file of many frames, which may be asked for in any order."""
         if self._key != (header.path, header.member) or not isinstance(self._data, io.BytesIO):
             with _open(header) as f:
@@ -248,13 +248,18 @@ class Content:
             self._key = header.path, header.member
         return self._data
 
-    def _dataset(self, header: SliceHeader) -> pydicom.Dataset:
-        if self._key != (header.path, header.member) or not isinstance(self._data, pydicom.Dataset):
+    def _encoded(self, header: SliceHeader) -> pydicom.Dataset | bytes:
+        """Return the encoded pixels of a file, or all of it where the scan did not find them."""
+        if self._key != (header.path, header.member) or not isinstance(self._data, pydicom.Dataset | bytes):
             try:
                 with warnings.catch_warnings(), _open(header) as f:
                     warnings.simplefilter("ignore")
-                    self._data = pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
-            except OSError:
+                    if header.encoded_offset is not None:
+                        f.seek(header.encoded_offset)
+                        self._data = _items(f, header)
+                    else:
+                        self._data = pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
+            except (OSError, DecodeError):
                 raise
             except Exception as exc:  # pydicom raises whatever a broken file provokes
                 raise DecodeError(f"{header.name} cannot be read: {' '.join(str(exc).split())}") from exc
@@ -262,8 +267,34 @@ class Content:
         return self._data
 
 
-_PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0001, 0x7FE0_0002, 0x7FE0_0010]
+_PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0002, 0x7FE0_0010]
 """Everything that decoding may need: the header's facts, offset tables, pixels."""
+_ITEM, _END_OF_ITEMS = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
+"""Tags of an item and of the delimiter after the last one."""
+
+
+def _items(f: BinaryIO, header: SliceHeader) -> bytes:
+    """Return the items from here on, an offset table and fragments, without the delimiter that has to follow them.
+
+    References
+    ----------
+    DICOM PS3.5, A.4 (Transfer syntaxes for encapsulation of encoded pixel data).
+    """
+    pieces: list[bytes] = []
+    while (head := f.read(8))[:4] == _ITEM:
+        length = int.from_bytes(head[4:], "little")
+        value = f.read(length)
+        if len(head) < 8 or len(value) < length:
+            break
+        pieces += head, value
+    if head[:4] == _END_OF_ITEMS:
+        return b"".join(pieces)
+    if head[:4] != _ITEM and len(head) == 8:
+        raise DecodeError(
+            f"{header.name} has no fragment where one should be, {sum(map(len, pieces))} bytes into its pixels: it is "
+            "damaged, or changed since the scan"
+        )
+    raise DecodeError(f"{header.name} ends within its pixels: it is truncated, or changed since the scan", "truncated")
 
 
 def _open(header: SliceHeader) -> BinaryIO:

@@ -61,7 +61,9 @@ class SliceHeader(NamedTuple):
     pixel_offset: int | None
     """Where the frame begins in the (unpacked) file, when its pixels lie there as plain integers."""
     pixel_bytes: int | None
-    """How many bytes the file announces for the frame."""
+    """How many bytes the file announces for the frame, when they are plain integers."""
+    encoded_offset: int | None = None
+    """Where offset table and fragments begin in the (unpacked) file, when its pixels are encoded."""
 
     @property
     def name(self) -> str:

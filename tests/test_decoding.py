@@ -618,6 +618,42 @@ def test_damaged_fragments_end_in_an_array_or_in_an_error() -> None:
             assert decoded(ds).shape == stored.shape
 
 
+def segments(*planes: bytes, starts: list[int] | None = None, count: int | None = None) -> bytes:
+    """Return an RLE frame: PS3.5, G.5."""
+    starts = starts or [64 + sum(map(len, planes[:n])) for n in range(len(planes))]
+    return struct.pack("<16L", count or len(planes), *starts, *[0] * (15 - len(starts))) + b"".join(planes)
+
+
+def literally(values: bytes) -> bytes:
+    """Return a segment of literal runs: PS3.5, G.3.1."""
+    return b"".join(bytes([len(r) - 1]) + r for r in (values[n : n + 128] for n in range(0, len(values), 128)))
+
+
+def test_segments_of_run_lengths_may_be_padded() -> None:
+    stored = noise(16, False)
+    high, low = literally((stored >> 8).astype("u1").tobytes()), literally(stored.astype("u1").tobytes())
+    for padding in (b"", b"\0", b"\0\0", b"\x80", b"\x80\x80\0"):
+        same(decoded(encapsulated(RLELossless, stored, 16, segments(high + padding, low + padding))), stored)
+
+
+def test_segments_that_do_not_fill_the_frame_exactly_are_no_image() -> None:
+    # They have no other mark of being whole.
+    stored = noise(16, False)
+    high, low = literally((stored >> 8).astype("u1").tobytes()), literally(stored.astype("u1").tobytes())
+    short, long = literally(stored.astype("u1").tobytes()[:-1]), low + b"\xff\x07"
+    beyond = 64 + len(high) + len(low)
+    for frame in (
+        segments(short, low), segments(high, short), segments(long, low), segments(high, long),
+        segments(high, low + b"\0\1"),
+        segments(high, low[:-2]), segments(high), segments(high, low, low), segments(high, low, count=2**32 - 1),
+        segments(high, low, starts=[64, 2**31]), segments(high, low, starts=[64, 64]), segments(high, low)[:60],
+        segments(high, low, starts=[64 + len(high), 64]), segments(high, low, starts=[beyond, beyond]),
+        segments(high, low, starts=[2**32 - 1, 64 + len(high)]),
+    ):  # fmt: skip
+        with pytest.raises(DecodeError, match=r"a\.dcm \(RLE Lossless\) cannot be decoded: \S"):
+            decoded(encapsulated(RLELossless, stored, 16, frame))
+
+
 # Which decoders there are
 
 
@@ -637,7 +673,7 @@ def test_installed_decoders_are_named(syntax: UID, expected: Kind, monkeypatch: 
 
 
 def test_no_decoder_is_named_for_what_cannot_be_decoded() -> None:
-    assert available_decoders(RLELossless) == ("pydicom",)
+    assert available_decoders(RLELossless) == ("imagecodecs packbits",)
     assert [available_decoders(uid) for uid in (MPEG2MPML, ExplicitVRLittleEndian, "", "1.2.840.10008.1.2.4.x")] == [
         ()
     ] * 4
