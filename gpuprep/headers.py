@@ -10,6 +10,7 @@ import stat
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_parts
@@ -185,7 +186,7 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         warnings.simplefilter("ignore")  # odd values are dealt with below, one by one
         content, announced = inflated(f, HEADER_BYTES)
         force = bare or content is not f
-        ds = pydicom.dcmread(content, stop_before_pixels=True, specific_tags=list(TAGS.values()), force=force)
+        ds = pydicom.dcmread(content, stop_before_pixels=True, specific_tags=_wanted(), force=force)
         announced = announced or str(getattr(ds.file_meta, "MediaStorageSOPClassUID", "") or "")
         _check_class(_text(ds, "SOPClassUID"), announced, bare)
         if content is not f:
@@ -207,6 +208,14 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
     if len(images) < (count := images[0].header.frames):  # of one frame's place nothing follows for the others
         images = [images[0]._replace(header=images[0].header._replace(position_mm=None, frames=count))]
     return images
+
+
+@cache
+def _wanted() -> list[Any]:
+    """Return the tags of `TAGS` as pydicom has them, made once and not for every file."""
+    from pydicom.tag import Tag
+
+    return [Tag(tag) for tag in TAGS.values()]
 
 
 HEADER_BYTES = 16 * 2**20
@@ -280,14 +289,12 @@ class _Frame:
     """
 
     def __init__(self, *layers: pydicom.Dataset) -> None:
-        self._layers = layers
+        # By plain integers: pydicom's tags are compared in Python, forty times for every image of a cohort.
+        self._elements = {int(tag): layer.get_item(tag) for layer in reversed(layers) for tag in layer.keys()}
 
     def get_item(self, tag: int) -> Any:
         """Return the element of the innermost layer that has it; None where none has."""
-        for layer in self._layers:
-            if tag in layer:
-                return layer.get_item(tag)
-        return None
+        return self._elements.get(tag)
 
 
 def _frames(ds: pydicom.Dataset) -> list[tuple[_Frame, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import axial, stored_volume
 
 from gpuprep.backend import Engine, NumpyBackend
 from gpuprep.geometry import Placement
-from gpuprep.memory import CONTEXT_BYTES, device_bytes, for_volumes, workers
+from gpuprep.memory import CONTEXT_BYTES, device_bytes, for_volumes, host_bytes, host_bytes_free, workers
 from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
 from gpuprep.recipe import Recipe
@@ -73,6 +74,38 @@ def test_a_prediction_is_an_upper_estimate_and_not_far_off(
     real = peak(shape, spacing, recipe, backend, engine)
     # The host makes no copies for `matmul`, pads nothing for a prefilter and holds no integers twice.
     assert real <= predicted <= 4 * real, (real, predicted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "recipe", "engine"),
+    [
+        ((60, 256, 256), (3.0, 0.6816, 0.6816), Recipe(size=(256, 256)), "operators"),
+        ((60, 256, 256), (3.0, 0.6816, 0.6816), Recipe(size=(256, 256), dtype="uint8"), "operators"),
+        ((200, 256, 256), (0.7, 0.7, 0.7), Recipe(dtype="uint8"), "operators"),
+        ((40, 200, 200), (1.25, 1.97, 1.97), Recipe(size=None), "operators"),
+        ((60, 256, 256), (3.0, 0.7, 0.7), Recipe(order=5), "operators"),
+        ((40, 96, 96), (3.0, 0.6816, 0.6816), Recipe(size=(96, 96)), "ndimage"),
+        ((40, 96, 96), (1.25, 1.5, 1.5), Recipe(size=(96, 96), dtype="uint8"), "ndimage"),
+    ],
+)
+def test_what_a_series_takes_on_the_host_is_within_a_quarter_of_what_was_said(
+    shape: tuple[int, int, int], spacing: Any, recipe: Recipe, engine: Engine
+) -> None:
+    backend = NumpyBackend("loops")
+    predicted = host_bytes(make_plan(axial(shape, spacing), recipe), backend, engine)
+    # The series is in memory here, which the reader never has it; the slice that is read is a view of it.
+    real = peak(shape, spacing, recipe, backend, engine)
+    assert 0.75 * real <= predicted <= 1.25 * real, (real, predicted)
+
+
+def test_memory_that_a_container_or_the_machine_has_left() -> None:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        pytest.skip("no /proc/meminfo: not Linux")
+    total = 1024 * int(meminfo.read_text().split("MemTotal:")[1].split()[0])
+    free = host_bytes_free()
+    assert free is not None
+    assert 0 < free <= total
 
 
 def test_smaller_chunks_need_less() -> None:
