@@ -290,7 +290,11 @@ class _Frame:
 
     def __init__(self, *layers: pydicom.Dataset) -> None:
         # By plain integers: pydicom's tags are compared in Python, forty times for every image of a cohort.
-        self._elements = {int(tag): layer.get_item(tag) for layer in reversed(layers) for tag in layer.keys()}
+        self._elements = {
+            int(tag): layer.get_item(tag)
+            for layer in reversed(layers)
+            for tag in layer.keys()  # noqa: SIM118 - a data set iterates over its elements, and converts them
+        }
 
     def get_item(self, tag: int) -> Any:
         """Return the element of the innermost layer that has it; None where none has."""

@@ -114,10 +114,17 @@ def combine_rounded(
     """As `combine`, rounded to the integers of `out`; `line` is scratch of (1, columns)."""
     width = values.shape[1]
     for y in range(len(start)):
-        combine(values, start[y : y + 1], weights[y : y + 1], line, 0, 0, width)
-        o, v = out[top + y, left : left + width], line[0]
-        for x in range(width):
-            o[x] = np.rint(min(max(v[x], least), most))
+        o = out[top + y, left : left + width]
+        if weights.shape[1] == 2:
+            a, b = weights[y, 0], weights[y, 1]
+            v, w = values[start[y]], values[start[y] + 1]
+            for x in range(width):
+                o[x] = np.rint(min(max(a * v[x] + b * w[x], least), most))
+        else:
+            combine(values, start[y : y + 1], weights[y : y + 1], line, 0, 0, width)
+            v = line[0]
+            for x in range(width):
+                o[x] = np.rint(min(max(v[x], least), most))
 
 
 @_compiled
@@ -145,14 +152,15 @@ def along_columns(values: Any, beyond: Any, start: Any, weights: Any, line: Any,
 def gather(line: Any, start: Any, weights: Any, out: Any) -> None:
     """Put weighted sums of a line's neighbours into `out`."""
     if weights.shape[0] == 4:
-        for x in range(out.shape[0]):
+        a, b, c, d = weights[0], weights[1], weights[2], weights[3]
+        for x in range(len(out)):
             s = start[x]
-            near = weights[0, x] * line[s] + weights[1, x] * line[s + 1]
-            out[x] = near + weights[2, x] * line[s + 2] + weights[3, x] * line[s + 3]
+            out[x] = a[x] * line[s] + b[x] * line[s + 1] + c[x] * line[s + 2] + d[x] * line[s + 3]
     elif weights.shape[0] == 2:
-        for x in range(out.shape[0]):
+        a, b = weights[0], weights[1]
+        for x in range(len(out)):
             s = start[x]
-            out[x] = weights[0, x] * line[s] + weights[1, x] * line[s + 1]
+            out[x] = a[x] * line[s] + b[x] * line[s + 1]
     else:
         for x in range(out.shape[0]):
             out[x] = weights[0, x] * line[start[x]]
