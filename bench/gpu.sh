@@ -22,7 +22,7 @@ out=$(cd "$out" && pwd)
 
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-# --no-deps: CuPy, NumPy and their like stay those of the machine, and come with its driver.
+# Only what is missing, and without dependencies: CuPy, NumPy and their like stay those of the machine.
 for wheel in "$wheels"/*.whl; do
     [ -e "$wheel" ] || continue
     name=$(basename "$wheel" | cut -d- -f1)
@@ -30,17 +30,21 @@ for wheel in "$wheels"/*.whl; do
         python3 -m pip install --quiet --no-index --no-deps --find-links "$wheels" --target "$site" "$wheel"
     fi
 done
-# After the machine's own packages: what it has comes first.
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONPATH="$PYTHONPATH:$site"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}:$site"
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
-nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || true
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || echo "no nvidia-smi"
 python3 - <<'PYTHON'
+import sys
+
 from gpuprep.backend import get_backend
 from gpuprep.conversion import versions
+from gpuprep.errors import BackendError
 
-print(get_backend("gpu").device, flush=True)
+try:
+    print(get_backend("gpu").device, flush=True)
+except BackendError as exc:
+    sys.exit(f"no GPU to run on: {exc}")
 print(", ".join(f"{name} {version}" for name, version in versions(gpu=True).items()))
 PYTHON
 

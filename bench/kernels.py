@@ -2,7 +2,7 @@
 
     python -m bench.kernels [--out bench/results/kernels-….json]
 
-The series is a phantom of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm in the host's memory, by the default recipe. Kernels
+The series is a phantom of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm, in memory, by the default recipe. Its kernels
 are timed by CUDA events in the stream in which they run, and not while it waits for the host. The floor is the stored
 integers in once and the output out once, at the bandwidth of a copy on the device, which is measured here, too.
 """

@@ -6,6 +6,7 @@ import ast
 import inspect
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,19 @@ def test_copies_and_events_are_asked_for_in_words_that_cupy_knows() -> None:
     assert "out=None, blocking=True" in get
     with pytest.raises(TypeError):
         cupy.cuda.Event(blocks=True)  # so that the above means something
+
+
+@needs_cupy
+@pytest.mark.parametrize("file", ["gpuprep/_cupy.py", "bench/kernels.py", "tests/test_gpu.py"])
+def test_every_name_of_cupy_that_is_used_is_there(file: str) -> None:
+    tree = ast.parse((Path(__file__).parents[1] / file).read_text("utf-8"))
+    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    dotted = {name for name in used if re.fullmatch(r"(cupy|cupyx)(\.\w+)+", name)}
+    assert len(dotted) >= 3
+    for name in dotted:
+        found: Any = import_module(name.split(".")[0])
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
 
 
 @needs_cupy
