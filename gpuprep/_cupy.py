@@ -70,14 +70,13 @@ class CupyBackend:
                     raise
                 _event().synchronize()
         except Exception as exc:
-            # Finished frames hold arrays; the memory is wanted now, by this process or by others.
-            traceback.clear_frames(exc.__traceback__)
-            with suppress(Exception):
-                cupy.get_default_memory_pool().free_all_blocks()
+            traceback.clear_frames(exc.__traceback__)  # those that are finished hold arrays
             if (known := translated(exc, self)) is None:
                 raise
             raise known from exc
-        cupy.get_default_memory_pool().free_all_blocks()
+        finally:
+            with suppress(Exception):  # of a lost device
+                cupy.get_default_memory_pool().free_all_blocks()
 
     def session(self) -> AbstractContextManager[Lane]:
         return self._session()

@@ -161,7 +161,7 @@ EngineOption = Annotated[
 Jobs = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Series at a time: worker processes on the CPU (default: one per core), threads on a GPU.",
+        min=1, help="Series at a time, a worker process each (default: one per core; on a GPU as its memory allows).",
         rich_help_panel=RUN,
     ),
 ]  # fmt: skip

@@ -28,7 +28,7 @@ HU = Kernel(
     "bool zero, bool air, bool declared",
     "float32 hu",
     f"""
-    const long long k = i / plane;
+    const ptrdiff_t k = i / plane;
     const T value = zero && stored == static_cast<T>(-2000) ? static_cast<T>(0) : stored;
     const float number = __fadd_rn(__fmul_rn(static_cast<float>(value), slope[k]), intercept[k]);
     const bool filled = declared && stored >= padding[2 * k] && stored <= padding[2 * k + 1];

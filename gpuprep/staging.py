@@ -103,6 +103,7 @@ class Lane:
             if len(flying) == SLOTS:
                 yield _landed(*flying.popleft())
             self._switch(KERNELS)
+        self._switch(IDLE)
         while flying:
             yield _landed(*flying.popleft())
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
+import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import gpuprep.backend
+from gpuprep import kernels
 from gpuprep.backend import NumpyBackend, _gpu_or_cpu, get_backend
-from gpuprep.errors import BackendError
+from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
+from gpuprep.executors import FOR_VOLUMES
 
 HAVE_CUPY = find_spec("cupy") is not None and find_spec("cucim") is not None
 needs_cupy = pytest.mark.skipif(not HAVE_CUPY, reason="CuPy or cuCIM is not installed")
@@ -81,13 +89,125 @@ def test_the_library_calls_take_the_arguments_they_are_given() -> None:
 
 
 def test_both_backends_offer_the_same_methods() -> None:
-    def public(source: str) -> set[str]:
-        return {line.split("(")[0].split()[-1] for line in source.splitlines() if line.startswith("    def ")}
+    file = Path(gpuprep.backend.__file__).with_name("_cupy.py")
+    (cupys,) = (
+        node
+        for node in ast.parse(file.read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "CupyBackend"
+    )
+    methods = {n.name: n for n in cupys.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
+    numpys = {n: f for n, f in vars(NumpyBackend).items() if callable(f) and not n.startswith("_")}
+    assert set(methods) == set(numpys)
+    for name, function in numpys.items():
+        args = methods[name].args
+        names = [a.arg for a in (*args.args, *args.kwonlyargs)]
+        assert names == list(inspect.signature(function).parameters), name
 
-    from gpuprep import backend
 
-    file = os.path.join(os.path.dirname(backend.__file__), "_cupy.py")
-    with open(file) as f:
-        cupy_methods = {m for m in public(f.read()) if not m.startswith("_")}
-    numpy_methods = {m for m in vars(NumpyBackend) if callable(getattr(NumpyBackend, m)) and not m.startswith("_")}
-    assert cupy_methods == numpy_methods
+@needs_cupy
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of an event that never came to be
+def test_copies_and_events_are_asked_for_in_words_that_cupy_knows() -> None:
+    # A wrong argument is a TypeError before anything else; a right one gets as far as the driver.
+    if gpu_works():
+        pytest.skip("a GPU works here")
+    cupy: Any = import_module("cupy")
+    module: Any = import_module("gpuprep._cupy")
+    missing = cupy.cuda.runtime.CUDARuntimeError
+    copies = module._Copies()
+    calls: list[Callable[[], Any]] = [
+        lambda: copies.pinned(10),
+        lambda: copies.mark(),
+        lambda: module._event(),
+        lambda: copies.start_upload(np.zeros((2, 2, 2), np.int16)),
+    ]
+    for call in calls:
+        with pytest.raises(missing, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
+            call()
+    get = cupy.ndarray.get.__doc__
+    assert "out=None, blocking=True" in get
+    with pytest.raises(TypeError):
+        cupy.cuda.Event(blocks=True)  # so that the above means something
+
+
+@needs_cupy
+@pytest.mark.parametrize("file", ["gpuprep/_cupy.py", "bench/kernels.py", "tests/test_gpu.py"])
+def test_every_name_of_cupy_that_is_used_is_there(file: str) -> None:
+    tree = ast.parse((Path(__file__).parents[1] / file).read_text("utf-8"))
+    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    dotted = {name for name in used if re.fullmatch(r"(cupy|cupyx)(\.\w+)+", name)}
+    assert len(dotted) >= 3
+    for name in dotted:
+        found: Any = import_module(name.split(".")[0])
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
+
+
+@needs_cupy
+def test_the_fused_kernels_are_parsed_by_cupy() -> None:
+    module: Any = import_module("gpuprep._cupy")
+    counts = {"HU": (8, 1), "WINDOW": (5, 1), "QUANTISE": (7, 1)}
+    for name, (inputs, outputs) in counts.items():
+        kernel = getattr(module, name)
+        assert (kernel.nin, kernel.nout) == (inputs, outputs)
+        assert kernel.name == getattr(kernels, name).name
+    raw = [p.name for p in module.HU.in_params if p.raw]
+    assert raw == ["slope", "intercept", "padding"]
+
+
+@needs_cupy
+def test_a_backend_travels_without_a_handle_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = import_module("gpuprep._cupy")
+    asked: list[int] = []
+
+    def opened(ordinal: int) -> str:
+        asked.append(ordinal)
+        return "imaginary (device 0)"
+
+    monkeypatch.setattr(module, "_opened", opened)
+    backend = module.CupyBackend()
+    backend.chunk_slices = 7
+    there = pickle.loads(pickle.dumps(backend))  # noqa: S301
+    assert (there.device, there.chunk_slices) == ("imaginary (device 0)", 7)
+    assert asked == [0]  # by the parent; a worker asks once it has work
+    assert all(isinstance(v, str | int) for v in vars(there).values())
+
+
+@needs_cupy
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (("cupy.cuda.memory", "OutOfMemoryError", (10, 20, 0)), DeviceMemoryError),
+        (("cupy_backends.cuda.api.runtime", "CUDARuntimeError", (2,)), DeviceMemoryError),
+        (("cupy_backends.cuda.api.runtime", "CUDARuntimeError", (700,)), DeviceLostError),
+        (("cupy.cuda.compiler", "CompileException", ("no", "x", "y", ())), DeviceLostError),
+        (("builtins", "ValueError", ("a bug",)), None),
+        (("gpuprep.errors", "DecodeError", ("truncated",)), None),
+    ],
+)
+def test_errors_of_cupy_become_ours(raised: tuple[str, str, Any], expected: Any) -> None:
+    module: Any = import_module("gpuprep._cupy")
+    where, name, args = raised
+    backend = object.__new__(module.CupyBackend)
+    backend._ordinal, backend.device = 0, "imaginary"
+    exc = getattr(import_module(where), name)(*args)
+    known = module.translated(exc, backend)
+    assert (None if known is None else type(known)) == expected
+    if expected is DeviceMemoryError:
+        assert "imaginary has" in str(known)
+        assert "free" in str(known)
+
+
+@needs_cupy
+def test_importing_the_backend_loads_no_driver() -> None:
+    # A process that has talked to the driver cannot be forked, and the fork server must stay one that can.
+    code = "import gpuprep._cupy; print(any('libcuda.so' in line for line in open('/proc/self/maps')))"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "False"
+
+
+@needs_cupy
+def test_the_fork_server_does_not_even_import_it() -> None:
+    assert not any("cupy" in module or "cucim" in module for module in FOR_VOLUMES)
+    code = "import gpuprep.processing, gpuprep.reading, gpuprep.writers, sys; print('cupy' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "False"

@@ -1,0 +1,267 @@
+"""What only a GPU can show; `python -m pytest -m gpu` also runs every test that has a backend as its fixture there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import axial, stored_volume
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.transform import resize as skimage_resize
+
+from gpuprep.backend import Engine, NumpyBackend, get_backend
+from gpuprep.batch import convert
+from gpuprep.errors import BackendError, DeviceMemoryError
+from gpuprep.memory import device_bytes
+from gpuprep.phantom import thorax, write_series
+from gpuprep.plan import make_plan
+from gpuprep.processing import host_chunks
+from gpuprep.recipe import Recipe
+from gpuprep.volume import StoredVolume
+
+pytestmark = pytest.mark.gpu
+
+SPACING = (3.0, 0.6816, 0.6816)
+ENGINES = ("operators", "ndimage")
+TOLERANCE_HU = {"operators": 0.01, "ndimage": 0.5}
+
+
+@pytest.fixture
+def gpu() -> Any:
+    try:
+        return get_backend("gpu")
+    except BackendError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture
+def cupy(gpu: Any) -> Any:  # noqa: ARG001 - to be skipped with it
+    return import_module("cupy")
+
+
+@pytest.fixture
+def pool(cupy: Any) -> Iterator[Any]:
+    """CuPy's memory pool, empty and without a limit before and after."""
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    yield pool
+    pool.set_limit(size=0)
+    pool.free_all_blocks()
+
+
+def run(volume: StoredVolume, recipe: Recipe, backend: Any, engine: Engine) -> NDArray[Any]:
+    plan = make_plan(volume.geometry, recipe, volume.placement)
+    return np.concatenate([chunk.copy() for chunk in host_chunks(volume, plan, backend, engine)])
+
+
+@pytest.fixture(scope="module")
+def chest() -> StoredVolume:
+    return stored_volume(thorax((40, 96, 96), (3.0, 1.8, 1.8)), (3.0, 1.8, 1.8))
+
+
+HU = Recipe(window_hu=None, size=None)
+
+
+@pytest.mark.parametrize("align", ["edge", "corner"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hu_are_those_of_the_cpu(gpu: Any, chest: StoredVolume, engine: Engine, align: Any) -> None:
+    recipe = replace(HU, align=align)
+    values = run(chest, recipe, gpu, engine)
+    expected = run(chest, recipe, NumpyBackend(), engine)
+    if align == "corner" and engine == "ndimage":  # the libraries disagree whether the last plane is inside
+        values, expected = values[1:-1, 1:-1, 1:-1], expected[1:-1, 1:-1, 1:-1]
+    assert np.abs(values - expected).max() <= TOLERANCE_HU[engine]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hu_are_those_of_scipy_in_float64(gpu: Any, chest: StoredVolume, engine: Engine) -> None:
+    # By SciPy itself, in float64, without anything of ours but the rule for padding, which is kept away here.
+    values = run(chest, replace(HU, padding="keep"), gpu, engine)
+    factors = [m / n for n, m in zip(chest.stored.shape, values.shape, strict=True)]
+    hu = chest.stored.astype(np.float64) - 1024
+    expected = ndimage.zoom(hu, factors, order=3, mode="nearest", grid_mode=True)
+    assert np.abs(values - expected).max() <= TOLERANCE_HU[engine]
+
+
+def test_the_classic_recipe_is_that_of_the_library_calls(gpu: Any, noise: Any) -> None:
+    stored = noise((9, 40, 37))
+    resampled = ndimage.zoom(stored.astype(np.float64) - 1024, (3.0, 27 / 40, 25 / 37), order=3)
+    windowed = np.clip((resampled + 1000) / 1400, 0, 1)
+    expected = np.stack([skimage_resize(s, (64, 50)) for s in windowed])
+    recipe = replace(Recipe.preset("classic"), size=(64, 50))
+    values = run(stored_volume(stored, SPACING), recipe, gpu, "operators")
+    assert np.abs(values - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "uint16", "int16"])
+def test_two_runs_are_the_same_to_the_bit_in_every_dtype(
+    gpu: Any, chest: StoredVolume, dtype: Any, engine: Engine
+) -> None:
+    recipe = Recipe(dtype=dtype, size=(200, 200))
+    first, second = (run(chest, recipe, gpu, engine) for _ in range(2))
+    assert first.dtype == np.dtype(dtype)
+    assert first.tobytes() == second.tobytes()
+    expected = run(chest, recipe, NumpyBackend(), engine).astype(np.float64)
+    # One step of an integer, where rounding falls the other way.
+    hu_per_unit = 1400 / {"float32": 1.0, "uint8": 255.0, "uint16": 65535.0, "int16": 1400.0}[dtype]
+    step = 0 if dtype == "float32" else 1
+    assert np.abs(first - expected).max() <= TOLERANCE_HU[engine] / hu_per_unit + step
+
+
+@pytest.mark.parametrize("stored_type", ["int16", "uint16", "int32"])
+@pytest.mark.parametrize("rule", ["air", "keep", "minus2000-to-0"])
+def test_padding_and_rescale_are_the_same_to_the_bit(gpu: Any, noise: Any, stored_type: str, rule: Any) -> None:
+    stored = (noise((7, 19, 23)) + (0 if stored_type == "uint16" else -2100)).astype(stored_type)
+    base = stored_volume(stored, (1.0, 1.0, 1.0))
+    padding = np.array([[5, 40]] * 3 + [[1, 0]] * 4, dtype=stored_type)
+    volume = replace(base, slope=np.linspace(0.7, 1.3, 7), intercept=np.linspace(-1024, -8, 7), padding=padding)
+    recipe = Recipe(spacing_mm=None, size=None, window_hu=None, padding=rule)
+    values = run(volume, recipe, gpu, "operators")
+    np.testing.assert_array_equal(values, run(volume, recipe, NumpyBackend(), "operators"))
+
+
+def shapes() -> list[tuple[int, int, int]]:
+    """Return twenty different ones."""
+    return [(20 + 3 * n, 64 + 5 * n, 90 - 2 * n) for n in range(20)]
+
+
+def kernels_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return how many kernels there are after each shape, and how many of ours; in a process without any before."""
+    compiler = import_module("cupy").cuda.compiler
+    original, sources = compiler._compile_module_with_cache, []
+
+    def count(source: str, *args: Any, **options: Any) -> Any:
+        sources.append(source)
+        return original(source, *args, **options)
+
+    compiler._compile_module_with_cache = count
+    backend, counts = get_backend("gpu"), []
+    for shape in shapes():
+        stored = np.random.default_rng(0).integers(0, 3000, shape).astype(np.int16)
+        volume = stored_volume(stored, (2.5, 0.7 + shape[0] / 1000, 0.8))
+        run(volume, Recipe.from_dict(recipe), backend, "operators")
+        counts.append(len(sources))
+    names = ("gpuprep_hu", "gpuprep_window", "gpuprep_quantise")
+    return {"counts": counts, "ours": {name: sum(name in source for source in sources) for name in names}}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(dtype="uint8"), Recipe(size=(300, 300), fit="pad", dtype="int16")])
+def test_no_kernel_is_compiled_for_a_shape(recipe: Recipe) -> None:
+    code = f"import json, test_gpu; print(json.dumps(test_gpu.kernels_of({recipe.to_dict()!r})))"
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    counts = found["counts"]
+    assert 0 < counts[0] <= counts[-1] <= 24
+    # A last slab or block may be of one slice or row, which CuPy sees as an array of fewer dimensions: a few early on.
+    assert counts[-1] == counts[9], counts
+    assert found["ours"]["gpuprep_hu"] == 1
+    assert all(n <= 1 for n in found["ours"].values())
+
+
+def test_too_little_memory_is_told_and_leaves_nothing_behind(gpu: Any, pool: Any, chest: StoredVolume) -> None:
+    pool.set_limit(size=2**20)
+    with pytest.raises(DeviceMemoryError, match=r"Out of memory allocating .* GB free"):
+        run(chest, HU, gpu, "operators")
+    assert pool.total_bytes() == 0
+    pool.set_limit(size=0)
+    assert run(chest, HU, gpu, "operators").shape[0] == 120
+
+
+def test_smaller_chunks_fit_where_larger_ones_do_not(gpu: Any, pool: Any, chest: StoredVolume) -> None:
+    plan = make_plan(chest.geometry, HU)
+    expected = run(chest, HU, gpu, "operators")
+    large = device_bytes(plan, gpu, "operators")
+    gpu.chunk_slices, gpu.slab_slices = 1, 1
+    small = device_bytes(plan, gpu, "operators")
+    assert small < large / 3
+    pool.free_all_blocks()
+    pool.set_limit(size=(small + large) // 2)
+    assert np.abs(run(chest, HU, gpu, "operators") - expected).max() <= TOLERANCE_HU["operators"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(dtype="uint8"), Recipe(size=None, spacing_mm=(1.0, 0.5, 0.5))])
+def test_the_predicted_memory_is_what_is_taken(
+    gpu: Any, cupy: Any, pool: Any, noise: Any, recipe: Recipe, engine: Engine
+) -> None:
+    volume = stored_volume(noise((108, 512, 512)), SPACING)
+    plan = make_plan(volume.geometry, recipe)
+    run(volume, recipe, gpu, engine)  # what cuBLAS and the kernels take stays
+    pool.free_all_blocks()
+
+    class Peak(cupy.cuda.MemoryHook):  # type: ignore[misc]
+        name = "peak"
+        most = 0
+
+        def malloc_postprocess(self, **_: Any) -> None:
+            Peak.most = max(Peak.most, pool.used_bytes())
+
+    with Peak():
+        run(volume, recipe, gpu, engine)
+    predicted = device_bytes(plan, gpu, engine)
+    assert Peak.most <= predicted <= Peak.most / 0.75, (Peak.most, predicted)
+
+
+def test_a_session_gives_its_memory_back(gpu: Any, pool: Any, chest: StoredVolume) -> None:
+    # Other processes share the device.
+    for _ in range(3):
+        run(chest, Recipe(), gpu, "operators")
+        assert pool.total_bytes() == 0
+
+
+def test_the_times_of_the_stages_are_told(gpu: Any, chest: StoredVolume) -> None:
+    seconds: dict[str, float] = {}
+    for _ in host_chunks(chest, make_plan(chest.geometry, Recipe()), gpu, "operators", seconds):
+        pass
+    assert set(seconds) == {"upload_s", "kernels_s", "download_s"}
+    assert all(s > 0 for s in seconds.values())
+
+
+def test_a_whole_cohort_through_the_command(gpu: Any, tmp_path: Path) -> None:
+    for n in range(5):
+        shape = (24 + n, 96, 112)
+        write_series(tmp_path / "dicom" / f"p{n}", thorax(shape, (2.5, 3.0, 3.0), seed=n), (2.5, 3.0, 3.0))
+    os.truncate(next((tmp_path / "dicom" / "p4").iterdir()), 5000)
+    options = ["--size", "128", "--dtype", "uint8", "--jobs", "2", "--quiet"]
+    command = [sys.executable, "-m", "gpuprep", "convert", str(tmp_path / "dicom"), "--out", str(tmp_path / "gpu")]
+    done = subprocess.run([*command, "--backend", "gpu", *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr  # one is truncated
+    on_cpu = convert(tmp_path / "dicom", tmp_path / "cpu", Recipe(size=(128, 128), dtype="uint8"), backend="cpu")
+    again = convert(tmp_path / "dicom", tmp_path / "gpu", Recipe(size=(128, 128), dtype="uint8"), backend="gpu")
+    assert again.counts["skipped"] == 4
+    whole = [r for r in again.results if r.status == "skipped"]
+    assert {(r.backend, r.device) for r in whole} == {("gpu", gpu.device)}
+    assert all(r.kernels_s and r.upload_s and r.download_s for r in whole)
+    assert on_cpu.counts == {"ok": 4, "rejected": 1}
+    names = sorted(p.relative_to(tmp_path / "cpu") for p in (tmp_path / "cpu").rglob("*.tif"))
+    assert names == sorted(p.relative_to(tmp_path / "gpu") for p in (tmp_path / "gpu").rglob("*.tif"))
+    for name in names:
+        cpu, on_gpu = (tifffile.imread(tmp_path / which / name).astype(int) for which in ("cpu", "gpu"))
+        assert np.abs(cpu - on_gpu).max() <= 1
+
+
+def test_the_memory_of_a_turned_stack_is_predicted_too(gpu: Any, pool: Any, noise: Any) -> None:
+    geometry = axial((90, 120, 130), (1.0, 1.0, 1.0))
+    coronal = replace(geometry, affine=geometry.affine[:, [1, 0, 2, 3]])
+    volume = replace(stored_volume(noise((90, 120, 130)), (1.0, 1.0, 1.0)), geometry=coronal)
+    recipe = Recipe(orient="LPS", size=None, window_hu=None)
+    pool.set_limit(size=int(1.3 * device_bytes(make_plan(coronal, recipe), gpu, "operators")))
+    np.testing.assert_array_equal(
+        run(volume, recipe, gpu, "operators"), run(volume, recipe, NumpyBackend(), "operators")
+    )
