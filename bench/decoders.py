@@ -39,8 +39,8 @@ from pydicom.uid import (
 )
 
 import gpuprep
+from bench.measure import machine
 from bench.rescan import lengthen
-from bench.throughput import machine
 from gpuprep import decoding
 from gpuprep.conversion import versions
 from gpuprep.phantom import thorax, write_series

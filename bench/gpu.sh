@@ -9,7 +9,7 @@
 #
 #     pip download --only-binary=:all: --no-deps --python-version 3.12 --platform manylinux_2_28_x86_64 -d WHEELS_DIR \
 #         pydicom cucim-cu13 click lazy-loader rich filelock tomli-w array-api-compat threadpoolctl imagecodecs pyjpegls \
-#         pylibjpeg pylibjpeg-openjpeg psutil hypothesis sortedcontainers array-api-strict
+#         pylibjpeg pylibjpeg-openjpeg numba llvmlite psutil hypothesis sortedcontainers array-api-strict
 #
 # Figures go to OUT_DIR (bench/results) as kernels-gpu.json and compare-gpu.json, what the tests said as tests-gpu.txt.
 set -euo pipefail

@@ -21,7 +21,7 @@ from gpuprep.headers import Contents
 from gpuprep.layout import absolute, layout
 from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, SeriesResult, now
-from gpuprep.memory import device_bytes, for_volumes, workers
+from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, needed_bytes, workers
 from gpuprep.output import contents, open_output, retire, write_text
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
@@ -377,7 +377,7 @@ def _task(
         audit=outlook.audit.to_dict() if outlook.audit else None,
         irregularities=outlook.audit.irregularities if outlook.audit else (),
         notes=(note,) if unreadable else (),
-        device_bytes=device_bytes(outlook.plan, backend, engine) if outlook.plan is not None else 0,
+        needed_bytes=needed_bytes(outlook.plan, backend, engine) if outlook.plan is not None else 0,
     )
 
 
@@ -385,11 +385,15 @@ def _executor(backend: Backend, jobs: int | None) -> tuple[Executor, Budget | No
     """Return what runs the tasks, and what they share."""
     if jobs is not None and jobs < 1:
         raise RequestError(f"jobs = {jobs}: give at least 1")
-    free = backend.free_bytes()
+    free, at_rest = backend.free_bytes(), CONTEXT_BYTES
     if free is None:
-        return Here() if jobs is None else Processes(jobs, quiet_libraries), None
-    jobs = workers(free, jobs or usable_cores())
-    return Processes(jobs, quiet_libraries), Budget(for_volumes(free, jobs), lambda task: int(task.device_bytes))
+        if jobs is None:
+            return Here(), None
+        free, at_rest = host_bytes_free(), AT_REST_BYTES
+    else:
+        jobs = workers(free, jobs or usable_cores())
+    budget = None if free is None else Budget(for_volumes(free, jobs, at_rest), lambda task: int(task.needed_bytes))
+    return Processes(jobs, quiet_libraries), budget
 
 
 def _discover(

@@ -17,7 +17,7 @@ from gpuprep.backend import Backend, Engine
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors import last_task
 from gpuprep.manifest import SeriesResult, Status, now
-from gpuprep.memory import device_bytes
+from gpuprep.memory import needed_bytes
 from gpuprep.output import PendingFolder
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
@@ -56,8 +56,8 @@ class Task:
     """Warnings from before the series is opened."""
     known: bool
     """Whether the manifest has an earlier output of this series in that folder."""
-    device_bytes: int = 0
-    """What it is predicted to need of a device's memory."""
+    needed_bytes: int = 0
+    """What it is predicted to need of the memory in which it is computed."""
 
     @property
     def blank(self) -> SeriesResult:
@@ -138,7 +138,7 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
         files, size = pending.commit(_sidecar(task, source, plan, result), known=task.known)
         write_s = time.perf_counter() - started - chunks.seconds
     except DeviceMemoryError as exc:
-        need = device_bytes(plan, task.backend, task.engine) / 1e9
+        need = needed_bytes(plan, task.backend, task.engine) / 1e9
         raise DeviceMemoryError(
             f"{exc}; in chunks of {task.backend.chunk_slices} slices the series needs about {need:.2f} GB"
         ) from exc

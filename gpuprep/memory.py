@@ -33,9 +33,9 @@ def workers(free: int, wanted: int) -> int:
     return max(1, min(wanted, int(USABLE * free / 2) // CONTEXT_BYTES))
 
 
-def for_volumes(free: int, processes: int) -> int:
-    """Return what is left for volumes beside the contexts of the processes."""
-    return max(0, int(USABLE * free) - processes * CONTEXT_BYTES)
+def for_volumes(free: int, processes: int, at_rest: int = CONTEXT_BYTES) -> int:
+    """Return what is left for volumes beside what each of the processes takes at rest."""
+    return max(0, int(USABLE * free) - processes * at_rest)
 
 
 def host_bytes_free() -> int | None:
@@ -51,6 +51,11 @@ def host_bytes_free() -> int | None:
         # Files that are cached only because there is room count as used.
         left.append(limit - int((group / "memory.current").read_text()) + int(stat["file"]))
     return min(left, default=None)
+
+
+def needed_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
+    """Return `host_bytes` or `device_bytes`, whichever it is that a backend computes in."""
+    return (host_bytes if backend.name == "cpu" else device_bytes)(plan, backend, engine)
 
 
 def host_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
