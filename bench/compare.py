@@ -40,6 +40,9 @@ from gpuprep.executors import usable_cores
 
 RIVALS = ("numba", "SimpleITK", "monai", "torch", "torchio", "dcm2niix", "dicom2nifti")
 
+SETTLE_S = 1.0
+"""After a deletion, so that a disk that is told of it is done before the next one is timed."""
+
 
 class Comparison:
     """One run of it: the cohort, a folder to work in, and a record per contender."""
@@ -77,8 +80,7 @@ class Comparison:
         record["peak_bytes"] = memory.peak_bytes
         record["largest_process_bytes"] = memory.largest_process_bytes
         record["series_watched"] = len(todo)
-        if "device" in answer:
-            record["device"] = answer["device"]
+        record |= {k: answer[k] for k in ("device", "predicted_process_bytes") if k in answer}
         made = {f.name: self._out / answer.get("outputs", {}).get(f.name, f.name) for f in todo}
         if contender.floor is not None and contender.floor not in self.sizes_bytes:
             self.sizes_bytes[contender.floor] = {name: cohort.file_sizes_bytes(at) for name, at in made.items()}
@@ -157,6 +159,7 @@ class Comparison:
     def _clean(self) -> None:
         shutil.rmtree(self._out, ignore_errors=True)
         os.sync()
+        time.sleep(SETTLE_S)
 
 
 def _agreement_in_words(record: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("MB/s out", lambda r: _number(r, "mb_per_s_out")),
     ("peak MB", lambda r: _number(r, "peak_bytes", ".0f", 1e-6)),
     ("largest process MB", lambda r: _number(r, "largest_process_bytes", ".0f", 1e-6)),
+    ("predicted MB", lambda r: _number(r, "predicted_process_bytes", ".0f", 1e-6)),
     ("largest Δ HU", lambda r: _difference(r)),
     ("timed", lambda r: _timed(r)),
 )
@@ -33,7 +34,7 @@ LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
 
 def _number(record: Record, key: str, form: str = ".3g", factor: float = 1) -> str:
-    if key not in record:
+    if record.get(key) is None:
         return ""
     text = f"{record[key] * factor:{form}}"
     return f"{float(text):.0f}" if "e" in text else text

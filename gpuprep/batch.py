@@ -389,7 +389,7 @@ def _executor(backend: Backend, jobs: int | None) -> tuple[Executor, Budget | No
     if free is None:
         if jobs is None:
             return Here(), None
-        free, at_rest = host_bytes_free(), AT_REST_BYTES
+        free, at_rest = host_bytes_free(), AT_REST_BYTES[backend.body]
     else:
         jobs = workers(free, jobs or usable_cores())
     budget = None if free is None else Budget(for_volumes(free, jobs, at_rest), lambda task: int(task.needed_bytes))

@@ -9,6 +9,7 @@ from pathlib import Path
 from gpuprep.backend import BackendName
 from gpuprep.batch import Listener, Run, convert
 from gpuprep.errors import RequestError
+from gpuprep.executors import FOR_VOLUMES, start_fork_server
 from gpuprep.phantom import thorax, write_series
 from gpuprep.recipe import Recipe
 
@@ -43,6 +44,7 @@ def run_demo(
 ) -> Demo:
     """Write the cohort to ``OUT/dicom`` and convert it to ``OUT/volumes``; four series come out, one is rejected."""
     dicom, volumes = out / "dicom", out / "volumes"
+    start_fork_server(FOR_VOLUMES)  # the first time it compiles, which need not wait for the patients
     try:
         if not dicom.exists():
             part = out / "dicom.part"

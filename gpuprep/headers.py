@@ -32,6 +32,8 @@ CT_CLASSES = {
 }
 
 TAGS = {
+    "MediaStorageSOPClassUID": 0x0002_0002,
+    "TransferSyntaxUID": 0x0002_0010,
     "ImageType": 0x0008_0008,
     "SOPClassUID": 0x0008_0016,
     "SOPInstanceUID": 0x0008_0018,
@@ -187,11 +189,12 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         content, announced = inflated(f, HEADER_BYTES)
         force = bare or content is not f
         ds = pydicom.dcmread(content, stop_before_pixels=True, specific_tags=_wanted(), force=force)
-        announced = announced or str(getattr(ds.file_meta, "MediaStorageSOPClassUID", "") or "")
+        meta = _Frame(ds.file_meta)
+        announced = announced or _text(meta, "MediaStorageSOPClassUID")
         _check_class(_text(ds, "SOPClassUID"), announced, bare)
         if content is not f:
             syntax = DEFLATED
-        elif not _UID.fullmatch(syntax := str(getattr(ds.file_meta, "TransferSyntaxUID", "") or "")):
+        elif not _UID.fullmatch(syntax := _text(meta, "TransferSyntaxUID")):
             raise ValueError("the Transfer Syntax UID is none")
         elif not syntax:
             implicit, little = ds.original_encoding  # no meta group: what pydicom found by looking

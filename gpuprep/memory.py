@@ -7,14 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from gpuprep import lines
-from gpuprep.backend import Backend, Engine
+from gpuprep.backend import Backend, Body, Engine
 from gpuprep.plan import BYTES, Plan, Step
 
 CONTEXT_BYTES = 600 * 2**20
 """What a process takes before its first volume: CUDA's context, loaded kernels, cuBLAS and its workspace."""
 
-AT_REST_BYTES = 190 * 2**20
-"""What a worker process takes before its first volume: Python and what it imports."""
+AT_REST_BYTES: dict[Body, int] = {"loops": 165 * 10**6, "matmul": 70 * 10**6}
+"""What a worker process takes without a volume: Python, what it imports, and for the loops most of a compiler."""
 
 USABLE = 0.8
 """Share of the free memory that is planned with: predictions look at arrays, and allocators round and split."""

@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import closing
@@ -27,7 +29,7 @@ from pydicom.encaps import encapsulate
 from pydicom.tag import Tag
 from pydicom.uid import JPEG2000Lossless
 
-from gpuprep.backend import NumpyBackend
+from gpuprep.backend import NumpyBackend, get_backend
 from gpuprep.batch import Listener, Outlook, Run, convert, scan
 from gpuprep.discovery import Cohort
 from gpuprep.errors import BackendError, OutputError, RequestError
@@ -974,3 +976,42 @@ def test_a_series_that_is_divided_otherwise_than_before_leaves_nothing_behind(tm
     counts, rows, folders = converted()
     assert (counts, set(rows)) == ({"ok": 1}, {"1.2.3"})
     assert folders == set(map(Path, rows.values()))
+
+
+def test_outputs_are_the_same_however_the_work_is_done(
+    tmp_path: Path, noise: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By one worker or several, at once or in two runs, with loops fresh from the compiler or from its cache.
+    for n in range(3):
+        write_series(tmp_path / "in" / f"p{n}", noise((9 + n, 40, 37), seed=n), (2.5, 0.8, 0.7))
+    recipe = Recipe(size=(48, 48), dtype="uint8")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
+    for out, jobs, limit in (("one", 1, None), ("two", 2, None), ("here", None, None), ("resumed", 2, 1)):
+        if limit:
+            assert (
+                convert(tmp_path / "in", tmp_path / out, recipe, backend="cpu", jobs=jobs, limit=limit).postponed == 2
+            )
+        run = convert(tmp_path / "in", tmp_path / out, recipe, backend="cpu", jobs=jobs)
+        assert set(run.counts) <= {"ok", "skipped"}
+
+    def slices(out: str) -> dict[str, bytes]:
+        return {str(f.relative_to(tmp_path / out)): f.read_bytes() for f in (tmp_path / out).rglob("*.tif")}
+
+    expected = slices("one")
+    assert len(expected) == round(9 * 2.5) + round(10 * 2.5) + round(11 * 2.5)
+    assert slices("two") == slices("here") == slices("resumed") == expected
+
+
+def test_the_first_run_on_a_machine_says_that_it_compiles(tmp_path: Path, small_series: Path) -> None:
+    command = [sys.executable, "-m", "gpuprep", "convert", str(small_series), "--backend", "cpu", "--out"]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "numba")}
+    run = subprocess.run([*command, str(tmp_path / "out")], env=environment, capture_output=True, text=True, check=True)
+    assert "compiling the inner loops" in run.stderr
+    assert list((tmp_path / "numba").rglob("*.nbc"))
+
+
+def test_a_broken_numba_is_a_reason_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gpuprep.loops", None)  # its import then fails, as Numba's may
+    monkeypatch.setattr("gpuprep.padding.numba_works", lambda: False)
+    with pytest.raises(BackendError, match="NUMBA_DISABLE_JIT=1"):
+        get_backend("cpu").to_hu(np.zeros((1, 2, 2), np.int16), np.ones(1), np.zeros(1), None, "air")

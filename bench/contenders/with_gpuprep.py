@@ -9,9 +9,11 @@ from typing import Any
 
 import gpuprep
 from bench.contenders import AbsentError
-from gpuprep.backend import Engine
+from gpuprep.backend import Engine, get_backend
 from gpuprep.batch import DONE, Listener, Outlook, Run
 from gpuprep.errors import BackendError
+from gpuprep.memory import AT_REST_BYTES, host_bytes
+from gpuprep.plan import Plan
 from gpuprep.recipe import Recipe
 
 STAGES = ("read", "process", "write", "upload", "kernels", "download")
@@ -19,14 +21,16 @@ STAGES = ("read", "process", "write", "upload", "kernels", "download")
 
 
 class _Clock(Listener):
-    """Notes when headers are read and conversion begins."""
+    """Notes when headers are read and conversion begins, and what is planned."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.planned_s = 0.0
+        self.plans: list[Plan] = []
 
-    def planned(self, outlooks: list[Outlook]) -> None:  # noqa: ARG002 - only the moment counts
+    def planned(self, outlooks: list[Outlook]) -> None:
         self.planned_s = time.perf_counter() - self.started
+        self.plans = [o.plan for o in outlooks if o.plan is not None]
 
 
 def convert_all(
@@ -61,7 +65,13 @@ def convert_all(
         "outputs": {Path(r.source).name: r.folder for r in run.results},
         "split": _split(run, clock.planned_s),
         "device": run.results[0].device,
+        "predicted_process_bytes": None if gpu else _predicted_bytes(clock.plans, engine),
     }
+
+
+def _predicted_bytes(plans: list[Plan], engine: Engine) -> int:
+    backend = get_backend("cpu")
+    return AT_REST_BYTES[backend.body] + max(host_bytes(plan, backend, engine) for plan in plans)
 
 
 def _split(run: Run, scan_s: float) -> dict[str, float]:
