@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.backend import numba_works
+from gpuprep.backend import compiled_loops, numba_works
 from gpuprep.intensity import AIR_HU, LOWEST_HU, TISSUE_HU
 from gpuprep.series import SliceHeader
 
@@ -140,9 +140,7 @@ def summary(values: NDArray[Any], slope: float, intercept: float, padding: NDArr
     if padding is not None:
         ranges[1] = padding
     if numba_works():
-        from gpuprep.loops import summary as compiled
-
-        return Summary(*compiled(values, ranges))
+        return Summary(*compiled_loops().summary(values, ranges))
     mask = np.zeros(values.shape, dtype=bool)
     for first, last in ranges:
         if first <= last:
