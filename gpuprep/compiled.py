@@ -60,22 +60,7 @@ _ONE = np.ones(1, dtype=np.float32)
 
 def _lines(step: Step) -> list[lines.Line | None]:
     """Return how to resample each axis; None where it is left alone."""
-    found: list[lines.Line | None] = []
-    for n, m, sigma, along in zip(step.source, step.target, step.sigma, step.along, strict=True):
-        line = None
-        if n != m or along is not None:
-            line = lines.build(
-                n,
-                m,
-                along=along,
-                order=step.order,
-                mode=step.mode,
-                grid_mode=step.grid_mode,
-                sigma=sigma,
-                blur_mode=step.blur_mode,
-            )
-        found.append(line)
-    return found
+    return [lines.build(**step.arguments(axis)) if step.moves(axis) else None for axis in range(3)]
 
 
 def _groups(across: lines.Line) -> Iterator[tuple[int, int, int, int]]:

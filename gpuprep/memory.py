@@ -77,14 +77,14 @@ def host_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
         return device_bytes(plan, backend, engine)
     rows, columns = step.target[1:]
     window = 1
-    if _moves(step, 0):
+    if step.moves(0):
         ahead = lines.REACH if step.order == 3 and step.along[0] is None and not step.sigma[0] else 0
         span = _band(step, 0, round(lines.GROUP * step.target[0] / step.source[0])) if not ahead else lines.GROUP + 4
         slices = min(step.source[0], span + ahead)
         window = min(step.source[0], slices + slices // 2) + (min(step.source[0], span) if ahead else 0)
     voxels = whole + source * 3 // 2  # the slice that is read, as integers and as HU
-    voxels += 2 * rows * step.source[2] if _moves(step, 1) else 0
-    voxels += 2 * rows * columns if _moves(step, 2) else 0
+    voxels += 2 * rows * step.source[2] if step.moves(1) else 0
+    voxels += 2 * rows * columns if step.moves(2) else 0
     voxels += window * rows * columns + rows * plan.resize.target[2]
     return FLOAT * voxels + slab * out_bytes
 
@@ -128,9 +128,9 @@ def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
         s.target[axis] * _band(s, axis, backend.block_rows if axis else chunk)
         for s in (step, plan.resize)
         for axis in range(3)
-        if _moves(s, axis)
+        if s.moves(axis)
     )
-    along_z = chunk * _plane(shrunk) if _moves(step, 0) else 0
+    along_z = chunk * _plane(shrunk) if step.moves(0) else 0
     windowed = slab * _plane(m) if plan.recipe.window_hu is not None else 0
     voxels = before + window + along_z + grown + windowed + resized + max(between, there, at_last) + weights
     return total + FLOAT * voxels + _output(plan, slab)
@@ -161,10 +161,6 @@ def _band(step: Step, axis: int, rows: int) -> int:
     n = step.source[axis] if places is None else len(places)
     reach = REACH[step.order] + math.ceil(8 * step.sigma[axis])
     return min(n, math.ceil(rows * n / step.target[axis]) + reach)
-
-
-def _moves(step: Step, axis: int) -> bool:
-    return step.source[axis] != step.target[axis] or step.along[axis] is not None
 
 
 def _plane(shape: tuple[int, int, int]) -> int:

@@ -42,7 +42,24 @@ class Step:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return self.source == self.target and self.along == (None, None, None)
+        return not any(map(self.moves, range(3)))
+
+    def moves(self, axis: int) -> bool:
+        """Whether there is anything to do along an axis."""
+        return self.source[axis] != self.target[axis] or self.along[axis] is not None
+
+    def arguments(self, axis: int) -> dict[str, Any]:
+        """Return what `gpuprep.operators.matrix` wants to know of an axis."""
+        return {
+            "n_in": self.source[axis],
+            "n_out": self.target[axis],
+            "along": self.along[axis],
+            "order": self.order,
+            "mode": self.mode,
+            "grid_mode": self.grid_mode,
+            "sigma": self.sigma[axis],
+            "blur_mode": self.blur_mode,
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -293,23 +293,12 @@ def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
 def _operators(step: Step, backend: Backend) -> list[operators.Operator | None]:
     """Return one operator per axis; None where the axis is left alone."""
     found: list[operators.Operator | None] = []
-    axes = zip(step.source, step.target, step.sigma, step.along, strict=True)
-    for axis, (n, m, sigma, along) in enumerate(axes):
-        if n == m and along is None:
-            found.append(None)
-            continue
-        operator = operators.build(
-            n,
-            m,
-            along=along,
-            order=step.order,
-            mode=step.mode,
-            grid_mode=step.grid_mode,
-            sigma=sigma,
-            blur_mode=step.blur_mode,
-            block_rows=backend.block_rows if axis else backend.chunk_slices,
-        )
-        found.append(operator.on(backend.to_device))
+    for axis in range(3):
+        operator = None
+        if step.moves(axis):
+            rows = backend.block_rows if axis else backend.chunk_slices
+            operator = operators.build(**step.arguments(axis), block_rows=rows).on(backend.to_device)
+        found.append(operator)
     return found
 
 
