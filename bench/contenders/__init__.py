@@ -102,7 +102,10 @@ def _gpuprep(cores: int, scratch: Path) -> list[Contender]:
         ours("uint8", "uint8"),
         ours("uint8 stack", "uint8 stack"),
         *(ours(f"uint8, {n} job{'s'[: n > 1]}", "uint8", options={"jobs": n}, rounds=2) for n in fewer),
-        ours("uint8, headers known", "uint8", options={"index": index}, rounds=2, note="index of a former scan"),
+        *(
+            ours(f"{name}, headers known", name, options={"index": index}, note="index of a former scan")
+            for name in ("uint8", "uint8 stack")
+        ),
         ours("float32, matmul body", "float32", environment={"NUMBA_DISABLE_JIT": "1"}, rounds=2),
         ours("uint8, matmul body", "uint8", environment={"NUMBA_DISABLE_JIT": "1"}, rounds=2),
         ours("float32, engine ndimage", "float32", options={"engine": "ndimage", "jobs": 1}, series=1),
