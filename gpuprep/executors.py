@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from gpuprep.backend import numba_works
-from gpuprep.errors import GpuprepError
+from gpuprep.errors import BackendError, GpuprepError
 from gpuprep.interruption import held_back
 
 FOR_HEADERS = ("gpuprep.headers", "pydicom")
@@ -166,14 +166,33 @@ class Processes:
                 self._bury(connection)
             else:
                 return connection
-        connection, theirs = self._context.Pipe()
-        worker = self._context.Process(target=_work, args=(theirs, self._prepare), daemon=True)
-        with _hidden_main(), _no_strangers(), held_back():
-            worker.start()
-        theirs.close()  # so that the worker's end closes with the worker
-        self._workers[connection] = worker
+        try:
+            connection = self._hire()
+        except (EOFError, OSError):  # the fork server has died, and is started again by asking once more
+            try:
+                connection = self._hire()
+            except (EOFError, OSError) as exc:
+                raise BackendError(
+                    f"no worker process can be started ({type(exc).__name__}: {exc}), most often for lack of memory: "
+                    "use fewer --jobs"
+                ) from exc
         with contextlib.suppress(OSError):  # it died at once: reading the answer will tell
             connection.send((function, task))
+        return connection
+
+    def _hire(self) -> Any:
+        """Start a worker and return the connection to it."""
+        connection, theirs = self._context.Pipe()
+        try:
+            worker = self._context.Process(target=_work, args=(theirs, self._prepare), daemon=True)
+            with _hidden_main(), _no_strangers(), held_back():
+                worker.start()
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            theirs.close()  # so that the worker's end closes with the worker
+        self._workers[connection] = worker
         return connection
 
     def _bury(self, connection: Any) -> str:

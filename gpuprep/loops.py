@@ -6,7 +6,9 @@ make vectors of them. Compilation takes a few seconds, once per machine: Numba k
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -17,7 +19,43 @@ from gpuprep.lines import INVERSE, REACH
 STRIP = 128
 """Columns taken at a time where lines run down the rows: few enough that a strip of a slice stays in the cache."""
 
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+
+class _Forgiving:
+    """A cache of compiled loops whose damage or lack of room costs time, and nothing else."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def load_overload(self, *args: Any) -> Any:
+        with suppress(Exception):  # Numba unpickles whatever it finds
+            return self._cache.load_overload(*args)
+        return None
+
+    def save_overload(self, *args: Any) -> None:
+        with suppress(Exception):
+            self._cache.save_overload(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def _compiler(**options: Any) -> Callable[[Loop], Loop]:
+    def compiled(function: Loop) -> Loop:
+        loop: Any = numba.njit(nogil=True, error_model="numpy", **options)(function)
+        with suppress(RuntimeError):  # no folder to write to: then each run compiles anew
+            loop.enable_caching()
+            loop._cache = _Forgiving(loop._cache)
+        return cast(Loop, loop)
+
+    return compiled
+
+
+_compiled = _compiler(fastmath={"contract"})
+_exactly = _compiler()
+"""Every operation rounded for itself, as NumPy does."""
+
 _AIR, _LOWEST = np.float32(AIR_HU), np.float32(LOWEST_HU)
 _INVERSE = tuple(np.float32(w) for w in INVERSE)
 
@@ -45,7 +83,7 @@ def summary(stored: Any, padding: Any) -> Any:
     return least, most, total, count
 
 
-@_compiled
+@_exactly
 def to_hu(stored: Any, slope: Any, intercept: Any, padding: Any, out: Any) -> None:
     """Put HU of slices into `out`: air below all CT numbers, and for stored values in the range of each slice."""
     for k in range(stored.shape[0]):

@@ -41,10 +41,10 @@ def for_volumes(free: int, processes: int, at_rest: int = CONTEXT_BYTES) -> int:
 def host_bytes_free() -> int | None:
     """Return the memory that this machine, or the container around this process, has left; None where nobody says."""
     left = []
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, LookupError):
         meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         left.append(1024 * int(meminfo["MemAvailable"].split()[0]))
-    with suppress(OSError, ValueError, KeyError):  # the word "max" where the container has no limit
+    with suppress(OSError, ValueError, LookupError):  # the word "max" where the container has no limit
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

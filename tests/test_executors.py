@@ -16,12 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gpuprep.executors import Budget, Executor, Here, Processes, WorkerDiedError, last_task
+from gpuprep.executors import HAVE_FORK_SERVER, Budget, Executor, Here, Processes, WorkerDiedError, last_task
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {
     "here": Here,
@@ -386,3 +387,14 @@ def test_workers_import_nothing_from_the_folder_they_are_started_in(tmp_path: Pa
     assert done.stderr == ""
     assert done.stdout.splitlines()[0] == "the script runs"
     assert "stranger" not in done.stdout
+
+
+@pytest.mark.skipif(not HAVE_FORK_SERVER, reason="this system has no fork server")
+def test_a_fork_server_that_died_is_started_again() -> None:
+    processes = Processes(1, preload=("time",))
+    server: Any = forkserver._forkserver
+    os.kill(server._forkserver_pid, signal.SIGKILL)
+    try:
+        assert list(processes.run(abs, [-1, -2])) == [(-1, 1), (-2, 2)]
+    finally:
+        processes.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,3 +154,30 @@ def test_without_numba_matrix_products_serve() -> None:
             check=True,
         )
         assert run.stdout.strip() == body
+
+
+def test_a_damaged_cache_of_loops_costs_time_only(tmp_path: Path) -> None:
+    code = (
+        "import numpy as np; from gpuprep.padding import summary; "
+        "print(summary(np.full((2, 3), 7, np.int16), 1.0, 0.0, None))"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    for damage in (b"", b"\x80", b"no pickle"):
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == "Summary(low=7, high=7, total=42, padding=0)"
+        files = [f for f in tmp_path.rglob("*") if f.is_file()]
+        assert files
+        for file in files:
+            file.write_bytes(damage)
+
+
+def test_rescaling_rounds_twice_as_numpy_does() -> None:
+    # 10240 · 0.7 − 8192 is −1024 where the product is rounded, and just below where it is not: air, 24 HU away.
+    stored, slope, intercept = (
+        np.full((1, 2, 2), 10240, np.int16),
+        np.array([0.7], np.float32),
+        np.array([-8192], np.float32),
+    )
+    expected = np.float32(10240) * np.float32(0.7) + np.float32(-8192)
+    assert expected == -1024
+    assert (NumpyBackend("loops").to_hu(stored, slope, intercept, None, "air") == expected).all()

@@ -108,6 +108,12 @@ def test_memory_that_a_container_or_the_machine_has_left() -> None:
     assert 0 < free <= total
 
 
+@pytest.mark.parametrize("text", ["", "MemTotal: 5 kB\n", "MemAvailable:\n", "MemAvailable: many kB\n"])
+def test_a_system_that_does_not_say_what_is_left(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_: text)
+    assert host_bytes_free() is None
+
+
 def test_smaller_chunks_need_less() -> None:
     plan = make_plan(axial((400, 512, 512), (1.25, 0.7, 0.7)), Recipe(dtype="uint8"))
     backend = NumpyBackend("matmul")
