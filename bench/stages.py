@@ -89,7 +89,7 @@ def stages_s(volume: StoredVolume) -> dict[str, float]:
 
     def convert() -> None:
         for values in volume.stored:
-            summary(values, 1.0, -1024.0, None)
+            summary(values, 1.0, -1024.0, None, loops=True)
         for _ in host_chunks(volume, plan, NumpyBackend("loops")):
             pass
 

@@ -16,7 +16,17 @@ from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_ba
 from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
 from gpuprep.discovery import Cohort, discover
 from gpuprep.errors import PlanError, RequestError
-from gpuprep.executors import FOR_HEADERS, Budget, Executor, Here, Processes, WorkerDiedError, usable_cores
+from gpuprep.executors import (
+    FOR_HEADERS,
+    FOR_LOOPS,
+    FOR_VOLUMES,
+    Budget,
+    Executor,
+    Here,
+    Processes,
+    WorkerDiedError,
+    usable_cores,
+)
 from gpuprep.headers import Contents
 from gpuprep.layout import absolute, layout
 from gpuprep.logs import quiet_libraries
@@ -144,7 +154,7 @@ def convert(
     out: str | os.PathLike[str],
     recipe: Recipe | None = None,
     *,
-    backend: BackendName = "auto",
+    backend: Backend | BackendName = "auto",
     engine: Engine = "operators",
     jobs: int | None = None,
     limit: int | None = None,
@@ -195,7 +205,7 @@ def convert(
     if limit is not None and limit < 1:
         raise RequestError(f"limit = {limit}: give at least 1")
     checked_engine(engine)
-    chosen = get_backend(backend)
+    chosen = get_backend(backend) if isinstance(backend, str) else backend
     executor, budget = _executor(chosen, jobs)
     with open_output(out), closing(Manifest(out / "manifest.sqlite")) as manifest:
         try:
@@ -393,7 +403,7 @@ def _executor(backend: Backend, jobs: int | None) -> tuple[Executor, Budget | No
     else:
         jobs = workers(free, jobs or usable_cores())
     budget = None if free is None else Budget(for_volumes(free, jobs, at_rest), lambda task: int(task.needed_bytes))
-    return Processes(jobs, quiet_libraries), budget
+    return Processes(jobs, quiet_libraries, FOR_LOOPS if backend.body == "loops" else FOR_VOLUMES), budget
 
 
 def _discover(

@@ -118,7 +118,7 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
     from gpuprep.reading import SeriesReader
     from gpuprep.writers import WRITERS
 
-    source = SeriesReader(task.series, task.recipe)
+    source = SeriesReader(task.series, task.recipe, loops=task.backend.body == "loops")
     plan = make_plan(source.geometry, task.recipe, source.placement)
     pending = PendingFolder(task.out, task.folder)
     try:

@@ -6,10 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuprep.backend import BackendName
+from gpuprep.backend import BackendName, NumpyBackend, get_backend
 from gpuprep.batch import Listener, Run, convert
 from gpuprep.errors import RequestError
-from gpuprep.executors import FOR_VOLUMES, start_fork_server
 from gpuprep.phantom import thorax, write_series
 from gpuprep.recipe import Recipe
 
@@ -44,7 +43,6 @@ def run_demo(
 ) -> Demo:
     """Write the cohort to ``OUT/dicom`` and convert it to ``OUT/volumes``; four series come out, one is rejected."""
     dicom, volumes = out / "dicom", out / "volumes"
-    start_fork_server(FOR_VOLUMES)  # the first time it compiles, which need not wait for the patients
     try:
         if not dicom.exists():
             part = out / "dicom.part"
@@ -53,5 +51,8 @@ def run_demo(
             part.rename(dicom)
     except OSError as exc:
         raise RequestError(f"cannot write into {out}: {exc.strerror}; choose another folder") from exc
-    run = convert(dicom, volumes, Recipe(), backend=backend, jobs=jobs, listener=listener)
+    chosen = get_backend(backend)
+    if chosen.body == "loops":
+        chosen = NumpyBackend("matmul")  # the first time, compiling the loops would take longer than the whole demo
+    run = convert(dicom, volumes, Recipe(), backend=chosen, jobs=jobs, listener=listener)
     return Demo(dicom, volumes, run)

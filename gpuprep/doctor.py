@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from pydicom.uid import UID
 
@@ -65,8 +67,9 @@ def examine() -> list[Finding]:
 def _loops() -> Finding:
     """Return whether the loops that make the CPU several times as fast can be compiled."""
     if not numba_works():
-        missing = "Numba is not installed, or switched off: the CPU takes several times as long"
-        return Finding("backend", "cpu loops", False, f"{missing}; pip install 'gpuprep[fast]'")
+        off = "NUMBA_DISABLE_JIT" in os.environ and find_spec("numba") is not None
+        why = "NUMBA_DISABLE_JIT is set" if off else "Numba is not installed: pip install 'gpuprep[fast]'"
+        return Finding("backend", "cpu loops", False, f"{why}; without them the CPU takes twice as long")
     try:
         compiled_loops()
     except BackendError as exc:

@@ -16,39 +16,23 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_connections
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
-from gpuprep.backend import numba_works
 from gpuprep.errors import BackendError, GpuprepError
 from gpuprep.interruption import held_back
 
 FOR_HEADERS = ("gpuprep.headers", "pydicom")
-FOR_VOLUMES = (
-    *FOR_HEADERS,
-    "gpuprep.processing",
-    "gpuprep.reading",
-    "gpuprep.writers",
-    *(["gpuprep.warm"] if numba_works() else []),
-)
+FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.processing", "gpuprep.reading", "gpuprep.writers")
+FOR_LOOPS = (*FOR_VOLUMES, "gpuprep.warm")
 """What workers need, imported once by the fork server, so that they share its pages."""
 
 HAVE_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def start_fork_server(preload: tuple[str, ...]) -> None:
-    """Start the process that workers are forked from, unless it runs; it imports `preload` while we go on."""
-    if HAVE_FORK_SERVER:
-        # Started later, in the middle of starting a worker, it would let through the signals that are held back.
-        resource_tracker.ensure_running()
-        forkserver.set_forkserver_preload(list(preload))
-        with _hidden_main(), _no_strangers(), held_back():
-            forkserver.ensure_running()
 
 
 class WorkerDiedError(GpuprepError):
@@ -113,7 +97,10 @@ class Processes:
         self, jobs: int, prepare: Callable[[], None] | None = None, preload: tuple[str, ...] = FOR_VOLUMES
     ) -> None:
         self._context: Any = multiprocessing.get_context("forkserver" if HAVE_FORK_SERVER else "spawn")
-        start_fork_server(preload)
+        if HAVE_FORK_SERVER:
+            # Started later, in the middle of starting a worker, it would let through the signals that are held back.
+            resource_tracker.ensure_running()
+            self._context.set_forkserver_preload(list(preload))
         self.jobs = jobs
         self._prepare = prepare
         self._workers: dict[Any, BaseProcess] = {}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.backend import compiled_loops, numba_works
+from gpuprep.backend import compiled_loops
 from gpuprep.intensity import AIR_HU, LOWEST_HU, TISSUE_HU
 from gpuprep.series import SliceHeader
 
@@ -119,7 +119,9 @@ class Summary(NamedTuple):
     """Number of pixels that are padding: declared, or below all CT numbers."""
 
 
-def summary(values: NDArray[Any], slope: float, intercept: float, padding: NDArray[Any] | None) -> Summary:
+def summary(
+    values: NDArray[Any], slope: float, intercept: float, padding: NDArray[Any] | None, *, loops: bool = False
+) -> Summary:
     """Return what there is to know about the pixels of a slice.
 
     Parameters
@@ -130,6 +132,8 @@ def summary(values: NDArray[Any], slope: float, intercept: float, padding: NDArr
         Rescale of the slice.
     padding : array of integers, shape (2,), or None
         Lowest and highest declared value.
+    loops : bool
+        Whether to use a compiled loop, which takes one look at the slice where NumPy takes five.
     """
     limits = np.iinfo(values.dtype)
     ranges = np.array([[limits.max, limits.min]] * 2, dtype=values.dtype)  # of nothing
@@ -139,7 +143,7 @@ def summary(values: NDArray[Any], slope: float, intercept: float, padding: NDArr
         ranges[0] = below
     if padding is not None:
         ranges[1] = padding
-    if numba_works():
+    if loops:
         return Summary(*compiled_loops().summary(values, ranges))
     mask = np.zeros(values.shape, dtype=bool)
     for first, last in ranges:

@@ -37,6 +37,8 @@ class SeriesReader:
         From `gpuprep.discover`.
     recipe : Recipe, optional
         Its rules say how irregular the series may be, and its `padding` whether undeclared fill becomes air.
+    loops : bool
+        Whether compiled loops look at the pixels; they find the same.
 
     Raises
     ------
@@ -45,7 +47,7 @@ class SeriesReader:
         cannot be true.
     """
 
-    def __init__(self, series: Series, recipe: Recipe | None = None) -> None:
+    def __init__(self, series: Series, recipe: Recipe | None = None, *, loops: bool = False) -> None:
         recipe = recipe or Recipe()
         stacked = stack(series, recipe.rules)
         self._slices = stacked.slices
@@ -67,6 +69,7 @@ class SeriesReader:
         """Voxels so far that are padding."""
         self.seconds = 0.0
         """Time spent in `slab`."""
+        self._loops = loops
         self._content = Content()
         self._fills: dict[float, int] = {}
         self._blank = 0
@@ -119,7 +122,7 @@ class SeriesReader:
         """Raise unless the pixels of a slice can be an image; count its padding, and clear what nobody declared."""
         slope, intercept = float(self.slope[k]), float(self.intercept[k])
         declared = None if self.padding is None else self.padding[k]
-        low, high, total, padding_voxels = padded.summary(values, slope, intercept, declared)
+        low, high, total, padding_voxels = padded.summary(values, slope, intercept, declared, loops=self._loops)
         self.statistics.add(low, high, total, values.size, slope, intercept)
         self.padding_voxels += padding_voxels
         if low == high:

@@ -29,7 +29,7 @@ def _warm() -> None:
     stored = np.arange(5 * 9 * 9, dtype=np.int16).reshape(5, 9, 9)
     ones = np.ones(len(stored))
     volume = StoredVolume(stored, ones, ones, None, Geometry(stored.shape, np.diag([2.0, 2, 2, 1])), HuStatistics())
-    summary(stored[0], 1.0, 0.0, None)
+    summary(stored[0], 1.0, 0.0, None, loops=True)
     for dtype in USUAL:
         process(volume, Recipe(dtype=dtype, size=(8, 8)), backend=NumpyBackend("loops"))
 
@@ -37,7 +37,7 @@ def _warm() -> None:
 _word = threading.Timer(
     PATIENCE_S,
     logging.getLogger("gpuprep").warning,
-    ["compiling the inner loops for this processor: some seconds, this once"],
+    ["compiling the inner loops for this processor: some ten seconds, once per installation"],
 )
 _word.start()
 try:

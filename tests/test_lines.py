@@ -137,10 +137,8 @@ def test_the_summary_of_a_slice_is_what_counting_gives(
     outside = sum(v * slope + intercept < -1024 or low <= v <= high for v in values)
     expected = Summary(min(values), max(values), sum(values), outside)
     slice_ = np.array([values], dtype=np.int16)
-    assert summary(slice_, slope, intercept, padding) == expected
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpuprep.padding.numba_works", lambda: False)
-        assert summary(slice_, slope, intercept, padding) == expected
+    for loops in (False, True):
+        assert summary(slice_, slope, intercept, padding, loops=loops) == expected
 
 
 def test_without_numba_matrix_products_serve() -> None:
@@ -159,7 +157,7 @@ def test_without_numba_matrix_products_serve() -> None:
 def test_a_damaged_cache_of_loops_costs_time_only(tmp_path: Path) -> None:
     code = (
         "import numpy as np; from gpuprep.padding import summary; "
-        "print(summary(np.full((2, 3), 7, np.int16), 1.0, 0.0, None))"
+        "print(summary(np.full((2, 3), 7, np.int16), 1.0, 0.0, None, loops=True))"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     for damage in (b"", b"\x80", b"no pickle"):
