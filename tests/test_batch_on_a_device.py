@@ -62,7 +62,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """What takes the place of worker processes."""
     executor = Watched()
 
-    def processes(jobs: int, _: object) -> Watched:
+    def processes(jobs: int, *_: object) -> Watched:
         executor.jobs = jobs
         return executor
 
