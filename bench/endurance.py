@@ -9,10 +9,8 @@ workers hold.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,9 +19,8 @@ from typing import Any
 import psutil
 
 import gpuprep
-from bench.measure import machine, tree
+from bench.measure import save, tree
 from gpuprep.batch import Listener
-from gpuprep.conversion import versions
 from gpuprep.manifest import SeriesResult
 from gpuprep.phantom import thorax, write_series
 from gpuprep.recipe import Recipe
@@ -72,19 +69,14 @@ def main() -> None:
     first, last = scales.weights[1], scales.weights[-1]
     growth = {key: last[key] / first[key] - 1 for key in ("parent_bytes", "others_bytes")}
     print(f"from the second tenth to the last: {', '.join(f'{key} {g:+.1%}' for key, g in growth.items())}")
-    result = {
-        "command": " ".join(["python -m bench.endurance", *sys.argv[1:]]),
-        "machine": machine(),
-        "versions": versions(),
+    figures = {
         "series": args.series,
         "shape": SHAPE,
         "seconds": seconds,
         "weights": scales.weights,
         "growth": growth,
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(args.out, "bench.endurance", figures)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 import numpy as np
 import psutil
 import tifffile
+
+from gpuprep.conversion import versions
 
 SAMPLING_S = 0.02
 
@@ -99,6 +103,19 @@ def largest_difference(a: Path, b: Path) -> float:
     if names != sorted(f.name for f in b.glob("*.tif")) or not names:
         raise SystemExit(f"{a} and {b} do not hold the same slices")
     return max(float(np.abs(tifffile.imread(a / n) - tifffile.imread(b / n)).max()) for n in names)
+
+
+def save(out: Path | None, module: str, figures: dict[str, Any]) -> None:
+    """Write the figures of a benchmark as JSON, with command, machine and versions, if there is a file to write to."""
+    if out is None:
+        return
+    made_by = {
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(made_by | figures, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:

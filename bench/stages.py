@@ -10,8 +10,6 @@ and its multiplications, at the rate of a loop that does nothing else. ``bench/N
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,10 +19,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from bench.measure import machine
+from bench.measure import save
 from gpuprep import loops
 from gpuprep.backend import NumpyBackend
-from gpuprep.conversion import versions
 from gpuprep.geometry import Geometry
 from gpuprep.intensity import HuStatistics
 from gpuprep.padding import summary
@@ -150,17 +147,8 @@ def main() -> None:
         spent, *floors = (row[key] * 1e3 for key in ("s", "bytes_floor_s", "products_floor_s"))
         far = f"{spent / max(floors):.1f}" if max(floors) else ""
         print(f"| {name} | {spent:.1f} | {floors[0]:.1f} | {floors[1]:.1f} | {far} |")
-    result = {
-        "command": " ".join(["python -m bench.stages", *sys.argv[1:]]),
-        "machine": machine(),
-        "versions": versions(),
-        "copy_bytes_per_s": bandwidth,
-        "products_per_s": rate,
-        "stages": table,
-    }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    figures = {"copy_bytes_per_s": bandwidth, "products_per_s": rate, "stages": table}
+    save(args.out, "bench.stages", figures)
 
 
 if __name__ == "__main__":

@@ -145,8 +145,9 @@ def summary(
         ranges[1] = padding
     if loops:
         return Summary(*compiled_loops().summary(values, ranges))
-    mask = np.zeros(values.shape, dtype=bool)
-    for first, last in ranges:
-        if first <= last:
-            mask |= (values >= first) & (values <= last)
-    return Summary(int(values.min()), int(values.max()), int(values.sum(dtype=np.int64)), int(np.count_nonzero(mask)))
+    low, high, outside = int(values.min()), int(values.max()), 0
+    hit = [(first, last) for first, last in ranges if first <= last and first <= high and last >= low]
+    if hit:
+        mask = np.logical_or.reduce([(values >= first) & (values <= last) for first, last in hit])
+        outside = int(np.count_nonzero(mask))
+    return Summary(low, high, int(values.sum(dtype=np.int64)), outside)
