@@ -7,7 +7,8 @@
     │   ├── MissingTagError     an attribute the conversion needs is absent or unreadable
     │   ├── GeometryError       the slices do not form a regular grid
     │   ├── IntensityError      the stored values cannot be called HU
-    │   └── DecodeError         the pixel data cannot be read
+    │   ├── DecodeError         the pixel data cannot be read
+    │   └── SegmentationError   a segmentation file cannot be read, or its place is not clear
     ├── PlanError               one series: it does not fit what the recipe asks
     ├── OutputError             one series: its folder cannot be written
     ├── RequestError            the whole run: what was asked makes no sense
@@ -63,6 +64,12 @@ class DecodeError(InputError):
     """The pixel data of a file cannot be read."""
 
     code = "pixels"
+
+
+class SegmentationError(InputError):
+    """A segmentation file cannot be read, or not be placed on its series."""
+
+    code = "mask"
 
 
 class PlanError(GpuprepError):
