@@ -18,10 +18,10 @@ _STRAY = "-_.=+ "
 
 
 def stem(path: str) -> str:
-    """Return the name of a file without its extension; what follows a point and is a number is none."""
+    """Return the name of a file without its extension, which begins with a letter: UIDs and decimals are none."""
     name = os.path.basename(path)
     base, extension = os.path.splitext(name)
-    return name if extension[1:].isdigit() else base
+    return base if extension[1:2].isalpha() else name
 
 
 def slice_and_structure(path: str, slice_from: SliceFrom | None) -> tuple[SliceKey | None, str]:

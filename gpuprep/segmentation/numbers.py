@@ -218,10 +218,8 @@ def _converted(data: bytes, count: int) -> NDArray[np.float64] | None:
 
 def _no_number(text: str, line: int = 0) -> SegmentationError:
     """Return the error for the first word of a text that is no number; the line of its beginning is counted from 0."""
-    for word in _WORD.finditer(text):
-        if not NUMBER.fullmatch(word[0]):
-            return SegmentationError(f"{_where(text, word.start(), line)}: {quoted(word[0])} is no number")
-    raise AssertionError("NumPy refused a number that is one")
+    bad = next(word for word in _WORD.finditer(text) if not NUMBER.fullmatch(word[0]))
+    return SegmentationError(f"{_where(text, bad.start(), line)}: {quoted(bad[0])} is no number")
 
 
 def _word(text: str, at: int) -> str:

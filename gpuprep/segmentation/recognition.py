@@ -224,7 +224,8 @@ def _wide(table: Table, plane: Plane | None) -> Recognised:
     size = f"{numbered(rows, 'line')} of {numbered(width)} each"
     settle = "; if it holds polygons: --text-format polygons"
     if not whole or grid.min() < 0 or _distinct(grid) > MOST_LABELS:
-        raise SegmentationError(f"{size}, too many different or broken ones for labels: an image, not a mask{settle}")
+        what = f"with decimals, negative ones or more than {MOST_LABELS} different"
+        raise SegmentationError(f"{size}, {what}: an image, not a mask{settle}")
     if is_plane:
         return Recognised("imagej-text-image", f"{size}, as the slices of the series have", table)
     if _like_mask(table):
