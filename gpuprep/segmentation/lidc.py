@@ -27,7 +27,7 @@ _ROOT = re.compile(r"<(?:[A-Za-z]\w*:)?LidcReadMessage[\s/>]")
 _ROOT_WITHIN = 2**16
 _DEEPEST = 64
 _LONGEST_TEXT = 1000
-_WHOLE = re.compile(r"\s*[+-]?[0-9]{1,7}\s*", re.ASCII)
+_WHOLE = re.compile(r"[+-]?[0-9]{1,7}")
 
 
 def recognised_xml(text: str) -> str | None:
@@ -79,6 +79,8 @@ class _XmlReader:
         self.contours: list[list[Contour]] = []
         self.outlines: list[Contour] = []
         self.fields: dict[str, str] = {}
+        self.roi_at = self.pixel_at = 1, 1
+        self.pixel: dict[str, int] = {}
         self.points: list[int] = []
         self.series: dict[str, None] = {}
         self.sops: set[str] = set()
@@ -106,16 +108,18 @@ class _XmlReader:
             notes=tuple(f"{n} {what} left out: no areas" for what, n in self.left_out.items()),
         )
 
-    def refusal(self, what: str) -> SegmentationError:
-        return refusal(self.parser.CurrentLineNumber, self.parser.CurrentColumnNumber + 1, what)
+    def place(self) -> tuple[int, int]:
+        return self.parser.CurrentLineNumber, self.parser.CurrentColumnNumber + 1
 
     def doctype(self, *_: object) -> None:
-        raise self.refusal("the file declares a document type, which LIDC-IDRI's do not; remove the declaration")
+        raise refusal(
+            *self.place(), "the file declares a document type, which those of LIDC-IDRI do not; remove the declaration"
+        )
 
     def start(self, name: str, _: dict[str, str]) -> None:
         name = name.rpartition(" ")[2]  # without the namespace
         if len(self.opened) == _DEEPEST:
-            raise self.refusal(f"elements are nested more than {_DEEPEST} deep; is it a file of LIDC-IDRI?")
+            raise refusal(*self.place(), f"elements are nested more than {_DEEPEST} deep; is it a file of LIDC-IDRI?")
         self.opened.append(name)
         self.text = ""
         if name == "readingSession":
@@ -126,9 +130,11 @@ class _XmlReader:
             self.nodule_id, self.outlines = "", []
         elif name == "roi":
             self.fields, self.points = {}, []
+            self.roi_at = self.place()
         elif name == "edgeMap":
-            self.fields.pop("xCoord", None)
-            self.fields.pop("yCoord", None)
+            self.pixel = {}
+        elif name in ("xCoord", "yCoord"):
+            self.pixel_at = self.place()
 
     def characters(self, text: str) -> None:
         if len(self.text) < _LONGEST_TEXT:  # more is never looked at, and adding up without end takes its time
@@ -140,14 +146,24 @@ class _XmlReader:
         match (*self.opened[-2:], name):
             case (*_, "unblindedReadNodule", "noduleID"):
                 self.nodule_id = text
-            case (*_, "roi", "imageZposition" | "imageSOP_UID" | "inclusion") | (*_, "edgeMap", "xCoord" | "yCoord"):
+            case (*_, "roi", "imageZposition" | "imageSOP_UID" | "inclusion"):
                 self.fields[name] = text
                 if name == "imageSOP_UID" and is_uid(text):
                     self.sops.add(text)
             case (*_, "nonNodule", "imageSOP_UID") if is_uid(text):
                 self.sops.add(text)
+            case (*_, "edgeMap", "xCoord" | "yCoord"):
+                if not _WHOLE.fullmatch(text) or abs(int(text)) > FARTHEST:
+                    raise refusal(
+                        *self.pixel_at, f"the {name} is {shown(text)}, not the whole number of a pixel; correct it"
+                    )
+                self.pixel[name] = int(text)
             case (*_, "roi", "edgeMap"):
-                self.points += self.pixel("xCoord"), self.pixel("yCoord")
+                if len(self.pixel) < 2:
+                    raise refusal(
+                        *self.place(), "the edgeMap that ends here lacks xCoord or yCoord; download the file again"
+                    )
+                self.points += self.pixel["xCoord"], self.pixel["yCoord"]
             case (*_, "unblindedReadNodule", "roi"):
                 self.roi()
             case (*_, "readingSession", "unblindedReadNodule"):
@@ -160,27 +176,20 @@ class _XmlReader:
             case _ if name.lower().endswith("seriesinstanceuid") and is_uid(text):
                 self.series[text] = None
 
-    def pixel(self, name: str) -> int:
-        value = self.fields.get(name, "")
-        if not _WHOLE.fullmatch(value) or abs(int(value)) > FARTHEST:
-            raise self.refusal(
-                f"the {name} before this place is {shown(value)}, no whole number of a pixel; correct it"
-            )
-        return int(value)
-
     def roi(self) -> None:
         """Take in an outline that has been read."""
         inclusion = self.fields.get("inclusion", "").upper()
         if inclusion not in ("TRUE", "FALSE"):
-            raise self.refusal(f"the inclusion of the roi before this place is {shown(inclusion)}, not TRUE or FALSE")
+            raise refusal(*self.roi_at, f"the inclusion of this roi is {shown(inclusion)}; it has to be TRUE or FALSE")
         uid, z = self.fields.get("imageSOP_UID", ""), self.fields.get("imageZposition", "")
         if is_uid(uid):
             key = SliceKey("uid", uid)
         elif is_number(z):
             key = SliceKey("z", float(z))
         else:
-            raise self.refusal(
-                f"the roi before this place names no slice: imageSOP_UID is {shown(uid)}, imageZposition {shown(z)}"
+            raise refusal(
+                *self.roi_at,
+                f"this roi is on no slice: imageSOP_UID is {shown(uid)}, imageZposition {shown(z)}; correct one",
             )
         points = np.array(self.points, dtype=np.float64).reshape(-1, 2)
         if len(points) >= 3:

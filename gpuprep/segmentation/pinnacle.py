@@ -125,8 +125,8 @@ def _rois(rows: list[str]) -> list[_Roi]:
                 raise refusal(line, 1, "a block ends here that never began; export the file again")
             opened.pop()
             if inside == ("roi", "curve"):
-                _agree(announced.pop("num_points", None), len(points), "points")
                 curves.append(_points_cm(points))
+                _agree(announced.pop("num_points", None), len(points), "points")
                 points = []
             elif inside == ("roi",):
                 _agree(announced.pop("num_curve", None), len(curves), "curves")
@@ -154,7 +154,9 @@ def _rois(rows: list[str]) -> list[_Roi]:
                 value = match[2].strip()
                 if not _COUNT.fullmatch(value):
                     raise refusal(
-                        line, row.index("=") + 1, f"{match[1]} is {shown(value)}; it has to be a whole number"
+                        line,
+                        row.index(value, row.index("=")) + 1,
+                        f"{match[1]} is {shown(value)}; it has to be a whole number",
                     )
                 announced[match[1]] = int(value), line
         elif inside == ("roi", "curve") and not _TEXT.match(text):

@@ -52,8 +52,8 @@ def is_number(text: str) -> bool:
 def numbers(parts: Sequence[str], place: Callable[[int], tuple[int, int]]) -> NDArray[np.float64]:
     """Return numbers that were written as text.
 
-    Parts
-    -----
+    Parameters
+    ----------
     parts : sequence of str
         One number each.
     place : callable
