@@ -107,7 +107,8 @@ def test_damage_is_refused_where_it_is(lines: str, place: str, words: str) -> No
         ("CT_SERIES_UID 1.2\nPATIENT_NAME Doe^Jane\n", "there is no line ROI_NAMES"),
         ("ROI_NAMES\nEND_OF_ROI_NAMES\n", "line 2, column 1: no structure is named"),
         ("ROI_NAMES\n1|1 2 3|a", "line 2, column 1: the file ends before END_OF_ROI_NAMES"),
-        ("ROI_NAMES\nx|1 2 3|a\nEND_OF_ROI_NAMES", "line 2, column 1: 'x' is not the number"),
+        ("ROI_NAMES\nx|1 2 3|a\nEND_OF_ROI_NAMES", "line 2, column 1: the line does not begin with the number"),
+        ("ROI_NAMES\nPATIENT_NAME Doe^Jane\nEND_OF_ROI_NAMES", "line 2, column 1: the line does not begin"),
         ("ROI_NAMES\n1|1 2 3|a\n1|1 2 3|b\nEND_OF_ROI_NAMES", "line 3, column 1: structure number '1' is listed twice"),
     ],
 )

@@ -223,6 +223,11 @@ def test_a_dump_of_pylidcs_own_table() -> None:
     assert read.series_uids == ()
 
 
+def test_blank_rows_are_passed_over() -> None:
+    read = lidc.read_table("\n  \n" + HEADER + "\n" + ROW + "\t\t\t\t\t\t\n \n" + ROW + "\t\t", "")
+    assert [len(s.contours) for s in read.structures] == [2]
+
+
 def test_contours_of_few_points_are_counted() -> None:
     rows = [ROW.replace("1,2;3,4;5,9;1,2", coords) for coords in ("1,2;3,4", "", "1,2", "3,4;")]
     read = lidc.read_table(HEADER + ROW + "".join(rows), "")

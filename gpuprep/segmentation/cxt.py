@@ -100,7 +100,8 @@ def _names(rows: list[str], first: int) -> tuple[dict[int, str], int]:
         number, *rest = row.split("|", 2)  # a name may hold the separator
         number = number.strip()
         if not _NUMBER.fullmatch(number):
-            raise refusal(i + 1, 1, f"{shown(number)} is not the number of a structure; expected number|colour|name")
+            # Not shown: where files were put together by hand it may be a line of the header, with a name.
+            raise refusal(i + 1, 1, "the line does not begin with the number of a structure: number|colour|name")
         if int(number) in names:
             raise refusal(i + 1, 1, f"structure number {shown(number)} is listed twice; give each its own")
         name = rest[1].strip() if len(rest) == 2 else ""

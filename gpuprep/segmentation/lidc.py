@@ -330,7 +330,7 @@ def _rows(text: str, separator: str) -> Iterator[list[_Field]]:
             row.append(_Field(match[2], at))
         at = match.end()
         if text[at : at + 1] != separator:
-            if len(row) > 1 or row[0].text.strip():
+            if any(cell.text.strip() for cell in row):
                 yield row
             row = []
             at += text.startswith("\r\n", at)

@@ -111,6 +111,7 @@ def read(text: str, path: str) -> Segmentation:
 
 def _rois(rows: list[str]) -> list[_Roi]:
     """Return the regions of a plan.roi. Lines that are not understood are passed over, but not inside of curves."""
+    # Whole lines are never shown: in a damaged file each of them may be the patient's name.
     rois: list[_Roi] = []
     opened: list[tuple[str, int]] = []  # blocks: name, line
     announced: dict[str, tuple[int, int]] = {}  # of the current roi and curve: number, line
@@ -135,9 +136,7 @@ def _rois(rows: list[str]) -> list[_Roi]:
             points.append((line, row))
         elif match := _OPENING.match(text):
             if match[2] and not match[2].startswith("//"):
-                raise refusal(
-                    line, row.index("{") + 2, f"{shown(match[2])} follows on a block's beginning; break the line"
-                )
+                raise refusal(line, row.index("{") + 2, "more follows on the beginning of a block; break the line")
             if len(opened) == _DEEPEST:
                 raise refusal(line, 1, f"blocks are nested more than {_DEEPEST} deep; is it a plan.roi?")
             opened.append((match[1], line))
@@ -160,7 +159,7 @@ def _rois(rows: list[str]) -> list[_Roi]:
                     )
                 announced[match[1]] = int(value), line
         elif inside == ("roi", "curve") and not _TEXT.match(text):
-            raise refusal(line, 1, f"{shown(text)} is out of place in a curve; export the file again")
+            raise refusal(line, 1, "the line is out of place in a curve; export the file again")
     if opened:
         block, begin = opened[-1]
         raise refusal(
@@ -175,7 +174,7 @@ def _points_cm(rows: list[tuple[int, str]]) -> NDArray[np.float64]:
     for line, row in rows:
         point = row.split()
         if len(point) != 3:
-            raise refusal(line, 1, f"{shown(row.strip())} is not a point, x y z; export the file again")
+            raise refusal(line, 1, "the line is not a point, x y z; export the file again")
         parts += point
 
     def place(wrong: int) -> tuple[int, int]:
