@@ -152,6 +152,7 @@ def test_names_and_marks() -> None:
         (START + "nan 2 3\n1 2 3\n1 2 3\n", "line 19, column 1: 'nan'"),
         (START + "1 2 3\n1 2 3\n1 inf 3\n", "line 21, column 3: 'inf'"),
         (START + "1 2 3\n1 2 3\n1 2 1e400\n", "line 21, column 5: '1e400'"),
+        (START + "1 2 3\n1 2 3\n1 2 1e6\n", "line 21, column 5: '1e6' is not a number from -100000 to 100000"),
         (START + "1 2 3\n1 2 3\n1 2 1_0\n", "line 21, column 5: '1_0'"),
         (START + "1 2 3\n1 2 3\n", "line 17, column 1: 3 points are announced, but 2 follow"),
         (START + "1 2 3\n" * 3 + "};\npoints={\n};\n", "line 23, column 1: a curve has points twice"),

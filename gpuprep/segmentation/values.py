@@ -44,12 +44,14 @@ def is_uid(text: str) -> bool:
     return len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
-def is_number(text: str) -> bool:
+def is_number(text: str, farthest: float = FARTHEST) -> bool:
     """Whether a text is a decimal number of a size that coordinates have."""
-    return len(text) <= LONGEST_NUMBER and _NUMBER.fullmatch(text) is not None and -FARTHEST <= float(text) <= FARTHEST
+    return len(text) <= LONGEST_NUMBER and _NUMBER.fullmatch(text) is not None and -farthest <= float(text) <= farthest
 
 
-def numbers(parts: Sequence[str], place: Callable[[int], tuple[int, int]]) -> NDArray[np.float64]:
+def numbers(
+    parts: Sequence[str], place: Callable[[int], tuple[int, int]], farthest: float = FARTHEST
+) -> NDArray[np.float64]:
     """Return numbers that were written as text.
 
     Parameters
@@ -58,6 +60,8 @@ def numbers(parts: Sequence[str], place: Callable[[int], tuple[int, int]]) -> ND
         One number each.
     place : callable
         Gives line and column, counted from 1, of a part by its index; called only for a part that is no number.
+    farthest : float
+        The largest number, either way.
 
     Returns
     -------
@@ -66,7 +70,7 @@ def numbers(parts: Sequence[str], place: Callable[[int], tuple[int, int]]) -> ND
     Raises
     ------
     SegmentationError
-        If a part is anything but a decimal number from −1,000,000 to 1,000,000.
+        If a part is anything but a decimal number of that size.
     """
     # float() takes more than numbers, as 1_0, nan and the digits of all scripts: not where only these characters occur.
     if max(map(len, parts), default=0) <= LONGEST_NUMBER and _ALPHABET.fullmatch("".join(parts)):
@@ -75,11 +79,12 @@ def numbers(parts: Sequence[str], place: Callable[[int], tuple[int, int]]) -> ND
         except ValueError:
             pass
         else:
-            if (np.abs(values) <= FARTHEST).all():
+            if (np.abs(values) <= farthest).all():
                 return values
-    wrong = next(i for i, part in enumerate(parts) if not is_number(part))
+    wrong = next(i for i, part in enumerate(parts) if not is_number(part, farthest))
     raise refusal(
-        *place(wrong), f"{shown(parts[wrong])} is not a number from -1000000 to 1000000; correct it or save again"
+        *place(wrong),
+        f"{shown(parts[wrong])} is not a number from {-farthest:.0f} to {farthest:.0f}; correct it or save again",
     )
 
 
