@@ -23,17 +23,20 @@ class FrugalReader(io.BufferedReader):
         The file.
     most_bytes : int, optional
         Refuse to read more at once.
+    most_reads : int, optional
+        Give up after so many.
     """
 
-    def __init__(self, raw: io.RawIOBase, most_bytes: int | None = None) -> None:
+    def __init__(self, raw: io.RawIOBase, most_bytes: int | None = None, most_reads: int = MOST_READS) -> None:
         super().__init__(raw)
         self._most_bytes = most_bytes
+        self._most_reads = most_reads
         self._reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self._reads += 1
-        if self._reads > MOST_READS:
-            raise ValueError(f"more than {MOST_READS} elements: the header does not end")
+        if self._reads > self._most_reads:
+            raise ValueError(f"more than {self._most_reads} elements: the header does not end")
         if size is None or size <= LARGE_BYTES:
             return super().read(size)
         if self._most_bytes is not None and size > self._most_bytes:

@@ -1,0 +1,106 @@
+"""DICOM objects that hold a segmentation: a structure set (RTSTRUCT), or a segmentation image (SEG).
+
+References
+----------
+DICOM PS3.4, B.5 (Standard SOP Classes).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+from gpuprep.deflation import inflated
+from gpuprep.errors import SegmentationError
+from gpuprep.segmentation import attributes, rtstruct, seg
+from gpuprep.segmentation.contours import Reading, Segmentation
+from gpuprep.streams import FrugalReader
+from gpuprep.text import printable
+
+if TYPE_CHECKING:
+    import pydicom
+
+# pydicom is imported where a file is read.
+
+RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
+SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+LABEL_MAP_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.7"
+
+MOST_READS = 20_000_000
+"""Some hundred thousand contours, or frames, take fewer."""
+
+MOST_INFLATED_BYTES = 2**30
+"""A deflated file is unpacked into memory; a few megabytes can become any number."""
+
+
+def read_object(path: str, reading: Reading) -> Segmentation:
+    """Read a structure set or a segmentation image.
+
+    Parameters
+    ----------
+    path : str
+        File; with or without preamble and meta group.
+    reading : Reading
+        Its `threshold` is for fractional segmentations; nothing else matters here.
+
+    Raises
+    ------
+    SegmentationError
+        If the file is neither, or damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd values are dealt with one by one
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+                raise SegmentationError("not a regular file")
+            with FrugalReader(io.FileIO(path), most_reads=MOST_READS) as file:
+                ds = _opened(file)
+            return _read(ds, path, reading)
+    except SegmentationError:
+        raise
+    except RecursionError:
+        raise SegmentationError("its sequences are nested too deeply: the file is damaged") from None
+    except Exception as exc:  # pydicom raises whatever a broken file provokes
+        if isinstance(exc, OSError) and exc.strerror:
+            raise SegmentationError(f"it cannot be read: {exc.strerror}") from exc
+        what = " ".join(printable(str(exc)).split())
+        raise SegmentationError(f"it cannot be read as DICOM: {type(exc).__name__}: {what[:200]}") from exc
+
+
+def _opened(file: BinaryIO) -> pydicom.Dataset:
+    """Return what is read of a file, as bytes where pydicom leaves it so."""
+    import pydicom
+    from pydicom.tag import Tag
+
+    content, announced = inflated(file, MOST_INFLATED_BYTES)
+    if isinstance(content, io.BytesIO):
+        if content.getbuffer().nbytes >= MOST_INFLATED_BYTES:
+            raise SegmentationError(
+                f"unpacked it is larger than {MOST_INFLATED_BYTES} bytes: write it with another transfer syntax"
+            )
+        # A buffered reader asks for no more than a stream in memory has.
+        content = FrugalReader(cast(io.RawIOBase, content), most_reads=MOST_READS)
+    wanted = [Tag(tag) for tag in attributes.TAGS.values()]
+    ds = pydicom.dcmread(content, force=True, specific_tags=wanted)
+    if announced:
+        ds.file_meta.add_new(attributes.TAGS["MediaStorageSOPClassUID"], "UI", announced)
+    return ds
+
+
+def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
+    kind = attributes.text(ds, "SOPClassUID") or attributes.text(ds.file_meta, "MediaStorageSOPClassUID")
+    if kind == RT_STRUCTURE_SET:
+        return rtstruct.read(ds, path, reading)
+    if kind in (SEGMENTATION, LABEL_MAP_SEGMENTATION):
+        return seg.read(ds, path, reading)
+    if not kind:
+        raise SegmentationError("not DICOM, or cut short: it has no SOP Class UID")
+    from pydicom.uid import UID
+
+    # In words of the standard, never of the file's own.
+    known = UID(kind).name
+    what = known if known != kind else "an object of an unknown SOP class"
+    raise SegmentationError(f"{what} is no segmentation that can be read: give an RT Structure Set or a Segmentation")

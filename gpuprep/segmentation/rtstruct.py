@@ -1,0 +1,202 @@
+"""RT Structure Set (RTSTRUCT): outlines in the patient, one region of interest (ROI) after the other.
+
+References
+----------
+DICOM PS3.3, C.8.8.5 (Structure Set module), C.8.8.6 (ROI Contour module).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep.errors import SegmentationError
+from gpuprep.segmentation.attributes import integer, items, name, raw, shown, text, uid, unique
+from gpuprep.segmentation.contours import Collector, Contour, Reading, Segmentation
+
+if TYPE_CHECKING:
+    import pydicom
+
+CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR")
+"""*Contour Geometric Type* of outlines that enclose an area. The third is a common slip for the second."""
+
+FARTHEST_MM = 1e6
+"""A coordinate beyond is damage."""
+
+_NUMERIC = b"0123456789eE+-. \\"
+"""What a list of decimal strings is made of: Python takes more for numbers than the standard does."""
+
+
+def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # noqa: ARG001 - nothing to be said of it
+    """Return the closed outlines of a structure set.
+
+    A contour's slice is where its points are: the images it refers to may be absent or other ones. What is open, or has
+    fewer than three points, has no inside and is left out, with a note.
+
+    Parameters
+    ----------
+    ds : pydicom.Dataset
+        The file, its elements as they were read.
+    path : str
+        For messages.
+    reading : Reading
+        Nothing in it matters here.
+
+    Raises
+    ------
+    SegmentationError
+        If coordinates are no numbers, or it is not clear to which ROI contours belong.
+    """
+    rois, frames = _rois(ds)
+    sequence = items(ds, "ROIContourSequence")
+    if rois and not sequence:
+        raise SegmentationError(f"it names {len(rois)} ROIs and has no contours: cut short, or nothing was outlined")
+    for n, roi in enumerate(sequence, 1):  # those without a description have to be known before they are named
+        number = integer(roi, "ReferencedROINumber")
+        if number is None and items(roi, "ContourSequence"):
+            raise SegmentationError(f"contours {n} of {len(sequence)} do not say to which ROI they belong")
+        if number is not None and number not in rois:
+            rois[number] = ""
+    numbers = list(rois)
+    names = dict(zip(numbers, unique([(n, rois[n] or f"ROI {n}") for n in numbers]), strict=True))
+    collector = Collector()
+    for n in numbers:
+        collector.declare(names[n])
+    notes: list[str] = []
+    images = _Images()
+    for roi in sequence:
+        number = integer(roi, "ReferencedROINumber")
+        if number is not None:
+            notes += _contours(roi, names[number], collector, images)
+    frame, strays = _frame_of_reference(ds, [f for f in frames if f])
+    series, of_series = _references(ds)
+    return Segmentation(
+        path=path,
+        format="RTSTRUCT",
+        why="SOP Class UID: RT Structure Set Storage",
+        structures=collector.structures,
+        series_uids=series,
+        frame_of_reference_uid=frame,
+        sop_uids=frozenset(images.uids | of_series),
+        notes=(*notes, *strays),
+    )
+
+
+def _rois(ds: pydicom.Dataset) -> tuple[dict[int, str], list[str]]:
+    """Return the name of each ROI by number, and the UIDs of their frames of reference."""
+    rois: dict[int, str] = {}
+    frames = []
+    for n, item in enumerate(items(ds, "StructureSetROISequence"), 1):
+        number, called = integer(item, "ROINumber"), name(item, "ROIName")
+        if number is None:
+            raise SegmentationError(f"ROI {n} in the file, {shown(called)}, has no ROI Number")
+        if rois.setdefault(number, called) != called:
+            raise SegmentationError(
+                f"two ROIs, {shown(rois[number])} and {shown(called)}, have the number {number}: it is not clear whose "
+                "contours are whose"
+            )
+        frames.append(uid(item, "ReferencedFrameOfReferenceUID"))
+    return rois, frames
+
+
+def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images: _Images) -> list[str]:
+    """Collect the contours of one ROI; return what there is to say about them."""
+    left_out: Counter[str] = Counter()
+    miscounted = 0
+    for n, item in enumerate(items(roi, "ContourSequence"), 1):
+        kind = text(item, "ContourGeometricType").upper()
+        if kind not in CLOSED:
+            left_out[kind if kind.replace("_", "").isalpha() and len(kind) <= 16 else "no known type"] += 1
+            continue
+        points = _points(raw(item, "ContourData"), f"ROI {shown(structure)}, contour {n}")
+        said = text(item, "NumberOfContourPoints")
+        miscounted += bool(said) and said != str(len(points))
+        if len(points) < 3:
+            left_out["fewer than 3 points"] += 1
+            continue
+        collector.add(structure, Contour(points, "patient"))
+        images.add(item)
+    notes = [f"ROI {shown(structure)}: {count} contours left out: {why}" for why, count in left_out.items()]
+    if miscounted:
+        notes.append(f"ROI {shown(structure)}: {miscounted} contours have not as many points as they say")
+    return notes
+
+
+def _points(data: Any, where: str) -> NDArray[np.float64]:
+    """Return points from the text of *Contour Data*, shape (n, 3)."""
+    if data is None:
+        return np.empty((0, 3))
+    if not isinstance(data, bytes):
+        raise SegmentationError(f"{where}: its Contour Data are no numbers")
+    data = data.strip(b" \0")
+    if not data:
+        return np.empty((0, 3))
+    parts = data.split(b"\\")
+    try:
+        if data.translate(None, _NUMERIC):
+            raise ValueError
+        values = np.array(list(map(float, parts)))
+        if not (np.abs(values) <= FARTHEST_MM).all():
+            raise ValueError
+    except ValueError:
+        n = next(n for n, part in enumerate(parts) if not _is_coordinate(part))
+        raise SegmentationError(
+            f"{where}, value {n + 1} of {len(parts)}: {shown(parts[n].decode('latin-1'))} is no coordinate in mm "
+            f"of at most {FARTHEST_MM:.0f}"
+        ) from None
+    if len(values) % 3:
+        raise SegmentationError(f"{where}: {len(values)} values are not points of x, y and z; the last is incomplete")
+    return values.reshape(-1, 3)
+
+
+def _is_coordinate(part: bytes) -> bool:
+    try:
+        return not part.translate(None, _NUMERIC) and math.fabs(float(part)) <= FARTHEST_MM
+    except ValueError:
+        return False
+
+
+class _Images:
+    """The images that contours refer to."""
+
+    def __init__(self) -> None:
+        self.uids: set[str] = set()
+        self._seen: set[bytes] = set()
+
+    def add(self, ds: pydicom.Dataset) -> None:
+        """Add the images of a *Contour Image Sequence*; contours of one slice refer to it in the same bytes."""
+        packed = raw(ds, "ContourImageSequence")
+        if isinstance(packed, bytes):
+            if packed in self._seen:
+                return
+            self._seen.add(packed)
+        self.uids.update(
+            u for image in items(ds, "ContourImageSequence") if (u := uid(image, "ReferencedSOPInstanceUID"))
+        )
+
+
+def _references(ds: pydicom.Dataset) -> tuple[tuple[str, ...], set[str]]:
+    """Return the series that a structure set refers to, and the images of them."""
+    series: dict[str, None] = {}
+    images = _Images()
+    for frame in items(ds, "ReferencedFrameOfReferenceSequence"):
+        for study in items(frame, "RTReferencedStudySequence"):
+            for item in items(study, "RTReferencedSeriesSequence"):
+                if found := uid(item, "SeriesInstanceUID"):
+                    series[found] = None
+                images.add(item)
+    return tuple(series), images.uids
+
+
+def _frame_of_reference(ds: pydicom.Dataset, of_rois: list[str]) -> tuple[str, list[str]]:
+    """Return the UID of the frame of reference of most ROIs, and a note where others have another."""
+    counts = Counter(of_rois)
+    if len(counts) > 1:
+        (most, count), *_ = counts.most_common(1)
+        return most, [f"its ROIs have {len(counts)} frames of reference; that of {count} of {len(of_rois)} is taken"]
+    own = [uid(f, "FrameOfReferenceUID") for f in items(ds, "ReferencedFrameOfReferenceSequence")]
+    return next(filter(None, [*counts, *own, uid(ds, "FrameOfReferenceUID")]), ""), []

@@ -1,0 +1,432 @@
+"""Segmentation images (SEG): painted frames, each with its place in the patient.
+
+References
+----------
+DICOM PS3.3, C.8.20.2 (Segmentation Image module), C.7.6.16 (Multi-frame Functional Groups module).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep.errors import DecodeError, SegmentationError
+from gpuprep.geometry import Geometry
+from gpuprep.segmentation.attributes import binary, decimals, integer, items, name, raw, shown, text, uid, unique
+from gpuprep.segmentation.contours import Collector, Reading, Segmentation, SliceKey, painted
+from gpuprep.series import SliceHeader
+from gpuprep.syntaxes import UNDEFINED_LENGTH
+
+if TYPE_CHECKING:
+    import pydicom
+
+# gpuprep.decoding, which imports pydicom, is imported where frames are encoded.
+
+BITS = {"BINARY": (1, 8), "FRACTIONAL": (8, 16), "LABELMAP": (8, 16)}
+"""*Bits Allocated* by *Segmentation Type*. The standard has 1 and 8 for the first two; the others are harmless."""
+
+RUN_LENGTHS = "1.2.840.10008.1.2.5"
+DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
+
+MOST_PIXELS = 2**26
+"""Of a frame: 8192 × 8192. A code stream of a few bytes can announce any number."""
+MOST_PAINTED = 2**32
+"""Pixels in the rectangles of all frames together, which take a byte each."""
+
+FINEST_MM, COARSEST_MM, FARTHEST_MM = 1e-3, 100.0, 1e6
+"""Pixel spacings and positions beyond these are damage."""
+
+PERPENDICULAR = 1e-2
+"""How far directions of rows and columns may be from perpendicular units."""
+
+
+def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
+    """Return the painted pixels of a segmentation image, frame by frame.
+
+    Of a fractional one, a pixel belongs to the segment where its share, which is value / *Maximum Fractional Value*, is
+    `reading.threshold` or more, and more than 0. Of a label map, the *Pixel Padding Value* is background, and so is 0
+    unless it is described as something else.
+
+    Parameters
+    ----------
+    ds : pydicom.Dataset
+        The file, its elements as they were read.
+    path : str
+        For messages.
+    reading : Reading
+        Says the threshold.
+
+    Raises
+    ------
+    SegmentationError
+        If frames cannot be decoded, do not say where they are, or are not as many and as large as the header says.
+    """
+    image = _Image.of(ds, path)
+    segments = _segments(ds)
+    background = _background(ds, segments) if image.type == "LABELMAP" else frozenset()
+    names = {n: called for n, called in segments.items() if n not in background}
+    groups = _Groups(ds, image)
+    collector = Collector()
+    for called in names.values():
+        collector.declare(called)
+    belongs = _belonging(ds, image, reading.threshold)
+    painted_px = 0
+    notes: list[str] = []
+    for frame, values in enumerate(image.decoded(ds)):
+        place = groups.place(frame)
+        if image.type == "LABELMAP":
+            numbers = [int(n) for n in np.unique(values) if int(n) not in background]
+        else:
+            numbers = [groups.segment(frame, segments)]
+            values = belongs[values]
+        for number in numbers:
+            mask = values == number if image.type == "LABELMAP" else values
+            if number not in names:
+                names[number] = _name_of_unknown(number, names)
+                notes.append(f"segment {number} has pixels and no description")
+                collector.declare(names[number])
+            raster = painted(mask, place.slice, place.geometry)
+            if raster is None:
+                continue
+            painted_px += raster.mask.size
+            if painted_px > MOST_PAINTED:
+                raise SegmentationError(f"its segments take more than {MOST_PAINTED} pixels, up to frame {frame + 1}")
+            collector.add(names[number], raster)
+    series, of_series = _references(ds)
+    return Segmentation(
+        path=path,
+        format="SEG",
+        why=f"SOP Class UID: Segmentation Storage, {image.type}",
+        structures=collector.structures,
+        series_uids=series,
+        frame_of_reference_uid=uid(ds, "FrameOfReferenceUID"),
+        sop_uids=frozenset(of_series | groups.sop_uids),
+        notes=tuple(notes),
+    )
+
+
+def _belonging(ds: pydicom.Dataset, image: _Image, threshold: float) -> NDArray[np.bool_]:
+    """Return which values of a frame of one segment belong to it."""
+    values = np.arange(2 ** max(image.bits, 8))
+    if image.type != "FRACTIONAL":
+        return values > 0
+    whole = binary(ds, "MaximumFractionalValue")
+    if not whole:
+        raise SegmentationError("it is fractional and has no Maximum Fractional Value: what a whole is is not known")
+    return (values / whole >= threshold) & (values > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """What the header says of the pixels."""
+
+    path: str
+    type: str
+    rows: int
+    columns: int
+    bits: int
+    frames: int
+    encapsulated: bool
+    syntax: str
+
+    @staticmethod
+    def of(ds: pydicom.Dataset, path: str) -> _Image:
+        """Return it, checked, before anything is made room for."""
+        kind = text(ds, "SegmentationType").upper()
+        if kind not in BITS:
+            raise SegmentationError(f"its Segmentation Type is {shown(kind)}, not one of {', '.join(BITS)}")
+        if text(ds, "DimensionOrganizationType").upper().startswith("TILED"):
+            raise SegmentationError("it is made of tiles, as for microscopy: only whole slices can be read")
+        rows, columns, bits = (binary(ds, k) or 0 for k in ("Rows", "Columns", "BitsAllocated"))
+        frames = 1 if (count := integer(ds, "NumberOfFrames")) is None else count
+        if not 1 <= rows * columns <= MOST_PIXELS or frames < 1:
+            raise SegmentationError(
+                f"it says that it has {frames} frames of {rows} × {columns} pixels: the header is damaged"
+            )
+        if (binary(ds, "SamplesPerPixel") or 1) != 1 or bits not in BITS[kind]:
+            raise SegmentationError(
+                f"its pixels have {binary(ds, 'SamplesPerPixel')} samples of {bits} bits: {kind} has one of "
+                f"{' or '.join(map(str, BITS[kind]))}"
+            )
+        pixels = ds.get_item(0x7FE0_0010)
+        if pixels is None or not isinstance(raw(ds, "PixelData"), bytes):
+            raise SegmentationError("it has no Pixel Data: the file is cut short; get a whole copy")
+        encapsulated = getattr(pixels, "length", None) == UNDEFINED_LENGTH
+        return _Image(path, kind, rows, columns, bits, frames, encapsulated, text(ds.file_meta, "TransferSyntaxUID"))
+
+    def decoded(self, ds: pydicom.Dataset) -> Iterator[NDArray[Any]]:
+        """Yield the values of one frame after the other, shape (rows, columns)."""
+        return self._encapsulated(ds) if self.encapsulated else self._native(ds)
+
+    def _native(self, ds: pydicom.Dataset) -> Iterator[NDArray[Any]]:
+        data = raw(ds, "PixelData")
+        size = self.rows * self.columns
+        need = -(-size * self.frames * self.bits // 8)
+        if not need <= len(data) <= need + 1:
+            raise SegmentationError(
+                f"its pixels have {len(data)} bytes, and {self.frames} frames of {self.rows} × {self.columns} in "
+                f"{self.bits} bits take {need}: the file is cut short, or its header is damaged"
+            )
+        _, little = ds.original_encoding
+        if not little and self.bits != 16:  # 8 bits may be packed two to a big-endian word
+            raise SegmentationError("its pixels are big-endian: write it with another transfer syntax")
+        for frame in range(self.frames):
+            if self.bits == 1:
+                yield self._bits(data, frame * size)
+            else:
+                dtype = np.dtype("u1" if self.bits == 8 else "<u2" if little else ">u2")
+                values = np.frombuffer(data, dtype, size, frame * size * dtype.itemsize)
+                yield values.reshape(self.rows, self.columns)
+
+    def _bits(self, data: bytes, start: int) -> NDArray[Any]:
+        """Return a frame that begins at any bit: frames are packed one right after the other (PS3.5, 8.1.1)."""
+        size = self.rows * self.columns
+        packed = np.frombuffer(data, np.uint8, (start % 8 + size + 7) // 8, start // 8)
+        return np.unpackbits(packed, bitorder="little")[start % 8 :][:size].reshape(self.rows, self.columns)
+
+    def _encapsulated(self, ds: pydicom.Dataset) -> Iterator[NDArray[Any]]:
+        from pydicom.encaps import encapsulate, generate_frames
+
+        from gpuprep.decoding import decode_frame
+
+        offsets, lengths = raw(ds, "ExtendedOffsetTable"), raw(ds, "ExtendedOffsetTableLengths")
+        table = (offsets, lengths) if isinstance(offsets, bytes) and isinstance(lengths, bytes) else None
+        streams = generate_frames(raw(ds, "PixelData"), number_of_frames=self.frames, extended_offsets=table)
+        count = 0
+        for count, stream in enumerate(streams, 1):
+            if count > self.frames:
+                break
+            if self.syntax == DEFLATED_FRAMES:
+                yield self._inflated(stream, count)
+            elif self.bits == 1 and self.syntax == RUN_LENGTHS:
+                raise SegmentationError("its pixels are run lengths of single bits: write it with another syntax")
+            else:
+                header = self._header(count - 1)
+                try:
+                    yield decode_frame(encapsulate([stream], has_bot=False), header, 0, self.rows, self.columns)
+                except DecodeError as exc:
+                    raise SegmentationError(str(exc)) from exc
+        if count != self.frames:
+            more = "more" if count > self.frames else str(count)
+            raise SegmentationError(f"its pixels have {more} frames, its header says {self.frames}: it is damaged")
+
+    def _inflated(self, stream: bytes, count: int) -> NDArray[Any]:
+        """Return a frame of Deflated Image Frame Compression: each is one zlib stream and begins at a byte."""
+        need = -(-self.rows * self.columns * self.bits // 8)
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream, need + 1)
+        if len(data) < need:
+            raise SegmentationError(f"frame {count} is unpacked to {len(data)} bytes, not {need}: it is damaged")
+        if self.bits == 1:
+            return self._bits(data, 0)
+        values = np.frombuffer(data, "u1" if self.bits == 8 else "<u2", self.rows * self.columns)
+        return values.reshape(self.rows, self.columns)
+
+    def _header(self, frame: int) -> SliceHeader:
+        """Return what the decoders of CT want to know."""
+        return SliceHeader(
+            path=self.path,
+            mtime_ns=0,
+            member=None,
+            frame=frame,
+            frames=1,
+            file_bytes=0,
+            sop_instance_uid="",
+            instance_number=None,
+            position_mm=None,
+            localizer=False,
+            secondary=False,
+            modality=None,
+            temporal_position=None,
+            acquisition_number=None,
+            acquisition_time="",
+            reconstruction="",
+            phase="",
+            rescale_slope=None,
+            rescale_intercept=None,
+            rescale_type=None,
+            photometric=None,
+            samples_per_pixel=1,
+            bits_allocated=max(self.bits, 8),
+            bits_stored=max(self.bits, 8),
+            high_bit=max(self.bits, 8) - 1,
+            signed=False,
+            padding=None,
+            padding_limit=None,
+            transfer_syntax=self.syntax,
+            pixel_offset=None,
+            pixel_bytes=None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a frame lies."""
+
+    slice: SliceKey | None
+    geometry: Geometry | None
+
+
+class _Groups:
+    """The functional groups: what each frame says of itself, and what all of them share."""
+
+    def __init__(self, ds: pydicom.Dataset, image: _Image) -> None:
+        self.sop_uids: set[str] = set()
+        self._shape = (1, image.rows, image.columns)
+        self._own = items(ds, "PerFrameFunctionalGroupsSequence")
+        if len(self._own) != image.frames:
+            raise SegmentationError(
+                f"it has functional groups of {len(self._own)} frames and says it has {image.frames}: it is damaged"
+            )
+        self._shared = [*items(ds, "SharedFunctionalGroupsSequence")][:1]
+        self._sources: dict[bytes, tuple[frozenset[str], bool]] = {}
+        self._geometries: dict[tuple[str, ...], Geometry] = {}
+
+    def segment(self, frame: int, segments: dict[int, str]) -> int:
+        """Return the number of the segment of a frame; the only one where it does not say."""
+        macro = self._macro(frame, "SegmentIdentificationSequence")
+        number = None if macro is None else binary(macro, "ReferencedSegmentNumber")
+        if number is None and len(segments) == 1:
+            return next(iter(segments))
+        if number is None:
+            raise SegmentationError(f"frame {frame + 1} does not say which of {len(segments)} segments it is of")
+        return number
+
+    def place(self, frame: int) -> _Place:
+        """Return where a frame lies: in the patient, or on which image if it does not say that."""
+        uids, whole = self._source(frame)
+        self.sop_uids |= uids
+        try:
+            geometry = self._geometry(frame)
+        except SegmentationError as exc:
+            raise SegmentationError(f"frame {frame + 1}: {exc}") from None
+        if geometry is not None:
+            return _Place(None, geometry)
+        if len(uids) == 1 and whole:
+            return _Place(SliceKey("uid", next(iter(uids))), None)
+        raise SegmentationError(
+            f"frame {frame + 1} does not say where it lies: it lacks its position, orientation or pixel spacing, and "
+            f"refers to {len(uids)} images"
+        )
+
+    def _geometry(self, frame: int) -> Geometry | None:
+        where = self._macro(frame, "PlanePositionSequence")
+        directions = self._macro(frame, "PlaneOrientationSequence")
+        measures = self._macro(frame, "PixelMeasuresSequence")
+        if where is None or directions is None or measures is None:
+            return None
+        thicknesses = ("SliceThickness", "SpacingBetweenSlices")
+        key = (
+            text(where, "ImagePositionPatient"),
+            text(directions, "ImageOrientationPatient"),
+            *(text(measures, k) for k in ("PixelSpacing", *thicknesses)),
+        )
+        if key not in self._geometries:
+            position = decimals(where, "ImagePositionPatient", 3, FARTHEST_MM)
+            orientation = decimals(directions, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
+            spacing = decimals(measures, "PixelSpacing", 2, COARSEST_MM)
+            if position is None or orientation is None or spacing is None:
+                return None
+            # A frame is one layer; how thick it is said to be has no bearing on where it lies.
+            known = (decimals(measures, k, 1, FARTHEST_MM) for k in thicknesses)
+            thickness = next((t[0] for t in known if t and t[0] >= FINEST_MM), 1.0)
+            self._geometries[key] = _plane(self._shape, position, orientation, (thickness, *spacing))
+        return self._geometries[key]
+
+    def _source(self, frame: int) -> tuple[frozenset[str], bool]:
+        """Return the images a frame was made from, and whether they are whole ones, not frames of one."""
+        uids: set[str] = set()
+        whole = True
+        for layer in (self._own[frame], *self._shared):
+            packed = raw(layer, "DerivationImageSequence")
+            if isinstance(packed, bytes) and packed in self._sources:
+                # Frames of one slice refer to it in the same bytes.
+                return self._sources[packed]
+            for derivation in items(layer, "DerivationImageSequence"):
+                for source in items(derivation, "SourceImageSequence"):
+                    if found := uid(source, "ReferencedSOPInstanceUID"):
+                        uids.add(found)
+                        whole &= not text(source, "ReferencedFrameNumber")
+            if isinstance(packed, bytes):
+                self._sources[packed] = frozenset(uids), whole
+            if uids:
+                break
+        return frozenset(uids), whole
+
+    def _macro(self, frame: int, keyword: str) -> pydicom.Dataset | None:
+        """Return what a macro holds: the frame's own, else the shared one; None where there is neither."""
+        for layer in (self._own[frame], *self._shared):
+            if found := items(layer, keyword):
+                return found[0]
+        return None
+
+
+def _plane(
+    shape: tuple[int, int, int],
+    position: tuple[float, ...],
+    orientation: tuple[float, ...],
+    spacing: tuple[float, ...],
+) -> Geometry:
+    directions = np.array(orientation).reshape(2, 3)
+    lengths = np.linalg.norm(directions, axis=1)
+    if np.abs(lengths - 1).max() > PERPENDICULAR or abs(directions[0] @ directions[1]) > PERPENDICULAR:
+        raise SegmentationError(f"its Image Orientation Patient is {list(orientation)}, not perpendicular units")
+    if min(spacing[1:]) < FINEST_MM:
+        raise SegmentationError(f"its Pixel Spacing is {list(spacing[1:])} mm")
+    row, column = directions / lengths[:, None]
+    normal = np.cross(row, column)
+    affine = np.eye(4)
+    affine[:3, 0] = normal / np.linalg.norm(normal) * spacing[0]
+    affine[:3, 1] = column * spacing[1]  # the next row lies along a column
+    affine[:3, 2] = row * spacing[2]
+    affine[:3, 3] = position
+    return Geometry(shape, affine)
+
+
+def _segments(ds: pydicom.Dataset) -> dict[int, str]:
+    """Return the name of each segment by number."""
+    named: list[tuple[int | None, str]] = []
+    for n, item in enumerate(items(ds, "SegmentSequence"), 1):
+        number = binary(item, "SegmentNumber")
+        if number is None or any(number == other for other, _ in named):
+            raise SegmentationError(f"segment {n} in the file has no number of its own: {number}")
+        named.append((number, name(item, "SegmentLabel") or f"segment {number}"))
+    return {n: called for (n, _), called in zip(named, unique(named), strict=True) if n is not None}
+
+
+def _name_of_unknown(number: int, names: dict[int, str]) -> str:
+    """Return a name for a segment without description that no other has."""
+    called = f"segment {number}"
+    while called in names.values():
+        called += f" ({number})"
+    return called
+
+
+def _background(ds: pydicom.Dataset, segments: dict[int, str]) -> frozenset[int]:
+    """Return the values of a label map that stand for no segment."""
+    padding = binary(ds, "PixelPaddingValue")
+    values = set() if padding is None else {padding}
+    for item in items(ds, "SegmentSequence"):
+        if binary(item, "SegmentNumber") == 0:
+            codes = items(item, "SegmentedPropertyTypeCodeSequence")
+            if any((text(c, "CodingSchemeDesignator"), text(c, "CodeValue")) == ("DCM", "125040") for c in codes):
+                values.add(0)
+    if 0 not in segments:
+        values.add(0)
+    return frozenset(values)
+
+
+def _references(ds: pydicom.Dataset) -> tuple[tuple[str, ...], set[str]]:
+    """Return the series that a segmentation refers to, and the images of them."""
+    series: dict[str, None] = {}
+    images: set[str] = set()
+    for item in items(ds, "ReferencedSeriesSequence"):
+        if found := uid(item, "SeriesInstanceUID"):
+            series[found] = None
+        for image in items(item, "ReferencedInstanceSequence"):
+            images.add(uid(image, "ReferencedSOPInstanceUID"))
+    return tuple(series), images - {""}
