@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gpuprep.errors import RequestError, SegmentationError
+from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
 from gpuprep.layout import absolute
 from gpuprep.segmentation.contours import Plane, Reading
 from gpuprep.segmentation.placing import group_paths
@@ -22,6 +22,9 @@ from gpuprep.text import printable
 log = logging.getLogger(__name__)
 
 _UID = re.compile(r"(?<![0-9.])[0-2](?:\.[0-9]+){3,}(?![0-9])")
+
+NOT_ONE = NotASegmentationError.code
+"""Of the error for files that are something else."""
 
 HOW = "say which with gpuprep mask FILE --series DICOM_DIR"
 
@@ -159,10 +162,6 @@ def match(
         if not series:
             unmatched.append((g, g.error or reason))
     return Match({key: tuple(gs) for key, gs in by_key.items()}, tuple(unmatched))
-
-
-NOT_ONE = "mask-not"
-"""Code of the error for files that are something else than a segmentation."""
 
 
 class _Known:

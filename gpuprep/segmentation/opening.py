@@ -7,7 +7,7 @@ import re
 import stat
 
 from gpuprep.containers import kind
-from gpuprep.errors import SegmentationError
+from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import tables
 from gpuprep.segmentation.contours import Plane, Reading, Segmentation
 from gpuprep.segmentation.recognition import FORMATS, recognise
@@ -98,12 +98,12 @@ def _text(data: bytes) -> str:
         raise SegmentationError(f"is binary: packed with {packed}; unpack it{hint}")
     for magic, what in _BINARY:
         if data.startswith(magic):
-            raise SegmentationError(f"is binary: {what}, which is not read as a segmentation")
+            raise NotASegmentationError(f"is binary: {what}, which is not read as a segmentation")
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     if found := _CONTROLS.search(text):
         line = len(re.findall(r"\r\n|\r|\n", text[: found.start()])) + 1
-        raise SegmentationError(f"is binary: character {ord(found[0]):#04x} in line {line}")
+        raise NotASegmentationError(f"is binary: character {ord(found[0]):#04x} in line {line}")
     return text.replace("\r\n", "\n").replace("\r", "\n")

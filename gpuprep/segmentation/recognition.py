@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuprep.errors import SegmentationError
+from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import columns
 from gpuprep.segmentation.columns import HEADER_HINT, Columns
 from gpuprep.segmentation.contours import Plane, Reading, Segmentation
@@ -126,15 +126,15 @@ def recognise(text: str, name: str, reading: Reading, plane: Plane | None) -> Re
         head = text[:HEAD]
         for pattern, what in _OTHERS:
             if pattern.search(head):
-                raise SegmentationError(f"is {what}")
+                raise NotASegmentationError(f"is {what}")
         for key, known in FORMATS.items():
             if known.module and (why := known.recogniser(text)):
                 return Recognised(key, why)
         if _MARKUP[0].match(head):
-            raise SegmentationError(f"is {_MARKUP[1]}")
+            raise NotASegmentationError(f"is {_MARKUP[1]}")
         _check_first_line(text, name)
     elif found := next((what for pattern, what in _OTHERS if pattern.search(text[:HEAD])), None):
-        raise SegmentationError(f"is {found}")
+        raise NotASegmentationError(f"is {found}")
     return _of_numbers(parse(text), reading, plane)
 
 
@@ -187,13 +187,13 @@ def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognis
         if width == 2:
             return Recognised("imagej-xy", "two numbers in every line", table, Columns(("x", "y"), ""))
         if width == 5 and columns.is_whole(grid[:, 0]) and grid[:, 1:].min() >= 0 and grid[:, 1:].max() <= 1:
-            raise SegmentationError("holds YOLO detections (class, centre and size): boxes, not contours")
+            raise NotASegmentationError("holds YOLO detections (class, centre and size): boxes, not contours")
         if width < 5 and columns.is_scan(grid, width - 1):
             return Recognised("imagej-values", "pixels with values, row by row", table, _pixels(width))
     if found_points := columns.of_points(table, reading, plane):
         return Recognised("points", found_points.why, table, found_points)
     if width == 4 and bool((grid[:, :2] < grid[:, 2:]).all()):
-        raise SegmentationError("four numbers in every line, two smaller and two larger: boxes, not contours")
+        raise NotASegmentationError("four numbers in every line, two smaller and two larger: boxes, not contours")
     raise SegmentationError(
         f"{numbered(width)} in every line, which could mean many things: {HEADER_HINT}, or choose a --text-format"
     )
