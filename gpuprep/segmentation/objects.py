@@ -103,4 +103,6 @@ def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
     # In words of the standard, never of the file's own.
     known = UID(kind).name
     what = known if known != kind else "an object of an unknown SOP class"
-    raise NotASegmentationError(f"{what} is no segmentation that can be read: give an RT Structure Set or a Segmentation")
+    raise NotASegmentationError(
+        f"{what} is no segmentation that can be read: give an RT Structure Set or a Segmentation"
+    )
