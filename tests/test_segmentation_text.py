@@ -139,7 +139,7 @@ def test_round_trip_of_outlines(
     opened: Open, outline: list[tuple[int, int]], between: str, end: str, before: str
 ) -> None:
     text = (before + "".join(f"{x}{between}{y}  \n" for x, y in outline)).replace("\n", end)
-    (structure,) = opened(text).structures
+    (structure,) = opened(text, text_format="imagej-xy").structures  # by chance it could run like a list of pixels
     (contour,) = structure.contours
     assert (contour.points + 0.5).tolist() == [list(p) for p in outline]
     assert (structure.name, contour.frame, contour.slice) == ("liver", "pixel", SliceKey("number", 12))
@@ -245,7 +245,20 @@ def test_a_list_of_pixels_is_told_from_points(opened: Open) -> None:
     found = opened(pixels)
     assert (found.format, found.structures[0].name) == ("ImageJ pixel list", "liver")
     (raster,) = found.structures[0].rasters
-    assert (raster.row, raster.column, raster.mask.shape, raster.mask.all()) == (4, 3, (3, 6), True)
+    assert (raster.row, raster.column) == (4, 3)
+    assert raster.mask.tolist() == [[True] * 6] * 3
+
+
+@pytest.mark.parametrize("columns", ["xy", "yx", "xyz", "zyx", "zxy", "yxv", "zyxv", "yxz"])
+def test_a_list_of_pixels_is_never_an_outline(opened: Open, columns: str) -> None:
+    """As `numpy.argwhere` gives them, whatever the order of columns: in rows of 1 to 5 pixels."""
+    rows = [(4, 6, 7), (5, 5, 8), (6, 4, 9), (7, 6, 7)]
+    slices = (2, 3) if "z" in columns else (2,)
+    pixels = [{"x": x, "y": y, "z": z, "v": 1} for z in slices for y, *ends in rows for x in range(*ends)]
+    text = "".join(" ".join(str(p[c]) for c in columns) + "\n" for p in pixels)
+    assert refusal(opened, text).startswith("lists the pixels of an area, not an outline")
+    (structure,) = opened("y x value\n4 3 1\n4 4 1\n5 3 1\n", text_format="imagej-values").structures
+    assert structure.rasters[0].mask.tolist() == [[True, True], [True, False]]
 
 
 def test_intensities_of_a_selection_are_its_pixels(opened: Open) -> None:
@@ -322,7 +335,7 @@ def test_prose_is_refused_and_not_repeated(opened: Open) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (SQUARE.replace("30\t40", "30\tx40"), "line 3, column 4: 'x40' is no number"),
+        (SQUARE.replace("30\t40", "30\tx40"), "line 3, column 4: a word is no number"),
         (SQUARE.replace("30\t40", "nan 40"), "line 3, column 1: 'nan' is no number"),
         (SQUARE.replace("30\t40", "30 -inf"), "line 3, column 4: '-inf' is no number"),
         (SQUARE.replace("30\t40", "1e400 40"), "line 3, column 1: '1e400' is beyond"),
@@ -342,7 +355,7 @@ def test_prose_is_refused_and_not_repeated(opened: Open) -> None:
         ("1 2 3 4 5 6\n\n1 2 3 4 5 6 7 8 1e99\n", "line 3, column 17: '1e99' is beyond"),
         ("0 0 0 0 0 0 0\n0 0 1 1 0 0 0\n0 0 1 1 0 0\n", "line 3: 6 numbers, where line 1 has 7"),
         ("0 0 0 0 0 0 0\n0 0 1 l 0 0 0\n", "line 2, column 7: 'l' is no number"),
-        ("1 1 5\n2 1 5\n3 1 five\n", "line 3, column 5: 'five' is no number"),
+        ("1 1 5\n2 1 5\n3 1 five\n", "line 3, column 5: a word is no number"),
         ("", "is empty"),
         (b"", "is empty"),
         ("\ufeff\r\n \t\r\n", "is empty"),
@@ -519,7 +532,7 @@ def test_where_the_slice_stands_can_be_said() -> None:
     assert slice_and_structure("lesion_-125.5.txt", "z") == (SliceKey("z", -125.5), "lesion")
     for slice_from in ("uid", "column", "z", "name"):
         with pytest.raises(SegmentationError, match=f"--slice-from {slice_from}"):
-            slice_and_structure("lesion.txt", slice_from)  # type: ignore[arg-type]
+            slice_and_structure("lesion.txt", slice_from)
 
 
 def test_a_format_that_was_said_has_to_fit(opened: Open) -> None:

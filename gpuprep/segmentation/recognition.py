@@ -184,12 +184,13 @@ def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognis
     if not table.labels:
         if width == 1:
             raise SegmentationError("one number in every line: coordinates take two at least")
+        if width in (3, 4) and columns.is_scan(grid, width - 1):
+            return Recognised("imagej-values", "pixels with values, row by row", table, _pixels(width))
+        columns.check_outlines(grid)
         if width == 2:
             return Recognised("imagej-xy", "two numbers in every line", table, Columns(("x", "y"), ""))
         if width == 5 and columns.is_whole(grid[:, 0]) and grid[:, 1:].min() >= 0 and grid[:, 1:].max() <= 1:
             raise SegmentationError("holds YOLO detections (class, centre and size): boxes, not contours")
-        if width < 5 and columns.is_scan(grid, width - 1):
-            return Recognised("imagej-values", "pixels with values, row by row", table, _pixels(width))
     if found_points := columns.of_points(table, reading, plane):
         return Recognised("points", found_points.why, table, found_points)
     if width == 4 and bool((grid[:, :2] < grid[:, 2:]).all()):

@@ -110,9 +110,7 @@ def _points(source: _Source) -> _Result:
         xyz = np.stack([of["x"], of["y"], of["z"]], axis=1)
         if (unit or units.of_points(xyz, source.plane)) != "px":
             frame, points, keys = "patient", xyz * (10 if unit == "cm" else 1), None
-        elif reading.slice_from == "z" or not is_whole(of["z"]):
-            if reading.slice_from != "z":
-                raise SegmentationError("x and y are pixels, but z counts no slices: say --slice-from z if it is in mm")
+        elif reading.slice_from == "z":
             by = "z"
     elif unit in ("mm", "cm"):
         if keys is not None:
@@ -123,7 +121,8 @@ def _points(source: _Source) -> _Result:
     if keys is not None and by == "number":
         if not is_whole(keys) or keys.min() < 0:
             bad = int(np.argmax((keys != np.rint(keys)) | (keys < 0)))
-            raise SegmentationError(f"line {table.lines[bad]}: slice {keys[bad]:g} is no number of a slice")
+            hint = ": say --slice-from z if it is in mm" if "z" in of else ""
+            raise SegmentationError(f"line {table.lines[bad]}: {keys[bad]:g} is no number of a slice{hint}")
         if reading.slice_from not in (None, "column"):
             raise SegmentationError(f"--slice-from {reading.slice_from}: a column says the slice; leave the option out")
 
