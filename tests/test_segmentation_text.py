@@ -179,9 +179,9 @@ def test_round_trip_of_text_images(opened: Open, seed: int, columns: int, rows: 
     found = opened(text, Plane(rows, columns, (1.0, 1.0)))
     assert found.format == "ImageJ text image"
     values = np.unique(labels[labels > 0]).tolist()
-    names = [str(v) for v in values] if len(values) > 1 else ["liver"]
+    names = ["liver"] if values == [1] else [str(v) for v in values]
     assert [s.name for s in found.structures] == names
-    for value, structure in zip(values, found.structures, strict=False):
+    for value, structure in zip(values, found.structures, strict=True):
         assert np.array_equal(placed(structure.rasters[0], labels.shape), labels == value)
         assert structure.rasters[0].matrix == (rows, columns)
 
@@ -439,6 +439,20 @@ def test_pixels_of_matlab_are_centres_counted_from_1(opened: Open) -> None:
     assert opened(SQUARE, index_base=1).structures[0].contours[0].points[0].tolist() == [9, 19]
     assert opened(SQUARE, index_base=0).structures[0].contours[0].points[0].tolist() == [10, 20]
     assert opened(SQUARE).structures[0].contours[0].points[0].tolist() == [9.5, 19.5]
+
+
+@pytest.mark.parametrize("text", [SQUARE.replace("10", "-120"), "slice x y\n3 -120 5\n3 -100 5\n3 -100 9\n"])
+def test_coordinates_of_the_patient_are_not_taken_for_pixels(opened: Open, text: str) -> None:
+    assert "-120 lies before the slice" in refusal(opened, text, text_format="points" if "slice" in text else None)
+    assert len(opened(text, text_format="points" if "slice" in text else None, units="px").structures) == 1
+
+
+def test_a_label_alone_in_its_slice_keeps_its_number_but_a_mask_has_the_name_of_its_file(opened: Open) -> None:
+    for label, name in ((1, "liver"), (255, "liver"), (2, "2")):
+        text = "0 0 0 0 0 0\n" * 2 + f"0 0 {label} 0 0 0\n"
+        assert [s.name for s in opened(text).structures] == [name]
+    empty = opened("0 0 0 0 0 0\n" * 2)
+    assert (empty.structures, empty.notes) == ((), ("nothing is painted: every value is 0",))
 
 
 def test_centimetres_are_ten_millimetres(opened: Open) -> None:
