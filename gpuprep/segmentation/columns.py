@@ -68,7 +68,7 @@ def named(header: tuple[str, ...], labelled: bool) -> Columns:
     names = [name.lower() for name in header]
     if sum(bool(_BOX.match(_MARKS.sub("_", name))) for name in names) >= 2:
         raise SegmentationError(
-            "line 1 names the corners of boxes: boxes around things, not contours, which gpuprep does not read"
+            "its header names the corners of boxes: boxes around things, not contours, which gpuprep does not read"
         )
     units: set[Units] = set()
     roles: list[str] = []

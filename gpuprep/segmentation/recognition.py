@@ -266,7 +266,7 @@ def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None
     """Return the columns of a table whose format was said; raise if it cannot be that."""
     if forced in ("polygons", "imagej-text-image"):
         if table.header:
-            raise SegmentationError(f"line 1 names columns, which --text-format {forced} has none of")
+            raise SegmentationError(f"its header names columns, which --text-format {forced} has none of")
         return NO_ROLES
     if table.header:
         found = columns.named(table.header, table.labels is not None)
