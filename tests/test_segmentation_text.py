@@ -230,10 +230,9 @@ def test_what_a_table_of_numbers_is(
     opened: Open, text: str, format_: str, frame: str, slices: list[float | None]
 ) -> None:
     text = "\n".join(line for line in text.split("\n") if len(line.split()) != 1 or "," in line or ";" in line)
-    if text[0] != "a":
-        assert recognise(text, "a", Reading(), None).format == format_
-    else:
+    if text[0].isalpha():
         pytest.importorskip("gpuprep.segmentation.cxt")
+    assert recognise(text, "a", Reading(), None).format == format_
     found = opened(text)
     contours = [c for s in found.structures for c in s.contours]
     assert [c.frame for c in contours] == [frame] * len(slices)
