@@ -175,11 +175,11 @@ BOUNDS = {
     "straw": (0.88, 0.91),
     "thin sheet": (0.84, 0.88),
 }
-"""Least Dice with the formula, nearest and smooth, on voxels of 1 mm made from slices of 3 mm: half a slice may be wrong
-at the ends in z and half a pixel at the sides, and a sheet two pixels thin is nearly all side."""
+"""Least Dice with the formula, nearest and smooth, on voxels of 1 mm made from slices of 3 mm: half a slice may be
+wrong at the ends in z and half a pixel at the sides, and a sheet two pixels thin is nearly all side."""
 
 KEPT = {"nearest": 0.07, "smooth": 0.02}
-"""By how much resampling may change the volume; most for the thin sheet, of which nearest takes or leaves whole pixels."""
+"""By how much resampling may change the volume; most for the thin sheet, of which nearest takes whole pixels."""
 
 
 @pytest.mark.parametrize("resampling", ["nearest", "smooth"])

@@ -139,7 +139,7 @@ def test_round_trip_of_outlines(
     opened: Open, outline: list[tuple[int, int]], between: str, end: str, before: str
 ) -> None:
     text = (before + "".join(f"{x}{between}{y}  \n" for x, y in outline)).replace("\n", end)
-    (structure,) = opened(text).structures
+    (structure,) = opened(text, text_format="imagej-xy").structures  # by chance it could run like a list of pixels
     (contour,) = structure.contours
     assert (contour.points + 0.5).tolist() == [list(p) for p in outline]
     assert (structure.name, contour.frame, contour.slice) == ("liver", "pixel", SliceKey("number", 12))
@@ -179,9 +179,9 @@ def test_round_trip_of_text_images(opened: Open, seed: int, columns: int, rows: 
     found = opened(text, Plane(rows, columns, (1.0, 1.0)))
     assert found.format == "ImageJ text image"
     values = np.unique(labels[labels > 0]).tolist()
-    names = [str(v) for v in values] if len(values) > 1 else ["liver"]
+    names = ["liver"] if values == [1] else [str(v) for v in values]
     assert [s.name for s in found.structures] == names
-    for value, structure in zip(values, found.structures, strict=False):
+    for value, structure in zip(values, found.structures, strict=True):
         assert np.array_equal(placed(structure.rasters[0], labels.shape), labels == value)
         assert structure.rasters[0].matrix == (rows, columns)
 
@@ -230,10 +230,9 @@ def test_what_a_table_of_numbers_is(
     opened: Open, text: str, format_: str, frame: str, slices: list[float | None]
 ) -> None:
     text = "\n".join(line for line in text.split("\n") if len(line.split()) != 1 or "," in line or ";" in line)
-    if text[0] != "a":
-        assert recognise(text, "a", Reading(), None).format == format_
-    else:
+    if text[0].isalpha():
         pytest.importorskip("gpuprep.segmentation.cxt")
+    assert recognise(text, "a", Reading(), None).format == format_
     found = opened(text)
     contours = [c for s in found.structures for c in s.contours]
     assert [c.frame for c in contours] == [frame] * len(slices)
@@ -245,7 +244,20 @@ def test_a_list_of_pixels_is_told_from_points(opened: Open) -> None:
     found = opened(pixels)
     assert (found.format, found.structures[0].name) == ("ImageJ pixel list", "liver")
     (raster,) = found.structures[0].rasters
-    assert (raster.row, raster.column, raster.mask.shape, raster.mask.all()) == (4, 3, (3, 6), True)
+    assert (raster.row, raster.column) == (4, 3)
+    assert raster.mask.tolist() == [[True] * 6] * 3
+
+
+@pytest.mark.parametrize("columns", ["xy", "yx", "xyz", "zyx", "zxy", "yxv", "zyxv", "yxz"])
+def test_a_list_of_pixels_is_never_an_outline(opened: Open, columns: str) -> None:
+    """As `numpy.argwhere` gives them, whatever the order of columns: in rows of 1 to 5 pixels."""
+    rows = [(4, 6, 7), (5, 5, 8), (6, 4, 9), (7, 6, 7)]
+    slices = (2, 3) if "z" in columns else (2,)
+    pixels = [{"x": x, "y": y, "z": z, "v": 1} for z in slices for y, *ends in rows for x in range(*ends)]
+    text = "".join(" ".join(str(p[c]) for c in columns) + "\n" for p in pixels)
+    assert refusal(opened, text).startswith("lists the pixels of an area, not an outline")
+    (structure,) = opened("y x value\n4 3 1\n4 4 1\n5 3 1\n", text_format="imagej-values").structures
+    assert structure.rasters[0].mask.tolist() == [[True, True], [True, False]]
 
 
 def test_intensities_of_a_selection_are_its_pixels(opened: Open) -> None:
@@ -322,7 +334,7 @@ def test_prose_is_refused_and_not_repeated(opened: Open) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (SQUARE.replace("30\t40", "30\tx40"), "line 3, column 4: 'x40' is no number"),
+        (SQUARE.replace("30\t40", "30\tx40"), "line 3, column 4: a word is no number"),
         (SQUARE.replace("30\t40", "nan 40"), "line 3, column 1: 'nan' is no number"),
         (SQUARE.replace("30\t40", "30 -inf"), "line 3, column 4: '-inf' is no number"),
         (SQUARE.replace("30\t40", "1e400 40"), "line 3, column 1: '1e400' is beyond"),
@@ -342,7 +354,7 @@ def test_prose_is_refused_and_not_repeated(opened: Open) -> None:
         ("1 2 3 4 5 6\n\n1 2 3 4 5 6 7 8 1e99\n", "line 3, column 17: '1e99' is beyond"),
         ("0 0 0 0 0 0 0\n0 0 1 1 0 0 0\n0 0 1 1 0 0\n", "line 3: 6 numbers, where line 1 has 7"),
         ("0 0 0 0 0 0 0\n0 0 1 l 0 0 0\n", "line 2, column 7: 'l' is no number"),
-        ("1 1 5\n2 1 5\n3 1 five\n", "line 3, column 5: 'five' is no number"),
+        ("1 1 5\n2 1 5\n3 1 five\n", "line 3, column 5: a word is no number"),
         ("", "is empty"),
         (b"", "is empty"),
         ("\ufeff\r\n \t\r\n", "is empty"),
@@ -426,6 +438,20 @@ def test_pixels_of_matlab_are_centres_counted_from_1(opened: Open) -> None:
     assert opened(SQUARE, index_base=1).structures[0].contours[0].points[0].tolist() == [9, 19]
     assert opened(SQUARE, index_base=0).structures[0].contours[0].points[0].tolist() == [10, 20]
     assert opened(SQUARE).structures[0].contours[0].points[0].tolist() == [9.5, 19.5]
+
+
+@pytest.mark.parametrize("text", [SQUARE.replace("10", "-120"), "slice x y\n3 -120 5\n3 -100 5\n3 -100 9\n"])
+def test_coordinates_of_the_patient_are_not_taken_for_pixels(opened: Open, text: str) -> None:
+    assert "-120 lies before the slice" in refusal(opened, text, text_format="points" if "slice" in text else None)
+    assert len(opened(text, text_format="points" if "slice" in text else None, units="px").structures) == 1
+
+
+def test_a_label_alone_in_its_slice_keeps_its_number_but_a_mask_has_the_name_of_its_file(opened: Open) -> None:
+    for label, name in ((1, "liver"), (255, "liver"), (2, "2")):
+        text = "0 0 0 0 0 0\n" * 2 + f"0 0 {label} 0 0 0\n"
+        assert [s.name for s in opened(text).structures] == [name]
+    empty = opened("0 0 0 0 0 0\n" * 2)
+    assert (empty.structures, empty.notes) == ((), ("nothing is painted: every value is 0",))
 
 
 def test_centimetres_are_ten_millimetres(opened: Open) -> None:
@@ -519,7 +545,7 @@ def test_where_the_slice_stands_can_be_said() -> None:
     assert slice_and_structure("lesion_-125.5.txt", "z") == (SliceKey("z", -125.5), "lesion")
     for slice_from in ("uid", "column", "z", "name"):
         with pytest.raises(SegmentationError, match=f"--slice-from {slice_from}"):
-            slice_and_structure("lesion.txt", slice_from)  # type: ignore[arg-type]
+            slice_and_structure("lesion.txt", slice_from)
 
 
 def test_a_format_that_was_said_has_to_fit(opened: Open) -> None:

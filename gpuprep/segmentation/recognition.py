@@ -184,12 +184,13 @@ def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognis
     if not table.labels:
         if width == 1:
             raise SegmentationError("one number in every line: coordinates take two at least")
+        if width in (3, 4) and columns.is_scan(grid, width - 1):
+            return Recognised("imagej-values", "pixels with values, row by row", table, _pixels(width))
+        columns.check_outlines(grid)
         if width == 2:
             return Recognised("imagej-xy", "two numbers in every line", table, Columns(("x", "y"), ""))
         if width == 5 and columns.is_whole(grid[:, 0]) and grid[:, 1:].min() >= 0 and grid[:, 1:].max() <= 1:
             raise NotASegmentationError("holds YOLO detections (class, centre and size): boxes, not contours")
-        if width < 5 and columns.is_scan(grid, width - 1):
-            return Recognised("imagej-values", "pixels with values, row by row", table, _pixels(width))
     if found_points := columns.of_points(table, reading, plane):
         return Recognised("points", found_points.why, table, found_points)
     if width == 4 and bool((grid[:, :2] < grid[:, 2:]).all()):
@@ -265,7 +266,7 @@ def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None
     """Return the columns of a table whose format was said; raise if it cannot be that."""
     if forced in ("polygons", "imagej-text-image"):
         if table.header:
-            raise SegmentationError(f"line 1 names columns, which --text-format {forced} has none of")
+            raise SegmentationError(f"its header names columns, which --text-format {forced} has none of")
         return NO_ROLES
     if table.header:
         found = columns.named(table.header, table.labels is not None)
