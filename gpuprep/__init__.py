@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gpuprep.reading import read as read
     from gpuprep.recipe import Recipe as Recipe
     from gpuprep.rules import Rules as Rules
+    from gpuprep.segmentation.wishes import Masks as Masks
     from gpuprep.series import Series as Series
     from gpuprep.stacking import stack as stack
     from gpuprep.volume import StoredVolume as StoredVolume
@@ -33,6 +34,7 @@ _HOMES = {
     "convert": "batch",
     "discover": "discovery",
     "Geometry": "geometry",
+    "Masks": "segmentation.wishes",
     "process": "processing",
     "read": "reading",
     "Recipe": "recipe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,10 +32,12 @@ from gpuprep.headers import Contents
 from gpuprep.layout import absolute, layout
 from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, SeriesResult, now
-from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, needed_bytes, workers
+from gpuprep.matching import NOT_ONE, Glimpse, Question, files_under, fingerprint, glimpses, match, used_names
+from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, mask_bytes, needed_bytes, workers
 from gpuprep.output import contents, open_output, retire, write_text
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
+from gpuprep.segmentation.contours import Plane
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -42,6 +45,8 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 DONE = ("ok", "fixed", "skipped")
 """Of a series whose output is there."""
+
+SEGMENTATIONS_PER_TASK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,8 @@ class Outlook:
     reason: str = ""
     known: bool = False
     """Whether the manifest has an earlier output of this series in that folder."""
+    segmentations: tuple[Glimpse, ...] = ()
+    """What masks would be made of."""
 
     @property
     def verdict(self) -> Verdict | Literal["skipped"]:
@@ -83,6 +90,8 @@ class Run:
     unreadable: tuple[tuple[str, str], ...]
     postponed: int = 0
     """Series left for later by `limit`."""
+    unmatched: tuple[tuple[str, str], ...] = ()
+    """Segmentations that belong to no series: (path, why)."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -91,11 +100,38 @@ class Run:
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 1 some series rejected or failed or some DICOM file unreadable, 3 nothing found."""
+        """0 all done, 1 some series rejected or failed, or some file unreadable or unmatched, 3 nothing found."""
+        bad = bool(self.unreadable or self.unmatched)
         if not self.results and not self.postponed:
-            return 1 if self.unreadable else 3
-        bad = self.unreadable or any(r.status in ("rejected", "failed") for r in self.results)
+            return 1 if bad else 3
+        bad = bad or any(r.status in ("rejected", "failed") for r in self.results)
         return 1 if bad else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """Which segmentation goes to which series."""
+
+    by_key: Mapping[str, tuple[Glimpse, ...]]
+    """By the key of the series."""
+    unmatched: tuple[tuple[Glimpse, str], ...]
+    """Those without a series, and why."""
+    named: frozenset[str]
+    """Files that people named, or that lie in folders they named: none of them is left out without a complaint, unless
+    it is something else, found in such a folder."""
+
+    @property
+    def complaints(self) -> tuple[tuple[str, str], ...]:
+        """(path, why) of those that should have had a series."""
+        return tuple((printable(g.path), why) for g, why in self.unmatched if g.path in self.named)
+
+    @property
+    def rows(self) -> Iterator[tuple[str, str, str, str, str]]:
+        """Path, format, why it was taken for it, key of the series, why it has none; as the manifest keeps them."""
+        for key, found in self.by_key.items():
+            yield from ((printable(g.path), g.format, g.why, key, g.error) for g in found)
+        for g, why in self.unmatched:
+            yield printable(g.path), g.format, g.why, "", why
 
 
 class Listener:
@@ -103,6 +139,9 @@ class Listener:
 
     def scanned(self, cohort: Cohort) -> None:
         """All headers are read."""
+
+    def matched(self, matched: Matched) -> None:
+        """Every segmentation has its series, or has none."""
 
     def planned(self, outlooks: list[Outlook]) -> None:
         """Every series has its outlook; conversion begins."""
@@ -115,6 +154,7 @@ def scan(
     paths: Paths,
     recipe: Recipe | None = None,
     *,
+    masks: Paths | None = None,
     out: str | os.PathLike[str] | None = None,
     index: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
@@ -127,6 +167,8 @@ def scan(
         Folders or files.
     recipe : Recipe, optional
         The default recipe where absent.
+    masks : path, iterable of paths or "auto", optional
+        As for `convert`.
     out : path, optional
         The output folder of earlier runs: what is complete there would be skipped.
     index : path, optional
@@ -141,12 +183,13 @@ def scan(
     executor = Here() if jobs is None else Processes(jobs, quiet_libraries, FOR_HEADERS)
     try:
         cohort = _discover(paths, recipe, out, index, executor)
+        matched = _matched(cohort, paths, recipe, masks, executor)
     finally:
         executor.stop()
     if out is not None and (Path(out) / "manifest.sqlite").exists():
         with closing(Manifest(Path(out) / "manifest.sqlite")) as manifest:
-            return cohort, _outlooks(cohort, paths, recipe, Path(out), manifest)
-    return cohort, _outlooks(cohort, paths, recipe, None, None)
+            return cohort, _outlooks(cohort, paths, recipe, matched, Path(out), manifest)
+    return cohort, _outlooks(cohort, paths, recipe, matched, None, None)
 
 
 def convert(
@@ -154,6 +197,7 @@ def convert(
     out: str | os.PathLike[str],
     recipe: Recipe | None = None,
     *,
+    masks: Paths | None = None,
     backend: Backend | BackendName = "auto",
     engine: Engine = "operators",
     jobs: int | None = None,
@@ -171,6 +215,9 @@ def convert(
         Where volumes, ``manifest.sqlite``, ``manifest.csv`` and ``recipe.toml`` go.
     recipe : Recipe, optional
         The default recipe where absent.
+    masks : path, iterable of paths or "auto", optional
+        Segmentation files, or folders of them, to make masks of; "auto": RTSTRUCT, SEG and LIDC-IDRI XML among the
+        inputs. Each goes to the series it belongs to: see `gpuprep.matching.match`.
     backend, engine
         As for `gpuprep.process`.
     jobs : int, optional
@@ -211,9 +258,14 @@ def convert(
         try:
             cohort = _discover(paths, recipe, out, index, executor)
             listener.scanned(cohort)
+            matched = _matched(cohort, paths, recipe, masks, executor)
+            _check_images_stay(recipe, manifest, out)
             write_text(out / "recipe.toml", recipe.to_toml())
             manifest.account(cohort.passed_over, cohort.unreadable)
-            outlooks = _outlooks(cohort, paths, recipe, out, manifest)
+            if matched is not None:
+                manifest.account_segmentations(matched.rows)
+                listener.matched(matched)
+            outlooks = _outlooks(cohort, paths, recipe, matched, out, manifest)
             todo = [o for o in outlooks if o.action == "convert"]
             now_, later = (todo, []) if limit is None else (todo[:limit], todo[limit:])
             postponed = {o.series.key for o in later}
@@ -223,7 +275,10 @@ def convert(
             doubtful = Counter(folder for path, _ in cohort.unreadable for folder in (os.path.dirname(path), path))
             for nameless in (s for s in cohort if not s.series_uid):
                 doubtful[printable(nameless.folder)] += len(nameless.slices)
-            tasks = {o.series.key: _task(o, recipe, engine, chosen, out, doubtful) for o in outlooks}
+            values = _label_values(outlooks, recipe, manifest)
+            if values:
+                write_text(out / "labels.json", json.dumps(values, indent=1, ensure_ascii=False))
+            tasks = {o.series.key: _task(o, recipe, engine, chosen, out, doubtful, values) for o in outlooks}
             outcomes = _converted([tasks[o.series.key] for o in now_], executor, budget)
             for result in _results(outlooks, outcomes, tasks, manifest):
                 results.append(result)
@@ -232,7 +287,8 @@ def convert(
         finally:
             executor.stop()
             manifest.write_csv()
-    return Run(tuple(results), cohort.passed_over, cohort.unreadable, len(later))
+    unmatched = matched.complaints if matched is not None else ()
+    return Run(tuple(results), cohort.passed_over, cohort.unreadable, len(later), unmatched)
 
 
 def _results(
@@ -334,37 +390,115 @@ def _store(manifest: Manifest, result: SeriesResult, out: Path) -> SeriesResult:
 
 
 def _outlooks(
-    cohort: Cohort, paths: list[str], recipe: Recipe, out: Path | None, manifest: Manifest | None
+    cohort: Cohort,
+    paths: list[str],
+    recipe: Recipe,
+    matched: Matched | None,
+    out: Path | None,
+    manifest: Manifest | None,
 ) -> list[Outlook]:
     taken = {r.folder: r.key for r in manifest if r.folder} if manifest else {}
     folders = layout(cohort, paths, taken)
     outlooks = []
     for series in cohort:
+        found = matched.by_key.get(series.key, ()) if matched is not None else ()
+        if not found and not recipe.image:
+            continue
         former = manifest.get(series.key) if manifest else None
-        if out and former and _complete(series, recipe, out, former):
-            outlooks.append(Outlook(series, "skip", former.folder, None))
+        if out and former and _complete(_fingerprint(series, found, recipe, manifest), recipe, out, former):
+            outlooks.append(Outlook(series, "skip", former.folder, None, segmentations=found))
             continue
         audited = audit(series, recipe.rules)
         if audited.stack is None:
-            outlooks.append(Outlook(series, "reject", "", None, audited, audited.reason))
+            outlooks.append(Outlook(series, "reject", "", None, audited, audited.reason, segmentations=found))
             continue
         try:
             plan = make_plan(audited.stack.geometry, recipe, audited.stack.placement)
         except PlanError as exc:
-            outlooks.append(Outlook(series, "reject", "", None, audited, f"PlanError: {exc}"))
+            reason = f"PlanError: {exc}"
+            outlooks.append(Outlook(series, "reject", "", None, audited, reason, segmentations=found))
         else:
             folder = folders[series.key]
             known = former is not None and former.folder == folder
-            outlooks.append(Outlook(series, "convert", folder, plan, audited, known=known))
+            outlooks.append(Outlook(series, "convert", folder, plan, audited, known=known, segmentations=found))
     return outlooks
 
 
-def _complete(series: Series, recipe: Recipe, out: Path, former: SeriesResult) -> bool:
+def _fingerprint(series: Series, found: tuple[Glimpse, ...], recipe: Recipe, manifest: Manifest | None) -> str:
+    """Return the fingerprint of a series with its segmentations; label values are those it would get now."""
+    names = used_names(found, recipe.masks) if recipe.masks.layout == "labels" else []
+    values = manifest.label_values([]) if manifest is not None and names else {}
+    return fingerprint(series, found, [(name, values.get(name, 0)) for name in names])
+
+
+def _label_values(outlooks: list[Outlook], recipe: Recipe, manifest: Manifest) -> dict[str, int]:
+    """Return the label value of every structure of the cohort, where structures share volumes."""
+    if recipe.masks.layout != "labels" or not any(o.segmentations for o in outlooks):
+        return {}
+    names = [name for o in outlooks for name in used_names(o.segmentations, recipe.masks)]
+    return manifest.label_values([*recipe.masks.first_names, *sorted(set(names))])
+
+
+def _check_images_stay(recipe: Recipe, manifest: Manifest, out: Path) -> None:
+    """Raise if masks alone would replace volumes that hold images."""
+    holds_image = any(r.hu_mean is not None and r.folder for r in manifest)
+    if not recipe.image and holds_image:
+        raise RequestError(
+            f"{out} holds images, which masks alone would replace: choose another --out, or run gpuprep convert "
+            "--masks into this one"
+        )
+
+
+def _matched(
+    cohort: Cohort, paths: list[str], recipe: Recipe, masks: Paths | None, executor: Executor
+) -> Matched | None:
+    """Return which segmentation goes to which series; None where masks are not asked for."""
+    if masks is None:
+        return None
+    roots = list(paths) if masks == "auto" else _listed(masks)
+    files = list(cohort.segmentations) if masks == "auto" else files_under(roots)
+    found = _asked([Question(f, recipe.masks) for f in files], executor)
+    matches = match(found, cohort, roots, paths, alone=not recipe.image and masks != "auto")
+    # Some can be read only when the pixels of their series are known.
+    planes = {
+        g.path: Plane(s.rows, s.columns, s.pixel_spacing_mm)
+        for s in cohort
+        if s.pixel_spacing_mm is not None
+        for g in matches.by_key.get(s.key, ())
+        if g.error
+    }
+    again = {g.path: g for g in _asked([Question(f, recipe.masks, plane) for f, plane in planes.items()], executor)}
+    by_key = {key: tuple(again.get(g.path, g) for g in gs) for key, gs in matches.by_key.items()}
+    explicit = {absolute(root) for root in roots if not os.path.isdir(root)}
+    other = {g.path for g, _ in matches.unmatched if g.code == NOT_ONE} - explicit
+    named = frozenset() if masks == "auto" else frozenset(files) - other
+    return Matched(by_key, matches.unmatched, named)
+
+
+def _asked(questions: list[Question], executor: Executor) -> list[Glimpse]:
+    """Return what segmentations say about themselves, in the order of the questions."""
+    n = SEGMENTATIONS_PER_TASK
+    tasks = [questions[i : i + n] for i in range(0, len(questions), n)]
+    answers: dict[str, Glimpse] = {}
+    while tasks:
+        again = []
+        for task, outcome in executor.run(glimpses, tasks):
+            if not isinstance(outcome, WorkerDiedError):
+                answers |= {g.path: g for g in outcome}
+            elif len(task) > 1:
+                again += [[question] for question in task]  # which of them was it?
+            else:
+                answers[task[0].path] = Glimpse(task[0].path, error=str(outcome), code="mask")
+        tasks = again
+    return [answers[q.path] for q in questions]
+
+
+def _complete(fingerprint_: str, recipe: Recipe, out: Path, former: SeriesResult) -> bool:
     """Whether an earlier output stands for exactly this input and recipe, and is all there."""
     from gpuprep import __version__
 
     same = (former.fingerprint, former.recipe_sha256, former.version) == (
-        series.fingerprint,
+        fingerprint_,
         recipe.sha256,
         __version__,
     )
@@ -372,12 +506,20 @@ def _complete(series: Series, recipe: Recipe, out: Path, former: SeriesResult) -
 
 
 def _task(
-    outlook: Outlook, recipe: Recipe, engine: Engine, backend: Backend, out: Path, doubtful: Mapping[str, int]
+    outlook: Outlook,
+    recipe: Recipe,
+    engine: Engine,
+    backend: Backend,
+    out: Path,
+    doubtful: Mapping[str, int],
+    values: Mapping[str, int],
 ) -> Task:
-    unreadable = doubtful.get(printable(outlook.series.folder), 0)
+    series, found = outlook.series, outlook.segmentations
+    unreadable = doubtful.get(printable(series.folder), 0)
     note = f"{unreadable} files in its folder are unreadable or of no known series: a slice may be missing"
+    own = [(name, values[name]) for name in used_names(found, recipe.masks)] if values else []
     return Task(
-        series=outlook.series,
+        series=series,
         recipe=recipe,
         engine=engine,
         backend=backend,
@@ -387,8 +529,19 @@ def _task(
         audit=outlook.audit.to_dict() if outlook.audit else None,
         irregularities=outlook.audit.irregularities if outlook.audit else (),
         notes=(note,) if unreadable else (),
-        needed_bytes=needed_bytes(outlook.plan, backend, engine) if outlook.plan is not None else 0,
+        segmentations=tuple(g.path for g in found),
+        label_values=tuple(own),
+        fingerprint=fingerprint(series, found, own),
+        needed_bytes=_needed_bytes(outlook, backend, engine),
     )
+
+
+def _needed_bytes(outlook: Outlook, backend: Backend, engine: Engine) -> int:
+    """Return what a series needs at one time: for its image, and after that for its masks."""
+    if outlook.plan is None:
+        return 0
+    image = needed_bytes(outlook.plan, backend, engine) if outlook.plan.recipe.image else 0
+    return max(image, mask_bytes(outlook.plan, backend) if outlook.segmentations else 0)
 
 
 def _executor(backend: Backend, jobs: int | None) -> tuple[Executor, Budget | None]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from gpuprep import __version__
 from gpuprep.errors import GpuprepError, RecipeError, RequestError
@@ -41,6 +42,7 @@ app = typer.Typer(
 
 RECIPE = "Recipe"
 STACKING = "Irregular series"
+MASKS = "Masks"
 RUN = "Run"
 
 Paths = Annotated[
@@ -143,6 +145,43 @@ AssumeHu = Annotated[
         rich_help_panel=STACKING,
     ),
 ]  # fmt: skip
+Roi = Annotated[
+    str | None,
+    typer.Option(metavar="REGEX", help="Only structures whose name matches.", rich_help_panel=MASKS),
+]
+MaskLayout = Annotated[
+    Literal["labels", "per-roi"] | None,
+    typer.Option(help="One volume of labels, or one of 0 and 1 per structure \\[labels].", rich_help_panel=MASKS),
+]
+MaskResampling = Annotated[
+    Literal["nearest", "smooth"] | None,
+    typer.Option(help="Label of the nearest voxel, or the one with most of the eight around \\[nearest].",
+                 rich_help_panel=MASKS),
+]  # fmt: skip
+TextFormat = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Format of text files, where they leave it open.", rich_help_panel=MASKS),
+]
+UnitsOption = Annotated[
+    Literal["px", "mm", "cm"] | None,
+    typer.Option(help="Unit of coordinates, where text files leave it open.", rich_help_panel=MASKS),
+]
+IndexBase = Annotated[
+    int | None,
+    typer.Option(min=0, max=1, metavar="0|1", help="What slices and pixels are counted from.", rich_help_panel=MASKS),
+]
+SliceFromOption = Annotated[
+    Literal["name", "column", "z", "uid"] | None,
+    typer.Option(help="What says to which slice a contour belongs.", rich_help_panel=MASKS),
+]
+SliceOrderOption = Annotated[
+    Literal["stack", "instance"] | None,
+    typer.Option(help="What slice numbers count: slices along the normal, or Instance Number.", rich_help_panel=MASKS),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Of a fractional SEG, what still is inside [0.5].", rich_help_panel=MASKS),
+]
 Index = Annotated[
     str | None,
     typer.Option(
@@ -180,10 +219,40 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
+class _WithMasks(TyperCommand):
+    """A command whose option ``--masks`` takes every word up to the next option, as a shell's wildcards give them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words: list[str] = []
+        taking = False
+        for n, word in enumerate(args):
+            if word == "--":
+                words += args[n:]
+                break
+            if word.startswith("-"):
+                taking = word == "--masks"
+                words += [] if taking else [word]
+            else:
+                words += ["--masks", word] if taking else [word]
+        return super().parse_args(ctx, words)
+
+
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where volumes and the manifest go.")]
+
+
+@app.command(cls=_WithMasks)
 def convert(
     paths: Paths,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where volumes and the manifest go.")],
+    out: Out,
+    masks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SEG_PATH...|auto",
+            help="Segmentation files, or folders of them, to make masks of beside the "
+            "images; auto: RTSTRUCT, SEG and LIDC XML among the inputs.",
+            rich_help_panel=MASKS,
+        ),
+    ] = None,
     recipe: RecipeOption = "default",
     spacing: Spacing = None,
     order: Order = None,
@@ -202,6 +271,15 @@ def convert(
     max_missing: MaxMissing = None,
     max_missing_share: MaxMissingShare = None,
     assume_hu: AssumeHu = None,
+    roi: Roi = None,
+    mask_layout: MaskLayout = None,
+    mask_resampling: MaskResampling = None,
+    text_format: TextFormat = None,
+    units: UnitsOption = None,
+    index_base: IndexBase = None,
+    slice_from: SliceFromOption = None,
+    slice_order: SliceOrderOption = None,
+    seg_threshold: Threshold = None,
     backend: BackendOption = "auto",
     engine: EngineOption = "operators",
     jobs: Jobs = None,
@@ -226,12 +304,63 @@ def convert(
             dtype=dtype, format=format_, compression=compression, policy=policy, orient=orient,
             spacing_tolerance=spacing_tolerance, position_tolerance_mm=position_tolerance_mm,
             lean_tolerance_mm=lean_tolerance_mm, max_missing=max_missing, max_missing_share=max_missing_share,
-            assume_hu=assume_hu,
+            assume_hu=assume_hu, image=True, masks=_masks(
+                roi=roi, layout=mask_layout, resampling=mask_resampling, text_format=text_format, units=units,
+                index_base=index_base, slice_from=slice_from, slice_order=slice_order, threshold=seg_threshold,
+            ),
         )  # fmt: skip
+        given = _one_or_all(masks)
         if dry_run:
-            _show_scan(paths, wanted, out, jobs, index, "json" if json_ else "table")
+            _show_scan(paths, wanted, out, jobs, index, "json" if json_ else "table", given)
         else:
-            _convert(paths, out, wanted, backend, engine, jobs, limit, index, quiet, json_)
+            _convert(paths, out, wanted, given, backend, engine, jobs, limit, index, quiet, json_)
+
+
+@app.command()
+def mask(
+    segmentations: Annotated[
+        list[Path],
+        typer.Argument(metavar="SEG...", help="Segmentation files, or folders of them: RTSTRUCT, SEG, XML, text."),
+    ],
+    series: Annotated[
+        list[Path],
+        typer.Option(metavar="DICOM_DIR", help="The series they belong to. If it is one, all go to it."),
+    ],
+    out: Out,
+    recipe: RecipeOption = "default",
+    spacing: Spacing = None,
+    size: Size = None,
+    fit: Fit = None,
+    format_: Format = None,
+    compression: Compression = None,
+    policy: Policy = None,
+    orient: Orient = None,
+    roi: Roi = None,
+    mask_layout: MaskLayout = None,
+    mask_resampling: MaskResampling = None,
+    text_format: TextFormat = None,
+    units: UnitsOption = None,
+    index_base: IndexBase = None,
+    slice_from: SliceFromOption = None,
+    slice_order: SliceOrderOption = None,
+    seg_threshold: Threshold = None,
+    backend: BackendOption = "auto",
+    jobs: Jobs = None,
+    index: Index = None,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Make masks alone: on the grid that `convert` with the same flags gives the images."""
+    with _errors_to_exit_codes():
+        wanted = _recipe(
+            recipe, spacing_mm=spacing, size=size, fit=fit, format=format_, compression=compression, policy=policy,
+            orient=orient, image=False, masks=_masks(
+                roi=roi, layout=mask_layout, resampling=mask_resampling, text_format=text_format, units=units,
+                index_base=index_base, slice_from=slice_from, slice_order=slice_order, threshold=seg_threshold,
+            ),
+        )  # fmt: skip
+        given = list(map(str, segmentations))
+        _convert(series, out, wanted, given, backend, "operators", jobs, None, index, quiet, json_)
 
 
 @app.command()
@@ -319,9 +448,23 @@ def main() -> None:
     app()
 
 
+def _masks(**flags: Any) -> dict[str, Any]:
+    """Return the table ``[masks]`` of the flags that were given."""
+    return {k: v for k, v in flags.items() if v is not None}
+
+
+def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
+    """Return the words after --masks as `gpuprep.convert` takes them."""
+    if masks is None or masks == ["auto"]:
+        return None if masks is None else "auto"
+    if "auto" in masks:
+        raise RequestError("--masks auto stands alone: give it, or paths")
+    return masks
+
+
 def _convert(
-    paths: list[Path], out: Path, recipe: Recipe, backend: Any, engine: Any, jobs: int | None, limit: int | None,
-    index: str | None, quiet: bool, json_: bool,
+    paths: list[Path], out: Path, recipe: Recipe, masks: list[str] | Literal["auto"] | None, backend: Any, engine: Any,
+    jobs: int | None, limit: int | None, index: str | None, quiet: bool, json_: bool,
 ) -> None:  # fmt: skip
     with held_back():
         from gpuprep.backend import get_backend
@@ -339,8 +482,8 @@ def _convert(
         monitor = Monitor()
     with monitor as listener:
         run = run_conversion(
-            list(paths), out, recipe, backend=chosen.name, engine=engine, jobs=_jobs(jobs, chosen.name), limit=limit,  # type: ignore[arg-type]
-            index=_index(index), listener=listener,
+            list(paths), out, recipe, masks=masks, backend=chosen.name, engine=engine,  # type: ignore[arg-type]
+            jobs=_jobs(jobs, chosen.name), limit=limit, index=_index(index), listener=listener,
         )  # fmt: skip
     if json_:
         _print_json(
@@ -349,6 +492,7 @@ def _convert(
                 "postponed": run.postponed,
                 "passed_over": run.passed_over,
                 "unreadable": run.unreadable,
+                "unmatched": run.unmatched,
                 "seconds": round(time.perf_counter() - started, 3),
                 "series": [r.to_dict() for r in run.results],
             }
@@ -356,19 +500,20 @@ def _convert(
     elif not quiet:
         show_run(run, str(out), time.perf_counter() - started)
     if run.exit_code == 3:
-        _complain(f"no CT series under {', '.join(map(str, paths))}")
+        what = "no CT series" if recipe.image else "no segmentation of a CT series"
+        _complain(f"{what} under {', '.join(map(str, paths))}")
     raise typer.Exit(run.exit_code)
 
 
 def _show_scan(
     paths: list[Path], recipe: Recipe, out: Path | None, jobs: int | None, index: str | None,
-    how: Literal["table", "csv", "json"],
+    how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None,
 ) -> None:  # fmt: skip
     with held_back():
         from gpuprep.batch import scan as run_scan
         from gpuprep.console import show_scan
 
-    cohort, outlooks = run_scan(list(paths), recipe, out=out, index=_index(index), jobs=_jobs(jobs, "cpu"))
+    cohort, outlooks = run_scan(list(paths), recipe, masks=masks, out=out, index=_index(index), jobs=_jobs(jobs, "cpu"))
     if how == "csv":
         _print_csv([_outlook(o) for o in outlooks])
         for path, reason in cohort.unreadable:
@@ -407,6 +552,10 @@ def _outlook(o: Outlook) -> dict[str, Any]:
         "shape": plan and plan.target.shape,
         "spacing_mm": plan and plan.target.spacing_mm,
         "output_bytes": plan and plan.output_bytes,
+        "segmentations": [
+            {"path": printable(g.path), "format": g.format, "why": g.why, "names": g.names, "error": g.error}
+            for g in o.segmentations
+        ],
         "audit": o.audit and o.audit.to_dict(),
     }
 
@@ -422,7 +571,10 @@ def _recipe(name: str, **flags: Any) -> Recipe:
         else Recipe.preset(name)
     )
     given = {k: _parsed(k, v) for k, v in flags.items() if v is not None}
-    return Recipe.from_dict(base.to_dict() | given)
+    known = base.to_dict()
+    if "masks" in given:
+        given["masks"] = known["masks"] | given["masks"]
+    return Recipe.from_dict(known | given)
 
 
 def _parsed(name: str, value: Any) -> Any:

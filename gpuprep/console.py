@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gpuprep.batch import Listener, Outlook, Run
+from gpuprep.batch import Listener, Matched, Outlook, Run
 from gpuprep.discovery import Cohort
 from gpuprep.manifest import SeriesResult
 from gpuprep.recipe import Recipe
@@ -54,7 +54,9 @@ def _console(stderr: bool) -> Console:
 
 def show_recipe(recipe: Recipe, backend: str, engine: str) -> None:
     """Print the resolved recipe and where it will run."""
-    values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in recipe.to_dict().items()}
+    masks = {f"masks.{k}": v for k, v in recipe.masks.to_dict().items() if v not in ("none", {})}
+    values = {k: v for k, v in recipe.to_dict().items() if k != "masks"} | masks
+    values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
     _console(stderr=True).print(
         "recipe  " + "  ".join(f"{k}={v}" for k, v in values.items()) + f"\nrun     backend={backend}  engine={engine}",
         style="dim",
@@ -69,6 +71,10 @@ class Complaints(Listener):
 
     def scanned(self, cohort: Cohort) -> None:
         _show_unreadable(self._console, cohort)
+
+    def matched(self, matched: Matched) -> None:
+        for path, why in matched.complaints:
+            self._console.print(f"unmatched  {path}: {why}", style="yellow")
 
     def finished(self, result: SeriesResult) -> None:
         if result.status in ("rejected", "failed"):
@@ -111,6 +117,15 @@ class Monitor(Complaints):
         self._console.print(f"found   {len(cohort)} series with {slices} slices" + _beside(cohort.passed_over))
         super().scanned(cohort)
 
+    def matched(self, matched: Matched) -> None:
+        used = {g.path: g.format or "not clear yet" for found in matched.by_key.values() for g in found}
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(used.values()).items()))
+        self._console.print(
+            f"masks   {len(used)} segmentations for {len(matched.by_key)} series ({kinds or 'none'})"
+            + (f"; {len(matched.unmatched)} files for none" if matched.unmatched else "")
+        )
+        super().matched(matched)
+
     def planned(self, outlooks: list[Outlook]) -> None:
         self._task = self._progress.add_task("", total=len(outlooks), rate="")
         self._started = time.perf_counter()
@@ -145,6 +160,8 @@ def show_run(run: Run, out: str, seconds: float) -> None:
     notes = f"{seconds:.1f} s; volumes and manifest in {printable(out)}" + _beside(run.passed_over)
     if run.postponed:
         notes += f"; {run.postponed} series left for later by --limit"
+    if run.unmatched:
+        notes += f"; {len(run.unmatched)} segmentations without a series"
     if run.unreadable:
         notes += f"; {len(run.unreadable)} DICOM files or folders unreadable"
     console.print(notes)
@@ -179,6 +196,12 @@ def show_scan(cohort: Cohort, outlooks: list[Outlook]) -> None:
     for o in outlooks:
         if o.reason:
             console.print(f"rejected  {o.series.label}  {o.reason}", style=STYLES["rejected"])
+        for g in o.segmentations:
+            names = ", ".join(map(printable, g.names[:8])) + (
+                f" and {len(g.names) - 8} more" if len(g.names) > 8 else ""
+            )
+            told = f"unreadable: {g.error}" if g.error else f"{g.format} ({g.why}): {names}"
+            console.print(f"masks     {o.series.label}  {printable(g.path)}: {told}")
         for irregularity in o.audit.irregularities if o.audit and not o.reason else ():
             style = STYLES[o.verdict]
             console.print(f"{o.verdict:8}  {o.series.label}  {irregularity.code}: {irregularity.text}", style=style)

@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,9 @@ from gpuprep.series import Series
 from gpuprep.text import printable
 
 if TYPE_CHECKING:
+    from gpuprep.masking import Masked
     from gpuprep.reading import SeriesReader
+    from gpuprep.stacking import Stack
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,12 @@ class Task:
     """What the headers show that is not as it should be, and what the rules make of it."""
     notes: tuple[str, ...] = ()
     """Warnings from before the series is opened."""
+    segmentations: tuple[str, ...] = ()
+    """Files to make masks of."""
+    label_values: tuple[tuple[str, int], ...] = ()
+    """Of the structures in them."""
+    fingerprint: str
+    """Of everything that the output depends on beside the recipe."""
     known: bool
     """Whether the manifest has an earlier output of this series in that folder."""
     needed_bytes: int = 0
@@ -78,7 +86,7 @@ class Task:
             engine=self.engine,
             backend=self.backend.name,
             device=self.backend.device,
-            fingerprint=s.fingerprint,
+            fingerprint=self.fingerprint,
             recipe_sha256=self.recipe.sha256,
             version=__version__,
         )
@@ -114,29 +122,39 @@ def left_out(result: SeriesResult, exc: Exception) -> SeriesResult:
 
 def _convert(task: Task, result: SeriesResult) -> SeriesResult:
     # Imported here, in the worker: the parent of a cohort only hands out tasks, and stays small.
-    from gpuprep.processing import host_chunks
     from gpuprep.reading import SeriesReader
-    from gpuprep.writers import WRITERS
+    from gpuprep.stacking import stack
 
-    source = SeriesReader(task.series, task.recipe, loops=task.backend.body == "loops")
-    plan = make_plan(source.geometry, task.recipe, source.placement)
+    source = SeriesReader(task.series, task.recipe, loops=task.backend.body == "loops") if task.recipe.image else None
+    stacked = source.stack if source is not None else stack(task.series, task.recipe.rules)
+    plan = make_plan(stacked.geometry, task.recipe, stacked.placement)
+    result = replace(result, source_shape=plan.source.shape, source_spacing_mm=plan.source.spacing_mm)
+    masked: Masked | None = None
     pending = PendingFolder(task.out, task.folder)
     try:
-        started = time.perf_counter()
-        on_device: dict[str, Any] = {}
-        chunks = _Timed(host_chunks(source, plan, task.backend, task.engine, on_device))
-        notes = WRITERS[task.recipe.format](pending.path, chunks, plan) + _stretched(source, plan)
-        irregularities = task.irregularities + source.irregularities
+        irregularities = task.irregularities
+        if source is not None:
+            result = _write_image(task, source, plan, pending.path, result)
+            irregularities += source.irregularities
+        if task.segmentations:
+            started = time.perf_counter()
+            masked = _write_masks(task, stacked, plan, pending.path)
+            result = replace(
+                result,
+                warnings=result.warnings + tuple(masked.notes),
+                segmentations=tuple(masked.segmentations),
+                labels=tuple(asdict(label) for label in masked.labels),
+                masks_s=time.perf_counter() - started,
+            )
         result = replace(
             result,
             status="fixed" if irregularities and task.recipe.policy == "fix" else "ok",
             codes=codes(irregularities),
             irregularities=tuple(i.text for i in irregularities),
-            warnings=task.notes + source.warnings + notes,
-            padding_share=source.padding_voxels / source.statistics.voxels,
         )
+        started = time.perf_counter()
         files, size = pending.commit(_sidecar(task, source, plan, result), known=task.known)
-        write_s = time.perf_counter() - started - chunks.seconds
+        write_s = result.write_s + time.perf_counter() - started
     except DeviceMemoryError as exc:
         need = needed_bytes(plan, task.backend, task.engine) / 1e9
         raise DeviceMemoryError(
@@ -148,21 +166,50 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
         pending.discard()
     return replace(
         result,
-        source_shape=source.geometry.shape,
-        source_spacing_mm=source.geometry.spacing_mm,
-        hu_min=source.statistics.low,
-        hu_max=source.statistics.high,
-        hu_mean=source.statistics.mean,
         folder=task.folder,
         shape=plan.target.shape,
         spacing_mm=plan.target.spacing_mm,
         files=files,
         bytes=size,
+        write_s=write_s,
+    )
+
+
+def _write_image(task: Task, source: SeriesReader, plan: Plan, folder: Path, result: SeriesResult) -> SeriesResult:
+    """Write the image of a series into a folder, and return what is known of it then."""
+    from gpuprep.processing import host_chunks
+    from gpuprep.writers import WRITERS
+    from gpuprep.writers.content import Content
+
+    started = time.perf_counter()
+    on_device: dict[str, Any] = {}
+    chunks = _Timed(host_chunks(source, plan, task.backend, task.engine, on_device))
+    path = folder if task.recipe.format == "tif" else folder / "volume"
+    notes = WRITERS[task.recipe.format](path, chunks, Content.image(plan)) + _stretched(source, plan)
+    return replace(
+        result,
+        warnings=result.warnings + source.warnings + notes,
+        padding_share=source.padding_voxels / source.statistics.voxels,
+        hu_min=source.statistics.low,
+        hu_max=source.statistics.high,
+        hu_mean=source.statistics.mean,
         read_s=source.seconds,
         process_s=max(0.0, chunks.seconds - source.seconds),  # reading may have gone on beside it
-        write_s=write_s,
+        write_s=time.perf_counter() - started - chunks.seconds,
         **on_device,
     )
+
+
+def _write_masks(task: Task, stacked: Stack, plan: Plan, folder: Path) -> Masked:
+    """Write the masks of a series into a folder."""
+    from gpuprep.masking import read_placed, write_masks
+
+    series = task.series
+    wanted, masked = read_placed(
+        task.segmentations, stacked, task.recipe.masks, series.series_uid, series.frame_of_reference_uid
+    )
+    write_masks(wanted, masked, stacked, plan, task.backend, dict(task.label_values), folder)
+    return masked
 
 
 def _stretched(source: SeriesReader, plan: Plan) -> tuple[str, ...]:
@@ -197,38 +244,27 @@ class _Timed:
             self.seconds += time.perf_counter() - started
 
 
-def _sidecar(task: Task, source: SeriesReader, plan: Plan, result: SeriesResult) -> dict[str, Any]:
+def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: SeriesResult) -> dict[str, Any]:
     """Return the content of ``volume.json``; UIDs and numbers, nothing that names a patient."""
     from pydicom.uid import UID
 
     series = task.series
-    return {
+    sidecar: dict[str, Any] = {
         "key": series.key,
         "series_uid": series.series_uid,
         "study_uid": series.study_uid,
         "frame_of_reference_uid": series.frame_of_reference_uid,
         "shape": plan.target.shape,
         "axes": "kji: slices, rows, columns",
-        "dtype": task.recipe.dtype,
         "spacing_mm": plan.target.spacing_mm,
         "affine_lps": plan.target.affine.tolist(),
         "affine_maps": "(k, j, i, 1) of a voxel centre to (x, y, z, 1) in mm, LPS",
-        "hu": {
-            "slope": plan.hu_slope,
-            "intercept": plan.hu_intercept,
-            "window": task.recipe.window_hu,
-            "meaning": "HU = stored · slope + intercept, clipped to the window",
-        },
         "source": {
             "slices": len(series.slices),
-            "shape": source.geometry.shape,
-            "spacing_mm": source.geometry.spacing_mm,
-            "affine_lps": source.geometry.affine.tolist(),
+            "shape": plan.source.shape,
+            "spacing_mm": plan.source.spacing_mm,
+            "affine_lps": plan.source.affine.tolist(),
             "transfer_syntaxes": sorted({UID(s.transfer_syntax).name for s in series.slices}),
-            "hu_min": source.statistics.low,
-            "hu_max": source.statistics.high,
-            "hu_mean": source.statistics.mean,
-            "padding_share": result.padding_share,
             "fingerprint": series.fingerprint,
         },
         "recipe": task.recipe.to_dict(),
@@ -244,6 +280,24 @@ def _sidecar(task: Task, source: SeriesReader, plan: Plan, result: SeriesResult)
         "device": task.backend.device,
         "versions": versions(task.backend.name == "gpu"),
     }
+    if source is not None:
+        sidecar["dtype"] = task.recipe.dtype
+        sidecar["hu"] = {
+            "slope": plan.hu_slope,
+            "intercept": plan.hu_intercept,
+            "window": task.recipe.window_hu,
+            "meaning": "HU = stored · slope + intercept, clipped to the window",
+        }
+        sidecar["source"] |= {
+            "hu_min": source.statistics.low,
+            "hu_max": source.statistics.high,
+            "hu_mean": source.statistics.mean,
+            "padding_share": result.padding_share,
+        }
+    if result.labels is not None:
+        sidecar["labels"] = result.labels
+        sidecar["segmentations"] = result.segmentations
+    return sidecar
 
 
 @cache

@@ -35,6 +35,8 @@ class Cohort(Sequence[Series]):
     """Files that are no CT images, counted by what they are."""
     unreadable: tuple[tuple[str, str], ...]
     """DICOM files whose header cannot be read: (path, reason). A slice may be missing because of them."""
+    segmentations: tuple[str, ...] = ()
+    """Files among those passed over that are segmentations and say to which series they belong."""
 
     @overload
     def __getitem__(self, index: int) -> Series: ...
@@ -96,12 +98,14 @@ def discover(
     images: list[Image] = []
     passed_over: Counter[str] = Counter()
     unreadable: list[tuple[str, str]] = []
+    segmentations: list[str] = []
 
     def take(contents: Contents) -> None:
         images.extend(contents.images)
         if contents.passed_over:
             passed_over.update(contents.passed_over)
         unreadable.extend(contents.unreadable)
+        segmentations.extend(contents.segmentations)
 
     with closing(HeaderIndex(index)) if index is not None else nullcontext() as headers:
         unknown: dict[str, File] = {}
@@ -124,7 +128,7 @@ def discover(
                 headers.add([unknown[name] for name in task], found)
     with _no_collection():
         series = tuple(partition(images, rules or Rules()))
-    return Cohort(series, dict(sorted(passed_over.items())), tuple(sorted(unreadable)))
+    return Cohort(series, dict(sorted(passed_over.items())), tuple(sorted(unreadable)), tuple(sorted(segmentations)))
 
 
 @contextmanager

@@ -9,6 +9,7 @@
     │   ├── IntensityError      the stored values cannot be called HU
     │   ├── DecodeError         the pixel data cannot be read
     │   └── SegmentationError   a segmentation file cannot be read, or its place is not clear
+    │       └── NotASegmentationError   it is something else
     ├── PlanError               one series: it does not fit what the recipe asks
     ├── OutputError             one series: its folder cannot be written
     ├── RequestError            the whole run: what was asked makes no sense
@@ -70,6 +71,12 @@ class SegmentationError(InputError):
     """A segmentation file cannot be read, or not be placed on its series."""
 
     code = "mask"
+
+
+class NotASegmentationError(SegmentationError):
+    """A file is something else than a segmentation, as it may well lie among some."""
+
+    code = "mask-not"
 
 
 class PlanError(GpuprepError):

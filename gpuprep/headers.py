@@ -31,6 +31,13 @@ CT_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.2.2": "Legacy Converted Enhanced CT Image Storage",
 }
 
+SEGMENTATION_CLASSES = (
+    "1.2.840.10008.5.1.4.1.1.66.4",
+    "1.2.840.10008.5.1.4.1.1.66.7",
+    "1.2.840.10008.5.1.4.1.1.481.3",
+)
+"""SEG, label map SEG, RTSTRUCT."""
+
 TAGS = {
     "MediaStorageSOPClassUID": 0x0002_0002,
     "TransferSyntaxUID": 0x0002_0010,
@@ -99,6 +106,8 @@ class Contents:
     """What else it holds, counted by kind."""
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     """DICOM in it that cannot be read: (path, reason)."""
+    segmentations: list[str] = field(default_factory=list)
+    """Itself, if it is a segmentation that says to which series it belongs: RTSTRUCT, SEG or LIDC-IDRI XML."""
     lasting: bool = True
     """Whether the same bytes would give the same answer: not where the system refused to read them."""
 
@@ -150,13 +159,19 @@ def _archive(file: str, status: os.stat_result) -> Contents:
 class _NotCtError(Exception):
     """The file is no CT image; the text says what it is."""
 
+    def __init__(self, text: str, *, segmentation: bool = False) -> None:
+        super().__init__(text)
+        self.segmentation = segmentation
+
 
 def _image(f: BinaryIO, file: str, member: str | None, status: os.stat_result, size: int) -> Contents:
     """Return what one DICOM file is, as it lies on disk or packed into another."""
     try:
         return Contents(images=_read_header(f, file, member, status, size))
     except _NotCtError as exc:
-        return Contents(passed_over={str(exc): 1})
+        # Packed ones are not read as masks, and so are only counted.
+        masks = [file] if exc.segmentation and member is None else []
+        return Contents(passed_over={str(exc): 1}, segmentations=masks)
     except RecursionError:
         return Contents(unreadable=[(_name(file, member), "its sequences are nested too deeply")])
     except Exception as exc:  # pydicom raises whatever a broken file provokes
@@ -182,6 +197,8 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
     if head[128:] != b"DICM" and not bare:
         if member is not None and kind(head[:4]):
             raise ValueError("packed twice: unpack the outer archive")
+        if b"<" in head[:4] and b"<LidcReadMessage" in head + f.read(1024):
+            raise _NotCtError("LIDC-IDRI XML", segmentation=True)
         raise _NotCtError("not DICOM")
     f.seek(0)
     with warnings.catch_warnings():
@@ -250,7 +267,8 @@ def _check_class(sop_class: str, announced: str, bare: bool) -> None:
 
     # In words of the standard, never of the file's own.
     name = UID(kind).name
-    raise _NotCtError(name if name != kind else "DICOM of an unknown SOP class")
+    name = name if name != kind else "DICOM of an unknown SOP class"
+    raise _NotCtError(name, segmentation=kind in SEGMENTATION_CLASSES)
 
 
 def _pixels(f: BinaryIO, big: bool) -> tuple[int | None, int | None]:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sqlite3
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,9 +132,8 @@ class HeaderIndex:
 
 _SPACING, _ORIENTATION = Image._fields.index("pixel_spacing_mm"), Image._fields.index("orientation")
 _POSITION = SliceHeader._fields.index("position_mm") - 2
-_VERSION = hashlib.sha256(repr((__version__, Image._fields, SliceHeader._fields, sorted(TAGS))).encode()).hexdigest()[
-    :12
-]
+_KNOWLEDGE = (__version__, Image._fields, SliceHeader._fields, [f.name for f in fields(Contents)], sorted(TAGS))
+_VERSION = hashlib.sha256(repr(_KNOWLEDGE).encode()).hexdigest()[:12]
 _TABLE = f"files_{_VERSION}"
 _OWN_TABLE = re.compile("files_[0-9a-f]{12}")
 _SELECT = f"SELECT name, bytes, mtime_ns, contents FROM {_TABLE}"  # noqa: S608 - a constant
@@ -142,14 +142,14 @@ _SELECT = f"SELECT name, bytes, mtime_ns, contents FROM {_TABLE}"  # noqa: S608 
 def _plain(contents: Contents) -> list[Any]:
     """Return contents as JSON can hold them: of an image, what the file itself does not say."""
     images = [[*image[:-1], image.header[2:]] for image in contents.images]
-    return [images, contents.passed_over, contents.unreadable]
+    return [images, contents.passed_over, contents.unreadable, contents.segmentations]
 
 
 def _contents(plain: list[Any], file: File) -> Contents:
-    images, passed_over, unreadable = plain
+    images, passed_over, unreadable, segmentations = plain
     if unreadable:
         unreadable = [(path, reason) for path, reason in unreadable]
-    return Contents([_image(v, file) for v in images], passed_over, unreadable)
+    return Contents([_image(v, file) for v in images], passed_over, unreadable, segmentations)
 
 
 def _image(values: list[Any], file: File) -> Image:

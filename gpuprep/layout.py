@@ -15,7 +15,7 @@ WORKSHOP = ".gpuprep"
 LONGEST_NAME = 255
 """Bytes that a file system allows for one name."""
 
-RESERVED = ("recipe.toml", "manifest.")
+RESERVED = ("recipe.toml", "labels.json", "manifest.")
 """Names at the top of OUT that are gpuprep's own."""
 
 
@@ -93,20 +93,25 @@ def _base(folder: str, top: str) -> str:
     parts = [] if relative == "." else relative.split(os.sep)
     if ".." in parts:
         return ""
-    names = [_harmless(part) for part in parts]
+    names = [harmless(part) for part in parts]
     if names and (names[0].startswith((WORKSHOP, *RESERVED))):
         names[0] = f"%{ord(names[0][0]):02X}{names[0][1:]}"
     return os.path.join("", *names)
 
 
-def _harmless(name: str) -> str:
-    """Return a file name with whatever does not print, or is no UTF-8, as %XX of its bytes; not too long for that."""
-    harmless = "".join(c if c.isprintable() else "".join(f"%{b:02X}" for b in os.fsencode(c)) for c in name)
-    encoded = harmless.encode()
-    if len(encoded) <= LONGEST_NAME:
-        return harmless
+def harmless(name: str, longest: int = LONGEST_NAME) -> str:
+    """Return a file name with whatever does not print, is no UTF-8 or no name, as %XX of its bytes; not too long."""
+    bad = {"/"} | ({"."} if not name.strip(".") else set())
+    text = "".join(c if c.isprintable() and c not in bad else _percent(c) for c in name) or "%00"
+    encoded = text.encode()
+    if len(encoded) <= longest:
+        return text
     digest = hashlib.sha256(encoded).hexdigest()[:12]
-    return encoded[: LONGEST_NAME - len(digest) - 1].decode(errors="ignore") + "~" + digest
+    return encoded[: longest - len(digest) - 1].decode(errors="ignore") + "~" + digest
+
+
+def _percent(character: str) -> str:
+    return "".join(f"%{b:02X}" for b in os.fsencode(character))
 
 
 def _parents(path: str) -> Iterable[str]:

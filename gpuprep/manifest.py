@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -51,6 +51,10 @@ class SeriesResult:
     """Of the voxels of the stack."""
     audit: dict[str, Any] | None = None
     """What was measured on the headers: see `Audit.to_dict`."""
+    segmentations: tuple[dict[str, Any], ...] | None = None
+    """Files that masks were made of, each with its format and by what that was recognised."""
+    labels: tuple[dict[str, Any], ...] | None = None
+    """Structures, each with its value and file, and voxels and ml before and after resampling: see `Label`."""
     folder: str = ""
     """Relative to OUT."""
     shape: tuple[int, int, int] | None = None
@@ -64,6 +68,7 @@ class SeriesResult:
     """Of the device's time; the device works while the host reads and writes."""
     kernels_s: float | None = None
     download_s: float | None = None
+    masks_s: float | None = None
     engine: str = ""
     backend: str = ""
     device: str = ""
@@ -89,7 +94,17 @@ _NAMES = ", ".join(_COLUMNS)
 _ROWS = f"SELECT {_NAMES} FROM series "  # noqa: S608
 """In this order, whatever the order of an older manifest."""
 _BY_SOURCE = "ORDER BY source, series_number, key"
-_LISTS = ("codes", "irregularities", "warnings", "source_shape", "source_spacing_mm", "shape", "spacing_mm")
+_LISTS = (
+    "codes",
+    "irregularities",
+    "warnings",
+    "source_shape",
+    "source_spacing_mm",
+    "shape",
+    "spacing_mm",
+    "segmentations",
+    "labels",
+)
 _JSON = (*_LISTS, "audit")
 
 
@@ -113,6 +128,11 @@ class Manifest:
             self._db.execute(f"CREATE TABLE IF NOT EXISTS series ({columns}, PRIMARY KEY (key))")
             self._db.execute("CREATE TABLE IF NOT EXISTS unreadable (path TEXT PRIMARY KEY, reason TEXT)")
             self._db.execute("CREATE TABLE IF NOT EXISTS passed_over (kind TEXT PRIMARY KEY, files INTEGER)")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS segmentations "
+                "(path TEXT, format TEXT, why TEXT, series TEXT, reason TEXT, PRIMARY KEY (path, series))"
+            )
+            self._db.execute("CREATE TABLE IF NOT EXISTS label_values (name TEXT PRIMARY KEY, value INTEGER UNIQUE)")
             have = [row[1] for row in self._db.execute("PRAGMA table_info(series)")]
         except sqlite3.Error as exc:
             raise OutputError(
@@ -156,6 +176,26 @@ class Manifest:
             self._db.executemany("INSERT OR REPLACE INTO unreadable VALUES (?, ?)", unreadable)
             self._db.executemany("INSERT INTO passed_over VALUES (?, ?)", sorted(passed_over.items()))
             self._db.execute("COMMIT")
+
+    def account_segmentations(self, rows: Iterable[tuple[str, str, str, str, str]]) -> None:
+        """Store what became of each segmentation: path, format, why it was taken for it, series, why it has none."""
+        with self._writing():
+            self._db.execute("BEGIN")
+            self._db.execute("DELETE FROM segmentations")
+            self._db.executemany("INSERT OR REPLACE INTO segmentations VALUES (?, ?, ?, ?, ?)", rows)
+            self._db.execute("COMMIT")
+
+    def label_values(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the label value of every structure ever seen, new ones counted on: a value never changes hands."""
+        values: dict[str, int] = dict(self._db.execute("SELECT name, value FROM label_values"))
+        new = [name for name in dict.fromkeys(names) if name not in values]
+        first = max(values.values(), default=0) + 1
+        with self._writing():
+            added = {name: first + n for n, name in enumerate(new)}
+            self._db.execute("BEGIN")
+            self._db.executemany("INSERT INTO label_values VALUES (?, ?)", added.items())
+            self._db.execute("COMMIT")
+        return values | added
 
     def write_csv(self) -> None:
         """Write ``manifest.csv`` beside the manifest, complete or not at all."""

@@ -136,6 +136,12 @@ def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
     return total + FLOAT * voxels + _output(plan, slab)
 
 
+def mask_bytes(plan: Plan, backend: Backend) -> int:
+    """Return an upper estimate of what the labels of a series need at one time."""
+    # Those of its slices are painted whole, in up to 16 bits, and copied once; the output comes in chunks.
+    return 2 * (2 * math.prod(plan.source.shape) + 3 * backend.chunk_slices * _plane(plan.target.shape))
+
+
 def _in_plane(
     before: tuple[int, int, int], after: tuple[int, int, int], slab: int, step: Step, backend: Backend
 ) -> tuple[int, int]:

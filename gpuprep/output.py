@@ -25,7 +25,9 @@ from gpuprep.layout import WORKSHOP
 
 SIDECAR = "volume.json"
 
-_OWN_NAME = re.compile(r"\d{4,}\.tif|volume\.tif")
+_OWN_NAME = re.compile(r"(labels/|masks/[^/]+/)?\d{4,}\.tif|(volume|labels|masks/[^/]+)\.tif")
+"""Of a file in a series' folder, from there on."""
+_OWN_FOLDER = re.compile(r"labels|masks(/[^/]+)?")
 
 
 @contextmanager
@@ -116,9 +118,7 @@ class PendingFolder:
 def contents(folder: Path) -> tuple[int, int]:
     """Return the number of an output's files and their bytes together; (0, 0) where there is no such folder."""
     try:
-        with os.scandir(folder) as entries:
-            own = [e for e in entries if e.name == SIDECAR or _OWN_NAME.fullmatch(e.name)]
-            sizes = [e.stat().st_size for e in own if e.is_file()]
+        sizes = [e.stat().st_size for name, e in _entries(folder) if (name == SIDECAR or _is_own(name)) and e.is_file()]
     except OSError:
         return 0, 0
     return len(sizes), sum(sizes)
@@ -129,10 +129,11 @@ def retire(folder: Path) -> None:
     sidecar = folder / SIDECAR
     if sidecar.is_file():
         sidecar.unlink()  # first, so that what is left does not look complete
-        for file in _own_files(folder):
-            file.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        for name in [name for name, entry in _entries(folder) if _is_own(name) and entry.is_file()]:
+            (folder / name).unlink()
+        for below in (*folder.glob("masks/*"), folder / "masks", folder / "labels", folder):
+            with suppress(OSError):  # not empty, or no folder
+                below.rmdir()
 
 
 def _check_replaceable(folder: Path, key: str, known: bool) -> None:
@@ -145,11 +146,22 @@ def _check_replaceable(folder: Path, key: str, known: bool) -> None:
     else:
         if former != key:
             raise OutputError(f"{folder} holds another series, {former}: {hint}")
-    strangers = set(folder.iterdir()) - {folder / SIDECAR, *_own_files(folder)}
+    strangers = [n for n, entry in _entries(folder) if n != SIDECAR and not (_is_own(n) and entry.is_file())]
     if strangers:
-        raise OutputError(f"{folder} also holds {min(strangers).name}, which is not gpuprep's to remove: {hint}")
+        raise OutputError(f"{folder} also holds {min(strangers)}, which is not gpuprep's to remove: {hint}")
 
 
-def _own_files(folder: Path) -> list[Path]:
-    """Return the files in a folder that have names a writer gives."""
-    return [f for f in folder.iterdir() if _OWN_NAME.fullmatch(f.name) and f.is_file()]
+def _is_own(name: str) -> bool:
+    """Whether a writer gives such a name to a file."""
+    return _OWN_NAME.fullmatch(name) is not None
+
+
+def _entries(folder: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield what is in a series' folder, by its name from there on; of folders that masks go to, what is in them."""
+    with os.scandir(folder / below) as entries:
+        for entry in entries:
+            name = below + entry.name
+            if _OWN_FOLDER.fullmatch(name) and entry.is_dir(follow_symlinks=False):
+                yield from _entries(folder, f"{name}/")
+            else:
+                yield name, entry

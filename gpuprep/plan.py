@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Size of the voxels on disk, uncompressed."""
+        """Size of the image's voxels on disk, uncompressed."""
         return int(np.prod(self.target.shape, dtype=np.int64)) * BYTES[self.recipe.dtype]
 
 

@@ -49,7 +49,7 @@ class SeriesReader:
 
     def __init__(self, series: Series, recipe: Recipe | None = None, *, loops: bool = False) -> None:
         recipe = recipe or Recipe()
-        stacked = stack(series, recipe.rules)
+        self.stack = stacked = stack(series, recipe.rules)
         self._slices = stacked.slices
         self._matrix = series.rows, series.columns
         self._twins = stacked.twins

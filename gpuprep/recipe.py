@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,6 +14,7 @@ import tomli_w
 
 from gpuprep.errors import RecipeError
 from gpuprep.rules import Policy, Rules
+from gpuprep.segmentation.wishes import Masks
 
 Orient = Literal["native", "LPS"]
 Padding = Literal["air", "minus2000-to-0", "keep"]
@@ -82,6 +83,10 @@ class Recipe:
     format: Format = "tif"
     """"tif": one file per slice. "tif-stack": one file that ImageJ opens as a volume."""
     compression: Compression = "none"
+    image: bool = True
+    """Whether the image is written; False for masks alone."""
+    masks: Masks = field(default_factory=Masks)
+    """How segmentations become masks, where there are any: a table of its own."""
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
@@ -95,8 +100,11 @@ class Recipe:
             if not number or not low <= value <= high:
                 kind_ = "a whole number" if whole else "a number"
                 raise RecipeError(f"{name} = {value!r}: give {kind_} from {low:g} to {high:g}")
-        if not isinstance(self.assume_hu, bool):
-            raise RecipeError(f"assume_hu = {self.assume_hu!r}: give true or false")
+        for name in ("assume_hu", "image"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} = {getattr(self, name)!r}: give true or false")
+        if not isinstance(self.masks, Masks):
+            raise RecipeError(f"masks = {self.masks!r}: give a table of TOML, or gpuprep.Masks")
         if not isinstance(self.order, int) or isinstance(self.order, bool) or not 0 <= self.order <= 5:
             raise RecipeError(f"order = {self.order!r}: give a whole number from 0 (nearest) to 5; 3 is cubic")
         for name, kind, count, words in (
@@ -147,6 +155,8 @@ class Recipe:
             values["size"] = [values["size"]] * 2
         optional = ("spacing_mm", "window_hu", "size")
         changes: dict[str, Any] = {k: None if k in optional and v == "none" else v for k, v in values.items()}
+        if "masks" in changes:
+            changes["masks"] = Masks.from_dict(changes["masks"], base.masks)
         return replace(base, **changes)
 
     @classmethod
@@ -164,7 +174,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as TOML and JSON can hold them."""
         plain = {k: "none" if v is None else v for k, v in asdict(self).items()}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()} | {"masks": self.masks.to_dict()}
 
     def to_toml(self) -> str:
         """Return the recipe as TOML; `from_dict` of it is equal to this recipe."""

@@ -178,7 +178,7 @@ def test_tasks_share_what_the_contexts_leave_of_the_memory(
     (_, _, budget), *_ = watched.log
     assert budget.size == int(0.8 * free) - 2 * CONTEXT_BYTES
     plan = make_plan(*planned(tmp_path / "dicom" / "p1"))
-    (task,) = (batch._task(o, RECIPE, "operators", backend, tmp_path, {}) for o in outlooks(tmp_path / "dicom"))
+    (task,) = (batch._task(o, RECIPE, "operators", backend, tmp_path, {}, {}) for o in outlooks(tmp_path / "dicom"))
     assert budget.cost(task) == device_bytes(plan, backend, "operators") > 0
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gpuprep.errors import RecipeError, RequestError
 from gpuprep.recipe import PRESETS, Recipe
 from gpuprep.rules import Rules
+from gpuprep.segmentation.wishes import Masks
 
 SPACINGS = st.none() | st.tuples(*[st.floats(0.01, 16384)] * 3)
 SIZES = st.none() | st.tuples(*[st.integers(1, 16384)] * 2)
@@ -70,6 +71,14 @@ ONE_CHANGE: list[dict[str, Any]] = [
     {"dtype": "int16"},
     {"format": "tif-stack"},
     {"compression": "zlib"},
+    {"image": False},
+    {"masks": Masks(roi="lung")},
+    {"masks": Masks(aliases=(("lung_l", ("Lung_L",)),))},
+    {"masks": Masks(layout="per-roi")},
+    {"masks": Masks(resampling="smooth")},
+    {"masks": Masks(units="px")},
+    {"masks": Masks(index_base=1)},
+    {"masks": Masks(threshold=0.25)},
 ]
 
 
@@ -86,7 +95,10 @@ def test_toml_holds_every_field_by_its_name(recipe: Recipe) -> None:
     assert set(table) == {f.name for f in fields(Recipe)}
     for name, value in table.items():
         wanted = getattr(recipe, name)
-        assert value == ("none" if wanted is None else list(wanted) if isinstance(wanted, tuple) else wanted)
+        if name == "masks":
+            assert set(value) == {f.name for f in fields(Masks)}
+        else:
+            assert value == ("none" if wanted is None else list(wanted) if isinstance(wanted, tuple) else wanted)
 
 
 @settings(deadline=None)
@@ -139,6 +151,8 @@ def test_the_default_is_what_the_design_says() -> None:
         dtype="float32",
         format="tif",
         compression="none",
+        image=True,
+        masks=Masks(roi=None, aliases=(), layout="labels", resampling="nearest", threshold=0.5),
     )
     assert Recipe.preset("default") == Recipe()
     assert Recipe.from_dict({}) == Recipe()
@@ -175,7 +189,7 @@ def test_an_unknown_key_suggests_the_right_one(slip: str, meant: str) -> None:
 
 def test_a_key_like_no_other_gets_the_list_and_no_guess() -> None:
     with pytest.raises(
-        RecipeError, match=r"no 'zzz'; its keys: base, policy, spacing_tolerance, .*order, .*compression$"
+        RecipeError, match=r"no 'zzz'; its keys: base, policy, spacing_tolerance, .*order, .*compression, image, masks$"
     ):
         Recipe.from_dict({"zzz": 1})
 
@@ -235,6 +249,23 @@ BAD_VALUES: dict[str, list[Any]] = {
     "dtype": ["", "float64", "uint32", float, None],
     "format": ["", "tiff", "nii", None],
     "compression": ["", "lzw", 1, None, True],
+    "image": ["", "yes", 1, 0, None],
+    "masks": [
+        *("", "none", None, True, [], {"rois": "x"}),
+        *({"roi": v} for v in ("(", "*", 1, ["a"])),
+        *(
+            {"aliases": v}
+            for v in ("a", ["a"], {"a": 1}, {"a": [1]}, {"a": [""]}, {"a": ["x"], "b": ["X"]}, {"": ["x"]})
+        ),
+        *({"layout": v} for v in ("", "roi", None, 1)),
+        *({"resampling": v} for v in ("", "linear", None)),
+        *({"units": v} for v in ("", "m", 1)),
+        *({"index_base": v} for v in (2, -1, "0", True)),
+        *({"slice_from": v} for v in ("", "file", 1)),
+        *({"slice_order": v} for v in ("", "z", 1)),
+        *({"threshold": v} for v in (0, -0.5, 1.1, math.nan, "0.5", True, None)),
+        *({"text_format": v} for v in ("", "excel", 1)),
+    ],
 }
 """10**400 is a whole number that no float holds: TOML allows any number of digits."""
 BAD = [(name, value) for name, values in BAD_VALUES.items() for value in values]

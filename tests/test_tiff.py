@@ -20,6 +20,7 @@ import gpuprep
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.writers import WRITERS, tiff
+from gpuprep.writers.content import Content
 
 DTYPES = ["float32", "uint8", "uint16", "int16"]
 IMAGEJ = Path("/usr/share/java/ij.jar")
@@ -41,7 +42,8 @@ def some_values(dtype: str, shape: tuple[int, int, int] = (5, 6, 7)) -> NDArray[
 def write(folder: Path, recipe: Recipe, values: NDArray[Any]) -> tuple[str, ...]:
     folder.mkdir()
     chunks = iter([values[:2], values[2:]])
-    return WRITERS[recipe.format](folder, chunks, some_plan(recipe, values.shape))
+    path = folder if recipe.format == "tif" else folder / "volume"
+    return WRITERS[recipe.format](path, chunks, Content.image(some_plan(recipe, values.shape)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

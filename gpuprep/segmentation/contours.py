@@ -18,6 +18,11 @@ Units = Literal["px", "mm", "cm"]
 SliceFrom = Literal["name", "column", "z", "uid"]
 SliceOrder = Literal["stack", "instance"]
 
+TEXT_FORMATS = (
+    "imagej-xy", "imagej-text-image", "imagej-values", "points", "polygons", "cxt", "pinnacle", "lidc-xml", "pylidc",
+)  # fmt: skip
+"""Formats of text files by name: see `gpuprep.segmentation.recognition`."""
+
 Frame = Literal["patient", "pixel", "corner"]
 """patient: (x, y, z) in mm, LPS. pixel: (column, row) in pixels, the centre of the first pixel at (0, 0). corner:
 (x, y) in mm from the outer corner of the first pixel, as a calibrated ImageJ writes them."""
@@ -101,7 +106,7 @@ class Reading:
     """What people say about a text file that does not say it itself. None: find it out, or refuse."""
 
     text_format: str | None = None
-    """One of `gpuprep.segmentation.recognition.FORMATS`."""
+    """One of `TEXT_FORMATS`."""
     units: Units | None = None
     index_base: Literal[0, 1] | None = None
     """Whether slices, and pixels where they are whole numbers, are counted from 0 or from 1."""

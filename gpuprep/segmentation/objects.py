@@ -14,7 +14,7 @@ import warnings
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from gpuprep.deflation import inflated
-from gpuprep.errors import SegmentationError
+from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import attributes, rtstruct, seg
 from gpuprep.segmentation.contours import Reading, Segmentation
 from gpuprep.streams import FrugalReader
@@ -103,4 +103,4 @@ def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
     # In words of the standard, never of the file's own.
     known = UID(kind).name
     what = known if known != kind else "an object of an unknown SOP class"
-    raise SegmentationError(f"{what} is no segmentation that can be read: give an RT Structure Set or a Segmentation")
+    raise NotASegmentationError(f"{what} is no segmentation that can be read: give an RT Structure Set or a Segmentation")

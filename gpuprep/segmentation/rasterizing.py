@@ -32,41 +32,46 @@ def filled(polygons: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> N
     -------
     array of bool, shape (rows, columns)
     """
-    parity = np.zeros((shape[0], shape[1] + 1), dtype=np.uint8)
-    start, stop = _edges(polygons)
-    # Where the lines through the centres of each row cross each edge: row by row for all edges at once.
-    upper, lower = np.minimum(start[:, 1], stop[:, 1]), np.maximum(start[:, 1], stop[:, 1])
-    first = np.clip(np.floor(upper) + 1, 0, shape[0]).astype(np.int64)  # first row > upper
-    count = np.clip(np.floor(lower) + 1, 0, shape[0]).astype(np.int64) - first  # last row ≤ lower
+    mask = np.zeros(shape, dtype=bool)
+    if not polygons:
+        return mask
+    snapped = [np.rint(p * SNAP) / SNAP for p in polygons]
+    start = np.concatenate(snapped)
+    stop = np.concatenate([np.roll(p, -1, axis=0) for p in snapped])
+    # Only the rectangle that holds all points is looked at.
+    left, top = (int(v) for v in np.clip(np.ceil(start.min(axis=0)), 0, shape[::-1]))
+    right, bottom = (int(v) for v in np.clip(np.floor(start.max(axis=0)) + 1, 0, shape[::-1]))
+    if right <= left or bottom <= top:
+        return mask
+
+    # Where the lines through the centres of rows cross each edge: rows > upper end and ≤ lower end, for all edges at
+    # once. From the upper end, whichever way the edge runs: an edge of two areas is crossed at one place.
+    down = (start[:, 1] <= stop[:, 1])[:, None]
+    upper, lower = np.where(down, start, stop), np.where(down, stop, start)
+    first, last = (np.clip(np.floor(end[:, 1]) + 1, top, bottom).astype(np.int64) for end in (upper, lower))
+    count = last - first
     edge = np.repeat(np.arange(len(count)), count)
-    row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count) + first[edge]
-    # From the upper end, whichever way the edge runs: edges that two areas share are crossed at the same place.
-    down = start[:, 1] <= stop[:, 1]
-    a, b = np.where(down[:, None], start, stop)[edge], np.where(down[:, None], stop, start)[edge]
-    x = a[:, 0] + (row - a[:, 1]) * (b[:, 0] - a[:, 0]) / (b[:, 1] - a[:, 1])
-    column = np.clip(np.floor(x) + 1, 0, shape[1]).astype(np.int64)  # first column > x
-    np.bitwise_xor.at(parity, (row, column), 1)
-    np.bitwise_xor.accumulate(parity, axis=1, out=parity)
-    return parity[:, :-1].view(np.bool_)
+    row = np.arange(len(edge)) + (first - np.cumsum(count) + count)[edge]
+    across = (lower - upper)[edge]
+    x = upper[edge, 0] + (row - upper[edge, 1]) * across[:, 0] / across[:, 1]
+    column = np.clip(np.floor(x) + 1, left, right).astype(np.int64)  # the first centre right of it
+
+    width = right - left + 1  # those that nothing lies right of go into a column of their own
+    crossings = np.bincount((row - top) * width + column - left, minlength=(bottom - top) * width)
+    parity = (crossings & 1).astype(np.uint8).reshape(-1, width)[:, :-1]
+    mask[top:bottom, left:right] = np.bitwise_xor.accumulate(parity, axis=1).view(np.bool_)
+    return mask
 
 
 def on_outline(polygon: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the pixels whose centres lie on an outline through centres: points are rounded to whole numbers."""
+    """Return the pixels whose centres lie on an outline that runs through centres; points are rounded to them."""
     mask = np.zeros(shape, dtype=bool)
     points = np.rint(polygon).astype(np.int64)
     ends = np.roll(points, -1, axis=0)
     steps = np.maximum(np.gcd(*(ends - points).T), 1)
     edge = np.repeat(np.arange(len(points)), steps)
-    n = np.arange(len(edge)) - np.repeat(np.cumsum(steps) - steps, steps)
-    on = points[edge] + (ends - points)[edge] // steps[edge, None] * n[:, None]
-    within = ((on >= 0) & (on < np.array(shape[::-1]))).all(axis=1)
-    mask[on[within, 1], on[within, 0]] = True
+    n = np.arange(len(edge)) - (np.cumsum(steps) - steps)[edge]
+    on = points[edge] + ((ends - points) // steps[:, None])[edge] * n[:, None]
+    on = on[((on >= 0) & (on < np.array(shape[::-1]))).all(axis=1)]
+    mask[on[:, 1], on[:, 0]] = True
     return mask
-
-
-def _edges(polygons: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return both ends of every edge, shape (n, 2) each."""
-    if not polygons:
-        return np.empty((0, 2)), np.empty((0, 2))
-    snapped = [np.rint(p * SNAP) / SNAP for p in polygons]
-    return np.concatenate(snapped), np.concatenate([np.roll(p, -1, axis=0) for p in snapped])

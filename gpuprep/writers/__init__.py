@@ -1,4 +1,4 @@
-"""Output formats by name. A writer fills one folder from chunks of slices, in order, and knows nothing else."""
+"""Output formats by name. A writer stores one volume from chunks of slices, in order, and knows nothing else."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gpuprep.plan import Plan
+from gpuprep.writers.content import Content
 from gpuprep.writers.tiff import write_slices, write_stack
 
-Writer = Callable[[Path, Iterator[NDArray[Any]], Plan], tuple[str, ...]]
-"""``write(folder, chunks, plan)`` returns warnings about what it wrote."""
+Writer = Callable[[Path, Iterator[NDArray[Any]], Content], tuple[str, ...]]
+"""``write(path, chunks, content)`` makes a folder, or a file with a suffix of its own, at `path` and returns warnings
+about what it wrote."""
 
 WRITERS: dict[str, Writer] = {"tif": write_slices, "tif-stack": write_stack}

@@ -19,7 +19,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from gpuprep.plan import Plan
+from gpuprep.writers.content import Content
 
 BIGTIFF_BYTES = 2**32 - 2**25
 """Offsets of a classic TIFF have 32 bits; this leaves room for its directories."""
@@ -28,17 +28,14 @@ ZSTD_LEVEL = 1
 ZLIB_LEVEL = 6
 
 
-def write_slices(folder: Path, chunks: Iterator[NDArray[Any]], plan: Plan) -> tuple[str, ...]:
+def write_slices(folder: Path, chunks: Iterator[NDArray[Any]], content: Content) -> tuple[str, ...]:
     """Write ``0000.tif``, ``0001.tif``, … along k; voxel size in the resolution tags and the description."""
-    count = plan.target.shape[0]
-    digits = max(4, len(str(count - 1)))
-    description = {
-        "axes": "YX",
-        "spacing_mm": list(plan.target.spacing_mm),
-        "hu_slope": plan.hu_slope,
-        "hu_intercept": plan.hu_intercept,
-    }
-    encode = _Encoder(plan, description)
+    folder.mkdir(exist_ok=True)
+    digits = max(4, len(str(content.shape[0] - 1)))
+    description: dict[str, Any] = {"axes": "YX", "spacing_mm": list(content.spacing_mm)}
+    if content.hu is not None:
+        description |= {"hu_slope": content.hu[0], "hu_intercept": content.hu[1]}
+    encode = _Encoder(content, description)
     k = 0
     for chunk in chunks:
         for values in chunk:
@@ -54,9 +51,10 @@ def write_slices(folder: Path, chunks: Iterator[NDArray[Any]], plan: Plan) -> tu
 class _Encoder:
     """Slices to TIFF. Uncompressed ones differ in nothing but pixels, so tifffile makes one header for all."""
 
-    def __init__(self, plan: Plan, description: dict[str, Any]) -> None:
-        self._options = _compression(plan) | _per_cm(plan) | {"metadata": description, "photometric": "minisblack"}
-        self._reusable = plan.recipe.compression == "none"
+    def __init__(self, content: Content, description: dict[str, Any]) -> None:
+        self._options = _compression(content) | _per_cm(content)
+        self._options |= {"metadata": description, "photometric": "minisblack"}
+        self._reusable = content.compression == "none"
         self._header: bytes | None = None
 
     def __call__(self, values: NDArray[Any]) -> tuple[Any, ...]:
@@ -71,55 +69,49 @@ class _Encoder:
         return self._header, np.ascontiguousarray(values).data
 
 
-def write_stack(folder: Path, chunks: Iterator[NDArray[Any]], plan: Plan) -> tuple[str, ...]:
-    """Write ``volume.tif``: axes ZYX, voxel size in mm, display range; HU calibration where ImageJ knows one.
+def write_stack(path: Path, chunks: Iterator[NDArray[Any]], content: Content) -> tuple[str, ...]:
+    """Write ``path.tif``: axes ZYX, voxel size in mm, display range; HU calibration where ImageJ knows one.
 
     ImageJ keeps 32-bit offsets. A larger volume becomes a BigTIFF, which it opens only through Bio-Formats.
     """
-    spacing_z, spacing_y, spacing_x = plan.target.spacing_mm
-    low, high = _display_range(plan)
+    spacing_z, spacing_y, spacing_x = content.spacing_mm
+    offset = 32768 if content.dtype == "int16" else 0  # ImageJ holds signed integers as unsigned ones
+    low, high = content.display
     metadata: dict[str, Any] = {
         "axes": "ZYX",
         "spacing": spacing_z,
         "unit": "mm",
-        "min": low,
-        "max": high,
+        "min": low + offset,
+        "max": high + offset,
         "loop": False,
     }
-    if plan.recipe.dtype in ("uint8", "uint16"):
-        metadata |= {"cf": 0, "c0": plan.hu_intercept, "c1": plan.hu_slope, "vunit": "HU"}
-    big = plan.output_bytes > BIGTIFF_BYTES
-    place = _per_cm(plan) if big else {"resolution": (1 / spacing_x, 1 / spacing_y)}
-    with tifffile.TiffWriter(folder / "volume.tif", bigtiff=big, imagej=not big) as tiff:
+    if content.hu is not None and content.dtype in ("uint8", "uint16"):
+        metadata |= {"cf": 0, "c0": content.hu[1], "c1": content.hu[0], "vunit": "HU"}
+    big = content.bytes > BIGTIFF_BYTES
+    place = _per_cm(content) if big else {"resolution": (1 / spacing_x, 1 / spacing_y)}
+    name = f"{path.name}.tif"
+    with tifffile.TiffWriter(path.with_name(name), bigtiff=big, imagej=not big) as tiff:
         tiff.write(
             (values for chunk in chunks for values in chunk),
-            shape=plan.target.shape,
-            dtype=plan.recipe.dtype,
+            shape=content.shape,
+            dtype=content.dtype,
             photometric="minisblack",
             metadata=metadata,
-            **_compression(plan),
+            **_compression(content),
             **place,
         )
-    return ("larger than 4 GB, so volume.tif is a BigTIFF: ImageJ opens it through Bio-Formats only",) if big else ()
+    return (f"larger than 4 GB, so {name} is a BigTIFF: ImageJ opens it through Bio-Formats only",) if big else ()
 
 
-def _per_cm(plan: Plan) -> dict[str, Any]:
+def _per_cm(content: Content) -> dict[str, Any]:
     """Resolution in pixels per centimetre, the only metric unit that TIFF has."""
-    _, between_rows, between_columns = plan.target.spacing_mm
+    _, between_rows, between_columns = content.spacing_mm
     return {"resolution": (10 / between_columns, 10 / between_rows), "resolutionunit": "CENTIMETER"}
 
 
-def _compression(plan: Plan) -> dict[str, Any]:
-    recipe = plan.recipe
-    if recipe.compression == "none":
+def _compression(content: Content) -> dict[str, Any]:
+    if content.compression == "none":
         return {}
-    level = ZSTD_LEVEL if recipe.compression == "zstd" else ZLIB_LEVEL
-    predictor = recipe.compression == "zstd"
-    return {"compression": recipe.compression, "compressionargs": {"level": level}, "predictor": predictor}
-
-
-def _display_range(plan: Plan) -> tuple[float, float]:
-    """Black and white in output units: the window, or for unwindowed HU what is usual for CT."""
-    low, high = plan.recipe.window_hu or (-1000.0, 400.0)
-    offset = 32768 if plan.recipe.dtype == "int16" else 0  # ImageJ holds signed integers as unsigned ones
-    return (low + plan.shift_hu) * plan.scale + offset, (high + plan.shift_hu) * plan.scale + offset
+    zstd = content.compression == "zstd"
+    level = ZSTD_LEVEL if zstd else ZLIB_LEVEL
+    return {"compression": content.compression, "compressionargs": {"level": level}, "predictor": zstd}

@@ -1,0 +1,231 @@
+"""The masks of one series: segmentations read, placed on its slices, painted, and put onto the grid of its image."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep.backend import Backend
+from gpuprep.errors import SegmentationError
+from gpuprep.labelling import label_chunks, slice_volumes_ml
+from gpuprep.layout import LONGEST_NAME, harmless
+from gpuprep.plan import Plan
+from gpuprep.segmentation.contours import Segmentation
+from gpuprep.segmentation.opening import read_segmentation
+from gpuprep.segmentation.placing import Placed, joined, place, plane_of
+from gpuprep.segmentation.wishes import Masks
+from gpuprep.stacking import Stack
+from gpuprep.text import printable
+from gpuprep.writers import WRITERS
+from gpuprep.writers.content import Content
+
+OVERLAPS_NAMED = 3
+"""Pairs of overlapping structures that a message names."""
+
+
+@dataclass(slots=True)
+class Label:
+    """What became of one structure."""
+
+    name: str
+    source: str
+    """The file it comes from."""
+    contours: int
+    slices: int
+    """Slices of the series it is on."""
+    value: int
+    """In the label volume; 1 in a volume of its own."""
+    file: str
+    """Folder or file of that volume, relative to that of the series."""
+    source_voxels: int = 0
+    """Of the slices as acquired."""
+    source_ml: float = 0.0
+    voxels: int = 0
+    """Of the output."""
+    ml: float = 0.0
+
+
+@dataclass(slots=True)
+class Masked:
+    """What became of the segmentations of a series."""
+
+    labels: list[Label] = field(default_factory=list)
+    segmentations: list[dict[str, Any]] = field(default_factory=list)
+    """Path, format and why it was taken for it."""
+    notes: list[str] = field(default_factory=list)
+
+
+def read_placed(
+    paths: Sequence[str], stack: Stack, wishes: Masks, series_uid: str, frame_uid: str
+) -> tuple[list[Placed], Masked]:
+    """Return the wanted structures of some files on the slices of a series, and a first account of them.
+
+    Raises
+    ------
+    SegmentationError
+        With the name of the file that cannot be read or placed.
+    """
+    masked = Masked()
+    plane = plane_of(stack)
+    found: list[Segmentation] = []
+    for path in paths:
+        with _naming(path):
+            found.append(read_segmentation(path, wishes, plane))
+    placed: list[Placed] = []
+    for segmentation in joined(found):
+        masked.segmentations.append({"path": segmentation.path, "format": segmentation.format, "why": segmentation.why})
+        with _naming(segmentation.path):
+            structures, notes = place(segmentation, stack, wishes)
+        placed += structures
+        masked.notes += [f"{os.path.basename(segmentation.path)}: {note}" for note in notes]
+        masked.notes += _foreign(segmentation, series_uid, frame_uid)
+    names = wishes.names([(p.source, p.name) for p in placed])
+    wanted = [p.renamed(name) for p, name in zip(placed, names, strict=True) if name is not None]
+    return wanted, masked
+
+
+def write_masks(
+    wanted: Sequence[Placed],
+    masked: Masked,
+    stack: Stack,
+    plan: Plan,
+    backend: Backend,
+    values: Mapping[str, int],
+    folder: Path,
+) -> None:
+    """Write the structures of a series as the recipe wants them, and complete the account of them.
+
+    Parameters
+    ----------
+    wanted, masked
+        From `read_placed`.
+    stack : Stack
+        Of the series.
+    plan : Plan
+        Of the image.
+    backend : Backend
+        Where to compute.
+    values : mapping of str to int
+        Label value of each structure.
+    folder : path
+        Of the series.
+
+    Raises
+    ------
+    SegmentationError
+        If structures overlap and ought to share a volume.
+    """
+    recipe = plan.recipe
+    write = WRITERS[recipe.format]
+    suffix = "" if recipe.format == "tif" else ".tif"
+    if recipe.masks.layout == "labels":
+        if new := [p for p in wanted if p.name not in values]:
+            raise SegmentationError(f"{new[0].source} has changed since it was looked at: convert again", "changed")
+        volumes = [("labels", [(p, values[p.name]) for p in wanted])]
+    else:
+        volumes = [
+            (f"masks/{file}", [(p, 1)]) for p, file in zip(wanted, _files([p.name for p in wanted]), strict=True)
+        ]
+        (folder / "masks").mkdir()
+    voxel_ml = abs(float(np.linalg.det(plan.target.affine))) / 1000
+    for name, members in volumes:
+        labels = [Label(p.name, p.source, p.contours, len(p.parts), value, name + suffix) for p, value in members]
+        painted = _painted(members, labels, stack, plan)
+        counts = np.zeros(max((label.value for label in labels), default=0) + 1, dtype=np.int64)
+        content = Content.labels(plan, str(painted.dtype), len(counts) - 1)
+        with backend.session() as lane:
+            chunks = label_chunks(painted, plan, stack.placement, recipe.masks.resampling, backend)
+            masked.notes += write(folder / name, _counted(lane.downloads(chunks), counts), content)
+        for label in labels:
+            label.voxels = int(counts[label.value])
+            label.ml = label.voxels * voxel_ml
+            if not label.voxels:
+                lost = f"of its {label.source_voxels} voxels none is left" if label.source_voxels else "covers no voxel"
+                masked.notes.append(f"{printable(label.name)} {lost}")
+        masked.labels += labels
+
+
+def _files(names: Sequence[str]) -> list[str]:
+    """Return a file name for each structure, no two of which a file system could take for one."""
+    used: set[str] = set()
+    files = []
+    for name in names:
+        file = harmless(printable(name), LONGEST_NAME - len(".tif") - 4)
+        n = 2
+        while (unique := file if n == 2 and file.casefold() not in used else f"{file}~{n}").casefold() in used:
+            n += 1
+        used.add(unique.casefold())
+        files.append(unique)
+    return files
+
+
+def _painted(members: Sequence[tuple[Placed, int]], labels: Sequence[Label], stack: Stack, plan: Plan) -> NDArray[Any]:
+    """Return the labels of the slices as acquired: uint8, or uint16 where values need it; and count them."""
+    placement = stack.placement
+    matrix = stack.geometry.shape[1:] if placement is None else placement.matrix
+    dtype = np.uint8 if max((value for _, value in members), default=0) < 256 else np.uint16
+    painted = np.zeros((len(stack.slices), *matrix), dtype=dtype)
+    volume_ml = slice_volumes_ml(plan, placement)
+    overlaps: Counter[tuple[str, str]] = Counter()
+    names = {value: p.name for p, value in members}
+    for (structure, value), label in zip(members, labels, strict=True):
+        for n in structure.parts:
+            mask = structure.paint(n, matrix)
+            voxels = int(np.count_nonzero(mask))
+            label.source_voxels += voxels
+            label.source_ml += voxels * float(volume_ml[n])
+            there = painted[n][mask]
+            if there.any():
+                for other, count in zip(*np.unique(there[there != 0], return_counts=True), strict=True):
+                    overlaps[names[int(other)], structure.name] += int(count)
+            painted[n][mask] = value
+    if overlaps:
+        pairs = [
+            f"{printable(a)} and {printable(b)} ({n} voxels)" for (a, b), n in overlaps.most_common(OVERLAPS_NAMED)
+        ]
+        more = f" and {len(overlaps) - OVERLAPS_NAMED} more pairs" if len(overlaps) > OVERLAPS_NAMED else ""
+        raise SegmentationError(
+            f"structures overlap, which one label volume cannot hold: {', '.join(pairs)}{more}; choose some with "
+            "--roi, or use --mask-layout per-roi",
+            "mask-overlap",
+        )
+    return painted
+
+
+def _counted(chunks: Iterator[NDArray[Any]], counts: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    """Pass chunks on, and count the voxels of each value."""
+    for chunk in chunks:
+        counts += np.bincount(chunk.reshape(-1), minlength=len(counts))
+        yield chunk
+
+
+def _foreign(segmentation: Segmentation, series_uid: str, frame_uid: str) -> list[str]:
+    """Return what a segmentation says that does not fit the series it is used for."""
+    name = os.path.basename(segmentation.path)
+    notes = []
+    if segmentation.series_uids and series_uid not in segmentation.series_uids:
+        notes.append(f"{name} refers to series {printable(segmentation.series_uids[0])}, not to this one")
+    if segmentation.frame_of_reference_uid and frame_uid and segmentation.frame_of_reference_uid != frame_uid:
+        notes.append(f"{name} has another frame of reference than the series")
+    return notes
+
+
+class _naming:  # noqa: N801 - a context manager
+    """Put the name of a file before the text of errors about it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, SegmentationError):
+            raise SegmentationError(f"{printable(os.path.basename(self._path))}: {exc}", exc.code) from exc

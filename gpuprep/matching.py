@@ -1,0 +1,248 @@
+"""Which segmentation belongs to which series: by the UIDs it names, else by where its file lies."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
+from gpuprep.layout import absolute
+from gpuprep.segmentation.contours import Plane, Reading
+from gpuprep.segmentation.placing import group_paths
+from gpuprep.segmentation.wishes import Masks
+from gpuprep.series import Series
+from gpuprep.text import printable
+
+log = logging.getLogger(__name__)
+
+_UID = re.compile(r"(?<![0-9.])[0-2](?:\.[0-9]+){3,}(?![0-9])")
+
+NOT_ONE = NotASegmentationError.code
+"""Of the error for files that are something else."""
+
+HOW = "say which with gpuprep mask FILE --series DICOM_DIR"
+
+
+class Question(NamedTuple):
+    """A file to look into, and what is known already."""
+
+    path: str
+    reading: Reading
+    plane: Plane | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """What a segmentation file says about itself; its points stay in the file."""
+
+    path: str
+    bytes: int = 0
+    mtime_ns: int = 0
+    format: str = ""
+    why: str = ""
+    names: tuple[str, ...] = ()
+    """Of its structures."""
+    series_uids: tuple[str, ...] = ()
+    frame_of_reference_uid: str = ""
+    sop_uids: frozenset[str] = frozenset()
+    per_slice: bool = False
+    error: str = ""
+    """Why it cannot be read, perhaps only as long as its series is not known."""
+    code: str = ""
+    """Of that error."""
+
+
+def glimpses(questions: list[Question]) -> list[Glimpse]:
+    """Return what each of some files says about itself; whatever is wrong with one is in its answer."""
+    return [_glimpse(q) for q in questions]
+
+
+def _glimpse(question: Question) -> Glimpse:
+    from gpuprep.segmentation.opening import read_segmentation
+
+    path = question.path
+    try:
+        status = os.stat(path)
+        s = read_segmentation(path, question.reading, question.plane)
+    except SegmentationError as exc:
+        return Glimpse(path, status.st_size, status.st_mtime_ns, error=str(exc), code=exc.code)
+    except OSError as exc:
+        return Glimpse(path, error=f"cannot be read: {exc.strerror}", code="mask")
+    except Exception as exc:  # the boundary: a bug that one file provokes must not cost the others
+        log.exception("reading %s crashed", path)
+        return Glimpse(path, error=printable(f"{type(exc).__name__}: {exc}"), code="mask")
+    return Glimpse(
+        path=path,
+        bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        format=s.format,
+        why=s.why,
+        names=tuple(structure.name for structure in s.structures),
+        series_uids=s.series_uids,
+        frame_of_reference_uid=s.frame_of_reference_uid,
+        sop_uids=s.sop_uids,
+        per_slice=s.per_slice,
+    )
+
+
+def files_under(paths: Iterable[str]) -> list[str]:
+    """Return the files at some paths, folders searched to any depth; names that begin with a dot are passed over.
+
+    Raises
+    ------
+    RequestError
+        If a path does not exist.
+    """
+    files: dict[str, None] = {}
+    for path in paths:
+        if os.path.isdir(path):
+            for folder, below, names in os.walk(path):
+                below.sort()
+                files |= dict.fromkeys(absolute(os.path.join(folder, n)) for n in sorted(names) if n[0] != ".")
+        elif os.path.exists(path):
+            files[absolute(path)] = None
+        else:
+            raise RequestError(f"the segmentation {path} does not exist")
+    return [f for f in files if os.path.isfile(f)]  # opening a pipe would wait for ever
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Which segmentations belong to which series."""
+
+    by_key: dict[str, tuple[Glimpse, ...]]
+    """By the key of the series."""
+    unmatched: tuple[tuple[Glimpse, str], ...]
+    """Those that belong to none, and why."""
+
+
+def match(
+    found: Sequence[Glimpse], cohort: Sequence[Series], roots: Sequence[str], inputs: Sequence[str], *, alone: bool
+) -> Match:
+    """Return which segmentations belong to which series.
+
+    A segmentation belongs to the series whose UID it names; else to the one that holds the images it names; else, if
+    it names series that are not here or none at all, to the only one in its frame of reference. One that names no UID
+    belongs to the series its path points to: by a UID in it; by lying in or above the folder of one series only; or by
+    lying where that series lies, in a tree of masks beside the tree of images.
+
+    Parameters
+    ----------
+    found : sequence of Glimpse
+        The files.
+    cohort : sequence of Series
+        All series.
+    roots, inputs : sequence of str
+        What segmentations and series were found under.
+    alone : bool
+        Whether people said that all of them are meant for the one series there is.
+    """
+    if alone and len(cohort) == 1:
+        readable = tuple(g for g in found if g.code != NOT_ONE)
+        others = tuple((g, g.error) for g in found if g.code == NOT_ONE)
+        return Match({cohort[0].key: readable} if readable else {}, others)
+    known = _Known(cohort, roots, inputs)
+    by_key: dict[str, list[Glimpse]] = defaultdict(list)
+    unmatched: list[tuple[Glimpse, str]] = []
+    for g in found:
+        if g.code == NOT_ONE:
+            unmatched.append((g, g.error))
+            continue
+        series, reason = (
+            known.by_uid(g) if g.series_uids or g.sop_uids or g.frame_of_reference_uid else known.by_path(g)
+        )
+        for s in series:
+            by_key[s.key].append(g)
+        if not series:
+            unmatched.append((g, g.error or reason))
+    return Match({key: tuple(gs) for key, gs in by_key.items()}, tuple(unmatched))
+
+
+class _Known:
+    """The series of a cohort, by what may point to them."""
+
+    def __init__(self, cohort: Sequence[Series], roots: Sequence[str], inputs: Sequence[str]) -> None:
+        self._cohort = cohort
+        self._roots = [absolute(r) if os.path.isdir(r) else os.path.dirname(absolute(r)) for r in roots]
+        self._by_series: dict[str, list[Series]] = defaultdict(list)
+        self._by_frame: dict[str, list[Series]] = defaultdict(list)
+        self._by_sop: dict[str, Series] = {}
+        for s in cohort:
+            self._by_series[s.series_uid].append(s)
+            self._by_frame[s.frame_of_reference_uid].append(s)
+            self._by_sop.update((header.sop_instance_uid, s) for header in s.slices)
+        tops = [absolute(i) for i in inputs if os.path.isdir(i)]
+        self._places = [(s, {os.path.relpath(s.folder, top) for top in tops if _below(s.folder, top)}) for s in cohort]
+
+    def by_uid(self, g: Glimpse) -> tuple[list[Series], str]:
+        series = [s for uid in g.series_uids if uid for s in self._by_series.get(uid, [])]
+        if not series:
+            series = list({s.key: s for uid in g.sop_uids if uid and (s := self._by_sop.get(uid))}.values())
+        if series or not (frame := g.frame_of_reference_uid):
+            return series, f"it refers to series {printable((*g.series_uids, 'unknown')[0])}, which is not here"
+        series = self._by_frame.get(frame, [])
+        if len(series) == 1:
+            return series, ""
+        if not series:
+            return [], "it refers to a series and a frame of reference that are not here"
+        return [], f"{len(series)} series share its frame of reference, and it refers to none of them: {HOW}"
+
+    def by_path(self, g: Glimpse) -> tuple[list[Series], str]:
+        if len(self._cohort) == 1:
+            return [self._cohort[0]], ""
+        for candidates in self._pointed(g.path):
+            if len(candidates) == 1:
+                return candidates, ""
+            if candidates:
+                return [], f"it names no series, and may belong to {len(candidates)} by its path: {HOW}"
+        return [], f"it names no series, nor does its path: {HOW}"
+
+    def _pointed(self, path: str) -> Iterator[list[Series]]:
+        """Yield the series that a path may point to, the surest way first."""
+        uids = set(_UID.findall(path))
+        yield list(
+            {
+                s.key: s
+                for uid in uids
+                for s in (*self._by_series.get(uid, []), *filter(None, [self._by_sop.get(uid)]))
+            }.values()
+        )
+        folder = os.path.dirname(path)
+        yield [s for s in self._cohort if s.folder == folder]
+        yield [s for s in self._cohort if _below(folder, s.folder)]
+        for root in self._roots:
+            if not _below(path, root):
+                continue
+            place = os.path.relpath(folder, root)
+            whole = os.path.splitext(os.path.relpath(path, root))[0]
+            yield [s for s, places in self._places if {place, whole} & (places - {"."})]
+            yield [s for s, places in self._places if place != "." and any(_below(p, place) for p in places)]
+            yield [s for s, places in self._places if any(p != "." and _below(place, p) for p in places)]
+        yield [s for s in self._cohort if _below(s.folder, folder)]
+
+
+def _below(path: str, folder: str) -> bool:
+    return path.startswith(os.path.join(folder, ""))
+
+
+def used_names(found: Sequence[Glimpse], wishes: Masks) -> list[str]:
+    """Return under which names the structures of one series are used."""
+    pairs = [(path, name) for path, g in zip(group_paths(found), found, strict=True) for name in g.names]
+    try:
+        return [name for name in wishes.names(list(dict.fromkeys(pairs))) if name is not None]
+    except SegmentationError:  # the series is going to say so
+        return []
+
+
+def fingerprint(series: Series, found: Sequence[Glimpse], values: Sequence[tuple[str, int]]) -> str:
+    """Return what "unchanged" means for a series with its segmentations and the label values of their structures."""
+    if not found:
+        return series.fingerprint
+    lines = sorted(f"{g.path} {g.bytes} {g.mtime_ns}" for g in found)
+    return hashlib.sha256(repr((series.fingerprint, lines, sorted(values))).encode()).hexdigest()

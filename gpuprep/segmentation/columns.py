@@ -1,0 +1,184 @@
+"""What the columns of a table of numbers mean: by their names, or by how the numbers in them run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep.errors import SegmentationError
+from gpuprep.segmentation.contours import Plane, Reading, Units
+from gpuprep.segmentation.numbers import Table, quoted
+
+ROLES = {
+    "x": ("x", "xcoord", "col", "column"),
+    "y": ("y", "ycoord", "row"),
+    "z": ("z", "zcoord"),
+    "slice": ("slice", "slicenumber", "sliceno", "sliceindex", "image", "frame"),
+    "contour": ("contour", "contourid", "polygon", "polygonid"),
+    "object": ("object", "objectid", "label", "labelid", "name", "structure", "roi", "class", "organ"),
+    "value": ("value", "val"),
+    "": ("", "point", "pointid", "vertex", "index", "id", "n"),
+}
+"""Names of columns in headers, in small letters and without marks, by what they hold; the last hold nothing needed."""
+
+_ROLE = {name: role for role, names in ROLES.items() for name in names}
+_UNITS: dict[str, Units] = {
+    "px": "px", "pixel": "px", "pixels": "px", "vox": "px", "voxel": "px", "mm": "mm", "cm": "cm"
+}  # fmt: skip
+_UNIT = re.compile(r"[ _]*[(\[]?(mm|cm|px|pixels?|vox|voxel)[)\]]?$")
+_MARKS = re.compile(r"[ _.\-]+")
+_BOX = re.compile(r"^(?:x_?min|x_?max|y_?min|y_?max|bbox.*|width|height|left|top|x1|y1|x2|y2)$")
+
+HEADER_HINT = "name the columns in a first line, such as 'slice x y' or 'contour x y z'"
+
+LONGEST_LIST = 64
+"""Distinct values up to which a list of pixels can be one of labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What each column holds, one of `ROLES`; by what that was found; the units, where the header says them."""
+
+    roles: tuple[str, ...]
+    why: str
+    units: Units | None = None
+
+
+def named(header: tuple[str, ...], labelled: bool) -> Columns:
+    """Return what the names of columns say.
+
+    Parameters
+    ----------
+    header : tuple of str
+    labelled : bool
+        Whether the first column holds words, which are no part of the table; it has no role then.
+
+    Raises
+    ------
+    SegmentationError
+        If they name boxes, name a column twice or not, or give different units.
+    """
+    names = [name.lower() for name in header]
+    if sum(bool(_BOX.match(_MARKS.sub("_", name))) for name in names) >= 2:
+        raise SegmentationError(
+            "line 1 names the corners of boxes: boxes around things, not contours, which gpuprep does not read"
+        )
+    units: set[Units] = set()
+    roles: list[str] = []
+    for name in names:
+        if found := _UNIT.search(name):
+            units.add(_UNITS[found[1]])
+            name = name[: found.start()]
+        role = _ROLE.get(_MARKS.sub("", name))
+        if role is None:
+            if {"x", "y"} & set(names):
+                raise SegmentationError(
+                    f"the header names a column {quoted(name)}, which is none of x, y, z, slice, contour, object, "
+                    "value, point: rename it, or leave it out"
+                )
+            raise SegmentationError("its first line is no header of coordinates: no known kind of segmentation text")
+        roles.append(role)
+    for role in ("x", "y"):
+        if role not in roles:
+            raise SegmentationError(f"the header names no column {role}: {HEADER_HINT}")
+    for role in set(roles) - {""}:
+        if roles.count(role) > 1:
+            raise SegmentationError(f"the header names two columns for {role}: keep one of them")
+    if {"z", "slice"} <= set(roles):
+        raise SegmentationError("the header names both z and slice: keep the one that says the slice")
+    if len(units) > 1:
+        raise SegmentationError(f"the header names different units, {' and '.join(sorted(units))}: use one")
+    if labelled:
+        if roles[0] not in ("object", ""):
+            raise SegmentationError(f"the header calls the first column {quoted(header[0])}, but it holds words")
+        roles = roles[1:]
+    return Columns(tuple(roles), f"a header that names {', '.join(r for r in roles if r)}", next(iter(units), None))
+
+
+def of_points(table: Table, reading: Reading, plane: Plane | None) -> Columns | None:
+    """Return the columns of a list of points on several slices that has no header; None if it is no such list.
+
+    A slice is a number that stays the same for three points at least, every time it comes up, as no x or y of an
+    outline does. Of three columns the first may be it (``slice x y``) or the last (``x y z``), of four and five there
+    is a contour before ``x y z`` that does so too.
+
+    Raises
+    ------
+    SegmentationError
+        If two meanings fit.
+    """
+    grid = table.grid()
+    width = grid.shape[1]
+    if table.labels and width == 2:
+        return Columns(("x", "y"), "a label and two numbers in every line")
+    if width == 3:
+        return _three(grid, reading, plane)
+    if width == 4 and steady(grid[:, 0]):
+        if steady(grid[:, 1]) and not steady(grid[:, 3]):
+            raise SegmentationError(f"its first two columns could both be the slice or the contour: {HEADER_HINT}")
+        return Columns(("contour", "x", "y", "z"), "four columns, and the first one stays the same from point to point")
+    if width == 5 and steady(grid[:, 0]) and steady(grid[:, 1]):
+        why = "five columns, and the first two stay the same from point to point"
+        return Columns(("object", "contour", "x", "y", "z"), why)
+    return None
+
+
+def _three(grid: NDArray[np.float64], reading: Reading, plane: Plane | None) -> Columns | None:
+    first, last = steady(grid[:, 0]), steady(grid[:, 2], whole_only=False)
+    slice_x_y = Columns(("slice", "x", "y"), "three columns, and the first one stays the same from point to point")
+    x_y_z = Columns(("x", "y", "z"), "three columns, and the last one stays the same from point to point")
+    if reading.slice_from == "z" or reading.units in ("mm", "cm"):
+        return Columns(("x", "y", "z"), "three columns")
+    if first and last:
+        raise SegmentationError(f"its first and its last column could both be the slice: {HEADER_HINT}")
+    if first or last:
+        return slice_x_y if first else x_y_z
+    if in_patient(grid, plane):  # in slices that are not axial no coordinate stays the same
+        return Columns(("x", "y", "z"), "three columns of coordinates in mm")
+    return None
+
+
+def in_patient(xyz: NDArray[np.float64], plane: Plane | None) -> bool:
+    """Return whether coordinates lie where no pixel does: more than one before the first, or beyond the last."""
+    beyond = plane is not None and bool((xyz[:, :2] > np.array([plane.columns, plane.rows]) + 1).any())
+    return beyond or bool(xyz[:, :2].min() < -1)
+
+
+def steady(column: NDArray[np.float64], *, whole_only: bool = True) -> bool:
+    """Return whether a column stays the same for three lines at least, every time that it changes."""
+    if whole_only and not (is_whole(column) and column.min() >= 0):
+        return False
+    changes = np.flatnonzero(np.diff(column)) + 1
+    return int(np.diff(changes, prepend=0, append=len(column)).min()) >= 3
+
+
+def is_whole(values: NDArray[np.float64]) -> bool:
+    """Return whether all are whole numbers."""
+    return bool((values == np.rint(values)).all())
+
+
+def is_scan(grid: NDArray[np.float64], depth: int) -> bool:
+    """Return whether points are pixels as a program lists them, row by row: no outline runs like that.
+
+    Parameters
+    ----------
+    grid : array of float, shape (n, ≥ depth)
+        x, y and, if `depth` is 3, z first.
+    depth : {2, 3}
+    """
+    pixels = grid[:, :depth]
+    if len(pixels) < 2 or not is_whole(pixels) or pixels.min() < 0:
+        return False
+    steps = np.diff(pixels, axis=0)
+    in_slice = (steps[:, 2:] == 0).all(axis=1)
+    in_row = in_slice & (steps[:, 1] == 0)
+    down = steps[in_slice, 1]
+    return bool(
+        (steps[:, 2:] >= 0).all()
+        and ((down >= 0).all() or (down <= 0).all())  # upwards where ImageJ was told to count so
+        and (steps[in_row, 0] > 0).all()
+        and 2 * (steps[in_row, 0] == 1).sum() >= len(steps)
+    )

@@ -1,0 +1,109 @@
+"""One segmentation file, of whatever kind, to what it holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+
+from gpuprep.containers import kind
+from gpuprep.errors import NotASegmentationError, SegmentationError
+from gpuprep.segmentation import tables
+from gpuprep.segmentation.contours import Plane, Reading, Segmentation
+from gpuprep.segmentation.recognition import FORMATS, recognise
+from gpuprep.text import printable
+
+LARGEST_BYTES = 1 << 30
+"""A larger file is no segmentation."""
+
+_BARE_DICOM = re.compile(rb"(?s)[\x02\x08]\x00.\x00|\x00[\x02\x08]\x00.")
+"""How a data set without a preamble begins: an element of group 0002 or 0008, in either byte order."""
+
+_BINARY = (
+    (b"NRRD", "NRRD"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"\x89PNG", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89HDF", "HDF5"),
+    (b"\x93NUMPY", "NumPy"),
+    (b"%PDF", "PDF"),
+    (b"MATLAB 5.0", "MATLAB"),
+    (b"\x5c\x01\0\0", "NIfTI"),
+    (b"\0\0\x01\x5c", "NIfTI"),
+    (b"\x1c\x02\0\0", "NIfTI"),
+    (b"SQLite format 3", "SQLite"),
+)
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+
+
+def read_segmentation(
+    path: str | os.PathLike[str], reading: Reading | None = None, plane: Plane | None = None
+) -> Segmentation:
+    """Return what a segmentation file holds.
+
+    Parameters
+    ----------
+    path : str or path
+        DICOM (RTSTRUCT or SEG), or text of any format of `gpuprep.segmentation.recognition.FORMATS`. What it is its
+        content says, not its name; the name says slice and structure of text that does not.
+    reading : Reading, optional
+        What the file does not say itself.
+    plane : Plane, optional
+        Of the series, where it is known: some files can only be understood with it.
+
+    Raises
+    ------
+    SegmentationError
+        If it cannot be read, is of another kind, or could mean two things.
+    """
+    path = os.fspath(path)
+    reading = reading or Reading()
+    data = _content(path)
+    if data[128:132] == b"DICM" or _BARE_DICOM.match(data):
+        from gpuprep.segmentation.objects import read_object
+
+        return read_object(path, reading)
+    text = _text(data)
+    del data
+    recognised = recognise(text, os.path.basename(path), reading, plane)
+    if recognised.table is not None:
+        return tables.read(path, recognised.table, recognised, reading, plane)
+    return FORMATS[recognised.format].reader(text, path)
+
+
+def _content(path: str) -> bytes:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise SegmentationError("is not a regular file")
+        if status.st_size > LARGEST_BYTES:
+            raise SegmentationError(f"has {status.st_size / 2**30:.1f} GiB: no segmentation is that large")
+        with open(path, "rb") as f:
+            return f.read(LARGEST_BYTES + 1)
+    except (OSError, ValueError) as exc:  # a name with a NUL
+        why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+        raise SegmentationError(f"cannot be opened: {printable(why)}") from exc
+
+
+def _text(data: bytes) -> str:
+    """Return a file as text, lines ended by line feeds and without a byte order mark."""
+    if data.startswith(b"Iout"):
+        raise SegmentationError("is an ImageJ .roi: in ImageJ, save it with Save As > XY Coordinates")
+    if packed := kind(data[:4]):
+        hint = " (a RoiSet of ImageJ: save each ROI with Save As > XY Coordinates)" if packed == "zip" else ""
+        raise SegmentationError(f"is binary: packed with {packed}; unpack it{hint}")
+    for magic, what in _BINARY:
+        if data.startswith(magic):
+            raise NotASegmentationError(f"is binary: {what}, which is not read as a segmentation")
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    if found := _CONTROLS.search(text):
+        line = len(re.findall(r"\r\n|\r|\n", text[: found.start()])) + 1
+        raise NotASegmentationError(f"is binary: character {ord(found[0]):#04x} in line {line}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,379 @@
+"""A segmentation onto the slices of its series: which slice each part belongs to, and which pixels of it.
+
+Outlines and painted pixels that lie in the patient are matched to slices by position: a slice takes what lies within
+half a layer of it. If several planes of one structure do, because it was drawn on thinner slices, the nearest is taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep.errors import SegmentationError
+from gpuprep.segmentation.contours import Contour, Plane, Raster, Reading, Segmentation, SliceKey, Structure
+from gpuprep.segmentation.rasterizing import filled, on_outline
+from gpuprep.stacking import Stack
+from gpuprep.text import printable
+
+HALF_LAYER = 0.5 + 1e-3
+"""Layers; positions in files are rounded."""
+
+SAME_PLANE = 0.1
+"""Layers within which parts of a structure lie in one plane."""
+
+WHOLE = 0.01
+"""Pixels by which a painted plane may lie beside the pixels of a slice and still be copied, not sampled."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """What a structure has on one slice."""
+
+    outlines: list[NDArray[np.float64]] = field(default_factory=list)
+    """Of the even-odd rule; points as (column, row)."""
+    insides: list[NDArray[np.float64]] = field(default_factory=list)
+    holes: list[NDArray[np.float64]] = field(default_factory=list)
+    rasters: list[tuple[Raster, NDArray[np.float64] | None]] = field(default_factory=list)
+    """With the matrix from (row, column, 1) of the slice to those of the raster's plane; None where both are one."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """A structure on the slices of its series."""
+
+    name: str
+    source: str
+    """The file, for messages."""
+    parts: dict[int, _Part]
+    """By slice of the stack."""
+    contours: int
+
+    def renamed(self, name: str) -> Placed:
+        """Return the same structure under another name."""
+        return replace(self, name=name)
+
+    def paint(self, n: int, shape: tuple[int, int]) -> NDArray[np.bool_]:
+        """Return the pixels of slice `n` that belong to the structure."""
+        part = self.parts[n]
+        mask = filled(part.outlines, shape)
+        for polygon in part.insides:
+            mask |= filled([polygon], shape) & ~on_outline(polygon, shape)
+        for raster, to_plane in part.rasters:
+            _paint_raster(mask, raster, to_plane)
+        for polygon in part.holes:
+            mask &= ~(filled([polygon], shape) | on_outline(polygon, shape))
+        return mask
+
+
+def plane_of(stack: Stack) -> Plane:
+    """Return what readers have to know of the slices of a stack."""
+    rows, columns = _matrix(stack)
+    _, between_rows, between_columns = stack.geometry.spacing_mm
+    return Plane(rows, columns, (between_rows, between_columns))
+
+
+def place(segmentation: Segmentation, stack: Stack, reading: Reading) -> tuple[list[Placed], list[str]]:
+    """Return the structures of a segmentation on the slices of a stack, and what was left out of them and why.
+
+    Parameters
+    ----------
+    segmentation : Segmentation
+        From `gpuprep.segmentation.opening.read_segmentation`.
+    stack : Stack
+        Of the series.
+    reading : Reading
+        What people say about slice numbers.
+
+    Raises
+    ------
+    SegmentationError
+        If it is not clear which slices are meant, or pixels do not fit into them.
+    """
+    slices = _Slices(segmentation, stack, reading)
+    placed = []
+    notes = list(segmentation.notes)
+    for structure in segmentation.structures:
+        if not structure.contours and not structure.rasters:
+            notes.append(f"{printable(structure.name)} is empty")
+            continue
+        one, more = _placed(structure, slices, segmentation.path)
+        placed.append(one)
+        notes += more
+    return placed, notes
+
+
+class _Slices:
+    """The slices of a stack, as segmentations speak of them."""
+
+    def __init__(self, segmentation: Segmentation, stack: Stack, reading: Reading) -> None:
+        count = len(stack.slices)
+        placement = stack.placement
+        self.matrix = _matrix(stack)
+        self.along = np.arange(count, dtype=np.float64) if placement is None else placement.along
+        self.shift = np.zeros((count, 2)) if placement is None or placement.shift is None else placement.shift
+        self.to_index = np.linalg.inv(stack.geometry.affine)
+        self.spacing_mm = stack.geometry.spacing_mm
+        self._by_uid: dict[str, set[int]] = defaultdict(set)
+        for n, header in (*enumerate(stack.slices), *stack.twins):
+            self._by_uid[header.sop_instance_uid].add(n)
+        self._z = np.array([header.position_mm[2] for header in stack.slices if header.position_mm])
+        self._by_number = _numbering(segmentation, stack, reading)
+
+    def nearest(self, k: float, half: float = HALF_LAYER) -> int | None:
+        """Return the slice within half a layer of layer `k`; None where there is none."""
+        n = int(np.abs(self.along - k).argmin())
+        return n if abs(self.along[n] - k) <= half else None
+
+    def within(self, k: float, half: float) -> list[int]:
+        """Return the slices within `half` layers of layer `k`."""
+        return np.flatnonzero(np.abs(self.along - k) <= half).tolist()
+
+    def find(self, key: SliceKey | None) -> int | None:
+        """Return the slice that a key means; None where there is no such slice.
+
+        Raises
+        ------
+        SegmentationError
+            If keys of that kind mean nothing here.
+        """
+        if key is None:
+            raise SegmentationError(
+                "it does not say which slice it belongs to: put the slice's number, z or SOP Instance UID into the "
+                "file name, or say --slice-from name|column|z|uid"
+            )
+        if key.by == "number":
+            return self._by_number.get(float(key.value))
+        if key.by == "uid":
+            found = self._by_uid.get(str(key.value), set())
+            if len(found) > 1:
+                raise SegmentationError("its slices are frames of one image, whose UID does not tell them apart")
+            return next(iter(found), None)
+        step = float(np.abs(np.diff(self._z)).min())
+        if step < 0.1 * self.spacing_mm[0]:
+            raise SegmentationError("it names slices by z, along which the slices of this series do not advance")
+        n = int(np.abs(self._z - float(key.value)).argmin())
+        return n if abs(self._z[n] - float(key.value)) <= HALF_LAYER * step else None
+
+
+def _matrix(stack: Stack) -> tuple[int, int]:
+    return stack.geometry.shape[1:] if stack.placement is None else stack.placement.matrix
+
+
+def _numbering(segmentation: Segmentation, stack: Stack, reading: Reading) -> dict[float, int]:
+    """Return the slice that each slice number of a segmentation means, as far as there is one.
+
+    Numbers may count slices from 0 or 1, along the normal or as *Instance Number* does. Whatever leaves no number
+    outside is possible; if what is possible differs, people have to say.
+    """
+    keys = {c.slice for s in segmentation.structures for c in s.contours}
+    keys |= {r.slice for s in segmentation.structures for r in s.rasters}
+    numbers = {float(key.value) for key in keys if key is not None and key.by == "number"}
+    if not numbers:
+        return {}
+    count = len(stack.slices)
+    ways: dict[str, dict[float, int]] = {}
+    instances = [s.instance_number for s in stack.slices]
+    if reading.slice_order != "stack" and None not in instances and len(set(instances)) == count:
+        if reading.index_base is None:
+            ways["Instance Number"] = {float(v): n for n, v in enumerate(instances) if v is not None}
+        else:
+            order = np.argsort([v or 0 for v in instances], kind="stable")
+            ways["Instance Number"] = {float(k + reading.index_base): int(n) for k, n in enumerate(order)}
+    if reading.slice_order != "instance":
+        for base in (0, 1) if reading.index_base is None else (reading.index_base,):
+            ways[f"along the normal from {base}"] = {float(k + base): k for k in range(count)}
+    if not ways:
+        raise SegmentationError("Instance Numbers of the series are absent or not unique: say --slice-order stack")
+    fitting = {name: way for name, way in ways.items() if numbers <= way.keys()}
+    # Where none fits all, the way that fits most, if it does so alone.
+    most = max(len(numbers & way.keys()) for way in ways.values())
+    fitting = fitting or {name: way for name, way in ways.items() if len(numbers & way.keys()) == most}
+    meanings = {tuple(way.get(n) for n in sorted(numbers)) for way in fitting.values()}
+    if len(meanings) > 1:
+        raise SegmentationError(
+            f"slice numbers {min(numbers):g} to {max(numbers):g} may count {count} slices by {' or '.join(fitting)}: "
+            "say --index-base 0|1 and --slice-order stack|instance"
+        )
+    return next(iter(fitting.values()))
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A contour or raster in the patient, and how far it lies from a slice."""
+
+    distance: float
+    contour: Contour | None
+    points: NDArray[np.float64] | None
+    raster: Raster | None
+    to_plane: NDArray[np.float64] | None
+
+
+def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed, list[str]]:
+    """Return a structure on its slices, and what of it was left out."""
+    parts: dict[int, _Part] = defaultdict(_Part)
+    candidates: dict[int, list[_Candidate]] = defaultdict(list)
+    left_out: Counter[str] = Counter()
+    for contour in structure.contours:
+        if contour.frame == "patient":
+            _match_contour(contour, slices, candidates, left_out)
+        elif (n := slices.find(contour.slice)) is None:
+            left_out["on no slice of the series"] += 1
+        else:
+            _add(parts[n], contour, _in_pixels(contour, slices))
+    for raster in structure.rasters:
+        if raster.geometry is not None:
+            _match_raster(raster, slices, candidates, left_out)
+        elif raster.matrix is not None and raster.matrix != slices.matrix:
+            (rows, columns), (have_rows, have_columns) = raster.matrix, slices.matrix
+            raise SegmentationError(
+                f"it has {rows} × {columns} pixels, the slices of the series have {have_rows} × {have_columns}"
+            )
+        elif (n := slices.find(raster.slice)) is None:
+            left_out["on no slice of the series"] += 1
+        else:
+            parts[n].rasters.append((raster, None))
+    for n, found in candidates.items():
+        nearest = min(abs(c.distance) for c in found)
+        plane = next(c.distance for c in found if abs(c.distance) == nearest)
+        for c in found:
+            if abs(c.distance - plane) > SAME_PLANE:
+                left_out["between slices, with others nearer to them"] += 1
+            elif c.contour is not None and c.points is not None:
+                _add(parts[n], c.contour, c.points)
+            elif c.raster is not None:
+                parts[n].rasters.append((c.raster, c.to_plane))
+    name = printable(structure.name)
+    notes = [f"{name}: {count} parts lie {why}" for why, count in left_out.items()]
+    if parts and not structure.rasters:
+        between = max(parts) - min(parts) + 1 - len(parts)
+        notes += [f"{name}: {between} slices between its first and its last have no contour"] if between else []
+    return Placed(structure.name, source, dict(parts), len(structure.contours)), notes
+
+
+def _add(part: _Part, contour: Contour, points: NDArray[np.float64]) -> None:
+    {"even-odd": part.outlines, "inside": part.insides, "hole": part.holes}[contour.rule].append(points)
+
+
+def _in_pixels(contour: Contour, slices: _Slices) -> NDArray[np.float64]:
+    """Return the points of a contour that knows its slice, as (column, row)."""
+    points = contour.points
+    if contour.frame == "corner":
+        points = points / np.array(slices.spacing_mm[:0:-1]) - 0.5
+    rows, columns = slices.matrix
+    low, high = points.min(axis=0), points.max(axis=0)
+    if (
+        (high < -1).any()
+        or (low > (columns, rows)).any()
+        or (contour.rule != "even-odd" and ((low < -1).any() or (high > (columns, rows)).any()))
+    ):
+        raise SegmentationError(
+            f"a contour reaches from column {low[0]:.6g}, row {low[1]:.6g} to {high[0]:.6g}, {high[1]:.6g}, but slices "
+            f"have {columns} columns and {rows} rows: is it in other units (--units px|mm|cm), or of another series?"
+        )
+    return points
+
+
+def _match_contour(
+    contour: Contour, slices: _Slices, candidates: dict[int, list[_Candidate]], left_out: Counter[str]
+) -> None:
+    index = contour.points @ slices.to_index[:3, :3].T + slices.to_index[:3, 3]
+    k = float((index[:, 0].min() + index[:, 0].max()) / 2)
+    if np.ptp(index[:, 0]) > 2 * HALF_LAYER:
+        left_out["across slices, not in their plane"] += 1
+    elif (n := slices.nearest(k)) is None:
+        left_out["on no slice of the series"] += 1
+    else:
+        points = index[:, :0:-1] - slices.shift[n, ::-1]
+        candidates[n].append(_Candidate(k - slices.along[n], contour, points, None, None))
+
+
+def _match_raster(
+    raster: Raster, slices: _Slices, candidates: dict[int, list[_Candidate]], left_out: Counter[str]
+) -> None:
+    assert raster.geometry is not None  # noqa: S101 - that is why it comes here
+    to_index = slices.to_index @ raster.geometry.affine  # (0, row, column) of the plane to (k, j, i) of the grid
+    rows, columns = raster.mask.shape
+    corners = [[0, raster.row + r, raster.column + c, 1] for r in (0, rows - 1) for c in (0, columns - 1)]
+    k = (to_index @ np.array(corners, dtype=np.float64).T)[0]
+    if np.ptp(k) > 2 * HALF_LAYER:
+        left_out["across slices, not in their plane"] += 1
+        return
+    # A plane thicker than a layer stands for all slices in it.
+    half = HALF_LAYER * max(1.0, abs(float(to_index[0, 0])))
+    middle = float(k.mean())
+    found = slices.within(middle, half)
+    if not found:
+        left_out["on no slice of the series"] += 1
+    to_plane = np.linalg.inv(np.vstack([to_index[1:3, 1:], [0, 0, 1]]))
+    for n in found:
+        moved = np.eye(3)
+        moved[:2, 2] = slices.shift[n]
+        candidates[n].append(_Candidate(middle - slices.along[n], None, None, raster, to_plane @ moved))
+
+
+def _paint_raster(mask: NDArray[np.bool_], raster: Raster, to_plane: NDArray[np.float64] | None) -> None:
+    """Add the painted pixels of a plane to those of a slice, whose centres are looked up in it."""
+    to_plane = np.eye(3) if to_plane is None else to_plane
+    whole = np.rint(to_plane)
+    if np.abs(to_plane - whole)[:, :2].max() < WHOLE / max(mask.shape) and np.abs(to_plane - whole)[:, 2].max() < WHOLE:
+        to_plane = whole
+    rows, columns = raster.mask.shape
+    corners = np.array([[raster.row + r, raster.column + c, 1] for r in (-1, rows) for c in (-1, columns)])
+    around = (np.linalg.inv(to_plane) @ corners.T)[:2]
+    top, left = np.clip(np.floor(around.min(axis=1)).astype(int), 0, mask.shape)
+    bottom, right = np.clip(np.ceil(around.max(axis=1)).astype(int) + 1, 0, mask.shape)
+    j, i = np.mgrid[top:bottom, left:right]
+    row, column = (
+        np.floor(np.round(to_plane[a, 0] * j + to_plane[a, 1] * i + to_plane[a, 2], 6) + 0.5).astype(int) - first
+        for a, first in enumerate((raster.row, raster.column))
+    )
+    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+    mask[j[inside], i[inside]] |= raster.mask[row[inside], column[inside]]
+
+
+def group_paths(found: Sequence[PerFile]) -> list[str]:
+    """Return the path that each of some files goes by: that of its folder if it is one of several, one per slice."""
+    groups = [(os.path.dirname(f.path), f.format) for f in found]
+    sizes = Counter(group for f, group in zip(found, groups, strict=True) if f.per_slice)
+    return [group[0] if f.per_slice and sizes[group] > 1 else f.path for f, group in zip(found, groups, strict=True)]
+
+
+class PerFile(Protocol):
+    """What `group_paths` has to know of a file."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def per_slice(self) -> bool: ...
+
+
+def joined(found: Sequence[Segmentation]) -> list[Segmentation]:
+    """Return segmentations, those that are one file per slice put together by folder, format and structure."""
+    groups: dict[tuple[str, str], list[Segmentation]] = defaultdict(list)
+    for path, segmentation in zip(group_paths(found), found, strict=True):
+        groups[path, segmentation.format].append(segmentation)
+    return [members[0] if len(members) == 1 else _merged(path, members) for (path, _), members in groups.items()]
+
+
+def _merged(path: str, members: Sequence[Segmentation]) -> Segmentation:
+    contours: dict[str, list[Contour]] = defaultdict(list)
+    rasters: dict[str, list[Raster]] = defaultdict(list)
+    for member in members:
+        for structure in member.structures:
+            contours[structure.name] += structure.contours
+            rasters[structure.name] += structure.rasters
+    return replace(
+        members[0],
+        path=path,
+        why=f"{members[0].why}; {len(members)} files",
+        structures=tuple(Structure(n, tuple(c), tuple(rasters[n])) for n, c in contours.items()),
+        notes=tuple(note for m in members for note in m.notes),
+    )

@@ -1,0 +1,293 @@
+"""Which format a text is, by its content; what could be two things is refused with the option that settles it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from gpuprep.errors import NotASegmentationError, SegmentationError
+from gpuprep.segmentation import columns
+from gpuprep.segmentation.columns import HEADER_HINT, Columns
+from gpuprep.segmentation.contours import Plane, Reading, Segmentation
+from gpuprep.segmentation.numbers import NUMBER, Table, numbered, parse, quoted
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format of text files; those without functions are tables of numbers."""
+
+    title: str
+    module: str = ""
+    recognised: str = ""
+    """Name of a function of the module: text to the reason why it is this format, or None."""
+    read: str = ""
+    """Name of a function of the module: text and path to `Segmentation`."""
+
+    def recogniser(self, text: str) -> str | None:
+        """Return why a text is this format, or None."""
+        why: str | None = getattr(import_module(self.module), self.recognised)(text)
+        return why
+
+    def reader(self, text: str, path: str) -> Segmentation:
+        """Return what a text of this format holds."""
+        segmentation: Segmentation = getattr(import_module(self.module), self.read)(text, path)
+        return segmentation
+
+
+FORMATS = {
+    "imagej-xy": Format("ImageJ XY coordinates"),
+    "imagej-text-image": Format("ImageJ text image"),
+    "imagej-values": Format("ImageJ pixel list"),
+    "points": Format("list of points"),
+    "polygons": Format("polygon per line"),
+    "cxt": Format("plastimatch CXT", "gpuprep.segmentation.cxt", "recognised", "read"),
+    "pinnacle": Format("Pinnacle ROI", "gpuprep.segmentation.pinnacle", "recognised", "read"),
+    "lidc-xml": Format("LIDC XML", "gpuprep.segmentation.lidc", "recognised_xml", "read_xml"),
+    "pylidc": Format("pylidc contours", "gpuprep.segmentation.lidc", "recognised_table", "read_table"),
+}
+"""All that can be read, by what ``--text-format`` calls them."""
+
+HEAD = 65536
+"""Characters at the beginning in which a text says what it is, if it does."""
+
+_LEGEND = "an ITK-SNAP label description: a legend only"
+_JIM = "a list of pixels of Xinapse Jim, which is not read"
+_KNOWN_OTHERS = (
+    (r"(?i)\A(?:[ \t]*#[^\n]*\n)*[ \t]*#[ \t]*ITK-SnAP Label Description", _LEGEND),
+    (r'(?m)^[ \t]*[0-9]+(?:[ \t]+[0-9.]+){6}[ \t]+"[^"\n]*"[ \t]*$', _LEGEND),
+    (r"<(?:bndbox|xmin)\s*>", "a Pascal VOC annotation: boxes, not contours"),
+    (r"\A[ \t]*#[ \t]*(?:[RL][ \t]*[AP][ \t]*[SI]|x[ \t]+y[ \t]+z)[ \t]*\n[ \t]*#", _JIM),
+    (r"(?m)^[ \t]*\.\.m\.\.[ \t]*$", "a 3dm of segmentum, which is not read"),
+    (r"\A\s*[{\[]", "JSON (GeoJSON, COCO, LabelMe…), which is not read"),
+    (r"\A(?:NDims|ObjectType)[ \t]*=", "a MetaImage header, which is not read"),
+    (r"\A# vtk DataFile", "a VTK file, which is not read"),
+    (r"\AIout", "an ImageJ .roi: in ImageJ, save it with Save As > XY Coordinates"),
+    (r"\A\s*(?:<\?xml|<[A-Za-z!])", "XML or HTML of no known kind"),
+)  # fmt: skip
+_OTHERS = tuple((re.compile(pattern), what) for pattern, what in _KNOWN_OTHERS[:-1])
+_MARKUP = re.compile(_KNOWN_OTHERS[-1][0]), _KNOWN_OTHERS[-1][1]
+
+
+NO_ROLES = Columns((), "")
+"""Of images and polygons."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recognised:
+    """What a text is, by what that was seen, and what of it was read on the way."""
+
+    format: str
+    """Of `FORMATS`."""
+    why: str
+    table: Table | None = None
+    """Of a table of numbers."""
+    columns: Columns = NO_ROLES
+
+
+def recognise(text: str, name: str, reading: Reading, plane: Plane | None) -> Recognised:
+    """Return the format of a text.
+
+    A text of numbers is told by how many there are in a line: two are the outline of one slice (``imagej-xy``); three
+    to five are points on several slices (``points``), or pixels where they run row by row (``imagej-values``); six and
+    more are a polygon per line (``polygons``), or the image of a slice (``imagej-text-image``) where the series has
+    such slices, or at least half is background, or there are no more than two values.
+
+    Parameters
+    ----------
+    text : str
+        Lines end with a line feed.
+    name : str
+        Of the file, for messages; it decides nothing.
+    reading : Reading
+        Where it names the format, nothing else is tried.
+    plane : Plane or None
+        Of the series, where it is known.
+
+    Raises
+    ------
+    SegmentationError
+        If it is no format that can be read, or could be two.
+    """
+    forced = reading.text_format
+    if forced is not None and forced not in FORMATS:
+        raise SegmentationError(f"--text-format {quoted(forced)} is none of {', '.join(FORMATS)}")
+    if not text or text.isspace():
+        raise SegmentationError("is empty")
+    if forced is not None:
+        if FORMATS[forced].module:
+            return Recognised(forced, f"--text-format {forced}")
+        table = parse(text)
+        return Recognised(forced, f"--text-format {forced}", table, _columns_of(forced, table, reading, plane))
+    if not _begins_with_number(text):
+        head = text[:HEAD]
+        for pattern, what in _OTHERS:
+            if pattern.search(head):
+                raise NotASegmentationError(f"is {what}")
+        for key, known in FORMATS.items():
+            if known.module and (why := known.recogniser(text)):
+                return Recognised(key, why)
+        if _MARKUP[0].match(head):
+            raise NotASegmentationError(f"is {_MARKUP[1]}")
+        _check_first_line(text, name)
+    elif found := next((what for pattern, what in _OTHERS if pattern.search(text[:HEAD])), None):
+        raise NotASegmentationError(f"is {found}")
+    return _of_numbers(parse(text), reading, plane)
+
+
+def _first_line(text: str) -> str:
+    """Return the first line that is neither blank nor a comment."""
+    at = 0
+    while at < len(text):
+        end = text.find("\n", at)
+        end = len(text) if end < 0 else end
+        line = text[at:end].strip(" \t")
+        if line and not line.startswith(("#", "//")):
+            return line
+        at = end + 1
+    return ""
+
+
+def _begins_with_number(text: str) -> bool:
+    return _first_line(text)[:1] in tuple("0123456789+-.")
+
+
+def _check_first_line(text: str, name: str) -> None:
+    """Raise unless words at the beginning name columns, or one is the label of a line of numbers."""
+    words = re.split(r"[ \t,;]+", _first_line(text)[:HEAD].strip(" \t,;"))
+    names = {re.split(r"[^a-z]", word.strip('"').lower())[0] for word in words}
+    numbers = [word for word in words if NUMBER.fullmatch(word)]
+    if len(numbers) < 2 and not names & {"x", "y", "xmin", "ymin", "xcoord", "ycoord", "col", "column", "row"}:
+        # Nothing of it is repeated: it may be a report, with the name of a patient.
+        raise SegmentationError(
+            f"is no known kind of segmentation text: {quoted(name)} begins with no coordinates and no names of them"
+        )
+
+
+def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognised:
+    if table.header:
+        found = columns.named(table.header, table.labels is not None)
+        _check_width(table, found)
+        if "value" in found.roles:
+            return Recognised("imagej-values", found.why, table, found)
+        if found.roles == ("x", "y") and table.labels is None:
+            return Recognised("imagej-xy", found.why, table, found)
+        return Recognised("points", found.why, table, found)
+    counts = table.counts
+    width, ragged = int(counts[0]), bool((counts != counts[0]).any())
+    if width >= 6:
+        return _ragged(table) if ragged or table.labels or len(counts) == 1 else _wide(table, plane)
+    grid = table.grid()  # raises for a line that is too long or short
+    if not table.labels:
+        if width == 1:
+            raise SegmentationError("one number in every line: coordinates take two at least")
+        if width == 2:
+            return Recognised("imagej-xy", "two numbers in every line", table, Columns(("x", "y"), ""))
+        if width == 5 and columns.is_whole(grid[:, 0]) and grid[:, 1:].min() >= 0 and grid[:, 1:].max() <= 1:
+            raise NotASegmentationError("holds YOLO detections (class, centre and size): boxes, not contours")
+        if width < 5 and columns.is_scan(grid, width - 1):
+            return Recognised("imagej-values", "pixels with values, row by row", table, _pixels(width))
+    if found_points := columns.of_points(table, reading, plane):
+        return Recognised("points", found_points.why, table, found_points)
+    if width == 4 and bool((grid[:, :2] < grid[:, 2:]).all()):
+        raise NotASegmentationError("four numbers in every line, two smaller and two larger: boxes, not contours")
+    raise SegmentationError(
+        f"{numbered(width)} in every line, which could mean many things: {HEADER_HINT}, or choose a --text-format"
+    )
+
+
+def _pixels(width: int) -> Columns:
+    return Columns(("x", "y", "value") if width == 3 else ("x", "y", "z", "value"), "")
+
+
+def _ragged(table: Table) -> Recognised:
+    """Tell polygons from an image of which a line was damaged."""
+    counts = table.counts
+    if table.labels is None and len(counts) > 1 and _like_mask(table):
+        table.grid()
+    why = "a polygon in every line"
+    return Recognised("polygons", f"{why}, after a label" if table.labels else why, table)
+
+
+def _wide(table: Table, plane: Plane | None) -> Recognised:
+    """Tell polygons of as many points each from an image."""
+    grid = table.grid()
+    rows, width = grid.shape
+    is_plane = plane is not None and (plane.rows, plane.columns) == grid.shape
+    whole = columns.is_whole(grid)
+    first_whole = columns.is_whole(grid[:, 0])
+    if not whole and first_whole and grid[:, 1:].min() >= 0 and grid[:, 1:].max() <= 1 and not is_plane:
+        return Recognised("polygons", "fractions of the slice after a class in every line", table)
+    size = f"{numbered(rows, 'line')} of {numbered(width)} each"
+    settle = "; if it holds polygons: --text-format polygons"
+    if not whole or grid.min() < 0 or _distinct(grid) > MOST_LABELS:
+        what = f"with decimals, negative ones or more than {MOST_LABELS} different"
+        raise SegmentationError(f"{size}, {what}: an image, not a mask{settle}")
+    if is_plane:
+        return Recognised("imagej-text-image", f"{size}, as the slices of the series have", table)
+    if _like_mask(table):
+        return Recognised("imagej-text-image", f"{size}, few of them different, or half of them 0", table)
+    if plane is not None:
+        return Recognised("polygons", f"{size}, which is not the size of a slice", table)
+    raise SegmentationError(f"{size}: could be an image or polygons; say --text-format imagej-text-image or polygons")
+
+
+MOST_LABELS = 256
+"""Distinct values beyond which an image is no mask."""
+
+
+def _like_mask(table: Table) -> bool:
+    values = table.values
+    if not columns.is_whole(values) or values.min() < 0:
+        return False
+    return bool(2 * np.count_nonzero(values) <= len(values)) or _distinct(values) <= 2
+
+
+def _distinct(values: Any) -> int:
+    """Return how many different values there are, or one more than makes a mask."""
+    if values.max() - values.min() <= 65536 and columns.is_whole(values):
+        return int(np.count_nonzero(np.bincount((values.ravel() - values.min()).astype(np.int64))))
+    return len(np.unique(values))
+
+
+def _check_width(table: Table, found: Columns) -> None:
+    width = table.grid().shape[1]
+    if width != len(found.roles):
+        raise SegmentationError(
+            f"line {table.lines[0]}: {numbered(width)}, where the header names {numbered(len(found.roles), 'column')}"
+        )
+
+
+def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None) -> Columns:
+    """Return the columns of a table whose format was said; raise if it cannot be that."""
+    if forced in ("polygons", "imagej-text-image"):
+        if table.header:
+            raise SegmentationError(f"line 1 names columns, which --text-format {forced} has none of")
+        return NO_ROLES
+    if table.header:
+        found = columns.named(table.header, table.labels is not None)
+        _check_width(table, found)
+    else:
+        width = table.grid().shape[1]
+        fits: dict[str, Columns | None] = {"imagej-xy": None, "imagej-values": None, "points": None}
+        if width == 2:
+            fits["imagej-xy"] = Columns(("x", "y"), "")
+        if width in (3, 4):
+            fits["imagej-values"] = _pixels(width)
+        if forced == "points" and not (width == 2 and table.labels is None):
+            fits["points"] = columns.of_points(table, reading, plane)
+        chosen = fits[forced]
+        if chosen is None:
+            raise SegmentationError(
+                f"{numbered(width)} in every line: not --text-format {forced}, unless you {HEADER_HINT}"
+            )
+        found = chosen
+    needed = {"imagej-xy": {"x", "y"}, "imagej-values": {"x", "y", "value"}, "points": {"x", "y"}}[forced]
+    if not needed <= set(found.roles) or (forced == "imagej-xy" and set(found.roles) - needed - {""}):
+        raise SegmentationError(f"its columns are not those of --text-format {forced}")
+    if table.labels and forced != "points":
+        raise SegmentationError(f"line {table.lines[0]}, column 1: a word, of which --text-format {forced} has none")
+    return found

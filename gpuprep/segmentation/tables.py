@@ -1,0 +1,378 @@
+"""Tables of numbers to structures: outlines, points, polygons, lists of pixels, images of labels.
+
+Where pixels are meant, the centre of the first one is at (0, 0), or at (1, 1) with ``--index-base 1``; but in an
+``imagej-xy`` it is at (0.5, 0.5), as ImageJ counts from the corner of the image, unless ``--index-base`` is given: that
+says that whole numbers are pixels. Fractions of a slice (YOLO) count from its corner too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep.acceptance import LARGEST_SIDE
+from gpuprep.errors import SegmentationError
+from gpuprep.segmentation import units
+from gpuprep.segmentation.columns import LONGEST_LIST, Columns, is_scan, is_whole
+from gpuprep.segmentation.contours import (
+    Collector,
+    Contour,
+    Frame,
+    Plane,
+    Raster,
+    Reading,
+    Segmentation,
+    SliceKey,
+    painted,
+)
+from gpuprep.segmentation.names import slice_and_structure, stem
+from gpuprep.segmentation.numbers import Table, numbered
+from gpuprep.segmentation.recognition import FORMATS, MOST_LABELS, Recognised
+from gpuprep.text import printable
+
+MOST_CELLS = 2**30
+"""Pixels of all rectangles around the pixels of one list. More come from pixels strewn about."""
+
+NO_AREA = "of fewer than 3 points, which have no area"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A file, what is known about it, and the structures found in it so far."""
+
+    path: str
+    table: Table
+    columns: Columns
+    reading: Reading
+    plane: Plane | None
+    found: Collector = field(default_factory=Collector)
+
+
+def read(path: str, table: Table, recognised: Recognised, reading: Reading, plane: Plane | None) -> Segmentation:
+    """Return what a table of numbers holds.
+
+    Parameters
+    ----------
+    path : str
+        Its name says slice and structure where the content does not.
+    table : Table
+        Its numbers.
+    recognised : Recognised
+    reading : Reading
+    plane : Plane or None
+        Of the series, where it is known.
+
+    Raises
+    ------
+    SegmentationError
+        If it does not hold what its format has to, or units are not clear.
+    """
+    source = _Source(path, table, recognised.columns, reading, plane)
+    notes, per_slice = _READERS[recognised.format](source)
+    title = FORMATS[recognised.format].title
+    return Segmentation(path, title, recognised.why, source.found.structures, per_slice=per_slice, notes=notes)
+
+
+_Result = tuple[tuple[str, ...], bool]
+"""Notes, and whether it is of one slice."""
+
+
+def _outline(source: _Source) -> _Result:
+    table, reading = source.table, source.reading
+    roles = source.columns.roles
+    points = table.grid()[:, [roles.index("x"), roles.index("y")]]
+    unit = units.said(reading, source.columns) or units.of_outline(points, table.pointed, source.plane)
+    frame: Frame = "pixel" if unit == "px" else "corner"
+    if unit == "cm":
+        points = points * 10
+    elif unit == "px":
+        by_index = reading.index_base is not None and is_whole(points)
+        points = points - (reading.index_base if by_index and reading.index_base is not None else 0.5)
+    key, name = slice_and_structure(source.path, reading.slice_from)
+    return _collected(source, [(name, key)], points, np.flatnonzero(table.apart), frame, closing=False), True
+
+
+def _points(source: _Source) -> _Result:
+    table, reading, columns = source.table, source.reading, source.columns
+    grid = table.grid()
+    of = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
+    unit = units.said(reading, columns)
+    xy = np.stack([of["x"], of["y"]], axis=1)
+    base = reading.index_base or 0
+    keys: NDArray[np.float64] | None = of.get("slice", of.get("z"))
+    by = "number"
+    frame: Frame = "pixel"
+    points = xy - base
+    if "z" in of:
+        xyz = np.stack([of["x"], of["y"], of["z"]], axis=1)
+        if (unit or units.of_points(xyz, source.plane)) != "px":
+            frame, points, keys = "patient", xyz * (10 if unit == "cm" else 1), None
+        elif reading.slice_from == "z" or not is_whole(of["z"]):
+            if reading.slice_from != "z":
+                raise SegmentationError("x and y are pixels, but z counts no slices: say --slice-from z if it is in mm")
+            by = "z"
+    elif unit in ("mm", "cm"):
+        if keys is not None:
+            raise SegmentationError(
+                "mm with a number of the slice: in mm it takes x, y and z; say --units px for pixels"
+            )
+        frame, points = "corner", xy * (10 if unit == "cm" else 1)
+    if keys is not None and by == "number":
+        if not is_whole(keys) or keys.min() < 0:
+            bad = int(np.argmax((keys != np.rint(keys)) | (keys < 0)))
+            raise SegmentationError(f"line {table.lines[bad]}: slice {keys[bad]:g} is no number of a slice")
+        if reading.slice_from not in (None, "column"):
+            raise SegmentationError(f"--slice-from {reading.slice_from}: a column says the slice; leave the option out")
+
+    changes = table.apart.copy()
+    for role in ("slice", "object", "contour"):
+        if role in of:
+            changes[1:] |= np.diff(of[role]) != 0
+    if table.labels:
+        changes[1:] |= np.array([a != b for a, b in zip(table.labels, table.labels[1:], strict=False)], dtype=bool)
+    if "z" in of:
+        steps = np.diff(of["z"]) != 0
+        if frame == "pixel" or 3 * (np.count_nonzero(steps) + 1) <= len(steps) + 1:
+            changes[1:] |= steps  # but not in slices that are not axial
+    per_slice = frame != "patient" and keys is None
+    key, name = (
+        slice_and_structure(source.path, reading.slice_from) if per_slice else (None, printable(stem(source.path)))
+    )
+    starts = np.flatnonzero(changes)
+    firsts = np.append(0, starts) if not len(starts) or starts[0] else starts
+    heads: list[tuple[str, SliceKey | None]] = []
+    for n in firsts.tolist():
+        own = table.labels[n] if table.labels else f"{of['object'][n]:g}" if "object" in of else name
+        if keys is not None:
+            key = SliceKey("z", float(keys[n])) if by == "z" else SliceKey("number", float(keys[n]))
+        heads.append((printable(own) or name, key))
+    return _collected(source, heads, points, starts, frame, closing=True), per_slice
+
+
+def _collected(
+    source: _Source,
+    heads: list[tuple[str, SliceKey | None]],
+    points: NDArray[np.float64],
+    starts: NDArray[np.int64],
+    frame: Frame,
+    *,
+    closing: bool,
+) -> tuple[str, ...]:
+    """Collect contours; return notes.
+
+    A piece begins at the first point and at each of `starts`; `heads` are the names and slices of the pieces, or a
+    single one of all. Where `closing`, a piece holds another contour after a point that is its first again.
+    """
+    firsts = [0, *(n for n in starts.tolist() if n)]
+    again = _again(points) if closing else None
+    lost: list[int] = []
+    kept = False
+    for n, (begin, end) in enumerate(zip(firsts, [*firsts[1:], len(points)], strict=True)):
+        name, key = heads[n if len(heads) > 1 else 0]
+        for first, last in _closed(again, begin, end):
+            if last - first < 3:
+                lost.append(first)
+                continue
+            source.found.add(name, Contour(points[first:last], frame, key))
+            kept = True
+    if not kept:
+        raise SegmentationError(f"holds {numbered(len(points), 'point')}, but no contour: one takes at least 3 points")
+    if not lost:
+        return ()
+    return (f"{numbered(len(lost), 'contour')} {NO_AREA}, the first in line {source.table.lines[lost[0]]}",)
+
+
+def _again(points: NDArray[np.float64]) -> list[int]:
+    """Return for each point the index of the next one that equals it, or the number of points."""
+    order = np.lexsort(points.T)  # stable
+    same = (points[order[1:]] == points[order[:-1]]).all(axis=1)
+    following = np.full(len(points), len(points))
+    following[order[:-1][same]] = order[1:][same]
+    return following.tolist()
+
+
+def _closed(again: list[int] | None, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a piece of points, each up to where its first point comes up again."""
+    while again is not None and begin < end:
+        close = again[begin]
+        while close < end and close - begin < 3:
+            close = again[close]
+        if close >= end - 1:
+            break
+        yield begin, close + 1
+        begin = close + 1
+    if begin < end:
+        yield begin, end
+
+
+def _polygons(source: _Source) -> _Result:
+    table, reading, plane = source.table, source.reading, source.plane
+    counts = table.counts
+    odd = counts % 2 == 1
+    if odd.any() and (table.labels is not None or not odd.all()):
+        at = int(np.argmax(odd != odd[0])) if table.labels is None else int(np.argmax(odd))
+        raise SegmentationError(
+            f"line {table.lines[at]}: {numbered(int(counts[at]))}, where pairs are due: cut short or damaged"
+        )
+    if (few := counts - odd < 6).any():
+        at = int(np.argmax(few))
+        raise SegmentationError(
+            f"line {table.lines[at]}: {numbered(int(counts[at]))}: a polygon takes at least 3 points"
+        )
+    numeric = bool(odd.all())
+    coordinates = np.ones(len(table.values), dtype=bool)
+    coordinates[table.starts[:-1]] = not numeric
+    values = table.values[coordinates]
+    classes = table.values[table.starts[:-1]]
+    if numeric and not is_whole(classes):
+        at = int(np.argmax(classes != np.rint(classes)))
+        raise SegmentationError(f"line {table.lines[at]}: {classes[at]:g} is no number of a class before pairs x, y")
+    unit = reading.units
+    fractions = unit is None and table.pointed and _fractions(values)
+    rest = np.delete(table.values, table.starts[:-1])
+    if (
+        unit is None
+        and not numeric
+        and not table.labels
+        and is_whole(classes)
+        and not is_whole(rest)
+        and _fractions(rest)
+    ):
+        raise SegmentationError(
+            "fractions after a whole number, but an even count: class and confidence? Leave that out"
+        )
+    points = values.reshape(-1, 2)
+    frame: Frame = "pixel"
+    if fractions:
+        if plane is None:
+            raise SegmentationError("its coordinates are fractions of a slice, of which the size is not known here")
+        points = points * [plane.columns, plane.rows] - 0.5
+    elif unit in ("mm", "cm"):
+        frame, points = "corner", points * (10 if unit == "cm" else 1)
+    else:
+        points = points - (reading.index_base or 0)
+    key, name = slice_and_structure(source.path, reading.slice_from)
+    ends = np.cumsum((counts - odd) // 2).tolist()
+    for n, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        own = table.labels[n] if table.labels else f"{classes[n]:g}" if numeric else name
+        source.found.add(printable(own) or name, Contour(points[begin:end], frame, key))
+    return (), True
+
+
+def _fractions(values: NDArray[np.float64]) -> bool:
+    return bool(values.min() >= 0 and values.max() <= 1)
+
+
+def _pixel_list(source: _Source) -> _Result:
+    table, reading, columns = source.table, source.reading, source.columns
+    grid = table.grid()
+    of = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
+    depth = "z" if "z" in of else "slice"
+    for role in ("x", "y", depth):
+        bad = (of[role] != np.rint(of[role])) | (of[role] < 0) if role in of else np.zeros(1, dtype=bool)
+        if role != depth:
+            bad |= of[role] - (reading.index_base or 0) >= LARGEST_SIDE
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise SegmentationError(
+                f"line {table.lines[at]}: {role} = {of[role][at]:g} is no number of a pixel or slice"
+            )
+    x, y = ((of[role] - (reading.index_base or 0)).astype(np.int64) for role in ("x", "y"))
+    if min(x.min(), y.min()) < 0:
+        raise SegmentationError("--index-base 1, but it counts from 0")
+    if units.said(reading, columns) not in (None, "px"):
+        raise SegmentationError("a list of pixels counts pixels: leave --units out")
+    order = ["x", "y", depth] if depth in of else ["x", "y"]
+    if is_scan(np.stack([of[role] for role in order], axis=1), len(order)) and _upwards(of, depth):
+        raise SegmentationError("y runs upwards (in ImageJ, Edit > Options > Invert Y): save it with y downwards")
+    if (plane := source.plane) is not None and depth not in of and len(x) >= plane.rows * plane.columns:
+        raise SegmentationError("lists every pixel of the slice: an image, not a mask")
+
+    values = of["value"]
+    notes: tuple[str, ...] = ()
+    if not _labels(values, of):
+        notes = ("values are intensities; all the pixels listed are taken as the mask",)
+        values = np.ones_like(values)
+    key, name = (
+        slice_and_structure(source.path, reading.slice_from)
+        if depth not in of
+        else (None, printable(stem(source.path)))
+    )
+    slices = of.get(depth, np.zeros_like(values))
+    labels = np.unique(values[values != 0]).tolist()
+    cells = 0
+    sorting = np.lexsort((values, slices))
+    pieces = np.flatnonzero(np.diff(slices[sorting]) != 0) + 1
+    inner = np.flatnonzero(np.diff(values[sorting]) != 0) + 1
+    for part in np.split(sorting, np.union1d(pieces, inner)):
+        if not (value := float(values[part[0]])):
+            continue
+        if depth in of:
+            key = SliceKey("number", float(slices[part[0]]))
+        top, left = int(y[part].min()), int(x[part].min())
+        shape = int(y[part].max()) - top + 1, int(x[part].max()) - left + 1
+        cells += shape[0] * shape[1]
+        if cells > MOST_CELLS:
+            raise SegmentationError("its pixels are strewn all over the slices: damaged, or no list of pixels")
+        mask = np.zeros(shape, dtype=bool)
+        mask[y[part] - top, x[part] - left] = True
+        source.found.add(name if len(labels) == 1 else f"{value:g}", Raster(mask, top, left, None, key))
+    if not labels:
+        source.found.declare(name)
+    return notes, depth not in of
+
+
+def _upwards(of: dict[str, NDArray[np.float64]], depth: str) -> bool:
+    steps = np.diff(of["y"])
+    if depth in of:
+        steps = steps[np.diff(of[depth]) == 0]
+    return bool((steps < 0).any())
+
+
+def _labels(values: NDArray[np.float64], of: dict[str, NDArray[np.float64]]) -> bool:
+    """Return whether values are labels: few, and mostly the same from pixel to pixel, as intensities never are."""
+    if not is_whole(values) or values.min() < 0:
+        return False
+    distinct = len(np.unique(values))
+    if distinct <= 2:
+        return True
+    side_by_side = (np.diff(of["x"]) == 1) & (np.diff(of["y"]) == 0)
+    equal = np.diff(values)[side_by_side] == 0
+    return distinct <= LONGEST_LIST and bool(2 * np.count_nonzero(equal) >= len(equal))
+
+
+def _text_image(source: _Source) -> _Result:
+    table, reading = source.table, source.reading
+    if table.labels:
+        raise SegmentationError(f"line {table.lines[0]}, column 1: a word in an image of numbers")
+    grid = table.grid()
+    if max(grid.shape) > LARGEST_SIDE:
+        raise SegmentationError(f"an image of {grid.shape[0]} × {grid.shape[1]}: larger than any slice")
+    bad = (grid != np.rint(grid)) | (grid < 0)
+    if bad.any():
+        row, column = (int(n) for n in np.argwhere(bad)[0])
+        raise SegmentationError(
+            f"line {table.lines[row]}, number {column + 1}: {grid[row, column]:g} is no label: an image, not a mask"
+        )
+    labels = np.unique(grid[grid != 0]).tolist()
+    if len(labels) >= MOST_LABELS:
+        raise SegmentationError(f"more than {MOST_LABELS} different values: an image, not a mask")
+    key, name = slice_and_structure(source.path, reading.slice_from)
+    for label in labels:
+        if (raster := painted(grid == label, key)) is not None:
+            source.found.add(name if len(labels) == 1 else f"{label:g}", raster)
+    if not labels:
+        source.found.declare(name)
+    return (), True
+
+
+_READERS: dict[str, Callable[[_Source], _Result]] = {
+    "imagej-xy": _outline,
+    "imagej-values": _pixel_list,
+    "imagej-text-image": _text_image,
+    "points": _points,
+    "polygons": _polygons,
+}

@@ -1,0 +1,157 @@
+"""What people ask of masks: how to read files that leave something open, which structures, and what to make of them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from gpuprep.errors import RecipeError, SegmentationError
+from gpuprep.segmentation.contours import TEXT_FORMATS, Reading, SliceFrom, SliceOrder, Units
+from gpuprep.text import printable
+
+Layout = Literal["labels", "per-roi"]
+Resampling = Literal["nearest", "smooth"]
+
+Aliases = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masks(Reading):
+    """The table ``[masks]`` of a recipe.
+
+    Raises
+    ------
+    RecipeError
+        If a value is impossible.
+    """
+
+    roi: str | None = None
+    """Regular expression: only structures in whose name it is found, in any case of letters, are used."""
+    aliases: Aliases = ()
+    """Name to use, with the names it stands for, in any case of letters; a mapping does as well, and is a table in
+    TOML. The first ones get the first label values."""
+    layout: Layout = "labels"
+    """"labels": one volume, each structure a value of its own; structures that overlap are refused. "per-roi": one
+    volume of 0 and 1 for each."""
+    resampling: Resampling = "nearest"
+    """Of labels: see `gpuprep.labelling`."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if (value is None and name in _OPTIONAL) or (value in choices and not isinstance(value, bool)):
+                continue
+            raise RecipeError(f"masks.{name} = {value!r}: choose one of {', '.join(map(str, choices))}")
+        threshold = self.threshold
+        if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold <= 1:
+            raise RecipeError(f"masks.threshold = {threshold!r}: give a number above 0 and up to 1")
+        if self.roi is not None:
+            try:
+                re.compile(self.roi)
+            except (re.error, TypeError, RecursionError, OverflowError) as exc:
+                raise RecipeError(f"masks.roi = {self.roi!r} is no regular expression: {exc}") from exc
+        object.__setattr__(self, "aliases", _aliases(self.aliases))
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The name to use for each one that has another."""
+        return {_key(alias): name for name, others in self.aliases for alias in (name, *others)}
+
+    def name(self, found: str) -> str | None:
+        """Return under which name a structure is used; None where it is not wanted."""
+        name = self._names.get(_key(found), found)
+        if self.roi is None or any(re.search(self.roi, n, re.IGNORECASE) for n in (name, found)):
+            return name
+        return None
+
+    def names(self, found: Sequence[tuple[str, str]]) -> list[str | None]:
+        """Return under which name each (file, structure) of one series is used; None for those that are not wanted.
+
+        Equal names of several files are told apart by the file's.
+
+        Raises
+        ------
+        SegmentationError
+            If two structures of one file are to have the same name.
+        """
+        names = [self.name(structure) for _, structure in found]
+        files: dict[str, dict[str, str]] = defaultdict(dict)
+        for name, (file, structure) in zip(names, found, strict=True):
+            if name is not None and files[name].setdefault(file, structure) != structure:
+                raise SegmentationError(
+                    f"{printable(files[name][file])} and {printable(structure)} of one file both stand for "
+                    f"{printable(name)}: take one of them out of the aliases"
+                )
+        return [
+            f"{name} ({_stem(file)})" if name is not None and len(files[name]) > 1 else name
+            for name, (file, _) in zip(names, found, strict=True)
+        ]
+
+    @property
+    def first_names(self) -> tuple[str, ...]:
+        """Names whose label values come before all others."""
+        return tuple(name for name, _ in self.aliases)
+
+    @classmethod
+    def from_dict(cls, values: Any, base: Masks) -> Masks:
+        """Return the masks of a TOML table: those of `base` with some fields changed."""
+        if not isinstance(values, dict):
+            raise RecipeError(f"masks = {values!r}: give a table")
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise RecipeError(f"a recipe has no masks.{key}; its keys there: {', '.join(known)}")
+        given = {k: None if v == "none" and k in _OPTIONAL else v for k, v in values.items()}
+        return cls(**{name: getattr(base, name) for name in known} | given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as TOML and JSON can hold them."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {k: "none" if v is None else v for k, v in plain.items()}
+        return plain | {"aliases": {name: list(others) for name, others in self.aliases}}
+
+
+_OPTIONAL = ("text_format", "units", "index_base", "slice_from", "slice_order", "roi")
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "text_format": TEXT_FORMATS,
+    "units": get_args(Units),
+    "index_base": (0, 1),
+    "slice_from": get_args(SliceFrom),
+    "slice_order": get_args(SliceOrder),
+    "layout": get_args(Layout),
+    "resampling": get_args(Resampling),
+}
+
+
+def _stem(file: str) -> str:
+    return os.path.splitext(os.path.basename(file))[0]
+
+
+def _key(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+def _aliases(given: Any) -> Aliases:
+    """Return a table of aliases as tuples, checked: no name may stand for two."""
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise RecipeError(f"masks.aliases = {given!r}: give a table of names, each with a list of others")
+    owners: dict[str, str] = {}
+    found = []
+    for name, others in pairs:
+        listed = [others] if isinstance(others, str) else others
+        if not isinstance(listed, list | tuple) or not all(isinstance(o, str) and o.strip() for o in (name, *listed)):
+            raise RecipeError(
+                f"masks.aliases: {name!r} = {others!r}: give a name and a list of the names it stands for"
+            )
+        for alias in {_key(name), *map(_key, listed)}:
+            if owners.setdefault(alias, name) != name:
+                raise RecipeError(f"masks.aliases: {alias!r} stands for {owners[alias]!r} and for {name!r}")
+        found.append((name, tuple(listed)))
+    return tuple(found)

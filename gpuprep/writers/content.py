@@ -1,0 +1,44 @@
+"""What a writer has to know of a volume, be it an image or labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpuprep.geometry import Shape3, Vector3
+from gpuprep.plan import BYTES, Plan
+from gpuprep.recipe import Compression
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A volume that is about to be written."""
+
+    shape: Shape3
+    spacing_mm: Vector3
+    dtype: str
+    compression: Compression
+    display: tuple[float, float]
+    """Values to show as black and as white."""
+    hu: tuple[float, float] | None = None
+    """HU per unit and HU of value 0; None where values are no HU."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the voxels, uncompressed."""
+        return int(np.prod(self.shape, dtype=np.int64)) * BYTES[self.dtype]
+
+    @classmethod
+    def image(cls, plan: Plan) -> Content:
+        """Return the image of a plan: shown in its window, or for unwindowed HU in what is usual for CT."""
+        low, high = ((hu + plan.shift_hu) * plan.scale for hu in plan.recipe.window_hu or (-1000.0, 400.0))
+        return cls(
+            plan.target.shape, plan.target.spacing_mm, plan.recipe.dtype, plan.recipe.compression,
+            (low, high), (plan.hu_slope, plan.hu_intercept),
+        )  # fmt: skip
+
+    @classmethod
+    def labels(cls, plan: Plan, dtype: str, highest: int) -> Content:
+        """Return labels on the grid of a plan, up to the highest."""
+        return cls(plan.target.shape, plan.target.spacing_mm, dtype, plan.recipe.compression, (0, max(1, highest)))
