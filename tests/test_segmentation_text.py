@@ -230,8 +230,6 @@ def test_what_a_table_of_numbers_is(
     opened: Open, text: str, format_: str, frame: str, slices: list[float | None]
 ) -> None:
     text = "\n".join(line for line in text.split("\n") if len(line.split()) != 1 or "," in line or ";" in line)
-    if text[0].isalpha():
-        pytest.importorskip("gpuprep.segmentation.cxt")
     assert recognise(text, "a", Reading(), None).format == format_
     found = opened(text)
     contours = [c for s in found.structures for c in s.contours]
@@ -317,12 +315,10 @@ def test_what_is_no_contour_is_refused_by_name(opened: Open, text: str | bytes, 
 
 
 def test_a_header_of_boxes_is_refused(opened: Open) -> None:
-    pytest.importorskip("gpuprep.segmentation.cxt")
     assert "boxes" in refusal(opened, "xmin,ymin,xmax,ymax\n1,2,3,4\n")
 
 
 def test_prose_is_refused_and_not_repeated(opened: Open) -> None:
-    pytest.importorskip("gpuprep.segmentation.cxt")
     message = refusal(opened, "Patient: Jane Roe, born 1950\n1 2\n3 4\n5 5\n")
     assert "no known kind" in message
     assert "Jane" not in message
@@ -399,7 +395,6 @@ def test_arbitrary_numbers_raise_nothing_else(opened: Open, text: str) -> None:
 @reused
 @given(st.one_of(st.text(max_size=60), st.text(alphabet='xyz\n 01"#/slice,', max_size=60)))
 def test_arbitrary_text_raises_nothing_else(opened: Open, text: str) -> None:
-    pytest.importorskip("gpuprep.segmentation.cxt")
     found = outcome(opened, text.encode("utf-8", "replace"))
     assert isinstance(found, Segmentation) or found.isprintable()
 
@@ -407,7 +402,6 @@ def test_arbitrary_text_raises_nothing_else(opened: Open, text: str) -> None:
 @reused
 @given(st.binary(max_size=60).filter(lambda b: b"\0" not in b[:4]))
 def test_arbitrary_bytes_raise_nothing_else(opened: Open, data: bytes) -> None:
-    pytest.importorskip("gpuprep.segmentation.cxt")
     found = outcome(opened, data)
     assert isinstance(found, Segmentation) or found.isprintable()
 
@@ -434,9 +428,12 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 # Units and pixels.
 
 
-def test_pixels_of_matlab_are_centres_counted_from_1(opened: Open) -> None:
-    assert opened(SQUARE, index_base=1).structures[0].contours[0].points[0].tolist() == [9, 19]
-    assert opened(SQUARE, index_base=0).structures[0].contours[0].points[0].tolist() == [10, 20]
+def test_two_columns_may_count_centres_of_pixels_and_from_1(opened: Open) -> None:
+    points = {base: opened(SQUARE, text_format="points", index_base=base) for base in (None, 0, 1)}
+    first = {base: s.structures[0].contours[0].points[0].tolist() for base, s in points.items()}
+    assert first == {None: [10, 20], 0: [10, 20], 1: [9, 19]}
+    # ImageJ's are corners, whatever slices are counted from.
+    assert opened(SQUARE, index_base=1).structures[0].contours[0].points[0].tolist() == [9.5, 19.5]
     assert opened(SQUARE).structures[0].contours[0].points[0].tolist() == [9.5, 19.5]
 
 
@@ -469,7 +466,6 @@ def test_units_are_told_by_what_lies_in_the_slice(opened: Open) -> None:
 
 
 def test_units_of_the_header_and_of_the_option_have_to_agree(opened: Open) -> None:
-    pytest.importorskip("gpuprep.segmentation.cxt")
     assert "header says mm" in refusal(opened, "x_mm y_mm\n1 2\n3 4\n5 5\n", units="px")
 
 

@@ -51,6 +51,9 @@ FORMATS = {
 }
 """All that can be read, by what ``--text-format`` calls them."""
 
+UNKNOWN_TEXT = "mask-unknown"
+"""Code of the error for text that may be anything."""
+
 HEAD = 65536
 """Characters at the beginning in which a text says what it is, if it does."""
 
@@ -162,8 +165,9 @@ def _check_first_line(text: str, name: str) -> None:
     numbers = [word for word in words if NUMBER.fullmatch(word)]
     if len(numbers) < 2 and not names & {"x", "y", "xmin", "ymin", "xcoord", "ycoord", "col", "column", "row"}:
         # Nothing of it is repeated: it may be a report, with the name of a patient.
-        raise SegmentationError(
-            f"is no known kind of segmentation text: {quoted(name)} begins with no coordinates and no names of them"
+        raise NotASegmentationError(
+            f"is no known kind of segmentation text: {quoted(name)} begins with no coordinates and no names of them",
+            UNKNOWN_TEXT,
         )
 
 
@@ -278,8 +282,9 @@ def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None
             fits["imagej-xy"] = Columns(("x", "y"), "")
         if width in (3, 4):
             fits["imagej-values"] = _pixels(width)
-        if forced == "points" and not (width == 2 and table.labels is None):
-            fits["points"] = columns.of_points(table, reading, plane)
+        if forced == "points":
+            bare = width == 2 and table.labels is None
+            fits["points"] = Columns(("x", "y"), "") if bare else columns.of_points(table, reading, plane)
         chosen = fits[forced]
         if chosen is None:
             raise SegmentationError(

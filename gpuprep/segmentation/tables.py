@@ -1,8 +1,8 @@
 """Tables of numbers to structures: outlines, points, polygons, lists of pixels, images of labels.
 
 Where pixels are meant, the centre of the first one is at (0, 0), or at (1, 1) with ``--index-base 1``; but in an
-``imagej-xy`` it is at (0.5, 0.5), as ImageJ counts from the corner of the image, unless ``--index-base`` is given: that
-says that whole numbers are pixels. Fractions of a slice (YOLO) count from its corner too.
+``imagej-xy`` it is at (0.5, 0.5), as ImageJ counts from the corner of the image. Two columns that count centres of
+pixels are ``--text-format points``. Fractions of a slice (YOLO) count from its corner too.
 """
 
 from __future__ import annotations
@@ -91,11 +91,7 @@ def _outline(source: _Source) -> _Result:
     _check_not_patient(points, said)
     unit = said or units.of_outline(points, table.pointed, source.plane)
     frame: Frame = "pixel" if unit == "px" else "corner"
-    if frame == "corner":
-        points = _in_mm(points, unit)
-    else:
-        by_index = reading.index_base is not None and is_whole(points)
-        points = points - (reading.index_base if by_index and reading.index_base is not None else 0.5)
+    points = _in_mm(points, unit) if frame == "corner" else points - 0.5
     key, name = slice_and_structure(source.path, reading.slice_from)
     return _collected(source, [(name, key)], points, np.flatnonzero(table.apart), frame, closing=False), True
 
