@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-SNAP = 1024
+SNAP = 2**16
 """Points are rounded to so many parts of a pixel, so that rounding in a file, or on the way into pixels, does not
 decide on which side of a centre an outline passes that was drawn through it."""
 
