@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian
 from pydicom.valuerep import format_number_as_ds
 
 from gpuprep.geometry import Geometry
@@ -77,7 +78,10 @@ def write_rtstruct(
 
 
 def _contour(points: NDArray[np.float64], kind: str) -> Dataset:
-    item = _item(ContourGeometricType=kind, NumberOfContourPoints=len(points))
+    item = _item(NumberOfContourPoints=len(points))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one name that is in use is too long
+        item.ContourGeometricType = kind
     item.ContourData = [format_number_as_ds(float(v)) for v in points.ravel()]
     return item
 
@@ -238,12 +242,12 @@ def _object(sop_class: str, modality: str, syntax: UID) -> Dataset:
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = UID(sop_class)
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid()
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = UID("1.2.3.7")
     ds.file_meta.TransferSyntaxUID = syntax
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.Modality = modality
     ds.PatientName, ds.PatientID = "Doe^Jane", "secret-4711"
-    ds.StudyInstanceUID, ds.SeriesInstanceUID = generate_uid(), generate_uid()
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = "1.2.3.8", "1.2.3.9"
     return ds
 
 
@@ -259,7 +263,9 @@ def _decimals(values: ArrayLike) -> list[str]:
 
 
 def _written(path: Path, ds: Dataset, change: Callable[[Dataset], None] | None) -> Path:
-    if change is not None:
-        change(ds)
-    pydicom.dcmwrite(path, ds, enforce_file_format=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some are to be odd
+        if change is not None:
+            change(ds)
+        pydicom.dcmwrite(path, ds, enforce_file_format=True)
     return path
