@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import UID, ExplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 from pydicom.valuerep import format_number_as_ds
 
 from gpuprep.geometry import Geometry
@@ -22,6 +22,8 @@ from gpuprep.segmentation.contours import Structure
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 DEFLATED_FRAMES = UID("1.2.840.10008.1.2.8.1")
+ENCODERS = {RLELossless: "pydicom", JPEGLSLossless: "pyjpegls", JPEG2000Lossless: "pylibjpeg"}
+"""What pydicom encodes with: GDCM, where it is installed, ends the process over small frames."""
 
 
 def write_rtstruct(
@@ -196,7 +198,10 @@ def write_seg(
     ds.NumberOfFrames = len(frames)
     stack = np.array([plane for _, _, plane in frames])
     _put_pixels(ds, stack, bits, syntax)
-    return _written(path, ds, change)
+    _written(path, ds, change)
+    if syntax == DEFLATED_FRAMES:
+        path.write_bytes(path.read_bytes().replace(JPEG2000Lossless.encode(), syntax.encode() + b"\0", 1))
+    return path
 
 
 def _put_pixels(ds: Dataset, stack: NDArray[Any], bits: int, syntax: UID) -> None:
@@ -212,10 +217,10 @@ def _put_pixels(ds: Dataset, stack: NDArray[Any], bits: int, syntax: UID) -> Non
         for plane in stack:
             pack = zlib.compressobj(wbits=-zlib.MAX_WBITS)
             streams.append(pack.compress(packed(plane)) + pack.flush())
-        ds.file_meta.TransferSyntaxUID = syntax
+        ds.file_meta.TransferSyntaxUID = JPEG2000Lossless  # pydicom does not know the true one
         ds["PixelData"] = pydicom.DataElement(0x7FE0_0010, "OB", encapsulate(streams), is_undefined_length=True)
     elif syntax.is_encapsulated:
-        ds.compress(syntax)
+        ds.compress(syntax, encoding_plugin=ENCODERS[syntax])
     else:
         ds.file_meta.TransferSyntaxUID = syntax
 
