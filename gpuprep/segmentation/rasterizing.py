@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-SNAP = 1024
+SNAP = 2**14
 """Points are rounded to so many parts of a pixel, so that rounding in a file, or on the way into pixels, does not
-decide on which side of a centre an outline passes that was drawn through it."""
+decide on which side of a centre an outline passes that was drawn through it. Not coarser: other programs follow an
+outline that passes 0.0002 of a pixel beside centres, as those of IBSI's STS_019 do, and so do their masks."""
 
 
 def filled(polygons: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> NDArray[np.bool_]:

@@ -53,8 +53,10 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # n
     """
     rois, frames = _rois(ds)
     sequence = items(ds, "ROIContourSequence")
-    if rois and not sequence:
-        raise SegmentationError(f"it names {len(rois)} ROIs and has no contours: cut short, or nothing was outlined")
+    if not rois or not sequence:  # the standard wants both: without, a file was cut where nothing shows it
+        raise SegmentationError(
+            f"it names {len(rois)} ROIs and has contours of {len(sequence)}: cut short, or nothing was outlined"
+        )
     for n, roi in enumerate(sequence, 1):  # those without a description have to be known before they are named
         number = integer(roi, "ReferencedROINumber")
         if number is None and items(roi, "ContourSequence"):

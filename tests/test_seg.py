@@ -1,0 +1,420 @@
+"""Segmentation images: what is read of them, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from conftest import axial, natively
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+)
+from segmentations import DEFLATED_FRAMES, placed, write_seg
+
+from gpuprep.errors import SegmentationError
+from gpuprep.geometry import Geometry
+from gpuprep.segmentation.contours import Reading, Segmentation, SliceKey
+from gpuprep.segmentation.objects import read_object
+
+Kind = Literal["binary", "fractional", "labelmap"]
+KINDS: list[Kind] = ["binary", "fractional", "labelmap"]
+GRID = axial((4, 7, 9), (2.5, 0.8, 0.7))
+LARGER = axial((4, 37, 41), (2.5, 0.8, 0.7))
+"""OpenJPEG encodes nothing that is smaller than 32 × 32."""
+
+
+def read(path: Path, threshold: float = 0.5) -> Segmentation:
+    return read_object(str(path), Reading(threshold=threshold))
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(SegmentationError) as caught:
+        read(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "Doe" not in text
+    assert "4711" not in text
+    return text
+
+
+def blobs(shape: tuple[int, int, int] = GRID.shape, seed: int = 0) -> dict[str, NDArray[np.bool_]]:
+    """Return two segments that do not overlap, each empty in some slice."""
+    values = np.random.default_rng(seed).integers(0, 4, shape)
+    values[0] = 0
+    values[1][values[1] == 2] = 0
+    return {"Leber": values == 1, "Milz – ä": values == 2}
+
+
+def check(found: Segmentation, masks: dict[str, NDArray[np.bool_]], grid: Geometry = GRID) -> None:
+    """Compare all voxels of all structures."""
+    assert [s.name for s in found.structures] == list(masks)
+    for structure, mask in zip(found.structures, masks.values(), strict=True):
+        np.testing.assert_array_equal(placed(structure, grid), mask)
+
+
+class TestVoxels:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "full"])
+    def test_of_every_kind(self, tmp_path: Path, kind: Kind, sparse: bool) -> None:
+        # A frame has 63 pixels: in a binary one, most begin in the middle of a byte.
+        uids = [f"1.2.{n}" for n in range(4)]
+        found = read(write_seg(tmp_path / "s.dcm", blobs(), GRID, kind=kind, sparse=sparse, sop_uids=uids))
+        check(found, blobs())
+        assert (found.format, found.series_uids, found.frame_of_reference_uid) == ("SEG", ("1.2.3.4",), "1.2.3.5")
+        assert found.sop_uids == set(uids)
+        assert found.notes == ()
+        for structure in found.structures:
+            for raster in structure.rasters:
+                assert raster.matrix == (7, 9)
+                assert raster.slice is None
+                assert all(edge.any() for edge in (raster.mask[0], raster.mask[-1]))
+                assert all(edge.any() for edge in (raster.mask[:, 0], raster.mask[:, -1]))
+                assert raster.geometry is not None
+                assert raster.geometry.spacing_mm == pytest.approx((2.5, 0.8, 0.7))
+
+    def test_an_oblique_grid(self, tmp_path: Path) -> None:
+        turn, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))
+        turn *= np.linalg.det(turn)
+        affine = np.eye(4)
+        affine[:3, :3] = np.stack([np.cross(turn[:, 0], turn[:, 1]), turn[:, 1], turn[:, 0]], 1) * [3.1, 0.9, 1.3]
+        affine[:3, 3] = [-12.25, 250.5, -1033.125]
+        grid = Geometry((4, 7, 9), affine)
+        found = read(write_seg(tmp_path / "s.dcm", blobs(), grid))
+        check(found, blobs(), grid)
+        raster = found.structures[0].rasters[0]
+        assert raster.geometry is not None
+        np.testing.assert_allclose(raster.geometry.affine[:3, :3], affine[:3, :3], atol=1e-6)
+
+    def test_overlapping_segments(self, tmp_path: Path) -> None:
+        masks = {"all": np.ones(GRID.shape, dtype=bool), **blobs()}
+        check(read(write_seg(tmp_path / "s.dcm", masks, GRID)), masks)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_empty_segments_remain(self, tmp_path: Path, kind: Kind) -> None:
+        masks = {"none": np.zeros(GRID.shape, dtype=bool), **blobs()}
+        check(read(write_seg(tmp_path / "s.dcm", masks, GRID, kind=kind)), masks)
+        nothing = {"none": masks["none"]}
+        check(read(write_seg(tmp_path / "s.dcm", nothing, GRID, kind=kind)), nothing)
+
+    def test_binary_in_whole_bytes(self, tmp_path: Path) -> None:
+        check(read(write_seg(tmp_path / "s.dcm", blobs(), GRID, bits=8)), blobs())
+
+    @pytest.mark.parametrize("bits", [8, 16])
+    @pytest.mark.parametrize("padding", [None, 0, 5])
+    def test_label_maps_with_other_background(self, tmp_path: Path, bits: int, padding: int | None) -> None:
+        numbers = [65000, 300] if bits == 16 else [7, 255]
+        path = write_seg(
+            tmp_path / "s.dcm", blobs(), GRID, kind="labelmap", bits=bits, padding=padding, numbers=numbers
+        )
+        check(read(path), blobs())
+
+    def test_a_label_map_that_describes_its_background(self, tmp_path: Path) -> None:
+        def describe(ds: Dataset) -> None:
+            code = Dataset()
+            code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "125040", "DCM", "Background"
+            ds.SegmentSequence[0].SegmentedPropertyTypeCodeSequence = [code]
+
+        first = ~(blobs()["Leber"] | blobs()["Milz – ä"])
+        masks = {"Background": first, **blobs()}
+        arguments: dict[str, Any] = {"kind": "labelmap", "numbers": [0, 1, 2], "sparse": False}
+        check(read(write_seg(tmp_path / "s.dcm", masks, GRID, change=describe, **arguments)), blobs())
+        # What is described as anything else is a segment, 0 or not.
+        check(read(write_seg(tmp_path / "s.dcm", masks, GRID, **arguments)), masks)
+
+    def test_values_without_a_description(self, tmp_path: Path) -> None:
+        def forget(ds: Dataset) -> None:
+            del ds.SegmentSequence[1]
+
+        for kind in KINDS:
+            found = read(write_seg(tmp_path / "s.dcm", blobs(), GRID, kind=kind, change=forget))
+            check(found, dict(zip(["Leber", "segment 2"], blobs().values(), strict=True)))
+            assert found.notes == ("segment 2 has pixels and no description",)
+
+    def test_equal_and_missing_names(self, tmp_path: Path) -> None:
+        def rename(ds: Dataset) -> None:
+            for item, name in zip(ds.SegmentSequence, ["GTV", "GTV", ""], strict=True):
+                item.SegmentLabel = name
+
+        masks = {"a": blobs()["Leber"], "b": blobs()["Milz – ä"], "c": blobs()["Leber"]}
+        found = read(write_seg(tmp_path / "s.dcm", masks, GRID, change=rename))
+        check(found, dict(zip(["GTV (1)", "GTV (2)", "segment 3"], masks.values(), strict=True)))
+
+    @pytest.mark.parametrize(
+        ("threshold", "first"), [(0.5, 5), (0.3, 3), (1.0, 10), (0.51, 6), (0.0, 1), (0.7, 7), (1.1, 11)]
+    )
+    def test_a_share_at_the_threshold_belongs_and_none_does_not(
+        self, tmp_path: Path, threshold: float, first: int
+    ) -> None:
+        shares = np.broadcast_to(np.arange(11) / 10, (1, 2, 11))
+        grid = axial((1, 2, 11), (1, 1, 1))
+        path = write_seg(tmp_path / "s.dcm", {"a": shares}, grid, kind="fractional", whole=10)
+        expected = np.broadcast_to(np.arange(11) >= first, (1, 2, 11))
+        np.testing.assert_array_equal(placed(read(path, threshold).structures[0], grid), expected)
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+    @given(
+        hnp.arrays(np.bool_, hnp.array_shapes(min_dims=3, max_dims=3, max_side=9)),
+        st.sampled_from(KINDS),
+        st.booleans(),
+    )
+    def test_any_volume(self, tmp_path: Path, mask: NDArray[np.bool_], kind: Kind, sparse: bool) -> None:
+        grid = axial((mask.shape[0], mask.shape[1], mask.shape[2]), (2.5, 0.8, 0.7))
+        path = write_seg(tmp_path / "s.dcm", {"a": mask}, grid, kind=kind, sparse=sparse)
+        check(read(path), {"a": mask}, grid)
+
+
+class TestEncodings:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian], ids=lambda s: s.name)
+    def test_native(self, tmp_path: Path, kind: Kind, syntax: UID) -> None:
+        check(read(write_seg(tmp_path / "s.dcm", blobs(), GRID, kind=kind, syntax=syntax)), blobs())
+
+    @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian], ids=lambda s: s.name)
+    def test_without_meta_group(self, tmp_path: Path, syntax: UID) -> None:
+        ds = pydicom.dcmread(write_seg(tmp_path / "s.dcm", blobs(), GRID))
+        (tmp_path / "bare").write_bytes(natively(ds, syntax, meta=False))
+        check(read(tmp_path / "bare"), blobs())
+
+    def test_big_endian_words_are_read_and_bits_refused(self, tmp_path: Path) -> None:
+        ds = pydicom.dcmread(write_seg(tmp_path / "s.dcm", blobs(), GRID, kind="labelmap", bits=16))
+        (tmp_path / "big").write_bytes(natively(ds, ExplicitVRBigEndian))
+        check(read(tmp_path / "big"), blobs())
+        ds = pydicom.dcmread(write_seg(tmp_path / "s.dcm", blobs(), GRID))
+        (tmp_path / "big").write_bytes(natively(ds, ExplicitVRBigEndian))
+        assert "big-endian" in refused(tmp_path / "big")
+
+    @pytest.mark.parametrize(("kind", "bits"), [("binary", 8), ("fractional", 8), ("labelmap", 8), ("labelmap", 16)])
+    @pytest.mark.parametrize(
+        "syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless, DEFLATED_FRAMES], ids=lambda s: s.name
+    )
+    def test_encapsulated(self, tmp_path: Path, kind: Kind, bits: int, syntax: UID) -> None:
+        masks = blobs(LARGER.shape)
+        check(read(write_seg(tmp_path / "s.dcm", masks, LARGER, kind=kind, bits=bits, syntax=syntax)), masks, LARGER)
+
+    def test_single_bits_in_deflated_frames(self, tmp_path: Path) -> None:
+        check(read(write_seg(tmp_path / "s.dcm", blobs(), GRID, syntax=DEFLATED_FRAMES)), blobs())
+
+
+class TestPlaces:
+    def test_by_the_image_where_no_position_is_given(self, tmp_path: Path) -> None:
+        uids = [f"1.2.{n}" for n in range(4)]
+        found = read(write_seg(tmp_path / "s.dcm", blobs(), GRID, placed=False, sop_uids=uids))
+        for structure, mask in zip(found.structures, blobs().values(), strict=True):
+            keys = [SliceKey("uid", uids[k]) for k in range(4) if mask[k].any()]
+            assert [r.slice for r in structure.rasters] == keys
+            assert all(r.geometry is None and r.matrix == (7, 9) for r in structure.rasters)
+
+    def test_without_position_and_image(self, tmp_path: Path) -> None:
+        assert "frame 1 does not say where it lies" in refused(
+            write_seg(tmp_path / "s.dcm", blobs(), GRID, placed=False)
+        )
+
+    def test_a_frame_of_an_image_is_no_slice(self, tmp_path: Path) -> None:
+        def of_a_frame(ds: Dataset) -> None:
+            for group in ds.PerFrameFunctionalGroupsSequence:
+                group.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber = 2
+
+        path = write_seg(tmp_path / "s.dcm", blobs(), GRID, placed=False, sop_uids=["1.2"] * 4, change=of_a_frame)
+        assert "refers to 1 images" in refused(path)
+
+    def test_a_frame_may_have_its_own_orientation_and_spacing(self, tmp_path: Path) -> None:
+        def move(ds: Dataset) -> None:
+            shared = ds.SharedFunctionalGroupsSequence[0]
+            for group in ds.PerFrameFunctionalGroupsSequence:
+                group.PlaneOrientationSequence = shared.PlaneOrientationSequence
+                group.PixelMeasuresSequence = shared.PixelMeasuresSequence
+            ds.SharedFunctionalGroupsSequence = []
+
+        check(read(write_seg(tmp_path / "s.dcm", blobs(), GRID, change=move)), blobs())
+
+    def test_the_only_segment_need_not_be_named(self, tmp_path: Path) -> None:
+        def forget(ds: Dataset) -> None:
+            for group in ds.PerFrameFunctionalGroupsSequence:
+                del group.SegmentIdentificationSequence
+
+        one = {"Leber": blobs()["Leber"]}
+        check(read(write_seg(tmp_path / "s.dcm", one, GRID, change=forget)), one)
+        text = refused(write_seg(tmp_path / "s.dcm", blobs(), GRID, change=forget))
+        assert "frame 1 does not say which of 2 segments" in text
+
+
+def _set(**attributes: Any) -> Callable[[Dataset], None]:
+    def change(ds: Dataset) -> None:
+        for keyword, value in attributes.items():
+            setattr(ds, keyword, value)
+
+    return change
+
+
+def _place(**attributes: Any) -> Callable[[Dataset], None]:
+    def change(ds: Dataset) -> None:
+        group, shared = ds.PerFrameFunctionalGroupsSequence[1], ds.SharedFunctionalGroupsSequence[0]
+        macros = (group.PlanePositionSequence, shared.PlaneOrientationSequence, shared.PixelMeasuresSequence)
+        for keyword, value in attributes.items():
+            next(m[0] for m in macros if keyword in m[0])[keyword].value = value
+
+    return change
+
+
+class TestWhatIsRefused:
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            (_set(NumberOfFrames=6), "functional groups of 5 frames and says it has 6"),
+            (_set(NumberOfFrames=2**31 - 1), "2147483647"),
+            (_set(NumberOfFrames=0), "0 frames of 7 × 9"),
+            (_set(NumberOfFrames=-1), "-1 frames of 7 × 9"),
+            (_set(Rows=65535, Columns=65535), "5 frames of 65535 × 65535"),
+            (_set(Rows=8192, Columns=8192), "40 bytes, and 5 frames of 8192 × 8192 in 1 bits take 41943040"),
+            (_set(Rows=0), "0 × 9"),
+            (_set(Rows=6), "40 bytes, and 5 frames of 6 × 9 in 1 bits take 34"),
+            (_set(BitsAllocated=16), "16 bits: BINARY has one of 1 or 8"),
+            (_set(BitsAllocated=8), "40 bytes, and 5 frames of 7 × 9 in 8 bits take 315"),
+            (_set(SamplesPerPixel=3), "3 samples"),
+            (_set(SegmentationType="PAINTING"), "'PAINTING', not one of BINARY"),
+            (_set(SegmentationType="FRACTIONAL", BitsAllocated=8, PixelData=bytes(316)), "no Maximum Fractional Value"),
+            (_set(DimensionOrganizationType="TILED_FULL"), "tiles"),
+            (_set(PixelData=b""), "no Pixel Data"),
+            (_set(PerFrameFunctionalGroupsSequence=[]), "functional groups of 0 frames"),
+            (_place(ImagePositionPatient=[0, 0, 2e6]), "frame 2: its Image Position Patient is '0.0\\0.0\\2000000.0'"),
+            (_place(ImagePositionPatient=[0, 1]), "frame 2: its Image Position Patient is '0.0\\1.0', not 3 numbers"),
+            (_place(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "frame 1: its Image Orientation Patient"),
+            (_place(ImageOrientationPatient=[0.5, 0, 0, 0, 1, 0]), "not perpendicular units"),
+            (_place(PixelSpacing=[0, 1]), "frame 1: its Pixel Spacing is [0.0, 1.0] mm"),
+            (_place(PixelSpacing=[-1, 1]), "frame 1: its Pixel Spacing is [-1.0, 1.0] mm"),
+        ],
+    )
+    def test_headers_that_cannot_be(self, tmp_path: Path, change: Callable[[Dataset], None], text: str) -> None:
+        assert text in refused(write_seg(tmp_path / "s.dcm", blobs(), GRID, change=change))
+
+    def test_segments_of_one_number(self, tmp_path: Path) -> None:
+        def clash(ds: Dataset) -> None:
+            ds.SegmentSequence[1].SegmentNumber = 1
+
+        assert "no number of its own" in refused(write_seg(tmp_path / "s.dcm", blobs(), GRID, change=clash))
+
+    @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, DEFLATED_FRAMES], ids=lambda s: s.name)
+    @pytest.mark.parametrize("count", [4, 6])
+    def test_encapsulated_frames_that_are_missing_or_too_many(self, tmp_path: Path, syntax: UID, count: int) -> None:
+        def recount(ds: Dataset) -> None:
+            groups = ds.PerFrameFunctionalGroupsSequence
+            ds.PerFrameFunctionalGroupsSequence = [*groups, groups[-1]][:count]
+            ds.NumberOfFrames = count
+
+        path = tmp_path / "s.dcm"
+        refused(write_seg(path, blobs(LARGER.shape), LARGER, bits=8, syntax=syntax, change=recount))
+
+    @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, DEFLATED_FRAMES], ids=lambda s: s.name)
+    def test_encapsulated_frames_of_another_size(self, tmp_path: Path, syntax: UID) -> None:
+        refused(write_seg(tmp_path / "s.dcm", blobs(), GRID, bits=8, syntax=syntax, change=_set(Rows=4000)))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_every_truncation(self, tmp_path: Path, kind: Kind) -> None:
+        one = {"Leber": blobs()["Leber"]}
+        whole = write_seg(tmp_path / "s.dcm", one, GRID, kind=kind).read_bytes()
+        path = tmp_path / "cut.dcm"
+        for length in range(len(whole) - 1):  # the last byte of all fills an odd value up
+            path.write_bytes(whole[:length])
+            refused(path)
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.data(), st.sampled_from([("binary", None), ("labelmap", None), ("fractional", RLELossless)]))
+    def test_damage_is_an_error_of_ours_or_none(
+        self, tmp_path: Path, data: st.DataObject, kind: tuple[Kind, UID | None]
+    ) -> None:
+        path = tmp_path / "s.dcm"
+        write_seg(path, blobs(), GRID, kind=kind[0], syntax=kind[1] or ExplicitVRLittleEndian, sop_uids=list("1234"))
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(content)
+        try:
+            found = read(path)
+        except SegmentationError as exc:
+            assert "\n" not in str(exc)  # noqa: PT017 - damage may be harmless
+        else:
+            for structure in found.structures:
+                assert all(r.mask.any() for r in structure.rasters)
+
+
+def grid_of(image: sitk.Image) -> Geometry:
+    affine = np.eye(4)
+    directions = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    affine[:3, :3] = directions[:, ::-1]
+    affine[:3, 3] = image.GetOrigin()
+    i, j, k = image.GetSize()
+    return Geometry((k, j, i), affine)
+
+
+class TestRealFiles:
+    @pytest.mark.parametrize(
+        ("seg", "nrrds", "segments"),
+        [
+            ("liver.dcm", ["liver_seg.nrrd"], {"Liver": 1}),
+            ("24x38x3/seg/label.seg", ["24x38x3/nrrd/label.nrrd"], {"Liver": 1}),
+            ("23x38x3/seg/label.seg", ["23x38x3/nrrd/label.nrrd"], {"Liver": 1}),
+            ("sparse-labelmap-noppv.dcm", ["sparse_labelmap_noppv_seg.nrrd"], {"Liver": 1}),
+            ("sparse-labelmap-ppv5.dcm", ["sparse_labelmap_ppv5_seg.nrrd"], {"Liver": 1}),
+            (
+                "partial_overlaps.dcm",
+                [f"partial_overlaps-{n}.nrrd" for n in (1, 2, 3)],
+                {"GREEN": 1, "ORANGE": 2, "PURPLE": 3, "LIGHT_BLUE": 4, "DARK_BLUE": 5},
+            ),
+        ],
+    )
+    def test_dcmqi(self, data: Path, seg: str, nrrds: list[str], segments: dict[str, int]) -> None:
+        images = [sitk.ReadImage(str(data / "dcmqi-seg" / name)) for name in nrrds]
+        grid = grid_of(images[0])
+        found = read(data / "dcmqi-seg" / seg)
+        masks = {
+            name: np.any([sitk.GetArrayFromImage(image) == value for image in images], axis=0)
+            for name, value in segments.items()
+        }
+        assert all(mask.any() for mask in masks.values())
+        check(found, masks, grid)
+        assert found.notes == ()
+
+    @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
+    @pytest.mark.parametrize(
+        "name", ["binary", "binary_fractional", "binary_overlap", "binary_single_frame", "true_fractional"]
+    )
+    def test_highdicom(self, data: Path, name: str, threshold: float) -> None:
+        path = data / "highdicom-seg" / f"seg_image_ct_{name}.dcm"
+        ds = pydicom.dcmread(path)
+        pixels = ds.pixel_array.reshape(-1, ds.Rows, ds.Columns)
+        pixels = pixels / ds.MaximumFractionalValue >= threshold if "fractional" in name else pixels > 0
+        found = read(path, threshold)
+        assert [s.name for s in found.structures] == [str(s.SegmentLabel) for s in ds.SegmentSequence]
+        left = {(s.name, r.geometry.origin_mm): r for s in found.structures for r in s.rasters if r.geometry}
+        for frame, group in zip(pixels, ds.PerFrameFunctionalGroupsSequence, strict=True):
+            number = group.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+            x, y, z = (float(v) for v in group.PlanePositionSequence[0].ImagePositionPatient)
+            raster = left.pop((found.structures[number - 1].name, (x, y, z)), None)
+            whole = np.zeros_like(frame, dtype=bool)
+            if raster is not None:
+                rows, columns = raster.mask.shape
+                whole[raster.row : raster.row + rows, raster.column : raster.column + columns] = raster.mask
+                measures = ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+                assert raster.geometry is not None
+                assert raster.geometry.spacing_mm[1:] == pytest.approx([float(v) for v in measures.PixelSpacing])
+            np.testing.assert_array_equal(whole, frame)
+        assert not left
+        assert found.series_uids == (ds.ReferencedSeriesSequence[0].SeriesInstanceUID,)
+        assert found.frame_of_reference_uid == ds.FrameOfReferenceUID
