@@ -272,7 +272,7 @@ def test_what_refers_to_nothing_here_is_reported_and_costs_nothing(tmp_path: Pat
         rows = {Path(r[0]).name: r for r in db.execute("SELECT * FROM segmentations")}
     assert rows["right.dcm"][3] == ct.uid
     assert rows["right.dcm"][1] == "RTSTRUCT"
-    assert rows["slice.dcm"][4].startswith("CT Image Storage is no segmentation")
+    assert rows["slice.dcm"][4].startswith("CT Image Storage cannot be read as a segmentation")
     assert "a legend only" in rows["legend.txt"][4]
 
 
@@ -340,8 +340,9 @@ def test_one_text_file_per_slice_by_number_z_or_uid(tmp_path: Path, ct: Ct, out:
 
 
 def test_slice_numbers_that_may_mean_two_things_are_refused_with_the_options_that_settle_it(
-    tmp_path: Path, ct: Ct, out: Path
+    tmp_path: Path, out: Path
 ) -> None:
+    Ct(tmp_path / "dicom" / "p")
     lines = ["slice x y"] + [
         f"{k} {x} {y}" for k in (1, 2, 3) for x, y in ((4.5, 4.5), (9.5, 4.5), (9.5, 9.5), (4.5, 9.5))
     ]
@@ -395,12 +396,12 @@ def test_text_goes_to_the_series_its_path_points_to(tmp_path: Path) -> None:
 
 def test_what_is_left_out_of_a_segmentation_is_named(tmp_path: Path, ct: Ct, out: Path) -> None:
     # Trap 40: by position, with half a slice of tolerance.
-    near = square(2) + [0, 0, 0.9]  # slices are 2 mm apart
-    between = square(4) + [0, 0, 1.0 + 0.1]
+    near = square(2) + np.array([0, 0, 0.9])  # slices are 2 mm apart
+    between = square(4) + np.array([0, 0, 1.0 + 0.1])
     slanting = square(3)
     slanting[:2, 2] += 2.5
     rois = {
-        "found": [near, square(3), square(9), square(-1) - [0, 0, 5]],
+        "found": [near, square(3), square(9), square(-1) - np.array([0, 0, 5])],
         "rounded": [between],
         "slanting": [slanting, square(5, right=8)],
         "empty": [],
@@ -423,7 +424,7 @@ def test_what_is_left_out_of_a_segmentation_is_named(tmp_path: Path, ct: Ct, out
 
 def test_of_contours_closer_together_than_slices_the_nearest_is_taken(tmp_path: Path, ct: Ct, out: Path) -> None:
     # By parity, two squares drawn at 0.4 and 0.8 mm beside one slice would erase each other.
-    fine = [square(2) + [0, 0, dz] for dz in (-0.8, -0.4, 0.0, 0.4, 0.8)]
+    fine = [square(2) + np.array([0, 0, dz]) for dz in (-0.8, -0.4, 0.0, 0.4, 0.8)]
     run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct, fine=fine))
     np.testing.assert_array_equal(
         volume(out / run.results[0].folder / "labels"), box(range(2, 3), slice(5, 10), slice(5, 10))
@@ -471,8 +472,8 @@ def test_a_tilted_series_is_outlined_where_its_slices_lie(tmp_path: Path, out: P
         index = np.argwhere(labels)
         points = index @ affine[:3, :3].T + affine[:3, 3]
         assert len(points) == 75
-        np.testing.assert_allclose(points.min(axis=0), np.array(ORIGIN_MM) + [5, 5, 2], atol=1e-6)
-        np.testing.assert_allclose(points.max(axis=0), np.array(ORIGIN_MM) + [9, 9, 6], atol=1e-6)
+        np.testing.assert_allclose(points.min(axis=0), np.array(ORIGIN_MM) + np.array([5, 5, 2]), atol=1e-6)
+        np.testing.assert_allclose(points.max(axis=0), np.array(ORIGIN_MM) + np.array([9, 9, 6]), atol=1e-6)
 
 
 def test_a_seg_on_a_coarser_grid_is_looked_up_by_position(tmp_path: Path, ct: Ct, out: Path) -> None:
