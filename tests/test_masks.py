@@ -412,8 +412,8 @@ def test_what_is_left_out_of_a_segmentation_is_named(tmp_path: Path, ct: Ct, out
     notes = " | ".join(run.results[0].warnings)
     assert "found: 2 parts lie on no slice of the series" in notes
     assert "slanting: 1 parts lie across slices" in notes
-    assert "empty is empty" in notes
-    assert "small covers no voxel" in notes
+    assert "empty: it is empty" in notes
+    assert "small: it covers no voxel" in notes
     by_name = {label["name"]: label for label in sidecar(run, out)["labels"]}
     assert set(by_name) == {"found", "rounded", "slanting", "small"}
     labels = volume(out / run.results[0].folder / "labels")
@@ -438,7 +438,7 @@ def test_a_label_that_resampling_loses_is_named(tmp_path: Path, ct: Ct) -> None:
     run = convert(
         tmp_path, rtstruct(tmp_path / "rs.dcm", ct, dot=dot, left=RIGHT), Recipe(spacing_mm=(2, 5, 5), size=None)
     )
-    assert "dot of its 1 voxels none is left" in " ".join(run.results[0].warnings)
+    assert "dot: of its 1 voxels none is left" in " ".join(run.results[0].warnings)
     labels = {label["name"]: label for label in run.results[0].labels or ()}
     assert (labels["dot"]["source_voxels"], labels["dot"]["voxels"]) == (1, 0)
     assert labels["left"]["voxels"] > 0

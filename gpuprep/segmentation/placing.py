@@ -103,7 +103,7 @@ def place(segmentation: Segmentation, stack: Stack, reading: Reading) -> tuple[l
     notes = list(segmentation.notes)
     for structure in segmentation.structures:
         if not structure.contours and not structure.rasters:
-            notes.append(f"{printable(structure.name)} is empty")
+            notes.append(f"{printable(structure.name)}: it is empty")
             continue
         one, more = _placed(structure, slices, segmentation.path)
         placed.append(one)
