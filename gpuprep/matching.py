@@ -15,6 +15,7 @@ from gpuprep.errors import NotASegmentationError, RequestError, SegmentationErro
 from gpuprep.layout import absolute
 from gpuprep.segmentation.contours import Plane, Reading
 from gpuprep.segmentation.placing import group_paths
+from gpuprep.segmentation.recognition import UNKNOWN_TEXT
 from gpuprep.segmentation.wishes import Masks
 from gpuprep.series import Series
 from gpuprep.text import printable
@@ -24,7 +25,9 @@ log = logging.getLogger(__name__)
 _UID = re.compile(r"(?<![0-9.])[0-2](?:\.[0-9]+){3,}(?![0-9])")
 
 NOT_ONE = NotASegmentationError.code
-"""Of the error for files that are something else."""
+"""Of the error for files that are known to be something else."""
+NONE = (NOT_ONE, UNKNOWN_TEXT)
+"""Of files that are given to no series."""
 
 HOW = "say which with gpuprep mask FILE --series DICOM_DIR"
 
@@ -144,14 +147,14 @@ def match(
         Whether people said that all of them are meant for the one series there is.
     """
     if alone and len(cohort) == 1:
-        readable = tuple(g for g in found if g.code != NOT_ONE)
-        others = tuple((g, g.error) for g in found if g.code == NOT_ONE)
+        readable = tuple(g for g in found if g.code not in NONE)
+        others = tuple((g, g.error) for g in found if g.code in NONE)
         return Match({cohort[0].key: readable} if readable else {}, others)
     known = _Known(cohort, roots, inputs)
     by_key: dict[str, list[Glimpse]] = defaultdict(list)
     unmatched: list[tuple[Glimpse, str]] = []
     for g in found:
-        if g.code == NOT_ONE:
+        if g.code in NONE:
             unmatched.append((g, g.error))
             continue
         series, reason = (

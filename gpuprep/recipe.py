@@ -131,7 +131,8 @@ class Recipe:
     @property
     def rules(self) -> Rules:
         """What stacking has to know of the recipe."""
-        return Rules(**{f.name: getattr(self, f.name) for f in fields(Rules)})
+        rules = Rules(**{f.name: getattr(self, f.name) for f in fields(Rules)})
+        return rules if self.image else replace(rules, assume_hu=True)  # masks do not look at values
 
     @classmethod
     def preset(cls, name: str) -> Recipe:

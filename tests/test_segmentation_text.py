@@ -83,19 +83,17 @@ def truth(imagej: Path) -> NDArray[np.bool_]:
     return mask
 
 
-@pytest.mark.parametrize(
-    ("file", "frame", "spacing"),
-    [("uncalibrated_px", "pixel", 1.0), ("calibrated_mm", "corner", 0.703125)],
-)
+@pytest.mark.parametrize(("file", "frame"), [("uncalibrated_px", "pixel"), ("calibrated_mm", "corner")])
 def test_outlines_of_imagej_fill_as_imagej_fills_them(
-    imagej: Path, truth: NDArray[np.bool_], file: str, frame: str, spacing: float
+    imagej: Path, truth: NDArray[np.bool_], file: str, frame: str
 ) -> None:
     found = read_segmentation(imagej / f"lidc0001_z-125_xy_{file}.txt", plane=PLANE)
     (structure,) = found.structures
     (contour,) = structure.contours
     assert (structure.name, contour.slice) == (f"lidc0001_xy_{file}", SliceKey("z", -125.0))
     assert (contour.frame, len(contour.points), found.per_slice) == (frame, 76, True)
-    points = contour.points if frame == "pixel" else contour.points / spacing - 0.5
+    # Millimetres are written with four decimals; the corners of pixels, which ImageJ's outlines follow, are whole.
+    points = contour.points if frame == "pixel" else np.rint(contour.points / 0.703125) - 0.5
     assert np.array_equal(filled([points], (512, 512)), truth)
 
 
@@ -139,7 +137,7 @@ def test_round_trip_of_outlines(
     opened: Open, outline: list[tuple[int, int]], between: str, end: str, before: str
 ) -> None:
     text = (before + "".join(f"{x}{between}{y}  \n" for x, y in outline)).replace("\n", end)
-    (structure,) = opened(text).structures
+    (structure,) = opened(text, text_format="imagej-xy").structures  # by chance it could run like a list of pixels
     (contour,) = structure.contours
     assert (contour.points + 0.5).tolist() == [list(p) for p in outline]
     assert (structure.name, contour.frame, contour.slice) == ("liver", "pixel", SliceKey("number", 12))
@@ -179,9 +177,9 @@ def test_round_trip_of_text_images(opened: Open, seed: int, columns: int, rows: 
     found = opened(text, Plane(rows, columns, (1.0, 1.0)))
     assert found.format == "ImageJ text image"
     values = np.unique(labels[labels > 0]).tolist()
-    names = [str(v) for v in values] if len(values) > 1 else ["liver"]
+    names = ["liver"] if values == [1] else [str(v) for v in values]
     assert [s.name for s in found.structures] == names
-    for value, structure in zip(values, found.structures, strict=False):
+    for value, structure in zip(values, found.structures, strict=True):
         assert np.array_equal(placed(structure.rasters[0], labels.shape), labels == value)
         assert structure.rasters[0].matrix == (rows, columns)
 
@@ -230,10 +228,7 @@ def test_what_a_table_of_numbers_is(
     opened: Open, text: str, format_: str, frame: str, slices: list[float | None]
 ) -> None:
     text = "\n".join(line for line in text.split("\n") if len(line.split()) != 1 or "," in line or ";" in line)
-    if text[0] != "a":
-        assert recognise(text, "a", Reading(), None).format == format_
-    else:
-        pytest.importorskip("gpuprep.segmentation.cxt")
+    assert recognise(text, "a", Reading(), None).format == format_
     found = opened(text)
     contours = [c for s in found.structures for c in s.contours]
     assert [c.frame for c in contours] == [frame] * len(slices)
@@ -245,7 +240,20 @@ def test_a_list_of_pixels_is_told_from_points(opened: Open) -> None:
     found = opened(pixels)
     assert (found.format, found.structures[0].name) == ("ImageJ pixel list", "liver")
     (raster,) = found.structures[0].rasters
-    assert (raster.row, raster.column, raster.mask.shape, raster.mask.all()) == (4, 3, (3, 6), True)
+    assert (raster.row, raster.column) == (4, 3)
+    assert raster.mask.tolist() == [[True] * 6] * 3
+
+
+@pytest.mark.parametrize("columns", ["xy", "yx", "xyz", "zyx", "zxy", "yxv", "zyxv", "yxz"])
+def test_a_list_of_pixels_is_never_an_outline(opened: Open, columns: str) -> None:
+    """As `numpy.argwhere` gives them, whatever the order of columns: in rows of 1 to 5 pixels."""
+    rows = [(4, 6, 7), (5, 5, 8), (6, 4, 9), (7, 6, 7)]
+    slices = (2, 3) if "z" in columns else (2,)
+    pixels = [{"x": x, "y": y, "z": z, "v": 1} for z in slices for y, *ends in rows for x in range(*ends)]
+    text = "".join(" ".join(str(p[c]) for c in columns) + "\n" for p in pixels)
+    assert refusal(opened, text).startswith("lists the pixels of an area, not an outline")
+    (structure,) = opened("y x value\n4 3 1\n4 4 1\n5 3 1\n", text_format="imagej-values").structures
+    assert structure.rasters[0].mask.tolist() == [[True, True], [True, False]]
 
 
 def test_intensities_of_a_selection_are_its_pixels(opened: Open) -> None:
@@ -305,12 +313,10 @@ def test_what_is_no_contour_is_refused_by_name(opened: Open, text: str | bytes, 
 
 
 def test_a_header_of_boxes_is_refused(opened: Open) -> None:
-    pytest.importorskip("gpuprep.segmentation.cxt")
     assert "boxes" in refusal(opened, "xmin,ymin,xmax,ymax\n1,2,3,4\n")
 
 
 def test_prose_is_refused_and_not_repeated(opened: Open) -> None:
-    pytest.importorskip("gpuprep.segmentation.cxt")
     message = refusal(opened, "Patient: Jane Roe, born 1950\n1 2\n3 4\n5 5\n")
     assert "no known kind" in message
     assert "Jane" not in message
@@ -322,7 +328,7 @@ def test_prose_is_refused_and_not_repeated(opened: Open) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (SQUARE.replace("30\t40", "30\tx40"), "line 3, column 4: 'x40' is no number"),
+        (SQUARE.replace("30\t40", "30\tx40"), "line 3, column 4: a word is no number"),
         (SQUARE.replace("30\t40", "nan 40"), "line 3, column 1: 'nan' is no number"),
         (SQUARE.replace("30\t40", "30 -inf"), "line 3, column 4: '-inf' is no number"),
         (SQUARE.replace("30\t40", "1e400 40"), "line 3, column 1: '1e400' is beyond"),
@@ -342,7 +348,7 @@ def test_prose_is_refused_and_not_repeated(opened: Open) -> None:
         ("1 2 3 4 5 6\n\n1 2 3 4 5 6 7 8 1e99\n", "line 3, column 17: '1e99' is beyond"),
         ("0 0 0 0 0 0 0\n0 0 1 1 0 0 0\n0 0 1 1 0 0\n", "line 3: 6 numbers, where line 1 has 7"),
         ("0 0 0 0 0 0 0\n0 0 1 l 0 0 0\n", "line 2, column 7: 'l' is no number"),
-        ("1 1 5\n2 1 5\n3 1 five\n", "line 3, column 5: 'five' is no number"),
+        ("1 1 5\n2 1 5\n3 1 five\n", "line 3, column 5: a word is no number"),
         ("", "is empty"),
         (b"", "is empty"),
         ("\ufeff\r\n \t\r\n", "is empty"),
@@ -387,7 +393,6 @@ def test_arbitrary_numbers_raise_nothing_else(opened: Open, text: str) -> None:
 @reused
 @given(st.one_of(st.text(max_size=60), st.text(alphabet='xyz\n 01"#/slice,', max_size=60)))
 def test_arbitrary_text_raises_nothing_else(opened: Open, text: str) -> None:
-    pytest.importorskip("gpuprep.segmentation.cxt")
     found = outcome(opened, text.encode("utf-8", "replace"))
     assert isinstance(found, Segmentation) or found.isprintable()
 
@@ -395,7 +400,6 @@ def test_arbitrary_text_raises_nothing_else(opened: Open, text: str) -> None:
 @reused
 @given(st.binary(max_size=60).filter(lambda b: b"\0" not in b[:4]))
 def test_arbitrary_bytes_raise_nothing_else(opened: Open, data: bytes) -> None:
-    pytest.importorskip("gpuprep.segmentation.cxt")
     found = outcome(opened, data)
     assert isinstance(found, Segmentation) or found.isprintable()
 
@@ -422,10 +426,27 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 # Units and pixels.
 
 
-def test_pixels_of_matlab_are_centres_counted_from_1(opened: Open) -> None:
-    assert opened(SQUARE, index_base=1).structures[0].contours[0].points[0].tolist() == [9, 19]
-    assert opened(SQUARE, index_base=0).structures[0].contours[0].points[0].tolist() == [10, 20]
+def test_two_columns_may_count_centres_of_pixels_and_from_1(opened: Open) -> None:
+    points = {base: opened(SQUARE, text_format="points", index_base=base) for base in (None, 0, 1)}
+    first = {base: s.structures[0].contours[0].points[0].tolist() for base, s in points.items()}
+    assert first == {None: [10, 20], 0: [10, 20], 1: [9, 19]}
+    # ImageJ's are corners, whatever slices are counted from.
+    assert opened(SQUARE, index_base=1).structures[0].contours[0].points[0].tolist() == [9.5, 19.5]
     assert opened(SQUARE).structures[0].contours[0].points[0].tolist() == [9.5, 19.5]
+
+
+@pytest.mark.parametrize("text", [SQUARE.replace("10", "-120"), "slice x y\n3 -120 5\n3 -100 5\n3 -100 9\n"])
+def test_coordinates_of_the_patient_are_not_taken_for_pixels(opened: Open, text: str) -> None:
+    assert "-120 lies before the slice" in refusal(opened, text, text_format="points" if "slice" in text else None)
+    assert len(opened(text, text_format="points" if "slice" in text else None, units="px").structures) == 1
+
+
+def test_a_label_alone_in_its_slice_keeps_its_number_but_a_mask_has_the_name_of_its_file(opened: Open) -> None:
+    for label, name in ((1, "liver"), (255, "liver"), (2, "2")):
+        text = "0 0 0 0 0 0\n" * 2 + f"0 0 {label} 0 0 0\n"
+        assert [s.name for s in opened(text).structures] == [name]
+    empty = opened("0 0 0 0 0 0\n" * 2)
+    assert (empty.structures, empty.notes) == ((), ("nothing is painted: every value is 0",))
 
 
 def test_centimetres_are_ten_millimetres(opened: Open) -> None:
@@ -443,7 +464,6 @@ def test_units_are_told_by_what_lies_in_the_slice(opened: Open) -> None:
 
 
 def test_units_of_the_header_and_of_the_option_have_to_agree(opened: Open) -> None:
-    pytest.importorskip("gpuprep.segmentation.cxt")
     assert "header says mm" in refusal(opened, "x_mm y_mm\n1 2\n3 4\n5 5\n", units="px")
 
 
@@ -519,7 +539,7 @@ def test_where_the_slice_stands_can_be_said() -> None:
     assert slice_and_structure("lesion_-125.5.txt", "z") == (SliceKey("z", -125.5), "lesion")
     for slice_from in ("uid", "column", "z", "name"):
         with pytest.raises(SegmentationError, match=f"--slice-from {slice_from}"):
-            slice_and_structure("lesion.txt", slice_from)  # type: ignore[arg-type]
+            slice_and_structure("lesion.txt", slice_from)
 
 
 def test_a_format_that_was_said_has_to_fit(opened: Open) -> None:

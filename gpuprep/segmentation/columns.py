@@ -38,6 +38,10 @@ LONGEST_LIST = 64
 """Distinct values up to which a list of pixels can be one of labels."""
 
 
+SHORTEST_LIST = 6
+"""Lines from which on points that run row by row are no outline by any chance."""
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """What each column holds, one of `ROLES`; by what that was found; the units, where the header says them."""
@@ -64,7 +68,7 @@ def named(header: tuple[str, ...], labelled: bool) -> Columns:
     names = [name.lower() for name in header]
     if sum(bool(_BOX.match(_MARKS.sub("_", name))) for name in names) >= 2:
         raise SegmentationError(
-            "line 1 names the corners of boxes: boxes around things, not contours, which gpuprep does not read"
+            "its header names the corners of boxes: boxes around things, not contours, which gpuprep does not read"
         )
     units: set[Units] = set()
     roles: list[str] = []
@@ -158,6 +162,18 @@ def steady(column: NDArray[np.float64], *, whole_only: bool = True) -> bool:
 def is_whole(values: NDArray[np.float64]) -> bool:
     """Return whether all are whole numbers."""
     return bool((values == np.rint(values)).all())
+
+
+def check_outlines(grid: NDArray[np.float64]) -> None:
+    """Raise where points run like the pixels of an area, whatever the order of columns: they are no outline."""
+    orders = [(0, 1), (1, 0), (0, 1, 2), (1, 0, 2), (2, 1, 0), (1, 2, 0)]
+    if len(grid) >= SHORTEST_LIST and any(
+        is_scan(grid[:, order], len(order)) for order in orders if max(order) < grid.shape[1]
+    ):
+        raise SegmentationError(
+            "lists the pixels of an area, not an outline: name the columns in a first line, as in 'x y z value', "
+            "and add a value of 1 where there is none"
+        )
 
 
 def is_scan(grid: NDArray[np.float64], depth: int) -> bool:

@@ -30,6 +30,7 @@ _FOREIGN = re.compile(r"[^0-9eE+\-.,; \t\n]")
 _WORD = re.compile(r"[^ \t,;\n]+")
 _LABEL = re.compile(r'[ \t]*("[^"\n]*"|[^\W\d][^ \t,;\n]*)[ \t]*[,;]?')
 _NO_LABEL = re.compile(r"(?i)nan|inf|infinity|e[+-]?[0-9]+")
+_LIKE_NUMBER = re.compile(r"(?i)[-+.\d]|nan$|inf(inity)?$")
 _EMPTY_FIELD = re.compile(r"(?m)^[ \t]*[,;]|[,;][ \t]*[,;]")
 _TIGHT_COMMA = re.compile(r"[0-9],[0-9]")
 _OTHER_SEPARATOR = re.compile(r"[0-9](?:[ \t]+|[ \t]*;[ \t]*)[-+.0-9]")
@@ -219,7 +220,9 @@ def _converted(data: bytes, count: int) -> NDArray[np.float64] | None:
 def _no_number(text: str, line: int = 0) -> SegmentationError:
     """Return the error for the first word of a text that is no number; the line of its beginning is counted from 0."""
     bad = next(word for word in _WORD.finditer(text) if not NUMBER.fullmatch(word[0]))
-    return SegmentationError(f"{_where(text, bad.start(), line)}: {quoted(bad[0])} is no number")
+    # A word that does not look like one may be from a report, with the name of a patient: it is not repeated.
+    shown = quoted(bad[0]) if _LIKE_NUMBER.match(bad[0]) or len(bad[0]) <= 2 else "a word"
+    return SegmentationError(f"{_where(text, bad.start(), line)}: {shown} is no number")
 
 
 def _word(text: str, at: int) -> str:

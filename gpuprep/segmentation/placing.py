@@ -27,6 +27,9 @@ HALF_LAYER = 0.5 + 1e-3
 SAME_PLANE = 0.1
 """Layers within which parts of a structure lie in one plane."""
 
+CORNERS = 1024
+"""Parts of a pixel to which coordinates are rounded that were written in millimetres and stood for pixels."""
+
 WHOLE = 0.01
 """Pixels by which a painted plane may lie beside the pixels of a slice and still be copied, not sampled."""
 
@@ -264,7 +267,8 @@ def _in_pixels(contour: Contour, slices: _Slices) -> NDArray[np.float64]:
     """Return the points of a contour that knows its slice, as (column, row)."""
     points = contour.points
     if contour.frame == "corner":
-        points = points / np.array(slices.spacing_mm[:0:-1]) - 0.5
+        # Four decimals of a millimetre: corners of pixels have to be corners again, or what touches a centre is chance.
+        points = np.rint(points / np.array(slices.spacing_mm[:0:-1]) * CORNERS) / CORNERS - 0.5
     rows, columns = slices.matrix
     low, high = points.min(axis=0), points.max(axis=0)
     if (

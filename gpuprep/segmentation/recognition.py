@@ -51,6 +51,9 @@ FORMATS = {
 }
 """All that can be read, by what ``--text-format`` calls them."""
 
+UNKNOWN_TEXT = "mask-unknown"
+"""Code of the error for text that may be anything."""
+
 HEAD = 65536
 """Characters at the beginning in which a text says what it is, if it does."""
 
@@ -162,8 +165,9 @@ def _check_first_line(text: str, name: str) -> None:
     numbers = [word for word in words if NUMBER.fullmatch(word)]
     if len(numbers) < 2 and not names & {"x", "y", "xmin", "ymin", "xcoord", "ycoord", "col", "column", "row"}:
         # Nothing of it is repeated: it may be a report, with the name of a patient.
-        raise SegmentationError(
-            f"is no known kind of segmentation text: {quoted(name)} begins with no coordinates and no names of them"
+        raise NotASegmentationError(
+            f"is no known kind of segmentation text: {quoted(name)} begins with no coordinates and no names of them",
+            UNKNOWN_TEXT,
         )
 
 
@@ -184,12 +188,13 @@ def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognis
     if not table.labels:
         if width == 1:
             raise SegmentationError("one number in every line: coordinates take two at least")
+        if width in (3, 4) and columns.is_scan(grid, width - 1):
+            return Recognised("imagej-values", "pixels with values, row by row", table, _pixels(width))
+        columns.check_outlines(grid)
         if width == 2:
             return Recognised("imagej-xy", "two numbers in every line", table, Columns(("x", "y"), ""))
         if width == 5 and columns.is_whole(grid[:, 0]) and grid[:, 1:].min() >= 0 and grid[:, 1:].max() <= 1:
             raise NotASegmentationError("holds YOLO detections (class, centre and size): boxes, not contours")
-        if width < 5 and columns.is_scan(grid, width - 1):
-            return Recognised("imagej-values", "pixels with values, row by row", table, _pixels(width))
     if found_points := columns.of_points(table, reading, plane):
         return Recognised("points", found_points.why, table, found_points)
     if width == 4 and bool((grid[:, :2] < grid[:, 2:]).all()):
@@ -265,7 +270,7 @@ def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None
     """Return the columns of a table whose format was said; raise if it cannot be that."""
     if forced in ("polygons", "imagej-text-image"):
         if table.header:
-            raise SegmentationError(f"line 1 names columns, which --text-format {forced} has none of")
+            raise SegmentationError(f"its header names columns, which --text-format {forced} has none of")
         return NO_ROLES
     if table.header:
         found = columns.named(table.header, table.labels is not None)
@@ -277,8 +282,9 @@ def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None
             fits["imagej-xy"] = Columns(("x", "y"), "")
         if width in (3, 4):
             fits["imagej-values"] = _pixels(width)
-        if forced == "points" and not (width == 2 and table.labels is None):
-            fits["points"] = columns.of_points(table, reading, plane)
+        if forced == "points":
+            bare = width == 2 and table.labels is None
+            fits["points"] = Columns(("x", "y"), "") if bare else columns.of_points(table, reading, plane)
         chosen = fits[forced]
         if chosen is None:
             raise SegmentationError(

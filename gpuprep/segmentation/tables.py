@@ -1,8 +1,8 @@
 """Tables of numbers to structures: outlines, points, polygons, lists of pixels, images of labels.
 
 Where pixels are meant, the centre of the first one is at (0, 0), or at (1, 1) with ``--index-base 1``; but in an
-``imagej-xy`` it is at (0.5, 0.5), as ImageJ counts from the corner of the image, unless ``--index-base`` is given: that
-says that whole numbers are pixels. Fractions of a slice (YOLO) count from its corner too.
+``imagej-xy`` it is at (0.5, 0.5), as ImageJ counts from the corner of the image. Two columns that count centres of
+pixels are ``--text-format points``. Fractions of a slice (YOLO) count from its corner too.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from gpuprep.segmentation.contours import (
     Reading,
     Segmentation,
     SliceKey,
+    Units,
     painted,
 )
 from gpuprep.segmentation.names import slice_and_structure, stem
-from gpuprep.segmentation.numbers import Table, numbered
+from gpuprep.segmentation.numbers import FARTHEST, Table, numbered
 from gpuprep.segmentation.recognition import FORMATS, MOST_LABELS, Recognised
 from gpuprep.text import printable
 
 MOST_CELLS = 2**30
 """Pixels of all rectangles around the pixels of one list. More come from pixels strewn about."""
+
+EMPTY = "nothing is painted: every value is 0"
 
 NO_AREA = "of fewer than 3 points, which have no area"
 
@@ -84,13 +87,11 @@ def _outline(source: _Source) -> _Result:
     table, reading = source.table, source.reading
     roles = source.columns.roles
     points = table.grid()[:, [roles.index("x"), roles.index("y")]]
-    unit = units.said(reading, source.columns) or units.of_outline(points, table.pointed, source.plane)
+    said = units.said(reading, source.columns)
+    _check_not_patient(points, said)
+    unit = said or units.of_outline(points, table.pointed, source.plane)
     frame: Frame = "pixel" if unit == "px" else "corner"
-    if unit == "cm":
-        points = points * 10
-    elif unit == "px":
-        by_index = reading.index_base is not None and is_whole(points)
-        points = points - (reading.index_base if by_index and reading.index_base is not None else 0.5)
+    points = _in_mm(points, unit) if frame == "corner" else points - 0.5
     key, name = slice_and_structure(source.path, reading.slice_from)
     return _collected(source, [(name, key)], points, np.flatnonzero(table.apart), frame, closing=False), True
 
@@ -109,21 +110,22 @@ def _points(source: _Source) -> _Result:
     if "z" in of:
         xyz = np.stack([of["x"], of["y"], of["z"]], axis=1)
         if (unit or units.of_points(xyz, source.plane)) != "px":
-            frame, points, keys = "patient", xyz * (10 if unit == "cm" else 1), None
-        elif reading.slice_from == "z" or not is_whole(of["z"]):
-            if reading.slice_from != "z":
-                raise SegmentationError("x and y are pixels, but z counts no slices: say --slice-from z if it is in mm")
+            frame, points, keys = "patient", _in_mm(xyz, unit), None
+        elif reading.slice_from == "z":
             by = "z"
-    elif unit in ("mm", "cm"):
-        if keys is not None:
-            raise SegmentationError(
-                "mm with a number of the slice: in mm it takes x, y and z; say --units px for pixels"
-            )
-        frame, points = "corner", xy * (10 if unit == "cm" else 1)
+    else:
+        _check_not_patient(xy, unit)
+        if unit in ("mm", "cm"):
+            if keys is not None:
+                raise SegmentationError(
+                    "mm with a number of the slice: in mm it takes x, y, z; say --units px for pixels"
+                )
+            frame, points = "corner", _in_mm(xy, unit)
     if keys is not None and by == "number":
         if not is_whole(keys) or keys.min() < 0:
             bad = int(np.argmax((keys != np.rint(keys)) | (keys < 0)))
-            raise SegmentationError(f"line {table.lines[bad]}: slice {keys[bad]:g} is no number of a slice")
+            hint = ": say --slice-from z if it is in mm" if "z" in of else ""
+            raise SegmentationError(f"line {table.lines[bad]}: {keys[bad]:g} is no number of a slice{hint}")
         if reading.slice_from not in (None, "column"):
             raise SegmentationError(f"--slice-from {reading.slice_from}: a column says the slice; leave the option out")
 
@@ -251,9 +253,11 @@ def _polygons(source: _Source) -> _Result:
             raise SegmentationError("its coordinates are fractions of a slice, of which the size is not known here")
         points = points * [plane.columns, plane.rows] - 0.5
     elif unit in ("mm", "cm"):
-        frame, points = "corner", points * (10 if unit == "cm" else 1)
+        frame, points = "corner", _in_mm(points, unit)
     else:
         points = points - (reading.index_base or 0)
+    if not fractions:
+        _check_not_patient(points, unit)
     key, name = slice_and_structure(source.path, reading.slice_from)
     ends = np.cumsum((counts - odd) // 2).tolist()
     for n, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -319,9 +323,9 @@ def _pixel_list(source: _Source) -> _Result:
             raise SegmentationError("its pixels are strewn all over the slices: damaged, or no list of pixels")
         mask = np.zeros(shape, dtype=bool)
         mask[y[part] - top, x[part] - left] = True
-        source.found.add(name if len(labels) == 1 else f"{value:g}", Raster(mask, top, left, None, key))
+        source.found.add(_label_name(value, labels, name, whole_series=depth in of), Raster(mask, top, left, None, key))
     if not labels:
-        source.found.declare(name)
+        notes = (EMPTY,)
     return notes, depth not in of
 
 
@@ -363,10 +367,35 @@ def _text_image(source: _Source) -> _Result:
     key, name = slice_and_structure(source.path, reading.slice_from)
     for label in labels:
         if (raster := painted(grid == label, key)) is not None:
-            source.found.add(name if len(labels) == 1 else f"{label:g}", raster)
-    if not labels:
-        source.found.declare(name)
-    return (), True
+            source.found.add(_label_name(label, labels, name, whole_series=False), raster)
+    return () if labels else (EMPTY,), True
+
+
+def _label_name(label: float, labels: list[float], name: str, *, whole_series: bool) -> str:
+    """Return the name of a structure: the file's, or the label where there are several.
+
+    Of one slice there may be others in other slices, and one alone may be any of them; only 1 and 255 are what masks
+    consist of.
+    """
+    alone = len(labels) == 1 and (whole_series or label in (1, 255))
+    return name if alone else f"{label:g}"
+
+
+def _in_mm(points: NDArray[np.float64], unit: Units | None) -> NDArray[np.float64]:
+    if unit != "cm":
+        return points
+    if np.abs(points).max() * 10 > FARTHEST:
+        raise SegmentationError(f"a coordinate of {np.abs(points).max():g} cm is in no patient: leave --units cm out")
+    return points * 10
+
+
+def _check_not_patient(points: NDArray[np.float64], said: Units | None) -> None:
+    """Raise where coordinates in a slice lie well before its first pixel, unless somebody says that they are pixels."""
+    if said != "px" and points.min() < -1:
+        raise SegmentationError(
+            f"a coordinate of {points.min():g} lies before the slice: in the patient it takes x, y and z; "
+            "for pixels that lie outside, say --units px"
+        )
 
 
 _READERS: dict[str, Callable[[_Source], _Result]] = {
