@@ -220,7 +220,7 @@ def _put_pixels(ds: Dataset, stack: NDArray[Any], bits: int, syntax: UID) -> Non
         ds.file_meta.TransferSyntaxUID = JPEG2000Lossless  # pydicom does not know the true one
         ds["PixelData"] = pydicom.DataElement(0x7FE0_0010, "OB", encapsulate(streams), is_undefined_length=True)
     elif syntax.is_encapsulated:
-        ds.compress(syntax, encoding_plugin=ENCODERS[syntax])
+        ds.compress(syntax, encoding_plugin=ENCODERS[syntax], generate_instance_uid=False)
     else:
         ds.file_meta.TransferSyntaxUID = syntax
 

@@ -196,7 +196,7 @@ class TestWhatIsRefused:
         assert f"ROI 'GTV', contour 2, value {value} of 9: '{shown}' is no coordinate" in text
 
     def test_an_incomplete_point(self, tmp_path: Path) -> None:
-        assert "contour 2: 8 values are not points" in refused(spoilt(tmp_path / "rs.dcm", b"1\\2\\3\\4\\5\\6\\7\\8"))
+        assert "contour 2: 8 values are no points" in refused(spoilt(tmp_path / "rs.dcm", b"1\\2\\3\\4\\5\\6\\7\\8"))
 
     @pytest.mark.parametrize(("data", "count"), [(b"", 0), (b"1\\2\\3\\4\\5\\6", 2)])
     def test_empty_and_short_contour_data_are_noted(self, tmp_path: Path, data: bytes, count: int) -> None:

@@ -30,6 +30,7 @@ from segmentations import DEFLATED_FRAMES, placed, write_seg
 
 from gpuprep.errors import SegmentationError
 from gpuprep.geometry import Geometry
+from gpuprep.segmentation import objects, seg
 from gpuprep.segmentation.contours import Reading, Segmentation, SliceKey
 from gpuprep.segmentation.objects import read_object
 
@@ -365,7 +366,7 @@ def grid_of(image: sitk.Image) -> Geometry:
 
 class TestRealFiles:
     @pytest.mark.parametrize(
-        ("seg", "nrrds", "segments"),
+        ("name", "nrrds", "segments"),
         [
             ("liver.dcm", ["liver_seg.nrrd"], {"Liver": 1}),
             ("24x38x3/seg/label.seg", ["24x38x3/nrrd/label.nrrd"], {"Liver": 1}),
@@ -379,10 +380,10 @@ class TestRealFiles:
             ),
         ],
     )
-    def test_dcmqi(self, data: Path, seg: str, nrrds: list[str], segments: dict[str, int]) -> None:
+    def test_dcmqi(self, data: Path, name: str, nrrds: list[str], segments: dict[str, int]) -> None:
         images = [sitk.ReadImage(str(data / "dcmqi-seg" / name)) for name in nrrds]
         grid = grid_of(images[0])
-        found = read(data / "dcmqi-seg" / seg)
+        found = read(data / "dcmqi-seg" / name)
         masks = {
             name: np.any([sitk.GetArrayFromImage(image) == value for image in images], axis=0)
             for name, value in segments.items()
@@ -418,3 +419,31 @@ class TestRealFiles:
         assert not left
         assert found.series_uids == (ds.ReferencedSeriesSequence[0].SeriesInstanceUID,)
         assert found.frame_of_reference_uid == ds.FrameOfReferenceUID
+
+
+class TestLimits:
+    def test_of_painted_pixels(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        full = {"a": np.ones(GRID.shape, dtype=bool)}
+        path = write_seg(tmp_path / "s.dcm", full, GRID)
+        monkeypatch.setattr(seg, "MOST_PAINTED", 4 * 63)
+        check(read(path), full)
+        monkeypatch.setattr(seg, "MOST_PAINTED", 4 * 63 - 1)
+        assert "more than 251 pixels, up to frame 4" in refused(path)
+
+    def test_of_deflated_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = write_seg(tmp_path / "s.dcm", blobs(), GRID, syntax=DeflatedExplicitVRLittleEndian)
+        monkeypatch.setattr(objects, "MOST_INFLATED_BYTES", 1000)
+        assert "larger than 1000 bytes" in refused(path)
+
+    def test_of_elements(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(objects, "MOST_READS", 1000)
+        (tmp_path / "zeros").write_bytes(bytes(100_000))
+        assert "more than 1000 elements" in refused(tmp_path / "zeros")
+
+    def test_run_lengths_of_single_bits_are_refused(self, tmp_path: Path) -> None:
+        def single(ds: Dataset) -> None:
+            ds.BitsAllocated = ds.BitsStored = 1
+            ds.HighBit = 0
+
+        path = write_seg(tmp_path / "s.dcm", blobs(), GRID, bits=8, syntax=RLELossless, change=single)
+        assert "run lengths of single bits" in refused(path)

@@ -103,15 +103,15 @@ def raw(ds: pydicom.Dataset, keyword: str) -> Any:
         If the element is longer than what is left of the file, or of the sequence it is in.
     """
     element = ds.get_item(TAGS[keyword])
-    if element is None or element.value is None:
-        return None
-    length = getattr(element, "length", UNDEFINED_LENGTH)
-    if isinstance(element.value, bytes) and length not in (UNDEFINED_LENGTH, len(element.value)):
-        raise SegmentationError(
-            f"its {words(keyword)} announces {length} bytes and has {len(element.value)}: the file is cut short or "
-            "damaged; get a whole copy"
-        )
-    return element.value
+    value = None if element is None else element.value
+    if isinstance(value, bytes):
+        length = getattr(element, "length", UNDEFINED_LENGTH)
+        if length not in (len(value), UNDEFINED_LENGTH):
+            raise SegmentationError(
+                f"its {words(keyword)} announces {length} bytes and has {len(value)}: the file is cut short or "
+                "damaged; get a whole copy"
+            )
+    return value
 
 
 def items(ds: pydicom.Dataset, keyword: str) -> Sequence[pydicom.Dataset]:

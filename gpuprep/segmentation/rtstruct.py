@@ -109,12 +109,13 @@ def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images
     """Collect the contours of one ROI; return what there is to say about them."""
     left_out: Counter[str] = Counter()
     miscounted = 0
+    called = f"ROI {shown(structure)}"
     for n, item in enumerate(items(roi, "ContourSequence"), 1):
         kind = text(item, "ContourGeometricType").upper()
         if kind not in CLOSED:
             left_out[kind if kind.replace("_", "").isalpha() and len(kind) <= 16 else "no known type"] += 1
             continue
-        points = _points(raw(item, "ContourData"), f"ROI {shown(structure)}, contour {n}")
+        points = _points(raw(item, "ContourData"), called, n)
         said = text(item, "NumberOfContourPoints")
         miscounted += bool(said) and said != str(len(points))
         if len(points) < 3:
@@ -122,18 +123,18 @@ def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images
             continue
         collector.add(structure, Contour(points, "patient"))
         images.add(item)
-    notes = [f"ROI {shown(structure)}: {count} contours left out: {why}" for why, count in left_out.items()]
+    notes = [f"{called}: {count} contours left out: {why}" for why, count in left_out.items()]
     if miscounted:
-        notes.append(f"ROI {shown(structure)}: {miscounted} contours have not as many points as they say")
+        notes.append(f"{called}: {miscounted} contours have not as many points as they say")
     return notes
 
 
-def _points(data: Any, where: str) -> NDArray[np.float64]:
+def _points(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
     """Return points from the text of *Contour Data*, shape (n, 3)."""
     if data is None:
         return np.empty((0, 3))
     if not isinstance(data, bytes):
-        raise SegmentationError(f"{where}: its Contour Data are no numbers")
+        raise SegmentationError(f"{roi}, contour {contour}: its Contour Data are no numbers")
     data = data.strip(b" \0")
     if not data:
         return np.empty((0, 3))
@@ -141,17 +142,17 @@ def _points(data: Any, where: str) -> NDArray[np.float64]:
     try:
         if data.translate(None, _NUMERIC):
             raise ValueError
-        values = np.array(list(map(float, parts)))
+        values = np.fromiter(map(float, parts), np.float64, len(parts))
         if not (np.abs(values) <= FARTHEST_MM).all():
             raise ValueError
     except ValueError:
         n = next(n for n, part in enumerate(parts) if not _is_coordinate(part))
         raise SegmentationError(
-            f"{where}, value {n + 1} of {len(parts)}: {shown(parts[n].decode('latin-1'))} is no coordinate in mm "
-            f"of at most {FARTHEST_MM:.0f}"
+            f"{roi}, contour {contour}, value {n + 1} of {len(parts)}: {shown(parts[n].decode('latin-1'))} is no "
+            f"coordinate in mm of at most {FARTHEST_MM:.0f}"
         ) from None
     if len(values) % 3:
-        raise SegmentationError(f"{where}: {len(values)} values are not points of x, y and z; the last is incomplete")
+        raise SegmentationError(f"{roi}, contour {contour}: {len(values)} values are no points of x, y and z")
     return values.reshape(-1, 3)
 
 

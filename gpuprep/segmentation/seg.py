@@ -74,7 +74,7 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
     collector = Collector()
     for called in names.values():
         collector.declare(called)
-    belongs = _belonging(ds, image, reading.threshold)
+    values_that_belong = _belonging(ds, image, reading.threshold)
     painted_px = 0
     notes: list[str] = []
     for frame, values in enumerate(image.decoded(ds)):
@@ -83,7 +83,7 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
             numbers = [int(n) for n in np.unique(values) if int(n) not in background]
         else:
             numbers = [groups.segment(frame, segments)]
-            values = belongs[values]
+            values = values != 0 if image.type == "BINARY" else values_that_belong.take(values)
         for number in numbers:
             mask = values == number if image.type == "LABELMAP" else values
             if number not in names:
@@ -111,10 +111,10 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
 
 
 def _belonging(ds: pydicom.Dataset, image: _Image, threshold: float) -> NDArray[np.bool_]:
-    """Return which values of a frame of one segment belong to it."""
-    values = np.arange(2 ** max(image.bits, 8))
+    """Return which values of a fractional frame belong to its segment, by value."""
     if image.type != "FRACTIONAL":
-        return values > 0
+        return np.empty(0, dtype=bool)
+    values = np.arange(2**image.bits)
     whole = binary(ds, "MaximumFractionalValue")
     if not whole:
         raise SegmentationError("it is fractional and has no Maximum Fractional Value: what a whole is is not known")
