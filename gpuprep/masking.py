@@ -147,7 +147,9 @@ def write_masks(
             label.voxels = int(counts[label.value])
             label.ml = label.voxels * voxel_ml
             if not label.voxels:
-                lost = f"of its {label.source_voxels} voxels none is left" if label.source_voxels else "it covers no voxel"
+                lost = (
+                    f"of its {label.source_voxels} voxels none is left" if label.source_voxels else "it covers no voxel"
+                )
                 masked.notes.append(f"{printable(label.name)}: {lost}")
         masked.labels += labels
 
