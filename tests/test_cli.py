@@ -328,13 +328,18 @@ def test_an_interruption_while_libraries_load_is_one_line_and_exit_code_130(
 
 def test_flags_override_the_recipe_and_are_written_down(small_series: Path, tmp_path: Path, out: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('base = "classic"\npadding = "keep"\norder = 5\nsize = 99\n')
+    file.write_text(
+        'base = "classic"\npadding = "keep"\norder = 5\nsize = 99\n[masks]\nroi = "x"\naliases = {lung = ["Lunge"]}\n'
+    )
     flags = [
         *("--spacing", "3,2,2.5", "--order", "1", "--anti-alias", "both", "--window", "-500,500", "--size", "8,6"),
         *("--fit", "crop", "--dtype", "int16", "--format", "tif-stack", "--compression", "zlib"),
         *("--policy", "strict", "--spacing-tolerance", "0.02", "--position-tolerance-mm", "0.03"),
         *("--lean-tolerance-mm", "0.2", "--max-missing", "2", "--max-missing-share", "0.25", "--assume-hu"),
         *("--orient", "LPS"),
+        *("--roi", "lung", "--mask-layout", "per-roi", "--mask-resampling", "smooth", "--seg-threshold", "0.25"),
+        *("--text-format", "points", "--units", "cm", "--index-base", "1"),
+        *("--slice-from", "column", "--slice-order", "instance"),
     ]
     result = run("convert", small_series, "--out", out, "--recipe", file, *flags, "--jobs", "1", "--engine", "ndimage")
     assert result.code == 0
@@ -358,6 +363,19 @@ def test_flags_override_the_recipe_and_are_written_down(small_series: Path, tmp_
         "dtype": "int16",
         "format": "tif-stack",
         "compression": "zlib",
+        "image": True,
+        "masks": {
+            "aliases": {"lung": ["Lunge"]},  # the file
+            "roi": "lung",
+            "layout": "per-roi",
+            "resampling": "smooth",
+            "threshold": 0.25,
+            "text_format": "points",
+            "units": "cm",
+            "index_base": 1,
+            "slice_from": "column",
+            "slice_order": "instance",
+        },
     }
     sidecar = json.loads((out / "dicom" / "ct" / "volume.json").read_text())
     assert (sidecar["shape"], sidecar["dtype"], sidecar["engine"]) == ([5, 8, 6], "int16", "ndimage")
@@ -396,7 +414,11 @@ def test_flags_become_the_recipe_that_they_say(tmp_path: Path, out: Path, flags:
         "max_missing": 3, "max_missing_share": 0.1, "assume_hu": False, "orient": "native",
         "padding": "air", "spacing_mm": [1.0, 1.0, 1.0], "order": 3, "align": "edge", "anti_alias": "none",
         "window_hu": [-1000.0, 400.0], "size": [512, 512], "fit": "stretch", "dtype": "float32", "format": "tif",
-        "compression": "none",
+        "compression": "none", "image": True,
+        "masks": {
+            "aliases": {}, "roi": "none", "layout": "labels", "resampling": "nearest", "threshold": 0.5,
+            "text_format": "none", "units": "none", "index_base": "none", "slice_from": "none", "slice_order": "none",
+        },
     }  # fmt: skip
     assert tomllib.loads((out / "recipe.toml").read_text()) == default | changed
 
