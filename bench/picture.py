@@ -1,4 +1,4 @@
-"""Draw the README's pictures: a phantom as it is stored and what becomes of it; a tilted one, kept and fixed.
+"""Draw the README's pictures: a phantom as it is stored and what becomes of it; a tilted one, kept and fixed; masks.
 
 python -m bench.picture bench/results
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pydicom import Dataset
@@ -16,12 +17,13 @@ from pydicom import Dataset
 import gpuprep
 from gpuprep.geometry import Geometry
 from gpuprep.intensity import HuStatistics
-from gpuprep.phantom import thorax, write_series
+from gpuprep.phantom import outlines, thorax, write_series
 from gpuprep.volume import StoredVolume
 
 SHAPE, SPACING_MM = (70, 512, 512), (4.5, 0.6816, 0.6816)
 PANEL = 330
 TILT_DEG = 15.0
+COLOURS = ((235, 70, 60), (70, 160, 255))
 
 
 def before_and_after() -> list[tuple[str, NDArray[Any]]]:
@@ -70,9 +72,50 @@ def kept_and_fixed() -> list[tuple[str, NDArray[Any]]]:
     return panels
 
 
+def masked() -> list[tuple[str, NDArray[Any]]]:
+    """Return panels of a patient with outlines as text, and of the masks made of them, in colours."""
+    spacing_mm = 3.0, 1.6, 1.6
+    stored = thorax((60, 224, 224), spacing_mm, seed=1)
+    organs = {name: found[8:52] for name, found in outlines(stored.shape, spacing_mm).items()}
+    text = ["structure x_mm y_mm z_mm"]
+    for name, found in organs.items():
+        text += [f"{name} {x:.3f} {y:.3f} {z:.3f}" for points in found for x, y, z in points]
+    with tempfile.TemporaryDirectory() as folder:
+        dicom, file, out = (Path(folder) / name for name in ("dicom", "outlines.txt", "out"))
+        write_series(dicom, stored, spacing_mm)
+        file.write_text("\n".join(text))
+        gpuprep.convert(dicom, out, gpuprep.Recipe(dtype="uint8", format="tif-stack"), masks=file, backend="cpu")
+        image, labels = (tifffile.imread(next(out.rglob(f"{name}.tif"))) for name in ("volume", "labels"))
+    return [
+        ("outlines as text, on a slice of 3 mm", outlined(stored[30], [found[22] for found in organs.values()])),
+        ("gpuprep: image and labels, axial", tinted(image[90], labels[90])),
+        ("coronal: 180 slices of 1 mm", tinted(image[::-1, 236], labels[::-1, 236])),
+        ("sagittal", tinted(image[::-1, :, 264], labels[::-1, :, 264])),
+    ]
+
+
+def outlined(stored: NDArray[Any], contours: list[NDArray[Any]]) -> NDArray[Any]:
+    """Return a slice in grey with outlines drawn on it."""
+    grey = np.clip((stored.astype(np.float32) - 1024 + 1000) / 1400 * 255, 0, 255).astype(np.uint8)
+    picture = Image.fromarray(grey).resize((896, 896)).convert("RGB")
+    for points, colour in zip(contours, COLOURS, strict=False):
+        on_picture = ((points[:, :2] - [-100, -120]) / 1.6 + 0.5) * 4
+        ImageDraw.Draw(picture).line([tuple(p) for p in [*on_picture, on_picture[0]]], fill=colour, width=6)
+    return np.asarray(picture)
+
+
+def tinted(image: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
+    """Return an image in grey with its labels in colours."""
+    picture = np.repeat(image[..., None], 3, axis=-1).astype(np.float32)
+    for value, colour in enumerate(COLOURS, 1):
+        picture[labels == value] = 0.45 * picture[labels == value] + 0.55 * np.array(colour)
+    return picture.astype(np.uint8)
+
+
 def draw(panels: list[tuple[str, NDArray[Any]]], file: Path) -> None:
     """Write panels side by side."""
-    sheet = Image.new("L", (PANEL * len(panels) + 8 * (len(panels) - 1), PANEL + 22), 255)
+    mode = "L" if all(pixels.ndim == 2 for _, pixels in panels) else "RGB"
+    sheet = Image.new(mode, (PANEL * len(panels) + 8 * (len(panels) - 1), PANEL + 22), "white")
     pen = ImageDraw.Draw(sheet)
     for n, (title, pixels) in enumerate(panels):
         image = Image.fromarray(np.ascontiguousarray(pixels))
@@ -89,6 +132,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     draw(before_and_after(), folder / "before-after.png")
     draw(kept_and_fixed(), folder / "tilt.png")
+    draw(masked(), folder / "masks.png")
 
 
 if __name__ == "__main__":

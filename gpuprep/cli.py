@@ -418,7 +418,9 @@ def demo(
             raise GpuprepError(f"the demo should convert 4 series and reject 1, but gave {shown.run.counts}")
         first = shown.volumes / min(r.folder for r in shown.run.results if r.folder)
         say(f"DICOM in    {shown.dicom}  (on purpose, patient-3 lacks a slice, which is filled, and patient-4 six)")
+        say(f"outlines in {shown.masks}  (heart and spine of patient-1, as text)")
         say(f"look at     {first / '0100.tif'}  (float32 in [0, 1]: ImageJ shows it)")
+        say(f"            {first / 'labels' / '0100.tif'}  (heart 1, spine 2, elsewhere 0, on the same pixels)")
         say(f"            {first / 'volume.json'}")
         say(f"            {shown.volumes / 'manifest.csv'}")
 

@@ -1,4 +1,4 @@
-"""A small cohort to look at: synthetic patients as DICOM, two of them with slices missing on purpose, converted."""
+"""A small cohort to look at, converted: synthetic patients as DICOM, two lack slices on purpose, one has outlines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from gpuprep.backend import BackendName, NumpyBackend, get_backend
 from gpuprep.batch import Listener, Run, convert
 from gpuprep.errors import RequestError
-from gpuprep.phantom import thorax, write_series
+from gpuprep.phantom import outlines, thorax, write_series
 from gpuprep.recipe import Recipe
 
 THIN, THICK = (3.0, 1.6, 1.6), (5.0, 1.5, 1.5)
@@ -21,6 +21,7 @@ class Demo:
     """Where the demo put things."""
 
     dicom: Path
+    masks: Path
     volumes: Path
     run: Run
 
@@ -38,21 +39,35 @@ def write_cohort(folder: Path) -> None:
     (folder / "patient-1" / "notes.txt").write_text("Files that are no CT images may lie anywhere.\n")
 
 
+def write_outlines(folder: Path) -> None:
+    """Write heart and spine of the first patient as text, at the place that its series has among the images."""
+    place = folder / "patient-1" / "chest"
+    place.mkdir(parents=True)
+    lines = ["structure x_mm y_mm z_mm"]
+    for name, contours in outlines((60, 224, 224), THIN).items():
+        lines += [f"{name} {x:.3f} {y:.3f} {z:.3f}" for points in contours for x, y, z in points]
+    (place / "outlines.txt").write_text("\n".join(lines) + "\n")
+
+
 def run_demo(
     out: Path, *, backend: BackendName = "auto", jobs: int | None = None, listener: Listener | None = None
 ) -> Demo:
-    """Write the cohort to ``OUT/dicom`` and convert it to ``OUT/volumes``; four series come out, one is rejected."""
-    dicom, volumes = out / "dicom", out / "volumes"
+    """Write the cohort to ``OUT/dicom`` and ``OUT/masks`` and convert it to ``OUT/volumes``.
+
+    Four series come out, one of them with labels, and one is rejected.
+    """
+    dicom, masks, volumes = out / "dicom", out / "masks", out / "volumes"
     try:
-        if not dicom.exists():
-            part = out / "dicom.part"
-            shutil.rmtree(part, ignore_errors=True)
-            write_cohort(part)
-            part.rename(dicom)
+        for folder, write in ((dicom, write_cohort), (masks, write_outlines)):
+            if not folder.exists():
+                part = folder.with_suffix(".part")
+                shutil.rmtree(part, ignore_errors=True)
+                write(part)
+                part.rename(folder)
     except OSError as exc:
         raise RequestError(f"cannot write into {out}: {exc.strerror}; choose another folder") from exc
     chosen = get_backend(backend)
     if chosen.body == "loops":
         chosen = NumpyBackend("matmul")  # the first time, compiling the loops would take longer than the whole demo
-    run = convert(dicom, volumes, Recipe(), backend=chosen, jobs=jobs, listener=listener)
-    return Demo(dicom, volumes, run)
+    run = convert(dicom, volumes, Recipe(), masks=masks, backend=chosen, jobs=jobs, listener=listener)
+    return Demo(dicom, masks, volumes, run)

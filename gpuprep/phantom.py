@@ -18,6 +18,11 @@ OUTSIDE_CIRCLE = -2000
 """Stored value of what lies outside the scanner's circle; −3024 HU with the usual intercept."""
 
 
+HEART, SPINE = (0.03, -0.05, 0.09, 0.11), (0.0, 0.2, 0.05, 0.05)
+"""Of `thorax`: centre (x, y) from the middle of a slice, and half axes, in parts of its width and height. The heart's
+height goes with the breadth of the chest."""
+
+
 def thorax(shape: tuple[int, int, int], spacing_mm: Vector3, seed: int = 0) -> NDArray[np.int16]:
     """Return a chest as stored values: HU + 1024 inside the scanner's circle, padding outside.
 
@@ -52,14 +57,14 @@ def thorax(shape: tuple[int, int, int], spacing_mm: Vector3, seed: int = 0) -> N
 
     stored = np.empty(shape, dtype=np.int16)
     for k in range(slices):
-        breadth = 0.75 + 0.25 * np.sin(np.pi * (k + 0.5) / slices)  # lungs are narrow at apex and base
+        breadth = _breadth(k, slices)
         hu = np.full((rows, columns), -1000.0)
         hu[ellipse(0, 0, 0.44 * width, 0.32)] = -90  # fat
         hu[ellipse(0, 0, 0.42 * width, 0.30)] = 45  # muscle
         for side in (-1, 1):
             hu[ellipse(side * 0.19, -0.02, 0.15 * breadth, 0.22 * breadth)] = -850
-        hu[ellipse(0.03, -0.05, 0.09, 0.11 * breadth)] = 60  # heart and vessels
-        hu[ellipse(0, 0.2, 0.05, 0.05)] = 350  # spine
+        hu[ellipse(*HEART[:3], HEART[3] * breadth)] = 60  # and vessels
+        hu[ellipse(*SPINE)] = 350
         hu[ellipse(0, 0.2, 0.02, 0.02)] = 20
         for angle in np.linspace(0, 2 * np.pi, 14, endpoint=False):
             shift = 0.15 * np.sin(2 * np.pi * z_mm[k] / 30)  # ribs run obliquely, so they move from slice to slice
@@ -73,6 +78,41 @@ def thorax(shape: tuple[int, int, int], spacing_mm: Vector3, seed: int = 0) -> N
         stored[k] = np.clip(np.round(hu) + 1024, 0, 4095)
         stored[k][~ellipse(0, 0, 0.5, 0.5)] = OUTSIDE_CIRCLE
     return stored
+
+
+def _breadth(k: int, slices: int) -> float:
+    return float(0.75 + 0.25 * np.sin(np.pi * (k + 0.5) / slices))  # lungs are narrow at apex and base
+
+
+def outlines(
+    shape: tuple[int, int, int], spacing_mm: Vector3, origin_mm: Vector3 = (-100.0, -120.0, -300.0)
+) -> dict[str, list[NDArray[np.float64]]]:
+    """Return the outlines of heart and spine of a `thorax`, slice by slice.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Slices, rows, columns.
+    spacing_mm, origin_mm : tuple of float
+        As for `write_series`, for axial slices.
+
+    Returns
+    -------
+    dict of str to list of array of float64, shape (n, 3)
+        Points as (x, y, z), in millimetres, LPS.
+    """
+    slices, rows, columns = shape
+    angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    found: dict[str, list[NDArray[np.float64]]] = {}
+    for name, (*centre, rx, ry), grows in (("heart", HEART, True), ("spine", SPINE, False)):
+        found[name] = []
+        for k in range(slices):
+            half = np.array([rx, ry * (_breadth(k, slices) if grows else 1)])
+            column_row = (np.array(centre) + half * circle) * (columns, rows) + (np.array([columns, rows]) - 1) / 2
+            place = np.column_stack([column_row * spacing_mm[:0:-1], np.full(len(circle), k * spacing_mm[0])])
+            found[name].append(place + origin_mm)
+    return found
 
 
 def write_series(

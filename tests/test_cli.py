@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+import tifffile
 from pydicom import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLSLossless
@@ -645,9 +646,13 @@ def test_the_demo_converts_four_series_one_of_them_mended_and_rejects_one(tmp_pa
         assert re.search(r"fixed 1 23 ", text)
         assert re.search(r"rejected 1 18 0 0\.00", text)
         looked_at = re.findall(r"\S+\.(?:tif|json|csv)\b", result.stdout)
-        assert len(looked_at) == 3
+        assert len(looked_at) == 4
         assert all(Path(p).is_file() for p in looked_at)
         assert len(list((tmp_path / "volumes").rglob("volume.json"))) == 4
+        image, labels = (tifffile.imread(p) for p in looked_at if p.endswith("0100.tif"))
+        hu = image * 1400 - 1000
+        assert hu[labels == 2].mean() > 250  # the spine is bone
+        assert 30 < np.median(hu[labels == 1]) < 90  # the heart is not
     finally:
         shutil.rmtree(tmp_path / "volumes", ignore_errors=True)  # half a gigabyte
 
