@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import NamedTuple
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
 from gpuprep.layout import absolute
 from gpuprep.segmentation.contours import Plane, Reading
+from gpuprep.segmentation.names import UID
 from gpuprep.segmentation.placing import group_paths
 from gpuprep.segmentation.recognition import UNKNOWN_TEXT
 from gpuprep.segmentation.wishes import Masks
@@ -21,8 +21,6 @@ from gpuprep.series import Series
 from gpuprep.text import printable
 
 log = logging.getLogger(__name__)
-
-_UID = re.compile(r"(?<![0-9.])[0-2](?:\.[0-9]+){3,}(?![0-9])")
 
 NOT_ONE = NotASegmentationError.code
 """Of the error for files that are known to be something else."""
@@ -208,7 +206,7 @@ class _Known:
 
     def _pointed(self, path: str) -> Iterator[list[Series]]:
         """Yield the series that a path may point to, the surest way first."""
-        uids = set(_UID.findall(path))
+        uids = set(UID.findall(path))
         yield list(
             {
                 s.key: s

@@ -8,3 +8,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+QUOTED = 40
+"""Characters of a file that a message repeats."""
+
+
+def quoted(text: str) -> str:
+    """Return a piece of a file for a message: in quotes, printable, not long."""
+    return f"'{printable(text[:QUOTED])}{'…' if len(text) > QUOTED else ''}'"

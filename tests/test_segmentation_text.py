@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import Plane, Raster, Reading, Segmentation, SliceKey
+from gpuprep.segmentation.contours import TEXT_FORMATS, Plane, Raster, Reading, Segmentation, SliceKey
 from gpuprep.segmentation.names import slice_and_structure
 from gpuprep.segmentation.numbers import NUMBER, parse
 from gpuprep.segmentation.opening import read_segmentation
@@ -74,6 +74,10 @@ def placed(raster: Raster, shape: tuple[int, int]) -> NDArray[np.bool_]:
 @pytest.fixture
 def imagej(data: Path) -> Path:
     return data / "txt-formats" / "imagej"
+
+
+def test_every_format_has_its_name() -> None:
+    assert tuple(FORMATS) == TEXT_FORMATS
 
 
 @pytest.fixture

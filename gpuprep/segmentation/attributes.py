@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpuprep.errors import SegmentationError
 from gpuprep.syntaxes import UNDEFINED_LENGTH
-from gpuprep.text import printable
+from gpuprep.text import quoted
 
 if TYPE_CHECKING:
     import pydicom
@@ -87,11 +86,6 @@ _WORDS = re.compile("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 def words(keyword: str) -> str:
     """Return the name of an attribute as the standard writes it: "ROI Contour Sequence"."""
     return _WORDS.sub(" ", keyword)
-
-
-def shown(text: str) -> str:
-    """Return a text from a file, quoted and cut, for a message."""
-    return f"'{printable(text if len(text) <= 40 else text[:39] + '…')}'"
 
 
 def raw(ds: pydicom.Dataset, keyword: str) -> Any:
@@ -172,7 +166,7 @@ def integer(ds: pydicom.Dataset, keyword: str) -> int | None:
     if not found:
         return None
     if not re.fullmatch(r"[+-]?[0-9]{1,10}", found):
-        raise SegmentationError(f"its {words(keyword)} is {shown(found)}, no whole number")
+        raise SegmentationError(f"its {words(keyword)} is {quoted(found)}, no whole number")
     return int(found)
 
 
@@ -187,21 +181,5 @@ def decimals(ds: pydicom.Dataset, keyword: str, count: int, most: float) -> tupl
         values = ()
     if len(values) != count or not all(math.isfinite(v) and abs(v) <= most for v in values):
         some = f"{count} numbers" if count > 1 else "a number"
-        raise SegmentationError(f"its {words(keyword)} is {shown(found)}, not {some} of at most {most:g}")
+        raise SegmentationError(f"its {words(keyword)} is {quoted(found)}, not {some} of at most {most:g}")
     return values
-
-
-def unique(named: list[tuple[int | None, str]]) -> list[str]:
-    """Return names none of which are equal: where some are, each of them is followed by its number."""
-    often = Counter(n for _, n in named)
-    taken = {n for _, n in named if often[n] == 1}
-    result = []
-    for at, (number, n) in enumerate(named):
-        if often[n] > 1:
-            suffix = f" ({at + 1 if number is None else number})"
-            n += suffix
-            while n in taken:
-                n += suffix
-            taken.add(n)
-        result.append(n)
-    return result

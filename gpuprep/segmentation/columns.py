@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import Plane, Reading, Units
-from gpuprep.segmentation.numbers import Table, quoted
+from gpuprep.segmentation.numbers import Table
+from gpuprep.text import quoted
 
 ROLES = {
     "x": ("x", "xcoord", "col", "column"),

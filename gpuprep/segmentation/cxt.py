@@ -6,7 +6,8 @@ import re
 
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import Contour, Segmentation, Structure
-from gpuprep.segmentation.values import distinct, is_uid, lines, numbers, refusal, shown
+from gpuprep.segmentation.values import distinct, is_uid, lines, numbers, refusal
+from gpuprep.text import quoted
 
 FORMAT = "plastimatch CXT"
 
@@ -103,7 +104,7 @@ def _names(rows: list[str], first: int) -> tuple[dict[int, str], int]:
             # Not shown: where files were put together by hand it may be a line of the header, with a name.
             raise refusal(i + 1, 1, "the line does not begin with the number of a structure: number|colour|name")
         if int(number) in names:
-            raise refusal(i + 1, 1, f"structure number {shown(number)} is listed twice; give each its own")
+            raise refusal(i + 1, 1, f"structure number {quoted(number)} is listed twice; give each its own")
         name = rest[1].strip() if len(rest) == 2 else ""
         names[int(number)] = name or f"ROI {int(number)}"
     raise refusal(len(rows), 1, f"the file ends before {_END_OF_NAMES}: it is cut short; export it again")
@@ -120,10 +121,10 @@ def _contour(row: str, line: int, names: dict[int, str]) -> tuple[int, Contour |
         )
     number, count, uid = fields[0].strip(), fields[2].strip(), fields[4].strip()
     if not _NUMBER.fullmatch(number) or int(number) not in names:
-        raise refusal(line, 1, f"{shown(number)} is not the number of a structure in {_NAMES}; export the file again")
+        raise refusal(line, 1, f"{quoted(number)} is not the number of a structure in {_NAMES}; export the file again")
     column = len(fields[0]) + len(fields[1]) + 3
     if not _NUMBER.fullmatch(count):
-        raise refusal(line, column, f"{shown(count)} is not a number of points; export the file again")
+        raise refusal(line, column, f"{quoted(count)} is not a number of points; export the file again")
     parts = fields[5].rstrip().split("\\") if not fields[5].isspace() and fields[5] else []
     begin = len(row) - len(fields[5])
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import Collector, Contour, Rule, Segmentation, SliceKey, Structure
-from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal, shown
+from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
+from gpuprep.text import quoted
 
 XML_FORMAT = "LIDC-IDRI XML"
 TABLE_FORMAT = "pylidc contours"
@@ -155,7 +156,7 @@ class _XmlReader:
             case (*_, "edgeMap", "xCoord" | "yCoord"):
                 if not _WHOLE.fullmatch(text) or abs(int(text)) > FARTHEST:
                     raise refusal(
-                        *self.pixel_at, f"the {name} is {shown(text)}, not the whole number of a pixel; correct it"
+                        *self.pixel_at, f"the {name} is {quoted(text)}, not the whole number of a pixel; correct it"
                     )
                 self.pixel[name] = int(text)
             case (*_, "roi", "edgeMap"):
@@ -180,7 +181,7 @@ class _XmlReader:
         """Take in an outline that has been read."""
         inclusion = self.fields.get("inclusion", "").upper()
         if inclusion not in ("TRUE", "FALSE"):
-            raise refusal(*self.roi_at, f"the inclusion of this roi is {shown(inclusion)}; it has to be TRUE or FALSE")
+            raise refusal(*self.roi_at, f"the inclusion of this roi is {quoted(inclusion)}; it has to be TRUE or FALSE")
         uid, z = self.fields.get("imageSOP_UID", ""), self.fields.get("imageZposition", "")
         if is_uid(uid):
             key = SliceKey("uid", uid)
@@ -189,7 +190,7 @@ class _XmlReader:
         else:
             raise refusal(
                 *self.roi_at,
-                f"this roi is on no slice: imageSOP_UID is {shown(uid)}, imageZposition {shown(z)}; correct one",
+                f"this roi is on no slice: imageSOP_UID is {quoted(uid)}, imageZposition {quoted(z)}; correct one",
             )
         points = np.array(self.points, dtype=np.float64).reshape(-1, 2)
         if len(points) >= 3:
@@ -270,7 +271,7 @@ def read_table(text: str, path: str) -> Segmentation:
         if not annotation:
             raise _refusal(text, cell["annotation"].at, "annotation_id is empty; export the table again")
         if inclusion.upper() not in _INCLUSION:
-            raise _refusal(text, cell["inclusion"].at, f"inclusion is {shown(inclusion)}; it has to be 0 or 1")
+            raise _refusal(text, cell["inclusion"].at, f"inclusion is {quoted(inclusion)}; it has to be 0 or 1")
         key = SliceKey("z", _z_mm(text, cell["z"]))
         if "series" in cell and is_uid(uid := cell["series"].text.strip()):
             series[uid] = None
@@ -351,12 +352,12 @@ def _points(text: str, coords: _Field) -> NDArray[np.float64]:
 
     if any(point.count(",") != 1 for point in points):
         wrong = next(i for i, point in enumerate(points) if point.count(",") != 1)
-        raise _refusal(text, begin(wrong), f"{shown(points[wrong])} is not a point, x,y; export the table again")
+        raise _refusal(text, begin(wrong), f"{quoted(points[wrong])} is not a point, x,y; export the table again")
     values = numbers(parts, lambda i: _place(text, begin(i // 2) + i % 2 * (len(parts[i - 1]) + 1)))
     if (values != np.rint(values)).any():
         wrong = int(np.flatnonzero(values != np.rint(values))[0]) // 2
         raise _refusal(
-            text, begin(wrong), f"{shown(points[wrong])} is between pixels, where pylidc has whole ones; is it in mm?"
+            text, begin(wrong), f"{quoted(points[wrong])} is between pixels, where pylidc has whole ones; is it in mm?"
         )
     return values.reshape(-1, 2)
 

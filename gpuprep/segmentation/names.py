@@ -7,10 +7,12 @@ import re
 
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import SliceFrom, SliceKey
-from gpuprep.segmentation.numbers import FARTHEST, quoted
-from gpuprep.text import printable
+from gpuprep.segmentation.values import FARTHEST
+from gpuprep.text import printable, quoted
 
-_UID = re.compile(r"(?<![0-9.])[0-2](?:\.(?:0|[1-9][0-9]*)){4,}(?![0-9])")
+UID = re.compile(r"(?<![0-9.])[0-2](?:\.(?:0|[1-9][0-9]*)){4,}(?![0-9])")
+"""Anywhere in a name or a path."""
+
 _Z = re.compile(r"(?<![A-Za-z])[zZ][=_ ]?([+-]?[0-9]+(?:\.[0-9]+)?)")
 _SIGNED = re.compile(r"(?:(?<![A-Za-z0-9])[+-])?[0-9]+(?:\.[0-9]+)?")
 _DIGITS = re.compile(r"[0-9]+")
@@ -61,7 +63,7 @@ def slice_and_structure(path: str, slice_from: SliceFrom | None) -> tuple[SliceK
 
 
 def _found(name: str, slice_from: SliceFrom | None) -> tuple[SliceKey, tuple[int, int]] | None:
-    if slice_from in (None, "name", "uid") and (uid := _UID.search(name)) and len(uid[0]) <= 64:
+    if slice_from in (None, "name", "uid") and (uid := UID.search(name)) and len(uid[0]) <= 64:
         return SliceKey("uid", uid[0]), uid.span()
     if slice_from in (None, "name", "z"):
         numbers = list(_Z.finditer(name))

@@ -14,13 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.text import printable
-
-FARTHEST = 1e6
-"""No coordinate is larger, in pixels or in mm."""
-
-QUOTED = 40
-"""Characters of a file that a message repeats."""
+from gpuprep.segmentation.values import FARTHEST
+from gpuprep.text import quoted
 
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 """What Python takes beyond that, 1_0 and digits of other scripts, no program writes."""
@@ -77,11 +72,6 @@ class Table:
 def numbered(count: int, what: str = "number") -> str:
     """Return a count with its noun."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
-def quoted(text: str) -> str:
-    """Return a piece of a file as a message repeats it."""
-    return f"'{printable(text[: QUOTED + 1])[:QUOTED]}…'" if len(text) > QUOTED else f"'{printable(text)}'"
 
 
 def parse(text: str) -> Table:

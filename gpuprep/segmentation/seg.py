@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from gpuprep.errors import DecodeError, SegmentationError
 from gpuprep.geometry import Geometry
-from gpuprep.segmentation.attributes import binary, decimals, integer, items, name, raw, shown, text, uid, unique
+from gpuprep.segmentation.attributes import binary, decimals, integer, items, name, raw, text, uid
 from gpuprep.segmentation.contours import Collector, Reading, Segmentation, SliceKey, painted
+from gpuprep.segmentation.values import FARTHEST, distinct
 from gpuprep.series import SliceHeader
 from gpuprep.syntaxes import UNDEFINED_LENGTH
+from gpuprep.text import quoted
 
 if TYPE_CHECKING:
     import pydicom
@@ -38,8 +40,8 @@ MOST_PIXELS = 2**26
 MOST_PAINTED = 2**32
 """Pixels in the rectangles of all frames together, which take a byte each."""
 
-FINEST_MM, COARSEST_MM, FARTHEST_MM = 1e-3, 100.0, 1e6
-"""Pixel spacings and positions beyond these are damage."""
+FINEST_MM, COARSEST_MM = 1e-3, 100.0
+"""Pixel spacings beyond these are damage."""
 
 PERPENDICULAR = 1e-2
 """How far directions of rows and columns may be from perpendicular units."""
@@ -139,7 +141,7 @@ class _Image:
         """Return it, checked, before anything is made room for."""
         kind = text(ds, "SegmentationType").upper()
         if kind not in BITS:
-            raise SegmentationError(f"its Segmentation Type is {shown(kind)}, not one of {', '.join(BITS)}")
+            raise SegmentationError(f"its Segmentation Type is {quoted(kind)}, not one of {', '.join(BITS)}")
         if text(ds, "DimensionOrganizationType").upper().startswith("TILED"):
             raise SegmentationError("it is made of tiles, as for microscopy: only whole slices can be read")
         rows, columns, bits = (binary(ds, k) or 0 for k in ("Rows", "Columns", "BitsAllocated"))
@@ -326,13 +328,13 @@ class _Groups:
             *(text(measures, k) for k in ("PixelSpacing", *thicknesses)),
         )
         if key not in self._geometries:
-            position = decimals(where, "ImagePositionPatient", 3, FARTHEST_MM)
+            position = decimals(where, "ImagePositionPatient", 3, FARTHEST)
             orientation = decimals(directions, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
             spacing = decimals(measures, "PixelSpacing", 2, COARSEST_MM)
             if position is None or orientation is None or spacing is None:
                 return None
             # A frame is one layer; how thick it is said to be has no bearing on where it lies.
-            known = (decimals(measures, k, 1, FARTHEST_MM) for k in thicknesses)
+            known = (decimals(measures, k, 1, FARTHEST) for k in thicknesses)
             thickness = next((t[0] for t in known if t and t[0] >= FINEST_MM), 1.0)
             self._geometries[key] = _plane(self._shape, position, orientation, (thickness, *spacing))
         return self._geometries[key]
@@ -389,13 +391,13 @@ def _plane(
 
 def _segments(ds: pydicom.Dataset) -> dict[int, str]:
     """Return the name of each segment by number."""
-    named: list[tuple[int | None, str]] = []
+    named: list[tuple[str, int]] = []
     for n, item in enumerate(items(ds, "SegmentSequence"), 1):
         number = binary(item, "SegmentNumber")
-        if number is None or any(number == other for other, _ in named):
+        if number is None or any(number == other for _, other in named):
             raise SegmentationError(f"segment {n} in the file has no number of its own: {number}")
-        named.append((number, name(item, "SegmentLabel") or f"segment {number}"))
-    return {n: called for (n, _), called in zip(named, unique(named), strict=True) if n is not None}
+        named.append((name(item, "SegmentLabel") or f"segment {number}", number))
+    return {number: called for (_, number), called in zip(named, distinct(named), strict=True)}
 
 
 def _name_of_unknown(number: int, names: dict[int, str]) -> str:

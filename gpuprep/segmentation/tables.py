@@ -30,8 +30,9 @@ from gpuprep.segmentation.contours import (
     painted,
 )
 from gpuprep.segmentation.names import slice_and_structure, stem
-from gpuprep.segmentation.numbers import FARTHEST, Table, numbered
+from gpuprep.segmentation.numbers import Table, numbered
 from gpuprep.segmentation.recognition import FORMATS, MOST_LABELS, Recognised
+from gpuprep.segmentation.values import FARTHEST
 from gpuprep.text import printable
 
 MOST_CELLS = 2**30

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.text import printable
+from gpuprep.text import quoted
 
 FARTHEST = 1e6
 """Coordinates beyond it, in mm or pixels, are damage."""
@@ -18,7 +18,6 @@ FARTHEST = 1e6
 LONGEST_NUMBER = 40
 """Characters; nobody writes longer ones."""
 
-_SHOWN = 40
 _NUMBER = re.compile(r"[ \t]*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?[ \t]*", re.ASCII)
 _ALPHABET = re.compile(r"[0-9+\-.eE \t]*")
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)+")
@@ -27,11 +26,6 @@ _UID = re.compile(r"[0-9]+(?:\.[0-9]+)+")
 def lines(text: str) -> list[str]:
     r"""Return the lines of a text, whether they end in LF, CR LF or CR; a BOM is dropped."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-def shown(text: str) -> str:
-    """Return a value for a message: in quotes, printable, not long."""
-    return f"'{printable(text[:_SHOWN])}{'…' if len(text) > _SHOWN else ''}'"
 
 
 def refusal(line: int, column: int, what: str) -> SegmentationError:
@@ -84,7 +78,7 @@ def numbers(
     wrong = next(i for i, part in enumerate(parts) if not is_number(part, farthest))
     raise refusal(
         *place(wrong),
-        f"{shown(parts[wrong])} is not a number from {-farthest:.0f} to {farthest:.0f}; correct it or save again",
+        f"{quoted(parts[wrong])} is not a number from {-farthest:.0f} to {farthest:.0f}; correct it or save again",
     )
 
 
