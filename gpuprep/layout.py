@@ -101,7 +101,7 @@ def _base(folder: str, top: str) -> str:
 
 def harmless(name: str, longest: int = LONGEST_NAME) -> str:
     """Return a file name with whatever does not print, is no UTF-8 or no name, as %XX of its bytes; not too long."""
-    bad = {"/"} | ({"."} if not name.strip(".") else set())
+    bad = "/." if name in (".", "..") else "/"
     text = "".join(c if c.isprintable() and c not in bad else _percent(c) for c in name) or "%00"
     encoded = text.encode()
     if len(encoded) <= longest:
