@@ -56,11 +56,12 @@ def outlines(n: int, z: float, seed: int) -> list[NDArray[np.float64]]:
     return found
 
 
-def painted(segmentation: Segmentation, stacked: Stack) -> NDArray[np.bool_]:
+def masked(segmentation: Segmentation, stacked: Stack) -> NDArray[np.bool_]:
     (structure, *_), _ = place(segmentation, stacked, Reading())
     mask = np.zeros(stacked.geometry.shape, dtype=bool)
     for n in structure.parts:
-        mask[n] = structure.paint(n, mask.shape[1:])
+        within, painted = structure.paint(n, mask.shape[1:])
+        mask[n][within] = painted
     return mask
 
 
@@ -139,12 +140,12 @@ def compared(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     by_slice = [[c + origin for c in outlines(args.contours, k * SPACING_MM[0], k)] for k in range(len(stacked.slices))]
     contours = [c for found in by_slice for c in found]
     given = Segmentation("", "", "", (Structure("discs", tuple(Contour(c, "patient") for c in contours)),))
-    ours_s, ours = timed(lambda: painted(given, stacked), args.rounds)
+    ours_s, ours = timed(lambda: masked(given, stacked), args.rounds)
     print(f"gpuprep          {len(contours)} outlines {ours_s:.2f} s")
 
     sequence = contour_sequence(contours, stacked)
     write_rtstruct(folder / "rs.dcm", sequence)
-    file_s, from_file = timed(lambda: painted(read_segmentation(folder / "rs.dcm"), stacked), args.rounds)
+    file_s, from_file = timed(lambda: masked(read_segmentation(folder / "rs.dcm"), stacked), args.rounds)
     print(f"gpuprep, RTSTRUCT of {(folder / 'rs.dcm').stat().st_size / 1e6:.0f} MB to masks {file_s:.2f} s")
 
     rival_s, rival = timed(lambda: by_dcmrtstruct2nii(contours, stacked), 1)

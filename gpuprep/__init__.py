@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gpuprep.reading import read as read
     from gpuprep.recipe import Recipe as Recipe
     from gpuprep.rules import Rules as Rules
+    from gpuprep.segmentation.opening import read_segmentation as read_segmentation
     from gpuprep.segmentation.wishes import Masks as Masks
     from gpuprep.series import Series as Series
     from gpuprep.stacking import stack as stack
@@ -37,6 +38,7 @@ _HOMES = {
     "Masks": "segmentation.wishes",
     "process": "processing",
     "read": "reading",
+    "read_segmentation": "segmentation.opening",
     "Recipe": "recipe",
     "Rules": "rules",
     "Series": "series",

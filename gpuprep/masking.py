@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from gpuprep.backend import Backend
 from gpuprep.errors import SegmentationError
-from gpuprep.labelling import label_chunks, slice_volumes_ml
+from gpuprep.labelling import LABELS, label_chunks, slice_volumes_ml
 from gpuprep.layout import LONGEST_NAME, harmless
 from gpuprep.plan import Plan
 from gpuprep.segmentation.contours import Segmentation
@@ -88,6 +89,9 @@ def read_placed(
         masked.notes += _foreign(segmentation, series_uid, frame_uid)
     names = wishes.names([(p.source, p.name) for p in placed])
     wanted = [p.renamed(name) for p, name in zip(placed, names, strict=True) if name is not None]
+    if not wanted:
+        what = f"none of {len(placed)} structures is wanted (--roi)" if placed else "no structure has any area"
+        masked.notes.append(f"{what}: masks are empty")
     return wanted, masked
 
 
@@ -172,22 +176,29 @@ def _painted(members: Sequence[tuple[Placed, int]], labels: Sequence[Label], sta
     """Return the labels of the slices as acquired: uint8, or uint16 where values need it; and count them."""
     placement = stack.placement
     matrix = stack.geometry.shape[1:] if placement is None else placement.matrix
-    dtype = np.uint8 if max((value for _, value in members), default=0) < 256 else np.uint16
+    highest = max((value for _, value in members), default=0)
+    if highest >= LABELS:
+        raise SegmentationError(
+            f"there are more than {LABELS - 1} names of structures in OUT/labels.json: choose some with --roi, give "
+            "several one name with aliases, or use --mask-layout per-roi"
+        )
+    dtype = np.uint8 if highest < 256 else np.uint16
     painted = np.zeros((len(stack.slices), *matrix), dtype=dtype)
     volume_ml = slice_volumes_ml(plan, placement)
     overlaps: Counter[tuple[str, str]] = Counter()
     names = {value: p.name for p, value in members}
     for (structure, value), label in zip(members, labels, strict=True):
         for n in structure.parts:
-            mask = structure.paint(n, matrix)
+            within, mask = structure.paint(n, matrix)
+            there = painted[n][within]
             voxels = int(np.count_nonzero(mask))
             label.source_voxels += voxels
             label.source_ml += voxels * float(volume_ml[n])
-            there = painted[n][mask]
-            if there.any():
-                for other, count in zip(*np.unique(there[there != 0], return_counts=True), strict=True):
+            taken = there[mask]
+            if taken.any():
+                for other, count in zip(*np.unique(taken[taken != 0], return_counts=True), strict=True):
                     overlaps[names[int(other)], structure.name] += int(count)
-            painted[n][mask] = value
+            there[mask] = value
     if overlaps:
         pairs = [
             f"{printable(a)} and {printable(b)} ({n} voxels)" for (a, b), n in overlaps.most_common(OVERLAPS_NAMED)
@@ -219,15 +230,10 @@ def _foreign(segmentation: Segmentation, series_uid: str, frame_uid: str) -> lis
     return notes
 
 
-class _naming:  # noqa: N801 - a context manager
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
     """Put the name of a file before the text of errors about it."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, SegmentationError):
-            raise SegmentationError(f"{printable(os.path.basename(self._path))}: {exc}", exc.code) from exc
+    try:
+        yield
+    except SegmentationError as exc:
+        raise SegmentationError(f"{printable(os.path.basename(path))}: {exc}", exc.code) from exc

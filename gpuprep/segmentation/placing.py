@@ -61,17 +61,29 @@ class Placed:
         """Return the same structure under another name."""
         return replace(self, name=name)
 
-    def paint(self, n: int, shape: tuple[int, int]) -> NDArray[np.bool_]:
-        """Return the pixels of slice `n` that belong to the structure."""
+    def paint(self, n: int, shape: tuple[int, int]) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+        """Return a rectangle of slice `n`, as slices of rows and columns, and its pixels that belong to the structure.
+
+        Outside of it, none does.
+        """
         part = self.parts[n]
-        mask = filled(part.outlines, shape)
-        for polygon in part.insides:
-            mask |= filled([polygon], shape) & ~on_outline(polygon, shape)
+        low, high = np.array(shape[::-1], dtype=np.float64), np.zeros(2)
+        for points in (*part.outlines, *part.insides):
+            low, high = np.minimum(low, points.min(axis=0)), np.maximum(high, points.max(axis=0) + 1)
         for raster, to_plane in part.rasters:
-            _paint_raster(mask, raster, to_plane)
+            first, stop = _reach(raster, to_plane)
+            low, high = np.minimum(low, first), np.maximum(high, stop)
+        left, top = np.clip(np.floor(low), 0, shape[::-1]).astype(int).tolist()
+        right, bottom = np.clip(np.ceil(high), (left, top), np.maximum((left, top), shape[::-1])).astype(int).tolist()
+        size, corner = (bottom - top, right - left), np.array([left, top])
+        mask = filled([polygon - corner for polygon in part.outlines], size)
+        for polygon in part.insides:
+            mask |= filled([polygon - corner], size) & ~on_outline(polygon - corner, size)
+        for raster, to_plane in part.rasters:
+            _paint_raster(mask, raster, to_plane, (top, left))
         for polygon in part.holes:
-            mask &= ~(filled([polygon], shape) | on_outline(polygon, shape))
-        return mask
+            mask &= ~(filled([polygon - corner], size) | on_outline(polygon - corner, size))
+        return (slice(top, bottom), slice(left, right)), mask
 
 
 def plane_of(stack: Stack) -> Plane:
@@ -321,24 +333,32 @@ def _match_raster(
         candidates[n].append(_Candidate(middle - slices.along[n], None, None, raster, to_plane @ moved))
 
 
-def _paint_raster(mask: NDArray[np.bool_], raster: Raster, to_plane: NDArray[np.float64] | None) -> None:
-    """Add the painted pixels of a plane to those of a slice, whose centres are looked up in it."""
+def _reach(raster: Raster, to_plane: NDArray[np.float64] | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return between which (column, row) of a slice, the second past the end, the painted pixels of a plane may lie."""
+    rows, columns = raster.mask.shape
+    corners = np.array([[raster.row + r, raster.column + c, 1] for r in (-1, rows) for c in (-1, columns)], dtype=float)
+    if to_plane is not None:
+        corners = corners @ np.linalg.inv(to_plane).T
+    return corners.min(axis=0)[1::-1], corners.max(axis=0)[1::-1] + 1
+
+
+def _paint_raster(
+    mask: NDArray[np.bool_], raster: Raster, to_plane: NDArray[np.float64] | None, corner: tuple[int, int]
+) -> None:
+    """Add the painted pixels of a plane to those of a slice from `corner` on, whose centres are looked up in it."""
     to_plane = np.eye(3) if to_plane is None else to_plane
     whole = np.rint(to_plane)
-    if np.abs(to_plane - whole)[:, :2].max() < WHOLE / max(mask.shape) and np.abs(to_plane - whole)[:, 2].max() < WHOLE:
+    away = np.abs(to_plane - whole)
+    if away[:, :2].max() < WHOLE / max(*raster.mask.shape, *mask.shape) and away[:, 2].max() < WHOLE:
         to_plane = whole
-    rows, columns = raster.mask.shape
-    corners = np.array([[raster.row + r, raster.column + c, 1] for r in (-1, rows) for c in (-1, columns)])
-    around = (np.linalg.inv(to_plane) @ corners.T)[:2]
-    top, left = np.clip(np.floor(around.min(axis=1)).astype(int), 0, mask.shape)
-    bottom, right = np.clip(np.ceil(around.max(axis=1)).astype(int) + 1, 0, mask.shape)
-    j, i = np.mgrid[top:bottom, left:right]
+    j, i = (n + first for n, first in zip(np.indices(mask.shape), corner, strict=True))
     row, column = (
-        np.floor(np.round(to_plane[a, 0] * j + to_plane[a, 1] * i + to_plane[a, 2], 6) + 0.5).astype(int) - first
-        for a, first in enumerate((raster.row, raster.column))
+        np.floor(np.round(to_plane[axis, 0] * j + to_plane[axis, 1] * i + to_plane[axis, 2], 6) + 0.5).astype(int)
+        - first
+        for axis, first in enumerate((raster.row, raster.column))
     )
-    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-    mask[j[inside], i[inside]] |= raster.mask[row[inside], column[inside]]
+    inside = (row >= 0) & (row < raster.mask.shape[0]) & (column >= 0) & (column < raster.mask.shape[1])
+    mask[inside] |= raster.mask[row[inside], column[inside]]
 
 
 def group_paths(found: Sequence[PerFile]) -> list[str]:

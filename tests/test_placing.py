@@ -1,0 +1,132 @@
+"""Parts of structures on the slices of a series: painted in rectangles, as if on whole slices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import gpuprep
+from gpuprep.errors import SegmentationError
+from gpuprep.geometry import Geometry
+from gpuprep.phantom import write_series
+from gpuprep.segmentation.contours import Contour, Raster, Reading, Segmentation, SliceKey, Structure, painted
+from gpuprep.segmentation.placing import joined, place
+from gpuprep.segmentation.rasterizing import filled, on_outline
+from gpuprep.stacking import Stack, stack
+
+MATRIX = (12, 15)
+IN_ORDER = Reading(slice_order="stack", index_base=0)
+
+
+@pytest.fixture(scope="module")
+def stacked(tmp_path_factory: pytest.TempPathFactory) -> Stack:
+    folder = tmp_path_factory.mktemp("ct")
+    write_series(folder, np.zeros((4, *MATRIX), np.int16), (2.0, 1.0, 1.0))
+    return stack(gpuprep.discover(folder)[0])
+
+
+def segmentation(*structures: Structure, **fields: Any) -> Segmentation:
+    return Segmentation(**({"path": "a", "format": "f", "why": "w", "structures": structures} | fields))
+
+
+def on_slice(stacked: Stack, *structures: Structure, n: int = 1) -> NDArray[np.bool_]:
+    placed, _ = place(segmentation(*structures), stacked, IN_ORDER)
+    whole = np.zeros(MATRIX, dtype=bool)
+    for one in placed:
+        within, mask = one.paint(n, MATRIX)
+        whole[within] |= mask
+    return whole
+
+
+coordinates = st.integers(-1 * 4, 15 * 4).map(lambda n: n / 4)
+rows = st.integers(-1 * 4, 12 * 4).map(lambda n: n / 4)
+outlines = st.lists(st.tuples(coordinates, rows), min_size=3, max_size=7).map(np.array)
+KEY = SliceKey("number", 1)
+
+
+@given(st.lists(outlines, min_size=1, max_size=3))
+def test_a_rectangle_holds_what_the_whole_slice_would(stacked: Stack, polygons: list[NDArray[np.float64]]) -> None:
+    structure = Structure("a", tuple(Contour(p, "pixel", KEY) for p in polygons))
+    np.testing.assert_array_equal(on_slice(stacked, structure), filled(polygons, MATRIX))
+
+
+@given(outlines.map(np.rint), outlines.map(np.rint))
+def test_insides_and_holes_leave_their_outlines_out(
+    stacked: Stack, inside: NDArray[np.float64], hole: NDArray[np.float64]
+) -> None:
+    structure = Structure("a", (Contour(inside, "pixel", KEY, "inside"), Contour(hole, "pixel", KEY, "hole")))
+    expected = filled([inside], MATRIX) & ~on_outline(inside, MATRIX)
+    expected &= ~(filled([hole], MATRIX) | on_outline(hole, MATRIX))
+    np.testing.assert_array_equal(on_slice(stacked, structure), expected)
+
+
+@given(st.integers(0, 2**32), st.integers(-4, 4), st.integers(-4, 4), st.booleans(), st.booleans())
+def test_a_painted_plane_is_looked_up_by_position(
+    stacked: Stack, seed: int, down: int, right: int, flipped: bool, turned: bool
+) -> None:
+    # A plane of other size, shifted by whole pixels, perhaps upside down or with rows for columns.
+    values = np.random.default_rng(seed).random((9, 10)) < 0.3
+    affine = stacked.geometry.affine.copy()
+    affine[:3, 3] = stacked.geometry.points_mm((1, down, right))
+    expected = np.zeros((40, 40), bool)
+    shown = values
+    if flipped:
+        affine[:3, 3] += affine[:3, 1] * 8
+        affine[:3, 1] *= -1
+        shown = shown[::-1]
+    if turned:
+        affine[:3, 3] = stacked.geometry.points_mm((1, down, right))
+        affine[:3, :3] = stacked.geometry.affine[:3, [0, 2, 1]]
+        shown = values.T
+    expected[10 + down : 10 + down + shown.shape[0], 10 + right : 10 + right + shown.shape[1]] = shown
+    raster = painted(values, geometry=Geometry((1, 9, 10), affine))
+    structure = Structure("a", rasters=(raster,) if raster else ())
+    np.testing.assert_array_equal(on_slice(stacked, structure), expected[10 : 10 + MATRIX[0], 10 : 10 + MATRIX[1]])
+
+
+def test_pixels_of_another_matrix_are_refused_with_both(stacked: Stack) -> None:
+    raster = Raster(np.ones((1, 1), bool), 0, 0, (512, 512), KEY)
+    with pytest.raises(SegmentationError, match="it has 512 × 512 pixels, the slices of the series have 12 × 15"):
+        place(segmentation(Structure("a", rasters=(raster,))), stacked, IN_ORDER)
+
+
+def test_millimetres_from_the_corner_become_pixels_from_the_centre(tmp_path: Path) -> None:
+    write_series(tmp_path, np.zeros((4, *MATRIX), np.int16), (2.0, 0.703125, 0.351562))
+    stacked = stack(gpuprep.discover(tmp_path)[0])
+    px = np.array([(2.0, 3.0), (6.0, 3.0), (6.0, 8.0), (2.0, 8.0)])
+    mm = np.round(px * (0.351562, 0.703125), 4)
+    mask = on_slice(stacked, Structure("a", (Contour(mm, "corner", KEY),)))
+    expected = np.zeros(MATRIX, bool)
+    expected[3:8, 2:6] = True
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_contours_far_outside_of_the_slice_are_in_other_units(stacked: Stack) -> None:
+    contour = Contour(np.array([(40.0, 3.0), (60.0, 3.0), (60.0, 8.0)]), "pixel", KEY)
+    with pytest.raises(
+        SegmentationError, match=r"from column 40, row 3 to 60, 8, but slices have 15 columns and 12 rows"
+    ):
+        place(segmentation(Structure("a", (contour,))), stacked, IN_ORDER)
+
+
+def test_a_file_that_names_no_slice_is_refused(stacked: Stack) -> None:
+    contour = Contour(np.array([(1.0, 3.0), (6.0, 3.0), (6.0, 8.0)]), "pixel")
+    with pytest.raises(SegmentationError, match=r"--slice-from name\|column\|z\|uid"):
+        place(segmentation(Structure("a", (contour,))), stacked, IN_ORDER)
+
+
+def test_files_of_one_folder_one_per_slice_become_one_segmentation() -> None:
+    def one(path: str, n: int, name: str) -> Segmentation:
+        contour = Contour(np.zeros((3, 2)), "pixel", SliceKey("number", n))
+        return segmentation(Structure(name, (contour,)), path=path, per_slice=True)
+
+    files = [one("/a/x1.txt", 1, "x"), one("/a/x2.txt", 2, "x"), one("/a/y2.txt", 2, "y"), one("/b/x1.txt", 1, "x")]
+    whole = segmentation(Structure("z"), path="/a/rs.dcm")
+    found = {s.path: {t.name: len(t.contours) for t in s.structures} for s in joined([*files, whole])}
+    assert found == {"/a": {"x": 2, "y": 1}, "/b/x1.txt": {"x": 1}, "/a/rs.dcm": {"z": 0}}
