@@ -1,0 +1,88 @@
+"""What once went wrong with segmentations beside images."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydicom import Dataset
+from segmentations import write_rtstruct, write_seg
+from test_masks import LEFT, LEFT_BOX, RAW, RIGHT, RIGHT_BOX, SHAPE, Ct, convert, rtstruct, sidecar, square, volume
+from typer.testing import CliRunner
+
+from gpuprep import Masks
+from gpuprep.cli import app
+from gpuprep.errors import RequestError
+from gpuprep.geometry import Geometry
+
+COUNTED = replace(RAW, masks=Masks(index_base=0, slice_order="stack"))
+OUTLINE = "4\t4\n10\t4\n10\t10\n4\t10\n"
+
+
+@pytest.fixture
+def ct(tmp_path: Path) -> Ct:
+    return Ct(tmp_path / "dicom" / "patient-1")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def grid(tmp_path: Path) -> Geometry:
+    run = convert(tmp_path, None)
+    return Geometry(SHAPE, np.array(sidecar(run, tmp_path / "out")["affine_lps"]))
+
+
+def test_equal_names_in_files_of_equal_names_are_told_apart_by_their_folders(tmp_path: Path, ct: Ct, out: Path) -> None:
+    for folder, contours in (("anna", LEFT), ("bert", RIGHT)):
+        (tmp_path / "rs" / folder).mkdir(parents=True)
+        rtstruct(tmp_path / "rs" / folder / "rs.dcm", ct, GTV=contours)
+    run = convert(tmp_path, tmp_path / "rs")
+    labels = sidecar(run, out)["labels"]
+    assert [label["name"] for label in labels] == ["GTV (anna/rs.dcm)", "GTV (bert/rs.dcm)"]
+    np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX + 2 * RIGHT_BOX)
+
+
+def test_two_structures_never_share_a_label(tmp_path: Path, ct: Ct) -> None:
+    rtstruct(tmp_path / "a.dcm", ct, GTV=LEFT)
+    rtstruct(tmp_path / "b.dcm", ct, **{"GTV": RIGHT, "GTV (a)": [square(0, 12.5, 15.5)]})
+    run = convert(tmp_path, [tmp_path / "a.dcm", tmp_path / "b.dcm"])
+    assert run.results[0].status == "rejected"
+    assert "two structures are called GTV (a) (in a.dcm and b.dcm)" in run.results[0].reason
+
+
+@pytest.mark.usefixtures("ct")
+def test_formats_that_share_a_folder_and_a_name_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    painted = np.zeros(SHAPE[1:], dtype=int)
+    painted[12:15, 12:15] = 255
+    for k in (2, 3):
+        (folder / f"roi_{k}.txt").write_text(OUTLINE)
+        np.savetxt(folder / f"roi_{k}.tsv", painted, "%d", "\t")
+    run = convert(tmp_path, folder, COUNTED)
+    assert run.results[0].status == "rejected"
+    assert "two structures are called roi" in run.results[0].reason
+
+
+def test_an_empty_structure_of_the_same_name_in_another_file_does_no_harm(tmp_path: Path, ct: Ct, out: Path) -> None:
+    rtstruct(tmp_path / "a.dcm", ct, GTV=LEFT)
+    rtstruct(tmp_path / "b.dcm", ct, GTV=[], other=RIGHT)
+    run = convert(tmp_path, [tmp_path / "a.dcm", tmp_path / "b.dcm"])
+    assert run.counts == {"ok": 1}
+    assert [label["name"] for label in sidecar(run, out)["labels"]] == ["GTV (a)", "other"]
+    assert convert(tmp_path, [tmp_path / "a.dcm", tmp_path / "b.dcm"]).counts == {"skipped": 1}
+
+
+def test_a_file_name_that_is_no_utf_8_is_written_as_text(tmp_path: Path, ct: Ct, out: Path) -> None:
+    rtstruct(tmp_path / "a.dcm", ct, GTV=LEFT)
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff\n.dcm")
+    os.rename(rtstruct(tmp_path / "b.dcm", ct, GTV=RIGHT), odd)
+    run = convert(tmp_path, [str(tmp_path / "a.dcm"), odd])
+    assert [label["name"] for label in sidecar(run, out)["labels"]] == ["GTV (a)", r"GTV (b\udcff\n)"]
+    assert all(s["path"].isprintable() for s in sidecar(run, out)["segmentations"])
