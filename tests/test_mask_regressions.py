@@ -86,3 +86,27 @@ def test_a_file_name_that_is_no_utf_8_is_written_as_text(tmp_path: Path, ct: Ct,
     run = convert(tmp_path, [str(tmp_path / "a.dcm"), odd])
     assert [label["name"] for label in sidecar(run, out)["labels"]] == ["GTV (a)", r"GTV (b\udcff\n)"]
     assert all(s["path"].isprintable() for s in sidecar(run, out)["segmentations"])
+
+
+@pytest.mark.usefixtures("ct")
+def test_two_files_of_one_slice_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in ("roi_02.txt", "roi_03.txt", "roi_3.txt"):
+        (folder / name).write_text(OUTLINE)
+    run = convert(tmp_path, folder, COUNTED)
+    assert run.results[0].status == "rejected"
+    assert "roi_03.txt and roi_3.txt are both of roi on one slice" in run.results[0].reason
+
+
+def test_an_outline_that_is_there_twice_counts_once_and_is_reported(tmp_path: Path, ct: Ct, out: Path) -> None:
+    run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct, GTV=[*LEFT, LEFT[0]]))
+    np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX)
+    assert any("GTV: 1 outlines repeat others" in note for note in run.results[0].warnings)
+
+
+def test_outlines_of_thin_slices_are_not_taken_for_those_of_one(tmp_path: Path, out: Path) -> None:
+    ct = Ct(tmp_path / "dicom" / "patient-1")
+    thin = [square(k, 4.5 - up, 9.5 + up) + (0, 0, 1.5 * up) for k in range(1, 4) for up in (0, 0.1)]
+    run = convert(tmp_path, write_rtstruct(tmp_path / "rs.dcm", {"GTV": thin}, series_uid=ct.uid))
+    np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX)

@@ -25,7 +25,10 @@ HALF_LAYER = 0.5 + 1e-3
 """Layers; positions in files are rounded."""
 
 SAME_PLANE = 0.1
-"""Layers within which parts of a structure lie in one plane."""
+"""Layers within which parts of a structure lie in one plane …"""
+
+SAME_PLANE_MM = 0.1
+"""… and millimetres: slices of half a millimetre are close together in a layer of eight."""
 
 CORNERS = 1024
 """Parts of a pixel to which coordinates are rounded that were written in millimetres and stood for pixels."""
@@ -243,9 +246,10 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
             parts[n].rasters.append((raster, None))
     for n, found in candidates.items():
         nearest = min(abs(c.distance) for c in found)
+        same = min(SAME_PLANE, SAME_PLANE_MM / slices.spacing_mm[0])
         plane = next(c.distance for c in found if abs(c.distance) == nearest)
         for c in found:
-            if abs(c.distance - plane) > SAME_PLANE:
+            if abs(c.distance - plane) > same:
                 left_out["between slices, with others nearer to them"] += 1
             elif c.contour is not None and c.points is not None:
                 _add(parts[n], c.contour, c.points)
@@ -253,10 +257,20 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
                 parts[n].rasters.append((c.raster, c.to_plane))
     name = printable(structure.name)
     notes = [f"{name}: {count} parts lie {why}" for why, count in left_out.items()]
+    if repeated := sum(_without_repeated(part) for part in parts.values()):
+        notes.append(f"{name}: {repeated} outlines repeat others point by point, and count once")
     if parts and not structure.rasters:
         between = max(parts) - min(parts) + 1 - len(parts)
         notes += [f"{name}: {between} slices between its first and its last have no contour"] if between else []
     return Placed(structure.name, source, dict(parts), len(structure.contours)), notes
+
+
+def _without_repeated(part: _Part) -> int:
+    """Take out outlines that are there already, which parity would make nothing of; return how many."""
+    once = {(points.shape, points.tobytes()): points for points in part.outlines}
+    repeated = len(part.outlines) - len(once)
+    part.outlines = list(once.values())
+    return repeated
 
 
 def _add(part: _Part, contour: Contour, points: NDArray[np.float64]) -> None:
@@ -370,8 +384,16 @@ def joined(found: Sequence[Segmentation]) -> list[Segmentation]:
 def _merged(path: str, members: Sequence[Segmentation]) -> Segmentation:
     contours: dict[str, list[Contour]] = defaultdict(list)
     rasters: dict[str, list[Raster]] = defaultdict(list)
+    owners: dict[tuple[str, SliceKey | None], Segmentation] = {}
     for member in members:
         for structure in member.structures:
+            for key in {c.slice for c in structure.contours} | {r.slice for r in structure.rasters}:
+                if (other := owners.setdefault((structure.name, key), member)) is not member:
+                    first, second = (printable(os.path.basename(m.path)) for m in (other, member))
+                    raise SegmentationError(
+                        f"{first} and {second} are both of {printable(structure.name)} on one slice: keep one of them, "
+                        "or put each into a folder of its own"
+                    )
             contours[structure.name] += structure.contours
             rasters[structure.name] += structure.rasters
     return replace(
