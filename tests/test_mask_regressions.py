@@ -110,3 +110,14 @@ def test_outlines_of_thin_slices_are_not_taken_for_those_of_one(tmp_path: Path, 
     thin = [square(k, 4.5 - up, 9.5 + up) + (0, 0, 1.5 * up) for k in range(1, 4) for up in (0, 0.1)]
     run = convert(tmp_path, write_rtstruct(tmp_path / "rs.dcm", {"GTV": thin}, series_uid=ct.uid))
     np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX)
+
+
+@pytest.mark.parametrize("spacing_mm", ["2.0", None])
+def test_a_seg_of_overlapping_slices_does_not_grow(tmp_path: Path, ct: Ct, out: Path, spacing_mm: str | None) -> None:
+    def overlapping(ds: Dataset) -> None:
+        measures = ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+        measures.SliceThickness, measures.SpacingBetweenSlices = "4.0", spacing_mm
+
+    path = write_seg(tmp_path / "seg.dcm", {"a": LEFT_BOX > 0}, grid(tmp_path), series_uid=ct.uid, change=overlapping)
+    run = convert(tmp_path, path)
+    np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX)
