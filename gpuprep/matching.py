@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,25 +95,54 @@ def _glimpse(question: Question) -> Glimpse:
     )
 
 
-def files_under(paths: Iterable[str]) -> list[str]:
+def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = None) -> list[str]:
     """Return the files at some paths, folders searched to any depth; names that begin with a dot are passed over.
+
+    As among images, links are followed, and nothing that two of them lead to is there twice.
+
+    Parameters
+    ----------
+    paths : iterable of str
+        Files or folders.
+    exclude : path, optional
+        A folder that is not entered: where outputs go.
 
     Raises
     ------
     RequestError
-        If a path does not exist.
+        If a path does not exist, or is neither a file nor a folder.
     """
-    files: dict[str, None] = {}
+    files: dict[object, str] = {}
+    entered = {os.path.realpath(exclude)} if exclude else set()
+
+    def take(file: str) -> None:
+        try:
+            status = os.stat(file)
+        except OSError:
+            files[file] = file  # whoever reads it says what is wrong with it
+        else:
+            if stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                files.setdefault((status.st_dev, status.st_ino), file)
+
     for path in paths:
         if os.path.isdir(path):
-            for folder, below, names in os.walk(path):
+            for folder, below, names in os.walk(absolute(path), followlinks=True):
+                real = os.path.realpath(folder)
+                if real in entered:
+                    below.clear()
+                    continue
+                entered.add(real)
                 below.sort()
-                files |= dict.fromkeys(absolute(os.path.join(folder, n)) for n in sorted(names) if n[0] != ".")
+                for name in sorted(names):
+                    if name[0] != ".":
+                        take(os.path.join(folder, name))
+        elif os.path.isfile(path):
+            take(absolute(path))
         elif os.path.exists(path):
-            files[absolute(path)] = None
+            raise RequestError(f"the segmentation {path} is neither a file nor a folder")
         else:
             raise RequestError(f"the segmentation {path} does not exist")
-    return [f for f in files if os.path.isfile(f)]  # opening a pipe would wait for ever
+    return list(files.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,3 +121,44 @@ def test_a_seg_of_overlapping_slices_does_not_grow(tmp_path: Path, ct: Ct, out: 
     path = write_seg(tmp_path / "seg.dcm", {"a": LEFT_BOX > 0}, grid(tmp_path), series_uid=ct.uid, change=overlapping)
     run = convert(tmp_path, path)
     np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX)
+
+
+def test_folders_behind_links_are_searched_once(tmp_path: Path, ct: Ct, out: Path) -> None:
+    real, folder = tmp_path / "real", tmp_path / "masks"
+    real.mkdir()
+    folder.mkdir()
+    rtstruct(real / "rs.dcm", ct)
+    (folder / "link").symlink_to(real)
+    (folder / "rs.dcm").symlink_to(real / "rs.dcm")
+    (real / "loop").symlink_to(folder)
+    run = convert(tmp_path, [folder, real, real / "rs.dcm"])
+    assert [label["name"] for label in sidecar(run, out)["labels"]] == ["left", "right"]
+
+
+@pytest.mark.usefixtures("ct")
+def test_a_pipe_is_no_segmentation(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.dcm")
+    with pytest.raises(RequestError, match="neither a file nor a folder"):
+        convert(tmp_path, tmp_path / "pipe.dcm")
+
+
+def test_a_folder_without_segmentations_is_reported(tmp_path: Path, ct: Ct) -> None:
+    run = convert(tmp_path, ct.folder)
+    assert run.unmatched == ((str(ct.folder), "it holds no segmentation"),)
+    assert run.exit_code == 1
+
+
+def test_outputs_among_the_segmentations_are_none(tmp_path: Path, ct: Ct) -> None:
+    rtstruct(tmp_path / "rs.dcm", ct)
+    for counts in ({"ok": 1}, {"skipped": 1}):
+        run = convert(tmp_path, tmp_path)
+        assert (run.counts, run.unmatched) == (counts, ())
+
+
+@pytest.mark.parametrize("after", [[], ["-q"]])
+def test_masks_without_a_path_is_refused(tmp_path: Path, ct: Ct, after: Any) -> None:
+    arguments = ["convert", str(ct.folder), "-o", str(tmp_path / "out"), "--index", "none", "--masks", *after]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "--masks" in result.output
+    assert not (tmp_path / "out").exists()
