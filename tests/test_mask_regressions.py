@@ -162,3 +162,15 @@ def test_masks_without_a_path_is_refused(tmp_path: Path, ct: Ct, after: Any) -> 
     assert result.exit_code == 2
     assert "--masks" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_beside_a_gap_that_is_kept_outlines_stay_on_their_slices(tmp_path: Path, out: Path) -> None:
+    ct = Ct(tmp_path / "dicom" / "patient-1")
+    for k in (1, 2, 3):
+        ct.files[k].unlink()
+    corners = [square(k, 4.5, 6.5 + k) for k in range(6)]
+    path = write_rtstruct(tmp_path / "rs.dcm", {"GTV": corners}, series_uid=ct.uid)
+    run = convert(tmp_path, path, replace(RAW, policy="keep"))
+    labels = volume(out / run.results[0].folder / "labels")
+    assert [int(plane.sum()) for plane in labels] == [(2 + k) ** 2 for k in (0, 4, 5)]
+    assert any("GTV: 3 parts lie on no slice" in note for note in run.results[0].warnings)

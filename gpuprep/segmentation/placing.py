@@ -30,6 +30,9 @@ SAME_PLANE = 0.1
 SAME_PLANE_MM = 0.1
 """… and millimetres: slices of half a millimetre are close together in a layer of eight."""
 
+EVEN = 0.1
+"""Layers by which slices may lie beside even ones."""
+
 CORNERS = 1024
 """Parts of a pixel to which coordinates are rounded that were written in millimetres and stood for pixels."""
 
@@ -121,9 +124,15 @@ class _Slices:
         count = len(stack.slices)
         placement = stack.placement
         self.matrix = _matrix(stack)
+        self.to_index = np.linalg.inv(stack.geometry.affine)
         self.along = np.arange(count, dtype=np.float64) if placement is None else placement.along
         self.shift = np.zeros((count, 2)) if placement is None or placement.shift is None else placement.shift
-        self.to_index = np.linalg.inv(stack.geometry.affine)
+        if placement is None and all(header.position_mm for header in stack.slices):
+            # Kept as they are, slices may lie elsewhere than in even layers: what is drawn on one belongs on that one.
+            positions = np.array([header.position_mm for header in stack.slices])
+            where = positions @ self.to_index[:3, :3].T + self.to_index[:3, 3]
+            if np.abs(where[:, 0] - self.along).max() > EVEN:
+                self.along, self.shift = where[:, 0], where[:, 1:]
         self.spacing_mm = stack.geometry.spacing_mm
         self._by_uid: dict[str, set[int]] = defaultdict(set)
         for n, header in (*enumerate(stack.slices), *stack.twins):
