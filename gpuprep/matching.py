@@ -56,6 +56,8 @@ class Glimpse:
     frame_of_reference_uid: str = ""
     sop_uids: frozenset[str] = frozenset()
     per_slice: bool = False
+    beside: tuple[tuple[str, int, int], ...] = ()
+    """Other files that were read to understand it: path, bytes and time of change in ns."""
     error: str = ""
     """Why it cannot be read, perhaps only as long as its series is not known."""
     code: str = ""
@@ -74,6 +76,7 @@ def _glimpse(question: Question) -> Glimpse:
     try:
         status = os.stat(path)
         s = read_segmentation(path, question.reading, question.plane)
+        beside = tuple((other, (found := os.stat(other)).st_size, found.st_mtime_ns) for other in s.beside)
     except SegmentationError as exc:
         return Glimpse(path, status.st_size, status.st_mtime_ns, error=str(exc), code=exc.code)
     except OSError as exc:
@@ -92,6 +95,7 @@ def _glimpse(question: Question) -> Glimpse:
         frame_of_reference_uid=s.frame_of_reference_uid,
         sop_uids=s.sop_uids,
         per_slice=s.per_slice,
+        beside=beside,
     )
 
 
@@ -176,6 +180,8 @@ def match(
     alone : bool
         Whether people said that all of them are meant for the one series there is.
     """
+    used = {path for g in found for path, *_ in g.beside}
+    found = [g for g in found if g.code not in NONE or g.path not in used]
     if alone and len(cohort) == 1:
         readable = tuple(g for g in found if g.code not in NONE)
         others = tuple((g, g.error) for g in found if g.code in NONE)
@@ -277,5 +283,5 @@ def fingerprint(series: Series, found: Sequence[Glimpse], values: Sequence[tuple
     """Return what "unchanged" means for a series with its segmentations and the label values of their structures."""
     if not found:
         return series.fingerprint
-    lines = sorted(f"{g.path} {g.bytes} {g.mtime_ns}" for g in found)
+    lines = sorted(" ".join(map(str, (g.path, g.bytes, g.mtime_ns, *g.beside))) for g in found)
     return hashlib.sha256(repr((series.fingerprint, lines, sorted(values))).encode()).hexdigest()

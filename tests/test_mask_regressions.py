@@ -107,7 +107,7 @@ def test_an_outline_that_is_there_twice_counts_once_and_is_reported(tmp_path: Pa
 
 def test_outlines_of_thin_slices_are_not_taken_for_those_of_one(tmp_path: Path, out: Path) -> None:
     ct = Ct(tmp_path / "dicom" / "patient-1")
-    thin = [square(k, 4.5 - up, 9.5 + up) + (0, 0, 1.5 * up) for k in range(1, 4) for up in (0, 0.1)]
+    thin = [square(k, 4.5 - up, 9.5 + up) + np.array([0, 0, 1.5 * up]) for k in range(1, 4) for up in (0, 0.1)]
     run = convert(tmp_path, write_rtstruct(tmp_path / "rs.dcm", {"GTV": thin}, series_uid=ct.uid))
     np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX)
 
@@ -173,4 +173,20 @@ def test_beside_a_gap_that_is_kept_outlines_stay_on_their_slices(tmp_path: Path,
     run = convert(tmp_path, path, replace(RAW, policy="keep"))
     labels = volume(out / run.results[0].folder / "labels")
     assert [int(plane.sum()) for plane in labels] == [(2 + k) ** 2 for k in (0, 4, 5)]
-    assert any("GTV: 3 parts lie on no slice" in note for note in run.results[0].warnings)
+    assert sum("parts lie" in note for note in run.results[0].warnings) >= 1
+
+
+def test_a_header_beside_a_pinnacle_plan_is_part_of_it(tmp_path: Path, ct: Ct) -> None:
+    folder = tmp_path / "plan"
+    folder.mkdir()
+    points = "".join(f"{x / 10} {-y / 10} {-z / 10}\n" for x, y, z in LEFT[0].tolist())
+    curve = f"num_curve = 1;\ncurve={{\nnum_points = 4;\npoints={{\n{points}}};\n}};\n"
+    (folder / "plan.roi").write_text(f"// Region of Interest file\nroi={{\nname: GTV\n{curve}}};\n")
+    assert convert(tmp_path, folder).counts == {"ok": 1}
+    header = folder / "ImageSet_0.header"
+    header.write_text("patient_position : HFP\n")
+    run = convert(tmp_path, folder)
+    assert (run.counts, run.unmatched) == ({"ok": 1}, ())
+    assert convert(tmp_path, folder).counts == {"skipped": 1}
+    header.write_text(f"patient_position : HFS\nseries_UID : {ct.uid}\n")
+    assert convert(tmp_path, folder / "plan.roi").counts == {"ok": 1}
