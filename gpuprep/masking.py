@@ -95,6 +95,8 @@ def read_placed(
     names = dict(zip(pairs, wishes.names(pairs), strict=True))
     wanted = [p.renamed(name) for p in placed if (name := names[p.source, p.name]) is not None]
     _check_distinct(wanted)
+    if placed and not wanted:
+        masked.notes.append(f"none of the {len(placed)} structures drawn on it has a name that --roi matches")
     return wanted, masked
 
 

@@ -190,3 +190,8 @@ def test_a_header_beside_a_pinnacle_plan_is_part_of_it(tmp_path: Path, ct: Ct) -
     assert convert(tmp_path, folder).counts == {"skipped": 1}
     header.write_text(f"patient_position : HFS\nseries_UID : {ct.uid}\n")
     assert convert(tmp_path, folder / "plan.roi").counts == {"ok": 1}
+
+
+def test_a_roi_that_matches_no_structure_is_reported(tmp_path: Path, ct: Ct) -> None:
+    run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct), replace(RAW, masks=Masks(roi="^lung$")))
+    assert "none of the 2 structures drawn on it has a name that --roi matches" in run.results[0].warnings
