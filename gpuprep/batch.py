@@ -183,7 +183,7 @@ def scan(
     executor = Here() if jobs is None else Processes(jobs, quiet_libraries, FOR_HEADERS)
     try:
         cohort = _discover(paths, recipe, out, index, executor)
-        matched = _matched(cohort, paths, recipe, masks, executor)
+        matched = _matched(cohort, paths, recipe, masks, executor, out)
     finally:
         executor.stop()
     if out is not None and (Path(out) / "manifest.sqlite").exists():
@@ -258,7 +258,7 @@ def convert(
         try:
             cohort = _discover(paths, recipe, out, index, executor)
             listener.scanned(cohort)
-            matched = _matched(cohort, paths, recipe, masks, executor)
+            matched = _matched(cohort, paths, recipe, masks, executor, out)
             _check_images_stay(recipe, manifest, out)
             write_text(out / "recipe.toml", recipe.to_toml())
             manifest.account(cohort.passed_over, cohort.unreadable)
@@ -450,13 +450,18 @@ def _check_images_stay(recipe: Recipe, manifest: Manifest, out: Path) -> None:
 
 
 def _matched(
-    cohort: Cohort, paths: list[str], recipe: Recipe, masks: Paths | None, executor: Executor
+    cohort: Cohort,
+    paths: list[str],
+    recipe: Recipe,
+    masks: Paths | None,
+    executor: Executor,
+    out: str | os.PathLike[str] | None,
 ) -> Matched | None:
     """Return which segmentation goes to which series; None where masks are not asked for."""
     if masks is None:
         return None
     roots = list(paths) if masks == "auto" else _listed(masks)
-    files = list(cohort.segmentations) if masks == "auto" else files_under(roots)
+    files = list(cohort.segmentations) if masks == "auto" else files_under(roots, out)
     found = _asked([Question(f, recipe.masks) for f in files], executor)
     matches = match(found, cohort, roots, paths, alone=not recipe.image and masks != "auto")
     # Some can be read only when the pixels of their series are known.
@@ -471,8 +476,16 @@ def _matched(
     by_key = {key: tuple(again.get(g.path, g) for g in gs) for key, gs in matches.by_key.items()}
     explicit = {absolute(root) for root in roots if not os.path.isdir(root)}
     other = {g.path for g, _ in matches.unmatched if g.code == NOT_ONE} - explicit
-    named = frozenset() if masks == "auto" else frozenset(files) - other
-    return Matched(by_key, matches.unmatched, named)
+    if masks == "auto":
+        return Matched(by_key, matches.unmatched, frozenset())
+    useful = [g.path for g in found if g.path not in other]
+    barren = [r for r in map(absolute, roots) if os.path.isdir(r) and not any(_lies_in(f, r) for f in useful)]
+    nothing = tuple((Glimpse(folder), "it holds no segmentation") for folder in dict.fromkeys(barren))
+    return Matched(by_key, matches.unmatched + nothing, (frozenset(files) - other).union(barren))
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return path.startswith(os.path.join(folder, ""))
 
 
 def _asked(questions: list[Question], executor: Executor) -> list[Glimpse]:

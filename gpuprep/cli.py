@@ -231,6 +231,8 @@ class _WithMasks(TyperCommand):
                 break
             if word.startswith("-"):
                 taking = word == "--masks"
+                if taking and (n + 1 == len(args) or args[n + 1].startswith("-")):
+                    ctx.fail("Option '--masks' takes a path at least, or auto.")
                 words += [] if taking else [word]
             else:
                 words += ["--masks", word] if taking else [word]

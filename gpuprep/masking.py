@@ -80,19 +80,41 @@ def read_placed(
         with _naming(path):
             found.append(read_segmentation(path, wishes, plane))
     placed: list[Placed] = []
+    known: list[tuple[str, str]] = []
     for segmentation in joined(found):
-        masked.segmentations.append({"path": segmentation.path, "format": segmentation.format, "why": segmentation.why})
+        known += [(segmentation.path, structure.name) for structure in segmentation.structures]
+        masked.segmentations.append(
+            {"path": printable(segmentation.path), "format": segmentation.format, "why": segmentation.why}
+        )
         with _naming(segmentation.path):
             structures, notes = place(segmentation, stack, wishes)
         placed += structures
-        masked.notes += [f"{os.path.basename(segmentation.path)}: {note}" for note in notes]
+        masked.notes += [f"{printable(os.path.basename(segmentation.path))}: {note}" for note in notes]
         masked.notes += _foreign(segmentation, series_uid, frame_uid)
-    names = wishes.names([(p.source, p.name) for p in placed])
-    wanted = [p.renamed(name) for p, name in zip(placed, names, strict=True) if name is not None]
+    # Empty structures have a name too, as they had when label values were given out.
+    pairs = list(dict.fromkeys(known))
+    names = dict(zip(pairs, wishes.names(pairs), strict=True))
+    wanted = [p.renamed(name) for p in placed if (name := names[p.source, p.name]) is not None]
+    _check_distinct(wanted)
     if not wanted:
-        what = f"none of {len(placed)} structures is wanted (--roi)" if placed else "no structure has any area"
+        what = (
+            f"none of the {len(placed)} structures drawn on it has a name that --roi matches"
+            if placed
+            else "nothing is drawn on it"
+        )
         masked.notes.append(f"{what}: masks are empty")
     return wanted, masked
+
+
+def _check_distinct(wanted: Sequence[Placed]) -> None:
+    """Raise if two structures have one name, and with it one label."""
+    twice = [name for name, count in Counter(p.name for p in wanted).items() if count > 1]
+    if twice:
+        sources = sorted({printable(os.path.basename(p.source)) for p in wanted if p.name == twice[0]})
+        raise SegmentationError(
+            f"two structures are called {printable(twice[0])} (in {' and '.join(sources)}): choose one with --roi, or "
+            "keep files of different formats in folders of their own"
+        )
 
 
 def write_masks(
@@ -131,7 +153,9 @@ def write_masks(
     suffix = "" if recipe.format == "tif" else ".tif"
     if recipe.masks.layout == "labels":
         if new := [p for p in wanted if p.name not in values]:
-            raise SegmentationError(f"{new[0].source} has changed since it was looked at: convert again", "changed")
+            raise SegmentationError(
+                f"{printable(new[0].source)} has changed since it was looked at: convert again", "changed"
+            )
         volumes = [("labels", [(p, values[p.name]) for p in wanted])]
     else:
         volumes = [
@@ -221,7 +245,7 @@ def _counted(chunks: Iterator[NDArray[Any]], counts: NDArray[np.int64]) -> Itera
 
 def _foreign(segmentation: Segmentation, series_uid: str, frame_uid: str) -> list[str]:
     """Return what a segmentation says that does not fit the series it is used for."""
-    name = os.path.basename(segmentation.path)
+    name = printable(os.path.basename(segmentation.path))
     notes = []
     if segmentation.series_uids and series_uid not in segmentation.series_uids:
         notes.append(f"{name} refers to series {printable(segmentation.series_uids[0])}, not to this one")

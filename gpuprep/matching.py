@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Glimpse:
     frame_of_reference_uid: str = ""
     sop_uids: frozenset[str] = frozenset()
     per_slice: bool = False
+    beside: tuple[tuple[str, int, int], ...] = ()
+    """Other files that were read to understand it: path, bytes and time of change in ns."""
     error: str = ""
     """Why it cannot be read, perhaps only as long as its series is not known."""
     code: str = ""
@@ -71,6 +74,7 @@ def _glimpse(question: Question) -> Glimpse:
     try:
         status = os.stat(path)
         s = read_segmentation(path, question.reading, question.plane)
+        beside = tuple((other, (found := os.stat(other)).st_size, found.st_mtime_ns) for other in s.beside)
     except SegmentationError as exc:
         return Glimpse(path, status.st_size, status.st_mtime_ns, error=str(exc), code=exc.code)
     except OSError as exc:
@@ -89,28 +93,58 @@ def _glimpse(question: Question) -> Glimpse:
         frame_of_reference_uid=s.frame_of_reference_uid,
         sop_uids=s.sop_uids,
         per_slice=s.per_slice,
+        beside=beside,
     )
 
 
-def files_under(paths: Iterable[str]) -> list[str]:
+def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = None) -> list[str]:
     """Return the files at some paths, folders searched to any depth; names that begin with a dot are passed over.
+
+    As among images, links are followed, and nothing that two of them lead to is there twice.
+
+    Parameters
+    ----------
+    paths : iterable of str
+        Files or folders.
+    exclude : path, optional
+        A folder that is not entered: where outputs go.
 
     Raises
     ------
     RequestError
-        If a path does not exist.
+        If a path does not exist, or is neither a file nor a folder.
     """
-    files: dict[str, None] = {}
+    files: dict[object, str] = {}
+    entered = {os.path.realpath(exclude)} if exclude else set()
+
+    def take(file: str) -> None:
+        try:
+            status = os.stat(file)
+        except OSError:
+            files[file] = file  # whoever reads it says what is wrong with it
+        else:
+            if stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                files.setdefault((status.st_dev, status.st_ino), file)
+
     for path in paths:
         if os.path.isdir(path):
-            for folder, below, names in os.walk(path):
+            for folder, below, names in os.walk(absolute(path), followlinks=True):
+                real = os.path.realpath(folder)
+                if real in entered:
+                    below.clear()
+                    continue
+                entered.add(real)
                 below.sort()
-                files |= dict.fromkeys(absolute(os.path.join(folder, n)) for n in sorted(names) if n[0] != ".")
+                for name in sorted(names):
+                    if name[0] != ".":
+                        take(os.path.join(folder, name))
+        elif os.path.isfile(path):
+            take(absolute(path))
         elif os.path.exists(path):
-            files[absolute(path)] = None
+            raise RequestError(f"the segmentation {path} is neither a file nor a folder")
         else:
             raise RequestError(f"the segmentation {path} does not exist")
-    return [f for f in files if os.path.isfile(f)]  # opening a pipe would wait for ever
+    return list(files.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +178,8 @@ def match(
     alone : bool
         Whether people said that all of them are meant for the one series there is.
     """
+    used = {path for g in found for path, *_ in g.beside}
+    found = [g for g in found if g.code not in NONE or g.path not in used]
     if alone and len(cohort) == 1:
         readable = tuple(g for g in found if g.code not in NONE)
         others = tuple((g, g.error) for g in found if g.code in NONE)
@@ -245,5 +281,5 @@ def fingerprint(series: Series, found: Sequence[Glimpse], values: Sequence[tuple
     """Return what "unchanged" means for a series with its segmentations and the label values of their structures."""
     if not found:
         return series.fingerprint
-    lines = sorted(f"{g.path} {g.bytes} {g.mtime_ns}" for g in found)
+    lines = sorted(" ".join(map(str, (g.path, g.bytes, g.mtime_ns, *g.beside))) for g in found)
     return hashlib.sha256(repr((series.fingerprint, lines, sorted(values))).encode()).hexdigest()

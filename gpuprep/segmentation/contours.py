@@ -99,6 +99,8 @@ class Segmentation:
     """Whether it is one of several files, one for each slice, that belong together."""
     notes: tuple[str, ...] = ()
     """What was left out of it, and why."""
+    beside: tuple[str, ...] = ()
+    """Other files that were read to understand it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,7 +77,7 @@ def read(text: str, path: str) -> Segmentation:
     rois = _rois(lines(text))
     if not rois:
         raise SegmentationError("there is no roi={ in it: no region was drawn, or the file is cut short")
-    header, notes = _header(path)
+    header, notes, beside = _header(path)
     position = header.get("patient_position", "").upper()
     if not position:
         position = "HFS"
@@ -107,6 +107,7 @@ def read(text: str, path: str) -> Segmentation:
         ),
         series_uids=(uid,) if is_uid(uid) else (),
         notes=tuple(notes),
+        beside=beside,
     )
 
 
@@ -193,8 +194,8 @@ def _agree(announced: tuple[int, int] | None, found: int, what: str) -> None:
         )
 
 
-def _header(path: str) -> tuple[dict[str, str], list[str]]:
-    """Return what the header of the image set says, and notes on why it was not read."""
+def _header(path: str) -> tuple[dict[str, str], list[str], tuple[str, ...]]:
+    """Return what the header of the image set says, notes on why it was not read, and its path."""
     folder = os.path.dirname(os.path.abspath(path))
     places = [folder, os.path.dirname(folder)] if os.path.basename(folder).startswith("Plan_") else [folder]
     for place in places:
@@ -202,13 +203,13 @@ def _header(path: str) -> tuple[dict[str, str], list[str]]:
             names = [name for name in os.listdir(place) if _HEADER_NAME.fullmatch(name)]
             found = [file for name in names if os.path.isfile(file := os.path.join(place, name))]
             if len(found) > 1:
-                return {}, ["there are several ImageSet_….header; leave beside plan.roi the one it was drawn on"]
+                return {}, ["there are several ImageSet_….header; leave beside plan.roi the one it was drawn on"], ()
             if found:
                 with open(found[0], "rb") as f:
-                    return _keys(f.read(_HEADER_BYTES).decode("utf-8", "replace")), []
+                    return _keys(f.read(_HEADER_BYTES).decode("utf-8", "replace")), [], (found[0],)
         except OSError as exc:
-            return {}, [f"the header of the image set cannot be read ({exc.strerror})"]
-    return {}, ["there is no ImageSet_….header beside it"]
+            return {}, [f"the header of the image set cannot be read ({exc.strerror})"], ()
+    return {}, ["there is no ImageSet_….header beside it"], ()
 
 
 def _keys(text: str) -> dict[str, str]:

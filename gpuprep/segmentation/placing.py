@@ -25,7 +25,13 @@ HALF_LAYER = 0.5 + 1e-3
 """Layers; positions in files are rounded."""
 
 SAME_PLANE = 0.1
-"""Layers within which parts of a structure lie in one plane."""
+"""Layers within which parts of a structure lie in one plane …"""
+
+SAME_PLANE_MM = 0.1
+"""… and millimetres: slices of half a millimetre are close together in a layer of eight."""
+
+EVEN = 0.1
+"""Layers by which slices may lie beside even ones."""
 
 CORNERS = 1024
 """Parts of a pixel to which coordinates are rounded that were written in millimetres and stood for pixels."""
@@ -130,9 +136,15 @@ class _Slices:
         count = len(stack.slices)
         placement = stack.placement
         self.matrix = _matrix(stack)
+        self.to_index = np.linalg.inv(stack.geometry.affine)
         self.along = np.arange(count, dtype=np.float64) if placement is None else placement.along
         self.shift = np.zeros((count, 2)) if placement is None or placement.shift is None else placement.shift
-        self.to_index = np.linalg.inv(stack.geometry.affine)
+        if placement is None and all(header.position_mm for header in stack.slices):
+            # Kept as they are, slices may lie elsewhere than in even layers: what is drawn on one belongs on that one.
+            positions = np.array([header.position_mm for header in stack.slices])
+            where = positions @ self.to_index[:3, :3].T + self.to_index[:3, 3]
+            if np.abs(where[:, 0] - self.along).max() > EVEN:
+                self.along, self.shift = where[:, 0], where[:, 1:]
         self.spacing_mm = stack.geometry.spacing_mm
         self._by_uid: dict[str, set[int]] = defaultdict(set)
         for n, header in (*enumerate(stack.slices), *stack.twins):
@@ -255,9 +267,10 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
             parts[n].rasters.append((raster, None))
     for n, found in candidates.items():
         nearest = min(abs(c.distance) for c in found)
+        same = min(SAME_PLANE, SAME_PLANE_MM / slices.spacing_mm[0])
         plane = next(c.distance for c in found if abs(c.distance) == nearest)
         for c in found:
-            if abs(c.distance - plane) > SAME_PLANE:
+            if abs(c.distance - plane) > same:
                 left_out["between slices, with others nearer to them"] += 1
             elif c.contour is not None and c.points is not None:
                 _add(parts[n], c.contour, c.points)
@@ -265,10 +278,20 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
                 parts[n].rasters.append((c.raster, c.to_plane))
     name = printable(structure.name)
     notes = [f"{name}: {count} parts lie {why}" for why, count in left_out.items()]
+    if repeated := sum(_without_repeated(part) for part in parts.values()):
+        notes.append(f"{name}: {repeated} outlines repeat others point by point, and count once")
     if parts and not structure.rasters:
         between = max(parts) - min(parts) + 1 - len(parts)
         notes += [f"{name}: {between} slices between its first and its last have no contour"] if between else []
     return Placed(structure.name, source, dict(parts), len(structure.contours)), notes
+
+
+def _without_repeated(part: _Part) -> int:
+    """Take out outlines that are there already, which parity would make nothing of; return how many."""
+    once = {(points.shape, points.tobytes()): points for points in part.outlines}
+    repeated = len(part.outlines) - len(once)
+    part.outlines = list(once.values())
+    return repeated
 
 
 def _add(part: _Part, contour: Contour, points: NDArray[np.float64]) -> None:
@@ -390,8 +413,16 @@ def joined(found: Sequence[Segmentation]) -> list[Segmentation]:
 def _merged(path: str, members: Sequence[Segmentation]) -> Segmentation:
     contours: dict[str, list[Contour]] = defaultdict(list)
     rasters: dict[str, list[Raster]] = defaultdict(list)
+    owners: dict[tuple[str, SliceKey | None], Segmentation] = {}
     for member in members:
         for structure in member.structures:
+            for key in {c.slice for c in structure.contours} | {r.slice for r in structure.rasters}:
+                if (other := owners.setdefault((structure.name, key), member)) is not member:
+                    first, second = (printable(os.path.basename(m.path)) for m in (other, member))
+                    raise SegmentationError(
+                        f"{first} and {second} are both of {printable(structure.name)} on one slice: keep one of them, "
+                        "or put each into a folder of its own"
+                    )
             contours[structure.name] += structure.contours
             rasters[structure.name] += structure.rasters
     return replace(

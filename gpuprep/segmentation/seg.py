@@ -7,9 +7,11 @@ DICOM PS3.3, C.8.20.2 (Segmentation Image module), C.7.6.16 (Multi-frame Functio
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +44,9 @@ MOST_PAINTED = 2**32
 
 FINEST_MM, COARSEST_MM = 1e-3, 100.0
 """Pixel spacings beyond these are damage."""
+
+SAME_PLANE_MM = 0.01
+"""Planes that lie closer together are one."""
 
 PERPENDICULAR = 1e-2
 """How far directions of rows and columns may be from perpendicular units."""
@@ -321,7 +326,7 @@ class _Groups:
         measures = self._macro(frame, "PixelMeasuresSequence")
         if where is None or directions is None or measures is None:
             return None
-        thicknesses = ("SliceThickness", "SpacingBetweenSlices")
+        thicknesses = ("SpacingBetweenSlices", "SliceThickness")
         key = (
             text(where, "ImagePositionPatient"),
             text(directions, "ImageOrientationPatient"),
@@ -333,11 +338,30 @@ class _Groups:
             spacing = decimals(measures, "PixelSpacing", 2, COARSEST_MM)
             if position is None or orientation is None or spacing is None:
                 return None
-            # A frame is one layer; how thick it is said to be has no bearing on where it lies.
+            # A frame is one layer; how thick it is said to be has no bearing on where it lies. Slices that overlap are
+            # thicker than they are far apart, and a frame stands for no more than its part of the way to the next.
             known = (decimals(measures, k, 1, FARTHEST) for k in thicknesses)
             thickness = next((t[0] for t in known if t and t[0] >= FINEST_MM), 1.0)
+            thickness = min(thickness, self._closest_mm)
             self._geometries[key] = _plane(self._shape, position, orientation, (thickness, *spacing))
         return self._geometries[key]
+
+    @cached_property
+    def _closest_mm(self) -> float:
+        """The smallest distance between the planes of any two frames."""
+        texts = {
+            text(where, "ImagePositionPatient")
+            for frame in range(len(self._own))
+            if (where := self._macro(frame, "PlanePositionSequence")) is not None
+        }
+        directions = self._macro(0, "PlaneOrientationSequence")
+        orientation = directions and decimals(directions, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
+        positions = [p for t in texts if (p := _three(t)) is not None]
+        if not orientation or len(positions) < 2:
+            return math.inf
+        normal = np.cross(*np.array(orientation).reshape(2, 3))
+        steps = np.diff(np.sort(np.array(positions) @ normal))
+        return float(min(steps[steps > SAME_PLANE_MM], default=math.inf))
 
     def _source(self, frame: int) -> tuple[frozenset[str], bool]:
         """Return the images a frame was made from, and whether they are whole ones, not frames of one."""
@@ -387,6 +411,15 @@ def _plane(
     affine[:3, 2] = row * spacing[2]
     affine[:3, 3] = position
     return Geometry(shape, affine)
+
+
+def _three(written: str) -> tuple[float, ...] | None:
+    """Return a position; None where it is none, which is complained about when its frame is read."""
+    try:
+        values = tuple(map(float, written.split("\\")))
+    except ValueError:
+        return None
+    return values if len(values) == 3 and all(map(math.isfinite, values)) else None
 
 
 def _segments(ds: pydicom.Dataset) -> dict[int, str]:

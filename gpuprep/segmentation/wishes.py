@@ -87,8 +87,9 @@ class Masks(Reading):
                     f"{printable(files[name][file])} and {printable(structure)} of one file both stand for "
                     f"{printable(name)}: take one of them out of the aliases"
                 )
+        told = {name: _told_apart(list(owners)) for name, owners in files.items() if len(owners) > 1}
         return [
-            f"{name} ({_stem(file)})" if name is not None and len(files[name]) > 1 else name
+            f"{name} ({told[name][file]})" if name is not None and name in told else name
             for name, (file, _) in zip(names, found, strict=True)
         ]
 
@@ -129,8 +130,13 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _stem(file: str) -> str:
-    return os.path.splitext(os.path.basename(file))[0]
+def _told_apart(files: Sequence[str]) -> dict[str, str]:
+    """Return what tells some files apart: the stem of each, or as much of its path as it takes."""
+    parts = {file: file.strip(os.sep).split(os.sep) for file in files}
+    ways = [{f: os.path.splitext(p[-1])[0] for f, p in parts.items()}]
+    ways += [{f: os.sep.join(p[-n:]) for f, p in parts.items()} for n in range(1, max(map(len, parts.values())) + 1)]
+    shown = ({file: printable(way) for file, way in ways_of.items()} for ways_of in ways)
+    return next((way for way in shown if len(set(way.values())) == len(files)), {f: printable(f) for f in files})
 
 
 def _key(name: str) -> str:
