@@ -32,7 +32,7 @@ from gpuprep.headers import Contents
 from gpuprep.layout import absolute, layout
 from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, SeriesResult, now
-from gpuprep.matching import NOT_ONE, Glimpse, Question, files_under, fingerprint, glimpses, match, used_names
+from gpuprep.matching import NOT_ONE, Glimpse, Question, below, files_under, fingerprint, glimpses, match, used_names
 from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, mask_bytes, needed_bytes, workers
 from gpuprep.output import contents, open_output, retire, write_text
 from gpuprep.plan import Plan, make_plan
@@ -61,6 +61,8 @@ class Outlook:
     audit: Audit | None = None
     """Absent for a series that is skipped: nothing about it has changed."""
     reason: str = ""
+    code: str = ""
+    """Of that reason, if it is not in the headers."""
     known: bool = False
     """Whether the manifest has an earlier output of this series in that folder."""
     segmentations: tuple[Glimpse, ...] = ()
@@ -78,7 +80,7 @@ class Outlook:
         """The reasons for the verdict, for programs."""
         if self.audit is None:
             return ()
-        return ("plan",) if self.action == "reject" and self.audit.error is None else self.audit.codes
+        return (self.code,) if self.code else self.audit.codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,7 @@ def scan(
     out: str | os.PathLike[str] | None = None,
     index: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
+    listener: Listener | None = None,
 ) -> tuple[Cohort, list[Outlook]]:
     """Return what is under some paths and what would happen to each series; reads headers only, and writes no output.
 
@@ -175,6 +178,8 @@ def scan(
         As for `gpuprep.discover`.
     jobs : int, optional
         Processes that read headers; absent: this one.
+    listener : Listener, optional
+        Is told which segmentation goes where.
     """
     recipe = recipe or Recipe()
     paths = _listed(paths)
@@ -184,6 +189,8 @@ def scan(
     try:
         cohort = _discover(paths, recipe, out, index, executor)
         matched = _matched(cohort, paths, recipe, masks, executor, out)
+        if matched is not None and listener is not None:
+            listener.matched(matched)
     finally:
         executor.stop()
     if out is not None and (Path(out) / "manifest.sqlite").exists():
@@ -416,7 +423,11 @@ def _outlooks(
             plan = make_plan(audited.stack.geometry, recipe, audited.stack.placement)
         except PlanError as exc:
             reason = f"PlanError: {exc}"
-            outlooks.append(Outlook(series, "reject", "", None, audited, reason, segmentations=found))
+            outlooks.append(Outlook(series, "reject", "", None, audited, reason, "plan", segmentations=found))
+            continue
+        if bad := [g for g in found if g.error]:
+            reason = f"SegmentationError: {printable(os.path.basename(bad[0].path))}: {bad[0].error}"
+            outlooks.append(Outlook(series, "reject", "", None, audited, reason, bad[0].code, segmentations=found))
         else:
             folder = folders[series.key]
             known = former is not None and former.folder == folder
@@ -479,13 +490,9 @@ def _matched(
     if masks == "auto":
         return Matched(by_key, matches.unmatched, frozenset())
     useful = [g.path for g in found if g.path not in other]
-    barren = [r for r in map(absolute, roots) if os.path.isdir(r) and not any(_lies_in(f, r) for f in useful)]
+    barren = [r for r in map(absolute, roots) if os.path.isdir(r) and not any(below(f, r) for f in useful)]
     nothing = tuple((Glimpse(folder), "it holds no segmentation") for folder in dict.fromkeys(barren))
     return Matched(by_key, matches.unmatched + nothing, (frozenset(files) - other).union(barren))
-
-
-def _lies_in(path: str, folder: str) -> bool:
-    return path.startswith(os.path.join(folder, ""))
 
 
 def _asked(questions: list[Question], executor: Executor) -> list[Glimpse]:

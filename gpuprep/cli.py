@@ -168,7 +168,11 @@ UnitsOption = Annotated[
 ]
 IndexBase = Annotated[
     int | None,
-    typer.Option(min=0, max=1, metavar="0|1", help="What slices and pixels are counted from.", rich_help_panel=MASKS),
+    typer.Option(min=0, max=1, metavar="0|1", help="What slices are counted from.", rich_help_panel=MASKS),
+]
+PixelBase = Annotated[
+    int | None,
+    typer.Option(min=0, max=1, metavar="0|1", help="What pixels are counted from [0].", rich_help_panel=MASKS),
 ]
 SliceFromOption = Annotated[
     Literal["name", "column", "z", "uid"] | None,
@@ -279,6 +283,7 @@ def convert(
     text_format: TextFormat = None,
     units: UnitsOption = None,
     index_base: IndexBase = None,
+    pixel_base: PixelBase = None,
     slice_from: SliceFromOption = None,
     slice_order: SliceOrderOption = None,
     seg_threshold: Threshold = None,
@@ -308,7 +313,8 @@ def convert(
             lean_tolerance_mm=lean_tolerance_mm, max_missing=max_missing, max_missing_share=max_missing_share,
             assume_hu=assume_hu, image=True, masks=_masks(
                 roi=roi, layout=mask_layout, resampling=mask_resampling, text_format=text_format, units=units,
-                index_base=index_base, slice_from=slice_from, slice_order=slice_order, threshold=seg_threshold,
+                index_base=index_base, pixel_base=pixel_base, slice_from=slice_from, slice_order=slice_order,
+                threshold=seg_threshold,
             ),
         )  # fmt: skip
         given = _one_or_all(masks)
@@ -343,6 +349,7 @@ def mask(
     text_format: TextFormat = None,
     units: UnitsOption = None,
     index_base: IndexBase = None,
+    pixel_base: PixelBase = None,
     slice_from: SliceFromOption = None,
     slice_order: SliceOrderOption = None,
     seg_threshold: Threshold = None,
@@ -358,7 +365,8 @@ def mask(
             recipe, spacing_mm=spacing, size=size, fit=fit, format=format_, compression=compression, policy=policy,
             orient=orient, image=False, masks=_masks(
                 roi=roi, layout=mask_layout, resampling=mask_resampling, text_format=text_format, units=units,
-                index_base=index_base, slice_from=slice_from, slice_order=slice_order, threshold=seg_threshold,
+                index_base=index_base, pixel_base=pixel_base, slice_from=slice_from, slice_order=slice_order,
+                threshold=seg_threshold,
             ),
         )  # fmt: skip
         given = list(map(str, segmentations))
@@ -514,10 +522,19 @@ def _show_scan(
     how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None,
 ) -> None:  # fmt: skip
     with held_back():
+        from gpuprep.batch import Listener, Matched
         from gpuprep.batch import scan as run_scan
         from gpuprep.console import show_scan
 
-    cohort, outlooks = run_scan(list(paths), recipe, masks=masks, out=out, index=_index(index), jobs=_jobs(jobs, "cpu"))
+    unmatched: list[tuple[str, str]] = []
+
+    class Unmatched(Listener):
+        def matched(self, matched: Matched) -> None:
+            unmatched.extend(matched.complaints)
+
+    cohort, outlooks = run_scan(
+        list(paths), recipe, masks=masks, out=out, index=_index(index), jobs=_jobs(jobs, "cpu"), listener=Unmatched()
+    )
     if how == "csv":
         _print_csv([_outlook(o) for o in outlooks])
         for path, reason in cohort.unreadable:
@@ -528,14 +545,15 @@ def _show_scan(
                 "series": [_outlook(o) for o in outlooks],
                 "passed_over": cohort.passed_over,
                 "unreadable": cohort.unreadable,
+                "unmatched": unmatched,
             }
         )
     else:
-        show_scan(cohort, outlooks)
+        show_scan(cohort, outlooks, unmatched)
     if not cohort:
         _complain(f"no CT series under {', '.join(map(str, paths))}")
         raise typer.Exit(3)
-    raise typer.Exit(1 if cohort.unreadable or any(o.action == "reject" for o in outlooks) else 0)
+    raise typer.Exit(1 if cohort.unreadable or unmatched or any(o.action == "reject" for o in outlooks) else 0)
 
 
 def _outlook(o: Outlook) -> dict[str, Any]:

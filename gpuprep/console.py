@@ -73,8 +73,7 @@ class Complaints(Listener):
         _show_unreadable(self._console, cohort)
 
     def matched(self, matched: Matched) -> None:
-        for path, why in matched.complaints:
-            self._console.print(f"unmatched  {path}: {why}", style="yellow")
+        _show_unmatched(self._console, matched.complaints)
 
     def finished(self, result: SeriesResult) -> None:
         if result.status in ("rejected", "failed"):
@@ -167,7 +166,7 @@ def show_run(run: Run, out: str, seconds: float) -> None:
     console.print(notes)
 
 
-def show_scan(cohort: Cohort, outlooks: list[Outlook]) -> None:
+def show_scan(cohort: Cohort, outlooks: list[Outlook], unmatched: Iterable[tuple[str, str]] = ()) -> None:
     """Print what is there and what would happen."""
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("verdict", "series", "folder"):
@@ -206,6 +205,7 @@ def show_scan(cohort: Cohort, outlooks: list[Outlook]) -> None:
             style = STYLES[o.verdict]
             console.print(f"{o.verdict:8}  {o.series.label}  {irregularity.code}: {irregularity.text}", style=style)
     _show_unreadable(console, cohort)
+    _show_unmatched(console, unmatched)
     sums = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
     console.print(
         f"{len(cohort)} series: {sums or 'none'}; {total / 1e9:.2f} GB to write" + _beside(cohort.passed_over)
@@ -232,6 +232,11 @@ def say(text: str) -> None:
 def _show_unreadable(console: Console, cohort: Cohort) -> None:
     for path, reason in cohort.unreadable:
         console.print(f"unreadable  {path}: {reason}", style="red")
+
+
+def _show_unmatched(console: Console, unmatched: Iterable[tuple[str, str]]) -> None:
+    for path, why in unmatched:
+        console.print(f"unmatched  {path}: {why}", style="yellow")
 
 
 def _beside(passed_over: Mapping[str, int]) -> str:

@@ -15,6 +15,7 @@ from gpuprep.errors import NotASegmentationError, RequestError, SegmentationErro
 from gpuprep.layout import absolute
 from gpuprep.segmentation.contours import Plane, Reading
 from gpuprep.segmentation.names import UID
+from gpuprep.segmentation.opening import DAMAGED_OBJECT
 from gpuprep.segmentation.placing import group_paths
 from gpuprep.segmentation.recognition import UNKNOWN_TEXT
 from gpuprep.segmentation.wishes import Masks
@@ -165,7 +166,8 @@ def match(
     A segmentation belongs to the series whose UID it names; else to the one that holds the images it names; else, if
     it names series that are not here or none at all, to the only one in its frame of reference. One that names no UID
     belongs to the series its path points to: by a UID in it; by lying in or above the folder of one series only; or by
-    lying where that series lies, in a tree of masks beside the tree of images.
+    lying where that series lies, in a tree of masks beside the tree of images. If there is one series only, and no path
+    points anywhere, files that people named, and those right in a folder that they named, are taken for it.
 
     Parameters
     ----------
@@ -176,28 +178,34 @@ def match(
     roots, inputs : sequence of str
         What segmentations and series were found under.
     alone : bool
-        Whether people said that all of them are meant for the one series there is.
+        Whether people said that the files they named are meant for the one series there is, whatever is in them.
     """
     used = {path for g in found for path, *_ in g.beside}
     found = [g for g in found if g.code not in NONE or g.path not in used]
-    if alone and len(cohort) == 1:
-        readable = tuple(g for g in found if g.code not in NONE)
-        others = tuple((g, g.error) for g in found if g.code in NONE)
-        return Match({cohort[0].key: readable} if readable else {}, others)
+    named = {absolute(r) for r in roots if not os.path.isdir(r)} if alone else set()
     known = _Known(cohort, roots, inputs)
     by_key: dict[str, list[Glimpse]] = defaultdict(list)
     unmatched: list[tuple[Glimpse, str]] = []
+    lost: list[tuple[Glimpse, str]] = []
     for g in found:
         if g.code in NONE:
             unmatched.append((g, g.error))
-            continue
-        series, reason = (
-            known.by_uid(g) if g.series_uids or g.sop_uids or g.frame_of_reference_uid else known.by_path(g)
-        )
-        for s in series:
-            by_key[s.key].append(g)
-        if not series:
-            unmatched.append((g, g.error or reason))
+        elif len(cohort) == 1 and g.path in named:
+            by_key[cohort[0].key].append(g)
+        else:
+            by_path = not (g.series_uids or g.sop_uids or g.frame_of_reference_uid)
+            series, reason = known.by_path(g) if by_path else known.by_uid(g)
+            for s in series:
+                by_key[s.key].append(g)
+            if not series:
+                (lost if by_path else unmatched).append((g, g.error or reason))
+    for g, reason in lost:
+        if len(cohort) == 1 and not known.pointed and g.code != DAMAGED_OBJECT and known.is_near(g):
+            by_key[cohort[0].key].append(g)
+        else:
+            unmatched.append((g, reason))
+    order = {g.path: n for n, g in enumerate(found)}
+    by_key = {key: sorted(gs, key=lambda g: order[g.path]) for key, gs in by_key.items()}
     return Match({key: tuple(gs) for key, gs in by_key.items()}, tuple(unmatched))
 
 
@@ -214,8 +222,11 @@ class _Known:
             self._by_series[s.series_uid].append(s)
             self._by_frame[s.frame_of_reference_uid].append(s)
             self._by_sop.update((header.sop_instance_uid, s) for header in s.slices)
-        tops = [absolute(i) for i in inputs if os.path.isdir(i)]
-        self._places = [(s, {os.path.relpath(s.folder, top) for top in tops if _below(s.folder, top)}) for s in cohort]
+        self.pointed = False
+        """Whether the path of any file pointed to a series."""
+        # A folder of images has its name, by which a folder of masks may go.
+        tops = [top for i in inputs if os.path.isdir(i) for top in (absolute(i), os.path.dirname(absolute(i)))]
+        self._places = [(s, {os.path.relpath(s.folder, top) for top in tops if below(s.folder, top)}) for s in cohort]
 
     def by_uid(self, g: Glimpse) -> tuple[list[Series], str]:
         series = [s for uid in g.series_uids if uid for s in self._by_series.get(uid, [])]
@@ -231,14 +242,17 @@ class _Known:
         return [], f"{len(series)} series share its frame of reference, and it refers to none of them: {HOW}"
 
     def by_path(self, g: Glimpse) -> tuple[list[Series], str]:
-        if len(self._cohort) == 1:
-            return [self._cohort[0]], ""
         for candidates in self._pointed(g.path):
             if len(candidates) == 1:
+                self.pointed = True
                 return candidates, ""
             if candidates:
                 return [], f"it names no series, and may belong to {len(candidates)} by its path: {HOW}"
         return [], f"it names no series, nor does its path: {HOW}"
+
+    def is_near(self, g: Glimpse) -> bool:
+        """Whether a file lies right in a folder that was named, or was named itself, and its path names no UID."""
+        return os.path.dirname(g.path) in self._roots and not UID.search(g.path)
 
     def _pointed(self, path: str) -> Iterator[list[Series]]:
         """Yield the series that a path may point to, the surest way first."""
@@ -252,19 +266,20 @@ class _Known:
         )
         folder = os.path.dirname(path)
         yield [s for s in self._cohort if s.folder == folder]
-        yield [s for s in self._cohort if _below(folder, s.folder)]
+        yield [s for s in self._cohort if below(folder, s.folder)]
         for root in self._roots:
-            if not _below(path, root):
+            if not below(path, root):
                 continue
             place = os.path.relpath(folder, root)
             whole = os.path.splitext(os.path.relpath(path, root))[0]
             yield [s for s, places in self._places if {place, whole} & (places - {"."})]
-            yield [s for s, places in self._places if place != "." and any(_below(p, place) for p in places)]
-            yield [s for s, places in self._places if any(p != "." and _below(place, p) for p in places)]
-        yield [s for s in self._cohort if _below(s.folder, folder)]
+            yield [s for s, places in self._places if place != "." and any(below(p, place) for p in places)]
+            yield [s for s, places in self._places if any(p != "." and below(place, p) for p in places)]
+        yield [s for s in self._cohort if below(s.folder, folder)]
 
 
-def _below(path: str, folder: str) -> bool:
+def below(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder, at any depth."""
     return path.startswith(os.path.join(folder, ""))
 
 

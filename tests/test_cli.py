@@ -339,7 +339,7 @@ def test_flags_override_the_recipe_and_are_written_down(small_series: Path, tmp_
         *("--lean-tolerance-mm", "0.2", "--max-missing", "2", "--max-missing-share", "0.25", "--assume-hu"),
         *("--orient", "LPS"),
         *("--roi", "lung", "--mask-layout", "per-roi", "--mask-resampling", "smooth", "--seg-threshold", "0.25"),
-        *("--text-format", "points", "--units", "cm", "--index-base", "1"),
+        *("--text-format", "points", "--units", "cm", "--index-base", "1", "--pixel-base", "1"),
         *("--slice-from", "column", "--slice-order", "instance"),
     ]
     result = run("convert", small_series, "--out", out, "--recipe", file, *flags, "--jobs", "1", "--engine", "ndimage")
@@ -374,6 +374,7 @@ def test_flags_override_the_recipe_and_are_written_down(small_series: Path, tmp_
             "text_format": "points",
             "units": "cm",
             "index_base": 1,
+            "pixel_base": 1,
             "slice_from": "column",
             "slice_order": "instance",
         },
@@ -418,7 +419,8 @@ def test_flags_become_the_recipe_that_they_say(tmp_path: Path, out: Path, flags:
         "compression": "none", "image": True,
         "masks": {
             "aliases": {}, "roi": "none", "layout": "labels", "resampling": "nearest", "threshold": 0.5,
-            "text_format": "none", "units": "none", "index_base": "none", "slice_from": "none", "slice_order": "none",
+            "text_format": "none", "units": "none", "index_base": "none", "pixel_base": 0, "slice_from": "none",
+            "slice_order": "none",
         },
     }  # fmt: skip
     assert tomllib.loads((out / "recipe.toml").read_text()) == default | changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from segmentations import write_rtstruct, write_seg
 from test_masks import LEFT, LEFT_BOX, RAW, RIGHT, RIGHT_BOX, SHAPE, Ct, convert, rtstruct, sidecar, square, volume
 from typer.testing import CliRunner
 
+import gpuprep
 from gpuprep import Masks
 from gpuprep.cli import app
 from gpuprep.errors import RequestError
@@ -194,4 +196,67 @@ def test_a_header_beside_a_pinnacle_plan_is_part_of_it(tmp_path: Path, ct: Ct) -
 
 def test_a_roi_that_matches_no_structure_is_reported(tmp_path: Path, ct: Ct) -> None:
     run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct), replace(RAW, masks=Masks(roi="^lung$")))
-    assert "none of the 2 structures drawn on it has a name that --roi matches" in run.results[0].warnings
+    words = "none of the 2 structures drawn on it has a name that --roi matches: masks are empty"
+    assert words in run.results[0].warnings
+
+
+def test_text_of_another_patient_is_not_painted_on_the_only_series(tmp_path: Path) -> None:
+    ct = Ct(tmp_path / "dicom" / "patient-1")
+    content = "x_mm y_mm z_mm\n" + "\n".join(f"{x} {y} {z}" for x, y, z in LEFT[0])
+    for name in ("patient-1/a.txt", "patient-2/a.txt", "patient-2.txt", "1.2.840.99.1.7.txt"):
+        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "masks" / name).write_text(content)
+    for inputs in (tmp_path / "dicom", ct.folder):
+        run = gpuprep.convert(inputs, tmp_path / "out", RAW, masks=tmp_path / "masks")
+        (used,) = run.results[0].segmentations or ()
+        assert used["path"].endswith("masks/patient-1/a.txt")
+        assert sorted(Path(path).name for path, _ in run.unmatched) == ["1.2.840.99.1.7.txt", "a.txt", "patient-2.txt"]
+
+
+def test_a_damaged_object_in_a_folder_costs_no_series_unless_it_lies_with_it(tmp_path: Path) -> None:
+    ct = Ct(tmp_path / "dicom" / "patient-1")
+    (tmp_path / "masks").mkdir()
+    rtstruct(tmp_path / "masks" / "good.dcm", ct)
+    bad = rtstruct(tmp_path / "masks" / "bad.dcm", ct)
+    bad.write_bytes(bad.read_bytes()[:600])
+    run = gpuprep.convert(tmp_path / "dicom", tmp_path / "out", RAW, masks=tmp_path / "masks")
+    assert run.counts == {"ok": 1}
+    assert [Path(path).name for path, _ in run.unmatched] == ["bad.dcm"]
+    assert run.exit_code == 1
+    bad.rename(ct.folder / "bad.dcm")
+    run = gpuprep.convert(tmp_path / "dicom", tmp_path / "out2", RAW, masks=[tmp_path / "masks", ct.folder / "bad.dcm"])
+    assert (run.results[0].status, run.results[0].codes) == ("rejected", ("mask-damaged",))
+
+
+def test_masks_alone_of_a_folder_are_those_of_the_series_and_a_file_that_was_named_is_believed(tmp_path: Path) -> None:
+    ct = Ct(tmp_path / "dicom")
+    (tmp_path / "masks").mkdir()
+    rtstruct(tmp_path / "masks" / "own.dcm", ct, left=LEFT)
+    other = write_rtstruct(tmp_path / "masks" / "other.dcm", {"right": RIGHT}, series_uid="1.2.3", frame_uid="1.2.4")
+    recipe = replace(RAW, image=False)
+    run = gpuprep.convert(ct.folder, tmp_path / "out", recipe, masks=tmp_path / "masks")
+    assert [label["name"] for label in run.results[0].labels or ()] == ["left"]
+    assert [Path(path).name for path, _ in run.unmatched] == ["other.dcm"]
+    run = gpuprep.convert(ct.folder, tmp_path / "out", recipe, masks=other)
+    assert [label["name"] for label in run.results[0].labels or ()] == ["right"]
+    notes = " ".join(run.results[0].warnings)
+    assert "other.dcm refers to series 1.2.3, not to this one" in notes
+    assert "other.dcm has another frame of reference" in notes
+
+
+def test_a_dry_run_tells_what_will_be_rejected_and_what_has_no_series(tmp_path: Path) -> None:
+    ct = Ct(tmp_path / "dicom" / "patient-1")
+    (ct.folder / "outline.txt").write_text("1 2\n3 four\n")
+    stray = write_rtstruct(tmp_path / "stray.dcm", {"x": LEFT}, series_uid="1.2.3", frame_uid="1.2.4")
+    arguments = ["convert", str(tmp_path / "dicom"), "--masks", str(ct.folder / "outline.txt"), str(stray)]
+    arguments += ["--out", str(tmp_path / "out"), "--index", "none"]
+    told = CliRunner().invoke(app, [*arguments, "--dry-run", "--json"])
+    assert told.exit_code == 1
+    report = json.loads(told.stdout)
+    (series,) = report["series"]
+    assert (series["verdict"], series["codes"]) == ("rejected", ["mask"])
+    assert "outline.txt: line 2, column 3" in series["reason"]
+    assert [Path(path).name for path, _ in report["unmatched"]] == ["stray.dcm"]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    (result,) = json.loads(done.stdout)["series"]
+    assert (result["status"], result["codes"], result["reason"]) == ("rejected", ["mask"], series["reason"])

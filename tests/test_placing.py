@@ -50,7 +50,7 @@ outlines = st.lists(st.tuples(coordinates, rows), min_size=3, max_size=7).map(np
 KEY = SliceKey("number", 1)
 
 
-@given(st.lists(outlines, min_size=1, max_size=3))
+@given(st.lists(outlines, min_size=1, max_size=3, unique_by=lambda points: points.tobytes()))
 def test_a_rectangle_holds_what_the_whole_slice_would(stacked: Stack, polygons: list[NDArray[np.float64]]) -> None:
     structure = Structure("a", tuple(Contour(p, "pixel", KEY) for p in polygons))
     np.testing.assert_array_equal(on_slice(stacked, structure), filled(polygons, MATRIX))
@@ -88,6 +88,26 @@ def test_a_painted_plane_is_looked_up_by_position(
     raster = painted(values, geometry=Geometry((1, 9, 10), affine))
     structure = Structure("a", rasters=(raster,) if raster else ())
     np.testing.assert_array_equal(on_slice(stacked, structure), expected[10 : 10 + MATRIX[0], 10 : 10 + MATRIX[1]])
+
+
+def test_an_outline_that_is_there_twice_counts_once(stacked: Stack) -> None:
+    square = np.array([(2.5, 2.5), (6.5, 2.5), (6.5, 6.5), (2.5, 6.5)])
+    twice = Structure("a", (Contour(square, "pixel", KEY), Contour(square.copy(), "pixel", KEY)))
+    assert on_slice(stacked, twice).sum() == 16
+    _, notes = place(segmentation(twice), stacked, IN_ORDER)
+    assert notes == ["a: 1 outlines repeat others point by point, and count once"]
+
+
+def test_half_way_between_slices_is_always_the_lower_one(stacked: Stack) -> None:
+    square = np.array([(2.5, 2.5), (6.5, 2.5), (6.5, 6.5), (2.5, 6.5)])
+    for off in (-1e-4, 0, 1e-4):
+        contours = []
+        for k in (0, 1, 2):
+            points = np.column_stack([np.full(4, k + 0.5 + off), square[:, ::-1]])
+            contours.append(Contour(stacked.geometry.points_mm(points), "patient"))
+        (placed,), notes = place(segmentation(Structure("a", tuple(contours))), stacked, IN_ORDER)
+        assert sorted(placed.parts) == [0, 1, 2]
+        assert notes == []
 
 
 def test_pixels_of_another_matrix_are_refused_with_both(stacked: Stack) -> None:

@@ -261,6 +261,7 @@ BAD_VALUES: dict[str, list[Any]] = {
         *({"resampling": v} for v in ("", "linear", None)),
         *({"units": v} for v in ("", "m", 1)),
         *({"index_base": v} for v in (2, -1, "0", True)),
+        *({"pixel_base": v} for v in (2, -1, "0", True, None)),
         *({"slice_from": v} for v in ("", "file", 1)),
         *({"slice_order": v} for v in ("", "z", 1)),
         *({"threshold": v} for v in (0, -0.5, 1.1, math.nan, "0.5", True, None)),

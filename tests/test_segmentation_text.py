@@ -197,7 +197,7 @@ def test_round_trip_of_pixel_lists(opened: Open, seed: int, stack: bool, base: i
         " ".join(str(n + base) for n in ((x, y, z) if stack else (x, y))) + f" {labels[z, y, x]}"
         for z, y, x in np.argwhere(labels).tolist()
     ]
-    found = opened("\n".join(pixels), text_format="imagej-values", index_base=base)
+    found = opened("\n".join(pixels), text_format="imagej-values", pixel_base=base)
     read = np.zeros_like(labels)
     for structure in found.structures:
         for raster in structure.rasters:
@@ -431,11 +431,13 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_columns_may_count_centres_of_pixels_and_from_1(opened: Open) -> None:
-    points = {base: opened(SQUARE, text_format="points", index_base=base) for base in (None, 0, 1)}
+    points = {base: opened(SQUARE, text_format="points", pixel_base=base) for base in (0, 1)}
     first = {base: s.structures[0].contours[0].points[0].tolist() for base, s in points.items()}
-    assert first == {None: [10, 20], 0: [10, 20], 1: [9, 19]}
-    # ImageJ's are corners, whatever slices are counted from.
-    assert opened(SQUARE, index_base=1).structures[0].contours[0].points[0].tolist() == [9.5, 19.5]
+    assert first == {0: [10, 20], 1: [9, 19]}
+    # ImageJ's are corners, and what slices are counted from has nothing to do with pixels.
+    assert opened(SQUARE, pixel_base=1).structures[0].contours[0].points[0].tolist() == [9.5, 19.5]
+    same = opened(SQUARE, text_format="points", index_base=1)
+    assert same.structures[0].contours[0].points[0].tolist() == [10, 20]
     assert opened(SQUARE).structures[0].contours[0].points[0].tolist() == [9.5, 19.5]
 
 

@@ -111,7 +111,9 @@ class Reading:
     """One of `TEXT_FORMATS`."""
     units: Units | None = None
     index_base: Literal[0, 1] | None = None
-    """Whether slices, and pixels where they are whole numbers, are counted from 0 or from 1."""
+    """Whether slices are counted from 0 or from 1."""
+    pixel_base: Literal[0, 1] = 0
+    """Coordinates of the centre of the first pixel, where pixels are meant; ImageJ's outlines count from its corner."""
     slice_from: SliceFrom | None = None
     slice_order: SliceOrder | None = None
     """What numbers of slices count: slices along the normal, or *Instance Number*."""

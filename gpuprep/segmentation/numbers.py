@@ -17,6 +17,9 @@ from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.values import FARTHEST
 from gpuprep.text import quoted
 
+MOST_CHARACTERS = 2**27
+"""Numbers and their places take some twenty times that while they are read."""
+
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 """What Python takes beyond that, 1_0 and digits of other scripts, no program writes."""
 
@@ -92,6 +95,8 @@ def parse(text: str) -> Table:
     SegmentationError
         If it holds anything else, or no numbers; the message names line and column.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise SegmentationError(f"has {len(text) / 2**20:.0f} MiB of text: give each structure a file of its own")
     text, labels, header, passed = _words_taken_out(text)
     _check_separators(text)
     data = text.encode("ascii")

@@ -16,6 +16,9 @@ from gpuprep.text import printable
 LARGEST_BYTES = 1 << 30
 """A larger file is no segmentation."""
 
+DAMAGED_OBJECT = "mask-damaged"
+"""Code of the error for DICOM that cannot be read: whose it is, it would have said itself."""
+
 _BARE_DICOM = re.compile(rb"(?s)[\x02\x08]\x00.\x00|\x00[\x02\x08]\x00.")
 """How a data set without a preamble begins: an element of group 0002 or 0008, in either byte order."""
 
@@ -66,7 +69,12 @@ def read_segmentation(
     if data[128:132] == b"DICM" or _BARE_DICOM.match(data):
         from gpuprep.segmentation.objects import read_object
 
-        return read_object(path, reading)
+        try:
+            return read_object(path, reading)
+        except NotASegmentationError:
+            raise
+        except SegmentationError as exc:
+            raise SegmentationError(str(exc), DAMAGED_OBJECT) from exc
     text = _text(data)
     del data
     recognised = recognise(text, os.path.basename(path), reading, plane)

@@ -21,8 +21,11 @@ from gpuprep.segmentation.rasterizing import filled, on_outline
 from gpuprep.stacking import Stack
 from gpuprep.text import printable
 
-HALF_LAYER = 0.5 + 1e-3
-"""Layers; positions in files are rounded."""
+ROUNDED = 1e-3
+"""Layers by which positions in files may be off."""
+
+HALF_LAYER = 0.5 + ROUNDED
+"""Layers up to which something lies on a slice."""
 
 SAME_PLANE = 0.1
 """Layers within which parts of a structure lie in one plane …"""
@@ -154,8 +157,9 @@ class _Slices:
 
     def nearest(self, k: float, half: float = HALF_LAYER) -> int | None:
         """Return the slice within half a layer of layer `k`; None where there is none."""
-        n = int(np.abs(self.along - k).argmin())
-        return n if abs(self.along[n] - k) <= half else None
+        away = np.abs(self.along - k)
+        n = int(np.flatnonzero(away <= away.min() + 2 * ROUNDED)[0])  # half-way, always the lower one
+        return n if away[n] <= half else None
 
     def within(self, k: float, half: float) -> list[int]:
         """Return the slices within `half` layers of layer `k`."""

@@ -1,6 +1,6 @@
 """Tables of numbers to structures: outlines, points, polygons, lists of pixels, images of labels.
 
-Where pixels are meant, the centre of the first one is at (0, 0), or at (1, 1) with ``--index-base 1``; but in an
+Where pixels are meant, the centre of the first one is at (0, 0), or at (1, 1) with ``--pixel-base 1``; but in an
 ``imagej-xy`` it is at (0.5, 0.5), as ImageJ counts from the corner of the image. Two columns that count centres of
 pixels are ``--text-format points``. Fractions of a slice (YOLO) count from its corner too.
 """
@@ -103,7 +103,7 @@ def _points(source: _Source) -> _Result:
     of = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
     unit = units.said(reading, columns)
     xy = np.stack([of["x"], of["y"]], axis=1)
-    base = reading.index_base or 0
+    base = reading.pixel_base
     keys: NDArray[np.float64] | None = of.get("slice", of.get("z"))
     by = "number"
     frame: Frame = "pixel"
@@ -256,7 +256,7 @@ def _polygons(source: _Source) -> _Result:
     elif unit in ("mm", "cm"):
         frame, points = "corner", _in_mm(points, unit)
     else:
-        points = points - (reading.index_base or 0)
+        points = points - reading.pixel_base
     if not fractions:
         _check_not_patient(points, unit)
     key, name = slice_and_structure(source.path, reading.slice_from)
@@ -279,15 +279,15 @@ def _pixel_list(source: _Source) -> _Result:
     for role in ("x", "y", depth):
         bad = (of[role] != np.rint(of[role])) | (of[role] < 0) if role in of else np.zeros(1, dtype=bool)
         if role != depth:
-            bad |= of[role] - (reading.index_base or 0) >= LARGEST_SIDE
+            bad |= of[role] - reading.pixel_base >= LARGEST_SIDE
         if bad.any():
             at = int(np.argmax(bad))
             raise SegmentationError(
                 f"line {table.lines[at]}: {role} = {of[role][at]:g} is no number of a pixel or slice"
             )
-    x, y = ((of[role] - (reading.index_base or 0)).astype(np.int64) for role in ("x", "y"))
+    x, y = ((of[role] - reading.pixel_base).astype(np.int64) for role in ("x", "y"))
     if min(x.min(), y.min()) < 0:
-        raise SegmentationError("--index-base 1, but it counts from 0")
+        raise SegmentationError("--pixel-base 1, but it counts from 0")
     if units.said(reading, columns) not in (None, "px"):
         raise SegmentationError("a list of pixels counts pixels: leave --units out")
     order = ["x", "y", depth] if depth in of else ["x", "y"]

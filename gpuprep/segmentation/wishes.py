@@ -123,6 +123,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "text_format": TEXT_FORMATS,
     "units": get_args(Units),
     "index_base": (0, 1),
+    "pixel_base": (0, 1),
     "slice_from": get_args(SliceFrom),
     "slice_order": get_args(SliceOrder),
     "layout": get_args(Layout),
