@@ -32,12 +32,23 @@ from gpuprep.headers import Contents
 from gpuprep.layout import absolute, layout
 from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, SeriesResult, now
-from gpuprep.matching import NOT_ONE, Glimpse, Question, below, files_under, fingerprint, glimpses, match, used_names
+from gpuprep.matching import (
+    NOT_ONE,
+    Glimpse,
+    Question,
+    below,
+    files_under,
+    fingerprint,
+    glimpses,
+    match,
+    used_names,
+)
 from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, mask_bytes, needed_bytes, workers
 from gpuprep.output import contents, open_output, retire, write_text
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.segmentation.contours import Plane
+from gpuprep.segmentation.recognition import UNKNOWN
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -66,7 +77,9 @@ class Outlook:
     known: bool = False
     """Whether the manifest has an earlier output of this series in that folder."""
     segmentations: tuple[Glimpse, ...] = ()
-    """What masks would be made of."""
+    """What masks would be made of …"""
+    structures: tuple[str, ...] = ()
+    """… and of what in them, by the names that are used."""
 
     @property
     def verdict(self) -> Verdict | Literal["skipped"]:
@@ -266,7 +279,7 @@ def convert(
             cohort = _discover(paths, recipe, out, index, executor)
             listener.scanned(cohort)
             matched = _matched(cohort, paths, recipe, masks, executor, out)
-            _check_images_stay(recipe, manifest, out)
+            _check_both_stay(recipe, matched, manifest, out)
             write_text(out / "recipe.toml", recipe.to_toml())
             manifest.account(cohort.passed_over, cohort.unreadable)
             if matched is not None:
@@ -431,7 +444,10 @@ def _outlooks(
         else:
             folder = folders[series.key]
             known = former is not None and former.folder == folder
-            outlooks.append(Outlook(series, "convert", folder, plan, audited, known=known, segmentations=found))
+            names = tuple(used_names(found, recipe.masks))
+            outlooks.append(
+                Outlook(series, "convert", folder, plan, audited, known=known, segmentations=found, structures=names)
+            )
     return outlooks
 
 
@@ -450,14 +466,16 @@ def _label_values(outlooks: list[Outlook], recipe: Recipe, manifest: Manifest) -
     return manifest.label_values([*recipe.masks.first_names, *sorted(set(names))])
 
 
-def _check_images_stay(recipe: Recipe, manifest: Manifest, out: Path) -> None:
-    """Raise if masks alone would replace volumes that hold images."""
-    holds_image = any(r.hu_mean is not None and r.folder for r in manifest)
-    if not recipe.image and holds_image:
+def _check_both_stay(recipe: Recipe, matched: Matched | None, manifest: Manifest, out: Path) -> None:
+    """Raise if masks alone would replace volumes that hold images, or images alone such that hold masks."""
+    made = [r for r in manifest if r.folder]
+    if not recipe.image and any(r.hu_mean is not None for r in made):
         raise RequestError(
             f"{out} holds images, which masks alone would replace: choose another --out, or run gpuprep convert "
             "--masks into this one"
         )
+    if matched is None and any(r.labels for r in made):
+        raise RequestError(f"{out} holds masks, which would go: give --masks again, or choose another --out")
 
 
 def _matched(
@@ -486,13 +504,20 @@ def _matched(
     again = {g.path: g for g in _asked([Question(f, recipe.masks, plane) for f, plane in planes.items()], executor)}
     by_key = {key: tuple(again.get(g.path, g) for g in gs) for key, gs in matches.by_key.items()}
     explicit = {absolute(root) for root in roots if not os.path.isdir(root)}
-    other = {g.path for g, _ in matches.unmatched if g.code == NOT_ONE} - explicit
+    other = {g.path for g, _ in matches.unmatched if g.code == NOT_ONE or (g.code == UNKNOWN and _is_document(g.path))}
+    other -= explicit
     if masks == "auto":
         return Matched(by_key, matches.unmatched, frozenset())
     useful = [g.path for g in found if g.path not in other]
     barren = [r for r in map(absolute, roots) if os.path.isdir(r) and not any(below(f, r) for f in useful)]
     nothing = tuple((Glimpse(folder), "it holds no segmentation") for folder in dict.fromkeys(barren))
     return Matched(by_key, matches.unmatched + nothing, (frozenset(files) - other).union(barren))
+
+
+def _is_document(path: str) -> bool:
+    """Whether a file has a name as those have that lie in any folder and are for people."""
+    name = os.path.basename(path).lower()
+    return name.endswith((".md", ".rst", ".html", ".log")) or name.startswith(("readme", "license", "licence"))
 
 
 def _asked(questions: list[Question], executor: Executor) -> list[Glimpse]:

@@ -578,6 +578,7 @@ def _outlook(o: Outlook) -> dict[str, Any]:
             {"path": printable(g.path), "format": g.format, "why": g.why, "names": g.names, "error": g.error}
             for g in o.segmentations
         ],
+        "structures": o.structures,
         "audit": o.audit and o.audit.to_dict(),
     }
 

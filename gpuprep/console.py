@@ -21,7 +21,7 @@ from gpuprep.batch import Listener, Matched, Outlook, Run
 from gpuprep.discovery import Cohort
 from gpuprep.manifest import SeriesResult
 from gpuprep.recipe import Recipe
-from gpuprep.text import printable
+from gpuprep.text import numbered, printable
 
 if TYPE_CHECKING:
     from gpuprep.doctor import Finding
@@ -117,11 +117,12 @@ class Monitor(Complaints):
         super().scanned(cohort)
 
     def matched(self, matched: Matched) -> None:
-        used = {g.path: g.format or "not clear yet" for found in matched.by_key.values() for g in found}
+        used = {g.path: g.format or "to be read with its series" for found in matched.by_key.values() for g in found}
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(used.values()).items()))
+        others = len(matched.unmatched) - len(matched.complaints)
         self._console.print(
-            f"masks   {len(used)} segmentations for {len(matched.by_key)} series ({kinds or 'none'})"
-            + (f"; {len(matched.unmatched)} files for none" if matched.unmatched else "")
+            f"masks   {numbered(len(used), 'segmentation')} of {len(matched.by_key)} series ({kinds or 'none'})"
+            + (f"; {numbered(others, 'other file')} beside them" if others else "")
         )
         super().matched(matched)
 
@@ -160,7 +161,7 @@ def show_run(run: Run, out: str, seconds: float) -> None:
     if run.postponed:
         notes += f"; {run.postponed} series left for later by --limit"
     if run.unmatched:
-        notes += f"; {len(run.unmatched)} segmentations without a series"
+        notes += f"; {numbered(len(run.unmatched), 'segmentation')} without a series"
     if run.unreadable:
         notes += f"; {len(run.unreadable)} DICOM files or folders unreadable"
     console.print(notes)
@@ -200,7 +201,7 @@ def show_scan(cohort: Cohort, outlooks: list[Outlook], unmatched: Iterable[tuple
                 f" and {len(g.names) - 8} more" if len(g.names) > 8 else ""
             )
             told = f"unreadable: {g.error}" if g.error else f"{g.format} ({g.why}): {names}"
-            console.print(f"masks     {o.series.label}  {printable(g.path)}: {told}")
+            console.print(f"masks     {o.series.label}  {printable(g.path)}: {told}", soft_wrap=True)
         for irregularity in o.audit.irregularities if o.audit and not o.reason else ():
             style = STYLES[o.verdict]
             console.print(f"{o.verdict:8}  {o.series.label}  {irregularity.code}: {irregularity.text}", style=style)
@@ -236,7 +237,7 @@ def _show_unreadable(console: Console, cohort: Cohort) -> None:
 
 def _show_unmatched(console: Console, unmatched: Iterable[tuple[str, str]]) -> None:
     for path, why in unmatched:
-        console.print(f"unmatched  {path}: {why}", style="yellow")
+        console.print(f"unmatched  {path}: {why}", style="yellow", soft_wrap=True)
 
 
 def _beside(passed_over: Mapping[str, int]) -> str:
@@ -244,4 +245,10 @@ def _beside(passed_over: Mapping[str, int]) -> str:
     if not passed_over:
         return ""
     kinds = ", ".join(f"{n} {kind}" for kind, n in passed_over.items())
-    return f"; passed over {sum(passed_over.values())} other files ({kinds})"
+    return f"; passed over {numbered(sum(passed_over.values()), 'other file')} ({kinds})"
+
+
+def _names(names: Iterable[str]) -> str:
+    """Return the first names of structures."""
+    shown = [printable(name) for name in names]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") or "nothing"

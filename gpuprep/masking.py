@@ -23,7 +23,7 @@ from gpuprep.segmentation.opening import read_segmentation
 from gpuprep.segmentation.placing import Placed, joined, place, plane_of
 from gpuprep.segmentation.wishes import Masks
 from gpuprep.stacking import Stack
-from gpuprep.text import printable
+from gpuprep.text import numbered, printable
 from gpuprep.writers import WRITERS
 from gpuprep.writers.content import Content
 
@@ -176,7 +176,9 @@ def write_masks(
             label.ml = label.voxels * voxel_ml
             if not label.voxels:
                 lost = (
-                    f"of its {label.source_voxels} voxels none is left" if label.source_voxels else "it covers no voxel"
+                    f"of its {numbered(label.source_voxels, 'voxel')} none is left"
+                    if label.source_voxels
+                    else "it covers no voxel"
                 )
                 masked.notes.append(f"{printable(label.name)}: {lost}")
         masked.labels += labels
@@ -225,7 +227,8 @@ def _painted(members: Sequence[tuple[Placed, int]], labels: Sequence[Label], sta
             there[mask] = value
     if overlaps:
         pairs = [
-            f"{printable(a)} and {printable(b)} ({n} voxels)" for (a, b), n in overlaps.most_common(OVERLAPS_NAMED)
+            f"{printable(a)} and {printable(b)} ({numbered(n, 'voxel')})"
+            for (a, b), n in overlaps.most_common(OVERLAPS_NAMED)
         ]
         more = f" and {len(overlaps) - OVERLAPS_NAMED} more pairs" if len(overlaps) > OVERLAPS_NAMED else ""
         raise SegmentationError(

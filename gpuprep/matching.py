@@ -17,7 +17,7 @@ from gpuprep.segmentation.contours import Plane, Reading
 from gpuprep.segmentation.names import UID
 from gpuprep.segmentation.opening import DAMAGED_OBJECT
 from gpuprep.segmentation.placing import group_paths
-from gpuprep.segmentation.recognition import UNKNOWN_TEXT
+from gpuprep.segmentation.recognition import UNKNOWN
 from gpuprep.segmentation.wishes import Masks
 from gpuprep.series import Series
 from gpuprep.text import printable
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 NOT_ONE = NotASegmentationError.code
 """Of the error for files that are known to be something else."""
-NONE = (NOT_ONE, UNKNOWN_TEXT)
+NONE = (NOT_ONE, UNKNOWN)
 """Of files that are given to no series."""
 
 HOW = "say which with gpuprep mask FILE --series DICOM_DIR"

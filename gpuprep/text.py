@@ -17,3 +17,8 @@ QUOTED = 40
 def quoted(text: str) -> str:
     """Return a piece of a file for a message: in quotes, printable, not long."""
     return f"'{printable(text[:QUOTED])}{'…' if len(text) > QUOTED else ''}'"
+
+
+def numbered(count: int, what: str = "number") -> str:
+    """Return a count with its noun."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -212,8 +212,6 @@ def test_again_skips_and_a_changed_segmentation_is_converted_again(tmp_path: Pat
     np.testing.assert_array_equal(
         volume(out / run.results[0].folder / "labels") == 2, box(range(2, 4), slice(5, 10), slice(13, 18)) == 1
     )
-    assert convert(tmp_path, None).counts == {"ok": 1}  # without masks it is something else
-    assert not (out / run.results[0].folder / "labels").exists()
 
 
 def test_a_lost_file_of_labels_is_made_again(tmp_path: Path, ct: Ct, out: Path) -> None:
@@ -255,11 +253,19 @@ def test_masks_alone_never_replace_images(tmp_path: Path, ct: Ct, out: Path) -> 
     assert {f: f.stat().st_mtime_ns for f in out.rglob("*.tif")} == before
 
 
+def test_images_alone_never_replace_masks(tmp_path: Path, ct: Ct, out: Path) -> None:
+    convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct))
+    with pytest.raises(RequestError, match="holds masks, which would go: give --masks again"):
+        convert(tmp_path, None)
+    assert len(list(out.rglob("labels/*.tif"))) == 6
+
+
 def test_what_refers_to_nothing_here_is_reported_and_costs_nothing(tmp_path: Path, ct: Ct, out: Path) -> None:
     (tmp_path / "rs").mkdir()
     rtstruct(tmp_path / "rs" / "right.dcm", ct)
     write_rtstruct(tmp_path / "rs" / "stray.dcm", {"x": LEFT}, series_uid="1.2.3.4", frame_uid="1.2.3.5")
     (tmp_path / "rs" / "notes.txt").write_text("Contours by A. B.\nas discussed\n")
+    (tmp_path / "rs" / "README.md").write_text("# Contours\n")
     (tmp_path / "rs" / "legend.txt").write_text('1 255 0 0 1 1 1 "left"\n2 0 255 0 1 1 1 "right"\n')
     shutil.copy(ct.files[0], tmp_path / "rs" / "slice.dcm")  # an image, as may lie beside: no complaint
     run = convert(tmp_path, tmp_path / "rs")
@@ -410,8 +416,8 @@ def test_what_is_left_out_of_a_segmentation_is_named(tmp_path: Path, ct: Ct, out
     run = convert(tmp_path, write_rtstruct(tmp_path / "rs.dcm", rois, series_uid=ct.uid))
     assert run.counts == {"ok": 1}
     notes = " | ".join(run.results[0].warnings)
-    assert "found: 2 parts lie on no slice of the series" in notes
-    assert "slanting: 1 parts lie across slices" in notes
+    assert "found: 2 contours left out: on no slice of the series" in notes
+    assert "slanting: 1 contour left out: across slices" in notes
     assert "empty: it is empty" in notes
     assert "small: it covers no voxel" in notes
     by_name = {label["name"]: label for label in sidecar(run, out)["labels"]}
@@ -429,7 +435,7 @@ def test_of_contours_closer_together_than_slices_the_nearest_is_taken(tmp_path: 
     np.testing.assert_array_equal(
         volume(out / run.results[0].folder / "labels"), box(range(2, 3), slice(5, 10), slice(5, 10))
     )
-    assert "4 parts lie between slices" in " ".join(run.results[0].warnings)
+    assert "4 contours left out: between slices" in " ".join(run.results[0].warnings)
 
 
 def test_a_label_that_resampling_loses_is_named(tmp_path: Path, ct: Ct) -> None:
@@ -438,7 +444,7 @@ def test_a_label_that_resampling_loses_is_named(tmp_path: Path, ct: Ct) -> None:
     run = convert(
         tmp_path, rtstruct(tmp_path / "rs.dcm", ct, dot=dot, left=RIGHT), Recipe(spacing_mm=(2, 5, 5), size=None)
     )
-    assert "dot: of its 1 voxels none is left" in " ".join(run.results[0].warnings)
+    assert "dot: of its 1 voxel none is left" in " ".join(run.results[0].warnings)
     labels = {label["name"]: label for label in run.results[0].labels or ()}
     assert (labels["dot"]["source_voxels"], labels["dot"]["voxels"]) == (1, 0)
     assert labels["left"]["voxels"] > 0
@@ -450,7 +456,7 @@ def test_contours_in_a_gap_that_was_filled_are_reported(tmp_path: Path, out: Pat
     recipe = replace(RAW, max_missing_share=0.5, spacing_mm=(2.0, 1.0, 1.0))
     run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct, left=LEFT), recipe)
     assert run.counts == {"fixed": 1}
-    assert "left: 1 parts lie on no slice of the series" in " ".join(run.results[0].warnings)
+    assert "left: 1 contour left out: on no slice of the series" in " ".join(run.results[0].warnings)
     # The filled slice takes the labels of a neighbour, as it takes a mixture of both for the image.
     labels = volume(out / run.results[0].folder / "labels")
     assert labels.shape == SHAPE
@@ -561,8 +567,10 @@ def test_the_screen_says_what_was_recognised_and_what_was_not(tmp_path: Path, ct
     path = rtstruct(tmp_path / "rs.dcm", ct)
     stray = write_rtstruct(tmp_path / "stray.dcm", {"x": LEFT}, series_uid="1.2.3.4")
     shown = run_cli("convert", ct.folder, "--masks", path, stray, "--out", tmp_path / "out", "--dry-run")
-    assert "rs.dcm: RTSTRUCT (SOP Class UID: RT Structure Set Storage): left, right" in " ".join(shown.stdout.split())
+    assert "rs.dcm: RTSTRUCT (SOP Class UID: RT Structure Set Storage) with left, right" in " ".join(
+        shown.stdout.split()
+    )
     done = run_cli("convert", ct.folder, "--masks", path, stray, "--out", tmp_path / "out")
     assert done.exit_code == 1
     assert "unmatched" in done.stderr
-    assert "1 segmentations without a series" in " ".join(done.stdout.split())
+    assert "1 segmentation without a series" in " ".join(done.stdout.split())

@@ -95,7 +95,7 @@ def test_an_outline_that_is_there_twice_counts_once(stacked: Stack) -> None:
     twice = Structure("a", (Contour(square, "pixel", KEY), Contour(square.copy(), "pixel", KEY)))
     assert on_slice(stacked, twice).sum() == 16
     _, notes = place(segmentation(twice), stacked, IN_ORDER)
-    assert notes == ["a: 1 outlines repeat others point by point, and count once"]
+    assert notes == ["a: 1 outline left out: the same as another, point by point"]
 
 
 def test_half_way_between_slices_is_always_the_lower_one(stacked: Stack) -> None:

@@ -1207,7 +1207,7 @@ def test_labels_are_not_interpolated_and_none_is_lost_without_a_word(tmp_path: P
     labels = {label["name"]: label for label in result.labels or ()}
     assert labels["dot"]["source_voxels"] == 1
     if not got["dot"].any():
-        assert "dot: of its 1 voxels none is left" in " ".join(result.warnings)
+        assert "dot: of its 1 voxel none is left" in " ".join(result.warnings)
     for name in ("one", "two"):
         # 36 voxels of 2.5 × 0.8 × 0.7 mm on each of 6 slices.
         assert labels[name]["ml"] == pytest.approx(6 * 36 * 2.5 * 0.8 * 0.7 / 1000, rel=0.1)
@@ -1300,7 +1300,7 @@ def test_contours_find_their_slices_by_position(tmp_path: Path) -> None:
     expected = np.zeros((6, 20, 24), bool)
     expected[1:5, 5:10, 5:10] = True
     np.testing.assert_array_equal(got["on slices"], expected)
-    assert "outside: 1 parts lie on no slice of the series" in " ".join(result.warnings)
+    assert "outside: 1 contour left out: on no slice of the series" in " ".join(result.warnings)
 
 
 @trap(42, "broken-neighbours")

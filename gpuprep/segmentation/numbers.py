@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.values import FARTHEST
-from gpuprep.text import quoted
+from gpuprep.text import numbered, quoted
 
 MOST_CHARACTERS = 2**27
 """Numbers and their places take some twenty times that while they are read."""
@@ -70,11 +70,6 @@ class Table:
                 f"{counts[0]}: the file is damaged, or lines of it belong elsewhere"
             )
         return self.values.reshape(len(counts), -1)
-
-
-def numbered(count: int, what: str = "number") -> str:
-    """Return a count with its noun."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def parse(text: str) -> Table:

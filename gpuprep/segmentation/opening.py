@@ -10,7 +10,7 @@ from gpuprep.containers import kind
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import tables
 from gpuprep.segmentation.contours import Plane, Reading, Segmentation
-from gpuprep.segmentation.recognition import FORMATS, recognise
+from gpuprep.segmentation.recognition import FORMATS, UNKNOWN, recognise
 from gpuprep.text import printable
 
 LARGEST_BYTES = 1 << 30
@@ -103,7 +103,7 @@ def _text(data: bytes) -> str:
         raise SegmentationError("is an ImageJ .roi: in ImageJ, save it with Save As > XY Coordinates")
     if packed := kind(data[:4]):
         hint = " (a RoiSet of ImageJ: save each ROI with Save As > XY Coordinates)" if packed == "zip" else ""
-        raise SegmentationError(f"is binary: packed with {packed}; unpack it{hint}")
+        raise NotASegmentationError(f"is binary: packed with {packed}; unpack it{hint}", UNKNOWN)
     for magic, what in _BINARY:
         if data.startswith(magic):
             raise NotASegmentationError(f"is binary: {what}, which is not read as a segmentation")

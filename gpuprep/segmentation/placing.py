@@ -19,7 +19,7 @@ from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import Contour, Plane, Raster, Reading, Segmentation, SliceKey, Structure
 from gpuprep.segmentation.rasterizing import filled, on_outline
 from gpuprep.stacking import Stack
-from gpuprep.text import printable
+from gpuprep.text import numbered, printable
 
 ROUNDED = 1e-3
 """Layers by which positions in files may be off."""
@@ -218,7 +218,7 @@ def _numbering(segmentation: Segmentation, stack: Stack, reading: Reading) -> di
             ways["Instance Number"] = {float(k + reading.index_base): int(n) for k, n in enumerate(order)}
     if reading.slice_order != "instance":
         for base in (0, 1) if reading.index_base is None else (reading.index_base,):
-            ways[f"along the normal from {base}"] = {float(k + base): k for k in range(count)}
+            ways[f"place along the normal, counted from {base}"] = {float(k + base): k for k in range(count)}
     if not ways:
         raise SegmentationError("Instance Numbers of the series are absent or not unique: say --slice-order stack")
     fitting = {name: way for name, way in ways.items() if numbers <= way.keys()}
@@ -227,10 +227,10 @@ def _numbering(segmentation: Segmentation, stack: Stack, reading: Reading) -> di
     fitting = fitting or {name: way for name, way in ways.items() if len(numbers & way.keys()) == most}
     meanings = {tuple(way.get(n) for n in sorted(numbers)) for way in fitting.values()}
     if len(meanings) > 1:
-        raise SegmentationError(
-            f"slice numbers {min(numbers):g} to {max(numbers):g} may count {count} slices by {' or '.join(fitting)}: "
-            "say --index-base 0|1 and --slice-order stack|instance"
-        )
+        of = f"slice numbers {min(numbers):g} to {max(numbers):g}" if len(numbers) > 1 else f"slice {min(numbers):g}"
+        open_ = [] if reading.index_base is not None else ["--index-base 0|1"]
+        open_ += [] if reading.slice_order is not None else ["--slice-order stack|instance"]
+        raise SegmentationError(f"{of} of {count} may be by {', or '.join(fitting)}: say {' and '.join(open_)}")
     return next(iter(fitting.values()))
 
 
@@ -281,12 +281,15 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
             elif c.raster is not None:
                 parts[n].rasters.append((c.raster, c.to_plane))
     name = printable(structure.name)
-    notes = [f"{name}: {count} parts lie {why}" for why, count in left_out.items()]
+    kind = "frame" if structure.rasters else "contour"
+    notes = [f"{name}: {numbered(count, kind)} left out: {why}" for why, count in left_out.items()]
     if repeated := sum(_without_repeated(part) for part in parts.values()):
-        notes.append(f"{name}: {repeated} outlines repeat others point by point, and count once")
+        notes.append(f"{name}: {numbered(repeated, 'outline')} left out: the same as another, point by point")
     if parts and not structure.rasters:
         between = max(parts) - min(parts) + 1 - len(parts)
-        notes += [f"{name}: {between} slices between its first and its last have no contour"] if between else []
+        notes += (
+            [f"{name}: no contour on {numbered(between, 'slice')} between its first and its last"] if between else []
+        )
     return Placed(structure.name, source, dict(parts), len(structure.contours)), notes
 
 

@@ -13,8 +13,8 @@ from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import columns
 from gpuprep.segmentation.columns import HEADER_HINT, Columns
 from gpuprep.segmentation.contours import Plane, Reading, Segmentation
-from gpuprep.segmentation.numbers import NUMBER, Table, numbered, parse
-from gpuprep.text import quoted
+from gpuprep.segmentation.numbers import NUMBER, Table, parse
+from gpuprep.text import numbered, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ FORMATS = {
 }
 """All that can be read, by what ``--text-format`` calls them: `gpuprep.segmentation.contours.TEXT_FORMATS`."""
 
-UNKNOWN_TEXT = "mask-unknown"
-"""Code of the error for text that may be anything."""
+UNKNOWN = "mask-unknown"
+"""Code of the error for files that may be anything, also what was meant to be a segmentation."""
 
 HEAD = 65536
 """Characters at the beginning in which a text says what it is, if it does."""
@@ -169,7 +169,7 @@ def _check_first_line(text: str, name: str) -> None:
         # Nothing of it is repeated: it may be a report, with the name of a patient.
         raise NotASegmentationError(
             f"is no known kind of segmentation text: {quoted(name)} begins with no coordinates and no names of them",
-            UNKNOWN_TEXT,
+            UNKNOWN,
         )
 
 

@@ -30,10 +30,10 @@ from gpuprep.segmentation.contours import (
     painted,
 )
 from gpuprep.segmentation.names import slice_and_structure, stem
-from gpuprep.segmentation.numbers import Table, numbered
+from gpuprep.segmentation.numbers import Table
 from gpuprep.segmentation.recognition import FORMATS, MOST_LABELS, Recognised
 from gpuprep.segmentation.values import FARTHEST
-from gpuprep.text import printable
+from gpuprep.text import numbered, printable
 
 MOST_CELLS = 2**30
 """Pixels of all rectangles around the pixels of one list. More come from pixels strewn about."""
