@@ -197,11 +197,10 @@ def show_scan(cohort: Cohort, outlooks: list[Outlook], unmatched: Iterable[tuple
         if o.reason:
             console.print(f"rejected  {o.series.label}  {o.reason}", style=STYLES["rejected"])
         for g in o.segmentations:
-            names = ", ".join(map(printable, g.names[:8])) + (
-                f" and {len(g.names) - 8} more" if len(g.names) > 8 else ""
-            )
-            told = f"unreadable: {g.error}" if g.error else f"{g.format} ({g.why}): {names}"
+            told = f"unreadable: {g.error}" if g.error else f"{g.format} ({g.why}) with {_names(g.names)}"
             console.print(f"masks     {o.series.label}  {printable(g.path)}: {told}", soft_wrap=True)
+        if o.segmentations and o.action == "convert":
+            console.print(f"masks     {o.series.label}  used: {_names(o.structures)}", soft_wrap=True)
         for irregularity in o.audit.irregularities if o.audit and not o.reason else ():
             style = STYLES[o.verdict]
             console.print(f"{o.verdict:8}  {o.series.label}  {irregularity.code}: {irregularity.text}", style=style)
