@@ -77,7 +77,8 @@ class Placed:
         """
         part = self.parts[n]
         low, high = np.array(shape[::-1], dtype=np.float64), np.zeros(2)
-        for points in (*part.outlines, *part.insides):
+        if part.outlines or part.insides:
+            points = np.concatenate([*part.outlines, *part.insides])
             low, high = np.minimum(low, points.min(axis=0)), np.maximum(high, points.max(axis=0) + 1)
         for raster, to_plane in part.rasters:
             first, stop = _reach(raster, to_plane)
@@ -155,11 +156,12 @@ class _Slices:
         self._z = np.array([header.position_mm[2] for header in stack.slices if header.position_mm])
         self._by_number = _numbering(segmentation, stack, reading)
 
-    def nearest(self, k: float, half: float = HALF_LAYER) -> int | None:
-        """Return the slice within half a layer of layer `k`; None where there is none."""
-        away = np.abs(self.along - k)
-        n = int(np.flatnonzero(away <= away.min() + 2 * ROUNDED)[0])  # half-way, always the lower one
-        return n if away[n] <= half else None
+    def nearest(self, k: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the slices within half a layer of layers `k`; −1 where there is none."""
+        above = np.clip(np.searchsorted(self.along, k), 1, len(self.along) - 1)
+        to_lower, to_upper = np.abs(k - self.along[above - 1]), np.abs(k - self.along[above])
+        n = np.where(to_lower <= to_upper + 2 * ROUNDED, above - 1, above)  # half-way, always the lower one
+        return np.where(np.minimum(to_lower, to_upper) <= HALF_LAYER, n, -1)
 
     def within(self, k: float, half: float) -> list[int]:
         """Return the slices within `half` layers of layer `k`."""
@@ -250,10 +252,11 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
     parts: dict[int, _Part] = defaultdict(_Part)
     candidates: dict[int, list[_Candidate]] = defaultdict(list)
     left_out: Counter[str] = Counter()
+    _match_contours([c for c in structure.contours if c.frame == "patient"], slices, candidates, left_out)
     for contour in structure.contours:
         if contour.frame == "patient":
-            _match_contour(contour, slices, candidates, left_out)
-        elif (n := slices.find(contour.slice)) is None:
+            continue
+        if (n := slices.find(contour.slice)) is None:
             left_out["on no slice of the series"] += 1
         else:
             _add(parts[n], contour, _in_pixels(contour, slices))
@@ -325,18 +328,28 @@ def _in_pixels(contour: Contour, slices: _Slices) -> NDArray[np.float64]:
     return points
 
 
-def _match_contour(
-    contour: Contour, slices: _Slices, candidates: dict[int, list[_Candidate]], left_out: Counter[str]
+def _match_contours(
+    contours: list[Contour], slices: _Slices, candidates: dict[int, list[_Candidate]], left_out: Counter[str]
 ) -> None:
-    index = contour.points @ slices.to_index[:3, :3].T + slices.to_index[:3, 3]
-    k = float((index[:, 0].min() + index[:, 0].max()) / 2)
-    if np.ptp(index[:, 0]) > 2 * HALF_LAYER:
-        left_out["across slices, not in their plane"] += 1
-    elif (n := slices.nearest(k)) is None:
-        left_out["on no slice of the series"] += 1
-    else:
-        points = index[:, :0:-1] - slices.shift[n, ::-1]
-        candidates[n].append(_Candidate(k - slices.along[n], contour, points, None, None))
+    """Add contours in the patient to the candidates of the slices on which they lie."""
+    if not contours:
+        return
+    ends = np.cumsum([len(c.points) for c in contours])
+    starts = ends - [len(c.points) for c in contours]
+    index = np.concatenate([c.points for c in contours]) @ slices.to_index[:3, :3].T + slices.to_index[:3, 3]
+    lowest, highest = (at.reduceat(index[:, 0], starts) for at in (np.minimum, np.maximum))
+    layers = (lowest + highest) / 2
+    in_plane = index[:, :0:-1]
+    found = slices.nearest(layers).tolist()
+    across = (highest - lowest > 2 * HALF_LAYER).tolist()
+    for contour, start, end, n, is_across, layer in zip(contours, starts, ends, found, across, layers, strict=True):
+        if is_across:
+            left_out["across slices, not in their plane"] += 1
+        elif n < 0:
+            left_out["on no slice of the series"] += 1
+        else:
+            points = in_plane[start:end] - slices.shift[n, ::-1]
+            candidates[n].append(_Candidate(float(layer - slices.along[n]), contour, points, None, None))
 
 
 def _match_raster(

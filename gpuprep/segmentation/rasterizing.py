@@ -36,9 +36,11 @@ def filled(polygons: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> N
     mask = np.zeros(shape, dtype=bool)
     if not polygons:
         return mask
-    snapped = [np.rint(p * SNAP) / SNAP for p in polygons]
-    start = np.concatenate(snapped)
-    stop = np.concatenate([np.roll(p, -1, axis=0) for p in snapped])
+    start = np.rint(np.concatenate(polygons) * SNAP) / SNAP
+    ends = np.cumsum([len(p) for p in polygons])
+    following = np.arange(1, len(start) + 1)
+    following[ends - 1] = np.concatenate([[0], ends[:-1]])  # the last point of each goes back to its first
+    stop = start[following]
     # Only the rectangle that holds all points is looked at.
     left, top = (int(v) for v in np.clip(np.ceil(start.min(axis=0)), 0, shape[::-1]))
     right, bottom = (int(v) for v in np.clip(np.floor(start.max(axis=0)) + 1, 0, shape[::-1]))
