@@ -15,7 +15,7 @@ from gpuprep.errors import NotASegmentationError, RequestError, SegmentationErro
 from gpuprep.layout import absolute
 from gpuprep.segmentation.contours import Plane, Reading
 from gpuprep.segmentation.names import UID
-from gpuprep.segmentation.opening import DAMAGED_OBJECT
+from gpuprep.segmentation.opening import DAMAGED_OBJECT, read_segmentation
 from gpuprep.segmentation.placing import group_paths
 from gpuprep.segmentation.recognition import UNKNOWN
 from gpuprep.segmentation.wishes import Masks
@@ -69,8 +69,6 @@ def glimpses(questions: list[Question]) -> list[Glimpse]:
 
 
 def _glimpse(question: Question) -> Glimpse:
-    from gpuprep.segmentation.opening import read_segmentation
-
     path = question.path
     try:
         status = os.stat(path)
