@@ -14,6 +14,26 @@ from gpuprep.errors import GeometryError
 Shape3 = tuple[int, int, int]
 Vector3 = tuple[float, float, float]
 
+FINEST_MM, COARSEST_MM = 1e-3, 100.0
+"""Pixel spacings beyond these are damage."""
+
+PERPENDICULAR = 1e-2
+"""How far directions of rows and columns may be from perpendicular units."""
+
+
+def directions(orientation: ArrayLike) -> NDArray[np.float64] | None:
+    """Return the directions of a row, of a column and of the normal: unit vectors, shape (3, 3).
+
+    None where *Image Orientation (Patient)*, six numbers, is not a pair of perpendicular units.
+    """
+    pair = np.array(orientation, dtype=np.float64).reshape(2, 3)
+    lengths = np.linalg.norm(np.clip(pair, -9, 9), axis=1)  # whose squares are numbers
+    if np.abs(lengths - 1).max() > PERPENDICULAR or abs(pair[0] @ pair[1]) > PERPENDICULAR:
+        return None
+    row, column = pair / lengths[:, None]
+    normal = np.cross(row, column)
+    return np.array([row, column, normal / np.linalg.norm(normal)])
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:

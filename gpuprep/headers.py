@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.deflation import inflated
+from gpuprep.geometry import COARSEST_MM, FINEST_MM
+from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
 from gpuprep.series import Image, SliceHeader
 from gpuprep.streams import open_frugally
 from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED, EXPLICIT_VR, IMPLICIT_VR, NATIVE, UNDEFINED_LENGTH
@@ -30,13 +32,6 @@ CT_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.2.1": "Enhanced CT Image Storage",
     "1.2.840.10008.5.1.4.1.1.2.2": "Legacy Converted Enhanced CT Image Storage",
 }
-
-SEGMENTATION_CLASSES = (
-    "1.2.840.10008.5.1.4.1.1.66.4",
-    "1.2.840.10008.5.1.4.1.1.66.7",
-    "1.2.840.10008.5.1.4.1.1.481.3",
-)
-"""SEG, label map SEG, RTSTRUCT."""
 
 TAGS = {
     "MediaStorageSOPClassUID": 0x0002_0002,
@@ -90,8 +85,8 @@ hashes, which tell acquisitions apart."""
 
 PHASE = ("TriggerTime", "NominalPercentageOfCardiacPhase", "StackID")
 
-FINEST_MM, COARSEST_MM, FARTHEST_MM = 1e-3, 100.0, 1e6
-"""Pixel spacings and positions beyond these are damage."""
+FARTHEST_MM = 1e6
+"""Positions beyond this are damage."""
 
 MOST_FRAMES = 2**16
 """More in one file come from a damaged header."""

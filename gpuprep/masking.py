@@ -200,8 +200,7 @@ def _files(names: Sequence[str]) -> list[str]:
 
 def _painted(members: Sequence[tuple[Placed, int]], labels: Sequence[Label], stack: Stack, plan: Plan) -> NDArray[Any]:
     """Return the labels of the slices as acquired: uint8, or uint16 where values need it; and count them."""
-    placement = stack.placement
-    matrix = stack.geometry.shape[1:] if placement is None else placement.matrix
+    matrix = stack.matrix
     highest = max((value for _, value in members), default=0)
     if highest >= LABELS:
         raise SegmentationError(
@@ -210,7 +209,7 @@ def _painted(members: Sequence[tuple[Placed, int]], labels: Sequence[Label], sta
         )
     dtype = np.uint8 if highest < 256 else np.uint16
     painted = np.zeros((len(stack.slices), *matrix), dtype=dtype)
-    volume_ml = slice_volumes_ml(plan, placement)
+    volume_ml = slice_volumes_ml(plan, stack.placement)
     overlaps: Counter[tuple[str, str]] = Counter()
     names = {value: p.name for p, value in members}
     for (structure, value), label in zip(members, labels, strict=True):

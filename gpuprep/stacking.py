@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gpuprep.acceptance import check, listed, names
 from gpuprep.errors import GeometryError, InputError, MissingTagError
-from gpuprep.geometry import Geometry, Placement
+from gpuprep.geometry import Geometry, Placement, directions
 from gpuprep.rules import Irregularity, Rules
 from gpuprep.series import Series, SliceHeader
 
@@ -43,6 +43,11 @@ class Stack:
     irregularities: tuple[Irregularity, ...]
     """What was put right, or kept as it is."""
     measures: Measures
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of a slice, as acquired."""
+        return self.geometry.shape[1:] if self.placement is None else self.placement.matrix
 
 
 @dataclass(slots=True)
@@ -151,15 +156,12 @@ def _axes(series: Series) -> NDArray[np.float64]:
     """Return the directions of a row, of a column and of the normal: unit vectors, shape (3, 3)."""
     if series.orientation is None:
         raise MissingTagError("Image Orientation (Patient) absent")
-    orientation = np.array(series.orientation, dtype=np.float64).reshape(2, 3)
-    lengths = np.linalg.norm(np.clip(orientation, -9, 9), axis=1)  # whose squares are numbers
-    if np.abs(lengths - 1).max() > 1e-2 or abs(orientation[0] @ orientation[1]) > 1e-2:
+    axes = directions(series.orientation)
+    if axes is None:
         raise GeometryError(
             f"Image Orientation (Patient) {series.orientation} is not a pair of perpendicular units", "orientation"
         )
-    row, column = orientation / lengths[:, None]
-    normal = np.cross(row, column)
-    return np.array([row, column, normal / np.linalg.norm(normal)])
+    return axes
 
 
 _PLANES = ("sagittal", "coronal", "axial")

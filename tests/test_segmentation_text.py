@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import TEXT_FORMATS, Plane, Raster, Reading, Segmentation, SliceKey
 from gpuprep.segmentation.names import slice_and_structure
-from gpuprep.segmentation.numbers import NUMBER, parse
+from gpuprep.segmentation.numbers import parse
 from gpuprep.segmentation.opening import read_segmentation
 from gpuprep.segmentation.rasterizing import filled
 from gpuprep.segmentation.recognition import FORMATS, recognise
+from gpuprep.segmentation.values import NUMBER
 
 Open = Callable[..., Segmentation]
 

@@ -14,14 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.values import FARTHEST
+from gpuprep.segmentation.values import FARTHEST, NUMBER
 from gpuprep.text import numbered, quoted
 
 MOST_CHARACTERS = 2**27
 """Numbers and their places take some twenty times that while they are read."""
-
-NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-"""What Python takes beyond that, 1_0 and digits of other scripts, no program writes."""
 
 _FOREIGN = re.compile(r"[^0-9eE+\-.,; \t\n]")
 """What is in no number and between none."""

@@ -98,7 +98,7 @@ class Placed:
 
 def plane_of(stack: Stack) -> Plane:
     """Return what readers have to know of the slices of a stack."""
-    rows, columns = _matrix(stack)
+    rows, columns = stack.matrix
     _, between_rows, between_columns = stack.geometry.spacing_mm
     return Plane(rows, columns, (between_rows, between_columns))
 
@@ -139,7 +139,7 @@ class _Slices:
     def __init__(self, segmentation: Segmentation, stack: Stack, reading: Reading) -> None:
         count = len(stack.slices)
         placement = stack.placement
-        self.matrix = _matrix(stack)
+        self.matrix = stack.matrix
         self.to_index = np.linalg.inv(stack.geometry.affine)
         self.along = np.arange(count, dtype=np.float64) if placement is None else placement.along
         self.shift = np.zeros((count, 2)) if placement is None or placement.shift is None else placement.shift
@@ -192,10 +192,6 @@ class _Slices:
             raise SegmentationError("it names slices by z, along which the slices of this series do not advance")
         n = int(np.abs(self._z - float(key.value)).argmin())
         return n if abs(self._z[n] - float(key.value)) <= HALF_LAYER * step else None
-
-
-def _matrix(stack: Stack) -> tuple[int, int]:
-    return stack.geometry.shape[1:] if stack.placement is None else stack.placement.matrix
 
 
 def _numbering(segmentation: Segmentation, stack: Stack, reading: Reading) -> dict[float, int]:

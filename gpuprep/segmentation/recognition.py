@@ -13,7 +13,8 @@ from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import columns
 from gpuprep.segmentation.columns import HEADER_HINT, Columns
 from gpuprep.segmentation.contours import Plane, Reading, Segmentation
-from gpuprep.segmentation.numbers import NUMBER, Table, parse
+from gpuprep.segmentation.numbers import Table, parse
+from gpuprep.segmentation.values import NUMBER
 from gpuprep.text import numbered, quoted
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import DecodeError, SegmentationError
-from gpuprep.geometry import Geometry
+from gpuprep.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
 from gpuprep.segmentation.attributes import binary, decimals, integer, items, name, raw, text, uid
 from gpuprep.segmentation.contours import Collector, Reading, Segmentation, SliceKey, painted
 from gpuprep.segmentation.values import FARTHEST, distinct
@@ -42,14 +42,8 @@ MOST_PIXELS = 2**26
 MOST_PAINTED = 2**32
 """Pixels in the rectangles of all frames together, which take a byte each."""
 
-FINEST_MM, COARSEST_MM = 1e-3, 100.0
-"""Pixel spacings beyond these are damage."""
-
 SAME_PLANE_MM = 0.01
 """Planes that lie closer together are one."""
-
-PERPENDICULAR = 1e-2
-"""How far directions of rows and columns may be from perpendicular units."""
 
 
 def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
@@ -322,19 +316,19 @@ class _Groups:
 
     def _geometry(self, frame: int) -> Geometry | None:
         where = self._macro(frame, "PlanePositionSequence")
-        directions = self._macro(frame, "PlaneOrientationSequence")
+        oriented = self._macro(frame, "PlaneOrientationSequence")
         measures = self._macro(frame, "PixelMeasuresSequence")
-        if where is None or directions is None or measures is None:
+        if where is None or oriented is None or measures is None:
             return None
         thicknesses = ("SpacingBetweenSlices", "SliceThickness")
         key = (
             text(where, "ImagePositionPatient"),
-            text(directions, "ImageOrientationPatient"),
+            text(oriented, "ImageOrientationPatient"),
             *(text(measures, k) for k in ("PixelSpacing", *thicknesses)),
         )
         if key not in self._geometries:
             position = decimals(where, "ImagePositionPatient", 3, FARTHEST)
-            orientation = decimals(directions, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
+            orientation = decimals(oriented, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
             spacing = decimals(measures, "PixelSpacing", 2, COARSEST_MM)
             if position is None or orientation is None or spacing is None:
                 return None
@@ -354,8 +348,8 @@ class _Groups:
             for frame in range(len(self._own))
             if (where := self._macro(frame, "PlanePositionSequence")) is not None
         }
-        directions = self._macro(0, "PlaneOrientationSequence")
-        orientation = directions and decimals(directions, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
+        oriented = self._macro(0, "PlaneOrientationSequence")
+        orientation = oriented and decimals(oriented, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
         positions = [p for t in texts if (p := _three(t)) is not None]
         if not orientation or len(positions) < 2:
             return math.inf
@@ -397,16 +391,14 @@ def _plane(
     orientation: tuple[float, ...],
     spacing: tuple[float, ...],
 ) -> Geometry:
-    directions = np.array(orientation).reshape(2, 3)
-    lengths = np.linalg.norm(directions, axis=1)
-    if np.abs(lengths - 1).max() > PERPENDICULAR or abs(directions[0] @ directions[1]) > PERPENDICULAR:
+    axes = directions(orientation)
+    if axes is None:
         raise SegmentationError(f"its Image Orientation Patient is {list(orientation)}, not perpendicular units")
     if min(spacing[1:]) < FINEST_MM:
         raise SegmentationError(f"its Pixel Spacing is {list(spacing[1:])} mm")
-    row, column = directions / lengths[:, None]
-    normal = np.cross(row, column)
+    row, column, normal = axes
     affine = np.eye(4)
-    affine[:3, 0] = normal / np.linalg.norm(normal) * spacing[0]
+    affine[:3, 0] = normal * spacing[0]
     affine[:3, 1] = column * spacing[1]  # the next row lies along a column
     affine[:3, 2] = row * spacing[2]
     affine[:3, 3] = position

@@ -15,10 +15,13 @@ from gpuprep.text import quoted
 FARTHEST = 1e6
 """Coordinates beyond it, in mm or pixels, are damage."""
 
+NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+"""What Python takes beyond that, 1_0 and digits of other scripts, no program writes."""
+
 LONGEST_NUMBER = 40
 """Characters; nobody writes longer ones."""
 
-_NUMBER = re.compile(r"[ \t]*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?[ \t]*", re.ASCII)
+_PADDED = re.compile(rf"[ \t]*{NUMBER.pattern}[ \t]*")
 _ALPHABET = re.compile(r"[0-9+\-.eE \t]*")
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)+")
 
@@ -40,7 +43,7 @@ def is_uid(text: str) -> bool:
 
 def is_number(text: str, farthest: float = FARTHEST) -> bool:
     """Whether a text is a decimal number of a size that coordinates have."""
-    return len(text) <= LONGEST_NUMBER and _NUMBER.fullmatch(text) is not None and -farthest <= float(text) <= farthest
+    return len(text) <= LONGEST_NUMBER and _PADDED.fullmatch(text) is not None and -farthest <= float(text) <= farthest
 
 
 def numbers(
