@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,29 +27,18 @@ from gpuprep.executors import (
     Here,
     Processes,
     WorkerDiedError,
+    answers,
     usable_cores,
 )
 from gpuprep.headers import Contents
 from gpuprep.layout import absolute, layout
 from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, SeriesResult, now
-from gpuprep.matching import (
-    NOT_ONE,
-    Glimpse,
-    Question,
-    below,
-    files_under,
-    fingerprint,
-    glimpses,
-    match,
-    used_names,
-)
+from gpuprep.matching import Glimpse, Matched, fingerprint, matched, used_names
 from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, mask_bytes, needed_bytes, workers
 from gpuprep.output import contents, open_output, retire, write_text
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
-from gpuprep.segmentation.contours import Plane
-from gpuprep.segmentation.recognition import UNKNOWN
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -56,8 +46,6 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 DONE = ("ok", "fixed", "skipped")
 """Of a series whose output is there."""
-
-SEGMENTATIONS_PER_TASK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,32 +111,6 @@ class Run:
         return 1 if bad else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Matched:
-    """Which segmentation goes to which series."""
-
-    by_key: Mapping[str, tuple[Glimpse, ...]]
-    """By the key of the series."""
-    unmatched: tuple[tuple[Glimpse, str], ...]
-    """Those without a series, and why."""
-    named: frozenset[str]
-    """Files that people named, or that lie in folders they named: none of them is left out without a complaint, unless
-    it is something else, found in such a folder."""
-
-    @property
-    def complaints(self) -> tuple[tuple[str, str], ...]:
-        """(path, why) of those that should have had a series."""
-        return tuple((printable(g.path), why) for g, why in self.unmatched if g.path in self.named)
-
-    @property
-    def rows(self) -> Iterator[tuple[str, str, str, str, str]]:
-        """Path, format, why it was taken for it, key of the series, why it has none; as the manifest keeps them."""
-        for key, found in self.by_key.items():
-            yield from ((printable(g.path), g.format, g.why, key, g.error) for g in found)
-        for g, why in self.unmatched:
-            yield printable(g.path), g.format, g.why, "", why
-
-
 class Listener:
     """Hears what a run does; every method may be overridden, none has to be."""
 
@@ -201,15 +163,15 @@ def scan(
     executor = Here() if jobs is None else Processes(jobs, quiet_libraries, FOR_HEADERS)
     try:
         cohort = _discover(paths, recipe, out, index, executor)
-        matched = _matched(cohort, paths, recipe, masks, executor, out)
-        if matched is not None and listener is not None:
-            listener.matched(matched)
+        matches = _matched(cohort, paths, recipe, masks, executor, out)
+        if matches is not None and listener is not None:
+            listener.matched(matches)
     finally:
         executor.stop()
     if out is not None and (Path(out) / "manifest.sqlite").exists():
         with closing(Manifest(Path(out) / "manifest.sqlite")) as manifest:
-            return cohort, _outlooks(cohort, paths, recipe, matched, Path(out), manifest)
-    return cohort, _outlooks(cohort, paths, recipe, matched, None, None)
+            return cohort, _outlooks(cohort, paths, recipe, matches, Path(out), manifest)
+    return cohort, _outlooks(cohort, paths, recipe, matches, None, None)
 
 
 def convert(
@@ -278,14 +240,14 @@ def convert(
         try:
             cohort = _discover(paths, recipe, out, index, executor)
             listener.scanned(cohort)
-            matched = _matched(cohort, paths, recipe, masks, executor, out)
-            _check_both_stay(recipe, matched, manifest, out)
+            matches = _matched(cohort, paths, recipe, masks, executor, out)
+            _check_both_stay(recipe, matches, manifest, out)
             write_text(out / "recipe.toml", recipe.to_toml())
             manifest.account(cohort.passed_over, cohort.unreadable)
-            if matched is not None:
-                manifest.account_segmentations(matched.rows)
-                listener.matched(matched)
-            outlooks = _outlooks(cohort, paths, recipe, matched, out, manifest)
+            if matches is not None:
+                manifest.account_segmentations(matches.rows)
+                listener.matched(matches)
+            outlooks = _outlooks(cohort, paths, recipe, matches, out, manifest)
             todo = [o for o in outlooks if o.action == "convert"]
             now_, later = (todo, []) if limit is None else (todo[:limit], todo[limit:])
             postponed = {o.series.key for o in later}
@@ -307,7 +269,7 @@ def convert(
         finally:
             executor.stop()
             manifest.write_csv()
-    unmatched = matched.complaints if matched is not None else ()
+    unmatched = matches.complaints if matches is not None else ()
     return Run(tuple(results), cohort.passed_over, cohort.unreadable, len(later), unmatched)
 
 
@@ -413,69 +375,52 @@ def _outlooks(
     cohort: Cohort,
     paths: list[str],
     recipe: Recipe,
-    matched: Matched | None,
+    matches: Matched | None,
     out: Path | None,
     manifest: Manifest | None,
 ) -> list[Outlook]:
     taken = {r.folder: r.key for r in manifest if r.folder} if manifest else {}
     folders = layout(cohort, paths, taken)
+    shared = recipe.masks.layout == "labels"
+    values = manifest.label_values() if manifest is not None and matches is not None and shared else {}
     outlooks = []
     for series in cohort:
-        found = matched.by_key.get(series.key, ()) if matched is not None else ()
+        found = matches.by_key.get(series.key, ()) if matches is not None else ()
         if not found and not recipe.image:
             continue
+        names = tuple(used_names(found, recipe.masks))
+        outlook = partial(Outlook, series, segmentations=found, structures=names)
         former = manifest.get(series.key) if manifest else None
-        if out and former and _complete(_fingerprint(series, found, recipe, manifest), recipe, out, former):
-            outlooks.append(Outlook(series, "skip", former.folder, None, segmentations=found))
+        # Label values are those that its structures would get now.
+        now_ = fingerprint(series, found, [(name, values.get(name, 0)) for name in names] if shared else [])
+        if out and former and _complete(now_, recipe, out, former):
+            outlooks.append(outlook("skip", former.folder, None))
             continue
         audited = audit(series, recipe.rules)
         if audited.stack is None:
-            outlooks.append(Outlook(series, "reject", "", None, audited, audited.reason, segmentations=found))
+            outlooks.append(outlook("reject", "", None, audited, audited.reason))
             continue
         try:
             plan = make_plan(audited.stack.geometry, recipe, audited.stack.placement)
         except PlanError as exc:
-            reason = f"PlanError: {exc}"
-            outlooks.append(Outlook(series, "reject", "", None, audited, reason, "plan", segmentations=found))
+            outlooks.append(outlook("reject", "", None, audited, f"PlanError: {exc}", "plan"))
             continue
         if bad := [g for g in found if g.error]:
             reason = f"SegmentationError: {printable(os.path.basename(bad[0].path))}: {bad[0].error}"
-            outlooks.append(Outlook(series, "reject", "", None, audited, reason, bad[0].code, segmentations=found))
+            outlooks.append(outlook("reject", "", None, audited, reason, bad[0].code))
         else:
             folder = folders[series.key]
             known = former is not None and former.folder == folder
-            names = tuple(used_names(found, recipe.masks))
-            outlooks.append(
-                Outlook(series, "convert", folder, plan, audited, known=known, segmentations=found, structures=names)
-            )
+            outlooks.append(outlook("convert", folder, plan, audited, known=known))
     return outlooks
-
-
-def _fingerprint(series: Series, found: tuple[Glimpse, ...], recipe: Recipe, manifest: Manifest | None) -> str:
-    """Return the fingerprint of a series with its segmentations; label values are those it would get now."""
-    names = used_names(found, recipe.masks) if recipe.masks.layout == "labels" else []
-    values = manifest.label_values([]) if manifest is not None and names else {}
-    return fingerprint(series, found, [(name, values.get(name, 0)) for name in names])
 
 
 def _label_values(outlooks: list[Outlook], recipe: Recipe, manifest: Manifest) -> dict[str, int]:
     """Return the label value of every structure of the cohort, where structures share volumes."""
     if recipe.masks.layout != "labels" or not any(o.segmentations for o in outlooks):
         return {}
-    names = [name for o in outlooks for name in used_names(o.segmentations, recipe.masks)]
-    return manifest.label_values([*recipe.masks.first_names, *sorted(set(names))])
-
-
-def _check_both_stay(recipe: Recipe, matched: Matched | None, manifest: Manifest, out: Path) -> None:
-    """Raise if masks alone would replace volumes that hold images, or images alone such that hold masks."""
-    made = [r for r in manifest if r.folder]
-    if not recipe.image and any(r.hu_mean is not None for r in made):
-        raise RequestError(
-            f"{out} holds images, which masks alone would replace: choose another --out, or run gpuprep convert "
-            "--masks into this one"
-        )
-    if matched is None and any(r.labels for r in made):
-        raise RequestError(f"{out} holds masks, which would go: give --masks again, or choose another --out")
+    names = {name for o in outlooks for name in o.structures}
+    return manifest.label_values([*recipe.masks.first_names, *sorted(names)])
 
 
 def _matched(
@@ -489,53 +434,20 @@ def _matched(
     """Return which segmentation goes to which series; None where masks are not asked for."""
     if masks is None:
         return None
-    roots = list(paths) if masks == "auto" else _listed(masks)
-    files = list(cohort.segmentations) if masks == "auto" else files_under(roots, out)
-    found = _asked([Question(f, recipe.masks) for f in files], executor)
-    matches = match(found, cohort, roots, paths, alone=not recipe.image and masks != "auto")
-    # Some can be read only when the pixels of their series are known.
-    planes = {
-        g.path: Plane(s.rows, s.columns, s.pixel_spacing_mm)
-        for s in cohort
-        if s.pixel_spacing_mm is not None
-        for g in matches.by_key.get(s.key, ())
-        if g.error
-    }
-    again = {g.path: g for g in _asked([Question(f, recipe.masks, plane) for f, plane in planes.items()], executor)}
-    by_key = {key: tuple(again.get(g.path, g) for g in gs) for key, gs in matches.by_key.items()}
-    explicit = {absolute(root) for root in roots if not os.path.isdir(root)}
-    other = {g.path for g, _ in matches.unmatched if g.code == NOT_ONE or (g.code == UNKNOWN and _is_document(g.path))}
-    other -= explicit
-    if masks == "auto":
-        return Matched(by_key, matches.unmatched, frozenset())
-    useful = [g.path for g in found if g.path not in other]
-    barren = [r for r in map(absolute, roots) if os.path.isdir(r) and not any(below(f, r) for f in useful)]
-    nothing = tuple((Glimpse(folder), "it holds no segmentation") for folder in dict.fromkeys(barren))
-    return Matched(by_key, matches.unmatched + nothing, (frozenset(files) - other).union(barren))
+    roots = None if masks == "auto" else _listed(masks)
+    return matched(cohort, paths, roots, recipe.masks, executor, exclude=out, alone=not recipe.image)
 
 
-def _is_document(path: str) -> bool:
-    """Whether a file has a name as those have that lie in any folder and are for people."""
-    name = os.path.basename(path).lower()
-    return name.endswith((".md", ".rst", ".html", ".log")) or name.startswith(("readme", "license", "licence"))
-
-
-def _asked(questions: list[Question], executor: Executor) -> list[Glimpse]:
-    """Return what segmentations say about themselves, in the order of the questions."""
-    n = SEGMENTATIONS_PER_TASK
-    tasks = [questions[i : i + n] for i in range(0, len(questions), n)]
-    answers: dict[str, Glimpse] = {}
-    while tasks:
-        again = []
-        for task, outcome in executor.run(glimpses, tasks):
-            if not isinstance(outcome, WorkerDiedError):
-                answers |= {g.path: g for g in outcome}
-            elif len(task) > 1:
-                again += [[question] for question in task]  # which of them was it?
-            else:
-                answers[task[0].path] = Glimpse(task[0].path, error=str(outcome), code="mask")
-        tasks = again
-    return [answers[q.path] for q in questions]
+def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest, out: Path) -> None:
+    """Raise if masks alone would replace volumes that hold images, or images alone such that hold masks."""
+    made = [r for r in manifest if r.folder]
+    if not recipe.image and any(r.hu_mean is not None for r in made):
+        raise RequestError(
+            f"{out} holds images, which masks alone would replace: choose another --out, or run gpuprep convert "
+            "--masks into this one"
+        )
+    if matches is None and any(r.labels for r in made):
+        raise RequestError(f"{out} holds masks, which would go: give --masks again, or choose another --out")
 
 
 def _complete(fingerprint_: str, recipe: Recipe, out: Path, former: SeriesResult) -> bool:
@@ -562,7 +474,7 @@ def _task(
     series, found = outlook.series, outlook.segmentations
     unreadable = doubtful.get(printable(series.folder), 0)
     note = f"{unreadable} files in its folder are unreadable or of no known series: a slice may be missing"
-    own = [(name, values[name]) for name in used_names(found, recipe.masks)] if values else []
+    own = [(name, values[name]) for name in outlook.structures] if values else []
     return Task(
         series=series,
         recipe=recipe,
@@ -616,16 +528,10 @@ def _discover(
     def map_(
         function: Callable[[list[str]], list[Contents]], tasks: list[list[str]]
     ) -> Iterator[tuple[list[str], list[Contents]]]:
-        again = []
-        for task, outcome in executor.run(function, tasks):
-            if not isinstance(outcome, WorkerDiedError):
-                yield task, outcome
-            elif len(task) > 1:
-                again += [[file] for file in task]  # which of them was it?
-            else:
-                yield task, [Contents(unreadable=[(printable(task[0]), str(outcome))], lasting=False)]
-        if again:
-            yield from map_(function, again)
+        def unreadable(file: str, exc: WorkerDiedError) -> Contents:
+            return Contents(unreadable=[(printable(file), str(exc))], lasting=False)
+
+        return answers(executor, function, tasks, unreadable)
 
     return discover(paths, recipe.rules, exclude=out, index=index, map_=map_)
 

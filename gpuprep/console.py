@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gpuprep.batch import Listener, Matched, Outlook, Run
+from gpuprep.batch import Listener, Outlook, Run
 from gpuprep.discovery import Cohort
 from gpuprep.manifest import SeriesResult
+from gpuprep.matching import Matched
 from gpuprep.recipe import Recipe
 from gpuprep.text import numbered, printable
 

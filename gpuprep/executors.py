@@ -70,6 +70,37 @@ class Executor(Protocol):
         ...
 
 
+def answers(
+    executor: Executor,
+    function: Callable[[list[T]], list[R]],
+    tasks: list[list[T]],
+    dead: Callable[[T, WorkerDiedError], R],
+) -> Iterator[tuple[list[T], list[R]]]:
+    """Yield (task, one answer for each of its items); where a worker dies, its items are tried again one by one.
+
+    Parameters
+    ----------
+    executor : Executor
+        Runs the function.
+    function : callable
+        Answers a list of items.
+    tasks : list of lists
+        The items.
+    dead : callable
+        Gives the answer for an item that takes its worker with it.
+    """
+    again = []
+    for task, outcome in executor.run(function, tasks):
+        if not isinstance(outcome, WorkerDiedError):
+            yield task, outcome
+        elif len(task) > 1:
+            again += [[item] for item in task]  # which of them was it?
+        else:
+            yield task, [dead(task[0], outcome)]
+    if again:
+        yield from answers(executor, function, again, dead)
+
+
 class Here:
     """One task after the other, in this thread."""
 

@@ -185,10 +185,12 @@ class Manifest:
             self._db.executemany("INSERT OR REPLACE INTO segmentations VALUES (?, ?, ?, ?, ?)", rows)
             self._db.execute("COMMIT")
 
-    def label_values(self, names: Iterable[str]) -> dict[str, int]:
+    def label_values(self, names: Iterable[str] = ()) -> dict[str, int]:
         """Return the label value of every structure ever seen, new ones counted on: a value never changes hands."""
         values: dict[str, int] = dict(self._db.execute("SELECT name, value FROM label_values"))
         new = [name for name in dict.fromkeys(names) if name not in values]
+        if not new:
+            return values
         first = max(values.values(), default=0) + 1
         with self._writing():
             added = {name: first + n for n, name in enumerate(new)}

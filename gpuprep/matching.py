@@ -7,11 +7,13 @@ import logging
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gpuprep.discovery import Cohort
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
+from gpuprep.executors import Executor, WorkerDiedError, answers
 from gpuprep.layout import absolute
 from gpuprep.segmentation.contours import Plane, Reading
 from gpuprep.segmentation.names import UID
@@ -28,6 +30,8 @@ NOT_ONE = NotASegmentationError.code
 """Of the error for files that are known to be something else."""
 NONE = (NOT_ONE, UNKNOWN)
 """Of files that are given to no series."""
+
+SEGMENTATIONS_PER_TASK = 16
 
 HOW = "say which with gpuprep mask FILE --series DICOM_DIR"
 
@@ -147,19 +151,108 @@ def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = N
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """Which segmentations belong to which series."""
+class Matched:
+    """Which segmentation goes to which series."""
 
-    by_key: dict[str, tuple[Glimpse, ...]]
+    by_key: Mapping[str, tuple[Glimpse, ...]]
     """By the key of the series."""
     unmatched: tuple[tuple[Glimpse, str], ...]
-    """Those that belong to none, and why."""
+    """Those without a series, and why."""
+    named: frozenset[str]
+    """Files that people named, or that lie in folders they named: none of them is left out without a complaint, unless
+    it is something else, found in such a folder."""
+
+    @property
+    def complaints(self) -> tuple[tuple[str, str], ...]:
+        """(path, why) of those that should have had a series."""
+        return tuple((printable(g.path), why) for g, why in self.unmatched if g.path in self.named)
+
+    @property
+    def rows(self) -> Iterator[tuple[str, str, str, str, str]]:
+        """Path, format, why it was taken for it, key of the series, why it has none; as the manifest keeps them."""
+        for key, found in self.by_key.items():
+            yield from ((printable(g.path), g.format, g.why, key, g.error) for g in found)
+        for g, why in self.unmatched:
+            yield printable(g.path), g.format, g.why, "", why
+
+
+def matched(
+    cohort: Cohort,
+    inputs: Sequence[str],
+    roots: Sequence[str] | None,
+    wishes: Masks,
+    executor: Executor,
+    *,
+    exclude: str | os.PathLike[str] | None,
+    alone: bool,
+) -> Matched:
+    """Return which segmentation goes to which series.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        All series.
+    inputs : sequence of str
+        What they were found under.
+    roots : sequence of str or None
+        Segmentation files, or folders of them; None: those among the inputs that say to which series they belong.
+    wishes : Masks
+        How to read them.
+    executor : Executor
+        Reads them.
+    exclude : path or None
+        A folder that is not entered: where outputs go.
+    alone : bool
+        As for `match`, where files were named.
+    """
+    files = list(cohort.segmentations) if roots is None else files_under(roots, exclude)
+    found = _asked([Question(f, wishes) for f in files], executor)
+    by_key, unmatched = match(
+        found, cohort, inputs if roots is None else roots, inputs, alone=alone and roots is not None
+    )
+    # Some can be read only when the pixels of their series are known.
+    planes = {
+        g.path: Plane(s.rows, s.columns, s.pixel_spacing_mm)
+        for s in cohort
+        if s.pixel_spacing_mm is not None
+        for g in by_key.get(s.key, ())
+        if g.error
+    }
+    again = {g.path: g for g in _asked([Question(f, wishes, plane) for f, plane in planes.items()], executor)}
+    by_key = {key: tuple(again.get(g.path, g) for g in gs) for key, gs in by_key.items()}
+    if roots is None:
+        return Matched(by_key, unmatched, frozenset())
+    explicit = {absolute(root) for root in roots if not os.path.isdir(root)}
+    other = {g.path for g, _ in unmatched if g.code == NOT_ONE or (g.code == UNKNOWN and _is_document(g.path))}
+    other -= explicit
+    useful = [g.path for g in found if g.path not in other]
+    barren = [r for r in map(absolute, roots) if os.path.isdir(r) and not any(below(f, r) for f in useful)]
+    nothing = tuple((Glimpse(folder), "it holds no segmentation") for folder in dict.fromkeys(barren))
+    return Matched(by_key, unmatched + nothing, (frozenset(files) - other).union(barren))
+
+
+def _is_document(path: str) -> bool:
+    """Whether a file has a name as those have that lie in any folder and are for people."""
+    name = os.path.basename(path).lower()
+    return name.endswith((".md", ".rst", ".html", ".log")) or name.startswith(("readme", "license", "licence"))
+
+
+def _asked(questions: list[Question], executor: Executor) -> list[Glimpse]:
+    """Return what segmentations say about themselves, in the order of the questions."""
+
+    def dead(question: Question, exc: WorkerDiedError) -> Glimpse:
+        return Glimpse(question.path, error=str(exc), code="mask")
+
+    n = SEGMENTATIONS_PER_TASK
+    tasks = [questions[i : i + n] for i in range(0, len(questions), n)]
+    told = {g.path: g for _, found in answers(executor, glimpses, tasks, dead) for g in found}
+    return [told[q.path] for q in questions]
 
 
 def match(
     found: Sequence[Glimpse], cohort: Sequence[Series], roots: Sequence[str], inputs: Sequence[str], *, alone: bool
-) -> Match:
-    """Return which segmentations belong to which series.
+) -> tuple[dict[str, tuple[Glimpse, ...]], tuple[tuple[Glimpse, str], ...]]:
+    """Return the segmentations of each series, by its key, and those that belong to none, with the reason.
 
     A segmentation belongs to the series whose UID it names; else to the one that holds the images it names; else, if
     it names series that are not here or none at all, to the only one in its frame of reference. One that names no UID
@@ -204,7 +297,7 @@ def match(
             unmatched.append((g, reason))
     order = {g.path: n for n, g in enumerate(found)}
     by_key = {key: sorted(gs, key=lambda g: order[g.path]) for key, gs in by_key.items()}
-    return Match({key: tuple(gs) for key, gs in by_key.items()}, tuple(unmatched))
+    return {key: tuple(gs) for key, gs in by_key.items()}, tuple(unmatched)
 
 
 class _Known:
