@@ -45,7 +45,7 @@ import sys, time
 from gpuprep.batch import scan
 from gpuprep.executors import usable_cores
 started = time.perf_counter()
-cohort, outlooks = scan(sys.argv[1], index=sys.argv[2], jobs=usable_cores())
+cohort, outlooks, _ = scan(sys.argv[1], index=sys.argv[2], jobs=usable_cores())
 print(time.perf_counter() - started)
 for o in outlooks: print(o.verdict, o.series.key, o.audit.to_dict())
 """

@@ -6,8 +6,9 @@ import os
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import copy
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import cupy  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
 import cupyx  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
@@ -19,6 +20,7 @@ from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-i
 from numpy.typing import NDArray
 
 from gpuprep import kernels
+from gpuprep.backend import DEVICE
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 from gpuprep.staging import Empty, Lane
 
@@ -83,6 +85,16 @@ class CupyBackend:
 
     def free_bytes(self) -> int:
         return int(cupy.cuda.Device(self._ordinal).mem_info[0])
+
+    def environment(self) -> dict[str, str]:
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        name = visible[self._ordinal] if visible else str(self._ordinal)
+        return {"CUDA_VISIBLE_DEVICES": name, DEVICE: self.device}
+
+    def alone(self) -> Self:
+        first = copy(self)
+        first._ordinal = 0
+        return first
 
     def to_device(self, host: Any) -> Any:
         return cupy.asarray(host)
@@ -168,6 +180,14 @@ def translated(exc: Exception, backend: CupyBackend) -> BackendError | None:
 def _is_lack_of_memory(exc: Exception) -> bool:
     words = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(exc, cupy.cuda.memory.OutOfMemoryError) or any(word in str(exc) for word in words)
+
+
+def device_count() -> int:
+    """Return how many GPUs this process can see; 0 where there is no driver."""
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return 0
 
 
 @cache

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, Self, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 BackendName = Literal["auto", "cpu", "gpu"]
 Engine = Literal["operators", "ndimage"]
 """How the arithmetic is done on either: banded matrices, or the libraries' own calls."""
+DEVICE = "GPUPREP_DEVICE"
+"""Variable with the name of the device that a worker has for itself."""
 Body = Literal["matmul", "loops"]
 """How banded matrices are applied: by an array library, or on the host by loops that Numba compiles."""
 
@@ -69,6 +71,14 @@ class Backend(Protocol):
 
     def free_bytes(self) -> int | None:
         """Return how much memory the device has to give; None where that is the host's."""
+        ...
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables with which a process that is about to start sees this device alone, as its first."""
+        ...
+
+    def alone(self) -> Self:
+        """Return this backend as such a process takes it."""
         ...
 
     def to_device(self, host: Any) -> Any:
@@ -127,6 +137,12 @@ class NumpyBackend:
 
     def free_bytes(self) -> None:
         return None
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def alone(self) -> Self:
+        return self
 
     def to_device(self, host: Any) -> Any:
         return host
@@ -203,25 +219,49 @@ def get_backend(name: BackendName = "auto") -> Backend:
         raise BackendError(f"there is no backend {name!r}: choose auto, cpu or gpu")
     if name == "cpu":
         return NumpyBackend()
-    return open_gpu() if name == "gpu" else _gpu_or_cpu()
+    return open_gpus([0])[0] if name == "gpu" else _gpu_or_cpu()
+
+
+def get_backends(name: BackendName = "auto", gpus: Sequence[int] | None = None) -> list[Backend]:
+    """Return the backend of that name, once for each of some GPUs, or of all that can be seen.
+
+    Raises
+    ------
+    BackendError
+        As `get_backend`.
+    RequestError
+        If GPUs are named and nothing computes on one.
+    """
+    backend = get_backend(name)
+    if backend.name == "gpu":
+        return open_gpus(gpus)
+    if gpus is not None:
+        raise RequestError(f"gpus = {','.join(map(str, gpus))}: the CPU computes here, so leave them out")
+    return [backend]
 
 
 @cache
 def _gpu_or_cpu() -> Backend:
     """Look for a GPU once per process, and say once that there is none."""
     try:
-        return open_gpu()
+        return open_gpus([0])[0]
     except BackendError as exc:
         log.warning("no GPU, so the CPU computes: %s", exc)
         return NumpyBackend()
 
 
-def open_gpu() -> Backend:
-    """Return the CuPy backend on the first GPU, or raise a BackendError that says what is missing."""
+def open_gpus(ordinals: Sequence[int] | None = None) -> list[Backend]:
+    """Return a CuPy backend for each of some GPUs, or of all that can be seen.
+
+    Raises
+    ------
+    BackendError
+        If CuPy or cuCIM is missing, or one of the GPUs cannot be used, with the reason and the remedy.
+    """
     try:
-        from gpuprep._cupy import CupyBackend
+        from gpuprep._cupy import CupyBackend, device_count
     except ImportError as exc:
         raise BackendError(
             f"CuPy or cuCIM is not installed ({exc}): pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'"
         ) from exc
-    return CupyBackend()
+    return [CupyBackend(n) for n in (range(max(1, device_count())) if ordinals is None else dict.fromkeys(ordinals))]

@@ -5,110 +5,128 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, overload
 
-from gpuprep.auditing import Audit, Verdict, audit
-from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
+from gpuprep import __version__
+from gpuprep.auditing import audit
+from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend, get_backends
 from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
 from gpuprep.discovery import Cohort, discover
-from gpuprep.errors import PlanError, RequestError
+from gpuprep.errors import RequestError
 from gpuprep.executors import (
     FOR_HEADERS,
     FOR_LOOPS,
     FOR_VOLUMES,
-    Budget,
     Executor,
     Here,
+    OverdueError,
+    Place,
     Processes,
     WorkerDiedError,
     answers,
     usable_cores,
 )
+from gpuprep.forecast import Forecast, experience
 from gpuprep.headers import Contents
-from gpuprep.layout import absolute, layout
+from gpuprep.interruption import Stop
+from gpuprep.layout import absolute
 from gpuprep.logs import quiet_libraries
-from gpuprep.manifest import Manifest, SeriesResult, now
-from gpuprep.matching import Glimpse, Matched, fingerprint, matched, used_names
-from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, mask_bytes, needed_bytes, workers
-from gpuprep.output import contents, open_output, retire, write_text
-from gpuprep.plan import Plan, make_plan
+from gpuprep.manifest import Manifest, RunRecord, SeriesResult, Status, manifest_path, now, open_manifest, this_host
+from gpuprep.matching import Matched, fingerprint, matched, used_names
+from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, USABLE, for_volumes, host_bytes_free, workers
+from gpuprep.outlook import DONE, Needs, Outlook, outlooks
+from gpuprep.output import Output, open_output
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
+from gpuprep.sharding import WHOLE, Shard
 from gpuprep.text import printable
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
-DONE = ("ok", "fixed", "skipped")
-"""Of a series whose output is there."""
+DEATHS_ALLOWED = 2
+"""Workers that a series may cost before it is set aside."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
-    """What would happen to one series, from its headers alone."""
+class Results(Sequence[SeriesResult]):
+    """The result of every series of a run, read from the manifest when it is asked for: a cohort may have 100,000."""
 
-    series: Series
-    action: Literal["convert", "skip", "reject"]
-    folder: str
-    """Relative to OUT."""
-    plan: Plan | None
-    audit: Audit | None = None
-    """Absent for a series that is skipped: nothing about it has changed."""
-    reason: str = ""
-    code: str = ""
-    """Of that reason, if it is not in the headers."""
-    known: bool = False
-    """Whether the manifest has an earlier output of this series in that folder."""
-    segmentations: tuple[Glimpse, ...] = ()
-    """What masks would be made of …"""
-    structures: tuple[str, ...] = ()
-    """… and of what in them, by the names that are used."""
+    manifest: Path
+    keys: tuple[str, ...]
+    skipped: frozenset[str] = frozenset()
+    """Of these, those that were complete and unchanged."""
 
-    @property
-    def verdict(self) -> Verdict | Literal["skipped"]:
-        """What the headers amount to."""
-        if self.audit is None:
-            return "skipped"
-        return "rejected" if self.action == "reject" else self.audit.verdict
+    @overload
+    def __getitem__(self, index: int) -> SeriesResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[SeriesResult, ...]: ...
+    def __getitem__(self, index: int | slice) -> SeriesResult | tuple[SeriesResult, ...]:
+        if isinstance(index, int):
+            return next(self._read((self.keys[index],)))
+        return tuple(self._read(self.keys[index]))
 
-    @property
-    def codes(self) -> tuple[str, ...]:
-        """The reasons for the verdict, for programs."""
-        if self.audit is None:
-            return ()
-        return (self.code,) if self.code else self.audit.codes
+    def __iter__(self) -> Iterator[SeriesResult]:
+        return self._read(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def _read(self, keys: tuple[str, ...]) -> Iterator[SeriesResult]:
+        with closing(Manifest(self.manifest, reading=True)) as manifest:
+            for key in keys:
+                result = manifest.get(key)
+                if result is None:
+                    raise KeyError(f"{key} is no longer in {self.manifest}")
+                yield replace(result, status="skipped") if key in self.skipped else result
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the series of one status."""
+
+    series: int = 0
+    slices: int = 0
+    files: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """What a run did."""
 
-    results: tuple[SeriesResult, ...]
+    results: Sequence[SeriesResult]
+    """Of every series, read from the manifest when asked for."""
     passed_over: Mapping[str, int]
     unreadable: tuple[tuple[str, str], ...]
+    tallies: Mapping[str, Tally] = field(default_factory=dict)
+    """Sums by status."""
     postponed: int = 0
     """Series left for later by `limit`."""
     unmatched: tuple[tuple[str, str], ...] = ()
     """Segmentations that belong to no series: (path, why)."""
+    stopped: int | None = None
+    """Series that were not begun because somebody stopped the run; None: nobody did."""
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of series by status."""
-        return dict(Counter(r.status for r in self.results))
+        return {status: tally.series for status, tally in self.tallies.items()}
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 1 some series rejected or failed, or some file unreadable or unmatched, 3 nothing found."""
+        """0 all done, 1 some series or files left out, 3 nothing found, 130 stopped."""
+        if self.stopped is not None:
+            return 130
         bad = bool(self.unreadable or self.unmatched)
         if not self.results and not self.postponed:
             return 1 if bad else 3
-        bad = bad or any(r.status in ("rejected", "failed") for r in self.results)
-        return 1 if bad else 0
+        return 1 if bad or {"rejected", "failed"} & self.tallies.keys() else 0
 
 
 class Listener:
@@ -120,11 +138,50 @@ class Listener:
     def matched(self, matched: Matched) -> None:
         """Every segmentation has its series, or has none."""
 
-    def planned(self, outlooks: list[Outlook]) -> None:
+    def planned(self, forecast: Forecast) -> None:
         """Every series has its outlook; conversion begins."""
 
     def finished(self, result: SeriesResult) -> None:
         """One series is done with."""
+
+    def ended(self, run: Run) -> None:
+        """All is done, or what was in flight when somebody stopped the run."""
+
+
+class Scan(NamedTuple):
+    """What is under some paths, and what a run would make of it."""
+
+    cohort: Cohort
+    outlooks: list[Outlook]
+    forecast: Forecast
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is kept of the outlook of a series until its turn comes: not its plan and audit, which are large."""
+
+    series: Series
+    action: Literal["convert", "skip", "reject"]
+    folder: str
+    known: bool
+    """Whether the manifest has an earlier output of this series in that folder."""
+    reason: str
+    codes: tuple[str, ...]
+    segmentations: tuple[str, ...]
+    label_values: tuple[tuple[str, int], ...]
+    fingerprint: str
+    needs: Needs
+
+
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """What runs the tasks of a run, and what it has for them."""
+
+    backend: Backend
+    executor: Executor
+    workers: int
+    room: int | None
+    at_rest_bytes: int
 
 
 def scan(
@@ -133,10 +190,13 @@ def scan(
     *,
     masks: Paths | None = None,
     out: str | os.PathLike[str] | None = None,
+    backend: BackendName | Backend = "cpu",
+    engine: Engine = "operators",
     index: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
+    shard: Shard = WHOLE,
     listener: Listener | None = None,
-) -> tuple[Cohort, list[Outlook]]:
+) -> Scan:
     """Return what is under some paths and what would happen to each series; reads headers only, and writes no output.
 
     Parameters
@@ -149,10 +209,12 @@ def scan(
         As for `convert`.
     out : path, optional
         The output folder of earlier runs: what is complete there would be skipped.
+    backend, engine, shard
+        As for `convert`: what is needed depends on them.
     index : path, optional
         As for `gpuprep.discover`.
     jobs : int, optional
-        Processes that read headers; absent: this one.
+        Processes that read headers, and that would convert; absent: this one.
     listener : Listener, optional
         Is told which segmentation goes where.
     """
@@ -160,18 +222,28 @@ def scan(
     paths = _listed(paths)
     if out is not None:
         _check_apart(paths, Path(out))
-    executor = Here() if jobs is None else Processes(jobs, quiet_libraries, FOR_HEADERS)
+    chosen = get_backend(backend) if isinstance(backend, str) else backend
+    means = _means([chosen], jobs, USABLE, FOR_HEADERS)
     try:
-        cohort = _discover(paths, recipe, out, index, executor)
-        matches = _matched(cohort, paths, recipe, masks, executor, out)
+        cohort = _discover(paths, recipe, out, index, means.executor)
+        matches = _matched(cohort, paths, recipe, masks, means.executor, out)
         if matches is not None and listener is not None:
             listener.matched(matches)
     finally:
-        executor.stop()
-    if out is not None and (Path(out) / "manifest.sqlite").exists():
-        with closing(Manifest(Path(out) / "manifest.sqlite")) as manifest:
-            return cohort, _outlooks(cohort, paths, recipe, matches, Path(out), manifest)
-    return cohort, _outlooks(cohort, paths, recipe, matches, None, None)
+        means.executor.stop()
+    output, manifest = None, None
+    with ExitStack() as opened:
+        if out is not None:
+            output = Output(Path(os.path.abspath(out)), Path())
+            if manifest_path(output.root).is_file():
+                manifest = opened.enter_context(closing(Manifest(manifest_path(output.root), reading=True)))
+        values = manifest.label_values() if manifest and matches and recipe.masks.layout == "labels" else {}
+        share = [s for s in cohort if shard.has(s.series_uid)]
+        expected = list(outlooks(cohort, share, paths, recipe, matches, values, output, manifest))
+        forecast = _forecast(means, recipe, manifest, output)
+    for outlook in expected:
+        forecast.add(outlook, outlook.needs(chosen, engine))
+    return Scan(cohort, expected, forecast)
 
 
 def convert(
@@ -180,147 +252,265 @@ def convert(
     recipe: Recipe | None = None,
     *,
     masks: Paths | None = None,
-    backend: Backend | BackendName = "auto",
+    backend: BackendName | Backend = "auto",
     engine: Engine = "operators",
     jobs: int | None = None,
+    gpus: Sequence[int] | None = None,
+    scheduler: str | None = None,
+    shard: Shard = WHOLE,
+    only: Collection[Status] | None = None,
     limit: int | None = None,
+    limit_s: float | None = None,
+    memory_share: float = USABLE,
+    room_check: bool = True,
     index: str | os.PathLike[str] | None = None,
     listener: Listener | None = None,
+    stop: Stop | None = None,
 ) -> Run:
     """Convert every CT series under some paths into a folder of its own under `out`.
+
+    A series whose output is complete, and whose input, recipe and gpuprep version are unchanged since, is skipped
+    before anything of it is decoded. A bad series is recorded with its reason and never stops the others.
 
     Parameters
     ----------
     paths : path or iterable of paths
-        Folders, searched to any depth, or files.
+        Folders or files.
     out : path
-        Where volumes, ``manifest.sqlite``, ``manifest.csv`` and ``recipe.toml`` go.
+        Where outputs and the manifest go; made if need be.
     recipe : Recipe, optional
-        The default recipe where absent.
+        The default recipe where absent. With ``image=False`` only masks are made.
     masks : path, iterable of paths or "auto", optional
-        Segmentation files, or folders of them, to make masks of; "auto": RTSTRUCT, SEG and LIDC-IDRI XML among the
-        inputs. Each goes to the series it belongs to: see `gpuprep.matching.match`.
-    backend, engine
-        As for `gpuprep.process`.
+        Segmentation files, or folders of them, to make masks of; "auto": what DICOM objects and LIDC XML there are
+        among the inputs. Absent: none.
+    backend : {"auto", "cpu", "gpu"} or Backend
+        Where to compute.
+    engine : {"operators", "ndimage"}
+        How to compute.
     jobs : int, optional
-        Series at a time, each in a worker process. Absent: on the CPU one after the other in this process; on a GPU
-        one per core. On a GPU never more than its memory has room for.
+        Series at a time, in a process each. Absent: on the CPU one after the other in this process, on a GPU as many as
+        its memory and the cores allow. Few of them work on the GPU at any one time; the others read and write.
+    gpus : sequence of int, optional
+        GPUs to use; absent: all. A process sees one of them.
+    scheduler : str, optional
+        Address of a Dask scheduler whose workers convert, or "local" for `jobs` workers of Dask on this machine. They
+        must see the same paths.
+    shard : Shard, optional
+        The part of the cohort that this run converts; others may convert theirs at the same time into the same `out`.
+        The manifest is that shard's until all are merged.
+    only : collection of str, optional
+        Only series with such a status in the manifest.
     limit : int, optional
-        Convert at most so many series now.
+        At most so many series are converted in this run.
+    limit_s : float, optional
+        A series that takes longer fails. Needs `jobs`.
+    memory_share : float
+        Share of the free memory that concurrent series may be predicted to take.
+    room_check : bool
+        Whether to begin only if the disk seems to have room for all outputs.
     index : path, optional
         As for `gpuprep.discover`.
     listener : Listener, optional
-        Is told what happens.
+        Told what happens.
+    stop : Stop, optional
+        Asks the run to finish what is in flight, and to begin nothing more.
 
     Returns
     -------
     Run
-        One result per series. A series that is rejected or fails is a result, not an exception.
+        With the result of every series; those of an earlier run have status "skipped".
 
     Raises
     ------
-    RequestError, BackendError
-        If the run as a whole cannot start.
+    RequestError
+        If a path does not exist, `out` lies in an input, cannot be made or has too little room, or another run is
+        writing into it.
+    BackendError
+        If the backend cannot run here.
     OutputError
-        If the manifest cannot be written.
+        If the manifest or another of the run's own files cannot be written.
     KeyboardInterrupt
-        After an interruption, once everything is in order. What was finished stays; the next run does the rest.
+        In whatever order. What was finished stays; the next run does the rest.
     """
     recipe = recipe or Recipe()
     listener = listener or Listener()
     paths = _listed(paths)
     out = Path(os.path.abspath(out))
     _check_apart(paths, out)
-    if limit is not None and limit < 1:
-        raise RequestError(f"limit = {limit}: give at least 1")
+    _check_numbers(limit, limit_s, jobs if scheduler is None else jobs or 1, memory_share)
     checked_engine(engine)
-    chosen = get_backend(backend) if isinstance(backend, str) else backend
-    executor, budget = _executor(chosen, jobs)
-    with open_output(out), closing(Manifest(out / "manifest.sqlite")) as manifest:
+    means = _chosen_means(backend, gpus, scheduler, jobs, memory_share)
+    executor = means.executor
+    with open_output(out, shard) as output, closing(open_manifest(out, shard)) as manifest:
         try:
             cohort = _discover(paths, recipe, out, index, executor)
             listener.scanned(cohort)
             matches = _matched(cohort, paths, recipe, masks, executor, out)
             _check_both_stay(recipe, matches, manifest, out)
-            write_text(out / "recipe.toml", recipe.to_toml())
+            output.write_text("recipe.toml", recipe.to_toml())
             manifest.account(cohort.passed_over, cohort.unreadable)
             if matches is not None:
                 manifest.account_segmentations(matches.rows)
                 listener.matched(matches)
-            outlooks = _outlooks(cohort, paths, recipe, matches, out, manifest)
-            todo = [o for o in outlooks if o.action == "convert"]
-            now_, later = (todo, []) if limit is None else (todo[:limit], todo[limit:])
-            postponed = {o.series.key for o in later}
-            listener.planned([o for o in outlooks if o.series.key not in postponed])
-
-            results = []
-            doubtful = Counter(folder for path, _ in cohort.unreadable for folder in (os.path.dirname(path), path))
-            for nameless in (s for s in cohort if not s.series_uid):
-                doubtful[printable(nameless.folder)] += len(nameless.slices)
-            values = _label_values(outlooks, recipe, manifest)
+            values = _label_values(matches, recipe, manifest)
             if values:
-                write_text(out / "labels.json", json.dumps(values, indent=1, ensure_ascii=False))
-            tasks = {o.series.key: _task(o, recipe, engine, chosen, out, doubtful, values) for o in outlooks}
-            outcomes = _converted([tasks[o.series.key] for o in now_], executor, budget)
-            for result in _results(outlooks, outcomes, tasks, manifest):
-                results.append(result)
-                listener.finished(result)
-            _forget_former_parts(results, {o.series.key for o in outlooks}, paths, manifest, out)
+                output.write_text("labels.json", json.dumps(values, indent=1, ensure_ascii=False))
+            chosen = [s for s in cohort if shard.has(s.series_uid) and _wanted(s, only, manifest)]
+            forecast = _forecast(means, recipe, manifest, output)
+            works, postponed = [], 0
+            for outlook in outlooks(cohort, chosen, paths, recipe, matches, values, output, manifest):
+                if outlook.action == "convert" and limit is not None and forecast.todo - forecast.rejected >= limit:
+                    postponed += 1
+                    continue
+                needs = outlook.needs(means.backend, engine)
+                forecast.add(outlook, needs)
+                works.append(_work(outlook, needs, values))
+            if room_check and forecast.misfit:
+                raise RequestError(f"{out}: {forecast.misfit}")
+            manifest.begin_run(_record(forecast, recipe, means.backend, paths, masks, engine))
+            listener.planned(forecast)
+
+            task = partial(_task, recipe=recipe, engine=engine, backend=means.backend, output=output)
+            doubtful = _doubtful(cohort)
+            tasks = (task(w, doubtful=doubtful) for w in works if w.action == "convert")
+            stop = stop or Stop()
+            outcomes = _Conversions(executor, output, forecast.disk_share, limit_s, stop)
+            tally: dict[str, Tally] = defaultdict(Tally)
+            done: dict[str, Status] = {}
+            with stop.in_flight():
+                for result in _results(works, task, outcomes.of(tasks), manifest, output):
+                    done[result.key] = result.status
+                    _count(tally, result)
+                    listener.finished(result)
+            _forget_former_parts(cohort, done, paths, manifest, output)
+            manifest.end_run("interrupted" if stop.asked else "finished")
+        except KeyboardInterrupt:
+            manifest.end_run("interrupted")
+            raise
         finally:
             executor.stop()
             manifest.write_csv()
-    unmatched = matches.complaints if matches is not None else ()
-    return Run(tuple(results), cohort.passed_over, cohort.unreadable, len(later), unmatched)
+    run = Run(
+        results=Results(manifest.path, tuple(done), frozenset(k for k, status in done.items() if status == "skipped")),
+        passed_over=cohort.passed_over,
+        unreadable=cohort.unreadable,
+        tallies=dict(tally),
+        postponed=postponed,
+        unmatched=matches.complaints if matches is not None else (),
+        stopped=len(works) - len(done) if stop.asked else None,
+    )
+    listener.ended(run)
+    return run
 
 
 def _results(
-    outlooks: list[Outlook], outcomes: Iterator[tuple[Task, SeriesResult]], tasks: dict[str, Task], manifest: Manifest
+    works: list[_Work],
+    task: Callable[..., Task],
+    outcomes: Iterator[tuple[Task, SeriesResult]],
+    manifest: Manifest,
+    output: Output,
 ) -> Iterator[SeriesResult]:
     """Yield a result per series, stored in the manifest: first those that need no work, then the rest as it is done."""
-    for outlook in outlooks:
-        task = tasks[outlook.series.key]
-        if outlook.action == "skip":
-            former = manifest.get(outlook.series.key)
+    for work in works:
+        if work.action == "skip":
+            former = manifest.get(work.series.key)
             assert former is not None  # noqa: S101 - that is why it is skipped
             yield replace(former, status="skipped")
-        elif outlook.action == "reject":
-            codes = outlook.codes
-            rejected = replace(task.blank, status="rejected", reason=outlook.reason, codes=codes, finished=now())
-            yield _store(manifest, rejected, task.out)
-    for task, result in outcomes:
-        yield _store(manifest, result, task.out)
+        elif work.action == "reject":
+            found = task(work, doubtful={})
+            blank = found.blank(audit(work.series, found.recipe.rules))
+            rejected = replace(blank, status="rejected", reason=work.reason, codes=work.codes, finished=now())
+            yield _store(manifest, rejected, output)
+    for _, result in outcomes:
+        yield _store(manifest, result, output)
 
 
-def _converted(todo: list[Task], executor: Executor, budget: Budget | None) -> Iterator[tuple[Task, SeriesResult]]:
-    """Yield what became of each task; those that found too little memory on a device are tried again, alone.
+class _Conversions:
+    """Tasks to results; what went wrong with a worker, or for lack of memory or room, is dealt with here."""
 
-    First as they are, when all others are done and their memory is free; then in smaller chunks.
-    """
-    again = []
-    for task, outcome in executor.run(convert_series, todo, budget):
-        result = _result(task, outcome)
-        if DEVICE_MEMORY in result.codes:
-            again.append(task)
-        else:
+    def __init__(
+        self, executor: Executor, output: Output, disk_share: float | None, limit_s: float | None, stop: Stop
+    ) -> None:
+        self._executor = executor
+        self._output = output
+        self._disk_share = disk_share or 0.0
+        self._limit_s = limit_s
+        self._stop = stop
+        self._refused: list[tuple[Task, SeriesResult]] = []
+
+    def of(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, SeriesResult]]:
+        """Yield what became of each task.
+
+        Those that found too little memory on a device, or whose worker died, are tried again, alone: when all others
+        are done and their memory is free.
+        """
+        again = []
+        for task, outcome in self._run(self._admitted(tasks)):
+            if _worth_another(outcome):
+                again.append(task)
+            else:
+                yield task, _result(task, outcome)
+            yield from self._out_of_room()
+        yield from self._out_of_room()
+        for task in again:
+            # The library calls of the other engine take a volume whole, whatever the chunks.
+            divisors = (1, 4, 64) if task.engine == "operators" else (1,)
+            for attempt in (_smaller(task, divisor) for divisor in divisors):
+                self._executor.stop()  # workers that have nothing to do still hold memory
+                outcomes = list(self._run([attempt]))
+                if not outcomes:  # stopped
+                    return
+                result = _result(task, outcomes[0][1], DEATHS_ALLOWED)
+                if DEVICE_MEMORY not in result.codes:
+                    break
+            else:
+                advice = "alone on the device: ask for a coarser --spacing or a smaller --size, or use --backend cpu"
+                result = replace(result, reason=f"{result.reason}, {advice}")
             yield task, result
-    for task in again:
-        # The library calls of the other engine take a volume whole, whatever the chunks.
-        divisors = (1, 4, 64) if task.engine == "operators" else (1,)
-        for attempt in (_smaller(task, divisor) for divisor in divisors):
-            executor.stop()  # workers that have nothing to do still hold memory
-            ((_, outcome),) = executor.run(convert_series, [attempt])
-            result = _result(attempt, outcome)
-            if DEVICE_MEMORY not in result.codes:
-                break
-        else:
-            advice = "alone on the device: ask for a coarser --spacing or a smaller --size, or use --backend cpu"
-            result = replace(result, reason=f"{result.reason}, {advice}")
-        yield task, result
+
+    def _run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, SeriesResult | WorkerDiedError]]:
+        return self._executor.run(
+            convert_series,
+            tasks,
+            lambda task: task.needed_bytes,
+            limit_s=self._limit_s,
+            stopped=lambda: self._stop.asked,
+        )
+
+    def _admitted(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Yield the tasks whose outputs the disk has room for, looked at when their turn comes."""
+        for task in tasks:
+            need, free = int(task.output_bytes * self._disk_share), self._output.free_bytes()
+            if need <= free:
+                yield task
+                continue
+            reason = (
+                f"OutputError: {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free: free some, run again"
+            )
+            refused = replace(task.blank(), reason=reason, codes=("disk-full",), finished=now())
+            self._refused.append((task, refused))
+
+    def _out_of_room(self) -> Iterator[tuple[Task, SeriesResult]]:
+        refused, self._refused = self._refused, []
+        yield from refused
 
 
-def _result(task: Task, outcome: SeriesResult | WorkerDiedError) -> SeriesResult:
+def _worth_another(outcome: SeriesResult | WorkerDiedError) -> bool:
     if isinstance(outcome, WorkerDiedError):
-        return replace(left_out(task.blank, outcome), finished=now())
+        return not isinstance(outcome, OverdueError) and outcome.deaths < DEATHS_ALLOWED
+    return DEVICE_MEMORY in outcome.codes
+
+
+def _result(task: Task, outcome: SeriesResult | WorkerDiedError, deaths: int = 1) -> SeriesResult:
+    """Return an outcome as a result; `deaths` is how many workers the series has cost by now."""
+    if isinstance(outcome, OverdueError):
+        reason = f"OverdueError: {outcome}, the limit set by --time-limit: raise it, and gpuprep retry tries it again"
+        return replace(left_out(task.blank(), outcome), reason=reason, codes=("time",), finished=now())
+    if isinstance(outcome, WorkerDiedError):
+        died = left_out(task.blank(), outcome)
+        count = max(deaths, outcome.deaths)
+        reason = f"{died.reason}; it has ended {count} workers, and is set aside: gpuprep retry tries it again"
+        return replace(died, reason=reason, codes=("worker-died",), finished=now())
     return outcome
 
 
@@ -333,93 +523,71 @@ def _smaller(task: Task, divisor: int) -> Task:
 
 
 def _forget_former_parts(
-    results: list[SeriesResult], keys: set[str], paths: list[str], manifest: Manifest, out: Path
+    cohort: Cohort,
+    done: Mapping[str, Status],
+    paths: list[str],
+    manifest: Manifest,
+    output: Output,
 ) -> None:
     """Remove what earlier runs made of series that are now divided otherwise, once all their parts are there.
 
     Only what was made from under the paths of this run: elsewhere it may still be as it was.
     """
-    by_uid: dict[str, list[SeriesResult]] = defaultdict(list)
-    for result in results:
-        by_uid[result.series_uid].append(result)
-    postponed = {key.partition("#")[0] for key in keys - {r.key for r in results}}
+    parts: dict[str, list[str]] = defaultdict(list)
+    for series in cohort:
+        if series.series_uid:
+            parts[series.series_uid].append(series.key)
     roots = [printable(absolute(path)) for path in paths]
-    for former in list(manifest):
-        parts = by_uid.get(former.series_uid, []) if former.series_uid else []
-        seen = any(former.source == root or former.source.startswith(root.rstrip("/") + "/") for root in roots)
-        if not parts or not seen or former.key in keys or former.series_uid in postponed:
+    formers = list(manifest.columns("key", "series_uid", "source", "folder"))
+    folders = {folder for key, _, _, folder in formers if key in done}
+    for key, uid, source, folder in formers:
+        now_there = parts.get(uid, [])
+        seen = any(source == root or source.startswith(root.rstrip("/") + "/") for root in roots)
+        if not now_there or not seen or key in now_there:
             continue
-        if all(part.status in DONE for part in parts):
-            manifest.remove(former.key)
-            if former.folder and former.folder not in {part.folder for part in parts}:
-                retire(out / former.folder)
+        if all(done.get(part) in DONE for part in now_there):
+            manifest.remove(key)
+            if folder and folder not in folders:
+                output.retire(folder)
 
 
-def _store(manifest: Manifest, result: SeriesResult, out: Path) -> SeriesResult:
+def _store(manifest: Manifest, result: SeriesResult, output: Output) -> SeriesResult:
     """Store a result and return it as stored.
 
     An output that has been replaced by one in another folder is removed. Where nothing replaces it, it stays and the
     result says so: what failed today must not cost what was made yesterday.
     """
-    former = manifest.get(result.key)
-    if former is not None and former.folder and not result.folder and (out / former.folder).is_dir():
+    former = manifest.entry(result.key)
+    if former is not None and former.folder and not result.folder and output.holds(former.folder):
         note = f"the output of an earlier run is still in {former.folder}"
         result = replace(result, folder=former.folder, warnings=(*result.warnings, note))
     manifest.put(result)
     if former is not None and former.folder and former.folder != result.folder:
-        retire(out / former.folder)
+        output.retire(former.folder)
     return result
 
 
-def _outlooks(
-    cohort: Cohort,
-    paths: list[str],
-    recipe: Recipe,
-    matches: Matched | None,
-    out: Path | None,
-    manifest: Manifest | None,
-) -> list[Outlook]:
-    taken = {r.folder: r.key for r in manifest if r.folder} if manifest else {}
-    folders = layout(cohort, paths, taken)
-    shared = recipe.masks.layout == "labels"
-    values = manifest.label_values() if manifest is not None and matches is not None and shared else {}
-    outlooks = []
-    for series in cohort:
-        found = matches.by_key.get(series.key, ()) if matches is not None else ()
-        if not found and not recipe.image:
-            continue
-        names = tuple(used_names(found, recipe.masks))
-        outlook = partial(Outlook, series, segmentations=found, structures=names)
-        former = manifest.get(series.key) if manifest else None
-        # Label values are those that its structures would get now.
-        now_ = fingerprint(series, found, [(name, values.get(name, 0)) for name in names] if shared else [])
-        if out and former and _complete(now_, recipe, out, former):
-            outlooks.append(outlook("skip", former.folder, None))
-            continue
-        audited = audit(series, recipe.rules)
-        if audited.stack is None:
-            outlooks.append(outlook("reject", "", None, audited, audited.reason))
-            continue
-        try:
-            plan = make_plan(audited.stack.geometry, recipe, audited.stack.placement)
-        except PlanError as exc:
-            outlooks.append(outlook("reject", "", None, audited, f"PlanError: {exc}", "plan"))
-            continue
-        if bad := [g for g in found if g.error]:
-            reason = f"SegmentationError: {printable(os.path.basename(bad[0].path))}: {bad[0].error}"
-            outlooks.append(outlook("reject", "", None, audited, reason, bad[0].code))
-        else:
-            folder = folders[series.key]
-            known = former is not None and former.folder == folder
-            outlooks.append(outlook("convert", folder, plan, audited, known=known))
-    return outlooks
+def _count(tallies: dict[str, Tally], result: SeriesResult) -> None:
+    tally = tallies[result.status]
+    tally.series += 1
+    tally.slices += result.slices
+    tally.files += result.files
+    tally.bytes += result.bytes
 
 
-def _label_values(outlooks: list[Outlook], recipe: Recipe, manifest: Manifest) -> dict[str, int]:
+def _wanted(series: Series, only: Collection[Status] | None, manifest: Manifest) -> bool:
+    """Whether the manifest has a series with such a status."""
+    if only is None:
+        return True
+    former = manifest.entry(series.key)
+    return former is not None and former.status in only
+
+
+def _label_values(matches: Matched | None, recipe: Recipe, manifest: Manifest) -> dict[str, int]:
     """Return the label value of every structure of the cohort, where structures share volumes."""
-    if recipe.masks.layout != "labels" or not any(o.segmentations for o in outlooks):
+    if matches is None or recipe.masks.layout != "labels" or not any(matches.by_key.values()):
         return {}
-    names = {name for o in outlooks for name in o.structures}
+    names = {name for found in matches.by_key.values() for name in used_names(found, recipe.masks)}
     return manifest.label_values([*recipe.masks.first_names, *sorted(names)])
 
 
@@ -440,80 +608,147 @@ def _matched(
 
 def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest, out: Path) -> None:
     """Raise if masks alone would replace volumes that hold images, or images alone such that hold masks."""
-    made = [r for r in manifest if r.folder]
-    if not recipe.image and any(r.hu_mean is not None for r in made):
+    if not recipe.image and any(manifest.columns("key", where="WHERE folder != '' AND hu_mean IS NOT NULL")):
         raise RequestError(
             f"{out} holds images, which masks alone would replace: choose another --out, or run gpuprep convert "
             "--masks into this one"
         )
-    if matches is None and any(r.labels for r in made):
+    if matches is None and any(manifest.columns("key", where="WHERE folder != '' AND labels != '[]'")):
         raise RequestError(f"{out} holds masks, which would go: give --masks again, or choose another --out")
 
 
-def _complete(fingerprint_: str, recipe: Recipe, out: Path, former: SeriesResult) -> bool:
-    """Whether an earlier output stands for exactly this input and recipe, and is all there."""
-    from gpuprep import __version__
+def _check_numbers(limit: int | None, limit_s: float | None, jobs: int | None, memory_share: float) -> None:
+    if limit is not None and limit < 1:
+        raise RequestError(f"limit = {limit}: give at least 1")
+    if jobs is not None and jobs < 1:
+        raise RequestError(f"jobs = {jobs}: give at least 1")
+    if limit_s is not None and not limit_s > 0:
+        raise RequestError(f"time limit = {limit_s:g} s: give more than 0")
+    if limit_s is not None and jobs is None:
+        raise RequestError("a time limit needs jobs: nothing can end a series in this process")
+    if not 0 < memory_share <= 1:
+        raise RequestError(f"memory share = {memory_share:g}: give more than 0, and at most 1")
 
-    same = (former.fingerprint, former.recipe_sha256, former.version) == (
-        fingerprint_,
-        recipe.sha256,
-        __version__,
+
+def _forecast(means: _Means, recipe: Recipe, manifest: Manifest | None, output: Output | None) -> Forecast:
+    """Return a forecast without series."""
+    return Forecast(
+        workers=means.workers,
+        room=means.room,
+        at_rest_bytes=means.at_rest_bytes,
+        free_disk_bytes=output.free_bytes() if output else None,
+        experience=experience(manifest, recipe, means.backend.name),
+        compressed=recipe.compression != "none",
     )
-    return same and former.status in DONE and contents(out / former.folder) == (former.files, former.bytes)
+
+
+def _record(
+    forecast: Forecast, recipe: Recipe, backend: Backend, paths: list[str], masks: Paths | None, engine: Engine
+) -> RunRecord:
+    """Return what the manifest keeps of a run that begins."""
+    request = {
+        "paths": [absolute(p) for p in paths],
+        "masks": None if masks is None else masks if masks == "auto" else [absolute(p) for p in _listed(masks)],
+        "engine": engine,
+    }
+    return RunRecord(
+        started=now(),
+        host=this_host(),
+        pid=os.getpid(),
+        version=__version__,
+        recipe_sha256=recipe.sha256,
+        device=backend.device or backend.name,
+        series=forecast.series,
+        skipped=forecast.skipped,
+        todo=forecast.todo,
+        request=json.dumps(request),
+    )
+
+
+def _doubtful(cohort: Cohort) -> dict[str, int]:
+    """Return the number of files by folder that may be slices of the series in it, and cannot be read as such."""
+    doubtful = Counter(folder for path, _ in cohort.unreadable for folder in (os.path.dirname(path), path))
+    for nameless in (s for s in cohort if not s.series_uid):
+        doubtful[printable(nameless.folder)] += len(nameless.slices)
+    return dict(doubtful)
+
+
+def _work(outlook: Outlook, needs: Needs, values: Mapping[str, int]) -> _Work:
+    """Return what is kept of an outlook."""
+    own = [(name, values[name]) for name in outlook.structures] if values else []
+    former = outlook.former
+    return _Work(
+        series=outlook.series,
+        action=outlook.action,
+        folder=outlook.folder,
+        known=former is not None and former.folder == outlook.folder,
+        reason=outlook.reason,
+        codes=outlook.codes,
+        segmentations=tuple(g.path for g in outlook.segmentations),
+        label_values=tuple(own),
+        fingerprint="" if outlook.action == "skip" else fingerprint(outlook.series, outlook.segmentations, own),
+        needs=needs,
+    )
 
 
 def _task(
-    outlook: Outlook,
-    recipe: Recipe,
-    engine: Engine,
-    backend: Backend,
-    out: Path,
-    doubtful: Mapping[str, int],
-    values: Mapping[str, int],
+    work: _Work, *, recipe: Recipe, engine: Engine, backend: Backend, output: Output, doubtful: Mapping[str, int]
 ) -> Task:
-    series, found = outlook.series, outlook.segmentations
-    unreadable = doubtful.get(printable(series.folder), 0)
+    unreadable = doubtful.get(printable(work.series.folder), 0)
     note = f"{unreadable} files in its folder are unreadable or of no known series: a slice may be missing"
-    own = [(name, values[name]) for name in outlook.structures] if values else []
     return Task(
-        series=series,
+        series=work.series,
         recipe=recipe,
         engine=engine,
         backend=backend,
-        out=out,
-        folder=outlook.folder,
-        known=outlook.known,
-        audit=outlook.audit.to_dict() if outlook.audit else None,
-        irregularities=outlook.audit.irregularities if outlook.audit else (),
+        output=output,
+        folder=work.folder,
+        known=work.known,
         notes=(note,) if unreadable else (),
-        segmentations=tuple(g.path for g in found),
-        label_values=tuple(own),
-        fingerprint=fingerprint(series, found, own),
-        needed_bytes=_needed_bytes(outlook, backend, engine),
+        segmentations=work.segmentations,
+        label_values=work.label_values,
+        fingerprint=work.fingerprint,
+        needed_bytes=work.needs.memory_bytes,
+        output_bytes=work.needs.output_bytes,
     )
 
 
-def _needed_bytes(outlook: Outlook, backend: Backend, engine: Engine) -> int:
-    """Return what a series needs at one time: for its image, and after that for its masks."""
-    if outlook.plan is None:
-        return 0
-    image = needed_bytes(outlook.plan, backend, engine) if outlook.plan.recipe.image else 0
-    return max(image, mask_bytes(outlook.plan, backend) if outlook.segmentations else 0)
+def _chosen_means(
+    backend: BackendName | Backend, gpus: Sequence[int] | None, scheduler: str | None, jobs: int | None, share: float
+) -> _Means:
+    """Return what runs the tasks."""
+    if scheduler is not None:
+        from gpuprep.cluster import Cluster, Elsewhere
+
+        if not isinstance(backend, str):
+            raise RequestError("a scheduler's workers open their backends themselves: give its name")
+        remote = Elsewhere(backend)
+        cluster = Cluster(scheduler, jobs or usable_cores(), gpu=backend == "gpu")
+        return _Means(remote, cluster, cluster.workers, None, AT_REST_BYTES[remote.body])
+    return _means(get_backends(backend, gpus) if isinstance(backend, str) else [backend], jobs, share)
 
 
-def _executor(backend: Backend, jobs: int | None) -> tuple[Executor, Budget | None]:
-    """Return what runs the tasks, and what they share."""
-    if jobs is not None and jobs < 1:
-        raise RequestError(f"jobs = {jobs}: give at least 1")
-    free, at_rest = backend.free_bytes(), CONTEXT_BYTES
-    if free is None:
+def _means(
+    backends: Sequence[Backend], jobs: int | None, share: float, preload: tuple[str, ...] | None = None
+) -> _Means:
+    """Return the executor that computes on the host, or on some GPUs, and its room for volumes."""
+    backend = backends[0].alone()
+    preload = preload or (FOR_LOOPS if backend.body == "loops" else FOR_VOLUMES)
+    if backend.free_bytes() is None:
+        at_rest = AT_REST_BYTES[backend.body]
         if jobs is None:
-            return Here(), None
-        free, at_rest = host_bytes_free(), AT_REST_BYTES[backend.body]
-    else:
-        jobs = workers(free, jobs or usable_cores())
-    budget = None if free is None else Budget(for_volumes(free, jobs, at_rest), lambda task: int(task.needed_bytes))
-    return Processes(jobs, quiet_libraries, FOR_LOOPS if backend.body == "loops" else FOR_VOLUMES), budget
+            return _Means(backend, Here(), 1, None, at_rest)
+        free = host_bytes_free()
+        room = None if free is None else for_volumes(free, jobs, at_rest, share)
+        return _Means(backend, Processes([Place(jobs, room)], quiet_libraries, preload), jobs, room, at_rest)
+    places = []
+    for n, device in enumerate(backends):
+        free = device.free_bytes() or 0
+        # Cores, or what was asked for, are dealt out to the devices.
+        hands = workers(free, ((jobs or usable_cores()) + n) // len(backends))
+        places.append(Place(hands, for_volumes(free, hands, CONTEXT_BYTES, share), device.environment()))
+    count, room = sum(p.workers for p in places), sum(p.room or 0 for p in places)
+    return _Means(backend, Processes(places, quiet_libraries, preload), count, room, CONTEXT_BYTES)
 
 
 def _discover(

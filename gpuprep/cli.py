@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,12 +17,62 @@ from typer.core import TyperCommand
 
 from gpuprep import __version__
 from gpuprep.errors import GpuprepError, RecipeError, RequestError
-from gpuprep.interruption import held_back
+from gpuprep.flags import (
+    MASKS,
+    RUN,
+    AntiAlias,
+    AssumeHu,
+    BackendOption,
+    Compression,
+    Dtype,
+    EngineOption,
+    Fit,
+    Format,
+    Gpus,
+    Index,
+    IndexBase,
+    Jobs,
+    Json,
+    LeanTolerance,
+    Log,
+    LogFormat,
+    MaskLayout,
+    MaskResampling,
+    MaxMissing,
+    MaxMissingShare,
+    MemoryShare,
+    NoRoomCheck,
+    Order,
+    Orient,
+    Out,
+    Paths,
+    PixelBase,
+    Policy,
+    PositionTolerance,
+    Quiet,
+    RecipeOption,
+    Roi,
+    Scheduler,
+    ShardOption,
+    Size,
+    SliceFromOption,
+    SliceOrderOption,
+    Spacing,
+    SpacingTolerance,
+    TextFormat,
+    Threshold,
+    TimeLimit,
+    UnitsOption,
+    Window,
+)
+from gpuprep.interruption import Stop, held_back
 from gpuprep.logs import quiet_libraries
+from gpuprep.sharding import WHOLE, Shard
+from gpuprep.shell import INTERRUPTED, complain, errors_to_exit_codes, header_index, print_csv, print_json
 from gpuprep.text import printable
 
 if TYPE_CHECKING:
-    from gpuprep.batch import Outlook
+    from gpuprep.outlook import Outlook
     from gpuprep.recipe import Recipe
 
 # Everything else is imported where it is used: `--help` must not wait for NumPy.
@@ -39,179 +86,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-RECIPE = "Recipe"
-STACKING = "Irregular series"
-MASKS = "Masks"
-RUN = "Run"
-
-Paths = Annotated[
-    list[Path], typer.Argument(metavar="DICOM_DIR...", help="Folders, searched to any depth, or single files.")
-]
-RecipeOption = Annotated[
-    str,
-    typer.Option(
-        "--recipe", metavar="NAME|FILE", help="A preset (default, classic) or a TOML file; flags override it.",
-        rich_help_panel=RECIPE,
-    ),
-]  # fmt: skip
-Spacing = Annotated[
-    str | None,
-    typer.Option(metavar="MM", help="Target spacing: one number, or z,y,x in mm, or none [1].", rich_help_panel=RECIPE),
-]
-Order = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Spline order, 0 to 5: 0 nearest, 1 linear, 3 cubic [3].", rich_help_panel=RECIPE),
-]
-AntiAlias = Annotated[
-    Literal["none", "resample", "resize", "both"] | None,
-    typer.Option(help="Steps that blur an axis before shrinking it \\[none].", rich_help_panel=RECIPE),
-]
-Window = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LOW,HIGH",
-        help="Clip to these HU and scale to 0…1, or none: keep HU [-1000,400].",
-        rich_help_panel=RECIPE,
-    ),
-]
-Size = Annotated[
-    str | None,
-    typer.Option(metavar="N", help="Slice size: one number, or rows,columns, or none [512].", rich_help_panel=RECIPE),
-]
-Fit = Annotated[
-    Literal["stretch", "pad", "crop"] | None,
-    typer.Option(
-        help="How a slice gets that size: interpolate; air around it; cut about the centre \\[stretch].",
-        rich_help_panel=RECIPE,
-    ),
-]
-Dtype = Annotated[
-    Literal["float32", "uint8", "uint16", "int16"] | None,
-    typer.Option(help="Output type; int16 holds HU, unscaled \\[float32].", rich_help_panel=RECIPE),
-]
-Format = Annotated[
-    Literal["tif", "tif-stack"] | None,
-    typer.Option("--format", help="One .tif per slice, or one ImageJ stack \\[tif].", rich_help_panel=RECIPE),
-]
-Compression = Annotated[
-    Literal["none", "zlib", "zstd"] | None, typer.Option(help="Of the .tif \\[none].", rich_help_panel=RECIPE)
-]
-Policy = Annotated[
-    Literal["fix", "strict", "keep"] | None,
-    typer.Option(
-        help="Irregular series: fix puts right what can be put right truthfully, strict rejects them, keep stacks them "
-        "as they are; all say so \\[fix].",
-        rich_help_panel=STACKING,
-    ),
-]
-Orient = Annotated[
-    Literal["native", "LPS"] | None,
-    typer.Option(help="Axes as acquired, or turned to the nearest axial ones \\[native].", rich_help_panel=STACKING),
-]
-SpacingTolerance = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SHARE", help="Slice distances may differ from their median by this share [0.01] …",
-        rich_help_panel=STACKING,
-    ),
-]  # fmt: skip
-PositionTolerance = Annotated[
-    float | None,
-    typer.Option(
-        "--position-tolerance-mm", metavar="MM", help="… or by this, whichever is more [0.02].",
-        rich_help_panel=STACKING,
-    ),
-]  # fmt: skip
-LeanTolerance = Annotated[
-    float | None,
-    typer.Option(
-        "--lean-tolerance-mm", metavar="MM", help="Slices may lie this far beside the normal; more is tilt [0.1].",
-        rich_help_panel=STACKING,
-    ),
-]  # fmt: skip
-MaxMissing = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Missing slices in a row that are still filled [3].", rich_help_panel=STACKING),
-]
-MaxMissingShare = Annotated[
-    float | None,
-    typer.Option(metavar="SHARE", help="Share of all slices that may be missing [0.1].", rich_help_panel=STACKING),
-]
-AssumeHu = Annotated[
-    bool | None,
-    typer.Option(
-        "--assume-hu", help="Take values as HU although Rescale Type is another, or no rescale is given.",
-        rich_help_panel=STACKING,
-    ),
-]  # fmt: skip
-Roi = Annotated[
-    str | None,
-    typer.Option(metavar="REGEX", help="Only structures whose name matches.", rich_help_panel=MASKS),
-]
-MaskLayout = Annotated[
-    Literal["labels", "per-roi"] | None,
-    typer.Option(help="One volume of labels, or one of 0 and 1 per structure \\[labels].", rich_help_panel=MASKS),
-]
-MaskResampling = Annotated[
-    Literal["nearest", "smooth"] | None,
-    typer.Option(help="Label of the nearest voxel, or the one with most of the eight around \\[nearest].",
-                 rich_help_panel=MASKS),
-]  # fmt: skip
-TextFormat = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Format of text files, where they leave it open.", rich_help_panel=MASKS),
-]
-UnitsOption = Annotated[
-    Literal["px", "mm", "cm"] | None,
-    typer.Option(help="Unit of coordinates, where text files leave it open.", rich_help_panel=MASKS),
-]
-IndexBase = Annotated[
-    int | None,
-    typer.Option(min=0, max=1, metavar="0|1", help="What slices are counted from.", rich_help_panel=MASKS),
-]
-PixelBase = Annotated[
-    int | None,
-    typer.Option(min=0, max=1, metavar="0|1", help="What pixels are counted from [0].", rich_help_panel=MASKS),
-]
-SliceFromOption = Annotated[
-    Literal["name", "column", "z", "uid"] | None,
-    typer.Option(help="What says to which slice a contour belongs.", rich_help_panel=MASKS),
-]
-SliceOrderOption = Annotated[
-    Literal["stack", "instance"] | None,
-    typer.Option(help="What slice numbers count: slices along the normal, or Instance Number.", rich_help_panel=MASKS),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(metavar="SHARE", help="Of a fractional SEG, what still is inside [0.5].", rich_help_panel=MASKS),
-]
-Index = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|none", help="Where headers are kept, so that unchanged files are not read again "
-        "[~/.cache/gpuprep/headers.sqlite].", rich_help_panel=RUN,
-    ),
-]  # fmt: skip
-BackendOption = Annotated[
-    Literal["auto", "cpu", "gpu"],
-    typer.Option(help="auto takes a GPU that works; gpu never falls back.", rich_help_panel=RUN),
-]
-EngineOption = Annotated[
-    Literal["operators", "ndimage"],
-    typer.Option(help="Banded matrices, or the literal SciPy/CuPy and scikit-image/cuCIM calls.", rich_help_panel=RUN),
-]
-Jobs = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Series at a time, a worker process each (default: one per core; on a GPU as its memory allows).",
-        rich_help_panel=RUN,
-    ),
-]  # fmt: skip
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=RUN)]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print nothing but what is left out, and errors.", rich_help_panel=RUN)
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -241,9 +115,6 @@ class _WithMasks(TyperCommand):
             else:
                 words += ["--masks", word] if taking else [word]
         return super().parse_args(ctx, words)
-
-
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where volumes and the manifest go.")]
 
 
 @app.command(cls=_WithMasks)
@@ -290,13 +161,21 @@ def convert(
     backend: BackendOption = "auto",
     engine: EngineOption = "operators",
     jobs: Jobs = None,
+    gpus: Gpus = None,
+    memory_share: MemoryShare = None,
+    time_limit: TimeLimit = None,
+    shard: ShardOption = None,
+    scheduler: Scheduler = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Convert at most so many series now.", rich_help_panel=RUN)
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would happen, and write nothing.", rich_help_panel=RUN)
     ] = False,
+    no_room_check: NoRoomCheck = False,
     index: Index = None,
+    log: Log = None,
+    log_format: LogFormat = "text",
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -305,7 +184,7 @@ def convert(
     Running it again skips what is complete and unchanged. A bad series never stops the others: it is named, with the
     reason, on the screen and in OUT/manifest.csv.
     """
-    with _errors_to_exit_codes():
+    with errors_to_exit_codes() as stop:
         wanted = _recipe(
             recipe, spacing_mm=spacing, order=order, anti_alias=anti_alias, window_hu=window, size=size, fit=fit,
             dtype=dtype, format=format_, compression=compression, policy=policy, orient=orient,
@@ -318,10 +197,18 @@ def convert(
             ),
         )  # fmt: skip
         given = _one_or_all(masks)
+        part = WHOLE if shard is None else Shard.parse(shard)
         if dry_run:
-            _show_scan(paths, wanted, out, jobs, index, "json" if json_ else "table", given)
+            _show_scan(
+                paths, wanted, out, jobs, index, "json" if json_ else "table", given,
+                backend=backend, engine=engine, shard=part,
+            )  # fmt: skip
         else:
-            _convert(paths, out, wanted, given, backend, engine, jobs, limit, index, quiet, json_)
+            run_conversion(
+                paths, out, wanted, given, stop, backend=backend, engine=engine, jobs=jobs, gpus=_numbers(gpus),
+                memory_share=memory_share, limit_s=time_limit, shard=part, scheduler=scheduler, limit=limit,
+                room_check=not no_room_check, index=index, log=log, log_format=log_format, quiet=quiet, json_=json_,
+            )  # fmt: skip
 
 
 @app.command()
@@ -356,11 +243,13 @@ def mask(
     backend: BackendOption = "auto",
     jobs: Jobs = None,
     index: Index = None,
+    log: Log = None,
+    log_format: LogFormat = "text",
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Make masks alone: on the grid that `convert` with the same flags gives the images."""
-    with _errors_to_exit_codes():
+    with errors_to_exit_codes() as stop:
         wanted = _recipe(
             recipe, spacing_mm=spacing, size=size, fit=fit, format=format_, compression=compression, policy=policy,
             orient=orient, image=False, masks=_masks(
@@ -370,7 +259,10 @@ def mask(
             ),
         )  # fmt: skip
         given = list(map(str, segmentations))
-        _convert(series, out, wanted, given, backend, "operators", jobs, None, index, quiet, json_)
+        run_conversion(
+            series, out, wanted, given, stop, backend=backend, jobs=jobs, index=index, log=log, log_format=log_format,
+            quiet=quiet, json_=json_,
+        )  # fmt: skip
 
 
 @app.command()
@@ -393,7 +285,7 @@ def scan(
     json_: Json = False,
 ) -> None:
     """Show what is there, what is irregular about it and what would happen to it; reads headers, never pixels."""
-    with _errors_to_exit_codes():
+    with errors_to_exit_codes():
         wanted = _recipe(
             recipe, policy=policy, orient=orient, spacing_tolerance=spacing_tolerance,
             position_tolerance_mm=position_tolerance_mm, lean_tolerance_mm=lean_tolerance_mm, max_missing=max_missing,
@@ -411,7 +303,7 @@ def demo(
     jobs: Jobs = None,
 ) -> None:
     """Write a small synthetic cohort as DICOM, convert it, and say where to look."""
-    with _errors_to_exit_codes():
+    with errors_to_exit_codes():
         with held_back():
             from gpuprep.backend import get_backend
             from gpuprep.console import Monitor, say, show_recipe, show_run
@@ -438,14 +330,14 @@ def demo(
 @app.command()
 def doctor(json_: Json = False) -> None:
     """Show backends, devices, decoders and versions; why something is missing and what to install."""
-    with _errors_to_exit_codes():
+    with errors_to_exit_codes():
         with held_back():
             from gpuprep.console import show_findings
             from gpuprep.doctor import examine
 
         findings = examine()
         if json_:
-            _print_json([asdict(f) for f in findings])
+            print_json([asdict(f) for f in findings])
         else:
             show_findings(findings)
 
@@ -474,34 +366,44 @@ def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
     return masks
 
 
-def _convert(
-    paths: list[Path], out: Path, recipe: Recipe, masks: list[str] | Literal["auto"] | None, backend: Any, engine: Any,
-    jobs: int | None, limit: int | None, index: str | None, quiet: bool, json_: bool,
+def run_conversion(
+    paths: list[Path], out: Path, recipe: Recipe, masks: list[str] | Literal["auto"] | None, stop: Stop, *,
+    backend: Any, jobs: int | None, index: str | None, log: Path | None, log_format: Literal["text", "json"],
+    quiet: bool, json_: bool, memory_share: float | None = None, scheduler: str | None = None, **how: Any,
 ) -> None:  # fmt: skip
+    """Convert, show what happens as was asked for, and leave with the exit code."""
     with held_back():
         from gpuprep.backend import get_backend
-        from gpuprep.batch import Listener
-        from gpuprep.batch import convert as run_conversion
+        from gpuprep.batch import Listener, convert
         from gpuprep.console import Complaints, Monitor, show_recipe, show_run
+        from gpuprep.journal import Journal, Together
+        from gpuprep.memory import USABLE
 
     if quiet or json_:
         logging.getLogger("gpuprep").setLevel(logging.ERROR)
     started = time.perf_counter()
-    chosen = get_backend(backend)
+    if scheduler is None:
+        chosen = get_backend(backend)
+        backend, device = chosen.name, chosen.device
+    else:
+        device = f"whatever the workers of {scheduler} have"
     monitor: Any = nullcontext(Complaints() if quiet else Listener())
     if not (quiet or json_):
-        show_recipe(recipe, chosen.device, engine)
+        show_recipe(recipe, device, how.get("engine", "operators"))
         monitor = Monitor()
-    with monitor as listener:
-        run = run_conversion(
-            list(paths), out, recipe, masks=masks, backend=chosen.name, engine=engine,  # type: ignore[arg-type]
-            jobs=_jobs(jobs, chosen.name), limit=limit, index=_index(index), listener=listener,
+    journal: Any = nullcontext(Listener()) if log is None else Journal.appending(log, log_format)
+    with monitor as shown, journal as written:
+        run = convert(
+            list(paths), out, recipe, masks=masks, backend=backend,
+            jobs=_jobs(jobs, backend), memory_share=USABLE if memory_share is None else memory_share,
+            scheduler=scheduler, index=header_index(index), listener=Together(shown, written), stop=stop, **how,
         )  # fmt: skip
     if json_:
-        _print_json(
+        print_json(
             {
                 "counts": run.counts,
                 "postponed": run.postponed,
+                "stopped": run.stopped,
                 "passed_over": run.passed_over,
                 "unreadable": run.unreadable,
                 "unmatched": run.unmatched,
@@ -513,13 +415,25 @@ def _convert(
         show_run(run, str(out), time.perf_counter() - started)
     if run.exit_code == 3:
         what = "no CT series" if recipe.image else "no segmentation of a CT series"
-        _complain(f"{what} under {', '.join(map(str, paths))}")
+        complain(f"{what} under {', '.join(map(str, paths))}")
+    if run.stopped is not None:
+        complain(INTERRUPTED)
     raise typer.Exit(run.exit_code)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    """Return the GPUs that ``0,1`` means."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"--gpus {text!r}: give numbers separated by commas, such as 0,1") from None
 
 
 def _show_scan(
     paths: list[Path], recipe: Recipe, out: Path | None, jobs: int | None, index: str | None,
-    how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None,
+    how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None, **means: Any,
 ) -> None:  # fmt: skip
     with held_back():
         from gpuprep.batch import Listener
@@ -533,26 +447,29 @@ def _show_scan(
         def matched(self, matched: Matched) -> None:
             unmatched.extend(matched.complaints)
 
-    cohort, outlooks = run_scan(
-        list(paths), recipe, masks=masks, out=out, index=_index(index), jobs=_jobs(jobs, "cpu"), listener=Unmatched()
-    )
+    found = run_scan(
+        list(paths), recipe, masks=masks, out=out, index=header_index(index), jobs=_jobs(jobs, "cpu"),
+        listener=Unmatched(), **means,
+    )  # fmt: skip
+    cohort, outlooks = found.cohort, found.outlooks
     if how == "csv":
-        _print_csv([_outlook(o) for o in outlooks])
+        print_csv([_outlook(o) for o in outlooks])
         for path, reason in cohort.unreadable:
-            _complain(f"unreadable: {path}: {reason}")
+            complain(f"unreadable: {path}: {reason}")
     elif how == "json":
-        _print_json(
+        print_json(
             {
                 "series": [_outlook(o) for o in outlooks],
                 "passed_over": cohort.passed_over,
                 "unreadable": cohort.unreadable,
                 "unmatched": unmatched,
+                "total": found.forecast.to_dict(),
             }
         )
     else:
-        show_scan(cohort, outlooks, unmatched)
+        show_scan(found, unmatched)
     if not cohort:
-        _complain(f"no CT series under {', '.join(map(str, paths))}")
+        complain(f"no CT series under {', '.join(map(str, paths))}")
         raise typer.Exit(3)
     raise typer.Exit(1 if cohort.unreadable or unmatched or any(o.action == "reject" for o in outlooks) else 0)
 
@@ -617,78 +534,3 @@ def _jobs(jobs: int | None, backend: str) -> int | None:
     from gpuprep.executors import usable_cores
 
     return jobs if jobs is not None or backend == "gpu" else usable_cores()
-
-
-@contextmanager
-def _errors_to_exit_codes() -> Iterator[None]:
-    """Turn errors into one clear line and an exit code; SIGTERM does what Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        _check_folder()
-        yield
-    except GpuprepError as exc:
-        _complain(str(exc))
-        raise typer.Exit(exc.exit_code) from exc
-    except OSError as exc:
-        _complain(str(exc))
-        raise typer.Exit(1) from exc
-    except KeyboardInterrupt as exc:
-        _complain("interrupted; what is finished stays, and the same command goes on from there")
-        raise typer.Exit(130) from exc
-
-
-def _check_folder() -> None:
-    try:
-        os.getcwd()
-    except OSError as exc:
-        raise RequestError("the current folder no longer exists: go to another one") from exc
-
-
-def _complain(text: str) -> None:
-    """Print one line of error; by itself, so that it works in the middle of an import."""
-    with suppress(OSError):  # where nobody listens, the exit code has to do
-        print(f"gpuprep: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _index(given: str | None) -> Path | None:
-    """Return where headers are kept between scans; None where that is not wanted."""
-    if given == "none":
-        return None
-    if given is not None:
-        return Path(given)
-    from gpuprep.index import default_index
-
-    return default_index()
-
-
-def _print_csv(rows: list[dict[str, Any]]) -> None:
-    """Print dicts as lines of a table; what they hold within becomes columns of its own, and lists JSON."""
-    import csv
-
-    from gpuprep.console import mute
-
-    flat = [
-        {k: v for k, v in row.items() if k != "audit"} | {f"audit_{k}": v for k, v in (row["audit"] or {}).items()}
-        for row in rows
-    ]
-    try:
-        writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(k for row in flat for k in row)))
-        writer.writeheader()
-        for row in flat:
-            writer.writerow({k: json.dumps(v) if isinstance(v, list | tuple | dict) else v for k, v in row.items()})
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        mute(sys.stdout)
-
-
-def _print_json(value: Any) -> None:
-    from gpuprep.console import mute
-
-    try:
-        print(json.dumps(value, indent=1), flush=True)  # noqa: T201
-    except BrokenPipeError:  # the reader has seen enough
-        mute(sys.stdout)

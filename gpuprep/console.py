@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gpuprep.batch import Listener, Outlook, Run
+from gpuprep.batch import Listener, Run, Scan
 from gpuprep.discovery import Cohort
+from gpuprep.forecast import Forecast
 from gpuprep.manifest import SeriesResult
 from gpuprep.matching import Matched
 from gpuprep.recipe import Recipe
@@ -127,8 +128,8 @@ class Monitor(Complaints):
         )
         super().matched(matched)
 
-    def planned(self, outlooks: list[Outlook]) -> None:
-        self._task = self._progress.add_task("", total=len(outlooks), rate="")
+    def planned(self, forecast: Forecast) -> None:
+        self._task = self._progress.add_task("", total=forecast.series, rate="")
         self._started = time.perf_counter()
 
     def finished(self, result: SeriesResult) -> None:
@@ -149,18 +150,18 @@ def show_run(run: Run, out: str, seconds: float) -> None:
     for heading in ("series", "slices in", "files out", "GB out"):
         table.add_column(heading, justify="right")
     for status in ("ok", "fixed", "skipped", "rejected", "failed"):
-        chosen = [r for r in run.results if r.status == status]
-        if chosen:
-            files, size = sum(r.files for r in chosen), sum(r.bytes for r in chosen)
-            slices = str(sum(r.slices for r in chosen))
+        if (tally := run.tallies.get(status)) is not None:
             table.add_row(
-                status, str(len(chosen)), slices, str(files), f"{size / 1e9:.2f}", style=STYLES.get(status, "red")
-            )
+                status, str(tally.series), str(tally.slices), str(tally.files), f"{tally.bytes / 1e9:.2f}",
+                style=STYLES.get(status, "red"),
+            )  # fmt: skip
     console = _console(stderr=False)
     console.print(table)
     notes = f"{seconds:.1f} s; volumes and manifest in {printable(out)}" + _beside(run.passed_over)
     if run.postponed:
         notes += f"; {run.postponed} series left for later by --limit"
+    if run.stopped:
+        notes += f"; {run.stopped} series not begun"
     if run.unmatched:
         notes += f"; {numbered(len(run.unmatched), 'segmentation')} without a series"
     if run.unreadable:
@@ -168,8 +169,9 @@ def show_run(run: Run, out: str, seconds: float) -> None:
     console.print(notes)
 
 
-def show_scan(cohort: Cohort, outlooks: list[Outlook], unmatched: Iterable[tuple[str, str]] = ()) -> None:
+def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = ()) -> None:
     """Print what is there and what would happen."""
+    cohort, outlooks = scan.cohort, scan.outlooks
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("verdict", "series", "folder"):
         table.add_column(heading, overflow="fold")

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpuprep import __version__
-from gpuprep.backend import Backend, Engine
+import gpuprep
+from gpuprep.auditing import Audit, audit
+from gpuprep.backend import DEVICE, Backend, Engine
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors import last_task
-from gpuprep.manifest import SeriesResult, Status, now
+from gpuprep.manifest import SeriesResult, Status, now, this_host
 from gpuprep.memory import needed_bytes
-from gpuprep.output import PendingFolder
+from gpuprep.output import Output, PendingFolder, Written
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
-from gpuprep.rules import Irregularity, codes
+from gpuprep.rules import codes
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -47,13 +49,9 @@ class Task:
     recipe: Recipe
     engine: Engine
     backend: Backend
-    out: Path
+    output: Output
     folder: str
-    """Relative to `out`."""
-    audit: dict[str, Any] | None = None
-    """What the headers show: see `Audit.to_dict`."""
-    irregularities: tuple[Irregularity, ...] = ()
-    """What the headers show that is not as it should be, and what the rules make of it."""
+    """Relative to OUT."""
     notes: tuple[str, ...] = ()
     """Warnings from before the series is opened."""
     segmentations: tuple[str, ...] = ()
@@ -65,11 +63,12 @@ class Task:
     known: bool
     """Whether the manifest has an earlier output of this series in that folder."""
     needed_bytes: int = 0
-    """What it is predicted to need of the memory in which it is computed."""
+    """What it is predicted to need of the memory in which it is computed …"""
+    output_bytes: int = 0
+    """… and of the disk, uncompressed."""
 
-    @property
-    def blank(self) -> SeriesResult:
-        """The result of this task as far as it is known before anything is done."""
+    def blank(self, audited: Audit | None = None) -> SeriesResult:
+        """Return the result of this task as far as it is known before anything is done."""
         s = self.series
         return SeriesResult(
             key=s.key,
@@ -78,25 +77,28 @@ class Task:
             series_number=s.series_number,
             source=printable(s.folder),
             status="failed",
-            codes=codes(self.irregularities),
-            irregularities=tuple(i.text for i in self.irregularities),
+            codes=audited.codes if audited else (),
+            irregularities=tuple(i.text for i in audited.irregularities) if audited else (),
             warnings=self.notes,
-            audit=self.audit,
+            audit=audited.to_dict() if audited else None,
             slices=len(s.slices),
             engine=self.engine,
             backend=self.backend.name,
-            device=self.backend.device,
+            device=os.environ.get(DEVICE, self.backend.device),
             fingerprint=self.fingerprint,
             recipe_sha256=self.recipe.sha256,
-            version=__version__,
+            version=gpuprep.__version__,
+            host=this_host(),
         )
 
 
 def convert_series(task: Task) -> SeriesResult:
     """Convert one series and return what happened; whatever goes wrong is in the result, and nothing is raised."""
-    result = task.blank
+    result = task.blank()
     try:
-        result = _convert(task, result)
+        audited = audit(task.series, task.recipe.rules)
+        result = task.blank(audited)
+        result = _recognised(task, result) or _convert(task, audited, result)
     except GpuprepError as exc:
         result = left_out(result, exc)
         if isinstance(exc, BackendError) and not isinstance(exc, DeviceMemoryError):
@@ -117,28 +119,62 @@ def left_out(result: SeriesResult, exc: Exception) -> SeriesResult:
         code = "plan"
     elif isinstance(exc, DeviceMemoryError):
         code = DEVICE_MEMORY
+    elif isinstance(exc, OutputError):
+        code = exc.code
     return replace(result, status=status, reason=printable(f"{type(exc).__name__}: {exc}"), codes=(code,))
 
 
-def _convert(task: Task, result: SeriesResult) -> SeriesResult:
+def _recognised(task: Task, blank: SeriesResult) -> SeriesResult | None:
+    """Return the result that a finished output stands for, if it is just what this task would make; else None.
+
+    A run that ended between the output and its record leaves one, and so does a lost manifest.
+    """
+    found = task.output.intact(task.folder)
+    if found is None:
+        return None
+    sidecar, written = found
+    try:
+        same = (sidecar["key"], sidecar["fingerprint"], sidecar["recipe_sha256"], sidecar["versions"]["gpuprep"])
+        if same != (blank.key, task.fingerprint, task.recipe.sha256, gpuprep.__version__):
+            return None
+        source = sidecar["source"]
+        made = {k: sidecar[k] for k in ("codes", "irregularities", "warnings", "shape", "spacing_mm")}
+        made |= {k: sidecar[k] for k in ("labels", "segmentations") if k in sidecar}
+        made |= {f"source_{k}": source[k] for k in ("shape", "spacing_mm")}
+        made = {k: tuple(v) for k, v in made.items()}
+        made |= {k: source[k] for k in ("hu_min", "hu_max", "hu_mean", "padding_share") if k in source}
+        made |= {k: sidecar[k] for k in ("engine", "backend", "device")}
+        return _in_place(replace(blank, status=sidecar["verdict"], **made), task, written)
+    except (KeyError, TypeError):
+        return None
+
+
+def _in_place(result: SeriesResult, task: Task, written: Written) -> SeriesResult:
+    """Return a result that says where its output is."""
+    return replace(result, folder=task.folder, files=written.files, bytes=written.bytes, sha256=written.sha256)
+
+
+def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
     # Imported here, in the worker: the parent of a cohort only hands out tasks, and stays small.
     from gpuprep.reading import SeriesReader
-    from gpuprep.stacking import stack
 
-    source = SeriesReader(task.series, task.recipe, loops=task.backend.body == "loops") if task.recipe.image else None
-    stacked = source.stack if source is not None else stack(task.series, task.recipe.rules)
+    if audited.stack is None:
+        raise audited.error or AssertionError("neither stack nor reason")
+    stacked = audited.stack
+    loops = task.backend.body == "loops"
+    source = SeriesReader(task.series, task.recipe, loops=loops, stacked=stacked) if task.recipe.image else None
     plan = make_plan(stacked.geometry, task.recipe, stacked.placement)
     result = replace(result, source_shape=plan.source.shape, source_spacing_mm=plan.source.spacing_mm)
     masked: Masked | None = None
-    pending = PendingFolder(task.out, task.folder)
+    pending = task.output.pending(task.folder)
     try:
-        irregularities = task.irregularities
+        irregularities = audited.irregularities
         if source is not None:
-            result = _write_image(task, source, plan, pending.path, result)
+            result = _write_image(task, source, plan, pending, result)
             irregularities += source.irregularities
         if task.segmentations:
             started = time.perf_counter()
-            masked = _write_masks(task, stacked, plan, pending.path)
+            masked = _write_masks(task, stacked, plan, pending)
             result = replace(
                 result,
                 warnings=result.warnings + tuple(masked.notes),
@@ -153,7 +189,7 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
             irregularities=tuple(i.text for i in irregularities),
         )
         started = time.perf_counter()
-        files, size = pending.commit(_sidecar(task, source, plan, result), known=task.known)
+        written = pending.commit(_sidecar(task, source, plan, result), known=task.known)
         write_s = result.write_s + time.perf_counter() - started
     except DeviceMemoryError as exc:
         need = needed_bytes(plan, task.backend, task.engine) / 1e9
@@ -161,21 +197,17 @@ def _convert(task: Task, result: SeriesResult) -> SeriesResult:
             f"{exc}; in chunks of {task.backend.chunk_slices} slices the series needs about {need:.2f} GB"
         ) from exc
     except OSError as exc:
-        raise OutputError(f"cannot write the series: {exc}") from exc
+        full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OutputError(f"cannot write the series: {exc}", "disk-full" if full else None) from exc
     finally:
         pending.discard()
-    return replace(
-        result,
-        folder=task.folder,
-        shape=plan.target.shape,
-        spacing_mm=plan.target.spacing_mm,
-        files=files,
-        bytes=size,
-        write_s=write_s,
-    )
+    result = replace(result, shape=plan.target.shape, spacing_mm=plan.target.spacing_mm, write_s=write_s)
+    return _in_place(result, task, written)
 
 
-def _write_image(task: Task, source: SeriesReader, plan: Plan, folder: Path, result: SeriesResult) -> SeriesResult:
+def _write_image(
+    task: Task, source: SeriesReader, plan: Plan, pending: PendingFolder, result: SeriesResult
+) -> SeriesResult:
     """Write the image of a series into a folder, and return what is known of it then."""
     from gpuprep.processing import host_chunks
     from gpuprep.writers import WRITERS
@@ -184,8 +216,8 @@ def _write_image(task: Task, source: SeriesReader, plan: Plan, folder: Path, res
     started = time.perf_counter()
     on_device: dict[str, Any] = {}
     chunks = _Timed(host_chunks(source, plan, task.backend, task.engine, on_device))
-    path = folder if task.recipe.format == "tif" else folder / "volume"
-    notes = WRITERS[task.recipe.format](path, chunks, Content.image(plan)) + _stretched(source, plan)
+    path = pending.path if task.recipe.format == "tif" else pending.path / "volume"
+    notes = WRITERS[task.recipe.format](path, chunks, Content.image(plan), pending.settle) + _stretched(source, plan)
     return replace(
         result,
         warnings=result.warnings + source.warnings + notes,
@@ -200,7 +232,7 @@ def _write_image(task: Task, source: SeriesReader, plan: Plan, folder: Path, res
     )
 
 
-def _write_masks(task: Task, stacked: Stack, plan: Plan, folder: Path) -> Masked:
+def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder) -> Masked:
     """Write the masks of a series into a folder."""
     from gpuprep.masking import read_placed, write_masks
 
@@ -208,7 +240,7 @@ def _write_masks(task: Task, stacked: Stack, plan: Plan, folder: Path) -> Masked
     wanted, masked = read_placed(
         task.segmentations, stacked, task.recipe.masks, series.series_uid, series.frame_of_reference_uid
     )
-    write_masks(wanted, masked, stacked, plan, task.backend, dict(task.label_values), folder)
+    write_masks(wanted, masked, stacked, plan, task.backend, dict(task.label_values), pending.path, pending.settle)
     return masked
 
 
@@ -250,9 +282,9 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
 
     series = task.series
     sidecar: dict[str, Any] = {
-        "key": series.key,
-        "series_uid": series.series_uid,
-        "study_uid": series.study_uid,
+        "key": result.key,
+        "series_uid": result.series_uid,
+        "study_uid": result.study_uid,
         "frame_of_reference_uid": series.frame_of_reference_uid,
         "shape": plan.target.shape,
         "axes": "kji: slices, rows, columns",
@@ -265,15 +297,15 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
             "spacing_mm": plan.source.spacing_mm,
             "affine_lps": plan.source.affine.tolist(),
             "transfer_syntaxes": sorted({UID(s.transfer_syntax).name for s in series.slices}),
-            "fingerprint": series.fingerprint,
         },
+        "fingerprint": task.fingerprint,
         "recipe": task.recipe.to_dict(),
         "recipe_sha256": task.recipe.sha256,
         "verdict": result.status,
         "codes": result.codes,
         "irregularities": result.irregularities,
         "warnings": result.warnings,
-        "audit": task.audit,
+        "audit": result.audit,
         "engine": task.engine,
         "body": task.backend.body if task.engine == "operators" else None,
         "backend": task.backend.name,
@@ -303,7 +335,7 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
 @cache
 def versions(gpu: bool = False) -> dict[str, str]:
     """Return the versions of gpuprep, Python and what the result depends on."""
-    found = {"gpuprep": __version__, "python": platform.python_version()}
+    found = {"gpuprep": gpuprep.__version__, "python": platform.python_version()}
     for package in RECORDED_PACKAGES + (RECORDED_GPU_PACKAGES if gpu else ()):
         try:
             found[package] = version(package)

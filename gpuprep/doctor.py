@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from pydicom.uid import UID
 
-from gpuprep.backend import compiled_loops, numba_works, open_gpu
+from gpuprep.backend import compiled_loops, numba_works, open_gpus
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
 from gpuprep.decoding import available_decoders
 from gpuprep.errors import BackendError
@@ -48,8 +48,7 @@ def examine() -> list[Finding]:
     findings = [Finding("backend", "cpu", True, f"NumPy, SciPy and scikit-image on {usable_cores()} cores")]
     findings.append(_loops())
     try:
-        gpu = open_gpu()
-        findings.append(Finding("backend", "gpu", True, f"CuPy and cuCIM on {gpu.device}"))
+        findings += [Finding("backend", "gpu", True, f"CuPy and cuCIM on {gpu.device}") for gpu in open_gpus()]
     except BackendError as exc:
         findings.append(Finding("backend", "gpu", False, str(exc)))
     for syntax in COMPRESSED_SYNTAXES:

@@ -84,7 +84,14 @@ class PlanError(GpuprepError):
 
 
 class OutputError(GpuprepError):
-    """A series' folder cannot be written."""
+    """A series' folder, or what belongs to the whole run, cannot be written.
+
+    `code` is the reason in one word, for programs.
+    """
+
+    def __init__(self, text: str, code: str | None = None) -> None:
+        super().__init__(text)
+        self.code = code or "error"
 
 
 class RequestError(GpuprepError):

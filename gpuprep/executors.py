@@ -1,7 +1,8 @@
 """Ways to run one function over many tasks: here, or in worker processes.
 
 Each has ``run(function, tasks)``, which yields ``(task, outcome)`` as tasks finish, with no more tasks in flight than
-workers; the outcome is what the function returned, or `WorkerDiedError`. `stop` ends whatever runs.
+workers; the outcome is what the function returned, or `WorkerDiedError`. `stop` ends whatever runs. Dask is a third
+way: see `gpuprep.cluster`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_connections
 from multiprocessing.process import BaseProcess
@@ -36,7 +38,18 @@ R = TypeVar("R")
 
 
 class WorkerDiedError(GpuprepError):
-    """A worker process ended in the middle of a task: killed, out of memory, or crashed in a decoder."""
+    """A worker process ended in the middle of a task: killed, out of memory, or crashed in a decoder.
+
+    `deaths` is how many of them the task has cost.
+    """
+
+    def __init__(self, text: str, deaths: int = 1) -> None:
+        super().__init__(text)
+        self.deaths = deaths
+
+
+class OverdueError(WorkerDiedError):
+    """A task took longer than it may, and its worker was ended."""
 
 
 def usable_cores() -> int:
@@ -44,24 +57,49 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Something that tasks in flight share, such as the memory of a GPU."""
+def never() -> bool:
+    """Return False: nobody wants it to stop."""
+    return False
 
-    size: int
-    cost: Callable[[Any], int]
-    """What a task takes of it."""
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where some workers compute."""
+
+    workers: int
+    room: int | None = None
+    """What the tasks in flight there share, such as bytes of memory."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the workers find set, such as which GPU they see."""
 
 
 class Executor(Protocol):
     """See the module's docstring."""
 
     def run(
-        self, function: Callable[[T], R], tasks: Iterable[T], budget: Budget | None = None
+        self,
+        function: Callable[[T], R],
+        tasks: Iterable[T],
+        cost: Callable[[T], int] | None = None,
+        *,
+        limit_s: float | None = None,
+        stopped: Callable[[], bool] = never,
     ) -> Iterator[tuple[T, R | WorkerDiedError]]:
         """Yield (task, outcome) as tasks finish.
 
-        Tasks begin in their order, each as soon as what is in flight leaves enough of the budget; alone if need be.
+        Parameters
+        ----------
+        function : callable
+            What is to be done.
+        tasks : iterable
+            They begin in their order; each is asked for only when there is a worker for it.
+        cost : callable, optional
+            What a task takes of the room where it runs: it begins as soon as those in flight leave enough, alone if
+            need be.
+        limit_s : float, optional
+            A task that takes longer is ended; its outcome is `OverdueError`.
+        stopped : callable, optional
+            Once it returns True no more tasks begin; those in flight are finished.
         """
         ...
 
@@ -102,68 +140,133 @@ def answers(
 
 
 class Here:
-    """One task after the other, in this thread."""
+    """One task after the other, in this thread; nothing can end one of them."""
 
     def run(
         self,
         function: Callable[[T], R],
         tasks: Iterable[T],
-        budget: Budget | None = None,  # noqa: ARG002 - each task is alone
+        cost: Callable[[T], int] | None = None,  # noqa: ARG002 - each task is alone
+        *,
+        limit_s: float | None = None,  # noqa: ARG002
+        stopped: Callable[[], bool] = never,
     ) -> Iterator[tuple[T, R | WorkerDiedError]]:
         for task in tasks:
+            if stopped():
+                return
             yield task, function(task)
 
     def stop(self) -> None:
         pass
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A task on its way."""
+
+    task: Any
+    place: Place
+    cost: int
+    started_s: float
+
+
 class Processes:
     """Worker processes with one compute thread each; one that dies costs its task, and is replaced.
 
-    `prepare` is called in each of them before its first task; `preload` names modules that they need. A worker may ask
-    to be replaced after a task: see `last_task`.
+    Parameters
+    ----------
+    places : int or sequence of Place
+        How many workers, and where.
+    prepare : callable, optional
+        Called in each of them before its first task.
+    preload : tuple of str
+        Modules that they need.
+
+    Notes
+    -----
+    A worker may ask to be replaced after a task: see `last_task`.
     """
 
     def __init__(
-        self, jobs: int, prepare: Callable[[], None] | None = None, preload: tuple[str, ...] = FOR_VOLUMES
+        self,
+        places: int | Sequence[Place],
+        prepare: Callable[[], None] | None = None,
+        preload: tuple[str, ...] = FOR_VOLUMES,
     ) -> None:
         self._context: Any = multiprocessing.get_context("forkserver" if HAVE_FORK_SERVER else "spawn")
         if HAVE_FORK_SERVER:
             # Started later, in the middle of starting a worker, it would let through the signals that are held back.
             resource_tracker.ensure_running()
             self._context.set_forkserver_preload(list(preload))
-        self.jobs = jobs
+        self._places = [Place(places)] if isinstance(places, int) else list(places)
         self._prepare = prepare
         self._workers: dict[Any, BaseProcess] = {}
-        self._idle: list[Any] = []
+        self._idle: dict[int, list[Any]] = {id(place): [] for place in self._places}
+
+    @property
+    def jobs(self) -> int:
+        """Tasks that run at a time, at most."""
+        return sum(place.workers for place in self._places)
 
     def run(
-        self, function: Callable[[T], R], tasks: Iterable[T], budget: Budget | None = None
+        self,
+        function: Callable[[T], R],
+        tasks: Iterable[T],
+        cost: Callable[[T], int] | None = None,
+        *,
+        limit_s: float | None = None,
+        stopped: Callable[[], bool] = never,
     ) -> Iterator[tuple[T, R | WorkerDiedError]]:
         queue = iter(tasks)
-        flying: dict[Any, T] = {}
-        task = next(queue, _END)
+        flying: dict[Any, _Flight] = {}
+        task: Any = _NONE
         while True:
-            while task is not _END and len(flying) < self.jobs and _affordable(task, flying.values(), budget):
-                flying[self._send(function, task)] = task
-                task = next(queue, _END)
+            while task is not _END and len(flying) < self.jobs and not stopped():
+                task = next(queue, _END) if task is _NONE else task
+                if task is _END:
+                    break
+                needed = cost(task) if cost is not None else 0
+                place = self._place(needed, flying.values())
+                if place is None:
+                    break
+                flying[self._send(function, task, place)] = _Flight(task, place, needed, time.monotonic())
+                task = _NONE
             if not flying:
                 return
-            connections: list[Any] = wait_connections(list(flying))
-            for ready in connections:
-                done = flying.pop(ready)
+            ready: list[Any] = wait_connections(list(flying), _patience_s(flying.values(), limit_s))
+            for connection in ready:
+                flight = flying.pop(connection)
                 outcome: R | WorkerDiedError
                 try:
-                    outcome, last = ready.recv()
+                    outcome, last = connection.recv()
                 except (EOFError, OSError):
-                    outcome = WorkerDiedError(self._bury(ready))
+                    outcome = WorkerDiedError(self._bury(connection))
                 else:
                     if last:
-                        self._workers[ready].kill()  # its own way out may be blocked
-                        self._bury(ready)
+                        self._workers[connection].kill()  # its own way out may be blocked
+                        self._bury(connection)
                     else:
-                        self._idle.append(ready)
-                yield done, outcome
+                        self._idle[id(flight.place)].append(connection)
+                yield flight.task, outcome
+            for connection, flight in list(flying.items()):
+                if limit_s is not None and time.monotonic() - flight.started_s >= limit_s:
+                    del flying[connection]
+                    self._workers[connection].kill()
+                    self._bury(connection)
+                    yield flight.task, OverdueError(f"not finished after {limit_s:g} s")
+
+    def _place(self, needed: int, flying: Iterable[_Flight]) -> Place | None:
+        """Return where a task may begin: of the places with a free worker and enough room, the emptiest."""
+        there: dict[int, list[int]] = {id(place): [] for place in self._places}
+        for flight in flying:
+            there[id(flight.place)].append(flight.cost)
+        free = [
+            place
+            for place in self._places
+            if len(taken := there[id(place)]) < place.workers
+            and (not taken or place.room is None or sum(taken) + needed <= place.room)
+        ]
+        return min(free, key=lambda place: len(there[id(place)]) / place.workers, default=None)
 
     def stop(self) -> None:
         for worker in self._workers.values():
@@ -172,12 +275,14 @@ class Processes:
             worker.join()
             connection.close()
         self._workers.clear()
-        self._idle.clear()
+        for idle in self._idle.values():
+            idle.clear()
 
-    def _send(self, function: Callable[[Any], Any], task: Any) -> Any:
-        """Give a task to an idle worker, or to a new one; one that died while idle is replaced."""
-        while self._idle:
-            connection = self._idle.pop()
+    def _send(self, function: Callable[[Any], Any], task: Any, place: Place) -> Any:
+        """Give a task to an idle worker of a place, or to a new one; one that died while idle is replaced."""
+        idle = self._idle[id(place)]
+        while idle:
+            connection = idle.pop()
             try:
                 connection.send((function, task))
             except OSError:
@@ -185,10 +290,10 @@ class Processes:
             else:
                 return connection
         try:
-            connection = self._hire()
+            connection = self._hire(place)
         except (EOFError, OSError):  # the fork server has died, and is started again by asking once more
             try:
-                connection = self._hire()
+                connection = self._hire(place)
             except (EOFError, OSError) as exc:
                 raise BackendError(
                     f"no worker process can be started ({type(exc).__name__}: {exc}), most often for lack of memory: "
@@ -198,11 +303,13 @@ class Processes:
             connection.send((function, task))
         return connection
 
-    def _hire(self) -> Any:
-        """Start a worker and return the connection to it."""
+    def _hire(self, place: Place) -> Any:
+        """Start a worker at a place and return the connection to it."""
         connection, theirs = self._context.Pipe()
         try:
-            worker = self._context.Process(target=_work, args=(theirs, self._prepare), daemon=True)
+            worker = self._context.Process(
+                target=_work, args=(theirs, self._prepare, dict(place.environment)), daemon=True
+            )
             with _hidden_main(), _no_strangers(), held_back():
                 worker.start()
         except BaseException:
@@ -228,15 +335,15 @@ class Processes:
         return f"the worker died ({how}), most often in a decoder"
 
 
+_NONE: Any = object()
 _END: Any = object()
 
 
-def _affordable(task: Any, flying: Iterable[Any], budget: Budget | None) -> bool:
-    """Whether a task may join those in flight."""
-    if budget is None:
-        return True
-    taken = [budget.cost(t) for t in flying]
-    return not taken or sum(taken) + budget.cost(task) <= budget.size
+def _patience_s(flying: Iterable[_Flight], limit_s: float | None) -> float | None:
+    """Return how long to wait for outcomes: until the first task is overdue."""
+    if limit_s is None:
+        return None
+    return max(0.0, min(flight.started_s for flight in flying) + limit_s - time.monotonic())
 
 
 _ending = False
@@ -281,8 +388,9 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(connection: Any, prepare: Callable[[], None] | None) -> None:
+def _work(connection: Any, prepare: Callable[[], None] | None, environment: dict[str, str]) -> None:
     """Answer tasks until the other end closes; runs in the worker."""
+    os.environ.update(environment)
     if prepare is not None:
         prepare()
     from threadpoolctl import threadpool_limits

@@ -1,20 +1,22 @@
-"""What happened to one series: the record that workers send home and the manifest keeps."""
+"""What happened to each series and in each run: what workers send home, and where it is kept."""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
+import os
+import platform
 import sqlite3
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from gpuprep.errors import OutputError
-from gpuprep.output import write_text
+from gpuprep.errors import OutputError, RequestError
+from gpuprep.output import flush
+from gpuprep.sharding import WHOLE, Shard
 
 Status = Literal["ok", "fixed", "skipped", "rejected", "failed"]
 """ok: converted. fixed: converted, and what was irregular put right. skipped: complete and unchanged since an earlier
@@ -76,6 +78,9 @@ class SeriesResult:
     """Of the input: see `Series.fingerprint`."""
     recipe_sha256: str = ""
     version: str = ""
+    sha256: str | None = None
+    """Of ``volume.json``, which has the checksum of every other file of the output."""
+    host: str | None = None
     finished: str = ""
     """UTC, ISO 8601."""
 
@@ -85,8 +90,47 @@ class SeriesResult:
 
 
 def now() -> str:
-    """Return the time for `SeriesResult.finished`."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """Return the time for `SeriesResult.finished`; as text it sorts as it should."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+State = Literal["running", "finished", "interrupted"]
+"""Of a run. One that was killed is still called running: whether it is, its lock says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One run, as the manifest keeps it."""
+
+    started: str
+    """UTC, ISO 8601."""
+    ended: str = ""
+    state: State = "running"
+    host: str
+    pid: int
+    version: str
+    recipe_sha256: str
+    device: str
+    series: int
+    """In the whole cohort, or in the shard."""
+    skipped: int
+    """Of these, complete and unchanged."""
+    todo: int
+    """… and to be converted or rejected in this run."""
+    request: str
+    """What was asked for, to ask for it again: JSON."""
+
+
+class Entry(NamedTuple):
+    """What says whether an output stands for an input."""
+
+    status: Status
+    folder: str
+    files: int
+    bytes: int
+    fingerprint: str
+    recipe_sha256: str
+    version: str
 
 
 _COLUMNS = [f.name for f in fields(SeriesResult)]
@@ -106,12 +150,26 @@ _LISTS = (
     "labels",
 )
 _JSON = (*_LISTS, "audit")
+_RUN_COLUMNS = [f.name for f in fields(RunRecord)]
+
+
+def manifest_path(out: Path, shard: Shard = WHOLE) -> Path:
+    """Return where the manifest of an output folder is; each shard has one of its own until they are merged."""
+    return out / (f"manifest.{shard.name}.sqlite" if shard.name else "manifest.sqlite")
 
 
 class Manifest:
     """The record of truth of an output folder: one row per series, the last thing that happened to it.
 
-    SQLite in WAL mode: readers may look while a run writes, and a kill at any moment loses at most the row in flight.
+    SQLite in WAL mode, with one writer: readers may look while a run writes. A kill loses at most the row in flight,
+    loss of power at most the last ones; their outputs are known by their ``volume.json`` then.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    reading : bool
+        Write nothing: the file may be that of a run at work, or on a disk that cannot be written.
 
     Raises
     ------
@@ -119,31 +177,38 @@ class Manifest:
         If the file cannot be opened or is not a manifest.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._csv = path.with_suffix(".csv")
-        columns = ", ".join(f"{f.name} {_type(f)}" for f in fields(SeriesResult))
+    def __init__(self, path: Path, *, reading: bool = False) -> None:
+        self.path = path
+        self._run: int | None = None
+        self._reading = reading
         try:
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute(f"CREATE TABLE IF NOT EXISTS series ({columns}, PRIMARY KEY (key))")
-            self._db.execute("CREATE TABLE IF NOT EXISTS unreadable (path TEXT PRIMARY KEY, reason TEXT)")
-            self._db.execute("CREATE TABLE IF NOT EXISTS passed_over (kind TEXT PRIMARY KEY, files INTEGER)")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS segmentations "
-                "(path TEXT, format TEXT, why TEXT, series TEXT, reason TEXT, PRIMARY KEY (path, series))"
-            )
-            self._db.execute("CREATE TABLE IF NOT EXISTS label_values (name TEXT PRIMARY KEY, value INTEGER UNIQUE)")
-            have = [row[1] for row in self._db.execute("PRAGMA table_info(series)")]
+            have = self._opened(path, reading)
         except sqlite3.Error as exc:
             raise OutputError(
-                f"{path} cannot be used as manifest ({exc}): move it away, or choose another --out"
+                f"{path} cannot be used as manifest ({exc}): move it away, or choose another --out; without it, "
+                "complete volumes are recognised by their volume.json and kept"
             ) from exc
         added = [f for f in fields(SeriesResult) if f.default is None and f.name not in have]
-        if set(have) | {f.name for f in added} != set(_COLUMNS):
+        if set(have) | {f.name for f in added} != set(_COLUMNS) or (added and reading):
             raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
         with self._writing():
             for f in added:  # by a version that knows more than the one that wrote it
                 self._db.execute(f"ALTER TABLE series ADD COLUMN {f.name} {_type(f)}")
+
+    def _opened(self, path: Path, reading: bool) -> list[str]:
+        """Open the database, make what it lacks, and return the columns of its series."""
+        if reading:
+            self._db = _for_reading(path)
+        else:
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            for table in _TABLES:
+                self._db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+            found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(f"it is damaged: {found.splitlines()[-1]}")
+        return [row[1] for row in self._db.execute("PRAGMA table_info(series)")]
 
     def put(self, result: SeriesResult) -> None:
         """Store a result in place of the series' former one."""
@@ -162,28 +227,33 @@ class Manifest:
         row = self._db.execute(_ROWS + "WHERE key = ?", (key,)).fetchone()
         return None if row is None else _result(row)
 
+    def entry(self, key: str) -> Entry | None:
+        """Return what says whether the output of a series stands for its input."""
+        row = self._db.execute(f"SELECT {', '.join(Entry._fields)} FROM series WHERE key = ?", (key,)).fetchone()  # noqa: S608
+        return None if row is None else Entry(*row)
+
     def __iter__(self) -> Iterator[SeriesResult]:
         """Yield every result, by source folder."""
         for row in self._db.execute(_ROWS + _BY_SOURCE):
             yield _result(row)
 
-    def account(self, passed_over: dict[str, int], unreadable: tuple[tuple[str, str], ...]) -> None:
+    def columns(self, *names: str, where: str = "") -> Iterator[tuple[Any, ...]]:
+        """Yield some columns of every row, as SQLite holds them, in the order of the rows."""
+        return iter(self._db.execute(f"SELECT {', '.join(names)} FROM series {where} {_BY_SOURCE}"))  # noqa: S608
+
+    def account(self, passed_over: Mapping[str, int], unreadable: Iterable[tuple[str, str]]) -> None:
         """Store what the last scan found beside CT images."""
-        with self._writing():
-            self._db.execute("BEGIN")
+        with self._transaction():
             self._db.execute("DELETE FROM unreadable")
             self._db.execute("DELETE FROM passed_over")
             self._db.executemany("INSERT OR REPLACE INTO unreadable VALUES (?, ?)", unreadable)
             self._db.executemany("INSERT INTO passed_over VALUES (?, ?)", sorted(passed_over.items()))
-            self._db.execute("COMMIT")
 
     def account_segmentations(self, rows: Iterable[tuple[str, str, str, str, str]]) -> None:
         """Store what became of each segmentation: path, format, why it was taken for it, series, why it has none."""
-        with self._writing():
-            self._db.execute("BEGIN")
+        with self._transaction():
             self._db.execute("DELETE FROM segmentations")
             self._db.executemany("INSERT OR REPLACE INTO segmentations VALUES (?, ?, ?, ?, ?)", rows)
-            self._db.execute("COMMIT")
 
     def label_values(self, names: Iterable[str] = ()) -> dict[str, int]:
         """Return the label value of every structure ever seen, new ones counted on: a value never changes hands."""
@@ -192,32 +262,172 @@ class Manifest:
         if not new:
             return values
         first = max(values.values(), default=0) + 1
-        with self._writing():
-            added = {name: first + n for n, name in enumerate(new)}
-            self._db.execute("BEGIN")
+        added = {name: first + n for n, name in enumerate(new)}
+        with self._transaction():
             self._db.executemany("INSERT INTO label_values VALUES (?, ?)", added.items())
-            self._db.execute("COMMIT")
         return values | added
+
+    def begin_run(self, run: RunRecord) -> None:
+        """Note that a run has begun."""
+        with self._writing():
+            marks = ", ".join("?" * len(_RUN_COLUMNS))
+            self._run = self._db.execute(
+                f"INSERT OR REPLACE INTO runs ({', '.join(_RUN_COLUMNS)}) VALUES ({marks})",  # noqa: S608
+                list(asdict(run).values()),
+            ).lastrowid
+
+    def end_run(self, state: State) -> None:
+        """Note that the run that has begun, if one has, is over."""
+        with self._writing():
+            self._db.execute("UPDATE runs SET ended = ?, state = ? WHERE rowid = ?", (now(), state, self._run))
+
+    def last_run(self) -> RunRecord | None:
+        """Return the run that began last."""
+        columns = ", ".join(_RUN_COLUMNS)
+        row = self._db.execute(f"SELECT {columns} FROM runs ORDER BY started DESC LIMIT 1").fetchone()  # noqa: S608
+        return None if row is None else RunRecord(**dict(zip(_RUN_COLUMNS, row, strict=True)))
+
+    def take_over(self, other: Path, shard: Shard) -> None:
+        """Take what another manifest knows, of the series of a shard in place of what this one knew; all or nothing.
+
+        Raises
+        ------
+        OutputError
+            If the other one is no manifest.
+        RequestError
+            If a structure has another label value there: its volumes cannot stand beside ours.
+        """
+        Manifest(other).close()  # is it one, and has it all columns?
+        self._db.create_function("belongs", 1, shard.has, deterministic=True)
+        with self._writing():
+            self._db.execute("ATTACH ? AS other", (os.fspath(other),))
+            try:
+                clash = self._db.execute(
+                    "SELECT name, l.value, o.value FROM label_values l JOIN other.label_values o USING (name) "
+                    "WHERE l.value != o.value"
+                ).fetchone()
+                if clash:
+                    name, ours, theirs = clash
+                    raise RequestError(
+                        f"{other}: {name} has label value {theirs}, and {ours} in {self.path.name}: shards of one "
+                        "cohort must see all of it, and the same --masks; convert again into another --out"
+                    )
+                with self._transaction():
+                    self._db.execute("DELETE FROM series WHERE belongs(series_uid)")
+                    self._db.execute(
+                        f"INSERT INTO series ({_NAMES}) SELECT {_NAMES} FROM other.series WHERE belongs(series_uid)"  # noqa: S608
+                    )
+                    for table in ("unreadable", "passed_over", "segmentations", "label_values", "runs"):
+                        self._db.execute(f"INSERT OR REPLACE INTO {table} SELECT * FROM other.{table}")  # noqa: S608
+            finally:
+                self._db.execute("DETACH other")
 
     def write_csv(self) -> None:
         """Write ``manifest.csv`` beside the manifest, complete or not at all."""
+        file = self.path.with_suffix(".csv")
+        part = file.with_name(f"{file.name}.part")
         with self._writing():
-            text = io.StringIO()
-            writer = csv.writer(text)
-            writer.writerow(_COLUMNS)
-            writer.writerows(self._db.execute(_ROWS + _BY_SOURCE))
-            write_text(self._csv, text.getvalue())
+            try:
+                with part.open("w", encoding="utf-8", newline="") as f:
+                    writer = csv.writer(f)
+                    writer.writerow(_COLUMNS)
+                    writer.writerows(self._db.execute(_ROWS + _BY_SOURCE))
+                flush(part)
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._writing():
+            self._db.execute("BEGIN")
+            try:
+                yield
+            except BaseException:
+                with suppress(sqlite3.Error):  # what went wrong first is what counts
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except (OSError, sqlite3.Error) as exc:
-            raise OutputError(f"cannot write into {self._csv.parent}: {exc}") from exc
+            raise OutputError(f"cannot write into {self.path.parent}: {exc}") from exc
 
     def close(self) -> None:
         """Let go of the file."""
+        if not self._reading:
+            # Without a log beside it, it can be read where nothing can be written. Somebody may be reading it now.
+            with suppress(sqlite3.Error):
+                self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
+
+
+def shards_of(out: Path) -> dict[Shard, Path]:
+    """Return the manifests of shards in OUT that are not merged yet.
+
+    Raises
+    ------
+    RequestError
+        If they are shards of different divisions of the cohort.
+    """
+    found = {}
+    for path in sorted(out.glob("manifest.*-of-*.sqlite")):
+        with suppress(RequestError):
+            found[Shard.parse(path.name.split(".")[1].replace("-of-", "/"))] = path
+    if len({shard.count for shard in found}) > 1:
+        names = ", ".join(shard.name for shard in found)
+        raise RequestError(f"{out} holds shards of different divisions ({names}): keep those of one")
+    return found
+
+
+def merge(manifest: Manifest) -> list[Shard]:
+    """Merge the manifests of shards beside a manifest into it, and remove them; the caller holds the lock of OUT."""
+    shards = shards_of(manifest.path.parent)
+    for shard, path in shards.items():
+        manifest.take_over(path, shard)
+        for file in (path, *path.parent.glob(f"{path.name}-*"), path.with_suffix(".csv")):
+            file.unlink(missing_ok=True)
+    return list(shards)
+
+
+def open_manifest(out: Path, shard: Shard = WHOLE) -> Manifest:
+    """Return the manifest for a run: that of OUT, with its shards merged, or that of a shard, which begins as a copy.
+
+    Raises
+    ------
+    OutputError, RequestError
+        As `Manifest`; and if there are shards of another division of the cohort.
+    """
+    path, whole = manifest_path(out, shard), manifest_path(out)
+    if not shard.name:
+        manifest = Manifest(path)
+        merge(manifest)
+        return manifest
+    others = [other for other in shards_of(out) if other.count != shard.count]
+    if others:
+        raise RequestError(f"{out} holds {others[0].name}, a shard of another division: gpuprep merge {out} first")
+    fresh = not path.exists()
+    manifest = Manifest(path)
+    if fresh and whole.exists():
+        manifest.take_over(whole, WHOLE)
+    return manifest
+
+
+def this_host() -> str:
+    """Return the name of this machine."""
+    return platform.node()
+
+
+def _for_reading(path: Path) -> sqlite3.Connection:
+    uri = path.absolute().as_uri()
+    with closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as db, suppress(sqlite3.OperationalError):
+        db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        return sqlite3.connect(f"{uri}?mode=ro", uri=True, isolation_level=None)
+    # Where nothing can be written there is no room for the index of the write-ahead log, and nobody writes.
+    return sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
 
 
 def _type(field: Field[Any]) -> str:
@@ -231,3 +441,17 @@ def _result(row: tuple[Any, ...]) -> SeriesResult:
         value = values[k] and json.loads(values[k])
         values[k] = tuple(value) if k in _LISTS and value is not None else value
     return SeriesResult(**values)
+
+
+def _declared(record: type) -> str:
+    return ", ".join(f"{f.name} {_type(f)}" for f in fields(record))
+
+
+_TABLES = (
+    f"series ({_declared(SeriesResult)}, PRIMARY KEY (key))",
+    "unreadable (path TEXT PRIMARY KEY, reason TEXT)",
+    "passed_over (kind TEXT PRIMARY KEY, files INTEGER)",
+    "segmentations (path TEXT, format TEXT, why TEXT, series TEXT, reason TEXT, PRIMARY KEY (path, series))",
+    "label_values (name TEXT PRIMARY KEY, value INTEGER UNIQUE)",
+    f"runs ({_declared(RunRecord)}, PRIMARY KEY (started, host, pid))",
+)

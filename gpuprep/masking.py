@@ -25,7 +25,7 @@ from gpuprep.segmentation.wishes import Masks
 from gpuprep.stacking import Stack
 from gpuprep.text import numbered, printable
 from gpuprep.writers import WRITERS
-from gpuprep.writers.content import Content
+from gpuprep.writers.content import Content, Settle, nothing
 
 OVERLAPS_NAMED = 3
 """Pairs of overlapping structures that a message names."""
@@ -125,6 +125,7 @@ def write_masks(
     backend: Backend,
     values: Mapping[str, int],
     folder: Path,
+    settle: Settle = nothing,
 ) -> None:
     """Write the structures of a series as the recipe wants them, and complete the account of them.
 
@@ -142,6 +143,8 @@ def write_masks(
         Label value of each structure.
     folder : path
         Of the series.
+    settle : callable
+        As for a writer.
 
     Raises
     ------
@@ -170,7 +173,7 @@ def write_masks(
         content = Content.labels(plan, str(painted.dtype), len(counts) - 1)
         with backend.session() as lane:
             chunks = label_chunks(painted, plan, stack.placement, recipe.masks.resampling, backend)
-            masked.notes += write(folder / name, _counted(lane.downloads(chunks), counts), content)
+            masked.notes += write(folder / name, _counted(lane.downloads(chunks), counts), content, settle)
         for label in labels:
             label.voxels = int(counts[label.value])
             label.ml = label.voxels * voxel_ml

@@ -33,9 +33,9 @@ def workers(free: int, wanted: int) -> int:
     return max(1, min(wanted, int(USABLE * free / 2) // CONTEXT_BYTES))
 
 
-def for_volumes(free: int, processes: int, at_rest: int = CONTEXT_BYTES) -> int:
-    """Return what is left for volumes beside what each of the processes takes at rest."""
-    return max(0, int(USABLE * free) - processes * at_rest)
+def for_volumes(free: int, processes: int, at_rest: int = CONTEXT_BYTES, share: float = USABLE) -> int:
+    """Return what is left for volumes, of a share of free memory, beside what each of the processes takes at rest."""
+    return max(0, int(share * free) - processes * at_rest)
 
 
 def host_bytes_free() -> int | None:

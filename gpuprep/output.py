@@ -1,38 +1,117 @@
 """Folders that appear complete or not at all.
 
-A series is written into a folder of its own in the workshop (``OUT/.gpuprep``), ``volume.json`` last, and then renamed
-into place. What an interrupted run leaves in the workshop is swept by the next one, which a lock keeps from starting
-while another is at work.
+A series is written into a folder of its own in the workshop (``OUT/.gpuprep``). Each file is on disk, and its checksum
+known, before ``volume.json`` lists them all; that is written last, and then the folder is renamed into place, in one
+step with the former one if there is any. What an interrupted run leaves in the workshop is swept by the next one, which
+a lock keeps from starting while another is at work.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.layout import WORKSHOP
+from gpuprep.sharding import WHOLE, Shard
 
 SIDECAR = "volume.json"
+
+SETTLING_THREADS = 4
+"""They wait for the disk, mostly; one would wait for a journal once per file."""
+
+OTHER_SHARD_S = 10.0
+"""Time for shards that start together to look at the lock of whole runs, one after the other."""
 
 _OWN_NAME = re.compile(r"(labels/|masks/[^/]+/)?\d{4,}\.tif|(volume|labels|masks/[^/]+)\.tif")
 """Of a file in a series' folder, from there on."""
 _OWN_FOLDER = re.compile(r"labels|masks(/[^/]+)?")
+_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
+_FROM_HERE = -100  # AT_FDCWD: paths as for any other call
+
+
+class Written(NamedTuple):
+    """What stands in its place after a commit."""
+
+    files: int
+    bytes: int
+    sha256: str
+    """Of ``volume.json``, which has size and CRC-32 of every other file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A folder of outputs, as workers and the parent know it; `open_output` gives it."""
+
+    root: Path
+    workshop: Path
+    """Where this run makes what is not finished."""
+
+    def pending(self, folder: str) -> PendingFolder:
+        """Return a new folder that will become `folder`."""
+        return PendingFolder(self, folder)
+
+    def contents(self, folder: str) -> tuple[int, int]:
+        """Return the number of an output's files and their bytes together; (0, 0) where there is no such folder."""
+        return contents(self.root / folder)
+
+    def intact(self, folder: str) -> tuple[dict[str, Any], Written] | None:
+        """Return the ``volume.json`` of an output all of whose files are as it says, to the bit; None for any other."""
+        place = self.root / folder
+        try:
+            text = (place / SIDECAR).read_bytes()
+            sidecar = json.loads(text)
+            listed = {name: (f["bytes"], f["crc32"]) for name, f in sidecar["outputs"].items()}
+            if contents(place)[0] != len(listed) + 1:
+                return None
+            for name, (size, crc) in listed.items():
+                if os.path.getsize(place / name) != size or checksum(place / name) != crc:
+                    return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        size = sum(size for size, _ in listed.values()) + len(text)
+        return sidecar, Written(len(listed) + 1, size, hashlib.sha256(text).hexdigest())
+
+    def holds(self, folder: str) -> bool:
+        """Whether there is anything at that place."""
+        return (self.root / folder).is_dir()
+
+    def retire(self, folder: str) -> None:
+        """Remove the former output of a series that has moved elsewhere; other things in the folder stay."""
+        retire(self.root / folder)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small text file at the top, complete or not at all."""
+        write_text(self.root / name, text)
+
+    def free_bytes(self) -> int:
+        """Return how much the disk has left for us; OUT itself need not be there yet."""
+        there = next(path for path in (self.root, *self.root.parents) if path.exists())
+        return shutil.disk_usage(there).free
 
 
 @contextmanager
-def open_output(out: Path) -> Iterator[None]:
+def open_output(out: Path, shard: Shard = WHOLE) -> Iterator[Output]:
     """Make OUT, keep other runs out of it, and sweep what an interrupted one left behind.
+
+    Shards of one cohort may be at work at the same time, each in a workshop of its own; but not two runs of the same
+    shard, and none beside a run over everything.
 
     Raises
     ------
@@ -41,30 +120,63 @@ def open_output(out: Path) -> Iterator[None]:
     OutputError
         If writing the run's own files fails later: a full disk, say.
     """
-    workshop = out / WORKSHOP
-    try:
-        workshop.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(workshop / "lock", blocking=False)
-        lock.acquire()
-    except Timeout as exc:
-        raise RequestError(f"another gpuprep is writing into {out}: wait for it, or choose another --out") from exc
-    except OSError as exc:
-        raise RequestError(f"cannot write into {out}: {exc.strerror}; choose another --out") from exc
-    try:
-        _sweep(workshop)
-        yield
-    except (OSError, sqlite3.Error) as exc:
-        raise OutputError(f"cannot write into {out}: {exc}") from exc
-    finally:
-        with suppress(OSError):
-            _sweep(workshop)
-        lock.release()
+    top = out / WORKSHOP
+    output = Output(out, top / shard.name if shard.name else top)
+    with ExitStack() as locks:
+        try:
+            output.workshop.mkdir(parents=True, exist_ok=True)
+            _lock(top, shard, locks)
+        except Timeout as exc:
+            raise RequestError(f"another gpuprep is writing into {out}: wait for it, or choose another --out") from exc
+        except OSError as exc:
+            raise RequestError(f"cannot write into {out}: {exc.strerror}; choose another --out") from exc
+        try:
+            _sweep(output)
+            yield output
+        except (OSError, sqlite3.Error) as exc:
+            raise OutputError(f"cannot write into {out}: {exc}") from exc
+        finally:
+            with suppress(OSError):
+                _sweep(output)
 
 
-def _sweep(workshop: Path) -> None:
-    for stale in workshop.iterdir():
-        if stale.is_dir():
-            shutil.rmtree(stale, ignore_errors=True)
+def _lock(top: Path, shard: Shard, locks: ExitStack) -> None:
+    """Take the lock of a shard, or all of them; raise Timeout where somebody else has one."""
+    everything = FileLock(top / "lock")
+    if shard.name:
+        locks.enter_context(FileLock(top / shard.name / "lock", blocking=False))
+        # Others look at it for a moment, as this one does; a run over everything keeps it.
+        with everything.acquire(timeout=OTHER_SHARD_S):
+            return
+    locks.enter_context(everything.acquire(blocking=False))
+    for held in top.glob("*-of-*/lock"):
+        locks.enter_context(FileLock(held, blocking=False))
+
+
+def is_open(out: Path, shard: Shard = WHOLE) -> bool:
+    """Whether a run is writing into OUT at this moment; for a shard, whether that one is."""
+    lock = out / WORKSHOP / shard.name / "lock"
+    try:
+        with FileLock(lock, blocking=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that cannot be written: nobody does
+        return False
+
+
+def _sweep(output: Output) -> None:
+    """Remove what is not finished; put back a former output that was on its way out when a run ended."""
+    shards = list(output.workshop.glob("*-of-*"))  # a run over everything holds their locks
+    for workshop in (output.workshop, *shards):
+        for note in workshop.glob("*.place"):
+            former, place = note.with_suffix(".former"), output.root / note.read_text("utf-8")
+            if former.is_dir() and not place.exists():
+                former.rename(place)
+            note.unlink()
+        for stale in workshop.iterdir():
+            if stale.is_dir() and stale not in shards:
+                shutil.rmtree(stale, ignore_errors=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -72,6 +184,7 @@ def write_text(file: Path, text: str) -> None:
     part = file.with_name(f"{file.name}.part")
     try:
         part.write_text(text, "utf-8")
+        flush(part)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
@@ -80,13 +193,22 @@ def write_text(file: Path, text: str) -> None:
 class PendingFolder:
     """A folder in the making: fill `path`, then `commit`."""
 
-    def __init__(self, out: Path, name: str) -> None:
-        self.path = out / WORKSHOP / uuid.uuid4().hex
+    def __init__(self, output: Output, folder: str) -> None:
+        self.path = output.workshop / uuid.uuid4().hex
         self.path.mkdir()
-        self._final = out / name
+        self._root = output.root
+        self._final = output.root / folder
+        self._threads: ThreadPoolExecutor | None = None
+        self._settled: dict[Path, Future[dict[str, Any]]] = {}
 
-    def commit(self, sidecar: dict[str, Any], *, known: bool = False) -> tuple[int, int]:
-        """Add ``volume.json`` and move the folder into place; return number and bytes of its files.
+    def settle(self, file: Path) -> None:
+        """Have a finished file written to disk, and its checksum taken, while others are being made."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(SETTLING_THREADS)
+        self._settled[file] = self._threads.submit(_settled, file)
+
+    def commit(self, sidecar: dict[str, Any], *, known: bool = False) -> Written:
+        """Add ``volume.json`` and move the folder into place, in one step.
 
         The former output of the same series is replaced: what stands there has a ``volume.json`` that says so, or the
         manifest does (`known`). Anything else in the way is left alone.
@@ -96,23 +218,97 @@ class PendingFolder:
         OutputError
             If the place is taken by something that is not this series' output.
         """
-        with (self.path / SIDECAR).open("w", encoding="utf-8") as f:
-            json.dump(sidecar, f, indent=1, allow_nan=False)
-        files, size = contents(self.path)
+        outputs: dict[str, Any] = {}
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                file = Path(folder, name)
+                if file not in self._settled:
+                    self.settle(file)
+        for file, future in sorted(self._settled.items()):
+            outputs[file.relative_to(self.path).as_posix()] = future.result()
+        text = json.dumps(sidecar | {"outputs": outputs}, indent=1, allow_nan=False).encode()
+        (self.path / SIDECAR).write_bytes(text)
+        flush(self.path / SIDECAR)
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            flush(Path(folder))
         self._final.parent.mkdir(parents=True, exist_ok=True)
         if self._final.is_symlink() or self._final.exists():
             _check_replaceable(self._final, sidecar["key"], known)
-            former = self.path.with_suffix(".former")
-            self._final.rename(former)
-            self.path.rename(self._final)
-            shutil.rmtree(former, ignore_errors=True)
+            _swap(self.path, self._final, self._root)
         else:
             self.path.rename(self._final)
-        return files, size
+        flush(self._final.parent)
+        self.discard()
+        size = sum(file["bytes"] for file in outputs.values()) + len(text)
+        return Written(len(outputs) + 1, size, hashlib.sha256(text).hexdigest())
 
     def discard(self) -> None:
-        """Remove whatever was not moved into place."""
+        """Remove whatever was not moved into place, or is no longer there."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _settled(file: Path) -> dict[str, Any]:
+    flush(file)
+    return {"bytes": os.path.getsize(file), "crc32": checksum(file)}
+
+
+def checksum(file: str | os.PathLike[str]) -> str:
+    """Return the CRC-32 of a file, as in gzip and zip, in eight hexadecimal digits."""
+    crc = _crc32()
+    value = 0
+    with open(file, "rb", buffering=0) as f:
+        while block := f.read(2**20):
+            value = crc(block, value)
+    return f"{value:08x}"
+
+
+@cache
+def _crc32() -> Callable[[bytes, int], int]:
+    from imagecodecs import deflate_crc32  # 25 times as fast as the one of zlib
+
+    return deflate_crc32  # type: ignore[no-any-return, unused-ignore]
+
+
+def flush(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on disk: what loss of power must not take."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems know no such thing
+            raise
+    finally:
+        os.close(file)
+
+
+def _swap(new: Path, place: Path, root: Path) -> None:
+    """Put a folder where another one stands, which is then where the new one was."""
+    if _exchanged(new, place):
+        return
+    # Two steps then; a run that ends between them leaves a note for the next one.
+    note, former = new.with_suffix(".place"), new.with_suffix(".former")
+    note.write_text(str(place.relative_to(root)), "utf-8")
+    flush(note)
+    place.rename(former)
+    new.rename(place)
+    note.unlink()
+    former.rename(new)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step where the system can: Linux, on local file systems."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, TypeError, OSError):
+        return False
+    if call(_FROM_HERE, os.fsencode(one), _FROM_HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def contents(folder: Path) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from gpuprep.intensity import HuStatistics
 from gpuprep.recipe import Recipe
 from gpuprep.rules import Irregularity
 from gpuprep.series import Series, SliceHeader
-from gpuprep.stacking import stack
+from gpuprep.stacking import Stack, stack
 from gpuprep.streams import open_frugally
 from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED
 from gpuprep.volume import StoredVolume
@@ -39,6 +39,8 @@ class SeriesReader:
         Its rules say how irregular the series may be, and its `padding` whether undeclared fill becomes air.
     loops : bool
         Whether compiled loops look at the pixels; they find the same.
+    stacked : Stack, optional
+        Of the series by the recipe's rules, if it is known already.
 
     Raises
     ------
@@ -47,9 +49,11 @@ class SeriesReader:
         cannot be true.
     """
 
-    def __init__(self, series: Series, recipe: Recipe | None = None, *, loops: bool = False) -> None:
+    def __init__(
+        self, series: Series, recipe: Recipe | None = None, *, loops: bool = False, stacked: Stack | None = None
+    ) -> None:
         recipe = recipe or Recipe()
-        self.stack = stacked = stack(series, recipe.rules)
+        self.stack = stacked = stacked or stack(series, recipe.rules)
         self._slices = stacked.slices
         self._matrix = series.rows, series.columns
         self._twins = stacked.twins

@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,12 @@ class ForeignBackend:
 
     def session(self) -> AbstractContextManager[Lane]:
         return self._session()
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def alone(self) -> Self:
+        return self
 
     def free_bytes(self) -> int:
         return self._memory

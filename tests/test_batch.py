@@ -30,9 +30,10 @@ from pydicom.tag import Tag
 from pydicom.uid import JPEG2000Lossless
 
 from gpuprep.backend import NumpyBackend
-from gpuprep.batch import Listener, Outlook, Run, convert, scan
+from gpuprep.batch import Listener, Run, convert, scan
 from gpuprep.discovery import Cohort
 from gpuprep.errors import BackendError, OutputError, RequestError
+from gpuprep.forecast import Forecast
 from gpuprep.headers import Contents, read_headers
 from gpuprep.manifest import SeriesResult
 from gpuprep.output import open_output
@@ -158,7 +159,7 @@ def test_bad_series_never_stop_the_others(
     dicom: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Traps 4, 42.
-    monkeypatch.setattr("gpuprep.batch.get_backend", lambda _: DeadlyBackend())
+    monkeypatch.setattr("gpuprep.batch.get_backends", lambda *_: [DeadlyBackend()])
     # 1 of 8 is more than a tenth. What is left has 7 slices, but is rejected before anyone counts.
     add(dicom / "gap", slices=8)[3].unlink()
     truncate(add(dicom / "short")[2])
@@ -275,7 +276,7 @@ def test_a_bug_in_one_series_is_a_failure_of_that_series(
                 raise ZeroDivisionError("a bug")
             return host
 
-    monkeypatch.setattr("gpuprep.batch.get_backend", lambda _: BuggyBackend())
+    monkeypatch.setattr("gpuprep.batch.get_backends", lambda *_: [BuggyBackend()])
     run = go(dicom, out)
     assert statuses(run) == {"p1": "ok", "p2": "ok", "p3": "failed"}
     assert rows(out)["p3"]["reason"] == "ZeroDivisionError: a bug"
@@ -369,7 +370,6 @@ def forget_the_series(dicom: Path, out: Path) -> None:  # noqa: ARG001
         truncate_a_slice,
         delete_the_sidecar,
         delete_the_folder,
-        forget_the_series,
     ],
 )
 def test_what_changed_is_converted_again_and_nothing_else(
@@ -389,6 +389,38 @@ def test_what_changed_is_converted_again_and_nothing_else(
     }
     assert same is (change is not rewrite_an_input)
     assert statuses(go(dicom, out)) == {"p1": "skipped", "p2": "skipped"}
+
+
+@pytest.mark.parametrize("lost", ["a row", "the manifest"])
+def test_a_volume_whose_record_is_lost_is_recognised_and_not_made_again(dicom: Path, out: Path, lost: str) -> None:
+    # As after a kill between the volume and its row, or a manifest that was damaged and moved away.
+    go(dicom, out)
+    before, known = touched(out), rows(out)["p1"]
+    if lost == "a row":
+        forget_the_series(dicom, out)
+    else:
+        (out / "manifest.sqlite").unlink()
+    run = go(dicom, out)
+    assert statuses(run) == {"p1": "ok", "p2": "skipped" if lost == "a row" else "ok"}
+    assert touched(out) == before
+    aside = {name: known[name] for name in ("finished", "read_s", "process_s", "write_s")}
+    assert rows(out)["p1"] | aside == known
+    assert statuses(go(dicom, out)) == {"p1": "skipped", "p2": "skipped"}
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_volume_without_record_that_is_damaged_in_one_bit_is_made_again(dicom: Path, out: Path) -> None:
+    go(dicom, out)
+    before = outputs(out)
+    forget_the_series(dicom, out)
+    damage(out / "dicom" / "p1" / "0001.tif")
+    assert statuses(go(dicom, out)) == {"p1": "ok", "p2": "skipped"}
+    assert outputs(out) == before
 
 
 def test_a_file_that_someone_put_beside_an_output_changes_nothing(dicom: Path, out: Path) -> None:
@@ -543,7 +575,7 @@ def test_nothing_found_is_exit_code_3(tmp_path: Path, out: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no DICOM")
     run = go(tmp_path / "empty", out)
-    assert (run.results, run.exit_code, dict(run.passed_over)) == ((), 3, {"not DICOM": 1})
+    assert (list(run.results), run.exit_code, dict(run.passed_over)) == ([], 3, {"not DICOM": 1})
     assert csv_rows(out) == {}
 
 
@@ -707,11 +739,14 @@ class Recorder(Listener):
     def scanned(self, cohort: Cohort) -> None:
         self.heard.append(("scanned", len(cohort)))
 
-    def planned(self, outlooks: list[Outlook]) -> None:
-        self.heard.append(("planned", sorted((os.path.basename(o.series.folder), o.action) for o in outlooks)))
+    def planned(self, forecast: Forecast) -> None:
+        self.heard.append(("planned", forecast.series, forecast.skipped, forecast.rejected))
 
     def finished(self, result: SeriesResult) -> None:
         self.heard.append(result)
+
+    def ended(self, run: Run) -> None:
+        self.heard.append(run)
 
 
 def test_the_listener_is_told_everything_once_and_in_order(dicom: Path, out: Path) -> None:
@@ -721,9 +756,9 @@ def test_the_listener_is_told_everything_once_and_in_order(dicom: Path, out: Pat
     run = go(dicom, out, listener=recorder)
     assert recorder.heard[:2] == [
         ("scanned", 3),
-        ("planned", [("bad", "reject"), ("p1", "skip"), ("p2", "convert")]),
+        ("planned", 3, 1, 1),
     ]
-    assert tuple(recorder.heard[2:]) == run.results
+    assert recorder.heard[2:] == [*run.results, run]
     assert statuses(run) == {"bad": "rejected", "p1": "skipped", "p2": "ok"}
 
 
@@ -755,7 +790,7 @@ def test_an_interruption_between_two_series_keeps_the_first_and_its_record(dicom
 def test_scan_tells_what_convert_then_does(dicom: Path, out: Path) -> None:
     add(dicom / "bad", seed=3)[1].unlink()
     go(dicom, out, limit=1)
-    cohort, outlooks = scan(dicom, SMALL, out=out)
+    cohort, outlooks, _ = scan(dicom, SMALL, out=out)
     assert len(cohort) == 3
     actions = {os.path.basename(o.series.folder): (o.action, o.folder) for o in outlooks}
     assert actions == {"bad": ("reject", ""), "p1": ("skip", "dicom/p1"), "p2": ("convert", "dicom/p2")}

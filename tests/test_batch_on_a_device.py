@@ -12,9 +12,10 @@ import tifffile
 from standin import ForeignBackend
 
 from gpuprep import batch
+from gpuprep.backend import NumpyBackend
 from gpuprep.batch import Run, convert
 from gpuprep.errors import BackendError
-from gpuprep.executors import Budget, Here
+from gpuprep.executors import Here, Place
 from gpuprep.memory import CONTEXT_BYTES, device_bytes
 from gpuprep.phantom import write_series
 from gpuprep.plan import make_plan
@@ -41,17 +42,17 @@ class Watched(Here):
     """Tasks in this process, as they come; `log` says what was asked for."""
 
     def __init__(self) -> None:
-        self.jobs = 0
+        self.places: list[Place] = []
         self.log: list[Any] = []
 
     def run(
-        self, function: Callable[[Any], Any], tasks: Iterable[Any], budget: Budget | None = None
+        self, function: Callable[[Any], Any], tasks: Iterable[Any], cost: Any = None, **how: Any
     ) -> Iterator[tuple[Any, Any]]:
         tasks = list(tasks)
         if tasks and hasattr(tasks[0], "backend"):
             chunks = {t.backend.chunk_slices for t in tasks}
-            self.log.append(([Path(t.folder).name for t in tasks], max(chunks), budget))
-        yield from super().run(function, tasks, budget)
+            self.log.append(([Path(t.folder).name for t in tasks], max(chunks), [cost(t) for t in tasks]))
+        yield from super().run(function, tasks, cost, **how)
 
     def stop(self) -> None:
         self.log.append("stop")
@@ -62,8 +63,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """What takes the place of worker processes."""
     executor = Watched()
 
-    def processes(jobs: int, *_: object) -> Watched:
-        executor.jobs = jobs
+    def processes(places: list[Place], *_: object) -> Watched:
+        executor.places = places
         return executor
 
     monkeypatch.setattr(batch, "Processes", processes)
@@ -72,6 +73,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 def on(backend: ForeignBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "get_backend", lambda _: backend)
+    monkeypatch.setattr(batch, "get_backends", lambda *_: [backend])
 
 
 def test_worker_processes_on_a_device_give_what_the_cpu_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +165,7 @@ def test_the_library_calls_are_not_tried_in_smaller_chunks(
     on(ForeignBackend(largest=5_000), monkeypatch)
     run = convert(tmp_path / "dicom", tmp_path / "out", RECIPE, engine="ndimage")
     assert run.counts == {"failed": 1}
-    assert [entry for entry in watched.log if entry != "stop"][1:] == [(["large"], 16, None)]
+    assert [entry[:2] for entry in watched.log if entry != "stop"][1:] == [(["large"], 16)]
 
 
 def test_tasks_share_what_the_contexts_leave_of_the_memory(
@@ -174,28 +176,27 @@ def test_tasks_share_what_the_contexts_leave_of_the_memory(
     backend = ForeignBackend(memory=free)
     on(backend, monkeypatch)
     assert convert(tmp_path / "dicom", tmp_path / "out", RECIPE, jobs=16).counts == {"ok": 1}
-    assert watched.jobs == 2  # 0.8 · 4 GB / 2 = 1.6 GB, a context is 0.63 GB
-    (_, _, budget), *_ = watched.log
-    assert budget.size == int(0.8 * free) - 2 * CONTEXT_BYTES
+    # 0.8 · 4 GB / 2 = 1.6 GB, a context is 0.63 GB
+    assert watched.places == [Place(2, int(0.8 * free) - 2 * CONTEXT_BYTES)]
+    (_, _, cost), *_ = watched.log
     plan = make_plan(*planned(tmp_path / "dicom" / "p1"))
-    (task,) = (batch._task(o, RECIPE, "operators", backend, tmp_path, {}, {}) for o in outlooks(tmp_path / "dicom"))
-    assert budget.cost(task) == device_bytes(plan, backend, "operators") > 0
+    assert cost == [device_bytes(plan, backend, "operators")] > [0]
 
 
 def test_a_gpu_by_name_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add(tmp_path / "dicom" / "p1")
 
-    def broken() -> None:
+    def broken(_: object) -> None:
         raise BackendError("the GPU does not work")
 
-    monkeypatch.setattr("gpuprep.backend.open_gpu", broken)
+    monkeypatch.setattr("gpuprep.backend.open_gpus", broken)
     with pytest.raises(BackendError, match="does not work"):
         convert(tmp_path / "dicom", tmp_path / "out", RECIPE, backend="gpu")
     assert not (tmp_path / "out").exists()
 
 
 def outlooks(folder: Path) -> Any:
-    return batch.scan(folder, RECIPE)[1]
+    return batch.scan(folder, RECIPE, backend=NumpyBackend())[1]
 
 
 def planned(folder: Path) -> Any:

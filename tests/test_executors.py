@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from gpuprep.executors import HAVE_FORK_SERVER, Budget, Executor, Here, Processes, WorkerDiedError, last_task
+from gpuprep.executors import HAVE_FORK_SERVER, Executor, Here, Place, Processes, WorkerDiedError, last_task
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {
     "here": Here,
@@ -308,9 +308,9 @@ def test_no_more_is_in_flight_than_the_budget_has_room_for(
     log = tmp_path / "log"
     log.touch()
     jobs = [partial(be_seen, str(log), n) for n in range(len(costs))]
-    executor = Processes(4)
+    executor = Processes([Place(4, room=8)])
     try:
-        outcomes = list(executor.run(operator.call, jobs, Budget(8, lambda job: costs[job.args[1]])))
+        outcomes = list(executor.run(operator.call, jobs, lambda job: costs[job.args[1]]))
     finally:
         executor.stop()
     assert [n for _, n in sorted(outcomes, key=lambda o: jobs.index(o[0]))] == list(range(len(costs)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -50,6 +51,8 @@ OK = SeriesResult(
     fingerprint="f" * 64,
     recipe_sha256="e" * 64,
     version="0.1.0",
+    sha256="d" * 64,
+    host="node7",
     finished="2026-01-02T03:04:05+00:00",
 )
 BARE = SeriesResult(
@@ -200,6 +203,8 @@ def test_csv_holds_exactly_the_rows_of_the_manifest(manifest: Manifest, tmp_path
         "fingerprint": "f" * 64,
         "recipe_sha256": "e" * 64,
         "version": "0.1.0",
+        "sha256": "d" * 64,
+        "host": "node7",
         "finished": "2026-01-02T03:04:05+00:00",
     }
     assert json.loads(ok["warnings"]) == ["first, with a comma", 'second "quoted"\nand on a new line']
@@ -231,12 +236,12 @@ def test_csv_is_replaced_whole_or_not_at_all(
     before = (tmp_path / "manifest.csv").read_bytes()
     manifest.put(BARE)
 
-    def break_off(path: Path, text: str, *_: Any) -> None:
-        path.write_bytes(text.encode()[: len(text) // 2])
+    def break_off(path: Path) -> None:
+        os.truncate(path, path.stat().st_size // 2)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", break_off)
+        patch.setattr("gpuprep.manifest.flush", break_off)
         with pytest.raises(KeyboardInterrupt):
             manifest.write_csv()
     assert (tmp_path / "manifest.csv").read_bytes() == before

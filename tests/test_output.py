@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sqlite3
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.layout import WORKSHOP
-from gpuprep.output import PendingFolder, contents, open_output, retire, write_text
+from gpuprep.output import Output, PendingFolder, Written, contents, open_output, retire, write_text
 
 HOLDER = """
 import sys
@@ -52,7 +54,7 @@ def another_run(out: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def filled(out: Path, name: str, *files: str) -> PendingFolder:
     """A pending folder with a byte more in each file than in the one before."""
-    pending = PendingFolder(out, name)
+    pending = Output(out, out / WORKSHOP).pending(name)
     for n, file in enumerate(files):
         (pending.path / file).write_bytes(b"x" * (n + 1))
     return pending
@@ -75,7 +77,7 @@ def test_a_folder_appears_on_commit_and_not_before(out: Path) -> None:
     # Trap 34.
     pending = filled(out, "cohort/p1", "0000.tif", "0001.tif")
     assert tree(out) == {}
-    files, size = pending.commit({"key": "1.2.3", "warnings": ()})
+    written = pending.commit({"key": "1.2.3", "warnings": ()})
     sidecar = (out / "cohort" / "p1" / "volume.json").read_bytes()
     assert tree(out) == {
         "cohort": None,
@@ -84,8 +86,15 @@ def test_a_folder_appears_on_commit_and_not_before(out: Path) -> None:
         "cohort/p1/0001.tif": b"xx",
         "cohort/p1/volume.json": sidecar,
     }
-    assert json.loads(sidecar) == {"key": "1.2.3", "warnings": []}
-    assert (files, size) == (3, 1 + 2 + len(sidecar))
+    assert json.loads(sidecar) == {
+        "key": "1.2.3",
+        "warnings": [],
+        "outputs": {
+            "0000.tif": {"bytes": 1, "crc32": f"{zlib.crc32(b'x'):08x}"},
+            "0001.tif": {"bytes": 2, "crc32": f"{zlib.crc32(b'xx'):08x}"},
+        },
+    }
+    assert written == Written(3, 1 + 2 + len(sidecar), hashlib.sha256(sidecar).hexdigest())
     assert in_the_making(out) == []
 
 

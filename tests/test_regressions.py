@@ -23,6 +23,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, RLE
 import gpuprep
 from gpuprep.auditing import audit
 from gpuprep.batch import Listener, Run, convert, scan
+from gpuprep.forecast import Forecast
 from gpuprep.phantom import write_series
 from gpuprep.recipe import Recipe
 
@@ -185,7 +186,7 @@ def test_files_that_change_between_scan_and_reading_are_not_mixed_up(tmp_path: P
     files = write(tmp_path / "in")
 
     class Swap(Listener):
-        def planned(self, outlooks: list[Any]) -> None:  # noqa: ARG002
+        def planned(self, forecast: Forecast) -> None:  # noqa: ARG002
             first, second = files[0].read_bytes(), files[5].read_bytes()
             files[0].write_bytes(second)
             files[5].write_bytes(first)
@@ -238,7 +239,7 @@ def test_an_index_is_never_made_of_another_database(tmp_path: Path, application:
         converted(tmp_path / "in", tmp_path / "out")
         index = tmp_path / "out" / "manifest.sqlite"
     before = list(sqlite3.connect(index).iterdump())
-    cohort, _ = scan(tmp_path / "in", index=index)
+    cohort, *_ = scan(tmp_path / "in", index=index)
     assert len(cohort) == 1
     assert list(sqlite3.connect(index).iterdump()) == before
 

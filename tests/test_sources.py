@@ -223,7 +223,7 @@ def test_an_unchanged_tree_is_scanned_again_without_opening_a_file(
         archive.write(files[0], "x")
 
     def scanned() -> list[object]:
-        cohort, outlooks = scan(tree, index=index)
+        cohort, outlooks, _ = scan(tree, index=index)
         assert cohort.passed_over == {"not DICOM": 1}
         assert [Path(path).name for path, _ in cohort.unreadable] == ["broken.dcm"]
         return [(o.series, o.verdict, o.audit and o.audit.to_dict()) for o in outlooks]
@@ -256,7 +256,7 @@ def test_what_changed_is_read_again_and_nothing_else(
     else:
         target = target.rename(tree / "renamed.dcm")
     opened.clear()
-    cohort, _ = scan(tree, index=index)
+    cohort, *_ = scan(tree, index=index)
     assert {n for n in watch() if n.startswith(str(tree))} == (set() if change == "gone" else {str(target)})
     fresh = gpuprep.discover(tree)
     assert cohort.series == fresh.series

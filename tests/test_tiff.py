@@ -20,7 +20,7 @@ import gpuprep
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.writers import WRITERS, tiff
-from gpuprep.writers.content import Content
+from gpuprep.writers.content import Content, nothing
 
 DTYPES = ["float32", "uint8", "uint16", "int16"]
 IMAGEJ = Path("/usr/share/java/ij.jar")
@@ -43,7 +43,7 @@ def write(folder: Path, recipe: Recipe, values: NDArray[Any]) -> tuple[str, ...]
     folder.mkdir()
     chunks = iter([values[:2], values[2:]])
     path = folder if recipe.format == "tif" else folder / "volume"
-    return WRITERS[recipe.format](path, chunks, Content.image(some_plan(recipe, values.shape)))
+    return WRITERS[recipe.format](path, chunks, Content.image(some_plan(recipe, values.shape)), nothing)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

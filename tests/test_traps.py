@@ -334,7 +334,7 @@ def test_the_tolerance_is_a_hundredth_or_a_rounding_and_is_for_the_user_to_set(t
         if not (tmp_path / name).exists():
             spacing = (z_mm[1] - z_mm[0], 0.8, 0.7)
             write_series(tmp_path / name, columns(len(z_mm)), spacing, change=at_heights(z_mm, lambda z: z))
-        _, (outlook,) = scan(tmp_path / name, recipe)
+        _, (outlook,), _ = scan(tmp_path / name, recipe)
         return outlook.codes
 
     assert codes("float", [n * 0.1 * 7 + 1e-13 * (n % 2) for n in range(9)]) == ()

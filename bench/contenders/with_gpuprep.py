@@ -9,11 +9,11 @@ from typing import Any
 
 import gpuprep
 from bench.contenders import AbsentError
-from gpuprep.backend import Engine, get_backend
-from gpuprep.batch import DONE, Listener, Outlook, Run
+from gpuprep.backend import Engine
+from gpuprep.batch import Listener, Run
 from gpuprep.errors import BackendError
-from gpuprep.memory import AT_REST_BYTES, host_bytes
-from gpuprep.plan import Plan
+from gpuprep.forecast import Forecast
+from gpuprep.outlook import DONE
 from gpuprep.recipe import Recipe
 
 STAGES = ("read", "process", "write", "upload", "kernels", "download")
@@ -21,16 +21,17 @@ STAGES = ("read", "process", "write", "upload", "kernels", "download")
 
 
 class _Clock(Listener):
-    """Notes when headers are read and conversion begins, and what is planned."""
+    """Notes when headers are read and conversion begins, and what is expected."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.planned_s = 0.0
-        self.plans: list[Plan] = []
+        self.largest_bytes = 0
+        self.at_rest_bytes = 0
 
-    def planned(self, outlooks: list[Outlook]) -> None:
+    def planned(self, forecast: Forecast) -> None:
         self.planned_s = time.perf_counter() - self.started
-        self.plans = [o.plan for o in outlooks if o.plan is not None]
+        self.largest_bytes, self.at_rest_bytes = forecast.largest_bytes, forecast.at_rest_bytes
 
 
 def convert_all(
@@ -65,13 +66,8 @@ def convert_all(
         "outputs": {Path(r.source).name: r.folder for r in run.results},
         "split": _split(run, clock.planned_s),
         "device": run.results[0].device,
-        "predicted_process_bytes": None if gpu else _predicted_bytes(clock.plans, engine),
+        "predicted_process_bytes": None if gpu else clock.at_rest_bytes + clock.largest_bytes,
     }
-
-
-def _predicted_bytes(plans: list[Plan], engine: Engine) -> int:
-    backend = get_backend("cpu")
-    return AT_REST_BYTES[backend.body] + max(host_bytes(plan, backend, engine) for plan in plans)
 
 
 def _split(run: Run, scan_s: float) -> dict[str, float]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from gpuprep.geometry import Shape3, Vector3
 from gpuprep.plan import BYTES, Plan
 from gpuprep.recipe import Compression
+
+Settle = Callable[[Path], None]
+"""Is told of a file that is finished, so that it gets on disk while others are being made."""
+
+
+def nothing(_: Path) -> None:
+    """Settle nothing: whoever asked for the files looks after them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from gpuprep.writers.content import Content
+from gpuprep.writers.content import Content, Settle, nothing
 
 BIGTIFF_BYTES = 2**32 - 2**25
 """Offsets of a classic TIFF have 32 bits; this leaves room for its directories."""
@@ -28,7 +28,9 @@ ZSTD_LEVEL = 1
 ZLIB_LEVEL = 6
 
 
-def write_slices(folder: Path, chunks: Iterator[NDArray[Any]], content: Content) -> tuple[str, ...]:
+def write_slices(
+    folder: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
+) -> tuple[str, ...]:
     """Write ``0000.tif``, ``0001.tif``, … along k; voxel size in the resolution tags and the description."""
     folder.mkdir(exist_ok=True)
     digits = max(4, len(str(content.shape[0] - 1)))
@@ -39,11 +41,13 @@ def write_slices(folder: Path, chunks: Iterator[NDArray[Any]], content: Content)
     k = 0
     for chunk in chunks:
         for values in chunk:
-            with open(folder / f"{k:0{digits}d}.tif", "wb", buffering=0) as f:
+            file = folder / f"{k:0{digits}d}.tif"
+            with open(file, "wb", buffering=0) as f:
                 for part in encode(values):
                     view = memoryview(part).cast("B")
                     while view:  # without a buffer a write may be a short one
                         view = view[f.write(view) :]
+            settle(file)
             k += 1
     return ()
 
@@ -69,7 +73,9 @@ class _Encoder:
         return self._header, np.ascontiguousarray(values).data
 
 
-def write_stack(path: Path, chunks: Iterator[NDArray[Any]], content: Content) -> tuple[str, ...]:
+def write_stack(
+    path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
+) -> tuple[str, ...]:
     """Write ``path.tif``: axes ZYX, voxel size in mm, display range; HU calibration where ImageJ knows one.
 
     ImageJ keeps 32-bit offsets. A larger volume becomes a BigTIFF, which it opens only through Bio-Formats.
@@ -100,6 +106,7 @@ def write_stack(path: Path, chunks: Iterator[NDArray[Any]], content: Content) ->
             **_compression(content),
             **place,
         )
+    settle(path.with_name(name))
     return (f"larger than 4 GB, so {name} is a BigTIFF: ImageJ opens it through Bio-Formats only",) if big else ()
 
 

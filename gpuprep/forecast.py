@@ -1,0 +1,153 @@
+"""What a run will take, before it begins: bytes on disk, memory, time."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from dataclasses import dataclass, field
+from math import prod
+
+from gpuprep import __version__
+from gpuprep.manifest import Manifest
+from gpuprep.outlook import Needs, Outlook
+from gpuprep.plan import BYTES
+from gpuprep.recipe import Recipe
+
+REMEMBERED = 1000
+"""Series of the manifest's history that are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What earlier conversions took, by the same recipe and version on the same kind of backend."""
+
+    s_per_voxel: float
+    """Of one worker, per voxel read or written."""
+    disk_share: float | None
+    """Bytes on disk per byte of voxels; None where only a conversion can tell: output is compressed."""
+    series: int
+    """Series it rests on."""
+
+
+def experience(manifest: Manifest | None, recipe: Recipe, backend: str) -> Experience | None:
+    """Return what the manifest's history shows; None if there is none."""
+    seconds = voxels = written = expected = 0.0
+    count = 0
+    columns = ("source_shape", "shape", "bytes", "read_s + process_s + write_s + coalesce(masks_s, 0)")
+    where = (
+        f"WHERE status IN ('ok', 'fixed') AND process_s > 0 AND recipe_sha256 = '{recipe.sha256}' "
+        f"AND version = '{__version__}' AND backend = '{backend}'"
+    )
+    for source, shape, size, spent_s in manifest.columns(*columns, where=where) if manifest else ():
+        grid = prod(json.loads(shape))
+        seconds += spent_s
+        voxels += prod(json.loads(source)) + grid
+        written += size
+        expected += grid * BYTES[recipe.dtype]
+        count += 1
+        if count == REMEMBERED:
+            break
+    return Experience(seconds / voxels, written / expected, count) if count else None
+
+
+@dataclass(slots=True)
+class Forecast:
+    """What a run would take; `add` each of its series."""
+
+    workers: int
+    room: int | None
+    """Memory that the series in flight share, where that is limited."""
+    at_rest_bytes: int
+    """What each worker takes without a series."""
+    free_disk_bytes: int | None
+    experience: Experience | None
+    compressed: bool
+    series: int = 0
+    skipped: int = 0
+    rejected: int = 0
+    output_bytes: int = 0
+    """Of voxels, uncompressed."""
+    replaced_bytes: int = 0
+    """Of former outputs that go when the new ones are there."""
+    voxels: int = 0
+    _largest: list[int] = field(default_factory=list)
+
+    def add(self, outlook: Outlook, needs: Needs) -> None:
+        """Count a series in."""
+        self.series += 1
+        self.skipped += outlook.action == "skip"
+        self.rejected += outlook.action == "reject"
+        self.output_bytes += needs.output_bytes
+        self.voxels += needs.voxels
+        if outlook.action == "convert" and outlook.former is not None and outlook.former.folder == outlook.folder:
+            self.replaced_bytes += outlook.former.bytes
+        heapq.heappush(self._largest, needs.memory_bytes)
+        if len(self._largest) > self.workers:
+            heapq.heappop(self._largest)
+
+    @property
+    def todo(self) -> int:
+        """Series that are not skipped."""
+        return self.series - self.skipped
+
+    @property
+    def disk_share(self) -> float | None:
+        """Bytes on disk per byte of voxels, where that is known."""
+        if not self.compressed:
+            return 1.0
+        return self.experience.disk_share if self.experience else None
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """What the disk has to have room for; None where only a conversion can tell."""
+        share = self.disk_share
+        return None if share is None else max(0, int(self.output_bytes * share) - self.replaced_bytes)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Predicted peak, of all workers together, where the volumes are computed."""
+        largest = max(self._largest, default=0)
+        together = sum(self._largest)
+        if self.room is not None:
+            together = min(together, max(self.room, largest))
+        return self.workers * self.at_rest_bytes + together
+
+    @property
+    def largest_bytes(self) -> int:
+        """Predicted peak of the largest series by itself."""
+        return max(self._largest, default=0)
+
+    @property
+    def expected_s(self) -> float | None:
+        """Time that the series will take together; None without experience."""
+        if self.experience is None:
+            return None
+        return self.voxels * self.experience.s_per_voxel / min(self.workers, max(1, self.todo - self.rejected))
+
+    @property
+    def misfit(self) -> str:
+        """Why the run cannot fit; "" if nothing speaks against it."""
+        need = self.disk_bytes
+        if self.free_disk_bytes is not None and need is not None and need > self.free_disk_bytes:
+            return (
+                f"the outputs need {need / 1e9:.2f} GB and {self.free_disk_bytes / 1e9:.2f} GB are free: free some, "
+                "choose another --out, a smaller --dtype or a --compression, or begin anyway with --no-room-check"
+            )
+        return ""
+
+    def to_dict(self) -> dict[str, int | float | str | None]:
+        """Return the numbers, as JSON holds them."""
+        return {
+            "series": self.series,
+            "skipped": self.skipped,
+            "rejected": self.rejected,
+            "output_bytes": self.output_bytes,
+            "disk_bytes": self.disk_bytes,
+            "free_disk_bytes": self.free_disk_bytes,
+            "memory_bytes": self.memory_bytes,
+            "largest_series_bytes": self.largest_bytes,
+            "workers": self.workers,
+            "expected_s": self.expected_s,
+            "experience_series": self.experience.series if self.experience else 0,
+            "misfit": self.misfit,
+        }

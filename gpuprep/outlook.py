@@ -1,0 +1,155 @@
+"""What would happen to each series, from its headers and the manifest alone; nothing is decoded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from os.path import basename
+from typing import Literal, NamedTuple
+
+import gpuprep
+from gpuprep.auditing import Audit, Verdict, audit
+from gpuprep.backend import Backend, Engine
+from gpuprep.discovery import Cohort
+from gpuprep.errors import PlanError
+from gpuprep.layout import layout
+from gpuprep.manifest import Entry, Manifest
+from gpuprep.matching import Glimpse, Matched, fingerprint, used_names
+from gpuprep.memory import mask_bytes, needed_bytes
+from gpuprep.output import Output
+from gpuprep.plan import Plan, make_plan
+from gpuprep.recipe import Recipe
+from gpuprep.series import Series
+from gpuprep.text import printable
+
+DONE = ("ok", "fixed", "skipped")
+"""Of a series whose output is there."""
+
+
+class Needs(NamedTuple):
+    """What the conversion of one series takes."""
+
+    output_bytes: int
+    """Of its voxels on disk, uncompressed."""
+    memory_bytes: int
+    """At one time, where it is computed."""
+    voxels: int
+    """Read and written: time goes with them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What would happen to one series, from its headers alone."""
+
+    series: Series
+    action: Literal["convert", "skip", "reject"]
+    folder: str
+    """Relative to OUT."""
+    plan: Plan | None
+    audit: Audit | None = None
+    """Absent for a series that is skipped: nothing about it has changed."""
+    reason: str = ""
+    code: str = ""
+    """Of that reason, if it is not in the headers."""
+    former: Entry | None = None
+    """What the manifest has of it."""
+    segmentations: tuple[Glimpse, ...] = ()
+    """What masks would be made of …"""
+    structures: tuple[str, ...] = ()
+    """… and of what in them, by the names that are used."""
+
+    @property
+    def verdict(self) -> Verdict | Literal["skipped"]:
+        """What the headers amount to."""
+        if self.audit is None:
+            return "skipped"
+        return "rejected" if self.action == "reject" else self.audit.verdict
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The reasons for the verdict, for programs."""
+        if self.audit is None:
+            return ()
+        return (self.code,) if self.code else self.audit.codes
+
+    def needs(self, backend: Backend, engine: Engine) -> Needs:
+        """Return what its conversion takes."""
+        if self.plan is None:
+            return Needs(0, 0, 0)
+        image = self.plan.recipe.image
+        memory = needed_bytes(self.plan, backend, engine) if image else 0
+        if self.segmentations:  # after the image
+            memory = max(memory, mask_bytes(self.plan, backend))
+        voxels = prod(self.plan.source.shape) + prod(self.plan.target.shape)
+        return Needs(self.plan.output_bytes if image else 0, memory, voxels)
+
+
+def outlooks(
+    cohort: Cohort,
+    chosen: Iterable[Series],
+    paths: list[str],
+    recipe: Recipe,
+    matches: Matched | None,
+    values: Mapping[str, int],
+    output: Output | None,
+    manifest: Manifest | None,
+) -> Iterator[Outlook]:
+    """Yield what would happen to some series of a cohort.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        All series: the folder of one depends on the others.
+    chosen : iterable of Series
+        Those that matter.
+    paths : list of str
+        What the cohort was found under.
+    recipe : Recipe
+        How.
+    matches : Matched, optional
+        Which segmentation goes to which series; absent: no masks are asked for.
+    values : mapping of str to int
+        Label values of structures, where they share volumes.
+    output, manifest : optional
+        What earlier runs have made.
+    """
+    taken = {folder: key for folder, key in manifest.columns("folder", "key") if folder} if manifest else {}
+    folders = layout(cohort, paths, taken)
+    shared = recipe.masks.layout == "labels"
+    for series in chosen:
+        found = matches.by_key.get(series.key, ()) if matches is not None else ()
+        if not found and not recipe.image:
+            continue
+        names = tuple(used_names(found, recipe.masks))
+        former = manifest.entry(series.key) if manifest else None
+        outlook = partial(Outlook, series, former=former, segmentations=found, structures=names)
+        now = fingerprint(series, found, [(name, values.get(name, 0)) for name in names] if shared else [])
+        if former and output and _complete(now, recipe, output, former):
+            yield outlook("skip", former.folder, None)
+            continue
+        audited = audit(series, recipe.rules)
+        if audited.stack is None:
+            yield outlook("reject", "", None, audited, audited.reason)
+            continue
+        try:
+            plan = make_plan(audited.stack.geometry, recipe, audited.stack.placement)
+        except PlanError as exc:
+            yield outlook("reject", "", None, audited, f"PlanError: {exc}", "plan")
+            continue
+        if bad := [g for g in found if g.error]:
+            reason = f"SegmentationError: {printable(basename(bad[0].path))}: {bad[0].error}"
+            yield outlook("reject", "", None, audited, reason, bad[0].code)
+        else:
+            yield outlook("convert", folders[series.key], plan, audited)
+
+
+def _complete(fingerprint_: str, recipe: Recipe, output: Output, former: Entry) -> bool:
+    """Whether an earlier output stands for exactly this input and recipe, and is all there."""
+    same = (former.fingerprint, former.recipe_sha256, former.version) == (
+        fingerprint_,
+        recipe.sha256,
+        gpuprep.__version__,
+    )
+    return same and former.status in DONE and output.contents(former.folder) == (former.files, former.bytes)

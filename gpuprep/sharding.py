@@ -1,0 +1,47 @@
+"""A share of a cohort: which series belong to it, the same on every machine and in every run."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Self
+
+from gpuprep.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shard:
+    """Share `number` of `count`, counted from 1."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the shard that is called ``i/n``.
+
+        Raises
+        ------
+        RequestError
+            If it is not 1 ≤ i ≤ n.
+        """
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        number, count = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= number <= count:
+            raise RequestError(f"shard = {text!r}: give i/n with i from 1 to n, such as 1/4 … 4/4")
+        return cls(number, count)
+
+    @property
+    def name(self) -> str:
+        """Of its workshop and in its manifest's name; "" for everything."""
+        return "" if self.count == 1 else f"{self.number}-of-{self.count}"
+
+    def has(self, series_uid: str) -> bool:
+        """Whether a series belongs to it: by a hash of its UID alone, so that its parts stay together."""
+        digest = hashlib.sha256(series_uid.encode()).digest()
+        return int.from_bytes(digest[:8]) % self.count == self.number - 1
+
+
+WHOLE = Shard(1, 1)
+"""All of a cohort."""
