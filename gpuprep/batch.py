@@ -37,6 +37,7 @@ from gpuprep.manifest import Manifest, SeriesResult, now
 from gpuprep.matching import Glimpse, Matched, fingerprint, matched, used_names
 from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, mask_bytes, needed_bytes, workers
 from gpuprep.output import contents, open_output, retire, write_text
+from gpuprep.places import given, is_url
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
@@ -192,7 +193,7 @@ def convert(
     Parameters
     ----------
     paths : path or iterable of paths
-        Folders, searched to any depth, or files.
+        Folders, searched to any depth, or files; as for `gpuprep.discover`.
     out : path
         Where volumes, ``manifest.sqlite``, ``manifest.csv`` and ``recipe.toml`` go.
     recipe : Recipe, optional
@@ -539,9 +540,9 @@ def _discover(
 def _check_apart(paths: list[str], out: Path) -> None:
     """Raise if volumes would be written among the input: OUT may lie inside an input, but no input inside OUT."""
     for path in paths:
-        if Path(path).resolve().is_relative_to(out.resolve()):
+        if not is_url(path) and Path(path).resolve().is_relative_to(out.resolve()):
             raise RequestError(f"the input {path} lies in the output folder {out}: choose another --out")
 
 
 def _listed(paths: Paths) -> list[str]:
-    return [os.fspath(paths)] if isinstance(paths, str | os.PathLike) else [os.fspath(p) for p in paths]
+    return [given(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]

@@ -46,7 +46,8 @@ MASKS = "Masks"
 RUN = "Run"
 
 Paths = Annotated[
-    list[Path], typer.Argument(metavar="DICOM_DIR...", help="Folders, searched to any depth, or single files.")
+    list[str],
+    typer.Argument(metavar="DICOM_DIR...", help="Folders, searched to any depth, or single files; or their URLs."),
 ]
 RecipeOption = Annotated[
     str,
@@ -327,11 +328,11 @@ def convert(
 @app.command()
 def mask(
     segmentations: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(metavar="SEG...", help="Segmentation files, or folders of them: RTSTRUCT, SEG, XML, text."),
     ],
     series: Annotated[
-        list[Path],
+        list[str],
         typer.Option(metavar="DICOM_DIR", help="The series they belong to. If it is one, all go to it."),
     ],
     out: Out,
@@ -369,8 +370,7 @@ def mask(
                 threshold=seg_threshold,
             ),
         )  # fmt: skip
-        given = list(map(str, segmentations))
-        _convert(series, out, wanted, given, backend, "operators", jobs, None, index, quiet, json_)
+        _convert(series, out, wanted, segmentations, backend, "operators", jobs, None, index, quiet, json_)
 
 
 @app.command()
@@ -475,7 +475,7 @@ def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
 
 
 def _convert(
-    paths: list[Path], out: Path, recipe: Recipe, masks: list[str] | Literal["auto"] | None, backend: Any, engine: Any,
+    paths: list[str], out: Path, recipe: Recipe, masks: list[str] | Literal["auto"] | None, backend: Any, engine: Any,
     jobs: int | None, limit: int | None, index: str | None, quiet: bool, json_: bool,
 ) -> None:  # fmt: skip
     with held_back():
@@ -494,7 +494,7 @@ def _convert(
         monitor = Monitor()
     with monitor as listener:
         run = run_conversion(
-            list(paths), out, recipe, masks=masks, backend=chosen.name, engine=engine,  # type: ignore[arg-type]
+            paths, out, recipe, masks=masks, backend=chosen.name, engine=engine,  # type: ignore[arg-type]
             jobs=_jobs(jobs, chosen.name), limit=limit, index=_index(index), listener=listener,
         )  # fmt: skip
     if json_:
@@ -513,12 +513,12 @@ def _convert(
         show_run(run, str(out), time.perf_counter() - started)
     if run.exit_code == 3:
         what = "no CT series" if recipe.image else "no segmentation of a CT series"
-        _complain(f"{what} under {', '.join(map(str, paths))}")
+        _complain(f"{what} under {', '.join(paths)}")
     raise typer.Exit(run.exit_code)
 
 
 def _show_scan(
-    paths: list[Path], recipe: Recipe, out: Path | None, jobs: int | None, index: str | None,
+    paths: list[str], recipe: Recipe, out: Path | None, jobs: int | None, index: str | None,
     how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None,
 ) -> None:  # fmt: skip
     with held_back():
@@ -534,7 +534,7 @@ def _show_scan(
             unmatched.extend(matched.complaints)
 
     cohort, outlooks = run_scan(
-        list(paths), recipe, masks=masks, out=out, index=_index(index), jobs=_jobs(jobs, "cpu"), listener=Unmatched()
+        paths, recipe, masks=masks, out=out, index=_index(index), jobs=_jobs(jobs, "cpu"), listener=Unmatched()
     )
     if how == "csv":
         _print_csv([_outlook(o) for o in outlooks])
@@ -552,7 +552,7 @@ def _show_scan(
     else:
         show_scan(cohort, outlooks, unmatched)
     if not cohort:
-        _complain(f"no CT series under {', '.join(map(str, paths))}")
+        _complain(f"no CT series under {', '.join(paths)}")
         raise typer.Exit(3)
     raise typer.Exit(1 if cohort.unreadable or unmatched or any(o.action == "reject" for o in outlooks) else 0)
 
