@@ -42,6 +42,7 @@ from gpuprep.matching import Matched, fingerprint, matched, used_names
 from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, USABLE, for_volumes, host_bytes_free, workers
 from gpuprep.outlook import DONE, Needs, Outlook, outlooks
 from gpuprep.output import Output, open_output
+from gpuprep.places import given, is_url
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
 from gpuprep.sharding import WHOLE, Shard
@@ -275,7 +276,7 @@ def convert(
     Parameters
     ----------
     paths : path or iterable of paths
-        Folders or files.
+        Folders, searched to any depth, or files; as for `gpuprep.discover`.
     out : path
         Where outputs and the manifest go; made if need be.
     recipe : Recipe, optional
@@ -774,9 +775,9 @@ def _discover(
 def _check_apart(paths: list[str], out: Path) -> None:
     """Raise if volumes would be written among the input: OUT may lie inside an input, but no input inside OUT."""
     for path in paths:
-        if Path(path).resolve().is_relative_to(out.resolve()):
+        if not is_url(path) and Path(path).resolve().is_relative_to(out.resolve()):
             raise RequestError(f"the input {path} lies in the output folder {out}: choose another --out")
 
 
 def _listed(paths: Paths) -> list[str]:
-    return [os.fspath(paths)] if isinstance(paths, str | os.PathLike) else [os.fspath(p) for p in paths]
+    return [given(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]

@@ -214,11 +214,11 @@ def convert(
 @app.command()
 def mask(
     segmentations: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(metavar="SEG...", help="Segmentation files, or folders of them: RTSTRUCT, SEG, XML, text."),
     ],
     series: Annotated[
-        list[Path],
+        list[str],
         typer.Option(metavar="DICOM_DIR", help="The series they belong to. If it is one, all go to it."),
     ],
     out: Out,
@@ -258,10 +258,9 @@ def mask(
                 threshold=seg_threshold,
             ),
         )  # fmt: skip
-        given = list(map(str, segmentations))
         run_conversion(
-            series, out, wanted, given, stop, backend=backend, jobs=jobs, index=index, log=log, log_format=log_format,
-            quiet=quiet, json_=json_,
+            series, out, wanted, segmentations, stop, backend=backend, jobs=jobs, index=index, log=log,
+            log_format=log_format, quiet=quiet, json_=json_,
         )  # fmt: skip
 
 
@@ -367,7 +366,7 @@ def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
 
 
 def run_conversion(
-    paths: list[Path], out: Path, recipe: Recipe, masks: list[str] | Literal["auto"] | None, stop: Stop, *,
+    paths: list[str], out: Path, recipe: Recipe, masks: list[str] | Literal["auto"] | None, stop: Stop, *,
     backend: Any, jobs: int | None, index: str | None, log: Path | None, log_format: Literal["text", "json"],
     quiet: bool, json_: bool, memory_share: float | None = None, scheduler: str | None = None, **how: Any,
 ) -> None:  # fmt: skip
@@ -394,7 +393,7 @@ def run_conversion(
     journal: Any = nullcontext(Listener()) if log is None else Journal.appending(log, log_format)
     with monitor as shown, journal as written:
         run = convert(
-            list(paths), out, recipe, masks=masks, backend=backend,
+            paths, out, recipe, masks=masks, backend=backend,
             jobs=_jobs(jobs, backend), memory_share=USABLE if memory_share is None else memory_share,
             scheduler=scheduler, index=header_index(index), listener=Together(shown, written), stop=stop, **how,
         )  # fmt: skip
@@ -415,7 +414,7 @@ def run_conversion(
         show_run(run, str(out), time.perf_counter() - started)
     if run.exit_code == 3:
         what = "no CT series" if recipe.image else "no segmentation of a CT series"
-        complain(f"{what} under {', '.join(map(str, paths))}")
+        complain(f"{what} under {', '.join(paths)}")
     if run.stopped is not None:
         complain(INTERRUPTED)
     raise typer.Exit(run.exit_code)
@@ -432,7 +431,7 @@ def _numbers(text: str | None) -> list[int] | None:
 
 
 def _show_scan(
-    paths: list[Path], recipe: Recipe, out: Path | None, jobs: int | None, index: str | None,
+    paths: list[str], recipe: Recipe, out: Path | None, jobs: int | None, index: str | None,
     how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None, **means: Any,
 ) -> None:  # fmt: skip
     with held_back():
@@ -448,7 +447,7 @@ def _show_scan(
             unmatched.extend(matched.complaints)
 
     found = run_scan(
-        list(paths), recipe, masks=masks, out=out, index=header_index(index), jobs=_jobs(jobs, "cpu"),
+        paths, recipe, masks=masks, out=out, index=header_index(index), jobs=_jobs(jobs, "cpu"),
         listener=Unmatched(), **means,
     )  # fmt: skip
     cohort, outlooks = found.cohort, found.outlooks
@@ -469,7 +468,7 @@ def _show_scan(
     else:
         show_scan(found, unmatched)
     if not cohort:
-        complain(f"no CT series under {', '.join(map(str, paths))}")
+        complain(f"no CT series under {', '.join(paths)}")
         raise typer.Exit(3)
     raise typer.Exit(1 if cohort.unreadable or unmatched or any(o.action == "reject" for o in outlooks) else 0)
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, BinaryIO, Literal
 
+from gpuprep import places
+
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
@@ -101,7 +103,7 @@ def members(path: str) -> Iterator[Member]:
         If the archive is damaged or beyond the limits of this module.
     """
     if _is_gzip(path):
-        yield Member(GZIP_MEMBER, os.stat(path).st_size)
+        yield Member(GZIP_MEMBER, places.stat(path).st_size)
         return
     archive = _archive(path)
     for info in archive.infolist():
@@ -135,10 +137,12 @@ def open_member(path: str, member: str) -> BinaryIO:
         than announced, or beyond the limits of this module.
     """
     if member == GZIP_MEMBER:
-        if not _is_gzip(path):
+        packed = places.opened(path)
+        if kind(packed.read(4) or b"") != "gzip":
+            packed.close()
             raise ContainerError("not a gzip'd file")
-        limit = min(LARGEST_MEMBER_BYTES, max(RATIO_FREE_BYTES, LARGEST_RATIO * os.stat(path).st_size))
-        return io.BufferedReader(_Stream(lambda: gzip.GzipFile(path), f"{path}/", None, limit), CHUNK_BYTES)
+        limit = min(LARGEST_MEMBER_BYTES, max(RATIO_FREE_BYTES, LARGEST_RATIO * packed.seek(0, os.SEEK_END)))
+        return io.BufferedReader(_Stream(lambda: _unpacking(packed), f"{path}/", None, limit, packed), CHUNK_BYTES)
     archive = _archive(path)
     info = archive.NameToInfo.get(member)
     if info is None or not _is_file(info):
@@ -166,11 +170,16 @@ def _one_line() -> Iterator[None]:
 
 
 def _is_gzip(path: str) -> bool:
-    with open(path, "rb") as file:
-        return kind(file.read(4)) == "gzip"
+    with places.opened(path, head=True) as file:
+        return kind(file.read(4) or b"") == "gzip"
 
 
-class _ArchiveFile(io.FileIO):
+def _unpacking(packed: io.RawIOBase) -> gzip.GzipFile:
+    packed.seek(0)
+    return gzip.GzipFile(fileobj=packed)
+
+
+class _ArchiveFile(io.BufferedReader):
     """What zipfile reads from. It asks for the directory in one piece, which is where its size can be limited."""
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -188,7 +197,7 @@ class _ArchiveFile(io.FileIO):
 
 
 def _archive(path: str) -> zipfile.ZipFile:
-    status = os.stat(path)
+    status = places.stat(path)
     # Processes must not share a file, for each would move the other's position; threads may, zipfile has a lock.
     return _parsed(path, status.st_ino, status.st_size, status.st_mtime_ns, os.getpid())
 
@@ -196,7 +205,7 @@ def _archive(path: str) -> zipfile.ZipFile:
 @lru_cache(CACHED_ARCHIVES)
 def _parsed(path: str, *_: int) -> zipfile.ZipFile:
     """Open an archive, once for all of its members. It is closed when neither the cache nor a stream refers to it."""
-    file = _ArchiveFile(path)
+    file = _ArchiveFile(places.opened(path))
     try:
         with _one_line():
             return zipfile.ZipFile(file)
@@ -233,8 +242,16 @@ class _Stream(io.RawIOBase):
 
     _file: IO[bytes] | gzip.GzipFile = io.BytesIO()  # until there is one
 
-    def __init__(self, opened: Callable[[], IO[bytes] | gzip.GzipFile], name: str, size: int | None, limit: int):
+    def __init__(
+        self,
+        opened: Callable[[], IO[bytes] | gzip.GzipFile],
+        name: str,
+        size: int | None,
+        limit: int,
+        packed: io.RawIOBase | None = None,  # is closed with this one
+    ):
         super().__init__()
+        self._packed = packed
         self.name = name  # pydicom asks a buffered reader for one; where it looks, nothing may be
         self._opened, self._size, self._limit = opened, size, limit
         self._at, self._failure = 0, ""
@@ -278,6 +295,8 @@ class _Stream(io.RawIOBase):
 
     def close(self) -> None:
         self._file.close()
+        if self._packed is not None:
+            self._packed.close()
         super().close()
 
     def _advance(self) -> bool:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
-import stat
+import stat as modes
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import overload
 
-from gpuprep.errors import RequestError
 from gpuprep.headers import Contents, read_headers
 from gpuprep.index import File, HeaderIndex
 from gpuprep.layout import absolute
 from gpuprep.partition import partition
+from gpuprep.places import given, is_requested_folder, is_url, resolved, stat, walk
 from gpuprep.rules import Rules
 from gpuprep.series import Image, Series
 from gpuprep.text import printable
@@ -69,7 +68,8 @@ def discover(
     ----------
     paths : path or iterable of paths
         Folders, searched to any depth, whatever the files are called; or single files. Files may be gzip'd, and zip
-        archives count as folders. Of a DICOMDIR, the folder it lies in is searched.
+        archives count as folders. Of a DICOMDIR, the folder it lies in is searched. URLs such as
+        ``s3://bucket/folder`` are opened with fsspec.
     rules : Rules, optional
         Whether images that share positions are split into volumes; the default where absent.
     exclude : path, optional
@@ -87,14 +87,14 @@ def discover(
     Raises
     ------
     RequestError
-        If a path does not exist.
+        If a path does not exist, or cannot be reached.
 
     Notes
     -----
     Images belong together by *Series Instance UID* alone, wherever their files lie, and within one UID by matrix, pixel
     spacing and orientation; see `gpuprep.partition`.
     """
-    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    places = [given(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     images: list[Image] = []
     passed_over: Counter[str] = Counter()
     unreadable: list[tuple[str, str]] = []
@@ -110,9 +110,9 @@ def discover(
     with closing(HeaderIndex(index)) if index is not None else nullcontext() as headers:
         unknown: dict[str, File] = {}
         identities: set[tuple[int, int]] = set()
-        excluded = os.path.realpath(exclude) if exclude else None
+        excluded = resolved(exclude) if exclude else None
         with _no_collection():
-            for folder, files, whole in _listed([Path(p) for p in paths], excluded, unreadable, passed_over):
+            for folder, files, whole in _listed(places, excluded, unreadable, passed_over):
                 fresh = [f for f in files if f.identity not in identities]
                 identities.update(f.identity for f in fresh)
                 known = headers.known(folder, fresh, whole=whole) if headers else {}
@@ -144,24 +144,26 @@ def _no_collection() -> Iterator[None]:
 
 
 def _listed(
-    paths: list[Path], excluded: str | None, unlisted: list[tuple[str, str]], passed_over: Counter[str]
+    paths: list[str], excluded: str | None, unlisted: list[tuple[str, str]], passed_over: Counter[str]
 ) -> Iterator[tuple[str, list[File], bool]]:
     """Yield folders with their files, sorted, and whether these are all; no folder is entered twice."""
     entered = {excluded}
+    folders = []
     for path in paths:
-        if not path.exists():
-            raise RequestError(f"{path} does not exist")
-        if path.is_dir():
-            continue
         name = absolute(path)
-        if path.name.upper() == "DICOMDIR":
-            yield from _walked(os.path.dirname(name), entered, unlisted, passed_over)
+        if is_requested_folder(path):
+            folders.append(name)
+        elif os.path.basename(path).upper() == "DICOMDIR":
+            folders.append(os.path.dirname(name))
         else:
             files: list[File] = []
             _examine(name, files, unlisted, passed_over)
             yield os.path.dirname(name), files, False
-    for path in filter(Path.is_dir, paths):
-        yield from _walked(absolute(path), entered, unlisted, passed_over)
+    for folder in folders:
+        if is_url(folder):
+            yield from _walked_url(folder, excluded, entered, unlisted)
+        else:
+            yield from _walked(folder, entered, unlisted, passed_over)
 
 
 def _walked(
@@ -189,6 +191,18 @@ def _walked(
         yield folder, files, True
 
 
+def _walked_url(
+    top: str, excluded: str | None, entered: set[str | None], unlisted: list[tuple[str, str]]
+) -> Iterator[tuple[str, list[File], bool]]:
+    try:
+        for folder, files in walk(top, excluded):
+            if folder not in entered:
+                entered.add(folder)
+                yield folder, [_file(path, status) for path, status in files], True
+    except OSError as exc:
+        unlisted.append((printable(top), f"cannot be listed: {exc.strerror}"))
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -199,11 +213,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _examine(path: str, files: list[File], unlisted: list[tuple[str, str]], passed_over: Counter[str]) -> None:
     """Put a file where it belongs by what the system says of it."""
     try:
-        status = os.stat(path)
+        status = stat(path)
     except OSError as exc:
         unlisted.append((printable(path), printable(f"{type(exc).__name__}: {exc}")))
         return
-    if stat.S_ISREG(status.st_mode):
-        files.append(File(path, status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino)))
+    if modes.S_ISREG(status.st_mode):
+        files.append(_file(path, status))
     else:  # opening a pipe would wait for ever
         passed_over["not a regular file"] += 1
+
+
+def _file(path: str, status: os.stat_result) -> File:
+    return File(path, status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino))

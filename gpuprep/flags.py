@@ -13,7 +13,8 @@ MASKS = "Masks"
 RUN = "Run"
 
 Paths = Annotated[
-    list[Path], typer.Argument(metavar="DICOM_DIR...", help="Folders, searched to any depth, or single files.")
+    list[str],
+    typer.Argument(metavar="DICOM_DIR...", help="Folders, searched to any depth, or single files; or their URLs."),
 ]
 RecipeOption = Annotated[
     str,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from gpuprep import places
 from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.deflation import inflated
 from gpuprep.geometry import COARSEST_MM, FINEST_MM
@@ -114,7 +115,7 @@ def read_headers(files: list[str]) -> list[Contents]:
 
 def _contents(file: str) -> Contents:
     try:
-        status = os.stat(file)
+        status = places.stat(file)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return Contents(passed_over={"not a regular file": 1}, lasting=False)
         with open_frugally(file, None, HEADER_BYTES) as f:

@@ -7,6 +7,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
+from gpuprep.places import given, is_url, isfile, rooted
 from gpuprep.series import Series
 
 WORKSHOP = ".gpuprep"
@@ -38,7 +39,7 @@ def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, 
     """
     series = list(series)
     roots = [absolute(p) for p in inputs]
-    parents = [os.path.dirname(os.path.dirname(r) if os.path.isfile(r) else r) for r in roots]
+    parents = [os.path.dirname(rooted(os.path.dirname(r) if isfile(r) else r)) for r in roots]
     top = os.path.commonpath(parents) if parents else "/"
     bases = {s.key: _base(s.folder, top) for s in series}
     shared = Counter(bases.values())
@@ -57,7 +58,9 @@ def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, 
 
 def absolute(path: str | os.PathLike[str]) -> str:
     """Return a path from the root on, as the system would go: up from a link's target, but links otherwise kept."""
-    path = os.fspath(path)
+    path = given(path)
+    if is_url(path):
+        return path
     return os.path.realpath(path) if os.pardir in path.split(os.sep) else os.path.abspath(path)
 
 
@@ -89,7 +92,7 @@ class _Used:
 
 def _base(folder: str, top: str) -> str:
     """Return `folder` relative to `top`, in harmless names; "" where it does not lie below."""
-    relative = os.path.relpath(folder, top)
+    relative = os.path.relpath(rooted(folder), top)
     parts = [] if relative == "." else relative.split(os.sep)
     if ".." in parts:
         return ""

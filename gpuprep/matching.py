@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import stat
+import stat as modes
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from gpuprep.discovery import Cohort
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
 from gpuprep.executors import Executor, WorkerDiedError, answers
 from gpuprep.layout import absolute
+from gpuprep.places import is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
 from gpuprep.segmentation.contours import Plane, Reading
 from gpuprep.segmentation.names import UID
 from gpuprep.segmentation.opening import DAMAGED_OBJECT, read_segmentation
@@ -75,9 +76,9 @@ def glimpses(questions: list[Question]) -> list[Glimpse]:
 def _glimpse(question: Question) -> Glimpse:
     path = question.path
     try:
-        status = os.stat(path)
+        status = stat(path)
         s = read_segmentation(path, question.reading, question.plane)
-        beside = tuple((other, (found := os.stat(other)).st_size, found.st_mtime_ns) for other in s.beside)
+        beside = tuple((other, (found := stat(other)).st_size, found.st_mtime_ns) for other in s.beside)
     except SegmentationError as exc:
         return Glimpse(path, status.st_size, status.st_mtime_ns, error=str(exc), code=exc.code)
     except OSError as exc:
@@ -118,19 +119,25 @@ def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = N
         If a path does not exist, or is neither a file nor a folder.
     """
     files: dict[object, str] = {}
-    entered = {os.path.realpath(exclude)} if exclude else set()
+    excluded = resolved(exclude) if exclude else None
+    entered = {excluded}
 
     def take(file: str) -> None:
         try:
-            status = os.stat(file)
+            status = stat(file)
         except OSError:
             files[file] = file  # whoever reads it says what is wrong with it
         else:
-            if stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            if modes.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
                 files.setdefault((status.st_dev, status.st_ino), file)
 
     for path in paths:
-        if os.path.isdir(path):
+        if is_url(path) and is_requested_folder(path):
+            for _, found in walk(path, excluded):
+                for file, status in found:
+                    if os.path.basename(file)[0] != ".":
+                        files.setdefault((status.st_dev, status.st_ino), file)
+        elif isdir(path):
             for folder, below, names in os.walk(absolute(path), followlinks=True):
                 real = os.path.realpath(folder)
                 if real in entered:
@@ -141,7 +148,7 @@ def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = N
                 for name in sorted(names):
                     if name[0] != ".":
                         take(os.path.join(folder, name))
-        elif os.path.isfile(path):
+        elif isfile(path):
             take(absolute(path))
         elif os.path.exists(path):
             raise RequestError(f"the segmentation {path} is neither a file nor a folder")
@@ -222,11 +229,11 @@ def matched(
     by_key = {key: tuple(again.get(g.path, g) for g in gs) for key, gs in by_key.items()}
     if roots is None:
         return Matched(by_key, unmatched, frozenset())
-    explicit = {absolute(root) for root in roots if not os.path.isdir(root)}
+    explicit = {absolute(root) for root in roots if not isdir(root)}
     other = {g.path for g, _ in unmatched if g.code == NOT_ONE or (g.code == UNKNOWN and _is_document(g.path))}
     other -= explicit
     useful = [g.path for g in found if g.path not in other]
-    barren = [r for r in map(absolute, roots) if os.path.isdir(r) and not any(below(f, r) for f in useful)]
+    barren = [r for r in map(absolute, roots) if isdir(r) and not any(below(f, r) for f in useful)]
     nothing = tuple((Glimpse(folder), "it holds no segmentation") for folder in dict.fromkeys(barren))
     return Matched(by_key, unmatched + nothing, (frozenset(files) - other).union(barren))
 
@@ -273,7 +280,7 @@ def match(
     """
     used = {path for g in found for path, *_ in g.beside}
     found = [g for g in found if g.code not in NONE or g.path not in used]
-    named = {absolute(r) for r in roots if not os.path.isdir(r)} if alone else set()
+    named = {absolute(r) for r in roots if not isdir(r)} if alone else set()
     known = _Known(cohort, roots, inputs)
     by_key: dict[str, list[Glimpse]] = defaultdict(list)
     unmatched: list[tuple[Glimpse, str]] = []
@@ -305,7 +312,7 @@ class _Known:
 
     def __init__(self, cohort: Sequence[Series], roots: Sequence[str], inputs: Sequence[str]) -> None:
         self._cohort = cohort
-        self._roots = [absolute(r) if os.path.isdir(r) else os.path.dirname(absolute(r)) for r in roots]
+        self._roots = [absolute(r) if isdir(r) else os.path.dirname(absolute(r)) for r in roots]
         self._by_series: dict[str, list[Series]] = defaultdict(list)
         self._by_frame: dict[str, list[Series]] = defaultdict(list)
         self._by_sop: dict[str, Series] = {}
@@ -316,7 +323,7 @@ class _Known:
         self.pointed = False
         """Whether the path of any file pointed to a series."""
         # A folder of images has its name, by which a folder of masks may go.
-        tops = [top for i in inputs if os.path.isdir(i) for top in (absolute(i), os.path.dirname(absolute(i)))]
+        tops = [top for i in inputs if isdir(i) for top in (absolute(i), os.path.dirname(absolute(i)))]
         self._places = [(s, {os.path.relpath(s.folder, top) for top in tops if below(s.folder, top)}) for s in cohort]
 
     def by_uid(self, g: Glimpse) -> tuple[list[Series], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
@@ -12,6 +11,7 @@ import numpy as np
 
 from gpuprep.acceptance import DAMAGED, listed
 from gpuprep.errors import InputError
+from gpuprep.places import common_folder
 from gpuprep.rules import Irregularity, Rules
 from gpuprep.series import Image, Series, SliceHeader
 from gpuprep.stacking import along_normal_mm, has_doubles, stack
@@ -153,7 +153,7 @@ def _joined(images: list[Image]) -> Series:
         pixel_spacing_mm=first.pixel_spacing_mm,
         orientation=first.orientation,
         part=0,
-        folder=os.path.commonpath({image.folder for image in images}),
+        folder=common_folder({image.folder for image in images}),
         slices=tuple(image.header for image in images),
     )
 

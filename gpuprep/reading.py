@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pydicom
 from numpy.typing import NDArray
 
 from gpuprep import padding as padded
+from gpuprep import places
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
@@ -212,7 +212,7 @@ class Content:
     def read(self, header: SliceHeader, out: NDArray[Any]) -> None:
         """Fill `out` with the stored values of an image."""
         try:
-            if os.stat(header.path).st_mtime_ns != header.mtime_ns:
+            if places.stat(header.path).st_mtime_ns != header.mtime_ns:
                 raise DecodeError(f"{header.name} changed since the scan: run the same command again", "changed")
             if header.pixel_offset is not None:
                 self._read_plain(header, header.pixel_offset, out)
@@ -228,8 +228,13 @@ class Content:
         values = out if direct else np.empty(out.shape, dtype=dtype)
         view = memoryview(values.data).cast("B")
         if header.member is None and header.transfer_syntax != DEFLATED:
-            with open(header.path, "rb", buffering=0) as f:
-                done = _fill(f, offset, view)
+            if places.is_url(header.path):
+                data = places.fetched(header.path, offset, offset + len(view))
+                done = len(data)
+                view[:done] = data
+            else:
+                with open(header.path, "rb", buffering=0) as f:
+                    done = _fill(f, offset, view)
         elif header.frames == 1:
             with _open(header) as f:
                 done = _fill(inflated(f, offset + len(view))[0], offset, view)

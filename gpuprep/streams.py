@@ -6,6 +6,7 @@ import io
 from typing import BinaryIO, cast
 
 from gpuprep.containers import open_member
+from gpuprep.places import opened
 
 LARGE_BYTES = 2**20
 """More is read piece by piece: memory is taken for what is there, not for what a damaged length announces."""
@@ -51,6 +52,6 @@ class FrugalReader(io.BufferedReader):
 def open_frugally(path: str, member: str | None, most_bytes: int | None = None) -> BinaryIO:
     """Open a file, or what is packed into it, for pydicom; as `FrugalReader` says."""
     if member is None:
-        return FrugalReader(io.FileIO(path), most_bytes)
+        return FrugalReader(opened(path, head=most_bytes is not None), most_bytes)
     packed = cast(io.BufferedReader, open_member(path, member))
     return FrugalReader(packed.detach(), most_bytes)

@@ -8,11 +8,11 @@ DICOM PS3.4, B.5 (Standard SOP Classes).
 from __future__ import annotations
 
 import io
-import os
 import stat
 import warnings
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from gpuprep import places
 from gpuprep.deflation import inflated
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import attributes, rtstruct, seg
@@ -65,9 +65,9 @@ def read_object(path: str, reading: Reading) -> Segmentation:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd values are dealt with one by one
-            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            if not stat.S_ISREG(places.stat(path).st_mode):  # opening a pipe would wait for ever
                 raise SegmentationError("not a regular file")
-            with FrugalReader(io.FileIO(path), most_reads=MOST_READS) as file:
+            with FrugalReader(places.opened(path), most_reads=MOST_READS) as file:
                 ds = _opened(file)
             return _read(ds, path, reading)
     except SegmentationError:

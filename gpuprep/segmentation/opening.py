@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
 
+from gpuprep import places
 from gpuprep.containers import kind
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import tables
@@ -63,7 +65,7 @@ def read_segmentation(
     SegmentationError
         If it cannot be read, is of another kind, or could mean two things.
     """
-    path = os.fspath(path)
+    path = places.given(path)
     reading = reading or Reading()
     data = _content(path)
     if data[128:132] == b"DICM" or _BARE_DICOM.match(data):
@@ -85,12 +87,12 @@ def read_segmentation(
 
 def _content(path: str) -> bytes:
     try:
-        status = os.stat(path)
+        status = places.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             raise SegmentationError("is not a regular file")
         if status.st_size > LARGEST_BYTES:
             raise SegmentationError(f"has {status.st_size / 2**30:.1f} GiB: no segmentation is that large")
-        with open(path, "rb") as f:
+        with io.BufferedReader(places.opened(path)) as f:
             return f.read(LARGEST_BYTES + 1)
     except (OSError, ValueError) as exc:  # a name with a NUL
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)

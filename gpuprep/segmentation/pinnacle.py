@@ -7,6 +7,7 @@ positions differ by half turns about y (feet first for head first) and z (prone 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep import places
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import Contour, Segmentation, Structure
 from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
@@ -196,16 +198,16 @@ def _agree(announced: tuple[int, int] | None, found: int, what: str) -> None:
 
 def _header(path: str) -> tuple[dict[str, str], list[str], tuple[str, ...]]:
     """Return what the header of the image set says, notes on why it was not read, and its path."""
-    folder = os.path.dirname(os.path.abspath(path))
-    places = [folder, os.path.dirname(folder)] if os.path.basename(folder).startswith("Plan_") else [folder]
-    for place in places:
+    folder = os.path.dirname(path if places.is_url(path) else os.path.abspath(path))
+    around = [folder, os.path.dirname(folder)] if os.path.basename(folder).startswith("Plan_") else [folder]
+    for place in around:
         try:
-            names = [name for name in os.listdir(place) if _HEADER_NAME.fullmatch(name)]
-            found = [file for name in names if os.path.isfile(file := os.path.join(place, name))]
+            names = [name for name in places.listed(place) if _HEADER_NAME.fullmatch(name)]
+            found = [file for name in names if places.isfile(file := os.path.join(place, name))]
             if len(found) > 1:
                 return {}, ["there are several ImageSet_….header; leave beside plan.roi the one it was drawn on"], ()
             if found:
-                with open(found[0], "rb") as f:
+                with io.BufferedReader(places.opened(found[0])) as f:
                     return _keys(f.read(_HEADER_BYTES).decode("utf-8", "replace")), [], (found[0],)
         except OSError as exc:
             return {}, [f"the header of the image set cannot be read ({exc.strerror})"], ()
