@@ -20,9 +20,8 @@ from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-i
 from numpy.typing import NDArray
 
 from gpuprep import kernels
-from gpuprep.backend import DEVICE
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
-from gpuprep.staging import Empty, Lane
+from gpuprep.staging import DEVICE, Empty, Lane
 
 
 def _elementwise(kernel: kernels.Kernel) -> Any:

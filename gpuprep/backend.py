@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 BackendName = Literal["auto", "cpu", "gpu"]
 Engine = Literal["operators", "ndimage"]
 """How the arithmetic is done on either: banded matrices, or the libraries' own calls."""
-DEVICE = "GPUPREP_DEVICE"
-"""Variable with the name of the device that a worker has for itself."""
 Body = Literal["matmul", "loops"]
 """How banded matrices are applied: by an array library, or on the host by loops that Numba compiles."""
 

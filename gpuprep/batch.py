@@ -719,13 +719,13 @@ def _chosen_means(
 ) -> _Means:
     """Return what runs the tasks."""
     if scheduler is not None:
-        from gpuprep.cluster import Cluster, Elsewhere
+        from gpuprep.cluster import Cluster, elsewhere
 
         if not isinstance(backend, str):
-            raise RequestError("a scheduler's workers open their backends themselves: give its name")
-        remote = Elsewhere(backend)
-        cluster = Cluster(scheduler, jobs or usable_cores(), gpu=backend == "gpu")
-        return _Means(remote, cluster, cluster.workers, None, AT_REST_BYTES[remote.body])
+            raise RequestError("the workers of a scheduler open their backend themselves: give its name")
+        there = elsewhere() if backend == "gpu" else get_backend("cpu")
+        cluster = Cluster(scheduler, jobs, gpu=backend == "gpu")
+        return _Means(there, cluster, cluster.jobs, None, AT_REST_BYTES[there.body])
     return _means(get_backends(backend, gpus) if isinstance(backend, str) else [backend], jobs, share)
 
 

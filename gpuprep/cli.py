@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -65,10 +64,12 @@ from gpuprep.flags import (
     UnitsOption,
     Window,
 )
-from gpuprep.interruption import Stop, held_back
+from gpuprep.interruption import held_back
+from gpuprep.keeping import KEEPING
 from gpuprep.logs import quiet_libraries
+from gpuprep.running import gpu_numbers, jobs_or_cores, run_conversion
 from gpuprep.sharding import WHOLE, Shard
-from gpuprep.shell import INTERRUPTED, complain, errors_to_exit_codes, header_index, print_csv, print_json
+from gpuprep.shell import complain, errors_to_exit_codes, header_index, print_csv, print_json
 from gpuprep.text import printable
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def convert(
             )  # fmt: skip
         else:
             run_conversion(
-                paths, out, wanted, given, stop, backend=backend, engine=engine, jobs=jobs, gpus=_numbers(gpus),
+                paths, out, wanted, given, stop, backend=backend, engine=engine, jobs=jobs, gpus=gpu_numbers(gpus),
                 memory_share=memory_share, limit_s=time_limit, shard=part, scheduler=scheduler, limit=limit,
                 room_check=not no_room_check, index=index, log=log, log_format=log_format, quiet=quiet, json_=json_,
             )  # fmt: skip
@@ -295,6 +296,10 @@ def scan(
         _show_scan(paths, wanted, None, jobs, index, "csv" if csv else "json" if json_ else "table")
 
 
+for _command in KEEPING:
+    app.command()(_command)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for the demo; made if need be.")],
@@ -313,7 +318,7 @@ def demo(
         chosen = get_backend(backend)
         show_recipe(Recipe(), chosen.device, "operators")
         with Monitor() as monitor:
-            shown = run_demo(out, backend=chosen.name, jobs=_jobs(jobs, chosen.name), listener=monitor)  # type: ignore[arg-type]
+            shown = run_demo(out, backend=chosen.name, jobs=jobs_or_cores(jobs, chosen.name), listener=monitor)  # type: ignore[arg-type]
         show_run(shown.run, str(shown.volumes), time.perf_counter() - started)
         if shown.run.counts not in ({"ok": 3, "fixed": 1, "rejected": 1}, {"skipped": 4, "rejected": 1}):
             raise GpuprepError(f"the demo should convert 4 series and reject 1, but gave {shown.run.counts}")
@@ -365,71 +370,6 @@ def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
     return masks
 
 
-def run_conversion(
-    paths: list[str], out: Path, recipe: Recipe, masks: list[str] | Literal["auto"] | None, stop: Stop, *,
-    backend: Any, jobs: int | None, index: str | None, log: Path | None, log_format: Literal["text", "json"],
-    quiet: bool, json_: bool, memory_share: float | None = None, scheduler: str | None = None, **how: Any,
-) -> None:  # fmt: skip
-    """Convert, show what happens as was asked for, and leave with the exit code."""
-    with held_back():
-        from gpuprep.backend import get_backend
-        from gpuprep.batch import Listener, convert
-        from gpuprep.console import Complaints, Monitor, show_recipe, show_run
-        from gpuprep.journal import Journal, Together
-        from gpuprep.memory import USABLE
-
-    if quiet or json_:
-        logging.getLogger("gpuprep").setLevel(logging.ERROR)
-    started = time.perf_counter()
-    if scheduler is None:
-        chosen = get_backend(backend)
-        backend, device = chosen.name, chosen.device
-    else:
-        device = f"whatever the workers of {scheduler} have"
-    monitor: Any = nullcontext(Complaints() if quiet else Listener())
-    if not (quiet or json_):
-        show_recipe(recipe, device, how.get("engine", "operators"))
-        monitor = Monitor()
-    journal: Any = nullcontext(Listener()) if log is None else Journal.appending(log, log_format)
-    with monitor as shown, journal as written:
-        run = convert(
-            paths, out, recipe, masks=masks, backend=backend,
-            jobs=_jobs(jobs, backend), memory_share=USABLE if memory_share is None else memory_share,
-            scheduler=scheduler, index=header_index(index), listener=Together(shown, written), stop=stop, **how,
-        )  # fmt: skip
-    if json_:
-        print_json(
-            {
-                "counts": run.counts,
-                "postponed": run.postponed,
-                "stopped": run.stopped,
-                "passed_over": run.passed_over,
-                "unreadable": run.unreadable,
-                "unmatched": run.unmatched,
-                "seconds": round(time.perf_counter() - started, 3),
-                "series": [r.to_dict() for r in run.results],
-            }
-        )
-    elif not quiet:
-        show_run(run, str(out), time.perf_counter() - started)
-    if run.exit_code == 3:
-        what = "no CT series" if recipe.image else "no segmentation of a CT series"
-        complain(f"{what} under {', '.join(paths)}")
-    if run.stopped is not None:
-        complain(INTERRUPTED)
-    raise typer.Exit(run.exit_code)
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    """Return the GPUs that ``0,1`` means."""
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(f"--gpus {text!r}: give numbers separated by commas, such as 0,1") from None
-
-
 def _show_scan(
     paths: list[str], recipe: Recipe, out: Path | None, jobs: int | None, index: str | None,
     how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None, **means: Any,
@@ -447,7 +387,7 @@ def _show_scan(
             unmatched.extend(matched.complaints)
 
     found = run_scan(
-        paths, recipe, masks=masks, out=out, index=header_index(index), jobs=_jobs(jobs, "cpu"),
+        paths, recipe, masks=masks, out=out, index=header_index(index), jobs=jobs_or_cores(jobs, "cpu"),
         listener=Unmatched(), **means,
     )  # fmt: skip
     cohort, outlooks = found.cohort, found.outlooks
@@ -526,10 +466,3 @@ def _parsed(name: str, value: Any) -> Any:
     except ValueError:
         raise RecipeError(f"{name} = {value!r}: give numbers separated by commas, or none") from None
     return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _jobs(jobs: int | None, backend: str) -> int | None:
-    """Return one worker per core that this process may use; on a GPU, leave it to `batch`."""
-    from gpuprep.executors import usable_cores
-
-    return jobs if jobs is not None or backend == "gpu" else usable_cores()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
@@ -24,10 +24,13 @@ from gpuprep.manifest import SeriesResult
 from gpuprep.matching import Matched
 from gpuprep.recipe import Recipe
 from gpuprep.text import numbered, printable
+from gpuprep.upkeep import Finding as Damage
+from gpuprep.upkeep import Status
 
 if TYPE_CHECKING:
     from gpuprep.doctor import Finding
 
+STATES = {"running": "green", "finished": "", "interrupted": "yellow", "killed": "red"}
 STYLES = {"ok": "green", "fixed": "cyan", "skipped": "dim", "rejected": "yellow"}
 PIPE_WIDTH = 160
 """Columns where the output is no terminal."""
@@ -213,6 +216,90 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = ()) -> None:
     console.print(
         f"{len(cohort)} series: {sums or 'none'}; {total / 1e9:.2f} GB to write" + _beside(cohort.passed_over)
     )
+    if scan.forecast.free_disk_bytes is not None:
+        show_forecast(scan.forecast)
+
+
+def show_forecast(forecast: Forecast) -> None:
+    """Print what a run would take."""
+    console = _console(stderr=False)
+    disk = forecast.disk_bytes
+    most = "" if disk is not None else "at most "
+    free = f" of {forecast.free_disk_bytes / 1e9:.2f} GB free" if forecast.free_disk_bytes is not None else ""
+    console.print(f"disk    {most}{(forecast.output_bytes if disk is None else disk) / 1e9:.2f} GB{free}")
+    console.print(
+        f"memory  {forecast.memory_bytes / 1e9:.2f} GB at the peak of {numbered(forecast.workers, 'worker')}; "
+        f"{forecast.largest_bytes / 1e9:.2f} GB for the largest series"
+    )
+    if forecast.expected_s is not None and forecast.experience is not None:
+        told = f"as the last {numbered(forecast.experience.series, 'conversion')} took" if forecast.experience else ""
+        console.print(f"time    {_duration(forecast.expected_s)}, {told}")
+    if forecast.misfit:
+        console.print(f"does not fit: {forecast.misfit}", style="red")
+
+
+def show_status(status: Status) -> None:
+    """Print what an output folder holds and how far its runs are."""
+    console = _console(stderr=False)
+    for p in status.progress:
+        shard = f"shard {p.shard.number}/{p.shard.count}, " if p.shard.name else ""
+        rate = f", {p.series_per_s:.3g} series/s" if p.series_per_s is not None else ""
+        left = f", {_duration(p.left_s)} left" if p.left_s is not None else ""
+        console.print(
+            f"{p.state}: {shard}{p.done} of {p.run.todo} series done{rate}{left} "
+            f"({p.run.skipped} skipped; since {p.run.started} on {p.run.host}, {p.run.device})",
+            style=STATES[p.state],
+        )
+    counts = ", ".join(f"{n} {state}" for state, n in sorted(status.counts.items())) or "no series"
+    console.print(f"{counts}; {status.bytes / 1e9:.2f} GB")
+    for reason in status.reasons:
+        console.print(f"{reason.status} {reason.codes}: {reason.series}", style=STYLES.get(reason.status, "red"))
+        for example in reason.examples:
+            console.print(f"  {example}", soft_wrap=True)
+    if status.unreadable:
+        console.print(f"{status.unreadable} DICOM files or folders unreadable", style="red")
+
+
+class Counting:
+    """A bar that counts, for work of unknown length."""
+
+    def __init__(self, what: str) -> None:
+        console = _console(stderr=True)
+        self._progress = Progress(
+            TextColumn(what), MofNCompleteColumn(), console=console, disable=not console.is_terminal
+        )
+        self._task = self._progress.add_task("", total=None)
+        self.count = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def one_more(self) -> None:
+        """Count one."""
+        self.count += 1
+        self._progress.update(self._task, advance=1)
+
+
+def show_damage(findings: Sequence[Damage], outputs: int) -> None:
+    """Print what was found about the files of an output folder."""
+    console = _console(stderr=False)
+    for f in findings:
+        style = "red" if f.kind in ("missing", "torn") else "yellow"
+        console.print(f"{f.kind:10}  {f.path}", style=style, soft_wrap=True)
+    counts = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(f.kind for f in findings).items()))
+    console.print(f"{numbered(outputs, 'output')} read again: {counts or 'all as they were written'}")
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def show_findings(findings: Iterable[Finding]) -> None:

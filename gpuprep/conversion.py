@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import gpuprep
 from gpuprep.auditing import Audit, audit
-from gpuprep.backend import DEVICE, Backend, Engine
+from gpuprep.backend import Backend, Engine
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors import last_task
 from gpuprep.manifest import SeriesResult, Status, now, this_host
@@ -25,6 +25,7 @@ from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.rules import codes
 from gpuprep.series import Series
+from gpuprep.staging import DEVICE
 from gpuprep.text import printable
 
 if TYPE_CHECKING:

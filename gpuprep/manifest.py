@@ -237,6 +237,9 @@ class Manifest:
         for row in self._db.execute(_ROWS + _BY_SOURCE):
             yield _result(row)
 
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM series").fetchone()[0])
+
     def columns(self, *names: str, where: str = "") -> Iterator[tuple[Any, ...]]:
         """Yield some columns of every row, as SQLite holds them, in the order of the rows."""
         return iter(self._db.execute(f"SELECT {', '.join(names)} FROM series {where} {_BY_SOURCE}"))  # noqa: S608
@@ -286,6 +289,17 @@ class Manifest:
         columns = ", ".join(_RUN_COLUMNS)
         row = self._db.execute(f"SELECT {columns} FROM runs ORDER BY started DESC LIMIT 1").fetchone()  # noqa: S608
         return None if row is None else RunRecord(**dict(zip(_RUN_COLUMNS, row, strict=True)))
+
+    def finished_since(self, started: str) -> tuple[int, str]:
+        """Return how many series have been finished since some time, and when the last one was."""
+        count, last = self._db.execute(
+            "SELECT count(*), coalesce(max(finished), '') FROM series WHERE finished >= ?", (started,)
+        ).fetchone()
+        return count, last
+
+    def unreadable(self) -> int:
+        """Return how many files the last scan could not read."""
+        return int(self._db.execute("SELECT count(*) FROM unreadable").fetchone()[0])
 
     def take_over(self, other: Path, shard: Shard) -> None:
         """Take what another manifest knows, of the series of a shard in place of what this one knew; all or nothing.

@@ -73,20 +73,41 @@ class Output:
 
     def intact(self, folder: str) -> tuple[dict[str, Any], Written] | None:
         """Return the ``volume.json`` of an output all of whose files are as it says, to the bit; None for any other."""
+        try:
+            text = (self.root / folder / SIDECAR).read_bytes()
+            sha256 = hashlib.sha256(text).hexdigest()
+            if self.torn(folder, sha256):
+                return None
+            sidecar = json.loads(text)
+            sizes = [file["bytes"] for file in sidecar["outputs"].values()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return sidecar, Written(len(sizes) + 1, sum(sizes) + len(text), sha256)
+
+    def torn(self, folder: str, sha256: str) -> list[str]:
+        """Return the files of an output that are not as they were written, or not there, or there besides.
+
+        Parameters
+        ----------
+        folder : str
+            The output.
+        sha256 : str
+            Of its ``volume.json``, which has the checksums of the others.
+        """
         place = self.root / folder
         try:
             text = (place / SIDECAR).read_bytes()
-            sidecar = json.loads(text)
-            listed = {name: (f["bytes"], f["crc32"]) for name, f in sidecar["outputs"].items()}
-            if contents(place)[0] != len(listed) + 1:
-                return None
-            for name, (size, crc) in listed.items():
-                if os.path.getsize(place / name) != size or checksum(place / name) != crc:
-                    return None
+            listed: dict[str, Any] = json.loads(text)["outputs"]
+            if hashlib.sha256(text).hexdigest() != sha256:
+                return [SIDECAR]
+            there = {name for name, entry in _entries(place) if name != SIDECAR and _is_own(name) and entry.is_file()}
+            return sorted(there - set(listed)) + [name for name, file in listed.items() if _differs(place / name, file)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        size = sum(size for size, _ in listed.values()) + len(text)
-        return sidecar, Written(len(listed) + 1, size, hashlib.sha256(text).hexdigest())
+            return [SIDECAR]
+
+    def strangers(self, folder: str) -> list[str]:
+        """Return what is in an output's folder and not of it."""
+        return _strangers(self.root / folder)
 
     def holds(self, folder: str) -> bool:
         """Whether there is anything at that place."""
@@ -342,9 +363,20 @@ def _check_replaceable(folder: Path, key: str, known: bool) -> None:
     else:
         if former != key:
             raise OutputError(f"{folder} holds another series, {former}: {hint}")
-    strangers = [n for n, entry in _entries(folder) if n != SIDECAR and not (_is_own(n) and entry.is_file())]
-    if strangers:
+    if strangers := _strangers(folder):
         raise OutputError(f"{folder} also holds {min(strangers)}, which is not gpuprep's to remove: {hint}")
+
+
+def _strangers(folder: Path) -> list[str]:
+    return sorted(n for n, entry in _entries(folder) if n != SIDECAR and not (_is_own(n) and entry.is_file()))
+
+
+def _differs(file: Path, listed: dict[str, Any]) -> bool:
+    """Whether a file is not what is listed."""
+    try:
+        return (os.path.getsize(file), checksum(file)) != (listed["bytes"], listed["crc32"])
+    except OSError:
+        return True
 
 
 def _is_own(name: str) -> bool:

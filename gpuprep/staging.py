@@ -32,6 +32,9 @@ UPLOAD, KERNELS, DOWNLOAD, IDLE = "upload_s", "kernels_s", "download_s", ""
 SLOTS = 2
 """Page-locked buffers in either direction: one is filled or emptied by the host while the other one is copied."""
 
+DEVICE = "GPUPREP_DEVICE"
+"""Variable with the name of the device that a worker has for itself."""
+
 
 class Event(Protocol):
     """A point in the stream."""

@@ -1,0 +1,99 @@
+"""The manifest in formats that other programs read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from gpuprep.console import mute
+from gpuprep.errors import RequestError
+from gpuprep.manifest import SeriesResult
+
+ROWS_AT_A_TIME = 1000
+
+
+def write_csv(results: Iterable[SeriesResult], to: Path | None) -> None:
+    """Write CSV: lists and tables as JSON in their cells, as in ``manifest.csv``."""
+    with _opened(to, "w") as file:
+        writer = csv.writer(file)
+        writer.writerow([f.name for f in fields(SeriesResult)])
+        for result in results:
+            writer.writerow(
+                [json.dumps(v) if isinstance(v, list | tuple | dict) else v for v in result.to_dict().values()]
+            )
+
+
+def write_json_lines(results: Iterable[SeriesResult], to: Path | None) -> None:
+    """Write JSON, an object in a line per series."""
+    with _opened(to, "w") as file:
+        for result in results:
+            file.write(json.dumps(result.to_dict()) + "\n")
+
+
+def write_parquet(results: Iterable[SeriesResult], to: Path | None) -> None:
+    """Write Parquet: numbers and lists as such, what the audit found and the labels as JSON.
+
+    Raises
+    ------
+    RequestError
+        If pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as exc:
+        raise RequestError(f"Parquet needs pyarrow ({exc}): pip install 'gpuprep[parquet]'") from exc
+    schema = pyarrow.schema([(f.name, _arrow_type(pyarrow, str(f.type))) for f in fields(SeriesResult)])
+    with _opened(to, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for rows in _batched(results):
+            plain = [{k: _flat(k, v, schema, pyarrow) for k, v in row.to_dict().items()} for row in rows]
+            writer.write_table(pyarrow.Table.from_pylist(plain, schema))
+
+
+def _batched(results: Iterable[SeriesResult]) -> Iterator[tuple[SeriesResult, ...]]:
+    rows = iter(results)
+    while batch := tuple(islice(rows, ROWS_AT_A_TIME)):
+        yield batch
+
+
+def _arrow_type(pyarrow: Any, annotation: str) -> Any:
+    """Return the column type of a field; what it holds within is JSON."""
+    plain = annotation.removesuffix(" | None")
+    if plain.startswith("tuple[str"):
+        return pyarrow.list_(pyarrow.string())
+    if plain.startswith("tuple[int"):
+        return pyarrow.list_(pyarrow.int64())
+    if plain.startswith("tuple[float"):
+        return pyarrow.list_(pyarrow.float64())
+    return {"int": pyarrow.int64(), "float": pyarrow.float64()}.get(plain, pyarrow.string())
+
+
+def _flat(name: str, value: Any, schema: Any, pyarrow: Any) -> Any:
+    within = isinstance(value, list | dict) and schema.field(name).type == pyarrow.string()
+    return json.dumps(value) if within else value
+
+
+@contextmanager
+def _opened(to: Path | None, mode: str) -> Iterator[IO[Any]]:
+    """Open a file, or standard output, whose reader may have seen enough at any time."""
+    if to is None:
+        try:
+            yield sys.stdout if mode == "w" else sys.stdout.buffer
+            sys.stdout.flush()
+        except BrokenPipeError:
+            mute(sys.stdout)
+        return
+    try:
+        text: dict[str, Any] = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
+        file: IO[Any] = to.open(mode, **text)
+    except OSError as exc:
+        raise RequestError(f"cannot write {to}: {exc.strerror}") from exc
+    with file:
+        yield file

@@ -1,0 +1,167 @@
+"""Commands about an output folder: how far it is, whether it is whole, its manifest, and what failed once more."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gpuprep.errors import RequestError
+from gpuprep.flags import RUN, BackendOption, Gpus, Index, Jobs, Json, Log, LogFormat, MemoryShare, Quiet, TimeLimit
+from gpuprep.interruption import held_back
+from gpuprep.running import gpu_numbers, run_conversion
+from gpuprep.shell import errors_to_exit_codes, print_json
+
+if TYPE_CHECKING:
+    from gpuprep.manifest import RunRecord
+
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The --out of a run.")]
+
+
+def status(out: OutArgument, json_: Json = False) -> None:
+    """Show how far a run is, or how the last one ended: counts, rate, time left, what was left out and why."""
+    with errors_to_exit_codes():
+        with held_back():
+            from gpuprep.console import show_status
+            from gpuprep.upkeep import status as status_of
+
+        found = status_of(out)
+        if json_:
+            print_json(asdict(found))
+        else:
+            show_status(found)
+
+
+def verify(
+    out: OutArgument,
+    mark: Annotated[
+        bool, typer.Option("--mark", help="Record damaged outputs as failed: retry, or a run, makes them again.")
+    ] = False,
+    jobs: Jobs = None,
+    json_: Json = False,
+) -> None:
+    """Read every output again and compare checksums; name what is damaged, missing, unfinished or of no output."""
+    with errors_to_exit_codes():
+        with held_back():
+            from gpuprep.console import Counting, show_damage
+            from gpuprep.executors import Processes, usable_cores
+            from gpuprep.manifest import open_manifest
+            from gpuprep.output import open_output
+            from gpuprep.upkeep import mark as mark_damaged
+            from gpuprep.upkeep import verify as findings_of
+
+        executor = Processes(jobs or usable_cores(), preload=("gpuprep.upkeep",))
+        try:
+            with Counting("outputs") as counting:
+                found = list(findings_of(out, executor, counting.one_more))
+        finally:
+            executor.stop()
+        if mark and found:
+            with open_output(out), closing(open_manifest(out)) as manifest:
+                mark_damaged(manifest, found)
+                manifest.write_csv()
+        if json_:
+            print_json([asdict(f) for f in found])
+        else:
+            show_damage(found, counting.count)
+        raise typer.Exit(1 if found else 0)
+
+
+def manifest(
+    out: OutArgument,
+    csv: Annotated[bool, typer.Option("--csv", help="As CSV, lists as JSON in their cells (the default).")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON, a line per series.")] = False,
+    parquet: Annotated[bool, typer.Option("--parquet", help="As Parquet; needs gpuprep\\[parquet].")] = False,
+    to: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to; standard output if absent.")] = None,
+) -> None:
+    """Print the manifest, one row per series; shards that are not merged yet are in it."""
+    with errors_to_exit_codes():
+        with held_back():
+            from gpuprep.exports import write_csv, write_json_lines, write_parquet
+            from gpuprep.upkeep import Records
+
+        if csv + json_ + parquet > 1:
+            raise RequestError("--csv, --json and --parquet: give one of them")
+        if parquet and to is None and sys.stdout.isatty():
+            raise RequestError("Parquet is nothing for a terminal: give --to FILE, or > FILE")
+        write: Callable[..., None] = write_parquet if parquet else write_json_lines if json_ else write_csv
+        with closing(Records(out)) as records:
+            write(records, to)
+
+
+def merge(out: OutArgument) -> None:
+    """Merge the manifests of shards into that of OUT. Shards that ran elsewhere are first copied into OUT."""
+    with errors_to_exit_codes():
+        with held_back():
+            from gpuprep.console import say
+            from gpuprep.manifest import Manifest, manifest_path
+            from gpuprep.manifest import merge as merge_manifests
+            from gpuprep.output import open_output
+            from gpuprep.text import numbered
+
+        if not out.is_dir():
+            raise RequestError(f"{out} is no folder: give the --out of a run")
+        with open_output(out), closing(Manifest(manifest_path(out))) as merged:
+            shards = merge_manifests(merged)
+            merged.write_csv()
+            missing = sorted({n for s in shards for n in range(1, s.count + 1)} - {s.number for s in shards})
+            say(f"{numbered(len(shards), 'shard')} merged into {manifest_path(out)}, which has {len(merged)} series")
+            if missing and shards:
+                numbers = ", ".join(f"{n}/{shards[0].count}" for n in missing)
+                say(f"not among them: {numbers}; merge again when they are there")
+
+
+def retry(
+    out: OutArgument,
+    backend: BackendOption = "auto",
+    jobs: Jobs = None,
+    gpus: Gpus = None,
+    memory_share: MemoryShare = None,
+    time_limit: TimeLimit = None,
+    rejected: Annotated[
+        bool, typer.Option("--rejected", help="Those that were rejected too.", rich_help_panel=RUN)
+    ] = False,
+    index: Index = None,
+    log: Log = None,
+    log_format: LogFormat = "text",
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Convert again what failed, with the inputs, masks and recipe of the last run."""
+    with errors_to_exit_codes() as stop:
+        with held_back():
+            from gpuprep.manifest import open_manifest
+            from gpuprep.output import open_output
+            from gpuprep.recipe import Recipe
+            from gpuprep.upkeep import Records
+
+        with closing(Records(out)):  # is there anything?
+            pass
+        with open_output(out), closing(open_manifest(out)) as known:
+            run = known.last_run()
+        if run is None:
+            raise RequestError(f"{out} knows of no run: use gpuprep convert")
+        asked = _request(run, out)
+        run_conversion(
+            asked["paths"], out, Recipe.load(out / "recipe.toml"), asked["masks"], stop, backend=backend,
+            engine=asked["engine"], jobs=jobs, gpus=gpu_numbers(gpus), memory_share=memory_share, limit_s=time_limit,
+            only=("failed", "rejected") if rejected else ("failed",), index=index, log=log, log_format=log_format,
+            quiet=quiet, json_=json_,
+        )  # fmt: skip
+
+
+def _request(run: RunRecord, out: Path) -> dict[str, Any]:
+    """Return what the last run was asked for."""
+    asked: dict[str, Any] = json.loads(run.request)
+    if not {"paths", "masks", "engine"} <= asked.keys():
+        raise RequestError(f"the manifest of {out} does not say what the last run read: use gpuprep convert")
+    return asked
+
+
+KEEPING: tuple[Callable[..., None], ...] = (status, verify, retry, manifest, merge)

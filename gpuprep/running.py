@@ -1,0 +1,90 @@
+"""Converting as commands do: with what a person sees, a log if one is wanted, and an exit code at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from gpuprep.errors import RequestError
+from gpuprep.interruption import Stop, held_back
+from gpuprep.shell import INTERRUPTED, complain, header_index, print_json
+
+if TYPE_CHECKING:
+    from gpuprep.recipe import Recipe
+
+
+def run_conversion(
+    paths: list[str], out: Path, recipe: Recipe, masks: list[str] | Literal["auto"] | None, stop: Stop, *,
+    backend: Any, jobs: int | None, index: str | None, log: Path | None, log_format: Literal["text", "json"],
+    quiet: bool, json_: bool, memory_share: float | None = None, scheduler: str | None = None, **how: Any,
+) -> None:  # fmt: skip
+    """Convert, show what happens as was asked for, and leave with the exit code."""
+    with held_back():
+        from gpuprep.backend import get_backend
+        from gpuprep.batch import Listener, convert
+        from gpuprep.console import Complaints, Monitor, show_recipe, show_run
+        from gpuprep.journal import Journal, Together
+        from gpuprep.memory import USABLE
+
+    if quiet or json_:
+        logging.getLogger("gpuprep").setLevel(logging.ERROR)
+    started = time.perf_counter()
+    if scheduler is None:
+        chosen = get_backend(backend)
+        backend, device = chosen.name, chosen.device
+    else:
+        device = f"whatever the workers of {scheduler} have"
+    monitor: Any = nullcontext(Complaints() if quiet else Listener())
+    if not (quiet or json_):
+        show_recipe(recipe, device, how.get("engine", "operators"))
+        monitor = Monitor()
+    journal: Any = nullcontext(Listener()) if log is None else Journal.appending(log, log_format)
+    with monitor as shown, journal as written:
+        run = convert(
+            paths, out, recipe, masks=masks, backend=backend,
+            jobs=jobs_or_cores(jobs, backend), memory_share=USABLE if memory_share is None else memory_share,
+            scheduler=scheduler, index=header_index(index), listener=Together(shown, written), stop=stop, **how,
+        )  # fmt: skip
+    if json_:
+        print_json(
+            {
+                "counts": run.counts,
+                "postponed": run.postponed,
+                "stopped": run.stopped,
+                "passed_over": run.passed_over,
+                "unreadable": run.unreadable,
+                "unmatched": run.unmatched,
+                "seconds": round(time.perf_counter() - started, 3),
+                "series": [r.to_dict() for r in run.results],
+            }
+        )
+    elif not quiet:
+        show_run(run, str(out), time.perf_counter() - started)
+    if run.exit_code == 3:
+        what = "no CT series" if recipe.image else "no segmentation of a CT series"
+        complain(f"{what} under {', '.join(paths)}")
+    if run.stopped is not None:
+        complain(INTERRUPTED)
+    raise typer.Exit(run.exit_code)
+
+
+def gpu_numbers(text: str | None) -> list[int] | None:
+    """Return the GPUs that ``0,1`` means."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"--gpus {text!r}: give numbers separated by commas, such as 0,1") from None
+
+
+def jobs_or_cores(jobs: int | None, backend: str) -> int | None:
+    """Return one worker per core that this process may use; on a GPU, leave it to `batch`."""
+    from gpuprep.executors import usable_cores
+
+    return jobs if jobs is not None or backend == "gpu" else usable_cores()

@@ -1,0 +1,259 @@
+"""What can be said of an output folder afterwards, or while a run is on: from its manifests and files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from gpuprep.errors import RequestError
+from gpuprep.executors import Executor, WorkerDiedError
+from gpuprep.layout import RESERVED, WORKSHOP
+from gpuprep.manifest import Manifest, RunRecord, SeriesResult, State, manifest_path, shards_of
+from gpuprep.outlook import DONE
+from gpuprep.output import SIDECAR, Output, is_open
+from gpuprep.sharding import WHOLE, Shard
+from gpuprep.text import printable
+
+EXAMPLES = 3
+"""Series of one reason that are named."""
+
+
+class Records:
+    """All manifests of an output folder, to be read as one: that of OUT, and those of shards that are not merged yet.
+
+    Raises
+    ------
+    RequestError
+        If there is none.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._files = ExitStack()
+        shards = shards_of(out)
+        paths = shards if shards else {}
+        if manifest_path(out).is_file():
+            paths = {**paths, WHOLE: manifest_path(out)}
+        if not paths:
+            raise RequestError(f"{out} has no manifest: give the --out of a run")
+        self.manifests = {
+            shard: self._files.enter_context(closing(Manifest(path, reading=True))) for shard, path in paths.items()
+        }
+
+    def __iter__(self) -> Iterator[SeriesResult]:
+        """Yield every result."""
+        for shard, manifest in self.manifests.items():
+            for result in manifest:
+                if self._counts(shard, result.series_uid):
+                    yield result
+
+    def columns(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """Yield some columns of every row."""
+        for shard, manifest in self.manifests.items():
+            for uid, *values in manifest.columns("series_uid", *names):
+                if self._counts(shard, uid):
+                    yield tuple(values)
+
+    def _counts(self, shard: Shard, uid: str) -> bool:
+        """Whether the manifest of a shard has the last word on a series."""
+        if shard != WHOLE:
+            return shard.has(uid)
+        return not any(other.has(uid) for other in self.manifests if other != WHOLE)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._files.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Series that were left out for one reason."""
+
+    status: str
+    codes: str
+    series: int
+    examples: tuple[str, ...]
+    """What is said of the first ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The last run of an output folder, or of one of its shards."""
+
+    shard: Shard
+    run: RunRecord
+    state: State | Literal["killed"]
+    done: int
+    """Of the series that it had to do."""
+    series_per_s: float | None
+    left_s: float | None
+    """Until it is finished; None where there is nothing to judge by, or it is not running."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What an output folder holds, and what is going on in it."""
+
+    counts: dict[str, int]
+    bytes: int
+    reasons: tuple[Reason, ...]
+    unreadable: int
+    progress: tuple[Progress, ...] = field(default=())
+
+
+def status(out: Path) -> Status:
+    """Return what an output folder holds and how far its runs are; may be asked at any time.
+
+    Raises
+    ------
+    RequestError
+        If there is no manifest.
+    OutputError
+        If it cannot be read.
+    """
+    counts: Counter[str] = Counter()
+    size = 0
+    left_out: dict[tuple[str, str], list[str]] = defaultdict(list)
+    numbers: Counter[tuple[str, str]] = Counter()
+    with closing(Records(out)) as records:
+        for state, codes, bytes_, reason, source in records.columns("status", "codes", "bytes", "reason", "source"):
+            counts[state] += 1
+            size += bytes_
+            if state not in DONE:
+                kind = state, ", ".join(json.loads(codes))
+                numbers[kind] += 1
+                if len(left_out[kind]) < EXAMPLES:
+                    left_out[kind].append(f"{source}: {reason}")
+        reasons = tuple(Reason(*kind, n, tuple(left_out[kind])) for kind, n in numbers.most_common())
+        unreadable = max(manifest.unreadable() for manifest in records.manifests.values())
+        progress = tuple(
+            _progress(out, shard, run, manifest)
+            for shard, manifest in records.manifests.items()
+            if (run := manifest.last_run()) is not None
+        )
+    return Status(dict(counts), size, reasons, unreadable, progress)
+
+
+def _progress(out: Path, shard: Shard, run: RunRecord, manifest: Manifest) -> Progress:
+    state: State | Literal["killed"] = run.state
+    if state == "running" and not is_open(out, shard):
+        state = "killed"
+    done, last = manifest.finished_since(run.started)
+    rate = left = None
+    if done and (spent_s := (datetime.fromisoformat(last) - datetime.fromisoformat(run.started)).total_seconds()) > 0:
+        rate = done / spent_s
+        left = max(0, run.todo - done) / rate if state == "running" else None
+    return Progress(shard, run, state, min(done, run.todo), rate, left)
+
+
+Fault = Literal["missing", "torn", "stray", "unfinished", "unrecorded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something about the files of an output folder that is not as the manifest says."""
+
+    kind: Fault
+    """missing: an output is gone. torn: a file of it is gone, or has other bytes. stray: a file that is of no output.
+    unfinished: left by a run that was killed. unrecorded: an output without a record, which a run recognises if it is
+    whole."""
+    path: str
+    """Relative to OUT."""
+    key: str = ""
+    """Of the series it belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """An output to be read again; travels to workers."""
+
+    output: Output
+    key: str
+    folder: str
+    sha256: str
+
+
+def verify(out: Path, executor: Executor, checked: Callable[[], None]) -> Iterator[Finding]:
+    """Read every output again, and yield what is not as it was written.
+
+    Parameters
+    ----------
+    out : path
+        An output folder.
+    executor : Executor
+        Reads the files.
+    checked : callable
+        Called after each output.
+
+    Raises
+    ------
+    RequestError
+        If there is no manifest, or a run is on.
+    """
+    if is_open(out) or any(is_open(out, shard) for shard in shards_of(out)):
+        raise RequestError(f"a run is writing into {out}: verify it afterwards")
+    output = Output(out, out / WORKSHOP)
+    with closing(Records(out)) as records:
+        checks = {
+            folder: _Check(output, key, folder, sha256 or "")
+            for key, folder, sha256, state in records.columns("key", "folder", "sha256", "status")
+            if folder and (state in DONE or output.holds(folder))
+        }
+    for check, outcome in executor.run(_verified, checks.values()):
+        if isinstance(outcome, WorkerDiedError):
+            outcome = [Finding("torn", check.folder, check.key)]
+        yield from outcome
+        checked()
+    yield from _strays(out, set(checks))
+
+
+def _verified(check: _Check) -> list[Finding]:
+    """Return what is wrong with an output; runs in a worker."""
+    if not check.output.holds(check.folder):
+        return [Finding("missing", check.folder, check.key)]
+    torn = check.output.torn(check.folder, check.sha256)
+    return [Finding("torn", f"{check.folder}/{name}", check.key) for name in torn]
+
+
+def _strays(out: Path, folders: set[str]) -> Iterator[Finding]:
+    """Yield files that belong to nothing, and folders of a run that did not end."""
+    for folder, below, names in os.walk(out):
+        here = os.path.relpath(folder, out)
+        if here == WORKSHOP:
+            unfinished = [name for name in below if "-of-" not in name]
+            yield from (Finding("unfinished", printable(f"{WORKSHOP}/{name}")) for name in sorted(unfinished))
+            below[:] = [name for name in below if name not in unfinished]
+            continue
+        if here.startswith(WORKSHOP + os.sep):
+            yield from (Finding("unfinished", printable(f"{here}/{name}")) for name in sorted(below))
+            below.clear()
+            continue
+        if here in folders:  # looked at as a whole
+            yield from (Finding("stray", printable(f"{here}/{name}")) for name in Output(out, out).strangers(here))
+            below.clear()
+            continue
+        below.sort()
+        if SIDECAR in names:
+            yield Finding("unrecorded", printable(here))
+            below.clear()
+            continue
+        own = RESERVED if here == "." else ()
+        for name in sorted(names):
+            if not (own and name.startswith(own)):
+                yield Finding("stray", printable(name if here == "." else f"{here}/{name}"))
+
+
+def mark(manifest: Manifest, findings: Iterable[Finding]) -> int:
+    """Record outputs that are not as they were as failed, so that the next run makes them again; return how many."""
+    keys = {finding.key for finding in findings if finding.key}
+    for key in keys:
+        result = manifest.get(key)
+        if result is not None:
+            manifest.put(replace(result, status="failed", reason="found damaged by gpuprep verify", codes=("damaged",)))
+    return len(keys)
