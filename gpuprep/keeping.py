@@ -136,13 +136,18 @@ def retry(
     """Convert again what failed, with the inputs, masks and recipe of the last run."""
     with errors_to_exit_codes() as stop:
         with held_back():
+            from gpuprep.console import say
             from gpuprep.manifest import open_manifest
             from gpuprep.output import open_output
             from gpuprep.recipe import Recipe
             from gpuprep.upkeep import Records
 
-        with closing(Records(out)):  # is there anything?
-            pass
+        states = ("failed", "rejected") if rejected else ("failed",)
+        with closing(Records(out)) as records:  # is there anything?
+            count = sum(state in states for (state,) in records.columns("status"))
+        if not count:
+            say(f"nothing {' or '.join(states)} in {out}")
+            return
         with open_output(out), closing(open_manifest(out)) as known:
             run = known.last_run()
         if run is None:
@@ -151,7 +156,7 @@ def retry(
         run_conversion(
             asked["paths"], out, Recipe.load(out / "recipe.toml"), asked["masks"], stop, backend=backend,
             engine=asked["engine"], jobs=jobs, gpus=gpu_numbers(gpus), memory_share=memory_share, limit_s=time_limit,
-            only=("failed", "rejected") if rejected else ("failed",), index=index, log=log, log_format=log_format,
+            only=states, index=index, log=log, log_format=log_format,
             quiet=quiet, json_=json_,
         )  # fmt: skip
 
