@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -32,7 +33,7 @@ from gpuprep.executors import (
     answers,
     usable_cores,
 )
-from gpuprep.forecast import Forecast, experience
+from gpuprep.forecast import Experience, Forecast, experience
 from gpuprep.headers import Contents
 from gpuprep.interruption import Stop
 from gpuprep.layout import absolute
@@ -196,6 +197,7 @@ def scan(
     index: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
     shard: Shard = WHOLE,
+    calibrate: bool = False,
     listener: Listener | None = None,
 ) -> Scan:
     """Return what is under some paths and what would happen to each series; reads headers only, and writes no output.
@@ -216,6 +218,8 @@ def scan(
         As for `gpuprep.discover`.
     jobs : int, optional
         Processes that read headers, and that would convert; absent: this one.
+    calibrate : bool
+        Whether to convert one series into a temporary folder where `out` has no history to expect a time from.
     listener : Listener, optional
         Is told which segmentation goes where.
     """
@@ -224,14 +228,33 @@ def scan(
     if out is not None:
         _check_apart(paths, Path(out))
     chosen = get_backend(backend) if isinstance(backend, str) else backend
-    means = _means([chosen], jobs, USABLE, FOR_HEADERS)
+    means = _means([chosen], jobs, USABLE, None if calibrate else FOR_HEADERS)
     try:
         cohort = _discover(paths, recipe, out, index, means.executor)
         matches = _matched(cohort, paths, recipe, masks, means.executor, out)
         if matches is not None and listener is not None:
             listener.matched(matches)
+        expected, forecast = _expected(
+            cohort, matches, means, paths, recipe, out, engine=engine, shard=shard, calibrate=calibrate
+        )
     finally:
         means.executor.stop()
+    return Scan(cohort, expected, forecast)
+
+
+def _expected(
+    cohort: Cohort,
+    matches: Matched | None,
+    means: _Means,
+    paths: list[str],
+    recipe: Recipe,
+    out: str | os.PathLike[str] | None,
+    *,
+    engine: Engine,
+    shard: Shard,
+    calibrate: bool,
+) -> tuple[list[Outlook], Forecast]:
+    """Return the outlook of every series, and what a run would take; nothing is written into `out`."""
     output, manifest = None, None
     with ExitStack() as opened:
         if out is not None:
@@ -243,8 +266,26 @@ def scan(
         expected = list(outlooks(cohort, share, paths, recipe, matches, values, output, manifest))
         forecast = _forecast(means, recipe, manifest, output)
     for outlook in expected:
-        forecast.add(outlook, outlook.needs(chosen, engine))
-    return Scan(cohort, expected, forecast)
+        forecast.add(outlook, outlook.needs(means.backend, engine))
+    todo = sorted((o for o in expected if o.action == "convert"), key=lambda o: o.needs(means.backend, engine).voxels)
+    if calibrate and forecast.experience is None and todo:
+        forecast.experience = _trial(todo[len(todo) // 2], means, recipe, engine)
+    return expected, forecast
+
+
+def _trial(outlook: Outlook, means: _Means, recipe: Recipe, engine: Engine) -> Experience | None:
+    """Convert a series into a temporary folder, twice, since the first time includes what a worker loads; compare."""
+    needs = outlook.needs(means.backend, engine)
+    work = _work(outlook, needs, {name: n for n, name in enumerate(outlook.structures, 1)})
+    with tempfile.TemporaryDirectory() as folder, open_output(Path(folder)) as output:
+        for _ in range(2):
+            task = _task(work, recipe=recipe, engine=engine, backend=means.backend, output=output, doubtful={})
+            outcomes = list(means.executor.run(convert_series, [task]))
+            output.retire(work.folder)
+    _, result = outcomes[0]
+    if isinstance(result, WorkerDiedError) or result.status not in DONE:
+        return None
+    return Experience.of([result], recipe)
 
 
 def convert(

@@ -202,7 +202,7 @@ def convert(
         if dry_run:
             _show_scan(
                 paths, wanted, out, jobs, index, "json" if json_ else "table", given,
-                backend=backend, engine=engine, shard=part,
+                backend=backend, engine=engine, shard=part, calibrate=True,
             )  # fmt: skip
         else:
             run_conversion(

@@ -232,8 +232,8 @@ def show_forecast(forecast: Forecast) -> None:
         f"{forecast.largest_bytes / 1e9:.2f} GB for the largest series"
     )
     if forecast.expected_s is not None and forecast.experience is not None:
-        told = f"as the last {numbered(forecast.experience.series, 'conversion')} took" if forecast.experience else ""
-        console.print(f"time    {_duration(forecast.expected_s)}, {told}")
+        told = numbered(forecast.experience.series, "conversion")
+        console.print(f"time    {_duration(forecast.expected_s)}, going by {told}")
     if forecast.misfit:
         console.print(f"does not fit: {forecast.misfit}", style="red")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
+from typing import Self
 
-from gpuprep import __version__
-from gpuprep.manifest import Manifest
+import gpuprep
+from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.outlook import Needs, Outlook
 from gpuprep.plan import BYTES
 from gpuprep.recipe import Recipe
@@ -19,35 +20,34 @@ REMEMBERED = 1000
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """What earlier conversions took, by the same recipe and version on the same kind of backend."""
+    """What conversions took, by the same recipe and version on the same kind of backend."""
 
     s_per_voxel: float
     """Of one worker, per voxel read or written."""
-    disk_share: float | None
-    """Bytes on disk per byte of voxels; None where only a conversion can tell: output is compressed."""
+    disk_share: float
+    """Bytes on disk per byte of voxels."""
     series: int
     """Series it rests on."""
+
+    @classmethod
+    def of(cls, results: Iterable[SeriesResult], recipe: Recipe) -> Self | None:
+        """Return what some conversions took; None if there are none."""
+        seconds, voxels, written, expected, count = 0.0, 0, 0, 0, 0
+        for r in results:
+            if r.shape is not None and r.source_shape is not None:
+                seconds += r.read_s + r.process_s + r.write_s + (r.masks_s or 0.0)
+                voxels += prod(r.source_shape) + prod(r.shape)
+                written += r.bytes
+                expected += prod(r.shape) * BYTES[recipe.dtype]
+                count += 1
+        return cls(seconds / voxels, written / expected, count) if count else None
 
 
 def experience(manifest: Manifest | None, recipe: Recipe, backend: str) -> Experience | None:
     """Return what the manifest's history shows; None if there is none."""
-    seconds = voxels = written = expected = 0.0
-    count = 0
-    columns = ("source_shape", "shape", "bytes", "read_s + process_s + write_s + coalesce(masks_s, 0)")
-    where = (
-        f"WHERE status IN ('ok', 'fixed') AND process_s > 0 AND recipe_sha256 = '{recipe.sha256}' "
-        f"AND version = '{__version__}' AND backend = '{backend}'"
-    )
-    for source, shape, size, spent_s in manifest.columns(*columns, where=where) if manifest else ():
-        grid = prod(json.loads(shape))
-        seconds += spent_s
-        voxels += prod(json.loads(source)) + grid
-        written += size
-        expected += grid * BYTES[recipe.dtype]
-        count += 1
-        if count == REMEMBERED:
-            break
-    return Experience(seconds / voxels, written / expected, count) if count else None
+    if manifest is None:
+        return None
+    return Experience.of(manifest.examples(recipe.sha256, gpuprep.__version__, backend, REMEMBERED), recipe)
 
 
 @dataclass(slots=True)

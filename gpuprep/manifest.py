@@ -212,7 +212,8 @@ class Manifest:
 
     def put(self, result: SeriesResult) -> None:
         """Store a result in place of the series' former one."""
-        row = [json.dumps(v) if k in _JSON and v is not None else v for k, v in asdict(result).items()]
+        values = [(name, getattr(result, name)) for name in _COLUMNS]
+        row = [json.dumps(v) if k in _JSON and v is not None else v for k, v in values]
         marks = ", ".join("?" * len(_COLUMNS))
         with self._writing():
             self._db.execute(f"INSERT OR REPLACE INTO series ({_NAMES}) VALUES ({marks})", row)  # noqa: S608
@@ -239,6 +240,13 @@ class Manifest:
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM series").fetchone()[0])
+
+    def examples(self, recipe_sha256: str, version: str, backend: str, most: int) -> Iterator[SeriesResult]:
+        """Yield some series that were converted in such a way, and not only recognised."""
+        where = "WHERE status IN ('ok', 'fixed') AND read_s + coalesce(masks_s, 0) > 0 AND recipe_sha256 = ? "
+        query = _ROWS + where + "AND version = ? AND backend = ? LIMIT ?"
+        for row in self._db.execute(query, (recipe_sha256, version, backend, most)):
+            yield _result(row)
 
     def columns(self, *names: str, where: str = "") -> Iterator[tuple[Any, ...]]:
         """Yield some columns of every row, as SQLite holds them, in the order of the rows."""

@@ -118,6 +118,7 @@ def outlooks(
     taken = {folder: key for folder, key in manifest.columns("folder", "key") if folder} if manifest else {}
     folders = layout(cohort, paths, taken)
     shared = recipe.masks.layout == "labels"
+    recipe_sha256 = recipe.sha256
     for series in chosen:
         found = matches.by_key.get(series.key, ()) if matches is not None else ()
         if not found and not recipe.image:
@@ -126,7 +127,7 @@ def outlooks(
         former = manifest.entry(series.key) if manifest else None
         outlook = partial(Outlook, series, former=former, segmentations=found, structures=names)
         now = fingerprint(series, found, [(name, values.get(name, 0)) for name in names] if shared else [])
-        if former and output and _complete(now, recipe, output, former):
+        if former and output and _complete((now, recipe_sha256, gpuprep.__version__), output, former):
             yield outlook("skip", former.folder, None)
             continue
         audited = audit(series, recipe.rules)
@@ -145,11 +146,7 @@ def outlooks(
             yield outlook("convert", folders[series.key], plan, audited)
 
 
-def _complete(fingerprint_: str, recipe: Recipe, output: Output, former: Entry) -> bool:
-    """Whether an earlier output stands for exactly this input and recipe, and is all there."""
-    same = (former.fingerprint, former.recipe_sha256, former.version) == (
-        fingerprint_,
-        recipe.sha256,
-        gpuprep.__version__,
-    )
+def _complete(wanted: tuple[str, str, str], output: Output, former: Entry) -> bool:
+    """Whether an earlier output stands for exactly this input, recipe and version, and is all there."""
+    same = (former.fingerprint, former.recipe_sha256, former.version) == wanted
     return same and former.status in DONE and output.contents(former.folder) == (former.files, former.bytes)

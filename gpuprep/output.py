@@ -123,8 +123,10 @@ class Output:
 
     def free_bytes(self) -> int:
         """Return how much the disk has left for us; OUT itself need not be there yet."""
-        there = next(path for path in (self.root, *self.root.parents) if path.exists())
-        return shutil.disk_usage(there).free
+        for path in (self.root, *self.root.parents):
+            with suppress(FileNotFoundError):
+                return shutil.disk_usage(path).free
+        raise FileNotFoundError(f"no part of {self.root} exists")
 
 
 @contextmanager

@@ -1,0 +1,136 @@
+"""A cohort of 100,000 series without pixels: what scheduling, manifest and status cost by themselves.
+
+    python -m bench.scale [--series 100000] [--slices 4] [--out bench/results/scale-….json]
+
+Headers are made up, and what stands for the conversion writes a ``volume.json`` and nothing else. All the rest is as it
+is: outlook of every series, worker processes, manifest, layout of folders, a second run that finds everything done,
+status. Memory is the peak resident size of the parent (the headers among it, so it grows with the number of slices).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gpuprep.batch
+from bench.measure import save
+from gpuprep.batch import convert
+from gpuprep.conversion import Task
+from gpuprep.discovery import Cohort
+from gpuprep.executors import usable_cores
+from gpuprep.manifest import SeriesResult, now
+from gpuprep.recipe import Recipe
+from gpuprep.series import Series, SliceHeader
+from gpuprep.upkeep import status
+
+
+def made_up(number: int, slices: int) -> Series:
+    """Return a series of which nothing exists."""
+    uid = f"1.2.826.0.1.3680043.8.498.{number:039d}"
+    folder = f"/data/cohort/patient-{number // 3:06d}/study-1/series-{number % 3}"
+    headers = tuple(
+        SliceHeader(
+            path=f"{folder}/{k:04d}.dcm", mtime_ns=10**18 + number * 1000 + k, member=None, frame=0, frames=1,
+            file_bytes=526_336, sop_instance_uid=f"{uid}.{k}", instance_number=k + 1,
+            position_mm=(-170.0, -170.0, -300.0 + 3.0 * k), localizer=False, secondary=False, modality="CT",
+            temporal_position=None, acquisition_number=1, acquisition_time="1f2e", reconstruction="a1b2", phase="",
+            rescale_slope=1.0, rescale_intercept=-1024.0, rescale_type="HU", photometric="MONOCHROME2",
+            samples_per_pixel=1, bits_allocated=16, bits_stored=12, high_bit=11, signed=False, padding=None,
+            padding_limit=None, transfer_syntax="1.2.840.10008.1.2.1", pixel_offset=1200, pixel_bytes=524_288,
+        )
+        for k in range(slices)
+    )  # fmt: skip
+    return Series(
+        uid, f"{uid[:-1]}.1", f"{uid[:-1]}.2", number % 3, 512, 512, (0.68, 0.68), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), 0,
+        folder, headers,
+    )  # fmt: skip
+
+
+def pretend(task: Task) -> SeriesResult:
+    """Stand for the conversion of a series; runs in a worker."""
+    place = task.output.root / task.folder
+    place.mkdir(parents=True)
+    text = json.dumps({"key": task.series.key})
+    (place / "volume.json").write_text(text)
+    done = replace(task.blank(), status="ok", folder=task.folder, files=1, bytes=len(text), finished=now())
+    return replace(done, source_shape=(4, 512, 512), shape=(12, 512, 512), process_s=0.25, read_s=0.1, write_s=0.1)
+
+
+def run(out: Path, series: int, slices: int) -> dict[str, Any]:
+    """Run once in this process; return time and memory of the parent."""
+    cohort = Cohort(tuple(made_up(n, slices) for n in range(series)), {}, ())
+    headers_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    gpuprep.batch.discover = lambda *_, **__: cohort  # type: ignore[attr-defined]
+    gpuprep.batch.convert_series = pretend  # type: ignore[attr-defined]
+    started, processor_s = time.perf_counter(), time.process_time()
+    outcome = convert(
+        out.parent, out, Recipe(dtype="uint8"), backend="cpu", jobs=usable_cores(), room_check=False
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    return {
+        "counts": outcome.counts,
+        "seconds": seconds,
+        "parent_processor_s": time.process_time() - processor_s,
+        "headers_bytes": headers_bytes,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def look(out: Path) -> dict[str, Any]:
+    """Ask for the status once."""
+    started = time.perf_counter()
+    counts = status(out).counts
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"counts": counts, "seconds": time.perf_counter() - started, "peak_bytes": peak}
+
+
+STAGE = """
+import json, sys
+from pathlib import Path
+from bench.scale import look, run
+out = Path(sys.argv[1])
+print(json.dumps({}))
+"""
+"""A stage by itself, so that its memory is its own; workers find `pretend` only in a module that is not the script."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--series", type=int, default=100_000)
+    parser.add_argument("--slices", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    args = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp())
+    figures: dict[str, Any] = {"series": args.series, "slices": args.slices}
+    try:
+        for name, call in (
+            ("first run", f"run(out, {args.series}, {args.slices})"),
+            ("status", "look(out)"),
+            ("second run", f"run(out, {args.series}, {args.slices})"),
+        ):
+            command = [sys.executable, "-c", STAGE.format(call), str(scratch / "out")]
+            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            figures[name] = found = json.loads(answer)
+            each = found["seconds"] / args.series * 1000
+            found["ms_per_series"] = each
+            print(
+                f"{name:10} {found['seconds']:7.1f} s, {each:.3f} ms a series, peak {found['peak_bytes'] / 1e6:.0f} MB "
+                f"{found['counts']}",
+                flush=True,
+            )
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    save(args.out, "bench.scale", figures)
+
+
+if __name__ == "__main__":
+    main()
