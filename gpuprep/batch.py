@@ -47,7 +47,7 @@ from gpuprep.places import given, is_url
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
 from gpuprep.sharding import WHOLE, Shard
-from gpuprep.text import printable
+from gpuprep.text import printable, sized
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -526,9 +526,7 @@ class _Conversions:
             if need <= free:
                 yield task
                 continue
-            reason = (
-                f"OutputError: {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free: free some, run again"
-            )
+            reason = f"OutputError: it needs {sized(need)} and {sized(free)} are free: free some and run again"
             refused = replace(task.blank(), reason=reason, codes=("disk-full",), finished=now())
             self._refused.append((task, refused))
 

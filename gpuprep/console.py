@@ -23,7 +23,7 @@ from gpuprep.forecast import Forecast
 from gpuprep.manifest import SeriesResult
 from gpuprep.matching import Matched
 from gpuprep.recipe import Recipe
-from gpuprep.text import numbered, printable
+from gpuprep.text import numbered, printable, sized
 from gpuprep.upkeep import Finding as Damage
 from gpuprep.upkeep import Status
 
@@ -225,11 +225,11 @@ def show_forecast(forecast: Forecast) -> None:
     console = _console(stderr=False)
     disk = forecast.disk_bytes
     most = "" if disk is not None else "at most "
-    free = f" of {forecast.free_disk_bytes / 1e9:.2f} GB free" if forecast.free_disk_bytes is not None else ""
-    console.print(f"disk    {most}{(forecast.output_bytes if disk is None else disk) / 1e9:.2f} GB{free}")
+    free = f" of {sized(forecast.free_disk_bytes)} free" if forecast.free_disk_bytes is not None else ""
+    console.print(f"disk    {most}{sized(forecast.output_bytes if disk is None else disk)}{free}")
     console.print(
-        f"memory  {forecast.memory_bytes / 1e9:.2f} GB at the peak of {numbered(forecast.workers, 'worker')}; "
-        f"{forecast.largest_bytes / 1e9:.2f} GB for the largest series"
+        f"memory  {sized(forecast.memory_bytes)} at the peak of {numbered(forecast.workers, 'worker')}; "
+        f"{sized(forecast.largest_bytes)} for the largest series"
     )
     if forecast.expected_s is not None and forecast.experience is not None:
         told = numbered(forecast.experience.series, "conversion")
@@ -251,7 +251,7 @@ def show_status(status: Status) -> None:
             style=STATES[p.state],
         )
     counts = ", ".join(f"{n} {state}" for state, n in sorted(status.counts.items())) or "no series"
-    console.print(f"{counts}; {status.bytes / 1e9:.2f} GB")
+    console.print(f"{counts}; {sized(status.bytes)}")
     for reason in status.reasons:
         console.print(f"{reason.status} {reason.codes}: {reason.series}", style=STYLES.get(reason.status, "red"))
         for example in reason.examples:

@@ -13,6 +13,7 @@ from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.outlook import Needs, Outlook
 from gpuprep.plan import BYTES
 from gpuprep.recipe import Recipe
+from gpuprep.text import sized
 
 REMEMBERED = 1000
 """Series of the manifest's history that are looked at."""
@@ -130,7 +131,7 @@ class Forecast:
         need = self.disk_bytes
         if self.free_disk_bytes is not None and need is not None and need > self.free_disk_bytes:
             return (
-                f"the outputs need {need / 1e9:.2f} GB and {self.free_disk_bytes / 1e9:.2f} GB are free: free some, "
+                f"the outputs need {sized(need)} and {sized(self.free_disk_bytes)} are free: free some, "
                 "choose another --out, a smaller --dtype or a --compression, or begin anyway with --no-room-check"
             )
         return ""

@@ -22,3 +22,11 @@ def quoted(text: str) -> str:
 def numbered(count: int, what: str = "number") -> str:
     """Return a count with its noun."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def sized(count: int) -> str:
+    """Return a number of bytes as people say it."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return numbered(count, "byte")

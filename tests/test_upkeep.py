@@ -1,0 +1,240 @@
+"""An output folder afterwards: how far it is, whether it is whole, its manifest elsewhere, what failed once more."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_batch import SMALL, add, go, truncate
+from typer.testing import CliRunner, Result
+
+from gpuprep.cli import app
+from gpuprep.errors import RequestError
+from gpuprep.executors import Here
+from gpuprep.layout import WORKSHOP
+from gpuprep.manifest import Manifest, RunRecord
+from gpuprep.output import open_output
+from gpuprep.recipe import Recipe
+from gpuprep.upkeep import Finding, status, verify
+
+
+@pytest.fixture
+def dicom(tmp_path: Path) -> Path:
+    """Two plain series, and one that lacks a slice of eight."""
+    add(tmp_path / "dicom" / "p1", seed=1)
+    add(tmp_path / "dicom" / "p2", seed=2)
+    add(tmp_path / "dicom" / "gap", slices=8)[3].unlink()
+    return tmp_path / "dicom"
+
+
+@pytest.fixture
+def out(dicom: Path, tmp_path: Path) -> Path:
+    """What a run made of them."""
+    run = go(dicom, tmp_path / "out")
+    assert run.counts == {"ok": 2, "rejected": 1}
+    return tmp_path / "out"
+
+
+def command(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def findings(out: Path) -> list[tuple[str, str]]:
+    return [(f.kind, f.path) for f in verify(out, Here(), lambda: None)]
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+# --- status
+
+
+def test_status_counts_and_names_what_was_left_out(out: Path) -> None:
+    found = status(out)
+    assert found.counts == {"ok": 2, "rejected": 1}
+    assert found.bytes == sum(f.stat().st_size for f in (out / "dicom").rglob("*") if f.is_file())
+    (reason,) = found.reasons
+    assert (reason.status, reason.codes, reason.series) == ("rejected", "gap", 1)
+    assert "dicom/gap: GeometryError: slices are" in reason.examples[0]
+    (progress,) = found.progress
+    assert (progress.state, progress.done, progress.run.todo, progress.run.skipped) == ("finished", 3, 3, 0)
+    assert progress.left_s is None
+
+
+def run_record(todo: int) -> RunRecord:
+    return RunRecord(
+        started="2026-01-01T00:00:00.000+00:00", host="node7", pid=1, version="0", recipe_sha256="", device="cpu",
+        series=todo, skipped=0, todo=todo, request="{}",
+    )  # fmt: skip
+
+
+def test_status_of_a_run_that_is_on_has_a_rate_and_the_time_left(out: Path) -> None:
+    # 2 of 10 are done, the last one 4 s after the start: 0.5 a second, and 16 s to go.
+    with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
+        db.execute("DELETE FROM runs")
+        db.execute("DELETE FROM series WHERE status = 'rejected'")
+        db.execute("UPDATE series SET finished = '2026-01-01T00:00:04.000+00:00'")
+    with closing(Manifest(out / "manifest.sqlite")) as manifest:
+        manifest.begin_run(run_record(10))
+    with open_output(out):
+        (running,) = status(out).progress
+    assert (running.state, running.done, running.series_per_s, running.left_s) == ("running", 2, 0.5, 16.0)
+    (dead,) = status(out).progress
+    assert (dead.state, dead.done, dead.left_s) == ("killed", 2, None)
+
+
+def test_status_on_the_command_line(out: Path, tmp_path: Path) -> None:
+    shown = command("status", out)
+    assert shown.exit_code == 0
+    assert shown.stdout.startswith("finished: 3 of 3 series done")
+    assert "2 ok, 1 rejected" in shown.stdout
+    assert "rejected gap: 1" in shown.stdout
+    assert json.loads(command("status", out, "--json").stdout)["counts"] == {"ok": 2, "rejected": 1}
+    absent = command("status", tmp_path / "nowhere")
+    assert (absent.exit_code, absent.stderr) == (
+        2, f"gpuprep: {tmp_path / 'nowhere'} has no manifest: give the --out of a run\n",
+    )  # fmt: skip
+
+
+# --- verify
+
+
+def test_what_was_just_written_is_whole(out: Path) -> None:
+    assert findings(out) == []
+
+
+def lose_the_folder(out: Path) -> list[tuple[str, str]]:
+    shutil.rmtree(out / "dicom" / "p1")
+    return [("missing", "dicom/p1")]
+
+
+def flip_a_bit(out: Path) -> list[tuple[str, str]]:
+    flip(out / "dicom" / "p1" / "0001.tif")
+    return [("torn", "dicom/p1/0001.tif")]
+
+
+def flip_a_bit_of_the_sidecar(out: Path) -> list[tuple[str, str]]:
+    flip(out / "dicom" / "p1" / "volume.json")
+    return [("torn", "dicom/p1/volume.json")]
+
+
+def cut_a_slice(out: Path) -> list[tuple[str, str]]:
+    truncate(out / "dicom" / "p2" / "0000.tif", 1)
+    return [("torn", "dicom/p2/0000.tif")]
+
+
+def lose_a_slice(out: Path) -> list[tuple[str, str]]:
+    (out / "dicom" / "p2" / "0000.tif").unlink()
+    return [("torn", "dicom/p2/0000.tif")]
+
+
+def one_slice_more(out: Path) -> list[tuple[str, str]]:
+    (out / "dicom" / "p2" / "0777.tif").write_bytes(b"x")
+    return [("torn", "dicom/p2/0777.tif")]
+
+
+def leave_notes(out: Path) -> list[tuple[str, str]]:
+    (out / "dicom" / "p2" / "notes.txt").write_text("mine")
+    (out / "notes.txt").write_text("mine")
+    return [("stray", "dicom/p2/notes.txt"), ("stray", "notes.txt")]
+
+
+def leave_something_half_made(out: Path) -> list[tuple[str, str]]:
+    (out / WORKSHOP / "0123").mkdir()
+    return [("unfinished", f"{WORKSHOP}/0123")]
+
+
+def forget_one(out: Path) -> list[tuple[str, str]]:
+    with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
+        db.execute("DELETE FROM series WHERE source LIKE '%p2'")
+    return [("unrecorded", "dicom/p2")]
+
+
+HARM: list[Callable[[Path], list[tuple[str, str]]]] = [
+    lose_the_folder, flip_a_bit, flip_a_bit_of_the_sidecar, cut_a_slice, lose_a_slice, one_slice_more, leave_notes,
+    leave_something_half_made, forget_one,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_verify_finds_every_harm_and_nothing_else(out: Path, harm: Callable[[Path], Any]) -> None:
+    expected = harm(out)
+    assert sorted(findings(out)) == sorted(expected)
+
+
+def test_what_verify_marks_is_made_again_by_the_next_run(out: Path, dicom: Path) -> None:
+    before = (out / "dicom" / "p1" / "0001.tif").read_bytes()
+    flip(out / "dicom" / "p1" / "0001.tif")
+    assert go(dicom, out).counts == {"skipped": 2, "rejected": 1}  # sizes are as they were
+    shown = command("verify", out, "--mark", "--jobs", "1")
+    assert shown.exit_code == 1
+    assert "torn        dicom/p1/0001.tif" in shown.stdout
+    assert "2 outputs read again: 1 torn" in shown.stdout
+    assert status(out).counts == {"ok": 1, "failed": 1, "rejected": 1}
+    assert command("retry", out, "--backend", "cpu", "--jobs", "1", "-q").exit_code == 0
+    assert (out / "dicom" / "p1" / "0001.tif").read_bytes() == before
+    assert command("verify", out, "--jobs", "1").exit_code == 0
+
+
+def test_verify_does_not_judge_a_run_that_is_on(out: Path) -> None:
+    with open_output(out), pytest.raises(RequestError, match=r"a run is writing into .*: verify it afterwards"):
+        findings(out)
+
+
+def test_findings_belong_to_their_series(out: Path) -> None:
+    flip_a_bit(out)
+    with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
+        ((key,),) = db.execute("SELECT key FROM series WHERE source LIKE '%p1'")
+    assert list(verify(out, Here(), lambda: None)) == [Finding("torn", "dicom/p1/0001.tif", key)]
+
+
+# --- retry
+
+
+def test_retry_takes_what_failed_and_nothing_else(out: Path, dicom: Path) -> None:
+    shown = command("retry", out)
+    assert (shown.exit_code, shown.stdout) == (0, f"nothing failed in {out}\n")
+    with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
+        db.execute("UPDATE series SET status = 'failed' WHERE source LIKE '%p2'")
+    tried = command("retry", out, "--backend", "cpu", "--jobs", "1", "--json")
+    assert tried.exit_code == 0
+    assert [Path(s["source"]).name for s in json.loads(tried.stdout)["series"]] == ["p2"]
+    tried = command("retry", out, "--rejected", "--backend", "cpu", "--jobs", "1", "--json")
+    assert [(Path(s["source"]).name, s["status"]) for s in json.loads(tried.stdout)["series"]] == [("gap", "rejected")]
+    assert Recipe.load(out / "recipe.toml") == SMALL
+    assert go(dicom, out).counts == {"skipped": 2, "rejected": 1}
+
+
+# --- the manifest in other formats
+
+
+def test_the_manifest_says_the_same_in_every_format(out: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    with closing(Manifest(out / "manifest.sqlite", reading=True)) as manifest:
+        expected = [result.to_dict() for result in manifest]
+    assert len(expected) == 3
+    lines = command("manifest", out, "--json").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == expected
+    rows = list(csv.DictReader(io.StringIO(command("manifest", out).stdout)))
+    assert rows == list(csv.DictReader(io.StringIO((out / "manifest.csv").read_text())))
+    assert command("manifest", out, "--parquet", "--to", tmp_path / "m.parquet").exit_code == 0
+    columns = pyarrow.read_table(tmp_path / "m.parquet").to_pylist()
+    for got, want in zip(columns, expected, strict=True):
+        within = {k: v and json.loads(v) for k, v in got.items() if k in ("audit", "segmentations", "labels")}
+        assert got | within == want
+
+
+def test_one_format_at_a_time(out: Path) -> None:
+    shown = command("manifest", out, "--csv", "--json")
+    assert (shown.exit_code, shown.stderr) == (2, "gpuprep: --csv, --json and --parquet: give one of them\n")
