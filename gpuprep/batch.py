@@ -18,7 +18,7 @@ from gpuprep import __version__
 from gpuprep.auditing import audit
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend, get_backends
 from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
-from gpuprep.discovery import Cohort, discover
+from gpuprep.discovery import FILES_PER_TASK, Cohort, discover
 from gpuprep.errors import RequestError
 from gpuprep.executors import (
     FOR_HEADERS,
@@ -41,6 +41,7 @@ from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, RunRecord, SeriesResult, Status, manifest_path, now, open_manifest, this_host
 from gpuprep.matching import Matched, fingerprint, matched, used_names
 from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, USABLE, for_volumes, host_bytes_free, workers
+from gpuprep.naming import Pseudonyms, crosswalk_row, patient_ids
 from gpuprep.outlook import DONE, Needs, Outlook, outlooks
 from gpuprep.output import Output, open_output
 from gpuprep.places import given, is_url
@@ -167,6 +168,8 @@ class _Work:
     folder: str
     known: bool
     """Whether the manifest has an earlier output of this series in that folder."""
+    former_folder: str
+    """Where the manifest has one."""
     reason: str
     codes: tuple[str, ...]
     segmentations: tuple[str, ...]
@@ -197,6 +200,7 @@ def scan(
     index: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
     shard: Shard = WHOLE,
+    names: Pseudonyms | None = None,
     calibrate: bool = False,
     listener: Listener | None = None,
 ) -> Scan:
@@ -212,7 +216,7 @@ def scan(
         As for `convert`.
     out : path, optional
         The output folder of earlier runs: what is complete there would be skipped.
-    backend, engine, shard
+    backend, engine, shard, names
         As for `convert`: what is needed depends on them.
     index : path, optional
         As for `gpuprep.discover`.
@@ -230,7 +234,7 @@ def scan(
     chosen = get_backend(backend) if isinstance(backend, str) else backend
     means = _means([chosen], jobs, USABLE, None if calibrate else FOR_HEADERS)
     try:
-        cohort = _discover(paths, recipe, out, index, means.executor)
+        cohort = _renamed(_discover(paths, recipe, out, index, means.executor), names)
         matches = _matched(cohort, paths, recipe, masks, means.executor, out)
         if matches is not None and listener is not None:
             listener.matched(matches)
@@ -262,7 +266,7 @@ def _expected(
             if manifest_path(output.root).is_file():
                 manifest = opened.enter_context(closing(Manifest(manifest_path(output.root), reading=True)))
         values = manifest.label_values() if manifest and matches and recipe.masks.layout == "labels" else {}
-        share = [s for s in cohort if shard.has(s.series_uid)]
+        share = [s for s in cohort if shard.has(s.public_uid)]
         expected = list(outlooks(cohort, share, paths, recipe, matches, values, output, manifest))
         forecast = _forecast(means, recipe, manifest, output)
     for outlook in expected:
@@ -300,6 +304,7 @@ def convert(
     gpus: Sequence[int] | None = None,
     scheduler: str | None = None,
     shard: Shard = WHOLE,
+    names: Pseudonyms | None = None,
     only: Collection[Status] | None = None,
     limit: int | None = None,
     limit_s: float | None = None,
@@ -340,6 +345,9 @@ def convert(
     shard : Shard, optional
         The part of the cohort that this run converts; others may convert theirs at the same time into the same `out`.
         The manifest is that shard's until all are merged.
+    names : Pseudonyms, optional
+        What stands for UIDs, patients and paths in `out`; the crosswalk is written beside its key. Absent: folders are
+        named as those of the input, and the manifest has UIDs and paths.
     only : collection of str, optional
         Only series with such a status in the manifest.
     limit : int, optional
@@ -383,46 +391,58 @@ def convert(
     checked_engine(engine)
     means = _chosen_means(backend, gpus, scheduler, jobs, memory_share)
     executor = means.executor
+    crosswalk: dict[str, dict[str, str]] = {}
     with open_output(out, shard) as output, closing(open_manifest(out, shard)) as manifest:
         try:
+            _check_names(names, manifest, out)
             cohort = _discover(paths, recipe, out, index, executor)
+            cohort = _renamed(cohort, names)
             listener.scanned(cohort)
             matches = _matched(cohort, paths, recipe, masks, executor, out)
             _check_both_stay(recipe, matches, manifest, out)
             output.write_text("recipe.toml", recipe.to_toml())
-            manifest.account(cohort.passed_over, cohort.unreadable)
+            manifest.account(cohort.passed_over, names.paths(cohort.unreadable) if names else cohort.unreadable)
             if matches is not None:
-                manifest.account_segmentations(matches.rows)
+                manifest.account_segmentations(() if names else matches.rows)
                 listener.matched(matches)
             values = _label_values(matches, recipe, manifest)
             if values:
                 output.write_text("labels.json", json.dumps(values, indent=1, ensure_ascii=False))
-            chosen = [s for s in cohort if shard.has(s.series_uid) and _wanted(s, only, manifest)]
+            chosen = [s for s in cohort if shard.has(s.public_uid) and _wanted(s, only, manifest)]
             forecast = _forecast(means, recipe, manifest, output)
             works, postponed = [], 0
-            for outlook in outlooks(cohort, chosen, paths, recipe, matches, values, output, manifest):
+            for outlook in outlooks(
+                cohort, chosen, paths, recipe, matches, values, output, manifest, nameless=names is not None
+            ):
                 if outlook.action == "convert" and limit is not None and forecast.todo - forecast.rejected >= limit:
                     postponed += 1
                     continue
                 needs = outlook.needs(means.backend, engine)
                 forecast.add(outlook, needs)
                 works.append(_work(outlook, needs, values))
+            patients = _patients(works, executor) if names else {}
+            if names is not None:
+                works = [_placed(work, names, patients) for work in works]
             if room_check and forecast.misfit:
                 raise RequestError(f"{out}: {forecast.misfit}")
-            manifest.begin_run(_record(forecast, recipe, means.backend, paths, masks, engine))
+            manifest.begin_run(_record(forecast, recipe, means.backend, paths, masks, engine, names))
             listener.planned(forecast)
 
-            task = partial(_task, recipe=recipe, engine=engine, backend=means.backend, output=output)
+            task = partial(_task, recipe=recipe, engine=engine, backend=means.backend, output=output, names=names)
             doubtful = _doubtful(cohort)
             tasks = (task(w, doubtful=doubtful) for w in works if w.action == "convert")
             stop = stop or Stop()
             outcomes = _Conversions(executor, output, forecast.disk_share, limit_s, stop)
             tally: dict[str, Tally] = defaultdict(Tally)
             done: dict[str, Status] = {}
+            by_key = {w.series.key: w.series for w in works} if names else {}
             with stop.in_flight():
-                for result in _results(works, task, outcomes.of(tasks), manifest, output):
+                for result in _results(works, task, outcomes.of(tasks), manifest):
                     done[result.key] = result.status
                     _count(tally, result)
+                    if names is not None:
+                        series = by_key[result.key]
+                        crosswalk[result.key] = crosswalk_row(result, series, patients.get(result.key, ""))
                     listener.finished(result)
             _forget_former_parts(cohort, done, paths, manifest, output)
             manifest.end_run("interrupted" if stop.asked else "finished")
@@ -432,6 +452,8 @@ def convert(
         finally:
             executor.stop()
             manifest.write_csv()
+            if names is not None and crosswalk:
+                names.write_crosswalk(crosswalk)
     run = Run(
         results=Results(manifest.path, tuple(done), frozenset(k for k, status in done.items() if status == "skipped")),
         passed_over=cohort.passed_over,
@@ -450,7 +472,6 @@ def _results(
     task: Callable[..., Task],
     outcomes: Iterator[tuple[Task, SeriesResult]],
     manifest: Manifest,
-    output: Output,
 ) -> Iterator[SeriesResult]:
     """Yield a result per series, stored in the manifest: first those that need no work, then the rest as it is done."""
     for work in works:
@@ -462,9 +483,9 @@ def _results(
             found = task(work, doubtful={})
             blank = found.blank(audit(work.series, found.recipe.rules))
             rejected = replace(blank, status="rejected", reason=work.reason, codes=work.codes, finished=now())
-            yield _store(manifest, rejected, output)
-    for _, result in outcomes:
-        yield _store(manifest, result, output)
+            yield _store(manifest, rejected, found)
+    for found, result in outcomes:
+        yield _store(manifest, result, found)
 
 
 class _Conversions:
@@ -576,7 +597,7 @@ def _forget_former_parts(
     parts: dict[str, list[str]] = defaultdict(list)
     for series in cohort:
         if series.series_uid:
-            parts[series.series_uid].append(series.key)
+            parts[series.public_uid].append(series.key)
     roots = [printable(absolute(path)) for path in paths]
     formers = list(manifest.columns("key", "series_uid", "source", "folder"))
     folders = {folder for key, _, _, folder in formers if key in done}
@@ -591,19 +612,19 @@ def _forget_former_parts(
                 output.retire(folder)
 
 
-def _store(manifest: Manifest, result: SeriesResult, output: Output) -> SeriesResult:
-    """Store a result and return it as stored.
+def _store(manifest: Manifest, result: SeriesResult, task: Task) -> SeriesResult:
+    """Store a result, as far as it may be known there, and return it.
 
     An output that has been replaced by one in another folder is removed. Where nothing replaces it, it stays and the
     result says so: what failed today must not cost what was made yesterday.
     """
     former = manifest.entry(result.key)
-    if former is not None and former.folder and not result.folder and output.holds(former.folder):
+    if former is not None and former.folder and not result.folder and task.output.holds(former.folder):
         note = f"the output of an earlier run is still in {former.folder}"
         result = replace(result, folder=former.folder, warnings=(*result.warnings, note))
-    manifest.put(result)
+    manifest.put(task.public(result))
     if former is not None and former.folder and former.folder != result.folder:
-        output.retire(former.folder)
+        task.output.retire(former.folder)
     return result
 
 
@@ -646,6 +667,44 @@ def _matched(
     return matched(cohort, paths, roots, recipe.masks, executor, exclude=out, alone=not recipe.image)
 
 
+def _check_names(names: Pseudonyms | None, manifest: Manifest, out: Path) -> None:
+    """Raise if `out` was made with other names: every series would be converted again, under two names."""
+    run = manifest.last_run()
+    former = json.loads(run.request).get("names") if run is not None else None
+    if run is None or former == (names and names.check):
+        return
+    if former is None:
+        raise RequestError(f"{out} was made without --names hash: choose another --out, or leave it out")
+    if names is None:
+        raise RequestError(f"{out} was made with --names hash: give it again with its --key, or choose another --out")
+    raise RequestError(f"{out} was made with another --key than {names.file}: give that, or choose another --out")
+
+
+def _renamed(cohort: Cohort, names: Pseudonyms | None) -> Cohort:
+    return cohort if names is None else replace(cohort, series=tuple(names.series(s) for s in cohort))
+
+
+def _patients(works: list[_Work], executor: Executor) -> dict[str, str]:
+    """Return the *Patient ID* of each series that is to be converted, by the key of the series."""
+    todo = [w.series for w in works if w.action == "convert"]
+    firsts = {s.slices[0]: s.key for s in todo}
+    headers = list(firsts)
+    tasks = [headers[i : i + FILES_PER_TASK] for i in range(0, len(headers), FILES_PER_TASK)]
+    return {
+        firsts[header]: found
+        for task, ids in answers(executor, patient_ids, tasks, lambda *_: "")
+        for header, found in zip(task, ids, strict=True)
+    }
+
+
+def _placed(work: _Work, names: Pseudonyms, patients: Mapping[str, str]) -> _Work:
+    """Return the work on a series with the folder that its patient gives it."""
+    if work.action != "convert":
+        return work
+    folder = names.folder(work.series, patients[work.series.key])
+    return replace(work, folder=folder, known=folder == work.former_folder)
+
+
 def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest, out: Path) -> None:
     """Raise if masks alone would replace volumes that hold images, or images alone such that hold masks."""
     if not recipe.image and any(manifest.columns("key", where="WHERE folder != '' AND hu_mean IS NOT NULL")):
@@ -683,10 +742,16 @@ def _forecast(means: _Means, recipe: Recipe, manifest: Manifest | None, output: 
 
 
 def _record(
-    forecast: Forecast, recipe: Recipe, backend: Backend, paths: list[str], masks: Paths | None, engine: Engine
+    forecast: Forecast,
+    recipe: Recipe,
+    backend: Backend,
+    paths: list[str],
+    masks: Paths | None,
+    engine: Engine,
+    names: Pseudonyms | None,
 ) -> RunRecord:
-    """Return what the manifest keeps of a run that begins."""
-    request = {
+    """Return what the manifest keeps of a run that begins; of one without names, by which key."""
+    asked = {
         "paths": [absolute(p) for p in paths],
         "masks": None if masks is None else masks if masks == "auto" else [absolute(p) for p in _listed(masks)],
         "engine": engine,
@@ -701,7 +766,7 @@ def _record(
         series=forecast.series,
         skipped=forecast.skipped,
         todo=forecast.todo,
-        request=json.dumps(request),
+        request=json.dumps({"names": names.check} if names else asked),
     )
 
 
@@ -722,6 +787,7 @@ def _work(outlook: Outlook, needs: Needs, values: Mapping[str, int]) -> _Work:
         action=outlook.action,
         folder=outlook.folder,
         known=former is not None and former.folder == outlook.folder,
+        former_folder=former.folder if former is not None else "",
         reason=outlook.reason,
         codes=outlook.codes,
         segmentations=tuple(g.path for g in outlook.segmentations),
@@ -732,7 +798,14 @@ def _work(outlook: Outlook, needs: Needs, values: Mapping[str, int]) -> _Work:
 
 
 def _task(
-    work: _Work, *, recipe: Recipe, engine: Engine, backend: Backend, output: Output, doubtful: Mapping[str, int]
+    work: _Work,
+    *,
+    recipe: Recipe,
+    engine: Engine,
+    backend: Backend,
+    output: Output,
+    doubtful: Mapping[str, int],
+    names: Pseudonyms | None = None,
 ) -> Task:
     unreadable = doubtful.get(printable(work.series.folder), 0)
     note = f"{unreadable} files in its folder are unreadable or of no known series: a slice may be missing"
@@ -748,6 +821,7 @@ def _task(
         segmentations=work.segmentations,
         label_values=work.label_values,
         fingerprint=work.fingerprint,
+        names=names,
         needed_bytes=work.needs.memory_bytes,
         output_bytes=work.needs.output_bytes,
     )

@@ -32,6 +32,7 @@ from gpuprep.flags import (
     IndexBase,
     Jobs,
     Json,
+    Key,
     LeanTolerance,
     Log,
     LogFormat,
@@ -40,6 +41,7 @@ from gpuprep.flags import (
     MaxMissing,
     MaxMissingShare,
     MemoryShare,
+    NamesOption,
     NoRoomCheck,
     Order,
     Orient,
@@ -73,6 +75,7 @@ from gpuprep.shell import complain, errors_to_exit_codes, header_index, print_cs
 from gpuprep.text import printable
 
 if TYPE_CHECKING:
+    from gpuprep.naming import Pseudonyms
     from gpuprep.outlook import Outlook
     from gpuprep.recipe import Recipe
 
@@ -166,6 +169,8 @@ def convert(
     memory_share: MemoryShare = None,
     time_limit: TimeLimit = None,
     shard: ShardOption = None,
+    names: NamesOption = "source",
+    key: Key = None,
     scheduler: Scheduler = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Convert at most so many series now.", rich_help_panel=RUN)
@@ -202,12 +207,13 @@ def convert(
         if dry_run:
             _show_scan(
                 paths, wanted, out, jobs, index, "json" if json_ else "table", given,
-                backend=backend, engine=engine, shard=part, calibrate=True,
+                backend=backend, engine=engine, shard=part, names=_pseudonyms(names, key, out), calibrate=True,
             )  # fmt: skip
         else:
             run_conversion(
                 paths, out, wanted, given, stop, backend=backend, engine=engine, jobs=jobs, gpus=gpu_numbers(gpus),
                 memory_share=memory_share, limit_s=time_limit, shard=part, scheduler=scheduler, limit=limit,
+                names=_pseudonyms(names, key, out),
                 room_check=not no_room_check, index=index, log=log, log_format=log_format, quiet=quiet, json_=json_,
             )  # fmt: skip
 
@@ -243,6 +249,8 @@ def mask(
     seg_threshold: Threshold = None,
     backend: BackendOption = "auto",
     jobs: Jobs = None,
+    names: NamesOption = "source",
+    key: Key = None,
     index: Index = None,
     log: Log = None,
     log_format: LogFormat = "text",
@@ -261,7 +269,7 @@ def mask(
         )  # fmt: skip
         run_conversion(
             series, out, wanted, segmentations, stop, backend=backend, jobs=jobs, index=index, log=log,
-            log_format=log_format, quiet=quiet, json_=json_,
+            log_format=log_format, quiet=quiet, json_=json_, names=_pseudonyms(names, key, out),
         )  # fmt: skip
 
 
@@ -359,6 +367,19 @@ def main() -> None:
 def _masks(**flags: Any) -> dict[str, Any]:
     """Return the table ``[masks]`` of the flags that were given."""
     return {k: v for k, v in flags.items() if v is not None}
+
+
+def _pseudonyms(names: str, key: Path | None, out: Path) -> Pseudonyms | None:
+    """Return what stands for names in OUT, if anything does."""
+    if names == "hash" and key is None:
+        raise RequestError("--names hash needs --key FILE, which is made if it is not there; keep it outside of --out")
+    if names != "hash" and key is not None:
+        raise RequestError("--key is for --names hash: give both")
+    if key is None:
+        return None
+    from gpuprep.naming import Pseudonyms
+
+    return Pseudonyms.load(key, out)
 
 
 def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:

@@ -30,6 +30,7 @@ from gpuprep.text import printable
 
 if TYPE_CHECKING:
     from gpuprep.masking import Masked
+    from gpuprep.naming import Pseudonyms
     from gpuprep.reading import SeriesReader
     from gpuprep.stacking import Stack
 
@@ -59,6 +60,8 @@ class Task:
     """Files to make masks of."""
     label_values: tuple[tuple[str, int], ...] = ()
     """Of the structures in them."""
+    names: Pseudonyms | None = None
+    """What stands for UIDs and patients in the output; None: they may be known."""
     fingerprint: str
     """Of everything that the output depends on beside the recipe."""
     known: bool
@@ -67,6 +70,10 @@ class Task:
     """What it is predicted to need of the memory in which it is computed …"""
     output_bytes: int = 0
     """… and of the disk, uncompressed."""
+
+    def public(self, result: SeriesResult) -> SeriesResult:
+        """Return a result as it may stand in OUT."""
+        return result if self.names is None else self.names.public(result, self.series)
 
     def blank(self, audited: Audit | None = None) -> SeriesResult:
         """Return the result of this task as far as it is known before anything is done."""
@@ -190,7 +197,7 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
             irregularities=tuple(i.text for i in irregularities),
         )
         started = time.perf_counter()
-        written = pending.commit(_sidecar(task, source, plan, result), known=task.known)
+        written = pending.commit(_sidecar(task, source, plan, task.public(result)), known=task.known)
         write_s = result.write_s + time.perf_counter() - started
     except DeviceMemoryError as exc:
         need = needed_bytes(plan, task.backend, task.engine) / 1e9
@@ -286,7 +293,9 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
         "key": result.key,
         "series_uid": result.series_uid,
         "study_uid": result.study_uid,
-        "frame_of_reference_uid": series.frame_of_reference_uid,
+        "frame_of_reference_uid": (
+            task.names.of("frame", series.frame_of_reference_uid) if task.names else series.frame_of_reference_uid
+        ),
         "shape": plan.target.shape,
         "axes": "kji: slices, rows, columns",
         "spacing_mm": plan.target.spacing_mm,

@@ -202,6 +202,20 @@ ShardOption = Annotated[
         rich_help_panel=RUN,
     ),
 ]  # fmt: skip
+NamesOption = Annotated[
+    Literal["source", "hash"],
+    typer.Option(
+        "--names", help="Folders as those of the source; or keyed hashes, and no UID, path or text in OUT.",
+        rich_help_panel=RUN,
+    ),
+]  # fmt: skip
+Key = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="The key of --names hash, made if need be; FILE.crosswalk.csv says who is who.",
+        rich_help_panel=RUN,
+    ),
+]  # fmt: skip
 Scheduler = Annotated[
     str | None,
     typer.Option(

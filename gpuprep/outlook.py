@@ -95,6 +95,8 @@ def outlooks(
     values: Mapping[str, int],
     output: Output | None,
     manifest: Manifest | None,
+    *,
+    nameless: bool = False,
 ) -> Iterator[Outlook]:
     """Yield what would happen to some series of a cohort.
 
@@ -114,9 +116,11 @@ def outlooks(
         Label values of structures, where they share volumes.
     output, manifest : optional
         What earlier runs have made.
+    nameless : bool
+        Whether folders have to wait until it is known what stands for the names in paths.
     """
     taken = {folder: key for folder, key in manifest.columns("folder", "key") if folder} if manifest else {}
-    folders = layout(cohort, paths, taken)
+    folders = {} if nameless else layout(cohort, paths, taken)
     shared = recipe.masks.layout == "labels"
     recipe_sha256 = recipe.sha256
     for series in chosen:
@@ -143,7 +147,7 @@ def outlooks(
             reason = f"SegmentationError: {printable(basename(bad[0].path))}: {bad[0].error}"
             yield outlook("reject", "", None, audited, reason, bad[0].code)
         else:
-            yield outlook("convert", folders[series.key], plan, audited)
+            yield outlook("convert", folders.get(series.key, ""), plan, audited)
 
 
 def _complete(wanted: tuple[str, str, str], output: Output, former: Entry) -> bool:

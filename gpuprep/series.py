@@ -111,11 +111,18 @@ class Series:
     """Images of the series that are no slices of its volume: (file name, why)."""
     irregularities: tuple[Irregularity, ...] = ()
     """What had to be done to get from the images of one UID to these slices."""
+    alias: str = ""
+    """By what it goes where its UID must not be known: see `gpuprep.naming`."""
+
+    @property
+    def public_uid(self) -> str:
+        """UID, or what stands for it."""
+        return self.alias or self.series_uid
 
     @property
     def key(self) -> str:
         """Identity in the manifest: the UID, and the part where one UID stands for several volumes."""
-        uid = self.series_uid or f"no-uid-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
+        uid = self.public_uid or f"no-uid-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
         return f"{uid}#{self.part}" if self.part else uid
 
     @property
