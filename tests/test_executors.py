@@ -22,7 +22,16 @@ from typing import Any
 
 import pytest
 
-from gpuprep.executors import HAVE_FORK_SERVER, Executor, Here, Place, Processes, WorkerDiedError, last_task
+from gpuprep.executors import (
+    HAVE_FORK_SERVER,
+    Executor,
+    Here,
+    OverdueError,
+    Place,
+    Processes,
+    WorkerDiedError,
+    last_task,
+)
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {
     "here": Here,
@@ -327,6 +336,56 @@ def test_no_more_is_in_flight_than_the_budget_has_room_for(
         assert len(inside) == 1 or sum(costs[k] for k in inside) <= 8
     assert begun == sorted(begun) or most_at_a_time > 1  # two that may run at once may begin in any order
     assert most <= most_at_a_time
+
+
+def where(_: int) -> str:
+    """The GPU that this worker sees, after a moment in which the others can begin."""
+    time.sleep(0.05)
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+
+
+def test_each_worker_sees_the_device_of_its_place() -> None:
+    places = [Place(2, environment={"CUDA_VISIBLE_DEVICES": n}) for n in ("0", "3")]
+    executor = Processes(places)
+    try:
+        devices = [device for _, device in executor.run(where, range(12))]
+        alone = [str(device) for _, device in executor.run(where, range(2))]
+    finally:
+        executor.stop()
+    assert set(devices) == {"0", "3"}
+    assert 3 <= devices.count("0") <= 9
+    assert sorted(alone) == ["0", "3"]  # to the emptiest place first
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_a_task_that_takes_too_long_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
+    executor = Processes(2)
+    try:
+        jobs = [partial(sleep_in, str(tmp_path)), partial(abs, -1), partial(abs, -2), partial(abs, -3)]
+        outcomes = dict(executor.run(operator.call, jobs, limit_s=3.0))
+    finally:
+        executor.stop()
+    late = outcomes.pop(jobs[0])
+    assert isinstance(late, OverdueError)
+    assert str(late) == "not finished after 3 s"
+    assert [outcomes[job] for job in jobs[1:]] == [1, 2, 3]
+    assert not is_running(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize("make", [Here, lambda: Processes(2)], ids=["here", "processes"])
+def test_once_it_is_stopped_no_more_tasks_begin_and_those_in_flight_are_finished(make: Any) -> None:
+    executor = make()
+    stop = threading.Event()
+    done = []
+    try:
+        for task, outcome in executor.run(abs, range(-100, 0), stopped=stop.is_set):
+            assert outcome == -task
+            done.append(task)
+            stop.set()
+    finally:
+        executor.stop()
+    assert done[0] in (-100, -99)
+    assert len(done) <= 2
 
 
 ORPHANS = """

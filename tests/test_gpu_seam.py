@@ -88,6 +88,21 @@ def test_the_library_calls_take_the_arguments_they_are_given() -> None:
     )
 
 
+@needs_cupy
+@pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("", "1"), ("4,7", "7"), ("GPU-aa,GPU-bb", "GPU-bb")])
+def test_a_worker_is_shown_one_gpu_and_takes_the_first_it_sees(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, name: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    module: Any = import_module("gpuprep._cupy")
+    backend = module.CupyBackend.__new__(module.CupyBackend)  # one that opens no device
+    backend._ordinal, backend.device = 1, "H200 (device 1)"
+    assert backend.environment() == {"CUDA_VISIBLE_DEVICES": name, "GPUPREP_DEVICE": "H200 (device 1)"}
+    assert (backend.alone()._ordinal, backend._ordinal) == (0, 1)
+
+
 def test_both_backends_offer_the_same_methods() -> None:
     file = Path(gpuprep.backend.__file__).with_name("_cupy.py")
     (cupys,) = (
