@@ -371,7 +371,7 @@ def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
 
 
 def _show_scan(
-    paths: list[str], recipe: Recipe, out: Path | None, jobs: int | None, index: str | None,
+    paths: list[str], recipe: Recipe, out: str | None, jobs: int | None, index: str | None,
     how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None, **means: Any,
 ) -> None:  # fmt: skip
     with held_back():
