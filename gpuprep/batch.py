@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, overload
 from gpuprep import __version__
 from gpuprep.auditing import audit
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend, get_backends
+from gpuprep.buckets import at_hand, open_out, output_at, place_of
 from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
 from gpuprep.discovery import FILES_PER_TASK, Cohort, discover
 from gpuprep.errors import RequestError
@@ -43,8 +44,8 @@ from gpuprep.matching import Matched, fingerprint, matched, used_names
 from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, USABLE, for_volumes, host_bytes_free, workers
 from gpuprep.naming import Pseudonyms, crosswalk_row, patient_ids
 from gpuprep.outlook import DONE, Needs, Outlook, outlooks
-from gpuprep.output import Output, open_output
-from gpuprep.places import given, is_url
+from gpuprep.output import Output
+from gpuprep.places import given, resolved
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
 from gpuprep.sharding import WHOLE, Shard
@@ -60,7 +61,7 @@ DEATHS_ALLOWED = 2
 class Results(Sequence[SeriesResult]):
     """The result of every series of a run, read from the manifest when it is asked for: a cohort may have 100,000."""
 
-    manifest: Path
+    manifest: str
     keys: tuple[str, ...]
     skipped: frozenset[str] = frozenset()
     """Of these, those that were complete and unchanged."""
@@ -81,7 +82,8 @@ class Results(Sequence[SeriesResult]):
         return len(self.keys)
 
     def _read(self, keys: tuple[str, ...]) -> Iterator[SeriesResult]:
-        with closing(Manifest(self.manifest, reading=True)) as manifest:
+        out, name = os.path.split(self.manifest)
+        with at_hand(out, name) as top, closing(Manifest(top / name, reading=True)) as manifest:
             for key in keys:
                 result = manifest.get(key)
                 if result is None:
@@ -230,7 +232,7 @@ def scan(
     recipe = recipe or Recipe()
     paths = _listed(paths)
     if out is not None:
-        _check_apart(paths, Path(out))
+        _check_apart(paths, place_of(out))
     chosen = get_backend(backend) if isinstance(backend, str) else backend
     means = _means([chosen], jobs, USABLE, None if calibrate else FOR_HEADERS)
     try:
@@ -262,9 +264,9 @@ def _expected(
     output, manifest = None, None
     with ExitStack() as opened:
         if out is not None:
-            output = Output(Path(os.path.abspath(out)), Path())
-            if manifest_path(output.root).is_file():
-                manifest = opened.enter_context(closing(Manifest(manifest_path(output.root), reading=True)))
+            output, top = output_at(out), opened.enter_context(at_hand(out, manifest_path(Path()).name))
+            if manifest_path(top).is_file():
+                manifest = opened.enter_context(closing(Manifest(manifest_path(top), reading=True)))
         values = manifest.label_values() if manifest and matches and recipe.masks.layout == "labels" else {}
         share = [s for s in cohort if shard.has(s.public_uid)]
         expected = list(outlooks(cohort, share, paths, recipe, matches, values, output, manifest))
@@ -281,7 +283,7 @@ def _trial(outlook: Outlook, means: _Means, recipe: Recipe, engine: Engine) -> E
     """Convert a series into a temporary folder, twice, since the first time includes what a worker loads; compare."""
     needs = outlook.needs(means.backend, engine)
     work = _work(outlook, needs, {name: n for n, name in enumerate(outlook.structures, 1)})
-    with tempfile.TemporaryDirectory() as folder, open_output(Path(folder)) as output:
+    with tempfile.TemporaryDirectory() as folder, open_out(folder) as output:
         for _ in range(2):
             task = _task(work, recipe=recipe, engine=engine, backend=means.backend, output=output, doubtful={})
             outcomes = list(means.executor.run(convert_series, [task]))
@@ -324,7 +326,8 @@ def convert(
     paths : path or iterable of paths
         Folders, searched to any depth, or files; as for `gpuprep.discover`.
     out : path
-        Where outputs and the manifest go; made if need be.
+        Where outputs and the manifest go; made if need be. May be the URL of a folder in an object store, such as
+        ``s3://bucket/folder``: see `gpuprep.buckets`.
     recipe : Recipe, optional
         The default recipe where absent. With ``image=False`` only masks are made.
     masks : path, iterable of paths or "auto", optional
@@ -385,14 +388,14 @@ def convert(
     recipe = recipe or Recipe()
     listener = listener or Listener()
     paths = _listed(paths)
-    out = Path(os.path.abspath(out))
+    out = place_of(out)
     _check_apart(paths, out)
     _check_numbers(limit, limit_s, jobs if scheduler is None else jobs or 1, memory_share)
     checked_engine(engine)
     means = _chosen_means(backend, gpus, scheduler, jobs, memory_share)
     executor = means.executor
     crosswalk: dict[str, dict[str, str]] = {}
-    with open_output(out, shard) as output, closing(open_manifest(out, shard)) as manifest:
+    with open_out(out, shard) as output, closing(open_manifest(output.root, shard)) as manifest:
         try:
             _check_names(names, manifest, out)
             cohort = _discover(paths, recipe, out, index, executor)
@@ -455,7 +458,9 @@ def convert(
             if names is not None and crosswalk:
                 names.write_crosswalk(crosswalk)
     run = Run(
-        results=Results(manifest.path, tuple(done), frozenset(k for k, status in done.items() if status == "skipped")),
+        results=Results(
+            output.lasting(manifest.path.name), tuple(done), frozenset(k for k, s in done.items() if s == "skipped")
+        ),
         passed_over=cohort.passed_over,
         unreadable=cohort.unreadable,
         tallies=dict(tally),
@@ -544,7 +549,7 @@ class _Conversions:
         """Yield the tasks whose outputs the disk has room for, looked at when their turn comes."""
         for task in tasks:
             need, free = int(task.output_bytes * self._disk_share), self._output.free_bytes()
-            if need <= free:
+            if free is None or need <= free:
                 yield task
                 continue
             reason = f"OutputError: it needs {sized(need)} and {sized(free)} are free: free some and run again"
@@ -667,7 +672,7 @@ def _matched(
     return matched(cohort, paths, roots, recipe.masks, executor, exclude=out, alone=not recipe.image)
 
 
-def _check_names(names: Pseudonyms | None, manifest: Manifest, out: Path) -> None:
+def _check_names(names: Pseudonyms | None, manifest: Manifest, out: str | Path) -> None:
     """Raise if `out` was made with other names: every series would be converted again, under two names."""
     run = manifest.last_run()
     former = json.loads(run.request).get("names") if run is not None else None
@@ -705,7 +710,7 @@ def _placed(work: _Work, names: Pseudonyms, patients: Mapping[str, str]) -> _Wor
     return replace(work, folder=folder, known=folder == work.former_folder)
 
 
-def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest, out: Path) -> None:
+def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest, out: str | Path) -> None:
     """Raise if masks alone would replace volumes that hold images, or images alone such that hold masks."""
     if not recipe.image and any(manifest.columns("key", where="WHERE folder != '' AND hu_mean IS NOT NULL")):
         raise RequestError(
@@ -885,10 +890,10 @@ def _discover(
     return discover(paths, recipe.rules, exclude=out, index=index, map_=map_)
 
 
-def _check_apart(paths: list[str], out: Path) -> None:
+def _check_apart(paths: list[str], out: str | Path) -> None:
     """Raise if volumes would be written among the input: OUT may lie inside an input, but no input inside OUT."""
     for path in paths:
-        if not is_url(path) and Path(path).resolve().is_relative_to(out.resolve()):
+        if f"{resolved(path)}/".startswith(f"{resolved(out).rstrip('/')}/"):
             raise RequestError(f"the input {path} lies in the output folder {out}: choose another --out")
 
 

@@ -369,7 +369,7 @@ def _masks(**flags: Any) -> dict[str, Any]:
     return {k: v for k, v in flags.items() if v is not None}
 
 
-def _pseudonyms(names: str, key: Path | None, out: Path) -> Pseudonyms | None:
+def _pseudonyms(names: str, key: Path | None, out: str) -> Pseudonyms | None:
     """Return what stands for names in OUT, if anything does."""
     if names == "hash" and key is None:
         raise RequestError("--names hash needs --key FILE, which is made if it is not there; keep it outside of --out")
@@ -392,7 +392,7 @@ def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
 
 
 def _show_scan(
-    paths: list[str], recipe: Recipe, out: Path | None, jobs: int | None, index: str | None,
+    paths: list[str], recipe: Recipe, out: str | None, jobs: int | None, index: str | None,
     how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None, **means: Any,
 ) -> None:  # fmt: skip
     with held_back():

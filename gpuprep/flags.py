@@ -231,4 +231,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing but what is left out, and errors.", rich_help_panel=RUN)
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where volumes and the manifest go.")]
+Out = Annotated[
+    str, typer.Option("--out", "-o", metavar="OUT", help="Where volumes and the manifest go; a path or URL.")
+]

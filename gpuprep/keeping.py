@@ -21,7 +21,7 @@ from gpuprep.shell import errors_to_exit_codes, print_json
 if TYPE_CHECKING:
     from gpuprep.manifest import RunRecord
 
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The --out of a run.")]
+OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The --out of a run.")]
 
 
 def status(out: OutArgument, json_: Json = False) -> None:
@@ -49,10 +49,10 @@ def verify(
     """Read every output again and compare checksums; name what is damaged, missing, unfinished or of no output."""
     with errors_to_exit_codes():
         with held_back():
+            from gpuprep.buckets import open_out
             from gpuprep.console import Counting, show_damage
             from gpuprep.executors import Processes, usable_cores
             from gpuprep.manifest import open_manifest
-            from gpuprep.output import open_output
             from gpuprep.upkeep import mark as mark_damaged
             from gpuprep.upkeep import verify as findings_of
 
@@ -63,7 +63,7 @@ def verify(
         finally:
             executor.stop()
         if mark and found:
-            with open_output(out), closing(open_manifest(out)) as manifest:
+            with open_out(out) as output, closing(open_manifest(output.root)) as manifest:
                 mark_damaged(manifest, found)
                 manifest.write_csv()
         if json_:
@@ -99,19 +99,21 @@ def merge(out: OutArgument) -> None:
     """Merge the manifests of shards into that of OUT. Shards that ran elsewhere are first copied into OUT."""
     with errors_to_exit_codes():
         with held_back():
+            from gpuprep.buckets import open_out, place_of
             from gpuprep.console import say
             from gpuprep.manifest import Manifest, manifest_path
             from gpuprep.manifest import merge as merge_manifests
-            from gpuprep.output import open_output
             from gpuprep.text import numbered
 
-        if not out.is_dir():
+        place = place_of(out)
+        if isinstance(place, Path) and not place.is_dir():
             raise RequestError(f"{out} is no folder: give the --out of a run")
-        with open_output(out), closing(Manifest(manifest_path(out))) as merged:
+        with open_out(out) as output, closing(Manifest(manifest_path(output.root))) as merged:
             shards = merge_manifests(merged)
             merged.write_csv()
             missing = sorted({n for s in shards for n in range(1, s.count + 1)} - {s.number for s in shards})
-            say(f"{numbered(len(shards), 'shard')} merged into {manifest_path(out)}, which has {len(merged)} series")
+            all_of_them = output.lasting(merged.path.name)
+            say(f"{numbered(len(shards), 'shard')} merged into {all_of_them}, which has {len(merged)} series")
             if missing and shards:
                 numbers = ", ".join(f"{n}/{shards[0].count}" for n in missing)
                 say(f"not among them: {numbers}; merge again when they are there")
@@ -136,9 +138,9 @@ def retry(
     """Convert again what failed, with the inputs, masks and recipe of the last run."""
     with errors_to_exit_codes() as stop:
         with held_back():
+            from gpuprep.buckets import open_out
             from gpuprep.console import say
             from gpuprep.manifest import open_manifest
-            from gpuprep.output import open_output
             from gpuprep.recipe import Recipe
             from gpuprep.upkeep import Records
 
@@ -148,20 +150,21 @@ def retry(
         if not count:
             say(f"nothing {' or '.join(states)} in {out}")
             return
-        with open_output(out), closing(open_manifest(out)) as known:
+        with open_out(out) as output, closing(open_manifest(output.root)) as known:
             run = known.last_run()
-        if run is None:
-            raise RequestError(f"{out} knows of no run: use gpuprep convert")
+            if run is None:
+                raise RequestError(f"{out} knows of no run: use gpuprep convert")
+            recipe = Recipe.load(output.root / "recipe.toml")
         asked = _request(run, out)
         run_conversion(
-            asked["paths"], out, Recipe.load(out / "recipe.toml"), asked["masks"], stop, backend=backend,
+            asked["paths"], out, recipe, asked["masks"], stop, backend=backend,
             engine=asked["engine"], jobs=jobs, gpus=gpu_numbers(gpus), memory_share=memory_share, limit_s=time_limit,
             only=states, index=index, log=log, log_format=log_format,
             quiet=quiet, json_=json_,
         )  # fmt: skip
 
 
-def _request(run: RunRecord, out: Path) -> dict[str, Any]:
+def _request(run: RunRecord, out: str) -> dict[str, Any]:
     """Return what the last run was asked for."""
     asked: dict[str, Any] = json.loads(run.request)
     if not {"paths", "masks", "engine"} <= asked.keys():

@@ -25,6 +25,7 @@ from typing import Any, Self
 from gpuprep.errors import RequestError
 from gpuprep.manifest import SeriesResult
 from gpuprep.output import flush
+from gpuprep.places import given, is_url
 from gpuprep.series import Series, SliceHeader
 
 DIGITS = 20
@@ -47,7 +48,7 @@ class Pseudonyms:
     """Where the key is kept."""
 
     @classmethod
-    def load(cls, file: Path, out: Path) -> Self:
+    def load(cls, file: Path, out: str | Path) -> Self:
         """Return those of a key file, which is made if it is not there.
 
         Raises
@@ -55,7 +56,7 @@ class Pseudonyms:
         RequestError
             If it lies in OUT, may be read by others, cannot be read or made, or holds no key.
         """
-        if file.resolve().is_relative_to(out.resolve()):
+        if not is_url(place := given(out)) and file.resolve().is_relative_to(Path(place).resolve()):
             raise RequestError(f"the key {file} would leave with {out}: keep it elsewhere")
         try:
             with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.layout import WORKSHOP
+from gpuprep.places import opened
 from gpuprep.sharding import WHOLE, Shard
 
 SIDECAR = "volume.json"
@@ -60,6 +61,7 @@ class Output:
     """A folder of outputs, as workers and the parent know it; `open_output` gives it."""
 
     root: Path
+    """Where the manifest is during a run."""
     workshop: Path
     """Where this run makes what is not finished."""
 
@@ -100,7 +102,7 @@ class Output:
             listed: dict[str, Any] = json.loads(text)["outputs"]
             if hashlib.sha256(text).hexdigest() != sha256:
                 return [SIDECAR]
-            there = {name for name, entry in _entries(place) if name != SIDECAR and _is_own(name) and entry.is_file()}
+            there = {name for name, entry in _entries(place) if name != SIDECAR and is_own(name) and entry.is_file()}
             return sorted(there - set(listed)) + [name for name, file in listed.items() if _differs(place / name, file)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return [SIDECAR]
@@ -121,8 +123,12 @@ class Output:
         """Write a small text file at the top, complete or not at all."""
         write_text(self.root / name, text)
 
-    def free_bytes(self) -> int:
-        """Return how much the disk has left for us; OUT itself need not be there yet."""
+    def lasting(self, name: str) -> str:
+        """Return where a file at the top is to be found when the run is over."""
+        return str(self.root / name)
+
+    def free_bytes(self) -> int | None:
+        """Return how much the disk has left for us, None if there is no end; OUT itself need not be there yet."""
         for path in (self.root, *self.root.parents):
             with suppress(FileNotFoundError):
                 return shutil.disk_usage(path).free
@@ -217,12 +223,16 @@ class PendingFolder:
     """A folder in the making: fill `path`, then `commit`."""
 
     def __init__(self, output: Output, folder: str) -> None:
-        self.path = output.workshop / uuid.uuid4().hex
-        self.path.mkdir()
+        self.path = self._made(output)
         self._root = output.root
         self._final = output.root / folder
         self._threads: ThreadPoolExecutor | None = None
         self._settled: dict[Path, Future[dict[str, Any]]] = {}
+
+    def _made(self, output: Output) -> Path:
+        path = output.workshop / uuid.uuid4().hex
+        path.mkdir()
+        return path
 
     def settle(self, file: Path) -> None:
         """Have a finished file written to disk, and its checksum taken, while others are being made."""
@@ -254,16 +264,20 @@ class PendingFolder:
         flush(self.path / SIDECAR)
         for folder, _, _ in os.walk(self.path, topdown=False):
             flush(Path(folder))
+        self._place(sidecar["key"], known)
+        self.discard()
+        size = sum(file["bytes"] for file in outputs.values()) + len(text)
+        return Written(len(outputs) + 1, size, hashlib.sha256(text).hexdigest())
+
+    def _place(self, key: str, known: bool) -> None:
+        """Move the folder into place."""
         self._final.parent.mkdir(parents=True, exist_ok=True)
         if self._final.is_symlink() or self._final.exists():
-            _check_replaceable(self._final, sidecar["key"], known)
+            _check_replaceable(self._final, key, known)
             _swap(self.path, self._final, self._root)
         else:
             self.path.rename(self._final)
         flush(self._final.parent)
-        self.discard()
-        size = sum(file["bytes"] for file in outputs.values()) + len(text)
-        return Written(len(outputs) + 1, size, hashlib.sha256(text).hexdigest())
 
     def discard(self) -> None:
         """Remove whatever was not moved into place, or is no longer there."""
@@ -278,10 +292,10 @@ def _settled(file: Path) -> dict[str, Any]:
 
 
 def checksum(file: str | os.PathLike[str]) -> str:
-    """Return the CRC-32 of a file, as in gzip and zip, in eight hexadecimal digits."""
+    """Return the CRC-32 of a file, or of what lies at a URL, as in gzip and zip, in eight hexadecimal digits."""
     crc = _crc32()
     value = 0
-    with open(file, "rb", buffering=0) as f:
+    with opened(os.fspath(file)) as f:
         while block := f.read(2**20):
             value = crc(block, value)
     return f"{value:08x}"
@@ -337,7 +351,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 def contents(folder: Path) -> tuple[int, int]:
     """Return the number of an output's files and their bytes together; (0, 0) where there is no such folder."""
     try:
-        sizes = [e.stat().st_size for name, e in _entries(folder) if (name == SIDECAR or _is_own(name)) and e.is_file()]
+        sizes = [e.stat().st_size for name, e in _entries(folder) if (name == SIDECAR or is_own(name)) and e.is_file()]
     except OSError:
         return 0, 0
     return len(sizes), sum(sizes)
@@ -348,7 +362,7 @@ def retire(folder: Path) -> None:
     sidecar = folder / SIDECAR
     if sidecar.is_file():
         sidecar.unlink()  # first, so that what is left does not look complete
-        for name in [name for name, entry in _entries(folder) if _is_own(name) and entry.is_file()]:
+        for name in [name for name, entry in _entries(folder) if is_own(name) and entry.is_file()]:
             (folder / name).unlink()
         for below in (*folder.glob("masks/*"), folder / "masks", folder / "labels", folder):
             with suppress(OSError):  # not empty, or no folder
@@ -356,21 +370,46 @@ def retire(folder: Path) -> None:
 
 
 def _check_replaceable(folder: Path, key: str, known: bool) -> None:
-    hint = "move it away, or choose another --out"
     try:
         former = json.loads((folder / SIDECAR).read_text("utf-8"))["key"]
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        if not known or not folder.is_dir():
-            raise OutputError(f"{folder} is in the way and is not an output of gpuprep: {hint}") from exc
-    else:
-        if former != key:
-            raise OutputError(f"{folder} holds another series, {former}: {hint}")
-    if strangers := _strangers(folder):
-        raise OutputError(f"{folder} also holds {min(strangers)}, which is not gpuprep's to remove: {hint}")
+    except (OSError, ValueError, KeyError, TypeError):
+        former = None
+    there = folder.is_dir()
+    check_replaceable(str(folder), former, key, known and there, _strangers(folder) if there else [])
+
+
+def check_replaceable(place: str, former: str | None, key: str, known: bool, strangers: list[str]) -> None:
+    """Raise unless what stands at a place may go for a new output of a series.
+
+    Parameters
+    ----------
+    place : str
+        For the message.
+    former : str, optional
+        Key of the series that it says it holds, if it says so.
+    key : str
+        That of the new output.
+    known : bool
+        Whether the manifest says that it is that series' output.
+    strangers : list of str
+        What else is there.
+
+    Raises
+    ------
+    OutputError
+        If it may not.
+    """
+    hint = "move it away, or choose another --out"
+    if former is None and not known:
+        raise OutputError(f"{place} is in the way and is not an output of gpuprep: {hint}")
+    if former not in (None, key):
+        raise OutputError(f"{place} holds another series, {former}: {hint}")
+    if strangers:
+        raise OutputError(f"{place} also holds {min(strangers)}, which is not gpuprep's to remove: {hint}")
 
 
 def _strangers(folder: Path) -> list[str]:
-    return sorted(n for n, entry in _entries(folder) if n != SIDECAR and not (_is_own(n) and entry.is_file()))
+    return sorted(n for n, entry in _entries(folder) if n != SIDECAR and not (is_own(n) and entry.is_file()))
 
 
 def _differs(file: Path, listed: dict[str, Any]) -> bool:
@@ -381,7 +420,7 @@ def _differs(file: Path, listed: dict[str, Any]) -> bool:
         return True
 
 
-def _is_own(name: str) -> bool:
+def is_own(name: str) -> bool:
     """Whether a writer gives such a name to a file."""
     return _OWN_NAME.fullmatch(name) is not None
 

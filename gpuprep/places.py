@@ -1,4 +1,4 @@
-"""Where inputs lie: on disk, or at a URL that fsspec can open (``s3://bucket/dicom``). Everything opens them here.
+"""Where files lie: on disk, or at a URL that fsspec can open (``s3://bucket/dicom``). Inputs are all opened here.
 
 A path on disk takes one look for "://", and goes to the system. fsspec is imported when the first URL is asked for, and
 in every process anew: what it holds, connections and a thread, does not survive a fork. Whatever goes wrong behind a
@@ -15,7 +15,7 @@ import re
 import stat as modes
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -176,6 +176,37 @@ def fetched(url: str, start: int, stop: int) -> bytes:
                 return b""
             raise
     return data
+
+
+def read_bytes(url: str) -> bytes:
+    """Return all that lies at a URL."""
+    with _reached(url) as (fs, key):
+        data: bytes = fs.cat_file(key)
+    return data
+
+
+def write_bytes(url: str, data: bytes, *, new: bool = False) -> None:
+    """Put an object at a URL, complete or not at all; with `new`, fail if there is one, where the store can tell."""
+    with _reached(url) as (fs, key):
+        fs.pipe_file(key, data, **({"mode": "create"} if new else {}))
+
+
+def upload(file: str | os.PathLike[str], url: str) -> None:
+    """Copy a file on disk to a URL."""
+    with _reached(url) as (fs, key):
+        fs.put_file(os.fspath(file), key)
+
+
+def download(url: str, file: str | os.PathLike[str]) -> None:
+    """Copy what lies at a URL to a file on disk."""
+    with _reached(url) as (fs, key):
+        fs.get_file(key, os.fspath(file))
+
+
+def remove(url: str) -> None:
+    """Remove what lies at a URL, if anything does."""
+    with suppress(FileNotFoundError), _reached(url) as (fs, key):
+        fs.rm_file(key)
 
 
 class _File(io.FileIO):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run_conversion(
-    paths: list[str], out: Path, recipe: Recipe, masks: list[str] | Literal["auto"] | None, stop: Stop, *,
+    paths: list[str], out: str, recipe: Recipe, masks: list[str] | Literal["auto"] | None, stop: Stop, *,
     backend: Any, jobs: int | None, index: str | None, log: Path | None, log_format: Literal["text", "json"],
     quiet: bool, json_: bool, memory_share: float | None = None, scheduler: str | None = None, **how: Any,
 ) -> None:  # fmt: skip
@@ -64,7 +64,7 @@ def run_conversion(
             }
         )
     elif not quiet:
-        show_run(run, str(out), time.perf_counter() - started)
+        show_run(run, out, time.perf_counter() - started)
     if run.exit_code == 3:
         what = "no CT series" if recipe.image else "no segmentation of a CT series"
         complain(f"{what} under {', '.join(paths)}")

@@ -12,12 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from gpuprep.errors import RequestError
+from gpuprep.buckets import UNFINISHED, Bucket, at_hand, is_open, output_at, place_of
+from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import Executor, WorkerDiedError
 from gpuprep.layout import RESERVED, WORKSHOP
 from gpuprep.manifest import Manifest, RunRecord, SeriesResult, State, manifest_path, shards_of
 from gpuprep.outlook import DONE
-from gpuprep.output import SIDECAR, Output, is_open
+from gpuprep.output import SIDECAR, Output, is_own
+from gpuprep.places import walk
 from gpuprep.sharding import WHOLE, Shard
 from gpuprep.text import printable
 
@@ -34,17 +36,18 @@ class Records:
         If there is none.
     """
 
-    def __init__(self, out: Path) -> None:
-        self._files = ExitStack()
-        shards = shards_of(out)
-        paths = shards if shards else {}
-        if manifest_path(out).is_file():
-            paths = {**paths, WHOLE: manifest_path(out)}
-        if not paths:
-            raise RequestError(f"{out} has no manifest: give the --out of a run")
-        self.manifests = {
-            shard: self._files.enter_context(closing(Manifest(path, reading=True))) for shard, path in paths.items()
-        }
+    def __init__(self, out: str | Path) -> None:
+        with ExitStack() as files:
+            top = files.enter_context(at_hand(out))
+            paths = shards_of(top)
+            if manifest_path(top).is_file():
+                paths = {**paths, WHOLE: manifest_path(top)}
+            if not paths:
+                raise RequestError(f"{out} has no manifest: give the --out of a run")
+            self.manifests = {
+                shard: files.enter_context(closing(Manifest(path, reading=True))) for shard, path in paths.items()
+            }
+            self._files = files.pop_all()
 
     def __iter__(self) -> Iterator[SeriesResult]:
         """Yield every result."""
@@ -107,7 +110,7 @@ class Status:
     progress: tuple[Progress, ...] = field(default=())
 
 
-def status(out: Path) -> Status:
+def status(out: str | Path) -> Status:
     """Return what an output folder holds and how far its runs are; may be asked at any time.
 
     Raises
@@ -140,7 +143,7 @@ def status(out: Path) -> Status:
     return Status(dict(counts), size, reasons, unreadable, progress)
 
 
-def _progress(out: Path, shard: Shard, run: RunRecord, manifest: Manifest) -> Progress:
+def _progress(out: str | Path, shard: Shard, run: RunRecord, manifest: Manifest) -> Progress:
     state: State | Literal["killed"] = run.state
     if state == "running" and not is_open(out, shard):
         state = "killed"
@@ -179,7 +182,7 @@ class _Check:
     sha256: str
 
 
-def verify(out: Path, executor: Executor, checked: Callable[[], None]) -> Iterator[Finding]:
+def verify(out: str | Path, executor: Executor, checked: Callable[[], None]) -> Iterator[Finding]:
     """Read every output again, and yield what is not as it was written.
 
     Parameters
@@ -196,10 +199,10 @@ def verify(out: Path, executor: Executor, checked: Callable[[], None]) -> Iterat
     RequestError
         If there is no manifest, or a run is on.
     """
-    if is_open(out) or any(is_open(out, shard) for shard in shards_of(out)):
-        raise RequestError(f"a run is writing into {out}: verify it afterwards")
-    output = Output(out, out / WORKSHOP)
+    output = output_at(out)
     with closing(Records(out)) as records:
+        if any(is_open(out, shard) for shard in (WHOLE, *records.manifests)):
+            raise RequestError(f"a run is writing into {out}: verify it afterwards")
         checks = {
             folder: _Check(output, key, folder, sha256 or "")
             for key, folder, sha256, state in records.columns("key", "folder", "sha256", "status")
@@ -208,16 +211,25 @@ def verify(out: Path, executor: Executor, checked: Callable[[], None]) -> Iterat
     for check, outcome in executor.run(_verified, checks.values()):
         if isinstance(outcome, WorkerDiedError):
             outcome = [Finding("torn", check.folder, check.key)]
+        if isinstance(outcome, OSError):
+            raise OutputError(f"cannot read {out}: {outcome}") from outcome
         yield from outcome
         checked()
-    yield from _strays(out, set(checks))
+    place = place_of(out)
+    if isinstance(place, Path):
+        yield from _strays(place, set(checks))
+    elif isinstance(output, Bucket):
+        yield from _stray_objects(output, set(checks))
 
 
-def _verified(check: _Check) -> list[Finding]:
-    """Return what is wrong with an output; runs in a worker."""
-    if not check.output.holds(check.folder):
-        return [Finding("missing", check.folder, check.key)]
-    torn = check.output.torn(check.folder, check.sha256)
+def _verified(check: _Check) -> list[Finding] | OSError:
+    """Return what is wrong with an output, or why that cannot be said; runs in a worker."""
+    try:
+        if not check.output.holds(check.folder):
+            return [Finding("missing", check.folder, check.key)]
+        torn = check.output.torn(check.folder, check.sha256)
+    except OSError as exc:
+        return exc
     return [Finding("torn", f"{check.folder}/{name}", check.key) for name in torn]
 
 
@@ -247,6 +259,31 @@ def _strays(out: Path, folders: set[str]) -> Iterator[Finding]:
         for name in sorted(names):
             if not (own and name.startswith(own)):
                 yield Finding("stray", printable(name if here == "." else f"{here}/{name}"))
+
+
+def _stray_objects(bucket: Bucket, folders: set[str]) -> Iterator[Finding]:
+    """Yield objects that belong to nothing, and what is left of uploads that broke off."""
+    unrecorded: set[str] = set()
+    for place, files in walk(bucket.url):
+        here = place[len(bucket.url) + 1 :]
+        names = [os.path.basename(path) for path, _ in files]
+        above = (here, *(parent.as_posix() for parent in Path(here).parents))
+        if here.split("/", 1)[0] == WORKSHOP or unrecorded.intersection(above):
+            continue
+        owner = next((folder for folder in above if folder in folders), None)
+        if owner is None and {SIDECAR, UNFINISHED} & set(names):
+            unrecorded.add(here)
+            yield Finding("unrecorded" if SIDECAR in names else "unfinished", printable(here))
+            continue
+        for name in names:
+            path = f"{here}/{name}" if here else name
+            if owner is not None:
+                if name == UNFINISHED and here == owner:
+                    yield Finding("unfinished", printable(path))
+                elif path != f"{owner}/{SIDECAR}" and not is_own(path[len(owner) + 1 :]):
+                    yield Finding("stray", printable(path))
+            elif here or not name.startswith(RESERVED):
+                yield Finding("stray", printable(path))
 
 
 def mark(manifest: Manifest, findings: Iterable[Finding]) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,43 @@ def natively(ds: Dataset, syntax: UID, *, meta: bool = True) -> bytes:
         big, implicit = syntax == ExplicitVRBigEndian, syntax == ImplicitVRLittleEndian
         pydicom.dcmwrite(buffer, plain, implicit_vr=implicit, little_endian=not big)
     return buffer.getvalue()
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """Clear the file system that is in memory of this process."""
+    fs = pytest.importorskip("fsspec").filesystem("memory")
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Any]:
+    """Start an S3 server on loopback, where environment variables say it is; yield its file system."""
+    server_of = pytest.importorskip("moto.server").ThreadedMotoServer
+    s3fs, fsspec = pytest.importorskip("s3fs"), pytest.importorskip("fsspec")
+    server = server_of(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    _stop_fork_server()  # workers have the environment that it was started in
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "for-tests")
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            patch.setenv(name, "/nowhere")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        fs = fsspec.filesystem("s3", use_listings_cache=False)
+        fs.mkdir("bucket")
+        yield fs
+    s3fs.S3FileSystem.clear_instance_cache()
+    _stop_fork_server()
+    server.stop()
+
+
+def _stop_fork_server() -> None:
+    server: Any = forkserver._forkserver
+    server._stop()

@@ -1066,7 +1066,7 @@ def test_a_partial_output_is_never_taken_for_a_whole_one(tmp_path: Path, monkeyp
 
         chunk_slices = 2
 
-    monkeypatch.setattr("gpuprep.batch.get_backend", lambda _: Interrupted("matmul"))
+    monkeypatch.setattr("gpuprep.batch.get_backends", lambda *_: [Interrupted("matmul")])
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "new")
     monkeypatch.undo()
