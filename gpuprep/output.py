@@ -36,6 +36,9 @@ SIDECAR = "volume.json"
 SETTLING_THREADS = 4
 """They wait for the disk, mostly; one would wait for a journal once per file."""
 
+ASKING_S = 0.5
+"""Time for whoever only looks whether a run is on, by taking its lock, to let go of it."""
+
 OTHER_SHARD_S = 10.0
 """Time for shards that start together to look at the lock of whole runs, one after the other."""
 
@@ -165,13 +168,13 @@ def _lock(top: Path, shard: Shard, locks: ExitStack) -> None:
     """Take the lock of a shard, or all of them; raise Timeout where somebody else has one."""
     everything = FileLock(top / "lock")
     if shard.name:
-        locks.enter_context(FileLock(top / shard.name / "lock", blocking=False))
+        locks.enter_context(FileLock(top / shard.name / "lock", timeout=ASKING_S))
         # Others look at it for a moment, as this one does; a run over everything keeps it.
         with everything.acquire(timeout=OTHER_SHARD_S):
             return
-    locks.enter_context(everything.acquire(blocking=False))
+    locks.enter_context(everything.acquire(timeout=ASKING_S))
     for held in top.glob("*-of-*/lock"):
-        locks.enter_context(FileLock(held, blocking=False))
+        locks.enter_context(FileLock(held, timeout=ASKING_S))
 
 
 def is_open(out: Path, shard: Shard = WHOLE) -> bool:
@@ -313,7 +316,12 @@ def _swap(new: Path, place: Path, root: Path) -> None:
     note.write_text(str(place.relative_to(root)), "utf-8")
     flush(note)
     place.rename(former)
-    new.rename(place)
+    try:
+        new.rename(place)
+    except OSError:
+        former.rename(place)
+        note.unlink()
+        raise
     note.unlink()
     former.rename(new)
 
