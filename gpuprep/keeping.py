@@ -100,13 +100,15 @@ def merge(out: OutArgument) -> None:
     with errors_to_exit_codes():
         with held_back():
             from gpuprep.console import say
-            from gpuprep.manifest import Manifest, manifest_path
+            from gpuprep.manifest import Manifest, manifest_path, shards_of
             from gpuprep.manifest import merge as merge_manifests
             from gpuprep.output import open_output
             from gpuprep.text import numbered
 
         if not out.is_dir():
             raise RequestError(f"{out} is no folder: give the --out of a run")
+        if not shards_of(out) and not manifest_path(out).is_file():
+            raise RequestError(f"{out} has no manifest: give the --out of a run")
         with open_output(out), closing(Manifest(manifest_path(out))) as merged:
             shards = merge_manifests(merged)
             merged.write_csv()

@@ -339,11 +339,11 @@ class Manifest:
             self._db.execute("ATTACH ? AS other", (os.fspath(other),))
             try:
                 clash = self._db.execute(
-                    "SELECT name, l.value, o.value FROM label_values l JOIN other.label_values o USING (name) "
-                    "WHERE l.value != o.value"
+                    "SELECT o.name, o.value, CASE WHEN l.name = o.name THEN l.value ELSE 'so has ' || l.name END "
+                    "FROM label_values l JOIN other.label_values o ON (l.name = o.name) != (l.value = o.value)"
                 ).fetchone()
                 if clash:
-                    name, ours, theirs = clash
+                    name, theirs, ours = clash
                     raise RequestError(
                         f"{other}: {name} has label value {theirs}, and {ours} in {self.path.name}: shards of one "
                         "cohort must see all of it, and the same --masks; convert again into another --out"

@@ -122,7 +122,7 @@ class Output:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small text file at the top, complete or not at all."""
-        write_text(self.root / name, text)
+        write_text(self.root / name, text, self.workshop)
 
     def free_bytes(self) -> int:
         """Return how much the disk has left for us; OUT itself need not be there yet."""
@@ -198,14 +198,16 @@ def _sweep(output: Output) -> None:
             if former.is_dir() and not place.exists():
                 former.rename(place)
             note.unlink()
+        for part in workshop.glob("*.part"):
+            part.unlink()
         for stale in workshop.iterdir():
             if stale.is_dir() and stale not in shards:
                 shutil.rmtree(stale, ignore_errors=True)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a small text file at the top of OUT, complete or not at all."""
-    part = file.with_name(f"{file.name}.part")
+def write_text(file: Path, text: str, workshop: Path | None = None) -> None:
+    """Write a small text file at the top of OUT, complete or not at all; made in a workshop, which no other run has."""
+    part = (workshop or file.parent) / f"{file.name}.part"
     try:
         part.write_text(text, "utf-8")
         flush(part)

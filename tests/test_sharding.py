@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cohort import (
@@ -32,6 +34,7 @@ from hypothesis import strategies as st
 
 from gpuprep.errors import RequestError
 from gpuprep.manifest import Manifest, manifest_path
+from gpuprep.output import open_output
 from gpuprep.sharding import WHOLE, Shard
 
 SERIES = 24
@@ -79,8 +82,6 @@ def sharded(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(sharded: Path, tmp_path: Path) -> Path:
     """A copy of it, times of the files and all."""
-    import shutil
-
     return Path(shutil.copytree(sharded, tmp_path / "out"))
 
 
@@ -110,13 +111,13 @@ def test_every_series_is_in_exactly_one_shard(uid: str, count: int) -> None:
 
 
 def test_shards_are_the_same_in_every_release() -> None:
-    # The last hexadecimal digit of the first eight bytes of SHA-256, by sha256sum; modulo 4, its last two bits.
+    # The first eight bytes of SHA-256, by sha256sum, modulo 4: the last two bits of their last hexadecimal digit.
     digests = {
-        "1.2.840.1": "e8e9ea5ee1f8d4ba",
-        "1.2.840.2": "c9cd17bf7dfbb1ba",
+        "1.2.840.1": "f9a13599155b7052",
+        "1.2.840.2": "d1383cc2458669f5",
+        "1.3.6.1.4.1.14519.5": "66ac72bd34978168",
     }
     for uid, digest in digests.items():
-        assert re.fullmatch("[0-9a-f]{16}", digest)
         expected = int(digest[-1], 16) % 4 + 1
         assert [n for n in range(1, 5) if Shard(n, 4).has(uid)] == [expected]
 
@@ -238,6 +239,36 @@ def test_a_damaged_shard_is_named_and_nothing_is_merged_of_it(out: Path) -> None
 def findings_are_unreadable(out: Path, bad: Path) -> bool:
     verified = gpuprep("verify", out)
     return verified.returncode == 1 and str(bad) in verified.stderr and "Traceback" not in verified.stderr
+
+
+def test_a_folder_that_is_no_output_is_not_made_one(tmp_path: Path) -> None:
+    merged = gpuprep("merge", tmp_path)
+    assert (merged.returncode, merged.stderr) == (2, f"gpuprep: {tmp_path} has no manifest: give the --out of a run\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_write_the_files_of_the_run_beside_each_other(tmp_path: Path) -> None:
+    # All of them write recipe.toml, and those that start together at the same time.
+    def write(n: int) -> None:
+        with open_output(tmp_path, Shard(n, 4)) as output:
+            begin.wait()
+            for _ in range(100):
+                output.write_text("recipe.toml", "the same\n" * 1000)
+
+    begin = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as threads:
+        for written in [threads.submit(write, n) for n in range(1, 5)]:
+            written.result()
+    assert (tmp_path / "recipe.toml").read_text() == "the same\n" * 1000
+    assert sorted(path.name for path in tmp_path.rglob("*.part")) == []
+
+
+def test_what_a_killed_run_left_of_a_text_file_is_swept(tmp_path: Path) -> None:
+    with open_output(tmp_path, Shard(1, 2)) as output:
+        part = output.workshop / "recipe.toml.part"
+    part.write_text("half")
+    with open_output(tmp_path):
+        assert not part.exists()
 
 
 # --- label values
