@@ -49,7 +49,9 @@ def gpuprep(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[s
 
 def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run Python to its end."""
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=300, **options)
+    ran = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=300, **options)
+    ran.stderr = complaints(ran.stderr)
+    return ran
 
 
 class Running:
@@ -99,7 +101,7 @@ class Running:
     def end(self) -> int:
         """Wait until the last of its processes has gone, which all hold its streams; return the exit code."""
         try:
-            _, stderr = self._process.communicate(timeout=300)
+            _, stderr = self._process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
             pytest.fail("a process of the run is still there")
         self.stderr = complaints(stderr)

@@ -685,6 +685,7 @@ def test_a_former_output_comes_back_if_it_cannot_be_replaced(
     go(dicom, out)
     before = {k: v for k, v in tree(out).items() if k.startswith("dicom/s001/")}
     rename = Path.rename
+    left = 1
 
     def fails_once(path: Path, target: Path) -> Path:
         nonlocal left
@@ -693,7 +694,6 @@ def test_a_former_output_comes_back_if_it_cannot_be_replaced(
             raise exc
         return rename(path, target)
 
-    left = 1
     other = Recipe(size=(26, 26))
     with monkeypatch.context() as patch:
         patch.setattr("gpuprep.output._exchanged", lambda *_: False)
