@@ -174,7 +174,10 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
     plan = make_plan(stacked.geometry, task.recipe, stacked.placement)
     result = replace(result, source_shape=plan.source.shape, source_spacing_mm=plan.source.spacing_mm)
     masked: Masked | None = None
-    pending = task.output.pending(task.folder)
+    try:
+        pending = task.output.pending(task.folder)
+    except OSError as exc:
+        raise _unwritable(exc) from exc
     try:
         irregularities = audited.irregularities
         if source is not None:
@@ -205,12 +208,16 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
             f"{exc}; in chunks of {task.backend.chunk_slices} slices the series needs about {need:.2f} GB"
         ) from exc
     except OSError as exc:
-        full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise OutputError(f"cannot write the series: {exc}", "disk-full" if full else None) from exc
+        raise _unwritable(exc) from exc
     finally:
         pending.discard()
     result = replace(result, shape=plan.target.shape, spacing_mm=plan.target.spacing_mm, write_s=write_s)
     return _in_place(result, task, written)
+
+
+def _unwritable(exc: OSError) -> OutputError:
+    full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+    return OutputError(f"cannot write the series: {exc}", "disk-full" if full else None)
 
 
 def _write_image(

@@ -101,13 +101,15 @@ def merge(out: OutArgument) -> None:
         with held_back():
             from gpuprep.buckets import open_out, place_of
             from gpuprep.console import say
-            from gpuprep.manifest import Manifest, manifest_path
+            from gpuprep.manifest import Manifest, manifest_path, shards_of
             from gpuprep.manifest import merge as merge_manifests
             from gpuprep.text import numbered
 
         place = place_of(out)
         if isinstance(place, Path) and not place.is_dir():
             raise RequestError(f"{out} is no folder: give the --out of a run")
+        if isinstance(place, Path) and not shards_of(place) and not manifest_path(place).is_file():
+            raise RequestError(f"{out} has no manifest: give the --out of a run")
         with open_out(out) as output, closing(Manifest(manifest_path(output.root))) as merged:
             shards = merge_manifests(merged)
             merged.write_csv()

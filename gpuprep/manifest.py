@@ -151,6 +151,8 @@ _LISTS = (
 )
 _JSON = (*_LISTS, "audit")
 _RUN_COLUMNS = [f.name for f in fields(RunRecord)]
+_DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
+"""Of SQLite, for which a manifest can do nothing."""
 
 
 def manifest_path(out: Path, shard: Shard = WHOLE) -> Path:
@@ -184,10 +186,11 @@ class Manifest:
         try:
             have = self._opened(path, reading)
         except sqlite3.Error as exc:
-            raise OutputError(
-                f"{path} cannot be used as manifest ({exc}): move it away, or choose another --out; without it, "
-                "complete volumes are recognised by their volume.json and kept"
-            ) from exc
+            if hasattr(self, "_db"):
+                self._db.close()
+            if getattr(exc, "sqlite_errorcode", 0) & 0xFF in _DISK_ERRORS:
+                raise OutputError(f"cannot write into {path.parent}: {exc}") from exc
+            raise self._unusable(exc) from exc
         added = [f for f in fields(SeriesResult) if f.default is None and f.name not in have]
         if set(have) | {f.name for f in added} != set(_COLUMNS) or (added and reading):
             raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
@@ -201,14 +204,35 @@ class Manifest:
             self._db = _for_reading(path)
         else:
             self._db = sqlite3.connect(path, isolation_level=None)
+            found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]  # before anything is written
+            if found != "ok":
+                raise sqlite3.DatabaseError(f"it is damaged: {found.splitlines()[-1]}")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             for table in _TABLES:
                 self._db.execute(f"CREATE TABLE IF NOT EXISTS {table}")
-            found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise sqlite3.DatabaseError(f"it is damaged: {found.splitlines()[-1]}")
         return [row[1] for row in self._db.execute("PRAGMA table_info(series)")]
+
+    def _unusable(self, exc: Exception) -> OutputError:
+        return OutputError(
+            f"{self.path} cannot be used as manifest ({exc}): move it away, or choose another --out; without it, "
+            "complete volumes are recognised by their volume.json and kept"
+        )
+
+    def _rows(self, query: str, *values: str) -> Iterator[tuple[Any, ...]]:
+        """Yield what a query finds; damage shows only where it is read."""
+        try:
+            yield from self._db.execute(query, values)
+        except sqlite3.Error as exc:
+            raise self._unusable(exc) from exc
+
+    def _results(self, query: str, *values: str) -> Iterator[SeriesResult]:
+        for row in self._rows(query, *values):
+            try:
+                result = _result(row)
+            except (ValueError, TypeError) as exc:
+                raise self._unusable(exc) from exc
+            yield result
 
     def put(self, result: SeriesResult) -> None:
         """Store a result in place of the series' former one."""
@@ -225,21 +249,19 @@ class Manifest:
 
     def get(self, key: str) -> SeriesResult | None:
         """Return the last result of a series."""
-        row = self._db.execute(_ROWS + "WHERE key = ?", (key,)).fetchone()
-        return None if row is None else _result(row)
+        return next(self._results(_ROWS + "WHERE key = ?", key), None)
 
     def entry(self, key: str) -> Entry | None:
         """Return what says whether the output of a series stands for its input."""
-        row = self._db.execute(f"SELECT {', '.join(Entry._fields)} FROM series WHERE key = ?", (key,)).fetchone()  # noqa: S608
+        row = next(self._rows(f"SELECT {', '.join(Entry._fields)} FROM series WHERE key = ?", key), None)  # noqa: S608
         return None if row is None else Entry(*row)
 
     def __iter__(self) -> Iterator[SeriesResult]:
         """Yield every result, by source folder."""
-        for row in self._db.execute(_ROWS + _BY_SOURCE):
-            yield _result(row)
+        yield from self._results(_ROWS + _BY_SOURCE)
 
     def __len__(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM series").fetchone()[0])
+        return int(next(self._rows("SELECT count(*) FROM series"))[0])
 
     def examples(self, recipe_sha256: str, version: str, backend: str, most: int) -> Iterator[SeriesResult]:
         """Yield some series that were converted in such a way, and not only recognised."""
@@ -250,7 +272,7 @@ class Manifest:
 
     def columns(self, *names: str, where: str = "") -> Iterator[tuple[Any, ...]]:
         """Yield some columns of every row, as SQLite holds them, in the order of the rows."""
-        return iter(self._db.execute(f"SELECT {', '.join(names)} FROM series {where} {_BY_SOURCE}"))  # noqa: S608
+        return self._rows(f"SELECT {', '.join(names)} FROM series {where} {_BY_SOURCE}")  # noqa: S608
 
     def account(self, passed_over: Mapping[str, int], unreadable: Iterable[tuple[str, str]]) -> None:
         """Store what the last scan found beside CT images."""
@@ -268,7 +290,7 @@ class Manifest:
 
     def label_values(self, names: Iterable[str] = ()) -> dict[str, int]:
         """Return the label value of every structure ever seen, new ones counted on: a value never changes hands."""
-        values: dict[str, int] = dict(self._db.execute("SELECT name, value FROM label_values"))
+        values: dict[str, int] = dict(self._rows("SELECT name, value FROM label_values"))
         new = [name for name in dict.fromkeys(names) if name not in values]
         if not new:
             return values
@@ -295,19 +317,19 @@ class Manifest:
     def last_run(self) -> RunRecord | None:
         """Return the run that began last."""
         columns = ", ".join(_RUN_COLUMNS)
-        row = self._db.execute(f"SELECT {columns} FROM runs ORDER BY started DESC LIMIT 1").fetchone()  # noqa: S608
+        row = next(self._rows(f"SELECT {columns} FROM runs ORDER BY started DESC LIMIT 1"), None)  # noqa: S608
         return None if row is None else RunRecord(**dict(zip(_RUN_COLUMNS, row, strict=True)))
 
     def finished_since(self, started: str) -> tuple[int, str]:
         """Return how many series have been finished since some time, and when the last one was."""
-        count, last = self._db.execute(
-            "SELECT count(*), coalesce(max(finished), '') FROM series WHERE finished >= ?", (started,)
-        ).fetchone()
+        count, last = next(
+            self._rows("SELECT count(*), coalesce(max(finished), '') FROM series WHERE finished >= ?", started)
+        )
         return count, last
 
     def unreadable(self) -> int:
         """Return how many files the last scan could not read."""
-        return int(self._db.execute("SELECT count(*) FROM unreadable").fetchone()[0])
+        return int(next(self._rows("SELECT count(*) FROM unreadable"))[0])
 
     def take_over(self, other: Path, shard: Shard) -> None:
         """Take what another manifest knows, of the series of a shard in place of what this one knew; all or nothing.
@@ -325,11 +347,11 @@ class Manifest:
             self._db.execute("ATTACH ? AS other", (os.fspath(other),))
             try:
                 clash = self._db.execute(
-                    "SELECT name, l.value, o.value FROM label_values l JOIN other.label_values o USING (name) "
-                    "WHERE l.value != o.value"
+                    "SELECT o.name, o.value, CASE WHEN l.name = o.name THEN l.value ELSE 'so has ' || l.name END "
+                    "FROM label_values l JOIN other.label_values o ON (l.name = o.name) != (l.value = o.value)"
                 ).fetchone()
                 if clash:
-                    name, ours, theirs = clash
+                    name, theirs, ours = clash
                     raise RequestError(
                         f"{other}: {name} has label value {theirs}, and {ours} in {self.path.name}: shards of one "
                         "cohort must see all of it, and the same --masks; convert again into another --out"

@@ -37,6 +37,9 @@ SIDECAR = "volume.json"
 SETTLING_THREADS = 4
 """They wait for the disk, mostly; one would wait for a journal once per file."""
 
+ASKING_S = 0.5
+"""Time for whoever only looks whether a run is on, by taking its lock, to let go of it."""
+
 OTHER_SHARD_S = 10.0
 """Time for shards that start together to look at the lock of whole runs, one after the other."""
 
@@ -121,7 +124,7 @@ class Output:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small text file at the top, complete or not at all."""
-        write_text(self.root / name, text)
+        write_text(self.root / name, text, self.workshop)
 
     def lasting(self, name: str) -> str:
         """Return where a file at the top is to be found when the run is over."""
@@ -173,13 +176,13 @@ def _lock(top: Path, shard: Shard, locks: ExitStack) -> None:
     """Take the lock of a shard, or all of them; raise Timeout where somebody else has one."""
     everything = FileLock(top / "lock")
     if shard.name:
-        locks.enter_context(FileLock(top / shard.name / "lock", blocking=False))
+        locks.enter_context(FileLock(top / shard.name / "lock", timeout=ASKING_S))
         # Others look at it for a moment, as this one does; a run over everything keeps it.
         with everything.acquire(timeout=OTHER_SHARD_S):
             return
-    locks.enter_context(everything.acquire(blocking=False))
+    locks.enter_context(everything.acquire(timeout=ASKING_S))
     for held in top.glob("*-of-*/lock"):
-        locks.enter_context(FileLock(held, blocking=False))
+        locks.enter_context(FileLock(held, timeout=ASKING_S))
 
 
 def is_open(out: Path, shard: Shard = WHOLE) -> bool:
@@ -203,14 +206,16 @@ def _sweep(output: Output) -> None:
             if former.is_dir() and not place.exists():
                 former.rename(place)
             note.unlink()
+        for part in workshop.glob("*.part"):
+            part.unlink()
         for stale in workshop.iterdir():
             if stale.is_dir() and stale not in shards:
                 shutil.rmtree(stale, ignore_errors=True)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a small text file at the top of OUT, complete or not at all."""
-    part = file.with_name(f"{file.name}.part")
+def write_text(file: Path, text: str, workshop: Path | None = None) -> None:
+    """Write a small text file at the top of OUT, complete or not at all; made in a workshop, which no other run has."""
+    part = (workshop or file.parent) / f"{file.name}.part"
     try:
         part.write_text(text, "utf-8")
         flush(part)
@@ -329,7 +334,12 @@ def _swap(new: Path, place: Path, root: Path) -> None:
     note.write_text(str(place.relative_to(root)), "utf-8")
     flush(note)
     place.rename(former)
-    new.rename(place)
+    try:
+        new.rename(place)
+    except OSError:
+        former.rename(place)
+        note.unlink()
+        raise
     note.unlink()
     former.rename(new)
 

@@ -1,0 +1,745 @@
+"""Disks that are full or read-only, inputs that vanish, damaged manifests, runs in each other's way, signals, limits.
+
+Whatever happens, a person gets one clear line, no volume is torn, and the next run does the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cohort import (
+    WORKSHOP,
+    Running,
+    command,
+    done,
+    findings,
+    gpuprep,
+    in_the_making,
+    marks,
+    python,
+    rows,
+    tree,
+    whole,
+    write_cohort,
+)
+
+from gpuprep.backend import NumpyBackend
+from gpuprep.batch import Listener, Run, convert
+from gpuprep.errors import OutputError, RequestError
+from gpuprep.forecast import Forecast
+from gpuprep.manifest import Manifest, SeriesResult
+from gpuprep.output import Output, PendingFolder, open_output
+from gpuprep.recipe import Recipe
+from gpuprep.sharding import WHOLE, Shard
+
+SMALL = Recipe(size=(24, 24))
+MISFIT = re.compile(
+    r"gpuprep: \S+: the outputs need [\d.]+ GB and [\d.]+ GB are free: free some, choose another --out, a smaller "
+    r"--dtype or a --compression, or begin anyway with --no-room-check\n"
+)
+
+
+def go(dicom: Path, out: Path, **options: Any) -> Run:
+    return convert(dicom, out, **{"recipe": SMALL, "backend": "cpu", **options})
+
+
+def statuses(out: Path) -> dict[str, str]:
+    return {name: row["status"] for name, row in rows(out).items()}
+
+
+def names(count: int) -> list[str]:
+    return [f"s{n:03d}" for n in range(count)]
+
+
+def one_line(text: str) -> str:
+    """The only line of a text."""
+    (line,) = text.splitlines()
+    return line
+
+
+@pytest.fixture
+def dicom(tmp_path: Path) -> Path:
+    return write_cohort(tmp_path / "dicom", 4)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+class Planned(Listener):
+    """Does something when all is planned, and conversion begins."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def planned(self, forecast: Forecast) -> None:  # noqa: ARG002
+        self._act()
+
+
+# --- the disk
+
+
+class Disk:
+    """A file system in memory."""
+
+    def __init__(self, path: Path, kilobytes: int) -> None:
+        self.path = path
+        path.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)]
+        try:
+            mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no mount")
+        if mounted.returncode:
+            pytest.skip(f"may not mount: {mounted.stderr.strip()}")
+
+    def change(self, how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(self.path)], check=True)
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[Callable[[int], Disk]]:
+    mounted: list[Disk] = []
+
+    def mount(kilobytes: int) -> Disk:
+        disk = Disk(tmp_path / f"disk{len(mounted)}", kilobytes)
+        mounted.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounted:
+        subprocess.run(["umount", str(disk.path)], check=True)
+
+
+def test_what_fits_on_a_full_disk_is_converted_and_the_rest_when_there_is_room(
+    tmp_path: Path, disks: Callable[[int], Disk]
+) -> None:
+    # A volume is 80 files of 24 × 24 float32, which take a page of 4096 bytes each: more than anyone can predict.
+    dicom = write_cohort(tmp_path / "dicom", 10, slices=40)
+    disk = disks(2400)
+    with Running(command(dicom, disk.path)) as run:
+        code = run.end()
+    assert code == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    found = rows(disk.path)
+    assert sorted(found) == names(10)
+    left_out = {name: row for name, row in found.items() if row["status"] != "ok"}
+    assert 1 <= len(left_out) <= 9
+    assert done(disk.path) == {f"dicom/{name}" for name in found if name not in left_out}
+    for row in left_out.values():
+        assert (row["status"], row["codes"], row["folder"]) == ("failed", '["disk-full"]', "")
+        assert re.fullmatch(
+            r"OutputError: cannot write the series: \[Errno 28\] No space left on device.*"
+            r"|OutputError: [\d.]+ GB are needed and [\d.]+ GB are free: free some, run again",
+            row["reason"],
+        )
+    assert in_the_making(disk.path) == []
+    assert findings(disk.path) == []
+    before = marks(disk.path)
+    disk.change("size=40m")
+    with Running(command(dicom, disk.path)) as run:
+        assert run.end() == 0, run.stderr
+    assert {folder: marks(disk.path)[folder] for folder in before} == before
+    undisturbed = tmp_path / "undisturbed"
+    go(dicom, undisturbed)
+    assert whole(disk.path) == whole(undisturbed)
+
+
+def test_a_run_whose_outputs_cannot_fit_does_not_begin(tmp_path: Path, disks: Callable[[int], Disk]) -> None:
+    # 4 volumes of at least 39 × 24 × 24 float32 are 360 kB.
+    dicom = write_cohort(tmp_path / "dicom", 4, slices=20)
+    disk = disks(300)
+    refused = python(*command(dicom, disk.path))
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert MISFIT.fullmatch(refused.stderr)
+    assert done(disk.path) == set()
+    assert rows(disk.path) == {}
+    begun = python(*command(dicom, disk.path, "--no-room-check"))
+    assert begun.returncode == 1
+    assert "Traceback" not in begun.stderr
+    assert {"failed"} <= set(statuses(disk.path).values()) <= {"ok", "failed"}
+    assert in_the_making(disk.path) == []
+
+
+def test_a_disk_without_any_room_is_named(dicom: Path, disks: Callable[[int], Disk]) -> None:
+    disk = disks(64)
+    (disk.path / "other").write_bytes(bytes(60 * 1024))
+    run = python(*command(dicom, disk.path))
+    assert run.returncode == 1
+    assert one_line(run.stderr) == f"gpuprep: cannot write into {disk.path}: database or disk is full"
+
+
+@pytest.mark.parametrize("where", ["folder", "file", "volume.json"])
+def test_a_disk_that_fills_costs_the_series_that_found_it_full(
+    dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    pending, flush = Output.pending, sys.modules["gpuprep.output"].flush
+    current = ""
+
+    def noted(output: Output, folder: str) -> PendingFolder:
+        nonlocal current
+        current = folder
+        if where == "folder" and current == "dicom/s001":
+            raise full
+        return pending(output, folder)
+
+    def filling(path: Path) -> None:
+        if current == "dicom/s001" and path.name == {"file": "0003.tif"}.get(where, where):
+            raise full
+        flush(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "pending", noted)
+        patch.setattr("gpuprep.output.flush", filling)
+        run = go(dicom, out)
+    assert run.exit_code == 1
+    assert statuses(out) == {"s000": "ok", "s001": "failed", "s002": "ok", "s003": "ok"}
+    row = rows(out)["s001"]
+    assert row["codes"] == '["disk-full"]'
+    assert row["reason"] == "OutputError: cannot write the series: [Errno 28] No space left on device"
+    assert in_the_making(out) == []
+    assert go(dicom, out).counts == {"skipped": 3, "ok": 1}
+    go(dicom, out.with_name("undisturbed"))
+    assert whole(out) == whole(out.with_name("undisturbed"))
+
+
+def test_a_read_only_output_can_be_read_and_not_written(dicom: Path, disks: Callable[[int], Disk]) -> None:
+    disk = disks(8000)
+    assert python(*command(dicom, disk.path)).returncode == 0
+    (dicom / "s000" / "S1-0006.dcm").touch()
+    disk.change("ro")
+    before = whole(disk.path)
+    run = python(*command(dicom, disk.path))
+    assert run.returncode == 2
+    assert (
+        one_line(run.stderr) == f"gpuprep: cannot write into {disk.path}: Read-only file system; choose another --out"
+    )
+    status = gpuprep("status", disk.path, "--json")
+    assert (status.returncode, status.stderr) == (0, "")
+    assert json.loads(status.stdout)["counts"] == {"ok": 4}
+    rows_of = gpuprep("manifest", disk.path, "--json")
+    assert (rows_of.returncode, rows_of.stderr) == (0, "")
+    assert [json.loads(line)["status"] for line in rows_of.stdout.splitlines()] == ["ok"] * 4
+    assert findings(disk.path) == []
+    for words in (("retry", disk.path), ("merge", disk.path)):
+        refused = gpuprep(*words)
+        assert refused.returncode in (0, 2)
+        assert "Traceback" not in refused.stderr
+    assert whole(disk.path) == before
+
+
+def test_a_new_output_on_a_read_only_disk_is_one_line(dicom: Path, disks: Callable[[int], Disk]) -> None:
+    disk = disks(8000)
+    disk.change("ro")
+    run = python(*command(dicom, disk.path / "out"))
+    assert run.returncode == 2
+    out = disk.path / "out"
+    assert one_line(run.stderr) == f"gpuprep: cannot write into {out}: Read-only file system; choose another --out"
+
+
+NO_OVERRIDE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+"""What makes of root somebody whom the mode of a folder stops."""
+
+
+@pytest.fixture
+def stoppable() -> tuple[str, ...]:
+    """What to put before a command so that the mode of a folder stops it."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("no POSIX users")
+    if os.geteuid() != 0:
+        return ()
+    try:
+        tried = subprocess.run([*NO_OVERRIDE, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("root, and there is no setpriv")
+    if tried.returncode:
+        pytest.skip(f"root, and may not give up rights: {tried.stderr.strip()}")
+    return NO_OVERRIDE
+
+
+def test_an_output_that_can_no_longer_be_written_loses_nothing(
+    tmp_path: Path, out: Path, stoppable: tuple[str, ...]
+) -> None:
+    dicom = write_cohort(tmp_path / "dicom", 30)
+    words = command(dicom, out)
+    with Running(words, prefix=stoppable) as run:
+        run.wait_until(lambda: len(done(out)) >= 3)
+        closed = [out, out / "dicom", out / WORKSHOP]
+        for folder in closed:
+            folder.chmod(0o555)
+        code = run.end()
+    for folder in closed:
+        folder.chmod(0o755)
+    assert code == 1
+    assert "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith(f"gpuprep: cannot write into {out}: [Errno 13] Permission denied")
+    assert {f"dicom/{name}" for name, status in statuses(out).items() if status == "ok"} <= done(out)
+    before = marks(out)
+    assert len(before) >= 3
+    with Running(words, prefix=stoppable) as run:
+        assert run.end() == 0, run.stderr
+    assert {folder: marks(out)[folder] for folder in before} == before
+    go(dicom, tmp_path / "undisturbed")
+    assert whole(out) == whole(tmp_path / "undisturbed")
+    assert in_the_making(out) == []
+
+
+def test_a_manifest_that_can_no_longer_be_written_ends_the_run(
+    dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Manifest] = []
+
+    def noted(*args: Any) -> Manifest:
+        opened.append(real(*args))
+        return opened[-1]
+
+    class ReadOnlyFromTheSecondOn(Listener):
+        def finished(self, result: SeriesResult) -> None:  # noqa: ARG002
+            opened[0]._db.execute("PRAGMA query_only = 1")
+
+    real = sys.modules["gpuprep.batch"].open_manifest
+    with monkeypatch.context() as patch:
+        patch.setattr("gpuprep.batch.open_manifest", noted)
+        with pytest.raises(OutputError, match=f"^cannot write into {out}: attempt to write a readonly database$"):
+            go(dicom, out, listener=ReadOnlyFromTheSecondOn())
+    assert len(done(out)) == 2
+    assert len(rows(out)) == 1
+    before = marks(out)
+    assert go(dicom, out).counts == {"skipped": 1, "ok": 3}
+    assert {folder: marks(out)[folder] for folder in before} == before
+    go(dicom, out.with_name("undisturbed"))
+    assert whole(out) == whole(out.with_name("undisturbed"))
+
+
+# --- the input
+
+
+@pytest.mark.parametrize("jobs", [None, 2])
+def test_a_series_that_vanishes_before_it_is_read_is_named(dicom: Path, out: Path, jobs: int | None) -> None:
+    run = go(dicom, out, jobs=jobs, listener=Planned(lambda: shutil.rmtree(dicom / "s002")))
+    assert run.exit_code == 1
+    found = rows(out)
+    assert {name: row["status"] for name, row in found.items() if name != "s002"} == dict.fromkeys(
+        ["s000", "s001", "s003"], "ok"
+    )
+    assert found["s002"]["status"] in ("rejected", "failed")
+    assert re.search(r"S1-000\d\.dcm.*(No such file|not found|gone|missing)", found["s002"]["reason"])
+    assert done(out) == {"dicom/s000", "dicom/s001", "dicom/s003"}
+    assert in_the_making(out) == []
+
+
+def test_a_file_that_vanishes_is_named(dicom: Path, out: Path) -> None:
+    go(dicom, out, listener=Planned((dicom / "s001" / "S1-0003.dcm").unlink))
+    row = rows(out)["s001"]
+    assert row["status"] in ("rejected", "failed")
+    assert "S1-0003.dcm" in row["reason"]
+
+
+def test_what_vanishes_does_not_take_former_outputs_with_it(dicom: Path, out: Path) -> None:
+    go(dicom, out)
+    before = tree(out)
+    other = Recipe(size=(26, 26))
+    run = go(dicom, out, recipe=other, listener=Planned(lambda: shutil.rmtree(dicom)))
+    assert run.exit_code == 1
+    after = tree(out)
+    assert {k: v for k, v in after.items() if k != "recipe.toml"} == {
+        k: v for k, v in before.items() if k != "recipe.toml"
+    }
+    for name, row in rows(out).items():
+        assert row["status"] in ("rejected", "failed")
+        assert row["folder"] == f"dicom/{name}"
+        assert json.loads(row["warnings"])[-1] == f"the output of an earlier run is still in dicom/{name}"
+    known = rows(out)
+    with pytest.raises(RequestError, match="dicom"):
+        go(dicom, out)
+    command_line = python(*command(dicom, out))
+    assert command_line.returncode == 2
+    assert str(dicom) in one_line(command_line.stderr)
+    assert rows(out) == known
+    assert {k: v for k, v in tree(out).items() if k.endswith(".tif")} == {
+        k: v for k, v in before.items() if k.endswith(".tif")
+    }
+
+
+# --- the manifest
+
+
+def garbled(file: Path) -> None:
+    file.write_bytes(bytes(range(256)) * 64)
+
+
+def truncated(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flipped(file: Path) -> None:
+    """Flip every bit of a page in the middle."""
+    content = bytearray(file.read_bytes())
+    assert len(content) > 40 * 4096
+    middle = len(content) // 8192 * 4096
+    content[middle : middle + 4096] = bytes(255 - byte for byte in content[middle : middle + 4096])
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [garbled, truncated, flipped])
+def test_a_damaged_manifest_is_one_line_and_costs_no_volume(
+    dicom: Path, out: Path, damage: Callable[[Path], None]
+) -> None:
+    go(dicom, out)
+    manifest = out / "manifest.sqlite"
+    undisturbed, before = whole(out), marks(out)
+    with closing(sqlite3.connect(manifest)) as db, db:  # a large one, as of many series
+        columns = [name for _, name, *_ in db.execute("PRAGMA table_info(series)")]
+        row = dict(zip(columns, db.execute("SELECT * FROM series").fetchone(), strict=True))
+        for n in range(400):
+            other = row | {"key": f"9.9.{n}", "series_uid": f"9.9.{n}", "folder": "", "status": "rejected"}
+            db.execute(
+                f"INSERT INTO series ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",  # noqa: S608
+                list(other.values()),
+            )
+    damage(manifest)
+    content = manifest.read_bytes()
+    run = python(*command(dicom, out))
+    assert (run.returncode, run.stdout) == (1, "")
+    line = one_line(run.stderr)
+    assert line.startswith(f"gpuprep: {manifest} cannot be used as manifest (")
+    assert line.endswith(
+        "): move it away, or choose another --out; without it, complete volumes are recognised by their volume.json "
+        "and kept"
+    )
+    for words in (("status", out), ("manifest", out), ("verify", out), ("retry", out), ("merge", out)):
+        looked = gpuprep(*words)
+        assert "Traceback" not in looked.stderr, words
+        assert looked.returncode in (0, 1), words
+        assert looked.returncode == 0 or str(manifest) in one_line(looked.stderr), words
+    assert manifest.read_bytes() == content  # nobody has touched the evidence
+    manifest.rename(out.with_name("damaged"))
+    again = python(*command(dicom, out))
+    assert (again.returncode, again.stderr) == (0, "")
+    assert marks(out) == before
+    assert whole(out) == undisturbed
+
+
+# --- two runs at once
+
+TAKEN = "another gpuprep is writing into {out}: wait for it, or choose another --out"
+
+
+def taken(out: Path) -> str:
+    return re.escape(TAKEN.format(out=out))
+
+
+def test_a_second_run_into_the_same_output_is_refused(dicom: Path, out: Path) -> None:
+    seen: list[subprocess.CompletedProcess[str]] = []
+
+    def second() -> None:
+        seen.extend((python(*command(dicom, out)), gpuprep("verify", out), gpuprep("merge", out)))
+
+    assert go(dicom, out, listener=Planned(second)).counts == {"ok": 4}
+    refused, verified, merged = seen
+    assert (refused.returncode, refused.stderr) == (2, f"gpuprep: {TAKEN.format(out=out)}\n")
+    assert (merged.returncode, merged.stderr) == (2, f"gpuprep: {TAKEN.format(out=out)}\n")
+    assert (verified.returncode, verified.stderr) == (
+        2,
+        f"gpuprep: a run is writing into {out}: verify it afterwards\n",
+    )
+    go(dicom, out.with_name("undisturbed"))
+    assert whole(out) == whole(out.with_name("undisturbed"))
+
+
+def test_shards_run_beside_each_other_and_nothing_else_beside_them(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dicom = write_cohort(tmp_path / "dicom", 12)
+    counts: dict[str, int] = {}
+
+    def beside_a_shard() -> None:
+        for shard in (Shard(1, 2), WHOLE):
+            with pytest.raises(RequestError, match=taken(out)):
+                go(dicom, out, shard=shard)
+        counts["second"] = len(go(dicom, out, shard=Shard(2, 2)).results)
+
+    counts["first"] = len(go(dicom, out, shard=Shard(1, 2), listener=Planned(beside_a_shard)).results)
+    assert counts["first"] + counts["second"] == 12
+    before = marks(out)
+    monkeypatch.setattr("gpuprep.output.OTHER_SHARD_S", 0.1)
+
+    def beside_everything() -> None:
+        for shard in (Shard(1, 2), WHOLE):
+            with pytest.raises(RequestError, match=taken(out)):
+                go(dicom, out, shard=shard)
+
+    assert go(dicom, out, listener=Planned(beside_everything)).counts == {"skipped": 12}
+    assert marks(out) == before
+
+
+def test_whoever_only_asks_does_not_get_in_the_way(dicom: Path, out: Path) -> None:
+    # Whether a run is on is seen by its lock, which whoever asks holds for a moment.
+    go(dicom, out)
+    with closing(sqlite3.connect(out / "manifest.sqlite")) as db, db:
+        db.execute("UPDATE runs SET state = 'running'")
+    asking = (
+        "import sys, time\nfrom pathlib import Path\nfrom gpuprep.output import is_open\n"
+        "print(flush=True)\nwhile True: is_open(Path(sys.argv[1])), time.sleep(0.005)"
+    )
+    asker = subprocess.Popen([sys.executable, "-c", asking, str(out)], stdout=subprocess.PIPE)
+    try:
+        assert asker.stdout is not None
+        asker.stdout.readline()
+        for _ in range(50):
+            with open_output(out):
+                pass
+    finally:
+        asker.kill()
+        asker.communicate()
+
+
+# --- Ctrl-C
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cohort(tmp_path_factory.mktemp("many") / "dicom", 40)
+
+
+FINISHING = "gpuprep: finishing what is in flight; once more stops now"
+INTERRUPTED = "gpuprep: interrupted; what is finished stays, and the same command goes on from there"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_finishes_what_is_in_flight(many: Path, out: Path) -> None:
+    with Running(command(many, out)) as run:
+        run.wait_until(lambda: len(done(out)) >= 3)
+        run.signal(signal.SIGINT)
+        code = run.end()
+    assert code == 130
+    assert run.stderr.splitlines() == [FINISHING, INTERRUPTED]
+    found = rows(out)
+    assert {row["status"] for row in found.values()} == {"ok"}
+    assert {row["folder"] for row in found.values()} == done(out)  # whatever began was finished and recorded
+    assert 3 <= len(found) < 40
+    assert in_the_making(out) == []
+    assert findings(out) == []
+    with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
+        assert db.execute("SELECT state FROM runs").fetchall() == [("interrupted",)]
+    before = marks(out)
+    with Running(command(many, out)) as run:
+        assert run.end() == 0
+    assert {folder: marks(out)[folder] for folder in before} == before
+    assert len(done(out)) == 40
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_twice_stops_at_once(tmp_path: Path, out: Path) -> None:
+    # Two series of 600 slices, two workers: nothing is finished when the first is heard.
+    dicom = write_cohort(tmp_path / "dicom", 2, slices=600)
+    with Running(command(dicom, out)) as run:
+        run.wait_until(lambda: len(in_the_making(out)) == 2)
+        run.signal(signal.SIGINT)
+        time.sleep(0.2)
+        run.signal(signal.SIGINT)
+        code = run.end()
+    assert code == 130
+    assert run.stderr.splitlines() == [FINISHING, INTERRUPTED]
+    assert {row["folder"] for row in rows(out).values()} == done(out)
+    assert len(done(out)) < 2
+    assert in_the_making(out) == []
+    assert findings(out) == []
+
+
+# --- limits
+
+
+class SleepyBackend(NumpyBackend):
+    """A backend that never comes back from series of 7 slices."""
+
+    def to_device(self, host: Any) -> Any:
+        if host.shape == (7,):  # the rescale slope of each slice
+            time.sleep(3600)
+        return host
+
+
+class DeadlyBackend(NumpyBackend):
+    """A backend whose process is killed by series of 7 slices, as by the kernel when memory runs out.
+
+    Where it notes that is the device's name, which travels with it.
+    """
+
+    def to_device(self, host: Any) -> Any:
+        if host.shape == (7,):
+            with open(os.environ["GPUPREP_TEST_DEATHS"], "a") as f:
+                f.write("dead\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return host
+
+
+def test_a_series_that_takes_too_long_fails_and_the_others_do_not(
+    dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cohort(dicom, 1, slices=7, first=4)
+    monkeypatch.setattr("gpuprep.batch.get_backends", lambda *_: [SleepyBackend()])
+    run = go(dicom, out, jobs=2, limit_s=6)
+    assert run.exit_code == 1
+    assert statuses(out) == {**dict.fromkeys(names(4), "ok"), "s004": "failed"}
+    row = rows(out)["s004"]
+    assert row["codes"] == '["time"]'
+    assert row["reason"] == (
+        "OverdueError: not finished after 6 s, the limit set by --time-limit: raise it, and gpuprep retry tries it "
+        "again"
+    )
+    assert in_the_making(out) == []
+
+
+def test_a_time_limit_needs_workers(dicom: Path, out: Path) -> None:
+    with pytest.raises(RequestError, match=r"^a time limit needs jobs: nothing can end a series in this process$"):
+        go(dicom, out, limit_s=5)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_series_that_always_kills_its_worker_is_tried_twice_and_set_aside(
+    dicom: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cohort(dicom, 1, slices=7, first=4)
+    deaths = tmp_path / "deaths"
+    monkeypatch.setattr("gpuprep.batch.get_backends", lambda *_: [DeadlyBackend()])
+    script = (
+        "import sys, os; sys.path.insert(0, os.environ['GPUPREP_TESTS'])\n"
+        "import gpuprep.batch, test_faults\n"
+        "gpuprep.batch.get_backends = lambda *_: [test_faults.DeadlyBackend()]\n"
+        "from gpuprep import Recipe\n"
+        "run = gpuprep.batch.convert(sys.argv[1], sys.argv[2], Recipe(size=(24, 24)), backend='cpu', jobs=2)\n"
+        "raise SystemExit(run.exit_code)"
+    )
+    tests = os.path.dirname(__file__)
+    path = os.pathsep.join([tests, *filter(None, sys.path)])
+    ran = python(
+        "-c", script, str(dicom), str(out),
+        env=os.environ | {"GPUPREP_TESTS": tests, "GPUPREP_TEST_DEATHS": str(deaths), "PYTHONPATH": path},
+    )  # fmt: skip
+    assert ran.returncode == 1, ran.stderr
+    assert deaths.read_text() == "dead\ndead\n"
+    assert statuses(out) == {**dict.fromkeys(names(4), "ok"), "s004": "failed"}
+    row = rows(out)["s004"]
+    assert row["codes"] == '["worker-died"]'
+    assert row["reason"] == (
+        "WorkerDiedError: the worker was killed, most often for lack of memory: use fewer --jobs; it has ended 2 "
+        "workers, and is set aside: gpuprep retry tries it again"
+    )
+    monkeypatch.undo()
+    again = gpuprep("retry", out, "--backend", "cpu", "--jobs", "1", "--quiet", "--index", "none")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert set(statuses(out).values()) == {"ok"}
+
+
+# --- replacing, where it takes two steps
+
+KILLED_BETWEEN = """
+import os, pathlib, sys
+import gpuprep, gpuprep.output
+gpuprep.output._exchanged = lambda *_: False
+rename = pathlib.Path.rename
+def ends(path, target):
+    if pathlib.Path(target).name == "s001":
+        os._exit(9)
+    return rename(path, target)
+pathlib.Path.rename = ends
+gpuprep.convert(sys.argv[1], sys.argv[2], gpuprep.Recipe(size=(26, 26)), backend="cpu")
+"""
+
+
+def test_a_former_output_comes_back_if_a_run_is_killed_while_it_is_replaced(dicom: Path, out: Path) -> None:
+    go(dicom, out)
+    before = {k: v for k, v in tree(out).items() if k.startswith("dicom/s001/")}
+    assert python("-c", KILLED_BETWEEN, str(dicom), str(out)).returncode == 9
+    assert not (out / "dicom" / "s001").exists()
+    assert any(name.endswith(".place") for name in in_the_making(out))
+    with open_output(out):
+        assert {k: v for k, v in tree(out).items() if k.startswith("dicom/s001/")} == before
+        assert in_the_making(out) == []
+    other = Recipe(size=(26, 26))
+    assert go(dicom, out, recipe=other).exit_code == 0
+    go(dicom, out.with_name("undisturbed"), recipe=other)
+    assert whole(out) == whole(out.with_name("undisturbed"))
+
+
+@pytest.mark.parametrize("exc", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
+def test_a_former_output_comes_back_if_it_cannot_be_replaced(
+    dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch, exc: BaseException
+) -> None:
+    go(dicom, out)
+    before = {k: v for k, v in tree(out).items() if k.startswith("dicom/s001/")}
+    rename = Path.rename
+    left = 1
+
+    def fails_once(path: Path, target: Path) -> Path:
+        nonlocal left
+        if Path(target).name == "s001" and left:
+            left = 0
+            raise exc
+        return rename(path, target)
+
+    other = Recipe(size=(26, 26))
+    with monkeypatch.context() as patch:
+        patch.setattr("gpuprep.output._exchanged", lambda *_: False)
+        patch.setattr(Path, "rename", fails_once)
+        if isinstance(exc, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                go(dicom, out, recipe=other)
+        else:
+            go(dicom, out, recipe=other)
+            row = rows(out)["s001"]
+            assert (row["status"], row["folder"]) == ("failed", "dicom/s001")
+    assert {k: v for k, v in tree(out).items() if k.startswith("dicom/s001/")} == before
+    assert in_the_making(out) == []
+    assert go(dicom, out, recipe=other).exit_code == 0
+    go(dicom, out.with_name("undisturbed"), recipe=other)
+    assert whole(out) == whole(out.with_name("undisturbed"))
+
+
+# --- the log
+
+
+@pytest.mark.parametrize("format_", ["text", "json"])
+def test_the_log_can_be_read_by_programs_and_names_nobody(tmp_path: Path, out: Path, format_: str) -> None:
+    dicom = write_cohort(tmp_path / "Quincey^Morris" / "secret-1897", 3)
+    (dicom / "s001" / "S1-0003.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\1" * 64)
+    os.truncate(dicom / "s002" / "S1-0003.dcm", (dicom / "s002" / "S1-0003.dcm").stat().st_size - 50)
+    log = tmp_path / "log"
+    run = python(*command(dicom, out, "--log", str(log), "--log-format", format_))
+    assert run.returncode == 1
+    text = log.read_text()
+    for word in ("Quincey", "Morris", "secret", "s000", "s001", "s002", ".dcm", str(tmp_path), "Phantom", "PHANTOM"):
+        assert word not in text, word
+    events = []
+    for line in text.splitlines():
+        if format_ == "json":
+            said = json.loads(line)
+            assert said["level"] in ("info", "error")
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", said["time"])
+            events.append(said["event"])
+        else:
+            parts = re.fullmatch(
+                r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00 (info |error) (\w+) +((?:\w+=.*?(?: |$))+)", line
+            )
+            assert parts, line
+            events.append(parts[2])
+    assert events[:2] == ["scanned", "planned"]
+    assert events[-1] == "ended"
+    assert len(events) == 3 + len(rows(out))
+    assert sorted(events[2:-1]) == sorted(statuses(out).values())
