@@ -48,7 +48,7 @@ from gpuprep.sharding import WHOLE, Shard
 
 SMALL = Recipe(size=(24, 24))
 MISFIT = re.compile(
-    r"gpuprep: \S+: the outputs need [\d.]+ GB and [\d.]+ GB are free: free some, choose another --out, a smaller "
+    r"gpuprep: \S+: the outputs need [\d.]+ \w+ and [\d.]+ \w+ are free: free some, choose another --out, a smaller "
     r"--dtype or a --compression, or begin anyway with --no-room-check\n"
 )
 
@@ -145,7 +145,7 @@ def test_what_fits_on_a_full_disk_is_converted_and_the_rest_when_there_is_room(
         assert (row["status"], row["codes"], row["folder"]) == ("failed", '["disk-full"]', "")
         assert re.fullmatch(
             r"OutputError: cannot write the series: \[Errno 28\] No space left on device.*"
-            r"|OutputError: [\d.]+ GB are needed and [\d.]+ GB are free: free some, run again",
+            r"|OutputError: it needs [\d.]+ \w+ and [\d.]+ \w+ are free: free some and run again",
             row["reason"],
         )
     assert in_the_making(disk.path) == []
