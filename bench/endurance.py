@@ -20,10 +20,10 @@ import psutil
 
 import gpuprep
 from bench.measure import save, tree
-from gpuprep.batch import Listener
 from gpuprep.manifest import SeriesResult
 from gpuprep.phantom import thorax, write_series
 from gpuprep.recipe import Recipe
+from gpuprep.runs import Listener
 
 SHAPE, SPACING_MM = (40, 128, 128), (3.0, 2.7, 2.7)
 

@@ -50,9 +50,10 @@ from pathlib import Path
 from typing import Any
 
 import gpuprep
-from gpuprep.batch import Run, scan
+from gpuprep.batch import scan
 from gpuprep.errors import GpuprepError
 from gpuprep.recipe import Recipe
+from gpuprep.runs import Run
 
 LIMIT_S = 10.0
 """A case may take so long."""

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gpuprep.attempts
 import gpuprep.batch
 from bench.measure import save
 from gpuprep.batch import convert
@@ -70,7 +71,7 @@ def run(out: Path, series: int, slices: int) -> dict[str, Any]:
     cohort = Cohort(tuple(made_up(n, slices) for n in range(series)), {}, ())
     headers_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gpuprep.batch.discover = lambda *_, **__: cohort  # type: ignore[attr-defined]
-    gpuprep.batch.convert_series = pretend  # type: ignore[attr-defined]
+    gpuprep.attempts.convert_series = pretend  # type: ignore[attr-defined]
     started, processor_s = time.perf_counter(), time.process_time()
     outcome = convert(
         out.parent, out, Recipe(dtype="uint8"), backend="cpu", jobs=usable_cores(), room_check=False

@@ -5,152 +5,48 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 from gpuprep import __version__
+from gpuprep.attempts import Attempts
 from gpuprep.auditing import audit
-from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend, get_backends
+from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.buckets import at_hand, open_out, output_at, place_of
-from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
-from gpuprep.discovery import FILES_PER_TASK, Cohort, discover
+from gpuprep.conversion import Task, convert_series
+from gpuprep.discovery import Cohort, discover
 from gpuprep.errors import RequestError
 from gpuprep.executors import (
     FOR_HEADERS,
-    FOR_LOOPS,
-    FOR_VOLUMES,
     Executor,
-    Here,
-    OverdueError,
-    Place,
-    Processes,
     WorkerDiedError,
     answers,
-    usable_cores,
 )
 from gpuprep.forecast import Experience, Forecast, experience
 from gpuprep.headers import Contents
 from gpuprep.interruption import Stop
 from gpuprep.layout import absolute
-from gpuprep.logs import quiet_libraries
 from gpuprep.manifest import Manifest, RunRecord, SeriesResult, Status, manifest_path, now, open_manifest, this_host
-from gpuprep.matching import Matched, fingerprint, matched, used_names
-from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, USABLE, for_volumes, host_bytes_free, workers
-from gpuprep.naming import Pseudonyms, crosswalk_row, patient_ids
-from gpuprep.outlook import DONE, Needs, Outlook, outlooks
+from gpuprep.matching import Matched, matched, used_names
+from gpuprep.means import Means, chosen_means, means_of
+from gpuprep.memory import USABLE
+from gpuprep.naming import Pseudonyms, crosswalk_row
+from gpuprep.outlook import DONE, Outlook, outlooks
 from gpuprep.output import Output
 from gpuprep.places import given, resolved
 from gpuprep.recipe import Recipe
+from gpuprep.runs import Listener, Results, Run, Tally
 from gpuprep.series import Series
 from gpuprep.sharding import WHOLE, Shard
-from gpuprep.text import printable, sized
+from gpuprep.text import printable
+from gpuprep.work import Work, doubtful_files, patients_of, placed, task_of, work_on
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-
-DEATHS_ALLOWED = 2
-"""Workers that a series may cost before it is set aside."""
-
-
-@dataclass(frozen=True, slots=True)
-class Results(Sequence[SeriesResult]):
-    """The result of every series of a run, read from the manifest when it is asked for: a cohort may have 100,000."""
-
-    manifest: str
-    keys: tuple[str, ...]
-    skipped: frozenset[str] = frozenset()
-    """Of these, those that were complete and unchanged."""
-
-    @overload
-    def __getitem__(self, index: int) -> SeriesResult: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[SeriesResult, ...]: ...
-    def __getitem__(self, index: int | slice) -> SeriesResult | tuple[SeriesResult, ...]:
-        if isinstance(index, int):
-            return next(self._read((self.keys[index],)))
-        return tuple(self._read(self.keys[index]))
-
-    def __iter__(self) -> Iterator[SeriesResult]:
-        return self._read(self.keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def _read(self, keys: tuple[str, ...]) -> Iterator[SeriesResult]:
-        out, name = os.path.split(self.manifest)
-        with at_hand(out, name) as top, closing(Manifest(top / name, reading=True)) as manifest:
-            for key in keys:
-                result = manifest.get(key)
-                if result is None:
-                    raise KeyError(f"{key} is no longer in {self.manifest}")
-                yield replace(result, status="skipped") if key in self.skipped else result
-
-
-@dataclass(slots=True)
-class Tally:
-    """Sums over the series of one status."""
-
-    series: int = 0
-    slices: int = 0
-    files: int = 0
-    bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What a run did."""
-
-    results: Sequence[SeriesResult]
-    """Of every series, read from the manifest when asked for."""
-    passed_over: Mapping[str, int]
-    unreadable: tuple[tuple[str, str], ...]
-    tallies: Mapping[str, Tally] = field(default_factory=dict)
-    """Sums by status."""
-    postponed: int = 0
-    """Series left for later by `limit`."""
-    unmatched: tuple[tuple[str, str], ...] = ()
-    """Segmentations that belong to no series: (path, why)."""
-    stopped: int | None = None
-    """Series that were not begun because somebody stopped the run; None: nobody did."""
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of series by status."""
-        return {status: tally.series for status, tally in self.tallies.items()}
-
-    @property
-    def exit_code(self) -> int:
-        """0 all done, 1 some series or files left out, 3 nothing found, 130 stopped."""
-        if self.stopped is not None:
-            return 130
-        bad = bool(self.unreadable or self.unmatched)
-        if not self.results and not self.postponed:
-            return 1 if bad else 3
-        return 1 if bad or {"rejected", "failed"} & self.tallies.keys() else 0
-
-
-class Listener:
-    """Hears what a run does; every method may be overridden, none has to be."""
-
-    def scanned(self, cohort: Cohort) -> None:
-        """All headers are read."""
-
-    def matched(self, matched: Matched) -> None:
-        """Every segmentation has its series, or has none."""
-
-    def planned(self, forecast: Forecast) -> None:
-        """Every series has its outlook; conversion begins."""
-
-    def finished(self, result: SeriesResult) -> None:
-        """One series is done with."""
-
-    def ended(self, run: Run) -> None:
-        """All is done, or what was in flight when somebody stopped the run."""
 
 
 class Scan(NamedTuple):
@@ -159,36 +55,6 @@ class Scan(NamedTuple):
     cohort: Cohort
     outlooks: list[Outlook]
     forecast: Forecast
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What is kept of the outlook of a series until its turn comes: not its plan and audit, which are large."""
-
-    series: Series
-    action: Literal["convert", "skip", "reject"]
-    folder: str
-    known: bool
-    """Whether the manifest has an earlier output of this series in that folder."""
-    former_folder: str
-    """Where the manifest has one."""
-    reason: str
-    codes: tuple[str, ...]
-    segmentations: tuple[str, ...]
-    label_values: tuple[tuple[str, int], ...]
-    fingerprint: str
-    needs: Needs
-
-
-@dataclass(frozen=True, slots=True)
-class _Means:
-    """What runs the tasks of a run, and what it has for them."""
-
-    backend: Backend
-    executor: Executor
-    workers: int
-    room: int | None
-    at_rest_bytes: int
 
 
 def scan(
@@ -234,7 +100,7 @@ def scan(
     if out is not None:
         _check_apart(paths, place_of(out))
     chosen = get_backend(backend) if isinstance(backend, str) else backend
-    means = _means([chosen], jobs, USABLE, None if calibrate else FOR_HEADERS)
+    means = means_of([chosen], jobs, USABLE, None if calibrate else FOR_HEADERS)
     try:
         cohort = _renamed(_discover(paths, recipe, out, index, means.executor), names)
         matches = _matched(cohort, paths, recipe, masks, means.executor, out)
@@ -251,7 +117,7 @@ def scan(
 def _expected(
     cohort: Cohort,
     matches: Matched | None,
-    means: _Means,
+    means: Means,
     paths: list[str],
     recipe: Recipe,
     out: str | os.PathLike[str] | None,
@@ -279,13 +145,13 @@ def _expected(
     return expected, forecast
 
 
-def _trial(outlook: Outlook, means: _Means, recipe: Recipe, engine: Engine) -> Experience | None:
+def _trial(outlook: Outlook, means: Means, recipe: Recipe, engine: Engine) -> Experience | None:
     """Convert a series into a temporary folder, twice, since the first time includes what a worker loads; compare."""
     needs = outlook.needs(means.backend, engine)
-    work = _work(outlook, needs, {name: n for n, name in enumerate(outlook.structures, 1)})
+    work = work_on(outlook, needs, {name: n for n, name in enumerate(outlook.structures, 1)})
     with tempfile.TemporaryDirectory() as folder, open_out(folder) as output:
         for _ in range(2):
-            task = _task(work, recipe=recipe, engine=engine, backend=means.backend, output=output, doubtful={})
+            task = task_of(work, recipe=recipe, engine=engine, backend=means.backend, output=output, doubtful={})
             outcomes = list(means.executor.run(convert_series, [task]))
             output.retire(work.folder)
     _, result = outcomes[0]
@@ -392,7 +258,7 @@ def convert(
     _check_apart(paths, out)
     _check_numbers(limit, limit_s, jobs if scheduler is None else jobs or 1, memory_share)
     checked_engine(engine)
-    means = _chosen_means(backend, gpus, scheduler, jobs, memory_share)
+    means = chosen_means(backend, gpus, scheduler, jobs, memory_share)
     executor = means.executor
     crosswalk: dict[str, dict[str, str]] = {}
     with open_out(out, shard) as output, closing(open_manifest(output.root, shard)) as manifest:
@@ -422,20 +288,20 @@ def convert(
                     continue
                 needs = outlook.needs(means.backend, engine)
                 forecast.add(outlook, needs)
-                works.append(_work(outlook, needs, values))
-            patients = _patients(works, executor) if names else {}
+                works.append(work_on(outlook, needs, values))
+            patients = patients_of(works, executor) if names else {}
             if names is not None:
-                works = [_placed(work, names, patients) for work in works]
+                works = [placed(work, names, patients) for work in works]
             if room_check and forecast.misfit:
                 raise RequestError(f"{out}: {forecast.misfit}")
             manifest.begin_run(_record(forecast, recipe, means.backend, paths, masks, engine, names))
             listener.planned(forecast)
 
-            task = partial(_task, recipe=recipe, engine=engine, backend=means.backend, output=output, names=names)
-            doubtful = _doubtful(cohort)
+            task = partial(task_of, recipe=recipe, engine=engine, backend=means.backend, output=output, names=names)
+            doubtful = doubtful_files(cohort)
             tasks = (task(w, doubtful=doubtful) for w in works if w.action == "convert")
             stop = stop or Stop()
-            outcomes = _Conversions(executor, output, forecast.disk_share, limit_s, stop)
+            outcomes = Attempts(executor, output, forecast.disk_share, limit_s, stop)
             tally: dict[str, Tally] = defaultdict(Tally)
             done: dict[str, Status] = {}
             by_key = {w.series.key: w.series for w in works} if names else {}
@@ -473,7 +339,7 @@ def convert(
 
 
 def _results(
-    works: list[_Work],
+    works: list[Work],
     task: Callable[..., Task],
     outcomes: Iterator[tuple[Task, SeriesResult]],
     manifest: Manifest,
@@ -491,101 +357,6 @@ def _results(
             yield _store(manifest, rejected, found)
     for found, result in outcomes:
         yield _store(manifest, result, found)
-
-
-class _Conversions:
-    """Tasks to results; what went wrong with a worker, or for lack of memory or room, is dealt with here."""
-
-    def __init__(
-        self, executor: Executor, output: Output, disk_share: float | None, limit_s: float | None, stop: Stop
-    ) -> None:
-        self._executor = executor
-        self._output = output
-        self._disk_share = disk_share or 0.0
-        self._limit_s = limit_s
-        self._stop = stop
-        self._refused: list[tuple[Task, SeriesResult]] = []
-
-    def of(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, SeriesResult]]:
-        """Yield what became of each task.
-
-        Those that found too little memory on a device, or whose worker died, are tried again, alone: when all others
-        are done and their memory is free.
-        """
-        again = []
-        for task, outcome in self._run(self._admitted(tasks)):
-            if _worth_another(outcome):
-                again.append(task)
-            else:
-                yield task, _result(task, outcome)
-            yield from self._out_of_room()
-        yield from self._out_of_room()
-        for task in again:
-            # The library calls of the other engine take a volume whole, whatever the chunks.
-            divisors = (1, 4, 64) if task.engine == "operators" else (1,)
-            for attempt in (_smaller(task, divisor) for divisor in divisors):
-                self._executor.stop()  # workers that have nothing to do still hold memory
-                outcomes = list(self._run([attempt]))
-                if not outcomes:  # stopped
-                    return
-                result = _result(task, outcomes[0][1], DEATHS_ALLOWED)
-                if DEVICE_MEMORY not in result.codes:
-                    break
-            else:
-                advice = "alone on the device: ask for a coarser --spacing or a smaller --size, or use --backend cpu"
-                result = replace(result, reason=f"{result.reason}, {advice}")
-            yield task, result
-
-    def _run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, SeriesResult | WorkerDiedError]]:
-        return self._executor.run(
-            convert_series,
-            tasks,
-            lambda task: task.needed_bytes,
-            limit_s=self._limit_s,
-            stopped=lambda: self._stop.asked,
-        )
-
-    def _admitted(self, tasks: Iterable[Task]) -> Iterator[Task]:
-        """Yield the tasks whose outputs the disk has room for, looked at when their turn comes."""
-        for task in tasks:
-            need, free = int(task.output_bytes * self._disk_share), self._output.free_bytes()
-            if free is None or need <= free:
-                yield task
-                continue
-            reason = f"OutputError: it needs {sized(need)} and {sized(free)} are free: free some and run again"
-            refused = replace(task.blank(), reason=reason, codes=("disk-full",), finished=now())
-            self._refused.append((task, refused))
-
-    def _out_of_room(self) -> Iterator[tuple[Task, SeriesResult]]:
-        refused, self._refused = self._refused, []
-        yield from refused
-
-
-def _worth_another(outcome: SeriesResult | WorkerDiedError) -> bool:
-    if isinstance(outcome, WorkerDiedError):
-        return not isinstance(outcome, OverdueError) and outcome.deaths < DEATHS_ALLOWED
-    return DEVICE_MEMORY in outcome.codes
-
-
-def _result(task: Task, outcome: SeriesResult | WorkerDiedError, deaths: int = 1) -> SeriesResult:
-    """Return an outcome as a result; `deaths` is how many workers the series has cost by now."""
-    if isinstance(outcome, OverdueError):
-        reason = f"OverdueError: {outcome}, the limit set by --time-limit: raise it, and gpuprep retry tries it again"
-        return replace(left_out(task.blank(), outcome), reason=reason, codes=("time",), finished=now())
-    if isinstance(outcome, WorkerDiedError):
-        died = left_out(task.blank(), outcome)
-        count = max(deaths, outcome.deaths)
-        reason = f"{died.reason}; it has ended {count} workers, and is set aside: gpuprep retry tries it again"
-        return replace(died, reason=reason, codes=("worker-died",), finished=now())
-    return outcome
-
-
-def _smaller(task: Task, divisor: int) -> Task:
-    """Return a task that takes so many times fewer slices at a time."""
-    backend = copy(task.backend)
-    backend.chunk_slices = max(1, backend.chunk_slices // divisor)
-    backend.slab_slices = max(1, backend.slab_slices // divisor)
-    return replace(task, backend=backend)
 
 
 def _forget_former_parts(
@@ -689,27 +460,6 @@ def _renamed(cohort: Cohort, names: Pseudonyms | None) -> Cohort:
     return cohort if names is None else replace(cohort, series=tuple(names.series(s) for s in cohort))
 
 
-def _patients(works: list[_Work], executor: Executor) -> dict[str, str]:
-    """Return the *Patient ID* of each series that is to be converted, by the key of the series."""
-    todo = [w.series for w in works if w.action == "convert"]
-    firsts = {s.slices[0]: s.key for s in todo}
-    headers = list(firsts)
-    tasks = [headers[i : i + FILES_PER_TASK] for i in range(0, len(headers), FILES_PER_TASK)]
-    return {
-        firsts[header]: found
-        for task, ids in answers(executor, patient_ids, tasks, lambda *_: "")
-        for header, found in zip(task, ids, strict=True)
-    }
-
-
-def _placed(work: _Work, names: Pseudonyms, patients: Mapping[str, str]) -> _Work:
-    """Return the work on a series with the folder that its patient gives it."""
-    if work.action != "convert":
-        return work
-    folder = names.folder(work.series, patients[work.series.key])
-    return replace(work, folder=folder, known=folder == work.former_folder)
-
-
 def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest, out: str | Path) -> None:
     """Raise if masks alone would replace volumes that hold images, or images alone such that hold masks."""
     if not recipe.image and any(manifest.columns("key", where="WHERE folder != '' AND hu_mean IS NOT NULL")):
@@ -734,7 +484,7 @@ def _check_numbers(limit: int | None, limit_s: float | None, jobs: int | None, m
         raise RequestError(f"memory share = {memory_share:g}: give more than 0, and at most 1")
 
 
-def _forecast(means: _Means, recipe: Recipe, manifest: Manifest | None, output: Output | None) -> Forecast:
+def _forecast(means: Means, recipe: Recipe, manifest: Manifest | None, output: Output | None) -> Forecast:
     """Return a forecast without series."""
     return Forecast(
         workers=means.workers,
@@ -773,101 +523,6 @@ def _record(
         todo=forecast.todo,
         request=json.dumps({"names": names.check} if names else asked),
     )
-
-
-def _doubtful(cohort: Cohort) -> dict[str, int]:
-    """Return the number of files by folder that may be slices of the series in it, and cannot be read as such."""
-    doubtful = Counter(folder for path, _ in cohort.unreadable for folder in (os.path.dirname(path), path))
-    for nameless in (s for s in cohort if not s.series_uid):
-        doubtful[printable(nameless.folder)] += len(nameless.slices)
-    return dict(doubtful)
-
-
-def _work(outlook: Outlook, needs: Needs, values: Mapping[str, int]) -> _Work:
-    """Return what is kept of an outlook."""
-    own = [(name, values[name]) for name in outlook.structures] if values else []
-    former = outlook.former
-    return _Work(
-        series=outlook.series,
-        action=outlook.action,
-        folder=outlook.folder,
-        known=former is not None and former.folder == outlook.folder,
-        former_folder=former.folder if former is not None else "",
-        reason=outlook.reason,
-        codes=outlook.codes,
-        segmentations=tuple(g.path for g in outlook.segmentations),
-        label_values=tuple(own),
-        fingerprint="" if outlook.action == "skip" else fingerprint(outlook.series, outlook.segmentations, own),
-        needs=needs,
-    )
-
-
-def _task(
-    work: _Work,
-    *,
-    recipe: Recipe,
-    engine: Engine,
-    backend: Backend,
-    output: Output,
-    doubtful: Mapping[str, int],
-    names: Pseudonyms | None = None,
-) -> Task:
-    unreadable = doubtful.get(printable(work.series.folder), 0)
-    note = f"{unreadable} files in its folder are unreadable or of no known series: a slice may be missing"
-    return Task(
-        series=work.series,
-        recipe=recipe,
-        engine=engine,
-        backend=backend,
-        output=output,
-        folder=work.folder,
-        known=work.known,
-        notes=(note,) if unreadable else (),
-        segmentations=work.segmentations,
-        label_values=work.label_values,
-        fingerprint=work.fingerprint,
-        names=names,
-        needed_bytes=work.needs.memory_bytes,
-        output_bytes=work.needs.output_bytes,
-    )
-
-
-def _chosen_means(
-    backend: BackendName | Backend, gpus: Sequence[int] | None, scheduler: str | None, jobs: int | None, share: float
-) -> _Means:
-    """Return what runs the tasks."""
-    if scheduler is not None:
-        from gpuprep.cluster import Cluster, elsewhere
-
-        if not isinstance(backend, str):
-            raise RequestError("the workers of a scheduler open their backend themselves: give its name")
-        there = elsewhere() if backend == "gpu" else get_backend("cpu")
-        cluster = Cluster(scheduler, jobs, gpu=backend == "gpu")
-        return _Means(there, cluster, cluster.jobs, None, AT_REST_BYTES[there.body])
-    return _means(get_backends(backend, gpus) if isinstance(backend, str) else [backend], jobs, share)
-
-
-def _means(
-    backends: Sequence[Backend], jobs: int | None, share: float, preload: tuple[str, ...] | None = None
-) -> _Means:
-    """Return the executor that computes on the host, or on some GPUs, and its room for volumes."""
-    backend = backends[0].alone()
-    preload = preload or (FOR_LOOPS if backend.body == "loops" else FOR_VOLUMES)
-    if backend.free_bytes() is None:
-        at_rest = AT_REST_BYTES[backend.body]
-        if jobs is None:
-            return _Means(backend, Here(), 1, None, at_rest)
-        free = host_bytes_free()
-        room = None if free is None else for_volumes(free, jobs, at_rest, share)
-        return _Means(backend, Processes([Place(jobs, room)], quiet_libraries, preload), jobs, room, at_rest)
-    places = []
-    for n, device in enumerate(backends):
-        free = device.free_bytes() or 0
-        # Cores, or what was asked for, are dealt out to the devices.
-        hands = workers(free, ((jobs or usable_cores()) + n) // len(backends))
-        places.append(Place(hands, for_volumes(free, hands, CONTEXT_BYTES, share), device.environment()))
-    count, room = sum(p.workers for p in places), sum(p.room or 0 for p in places)
-    return _Means(backend, Processes(places, quiet_libraries, preload), count, room, CONTEXT_BYTES)
 
 
 def _discover(

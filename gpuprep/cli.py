@@ -396,10 +396,10 @@ def _show_scan(
     how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None, **means: Any,
 ) -> None:  # fmt: skip
     with held_back():
-        from gpuprep.batch import Listener
         from gpuprep.batch import scan as run_scan
         from gpuprep.console import show_scan
         from gpuprep.matching import Matched
+        from gpuprep.runs import Listener
 
     unmatched: list[tuple[str, str]] = []
 

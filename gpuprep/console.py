@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gpuprep.batch import Listener, Run, Scan
+from gpuprep.batch import Scan
 from gpuprep.discovery import Cohort
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import SeriesResult
 from gpuprep.matching import Matched
 from gpuprep.recipe import Recipe
+from gpuprep.runs import Listener, Run
 from gpuprep.text import numbered, printable, sized
 from gpuprep.upkeep import Finding as Damage
 from gpuprep.upkeep import Status

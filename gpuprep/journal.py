@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
-from gpuprep.batch import Listener, Run
 from gpuprep.discovery import Cohort
 from gpuprep.errors import RequestError
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import SeriesResult, now
 from gpuprep.matching import Matched
+from gpuprep.runs import Listener, Run
 
 Format = Literal["text", "json"]
 

@@ -26,10 +26,11 @@ def run_conversion(
     """Convert, show what happens as was asked for, and leave with the exit code."""
     with held_back():
         from gpuprep.backend import get_backend
-        from gpuprep.batch import Listener, convert
+        from gpuprep.batch import convert
         from gpuprep.console import Complaints, Monitor, show_recipe, show_run
         from gpuprep.journal import Journal, Together
         from gpuprep.memory import USABLE
+        from gpuprep.runs import Listener
 
     if quiet or json_:
         logging.getLogger("gpuprep").setLevel(logging.ERROR)

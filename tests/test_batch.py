@@ -30,7 +30,7 @@ from pydicom.tag import Tag
 from pydicom.uid import JPEG2000Lossless
 
 from gpuprep.backend import NumpyBackend
-from gpuprep.batch import Listener, Run, convert, scan
+from gpuprep.batch import convert, scan
 from gpuprep.discovery import Cohort
 from gpuprep.errors import BackendError, OutputError, RequestError
 from gpuprep.forecast import Forecast
@@ -39,6 +39,7 @@ from gpuprep.manifest import SeriesResult
 from gpuprep.output import open_output
 from gpuprep.phantom import write_series
 from gpuprep.recipe import Recipe
+from gpuprep.runs import Listener, Run
 
 SPACING = (2.5, 0.8, 0.7)
 SMALL = Recipe(spacing_mm=(5.0, 2.0, 2.0), size=(6, 5), order=1)
@@ -159,7 +160,7 @@ def test_bad_series_never_stop_the_others(
     dicom: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Traps 4, 42.
-    monkeypatch.setattr("gpuprep.batch.get_backends", lambda *_: [DeadlyBackend()])
+    monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [DeadlyBackend()])
     # 1 of 8 is more than a tenth. What is left has 7 slices, but is rejected before anyone counts.
     add(dicom / "gap", slices=8)[3].unlink()
     truncate(add(dicom / "short")[2])
@@ -276,7 +277,7 @@ def test_a_bug_in_one_series_is_a_failure_of_that_series(
                 raise ZeroDivisionError("a bug")
             return host
 
-    monkeypatch.setattr("gpuprep.batch.get_backends", lambda *_: [BuggyBackend()])
+    monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [BuggyBackend()])
     run = go(dicom, out)
     assert statuses(run) == {"p1": "ok", "p2": "ok", "p3": "failed"}
     assert rows(out)["p3"]["reason"] == "ZeroDivisionError: a bug"

@@ -11,15 +11,16 @@ import pytest
 import tifffile
 from standin import ForeignBackend
 
-from gpuprep import batch
+from gpuprep import batch, means
 from gpuprep.backend import NumpyBackend
-from gpuprep.batch import Run, convert
+from gpuprep.batch import convert
 from gpuprep.errors import BackendError
 from gpuprep.executors import Here, Place
 from gpuprep.memory import CONTEXT_BYTES, device_bytes
 from gpuprep.phantom import write_series
 from gpuprep.plan import make_plan
 from gpuprep.recipe import Recipe
+from gpuprep.runs import Run
 
 RECIPE = Recipe(spacing_mm=(1.0, 2.0, 2.0), size=(12, 10), dtype="uint8")
 SPACING = (2.5, 0.8, 0.7)
@@ -67,13 +68,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
         executor.places = places
         return executor
 
-    monkeypatch.setattr(batch, "Processes", processes)
+    monkeypatch.setattr(means, "Processes", processes)
     return executor
 
 
 def on(backend: ForeignBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "get_backend", lambda _: backend)
-    monkeypatch.setattr(batch, "get_backends", lambda *_: [backend])
+    monkeypatch.setattr(means, "get_backends", lambda *_: [backend])
 
 
 def test_worker_processes_on_a_device_give_what_the_cpu_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

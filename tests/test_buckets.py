@@ -22,13 +22,14 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Recipe, buckets, places
-from gpuprep.batch import Listener, scan
+from gpuprep.batch import scan
 from gpuprep.buckets import Bucket, open_bucket
 from gpuprep.cli import app
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import Here
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.phantom import write_series
+from gpuprep.runs import Listener
 from gpuprep.sharding import Shard
 from gpuprep.upkeep import Records, status, verify
 

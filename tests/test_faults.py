@@ -38,12 +38,13 @@ from cohort import (
 )
 
 from gpuprep.backend import NumpyBackend
-from gpuprep.batch import Listener, Run, convert
+from gpuprep.batch import convert
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.output import Output, PendingFolder, open_output
 from gpuprep.recipe import Recipe
+from gpuprep.runs import Listener, Run
 from gpuprep.sharding import WHOLE, Shard
 
 SMALL = Recipe(size=(24, 24))
@@ -596,7 +597,7 @@ def test_a_series_that_takes_too_long_fails_and_the_others_do_not(
     dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_cohort(dicom, 1, slices=7, first=4)
-    monkeypatch.setattr("gpuprep.batch.get_backends", lambda *_: [SleepyBackend()])
+    monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [SleepyBackend()])
     run = go(dicom, out, jobs=2, limit_s=6)
     assert run.exit_code == 1
     assert statuses(out) == {**dict.fromkeys(names(4), "ok"), "s004": "failed"}
@@ -620,11 +621,11 @@ def test_a_series_that_always_kills_its_worker_is_tried_twice_and_set_aside(
 ) -> None:
     write_cohort(dicom, 1, slices=7, first=4)
     deaths = tmp_path / "deaths"
-    monkeypatch.setattr("gpuprep.batch.get_backends", lambda *_: [DeadlyBackend()])
+    monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [DeadlyBackend()])
     script = (
         "import sys, os; sys.path.insert(0, os.environ['GPUPREP_TESTS'])\n"
-        "import gpuprep.batch, test_faults\n"
-        "gpuprep.batch.get_backends = lambda *_: [test_faults.DeadlyBackend()]\n"
+        "import gpuprep.means, gpuprep.batch, test_faults\n"
+        "gpuprep.means.get_backends = lambda *_: [test_faults.DeadlyBackend()]\n"
         "from gpuprep import Recipe\n"
         "run = gpuprep.batch.convert(sys.argv[1], sys.argv[2], Recipe(size=(24, 24)), backend='cpu', jobs=2)\n"
         "raise SystemExit(run.exit_code)"

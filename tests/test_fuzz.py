@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from bench.fuzz import Base, Subject, bases, built, convert_case, fuzz, make_case, parsed
-from gpuprep.batch import Run
 from gpuprep.recipe import Recipe
+from gpuprep.runs import Run
 
 CASES = int(os.environ.get("GPUPREP_FUZZ_CASES", "150"))
 

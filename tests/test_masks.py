@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Masks, Recipe
-from gpuprep.batch import Run, scan
+from gpuprep.batch import scan
 from gpuprep.cli import app
 from gpuprep.errors import RequestError
 from gpuprep.geometry import Geometry
 from gpuprep.phantom import write_series
+from gpuprep.runs import Run
 
 SHAPE = (6, 20, 24)
 SPACING_MM = (2.0, 1.0, 1.0)

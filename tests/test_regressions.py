@@ -22,10 +22,11 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, RLE
 
 import gpuprep
 from gpuprep.auditing import audit
-from gpuprep.batch import Listener, Run, convert, scan
+from gpuprep.batch import convert, scan
 from gpuprep.forecast import Forecast
 from gpuprep.phantom import write_series
 from gpuprep.recipe import Recipe
+from gpuprep.runs import Listener, Run
 
 SMALL = Recipe(spacing_mm=None, size=(8, 8))
 SPACING_MM = (2.5, 0.8, 0.7)

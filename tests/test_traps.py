@@ -49,7 +49,7 @@ from standin import ForeignBackend
 import gpuprep
 from gpuprep import decoding
 from gpuprep.backend import Backend, Engine, NumpyBackend
-from gpuprep.batch import Run, scan
+from gpuprep.batch import scan
 from gpuprep.errors import GeometryError, InputError
 from gpuprep.geometry import Geometry, Placement
 from gpuprep.manifest import SeriesResult
@@ -58,6 +58,7 @@ from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
 from gpuprep.recipe import Recipe
 from gpuprep.rules import Rules
+from gpuprep.runs import Run
 from gpuprep.volume import Volume
 from gpuprep.writers import tiff
 
@@ -1066,7 +1067,7 @@ def test_a_partial_output_is_never_taken_for_a_whole_one(tmp_path: Path, monkeyp
 
         chunk_slices = 2
 
-    monkeypatch.setattr("gpuprep.batch.get_backends", lambda *_: [Interrupted("matmul")])
+    monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [Interrupted("matmul")])
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "new")
     monkeypatch.undo()

@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Recipe, places
-from gpuprep.batch import Listener, scan
+from gpuprep.batch import scan
 from gpuprep.cli import app
 from gpuprep.errors import DecodeError, RequestError
 from gpuprep.phantom import write_series
+from gpuprep.runs import Listener
 from gpuprep.segmentation import pinnacle
 
 fsspec = pytest.importorskip("fsspec")

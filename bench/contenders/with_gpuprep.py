@@ -10,11 +10,11 @@ from typing import Any
 import gpuprep
 from bench.contenders import AbsentError
 from gpuprep.backend import Engine
-from gpuprep.batch import Listener, Run
 from gpuprep.errors import BackendError
 from gpuprep.forecast import Forecast
 from gpuprep.outlook import DONE
 from gpuprep.recipe import Recipe
+from gpuprep.runs import Listener, Run
 
 STAGES = ("read", "process", "write", "upload", "kernels", "download")
 """Of one series, as its `SeriesResult` has them in `<stage>_s`; the last three are of a device, beside the others."""

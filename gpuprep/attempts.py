@@ -1,0 +1,112 @@
+"""Tasks to results: what went wrong with a worker, or for lack of memory or room, is tried again or told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from copy import copy
+from dataclasses import replace
+
+from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
+from gpuprep.executors import Executor, OverdueError, WorkerDiedError
+from gpuprep.interruption import Stop
+from gpuprep.manifest import SeriesResult, now
+from gpuprep.output import Output
+from gpuprep.text import sized
+
+DEATHS_ALLOWED = 2
+"""Workers that a series may cost before it is set aside."""
+
+
+class Attempts:
+    """Tasks to results; what went wrong with a worker, or for lack of memory or room, is dealt with here."""
+
+    def __init__(
+        self, executor: Executor, output: Output, disk_share: float | None, limit_s: float | None, stop: Stop
+    ) -> None:
+        self._executor = executor
+        self._output = output
+        self._disk_share = disk_share or 0.0
+        self._limit_s = limit_s
+        self._stop = stop
+        self._refused: list[tuple[Task, SeriesResult]] = []
+
+    def of(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, SeriesResult]]:
+        """Yield what became of each task.
+
+        Those that found too little memory on a device, or whose worker died, are tried again, alone: when all others
+        are done and their memory is free.
+        """
+        again = []
+        for task, outcome in self._run(self._admitted(tasks)):
+            if _worth_another(outcome):
+                again.append(task)
+            else:
+                yield task, _result(task, outcome)
+            yield from self._out_of_room()
+        yield from self._out_of_room()
+        for task in again:
+            # The library calls of the other engine take a volume whole, whatever the chunks.
+            divisors = (1, 4, 64) if task.engine == "operators" else (1,)
+            for attempt in (_smaller(task, divisor) for divisor in divisors):
+                self._executor.stop()  # workers that have nothing to do still hold memory
+                outcomes = list(self._run([attempt]))
+                if not outcomes:  # stopped
+                    return
+                result = _result(task, outcomes[0][1], DEATHS_ALLOWED)
+                if DEVICE_MEMORY not in result.codes:
+                    break
+            else:
+                advice = "alone on the device: ask for a coarser --spacing or a smaller --size, or use --backend cpu"
+                result = replace(result, reason=f"{result.reason}, {advice}")
+            yield task, result
+
+    def _run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, SeriesResult | WorkerDiedError]]:
+        return self._executor.run(
+            convert_series,
+            tasks,
+            lambda task: task.needed_bytes,
+            limit_s=self._limit_s,
+            stopped=lambda: self._stop.asked,
+        )
+
+    def _admitted(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Yield the tasks whose outputs the disk has room for, looked at when their turn comes."""
+        for task in tasks:
+            need, free = int(task.output_bytes * self._disk_share), self._output.free_bytes()
+            if free is None or need <= free:
+                yield task
+                continue
+            reason = f"OutputError: it needs {sized(need)} and {sized(free)} are free: free some and run again"
+            refused = replace(task.blank(), reason=reason, codes=("disk-full",), finished=now())
+            self._refused.append((task, refused))
+
+    def _out_of_room(self) -> Iterator[tuple[Task, SeriesResult]]:
+        refused, self._refused = self._refused, []
+        yield from refused
+
+
+def _worth_another(outcome: SeriesResult | WorkerDiedError) -> bool:
+    if isinstance(outcome, WorkerDiedError):
+        return not isinstance(outcome, OverdueError) and outcome.deaths < DEATHS_ALLOWED
+    return DEVICE_MEMORY in outcome.codes
+
+
+def _result(task: Task, outcome: SeriesResult | WorkerDiedError, deaths: int = 1) -> SeriesResult:
+    """Return an outcome as a result; `deaths` is how many workers the series has cost by now."""
+    if isinstance(outcome, OverdueError):
+        reason = f"OverdueError: {outcome}, the limit set by --time-limit: raise it, and gpuprep retry tries it again"
+        return replace(left_out(task.blank(), outcome), reason=reason, codes=("time",), finished=now())
+    if isinstance(outcome, WorkerDiedError):
+        died = left_out(task.blank(), outcome)
+        count = max(deaths, outcome.deaths)
+        reason = f"{died.reason}; it has ended {count} workers, and is set aside: gpuprep retry tries it again"
+        return replace(died, reason=reason, codes=("worker-died",), finished=now())
+    return outcome
+
+
+def _smaller(task: Task, divisor: int) -> Task:
+    """Return a task that takes so many times fewer slices at a time."""
+    backend = copy(task.backend)
+    backend.chunk_slices = max(1, backend.chunk_slices // divisor)
+    backend.slab_slices = max(1, backend.slab_slices // divisor)
+    return replace(task, backend=backend)

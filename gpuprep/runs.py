@@ -1,0 +1,111 @@
+"""What a run did, and who hears of it while it does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import overload
+
+from gpuprep.buckets import at_hand
+from gpuprep.discovery import Cohort
+from gpuprep.forecast import Forecast
+from gpuprep.manifest import Manifest, SeriesResult
+from gpuprep.matching import Matched
+
+
+@dataclass(frozen=True, slots=True)
+class Results(Sequence[SeriesResult]):
+    """The result of every series of a run, read from the manifest when it is asked for: a cohort may have 100,000."""
+
+    manifest: str
+    keys: tuple[str, ...]
+    skipped: frozenset[str] = frozenset()
+    """Of these, those that were complete and unchanged."""
+
+    @overload
+    def __getitem__(self, index: int) -> SeriesResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[SeriesResult, ...]: ...
+    def __getitem__(self, index: int | slice) -> SeriesResult | tuple[SeriesResult, ...]:
+        if isinstance(index, int):
+            return next(self._read((self.keys[index],)))
+        return tuple(self._read(self.keys[index]))
+
+    def __iter__(self) -> Iterator[SeriesResult]:
+        return self._read(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def _read(self, keys: tuple[str, ...]) -> Iterator[SeriesResult]:
+        out, name = os.path.split(self.manifest)
+        with at_hand(out, name) as top, closing(Manifest(top / name, reading=True)) as manifest:
+            for key in keys:
+                result = manifest.get(key)
+                if result is None:
+                    raise KeyError(f"{key} is no longer in {self.manifest}")
+                yield replace(result, status="skipped") if key in self.skipped else result
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the series of one status."""
+
+    series: int = 0
+    slices: int = 0
+    files: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run did."""
+
+    results: Sequence[SeriesResult]
+    """Of every series, read from the manifest when asked for."""
+    passed_over: Mapping[str, int]
+    unreadable: tuple[tuple[str, str], ...]
+    tallies: Mapping[str, Tally] = field(default_factory=dict)
+    """Sums by status."""
+    postponed: int = 0
+    """Series left for later by `limit`."""
+    unmatched: tuple[tuple[str, str], ...] = ()
+    """Segmentations that belong to no series: (path, why)."""
+    stopped: int | None = None
+    """Series that were not begun because somebody stopped the run; None: nobody did."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of series by status."""
+        return {status: tally.series for status, tally in self.tallies.items()}
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 1 some series or files left out, 3 nothing found, 130 stopped."""
+        if self.stopped is not None:
+            return 130
+        bad = bool(self.unreadable or self.unmatched)
+        if not self.results and not self.postponed:
+            return 1 if bad else 3
+        return 1 if bad or {"rejected", "failed"} & self.tallies.keys() else 0
+
+
+class Listener:
+    """Hears what a run does; every method may be overridden, none has to be."""
+
+    def scanned(self, cohort: Cohort) -> None:
+        """All headers are read."""
+
+    def matched(self, matched: Matched) -> None:
+        """Every segmentation has its series, or has none."""
+
+    def planned(self, forecast: Forecast) -> None:
+        """Every series has its outlook; conversion begins."""
+
+    def finished(self, result: SeriesResult) -> None:
+        """One series is done with."""
+
+    def ended(self, run: Run) -> None:
+        """All is done, or what was in flight when somebody stopped the run."""

@@ -1,0 +1,119 @@
+"""What is known of each series until its turn comes, and the task that is made of it then."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gpuprep.backend import Backend, Engine
+from gpuprep.conversion import Task
+from gpuprep.discovery import FILES_PER_TASK, Cohort
+from gpuprep.executors import Executor, answers
+from gpuprep.matching import fingerprint
+from gpuprep.naming import Pseudonyms, patient_ids
+from gpuprep.outlook import Needs, Outlook
+from gpuprep.output import Output
+from gpuprep.recipe import Recipe
+from gpuprep.series import Series
+from gpuprep.text import printable
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is kept of the outlook of a series until its turn comes: not its plan and audit, which are large."""
+
+    series: Series
+    action: Literal["convert", "skip", "reject"]
+    folder: str
+    known: bool
+    """Whether the manifest has an earlier output of this series in that folder."""
+    former_folder: str
+    """Where the manifest has one."""
+    reason: str
+    codes: tuple[str, ...]
+    segmentations: tuple[str, ...]
+    label_values: tuple[tuple[str, int], ...]
+    fingerprint: str
+    needs: Needs
+
+
+def doubtful_files(cohort: Cohort) -> dict[str, int]:
+    """Return the number of files by folder that may be slices of the series in it, and cannot be read as such."""
+    doubtful = Counter(folder for path, _ in cohort.unreadable for folder in (os.path.dirname(path), path))
+    for nameless in (s for s in cohort if not s.series_uid):
+        doubtful[printable(nameless.folder)] += len(nameless.slices)
+    return dict(doubtful)
+
+
+def work_on(outlook: Outlook, needs: Needs, values: Mapping[str, int]) -> Work:
+    """Return what is kept of an outlook."""
+    own = [(name, values[name]) for name in outlook.structures] if values else []
+    former = outlook.former
+    return Work(
+        series=outlook.series,
+        action=outlook.action,
+        folder=outlook.folder,
+        known=former is not None and former.folder == outlook.folder,
+        former_folder=former.folder if former is not None else "",
+        reason=outlook.reason,
+        codes=outlook.codes,
+        segmentations=tuple(g.path for g in outlook.segmentations),
+        label_values=tuple(own),
+        fingerprint="" if outlook.action == "skip" else fingerprint(outlook.series, outlook.segmentations, own),
+        needs=needs,
+    )
+
+
+def task_of(
+    work: Work,
+    *,
+    recipe: Recipe,
+    engine: Engine,
+    backend: Backend,
+    output: Output,
+    doubtful: Mapping[str, int],
+    names: Pseudonyms | None = None,
+) -> Task:
+    """Return the task that does the work; `doubtful` is of `doubtful_files`."""
+    unreadable = doubtful.get(printable(work.series.folder), 0)
+    note = f"{unreadable} files in its folder are unreadable or of no known series: a slice may be missing"
+    return Task(
+        series=work.series,
+        recipe=recipe,
+        engine=engine,
+        backend=backend,
+        output=output,
+        folder=work.folder,
+        known=work.known,
+        notes=(note,) if unreadable else (),
+        segmentations=work.segmentations,
+        label_values=work.label_values,
+        fingerprint=work.fingerprint,
+        names=names,
+        needed_bytes=work.needs.memory_bytes,
+        output_bytes=work.needs.output_bytes,
+    )
+
+
+def patients_of(works: list[Work], executor: Executor) -> dict[str, str]:
+    """Return the *Patient ID* of each series that is to be converted, by the key of the series."""
+    todo = [w.series for w in works if w.action == "convert"]
+    firsts = {s.slices[0]: s.key for s in todo}
+    headers = list(firsts)
+    tasks = [headers[i : i + FILES_PER_TASK] for i in range(0, len(headers), FILES_PER_TASK)]
+    return {
+        firsts[header]: found
+        for task, ids in answers(executor, patient_ids, tasks, lambda *_: "")
+        for header, found in zip(task, ids, strict=True)
+    }
+
+
+def placed(work: Work, names: Pseudonyms, patients: Mapping[str, str]) -> Work:
+    """Return the work on a series with the folder that its patient gives it."""
+    if work.action != "convert":
+        return work
+    folder = names.folder(work.series, patients[work.series.key])
+    return replace(work, folder=folder, known=folder == work.former_folder)
