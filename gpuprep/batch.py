@@ -35,7 +35,7 @@ from gpuprep.manifest import Manifest, RunRecord, SeriesResult, Status, manifest
 from gpuprep.matching import Matched, matched, used_names
 from gpuprep.means import Means, chosen_means, means_of
 from gpuprep.memory import USABLE
-from gpuprep.naming import Pseudonyms, crosswalk_row
+from gpuprep.naming import Pseudonyms, what_became, who_is
 from gpuprep.outlook import DONE, Outlook, outlooks
 from gpuprep.output import Output
 from gpuprep.places import given, resolved
@@ -304,14 +304,15 @@ def convert(
             outcomes = Attempts(executor, output, forecast.disk_share, limit_s, stop)
             tally: dict[str, Tally] = defaultdict(Tally)
             done: dict[str, Status] = {}
-            by_key = {w.series.key: w.series for w in works} if names else {}
+            if names is not None:  # now, for a kill must not leave volumes of which nobody knows whose they are
+                crosswalk = {w.series.key: who_is(w.series, w.folder, patients.get(w.series.key, "")) for w in works}
+                names.write_crosswalk(crosswalk)
             with stop.in_flight():
                 for result in _results(works, task, outcomes.of(tasks), manifest):
                     done[result.key] = result.status
                     _count(tally, result)
                     if names is not None:
-                        series = by_key[result.key]
-                        crosswalk[result.key] = crosswalk_row(result, series, patients.get(result.key, ""))
+                        crosswalk[result.key] |= what_became(result)
                     listener.finished(result)
             _forget_former_parts(cohort, done, paths, manifest, output)
             manifest.end_run("interrupted" if stop.asked else "finished")

@@ -147,16 +147,26 @@ class Pseudonyms:
         return file
 
 
-def crosswalk_row(result: SeriesResult, series: Series, patient_id: str) -> dict[str, str]:
-    """Return the line of a series in the crosswalk."""
+def who_is(series: Series, folder: str, patient_id: str) -> dict[str, str]:
+    """Return the line of a series in the crosswalk, before anything has become of it."""
     return {
-        "folder": result.folder,
+        "folder": folder,
         "series": series.key,
-        "patient": result.folder.partition("/")[0],
+        "patient": folder.partition("/")[0],
         "patient_id": patient_id,
         "series_uid": series.series_uid,
         "study_uid": series.study_uid,
         "source": series.folder,
+        "status": "",
+        "reason": "",
+        "irregularities": "",
+        "warnings": "",
+    }
+
+
+def what_became(result: SeriesResult) -> dict[str, str]:
+    """Return what that line says of a result."""
+    return {
         "status": result.status,
         "reason": result.reason,
         "irregularities": json.dumps(result.irregularities) if result.irregularities else "",

@@ -22,11 +22,13 @@ from segmentations import write_rtstruct
 from test_privacy import IDENTITY, identify
 from typer.testing import CliRunner, Result
 
+import gpuprep
 from gpuprep.cli import app
 from gpuprep.errors import RequestError
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.naming import Pseudonyms
 from gpuprep.phantom import write_series
+from gpuprep.runs import Listener
 
 SPACING = (2.5, 0.8, 0.7)
 PATH = "MRN-00471199 Zauberfrau"
@@ -161,6 +163,23 @@ def test_series_of_a_patient_are_together(made: tuple[Path, Path]) -> None:
     assert [label["name"] for label in sidecar["labels"]] == ["heart"]
     for file in (key, key.parent / "key.crosswalk.csv"):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_the_crosswalk_knows_whose_a_volume_is_before_it_is_there(dicom: Path, tmp_path: Path) -> None:
+    class Reader(Listener):
+        def finished(self, result: SeriesResult) -> None:
+            with (tmp_path / "key.crosswalk.csv").open(newline="") as f:
+                rows = {row["series"]: row for row in csv.DictReader(f)}
+            if result.folder:
+                assert rows[result.key]["series_uid"].count(".") > 5
+                assert rows[result.key]["patient_id"].startswith("MRN-")
+                assert rows[result.key]["folder"] == result.folder
+
+    names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
+    run = gpuprep.convert(
+        dicom, tmp_path / "out", gpuprep.Recipe(size=(16, 16)), backend="cpu", names=names, listener=Reader()
+    )
+    assert run.counts == {"ok": 3, "fixed": 1, "rejected": 2}
 
 
 def test_the_same_key_goes_on_and_any_other_is_refused(made: tuple[Path, Path], dicom: Path, tmp_path: Path) -> None:

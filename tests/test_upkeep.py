@@ -187,6 +187,14 @@ def test_what_verify_marks_is_made_again_by_the_next_run(out: Path, dicom: Path)
     assert command("verify", out, "--jobs", "1").exit_code == 0
 
 
+def test_an_output_that_a_later_failure_left_alone_is_whole(out: Path, dicom: Path) -> None:
+    truncate(sorted((dicom / "p1").iterdir())[2])
+    assert go(dicom, out).counts == {"skipped": 1, "rejected": 2}
+    assert findings(out) == []
+    flip(out / "dicom" / "p1" / "0001.tif")
+    assert findings(out) == [("torn", "dicom/p1/0001.tif")]
+
+
 def test_verify_does_not_judge_a_run_that_is_on(out: Path) -> None:
     with open_output(out), pytest.raises(RequestError, match=r"a run is writing into .*: verify it afterwards"):
         findings(out)
