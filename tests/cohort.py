@@ -24,6 +24,8 @@ RECIPE = ("--size", str(SIZE))
 TIMES = ("finished", "read_s", "process_s", "write_s", "upload_s", "kernels_s", "download_s", "masks_s", "host")
 """Columns in which two runs over the same cohort may differ."""
 WORKSHOP = ".gpuprep"
+LIGHT = {"NUMBA_DISABLE_JIT": "1"}
+"""Numba is a second's work to import, for every run; who moves the voxels does not matter here."""
 Tree = dict[str, bytes]
 Row = dict[str, Any]
 
@@ -49,6 +51,7 @@ def gpuprep(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[s
 
 def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run Python to its end."""
+    options["env"] = options.get("env", os.environ) | LIGHT
     ran = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=300, **options)
     ran.stderr = complaints(ran.stderr)
     return ran
@@ -59,6 +62,7 @@ class Running:
 
     def __init__(self, words: list[str], *, prefix: Sequence[str] = (), **options: Any) -> None:
         self.stderr = ""
+        options["env"] = options.get("env", os.environ) | LIGHT
         self._process = subprocess.Popen(
             [*prefix, sys.executable, *words],
             stdout=subprocess.PIPE,
