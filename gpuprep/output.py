@@ -103,7 +103,7 @@ class Output:
         try:
             text = (place / SIDECAR).read_bytes()
             listed: dict[str, Any] = json.loads(text)["outputs"]
-            if sha256 and hashlib.sha256(text).hexdigest() != sha256:
+            if (sha256 and hashlib.sha256(text).hexdigest() != sha256) or not all(map(is_own, listed)):
                 return [SIDECAR]
             there = {name for name, entry in _entries(place) if name != SIDECAR and is_own(name) and entry.is_file()}
             return sorted(there - set(listed)) + [name for name, file in listed.items() if _differs(place / name, file)]
