@@ -318,7 +318,7 @@ def test_names_that_a_path_gives_to_structures_are_hidden_unless_aliases_have_th
         for uid in ids:
             (masks / f"{name}_{uid}.txt").write_text(f"{3 * n}\t1\n{3 * n + 2}\t1\n{3 * n + 2}\t4\n{3 * n}\t4\n")
     recipe = Recipe(
-        spacing_mm=None, size=None, masks=Masks(units="px", text_format="imagej-xy", aliases={"heart": ["herz"]})
+        spacing_mm=None, size=None, masks=Masks(units="px", text_format="imagej-xy", aliases=(("heart", ("herz",)),))
     )
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
     run = batch.convert(small_series, tmp_path / "out", recipe, masks=masks, backend="cpu", names=names)
