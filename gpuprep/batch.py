@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_ba
 from gpuprep.buckets import at_hand, open_out, output_at, place_of
 from gpuprep.conversion import Task, convert_series
 from gpuprep.discovery import Cohort, discover
-from gpuprep.errors import RequestError
+from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import (
     FOR_HEADERS,
     Executor,
@@ -31,11 +31,21 @@ from gpuprep.forecast import Experience, Forecast, experience
 from gpuprep.headers import Contents
 from gpuprep.interruption import Stop
 from gpuprep.layout import absolute
-from gpuprep.manifest import Manifest, RunRecord, SeriesResult, Status, manifest_path, now, open_manifest, this_host
+from gpuprep.manifest import (
+    Manifest,
+    RunRecord,
+    SeriesResult,
+    Status,
+    manifest_path,
+    now,
+    open_manifest,
+    shards_of,
+    this_host,
+)
 from gpuprep.matching import Matched, matched, used_names
 from gpuprep.means import Means, chosen_means, means_of
 from gpuprep.memory import USABLE
-from gpuprep.naming import Pseudonyms, what_became, who_is
+from gpuprep.naming import Pseudonyms, crosswalk_row, planned_row
 from gpuprep.outlook import DONE, Outlook, outlooks
 from gpuprep.output import Output
 from gpuprep.places import given, resolved
@@ -107,7 +117,7 @@ def scan(
         if matches is not None and listener is not None:
             listener.matched(matches)
         expected, forecast = _expected(
-            cohort, matches, means, paths, recipe, out, engine=engine, shard=shard, calibrate=calibrate
+            cohort, matches, means, paths, recipe, out, engine=engine, shard=shard, names=names, calibrate=calibrate
         )
     finally:
         means.executor.stop()
@@ -124,6 +134,7 @@ def _expected(
     *,
     engine: Engine,
     shard: Shard,
+    names: Pseudonyms | None,
     calibrate: bool,
 ) -> tuple[list[Outlook], Forecast]:
     """Return the outlook of every series, and what a run would take; nothing is written into `out`."""
@@ -133,9 +144,10 @@ def _expected(
             output, top = output_at(out), opened.enter_context(at_hand(out, manifest_path(Path()).name))
             if manifest_path(top).is_file():
                 manifest = opened.enter_context(closing(Manifest(manifest_path(top), reading=True)))
+                _check_names(names, manifest, out)
         values = manifest.label_values() if manifest and matches and recipe.masks.layout == "labels" else {}
         share = [s for s in cohort if shard.has(s.public_uid)]
-        expected = list(outlooks(cohort, share, paths, recipe, matches, values, output, manifest))
+        expected = list(outlooks(cohort, share, paths, recipe, matches, values, output, manifest, names=names))
         forecast = _forecast(means, recipe, manifest, output)
     for outlook in expected:
         forecast.add(outlook, outlook.needs(means.backend, engine))
@@ -149,6 +161,7 @@ def _trial(outlook: Outlook, means: Means, recipe: Recipe, engine: Engine) -> Ex
     """Convert a series into a temporary folder, twice, since the first time includes what a worker loads; compare."""
     needs = outlook.needs(means.backend, engine)
     work = work_on(outlook, needs, {name: n for n, name in enumerate(outlook.structures, 1)})
+    work = replace(work, folder="trial")
     with tempfile.TemporaryDirectory() as folder, open_out(folder) as output:
         for _ in range(2):
             task = task_of(work, recipe=recipe, engine=engine, backend=means.backend, output=output, doubtful={})
@@ -264,6 +277,7 @@ def convert(
     with open_out(out, shard) as output, closing(open_manifest(output.root, shard)) as manifest:
         try:
             _check_names(names, manifest, out)
+            manifest.settle_naming(names.check if names else "")
             cohort = _discover(paths, recipe, out, index, executor)
             cohort = _renamed(cohort, names)
             listener.scanned(cohort)
@@ -274,24 +288,29 @@ def convert(
             if matches is not None:
                 manifest.account_segmentations(() if names else matches.rows)
                 listener.matched(matches)
-            values = _label_values(matches, recipe, manifest)
+            values = _label_values(matches, recipe, manifest, names)
             if values:
                 output.write_text("labels.json", json.dumps(values, indent=1, ensure_ascii=False))
             chosen = [s for s in cohort if shard.has(s.public_uid) and _wanted(s, only, manifest)]
             forecast = _forecast(means, recipe, manifest, output)
             works, postponed = [], 0
-            for outlook in outlooks(
-                cohort, chosen, paths, recipe, matches, values, output, manifest, nameless=names is not None
-            ):
+            for outlook in outlooks(cohort, chosen, paths, recipe, matches, values, output, manifest, names=names):
                 if outlook.action == "convert" and limit is not None and forecast.todo - forecast.rejected >= limit:
                     postponed += 1
                     continue
                 needs = outlook.needs(means.backend, engine)
                 forecast.add(outlook, needs)
-                works.append(work_on(outlook, needs, values))
+                works.append(work_on(outlook, needs, values, names))
             patients = patients_of(works, executor) if names else {}
             if names is not None:
                 works = [placed(work, names, patients) for work in works]
+                names.write_crosswalk(
+                    {
+                        w.series.key: planned_row(w.series, w.folder, patients[w.series.key] or "")
+                        for w in works
+                        if w.action == "convert"
+                    }
+                )
             if room_check and forecast.misfit:
                 raise RequestError(f"{out}: {forecast.misfit}")
             manifest.begin_run(_record(forecast, recipe, means.backend, paths, masks, engine, names))
@@ -304,15 +323,13 @@ def convert(
             outcomes = Attempts(executor, output, forecast.disk_share, limit_s, stop)
             tally: dict[str, Tally] = defaultdict(Tally)
             done: dict[str, Status] = {}
-            if names is not None:  # now, for a kill must not leave volumes of which nobody knows whose they are
-                crosswalk = {w.series.key: who_is(w.series, w.folder, patients.get(w.series.key, "")) for w in works}
-                names.write_crosswalk(crosswalk)
+            by_key = {w.series.key: w.series for w in works} if names else {}
             with stop.in_flight():
                 for result in _results(works, task, outcomes.of(tasks), manifest):
                     done[result.key] = result.status
                     _count(tally, result)
                     if names is not None:
-                        crosswalk[result.key] |= what_became(result)
+                        crosswalk[result.key] = crosswalk_row(result, by_key[result.key])
                     listener.finished(result)
             _forget_former_parts(cohort, done, paths, manifest, output)
             manifest.end_run("interrupted" if stop.asked else "finished")
@@ -321,9 +338,11 @@ def convert(
             raise
         finally:
             executor.stop()
-            manifest.write_csv()
-            if names is not None and crosswalk:
-                names.write_crosswalk(crosswalk)
+            try:
+                if names is not None and crosswalk:
+                    names.write_crosswalk(crosswalk)
+            finally:
+                manifest.write_csv()
     run = Run(
         results=Results(
             output.lasting(manifest.path.name), tuple(done), frozenset(k for k, s in done.items() if s == "skipped")
@@ -421,11 +440,14 @@ def _wanted(series: Series, only: Collection[Status] | None, manifest: Manifest)
     return former is not None and former.status in only
 
 
-def _label_values(matches: Matched | None, recipe: Recipe, manifest: Manifest) -> dict[str, int]:
+def _label_values(
+    matches: Matched | None, recipe: Recipe, manifest: Manifest, pseudonyms: Pseudonyms | None
+) -> dict[str, int]:
     """Return the label value of every structure of the cohort, where structures share volumes."""
     if matches is None or recipe.masks.layout != "labels" or not any(matches.by_key.values()):
         return {}
-    names = {name for found in matches.by_key.values() for name in used_names(found, recipe.masks)}
+    hide = pseudonyms.of if pseudonyms else None
+    names = {name for found in matches.by_key.values() for name in used_names(found, recipe.masks, hide)}
     return manifest.label_values([*recipe.masks.first_names, *sorted(names)])
 
 
@@ -444,13 +466,18 @@ def _matched(
     return matched(cohort, paths, roots, recipe.masks, executor, exclude=out, alone=not recipe.image)
 
 
-def _check_names(names: Pseudonyms | None, manifest: Manifest, out: str | Path) -> None:
+def _check_names(names: Pseudonyms | None, manifest: Manifest, out: str | os.PathLike[str]) -> None:
     """Raise if `out` was made with other names: every series would be converted again, under two names."""
-    run = manifest.last_run()
-    former = json.loads(run.request).get("names") if run is not None else None
-    if run is None or former == (names and names.check):
+    manifests = [manifest.naming()]
+    for path in shards_of(manifest.path.parent).values():
+        # One that is just being made is none yet; whoever merges them looks again.
+        with suppress(OutputError), closing(Manifest(path, reading=True)) as other:
+            manifests.append(other.naming())
+    own = names.check if names else ""
+    former = next((mark for mark in manifests if mark not in (None, own)), own)
+    if former == own:
         return
-    if former is None:
+    if not former:
         raise RequestError(f"{out} was made without --names hash: choose another --out, or leave it out")
     if names is None:
         raise RequestError(f"{out} was made with --names hash: give it again with its --key, or choose another --out")
@@ -506,7 +533,7 @@ def _record(
     engine: Engine,
     names: Pseudonyms | None,
 ) -> RunRecord:
-    """Return what the manifest keeps of a run that begins; of one without names, by which key."""
+    """Return what the manifest keeps of a run that begins; of one with pseudonyms, not what it reads."""
     asked = {
         "paths": [absolute(p) for p in paths],
         "masks": None if masks is None else masks if masks == "auto" else [absolute(p) for p in _listed(masks)],
@@ -522,7 +549,7 @@ def _record(
         series=forecast.series,
         skipped=forecast.skipped,
         todo=forecast.todo,
-        request=json.dumps({"names": names.check} if names else asked),
+        request=json.dumps({} if names else asked),
     )
 
 

@@ -252,8 +252,9 @@ def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder)
     from gpuprep.masking import read_placed, write_masks
 
     series = task.series
+    hide = task.names.of if task.names else None
     wanted, masked = read_placed(
-        task.segmentations, stacked, task.recipe.masks, series.series_uid, series.frame_of_reference_uid
+        task.segmentations, stacked, task.recipe.masks, series.series_uid, series.frame_of_reference_uid, hide
     )
     write_masks(wanted, masked, stacked, plan, task.backend, dict(task.label_values), pending.path, pending.settle)
     return masked
@@ -301,7 +302,7 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
         "series_uid": result.series_uid,
         "study_uid": result.study_uid,
         "frame_of_reference_uid": (
-            task.names.of("frame", series.frame_of_reference_uid) if task.names else series.frame_of_reference_uid
+            task.names.of_uid("frame", series.frame_of_reference_uid) if task.names else series.frame_of_reference_uid
         ),
         "shape": plan.target.shape,
         "axes": "kji: slices, rows, columns",

@@ -156,6 +156,11 @@ def retry(
             run = known.last_run()
             if run is None:
                 raise RequestError(f"{out} knows of no run: use gpuprep convert")
+            if known.naming():
+                raise RequestError(
+                    f"{out} was made with --names hash, and does not say what was read: run gpuprep convert again, "
+                    "with --names hash and its --key"
+                )
             recipe = Recipe.load(output.root / "recipe.toml")
         asked = _request(run, out)
         run_conversion(

@@ -300,6 +300,19 @@ class Manifest:
             self._db.executemany("INSERT INTO label_values VALUES (?, ?)", added.items())
         return values | added
 
+    def naming(self) -> str | None:
+        """Return which key gives the names in here, "" where they are those of the source; None: neither yet."""
+        if next(self._rows("SELECT 1 FROM sqlite_master WHERE name = 'naming'"), None):
+            marks = [mark for (mark,) in self._rows("SELECT mark FROM naming")]
+            if marks:
+                return str(marks[0])
+        return "" if len(self) or self.last_run() else None  # of a version that knew of no keys
+
+    def settle_naming(self, mark: str) -> None:
+        """Say which key gives the names in here, once and for all."""
+        with self._writing():
+            self._db.execute("INSERT OR IGNORE INTO naming VALUES (?)", (mark,))
+
     def begin_run(self, run: RunRecord) -> None:
         """Note that a run has begun."""
         with self._writing():
@@ -339,9 +352,16 @@ class Manifest:
         OutputError
             If the other one is no manifest.
         RequestError
-            If a structure has another label value there: its volumes cannot stand beside ours.
+            If a structure has another label value there, or it goes by other names: its volumes cannot stand beside
+            ours.
         """
-        Manifest(other).close()  # is it one, and has it all columns?
+        with closing(Manifest(other)) as there:  # is it one, and has it all columns?
+            ours, theirs = self.naming(), there.naming()
+        if None not in (ours, theirs) and ours != theirs:
+            raise RequestError(
+                f"{other} was made with other --names or another --key than {self.path.name}: give all shards the "
+                "same; convert again into another --out"
+            )
         self._db.create_function("belongs", 1, shard.has, deterministic=True)
         with self._writing():
             self._db.execute("ATTACH ? AS other", (os.fspath(other),))
@@ -361,7 +381,7 @@ class Manifest:
                     self._db.execute(
                         f"INSERT INTO series ({_NAMES}) SELECT {_NAMES} FROM other.series WHERE belongs(series_uid)"  # noqa: S608
                     )
-                    for table in ("unreadable", "passed_over", "segmentations", "label_values", "runs"):
+                    for table in ("unreadable", "passed_over", "segmentations", "label_values", "runs", "naming"):
                         self._db.execute(f"INSERT OR REPLACE INTO {table} SELECT * FROM other.{table}")  # noqa: S608
             finally:
                 self._db.execute("DETACH other")
@@ -498,4 +518,5 @@ _TABLES = (
     "segmentations (path TEXT, format TEXT, why TEXT, series TEXT, reason TEXT, PRIMARY KEY (path, series))",
     "label_values (name TEXT PRIMARY KEY, value INTEGER UNIQUE)",
     f"runs ({_declared(RunRecord)}, PRIMARY KEY (started, host, pid))",
+    "naming (mark TEXT PRIMARY KEY)",
 )

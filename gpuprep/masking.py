@@ -19,9 +19,9 @@ from gpuprep.labelling import LABELS, label_chunks, slice_volumes_ml
 from gpuprep.layout import LONGEST_NAME, harmless
 from gpuprep.plan import Plan
 from gpuprep.segmentation.contours import Segmentation
-from gpuprep.segmentation.opening import read_segmentation
+from gpuprep.segmentation.opening import names_by_path, read_segmentation
 from gpuprep.segmentation.placing import Placed, joined, place, plane_of
-from gpuprep.segmentation.wishes import Masks
+from gpuprep.segmentation.wishes import Hide, Masks
 from gpuprep.stacking import Stack
 from gpuprep.text import numbered, printable
 from gpuprep.writers import WRITERS
@@ -64,9 +64,11 @@ class Masked:
 
 
 def read_placed(
-    paths: Sequence[str], stack: Stack, wishes: Masks, series_uid: str, frame_uid: str
+    paths: Sequence[str], stack: Stack, wishes: Masks, series_uid: str, frame_uid: str, hide: Hide | None = None
 ) -> tuple[list[Placed], Masked]:
     """Return the wanted structures of some files on the slices of a series, and a first account of them.
+
+    `hide` is as for `Masks.names`.
 
     Raises
     ------
@@ -93,7 +95,8 @@ def read_placed(
         masked.notes += _foreign(segmentation, series_uid, frame_uid)
     # Empty structures have a name too, as they had when label values were given out.
     pairs = list(dict.fromkeys(known))
-    names = dict(zip(pairs, wishes.names(pairs), strict=True))
+    telling = names_by_path((s.path, s.format) for s in found) if hide else ()
+    names = dict(zip(pairs, wishes.names(pairs, hide, telling), strict=True))
     wanted = [p.renamed(name) for p in placed if (name := names[p.source, p.name]) is not None]
     _check_distinct(wanted)
     if not wanted:

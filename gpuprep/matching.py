@@ -18,10 +18,10 @@ from gpuprep.layout import absolute
 from gpuprep.places import is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
 from gpuprep.segmentation.contours import Plane, Reading
 from gpuprep.segmentation.names import UID
-from gpuprep.segmentation.opening import DAMAGED_OBJECT, read_segmentation
+from gpuprep.segmentation.opening import DAMAGED_OBJECT, names_by_path, read_segmentation
 from gpuprep.segmentation.placing import group_paths
 from gpuprep.segmentation.recognition import UNKNOWN
-from gpuprep.segmentation.wishes import Masks
+from gpuprep.segmentation.wishes import Hide, Masks
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -381,11 +381,12 @@ def below(path: str, folder: str) -> bool:
     return path.startswith(os.path.join(folder, ""))
 
 
-def used_names(found: Sequence[Glimpse], wishes: Masks) -> list[str]:
-    """Return under which names the structures of one series are used."""
+def used_names(found: Sequence[Glimpse], wishes: Masks, hide: Hide | None = None) -> list[str]:
+    """Return under which names the structures of one series are used; `hide` as for `Masks.names`."""
     pairs = [(path, name) for path, g in zip(group_paths(found), found, strict=True) for name in g.names]
     try:
-        return [name for name in wishes.names(list(dict.fromkeys(pairs))) if name is not None]
+        telling = names_by_path((g.path, g.format) for g in found) if hide else ()
+        return [name for name in wishes.names(list(dict.fromkeys(pairs)), hide, telling) if name is not None]
     except SegmentationError:  # the series is going to say so
         return []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -18,6 +18,7 @@ from gpuprep.layout import layout
 from gpuprep.manifest import Entry, Manifest
 from gpuprep.matching import Glimpse, Matched, fingerprint, used_names
 from gpuprep.memory import mask_bytes, needed_bytes
+from gpuprep.naming import Pseudonyms
 from gpuprep.output import Output
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
@@ -96,7 +97,7 @@ def outlooks(
     output: Output | None,
     manifest: Manifest | None,
     *,
-    nameless: bool = False,
+    names: Pseudonyms | None = None,
 ) -> Iterator[Outlook]:
     """Yield what would happen to some series of a cohort.
 
@@ -116,21 +117,22 @@ def outlooks(
         Label values of structures, where they share volumes.
     output, manifest : optional
         What earlier runs have made.
-    nameless : bool
-        Whether folders have to wait until it is known what stands for the names in paths.
+    names : Pseudonyms, optional
+        What stands for names in `output`; folders then have to wait until it is known who the patients are.
     """
     taken = {folder: key for folder, key in manifest.columns("folder", "key") if folder} if manifest else {}
-    folders = {} if nameless else layout(cohort, paths, taken)
+    folders = {} if names else layout(cohort, paths, taken)
     shared = recipe.masks.layout == "labels"
     recipe_sha256 = recipe.sha256
     for series in chosen:
         found = matches.by_key.get(series.key, ()) if matches is not None else ()
         if not found and not recipe.image:
             continue
-        names = tuple(used_names(found, recipe.masks))
+        structures = tuple(used_names(found, recipe.masks, names.of if names else None))
         former = manifest.entry(series.key) if manifest else None
-        outlook = partial(Outlook, series, former=former, segmentations=found, structures=names)
-        now = fingerprint(series, found, [(name, values.get(name, 0)) for name in names] if shared else [])
+        outlook = partial(Outlook, series, former=former, segmentations=found, structures=structures)
+        own = [(name, values.get(name, 0)) for name in structures] if shared else []
+        now = fingerprint_in_out(series, found, own, names)
         if former and output and _complete((now, recipe_sha256, gpuprep.__version__), output, former):
             yield outlook("skip", former.folder, None)
             continue
@@ -148,6 +150,14 @@ def outlooks(
             yield outlook("reject", "", None, audited, reason, bad[0].code)
         else:
             yield outlook("convert", folders.get(series.key, ""), plan, audited)
+
+
+def fingerprint_in_out(
+    series: Series, found: Sequence[Glimpse], values: Sequence[tuple[str, int]], names: Pseudonyms | None
+) -> str:
+    """Return the fingerprint of a series as it may be kept: whoever has the files must not know them again by it."""
+    plain = fingerprint(series, found, values)
+    return plain if names is None else names.of("input", plain)
 
 
 def _complete(wanted: tuple[str, str, str], output: Output, former: Entry) -> bool:

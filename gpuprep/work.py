@@ -12,9 +12,8 @@ from gpuprep.backend import Backend, Engine
 from gpuprep.conversion import Task
 from gpuprep.discovery import FILES_PER_TASK, Cohort
 from gpuprep.executors import Executor, answers
-from gpuprep.matching import fingerprint
 from gpuprep.naming import Pseudonyms, patient_ids
-from gpuprep.outlook import Needs, Outlook
+from gpuprep.outlook import Needs, Outlook, fingerprint_in_out
 from gpuprep.output import Output
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
@@ -48,7 +47,7 @@ def doubtful_files(cohort: Cohort) -> dict[str, int]:
     return dict(doubtful)
 
 
-def work_on(outlook: Outlook, needs: Needs, values: Mapping[str, int]) -> Work:
+def work_on(outlook: Outlook, needs: Needs, values: Mapping[str, int], names: Pseudonyms | None = None) -> Work:
     """Return what is kept of an outlook."""
     own = [(name, values[name]) for name in outlook.structures] if values else []
     former = outlook.former
@@ -62,7 +61,9 @@ def work_on(outlook: Outlook, needs: Needs, values: Mapping[str, int]) -> Work:
         codes=outlook.codes,
         segmentations=tuple(g.path for g in outlook.segmentations),
         label_values=tuple(own),
-        fingerprint="" if outlook.action == "skip" else fingerprint(outlook.series, outlook.segmentations, own),
+        fingerprint=(
+            "" if outlook.action == "skip" else fingerprint_in_out(outlook.series, outlook.segmentations, own, names)
+        ),
         needs=needs,
     )
 
@@ -98,22 +99,25 @@ def task_of(
     )
 
 
-def patients_of(works: list[Work], executor: Executor) -> dict[str, str]:
-    """Return the *Patient ID* of each series that is to be converted, by the key of the series."""
+def patients_of(works: list[Work], executor: Executor) -> dict[str, str | None]:
+    """Return the *Patient ID* of each series that is to be converted, by the key of the series; None: unreadable."""
     todo = [w.series for w in works if w.action == "convert"]
     firsts = {s.slices[0]: s.key for s in todo}
     headers = list(firsts)
     tasks = [headers[i : i + FILES_PER_TASK] for i in range(0, len(headers), FILES_PER_TASK)]
     return {
         firsts[header]: found
-        for task, ids in answers(executor, patient_ids, tasks, lambda *_: "")
+        for task, ids in answers(executor, patient_ids, tasks, lambda *_: None)
         for header, found in zip(task, ids, strict=True)
     }
 
 
-def placed(work: Work, names: Pseudonyms, patients: Mapping[str, str]) -> Work:
+def placed(work: Work, names: Pseudonyms, patients: Mapping[str, str | None]) -> Work:
     """Return the work on a series with the folder that its patient gives it."""
     if work.action != "convert":
         return work
-    folder = names.folder(work.series, patients[work.series.key])
+    patient = patients[work.series.key]
+    if patient is None:  # among those of somebody else it would be worse than missing
+        return replace(work, action="reject", reason="InputError: its Patient ID cannot be read", codes=("changed",))
+    folder = names.folder(work.series, patient)
     return replace(work, folder=folder, known=folder == work.former_folder)

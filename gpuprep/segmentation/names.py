@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
+from typing import get_args
 
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import SliceFrom, SliceKey
@@ -60,6 +62,15 @@ def slice_and_structure(path: str, slice_from: SliceFrom | None) -> tuple[SliceK
     bare = left.rstrip(_STRAY)
     rest = bare + right if right[:1] in _STRAY or not right else left + right
     return key, _named(rest, path)
+
+
+def path_names(path: str) -> set[str]:
+    """Return the names that structures of a file may have by its name and its folder's alone."""
+    names = {printable(stem(path))}
+    for slice_from in (None, *get_args(SliceFrom)):
+        with suppress(SegmentationError):
+            names.add(slice_and_structure(path, slice_from)[1])
+    return names
 
 
 def _found(name: str, slice_from: SliceFrom | None) -> tuple[SliceKey, tuple[int, int]] | None:

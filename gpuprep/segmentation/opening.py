@@ -6,12 +6,14 @@ import io
 import os
 import re
 import stat
+from collections.abc import Iterable
 
 from gpuprep import places
 from gpuprep.containers import kind
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import tables
 from gpuprep.segmentation.contours import Plane, Reading, Segmentation
+from gpuprep.segmentation.names import path_names
 from gpuprep.segmentation.recognition import FORMATS, UNKNOWN, recognise
 from gpuprep.text import printable
 
@@ -83,6 +85,12 @@ def read_segmentation(
     if recognised.table is not None:
         return tables.read(path, recognised.table, recognised, reading, plane)
     return FORMATS[recognised.format].reader(text, path)
+
+
+def names_by_path(files: Iterable[tuple[str, str]]) -> set[str]:
+    """Return the names of structures that some files, given with their format, may have from their paths alone."""
+    tables = {known.title for known in FORMATS.values() if known.title}
+    return {name for path, format_ in files if format_ in tables for name in path_names(path)}
 
 
 def _content(path: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -18,6 +18,9 @@ Layout = Literal["labels", "per-roi"]
 Resampling = Literal["nearest", "smooth"]
 
 Aliases = tuple[tuple[str, tuple[str, ...]], ...]
+
+Hide = Callable[[str, str], str]
+"""Kind of thing and its name to what stands for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +72,21 @@ class Masks(Reading):
             return name
         return None
 
-    def names(self, found: Sequence[tuple[str, str]]) -> list[str | None]:
+    def names(
+        self, found: Sequence[tuple[str, str]], hide: Hide | None = None, telling: Container[str] = ()
+    ) -> list[str | None]:
         """Return under which name each (file, structure) of one series is used; None for those that are not wanted.
 
         Equal names of several files are told apart by the file's.
+
+        Parameters
+        ----------
+        found : sequence of (str, str)
+            Files and the structures in them.
+        hide : callable, optional
+            Kind and text to what stands for it, where paths must not be known.
+        telling : container of str
+            Structures that have their name from a path; of these only names that the aliases have are not hidden.
 
         Raises
         ------
@@ -80,6 +94,13 @@ class Masks(Reading):
             If two structures of one file are to have the same name.
         """
         names = [self.name(structure) for _, structure in found]
+        if hide is not None:
+            names = [
+                f"structure-{hide('structure', name)}"
+                if name is not None and structure in telling and _key(structure) not in self._names
+                else name
+                for name, (_, structure) in zip(names, found, strict=True)
+            ]
         files: dict[str, dict[str, str]] = defaultdict(dict)
         for name, (file, structure) in zip(names, found, strict=True):
             if name is not None and files[name].setdefault(file, structure) != structure:
@@ -87,7 +108,7 @@ class Masks(Reading):
                     f"{printable(files[name][file])} and {printable(structure)} of one file both stand for "
                     f"{printable(name)}: take one of them out of the aliases"
                 )
-        told = {name: _told_apart(list(owners)) for name, owners in files.items() if len(owners) > 1}
+        told = {name: _told_apart(list(owners), hide) for name, owners in files.items() if len(owners) > 1}
         return [
             f"{name} ({told[name][file]})" if name is not None and name in told else name
             for name, (file, _) in zip(names, found, strict=True)
@@ -131,8 +152,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _told_apart(files: Sequence[str]) -> dict[str, str]:
+def _told_apart(files: Sequence[str], hide: Hide | None) -> dict[str, str]:
     """Return what tells some files apart: the stem of each, or as much of its path as it takes."""
+    if hide is not None:
+        return {file: hide("path", file) for file in files}
     parts = {file: file.strip(os.sep).split(os.sep) for file in files}
     ways = [{f: os.path.splitext(p[-1])[0] for f, p in parts.items()}]
     ways += [{f: os.sep.join(p[-n:]) for f, p in parts.items()} for n in range(1, max(map(len, parts.values())) + 1)]
