@@ -350,6 +350,7 @@ def convert(
         passed_over=cohort.passed_over,
         unreadable=cohort.unreadable,
         tallies=dict(tally),
+        found=len(cohort) if recipe.image or matches is None else sum(map(bool, matches.by_key.values())),
         postponed=postponed,
         unmatched=matches.complaints if matches is not None else (),
         stopped=len(works) - len(done) if stop.asked else None,

@@ -33,6 +33,9 @@ FOR_LOOPS = (*FOR_VOLUMES, "gpuprep.warm")
 
 HAVE_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
+ATTEMPTS = 5
+"""To start a worker."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -289,16 +292,18 @@ class Processes:
                 self._bury(connection)
             else:
                 return connection
-        try:
-            connection = self._hire(place)
-        except (EOFError, OSError):  # the fork server has died, and is started again by asking once more
+        for attempt in range(ATTEMPTS):
             try:
                 connection = self._hire(place)
+                break
             except (EOFError, OSError) as exc:
-                raise BackendError(
-                    f"no worker process can be started ({type(exc).__name__}: {exc}), most often for lack of memory: "
-                    "use fewer --jobs"
-                ) from exc
+                # The fork server has died. It is started again by asking once more, when its end has been noticed.
+                if attempt == ATTEMPTS - 1:
+                    raise BackendError(
+                        f"no worker process can be started ({type(exc).__name__}: {exc}), most often for lack of "
+                        "memory: use fewer --jobs"
+                    ) from exc
+                time.sleep(0.1 * attempt)
         with contextlib.suppress(OSError):  # it died at once: reading the answer will tell
             connection.send((function, task))
         return connection

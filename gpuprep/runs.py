@@ -69,6 +69,8 @@ class Run:
     unreadable: tuple[tuple[str, str], ...]
     tallies: Mapping[str, Tally] = field(default_factory=dict)
     """Sums by status."""
+    found: int = 0
+    """Series that there are, for all runs and shards together."""
     postponed: int = 0
     """Series left for later by `limit`."""
     unmatched: tuple[tuple[str, str], ...] = ()
@@ -87,7 +89,7 @@ class Run:
         if self.stopped is not None:
             return 130
         bad = bool(self.unreadable or self.unmatched)
-        if not self.results and not self.postponed:
+        if not self.found:
             return 1 if bad else 3
         return 1 if bad or {"rejected", "failed"} & self.tallies.keys() else 0
 

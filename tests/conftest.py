@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import urllib.request
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from multiprocessing import forkserver
@@ -150,6 +151,8 @@ def s3() -> Iterator[Any]:
             patch.setenv(name, "/nowhere")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        # What an earlier server of this process held is there still.
+        urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
         fs = fsspec.filesystem("s3", use_listings_cache=False)
         fs.mkdir("bucket")
         yield fs

@@ -321,3 +321,11 @@ def test_label_values_that_agree_are_joined(tmp_path: Path) -> None:
     assert other_tables(tmp_path)["label_values"] == [("heart", 1), ("lung", 2)]
     assert not theirs.exists()
     assert manifest_path(tmp_path) == ours
+
+
+def test_a_shard_without_series_has_nothing_to_do_and_nothing_to_complain_of(tmp_path: Path) -> None:
+    dicom = write_cohort(tmp_path / "dicom", 1)
+    codes = [gpuprep(*command(dicom, tmp_path / "out", "--shard", f"{n}/2")[2:]).returncode for n in (1, 2)]
+    assert codes == [0, 0]
+    (tmp_path / "empty").mkdir()
+    assert gpuprep(*command(tmp_path / "empty", tmp_path / "out2", "--shard", "1/2")[2:]).returncode == 3
