@@ -166,7 +166,7 @@ def _trial(outlook: Outlook, means: Means, recipe: Recipe, engine: Engine) -> Ex
         for _ in range(2):
             task = task_of(work, recipe=recipe, engine=engine, backend=means.backend, output=output, doubtful={})
             outcomes = list(means.executor.run(convert_series, [task]))
-            output.retire(work.folder)
+            output.retire(work.folder, work.series.key)
     _, result = outcomes[0]
     if isinstance(result, WorkerDiedError) or result.status not in DONE:
         return None
@@ -406,7 +406,7 @@ def _forget_former_parts(
         if all(done.get(part) in DONE for part in now_there):
             manifest.remove(key)
             if folder and folder not in folders:
-                output.retire(folder)
+                output.retire(folder, key)
 
 
 def _store(manifest: Manifest, result: SeriesResult, task: Task) -> SeriesResult:
@@ -421,7 +421,7 @@ def _store(manifest: Manifest, result: SeriesResult, task: Task) -> SeriesResult
         result = replace(result, folder=former.folder, warnings=(*result.warnings, note))
     manifest.put(task.public(result))
     if former is not None and former.folder and former.folder != result.folder:
-        task.output.retire(former.folder)
+        task.output.retire(former.folder, result.key)
     return result
 
 
@@ -505,8 +505,8 @@ def _check_numbers(limit: int | None, limit_s: float | None, jobs: int | None, m
         raise RequestError(f"limit = {limit}: give at least 1")
     if jobs is not None and jobs < 1:
         raise RequestError(f"jobs = {jobs}: give at least 1")
-    if limit_s is not None and not limit_s > 0:
-        raise RequestError(f"time limit = {limit_s:g} s: give more than 0")
+    if limit_s is not None and not 0 < limit_s < float("inf"):
+        raise RequestError(f"time limit = {limit_s:g} s: give more than 0, and no infinity")
     if limit_s is not None and jobs is None:
         raise RequestError("a time limit needs jobs: nothing can end a series in this process")
     if not 0 < memory_share <= 1:

@@ -38,7 +38,17 @@ from gpuprep import output, places
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.layout import WORKSHOP
 from gpuprep.manifest import manifest_path, now, this_host
-from gpuprep.output import SIDECAR, Output, PendingFolder, Written, check_replaceable, checksum, is_own, open_output
+from gpuprep.output import (
+    SIDECAR,
+    Output,
+    PendingFolder,
+    Written,
+    check_replaceable,
+    checksum,
+    inside,
+    is_own,
+    open_output,
+)
 from gpuprep.sharding import WHOLE, Shard
 
 UNFINISHED = f"{SIDECAR}.part"
@@ -109,10 +119,10 @@ class Bucket(Output):
         """Whether there is an output at that place; what is left of an upload is none."""
         return SIDECAR in self.sizes(folder)
 
-    def retire(self, folder: str) -> None:
-        there = self.sizes(folder)
-        if SIDECAR in there:
-            place = f"{self.url}/{folder}"
+    def retire(self, folder: str, key: str) -> None:
+        there = self.sizes(inside(folder))
+        place = f"{self.url}/{folder}"
+        if SIDECAR in there and json.loads(places.read_bytes(f"{place}/{SIDECAR}")).get("key") == key:
             places.remove(f"{place}/{SIDECAR}")  # first, so that what is left does not look complete
             _each(places.remove, (f"{place}/{name}" for name in there if is_own(name)))
 

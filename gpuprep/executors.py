@@ -33,6 +33,9 @@ FOR_LOOPS = (*FOR_VOLUMES, "gpuprep.warm")
 
 HAVE_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
+LONGEST_WAIT_S = 3600.0
+"""At a time; the system counts milliseconds in 32 bits."""
+
 ATTEMPTS = 5
 """To start a worker."""
 
@@ -348,7 +351,7 @@ def _patience_s(flying: Iterable[_Flight], limit_s: float | None) -> float | Non
     """Return how long to wait for outcomes: until the first task is overdue."""
     if limit_s is None:
         return None
-    return max(0.0, min(flight.started_s for flight in flying) + limit_s - time.monotonic())
+    return min(LONGEST_WAIT_S, max(0.0, min(flight.started_s for flight in flying) + limit_s - time.monotonic()))
 
 
 _ending = False

@@ -83,6 +83,7 @@ def manifest(
     """Print the manifest, one row per series; shards that are not merged yet are in it."""
     with errors_to_exit_codes():
         with held_back():
+            from gpuprep.buckets import place_of
             from gpuprep.exports import write_csv, write_json_lines, write_parquet
             from gpuprep.upkeep import Records
 
@@ -90,6 +91,9 @@ def manifest(
             raise RequestError("--csv, --json and --parquet: give one of them")
         if parquet and to is None and sys.stdout.isatty():
             raise RequestError("Parquet is nothing for a terminal: give --to FILE, or > FILE")
+        place = place_of(out)
+        if to is not None and isinstance(place, Path) and to.resolve().is_relative_to(place.resolve()):
+            raise RequestError(f"{to} lies in {out}: choose a place outside of it")
         write: Callable[..., None] = write_parquet if parquet else write_json_lines if json_ else write_csv
         with closing(Records(out)) as records:
             write(records, to)
@@ -162,6 +166,8 @@ def retry(
                     "with --names hash and its --key"
                 )
             recipe = Recipe.load(output.root / "recipe.toml")
+            if recipe.sha256 != run.recipe_sha256:
+                raise RequestError(f"{out}/recipe.toml is not what the last run did: use gpuprep convert --recipe")
         asked = _request(run, out)
         run_conversion(
             asked["paths"], out, recipe, asked["masks"], stop, backend=backend,

@@ -355,7 +355,7 @@ class Manifest:
             If a structure has another label value there, or it goes by other names: its volumes cannot stand beside
             ours.
         """
-        with closing(Manifest(other)) as there:  # is it one, and has it all columns?
+        with closing(Manifest(other, reading=True)) as there:  # is it one, and has it all columns?
             ours, theirs = self.naming(), there.naming()
         if None not in (ours, theirs) and ours != theirs:
             raise RequestError(

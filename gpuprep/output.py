@@ -74,12 +74,12 @@ class Output:
 
     def contents(self, folder: str) -> tuple[int, int]:
         """Return the number of an output's files and their bytes together; (0, 0) where there is no such folder."""
-        return contents(self.root / folder)
+        return contents(self.root / inside(folder))
 
     def intact(self, folder: str) -> tuple[dict[str, Any], Written] | None:
         """Return the ``volume.json`` of an output all of whose files are as it says, to the bit; None for any other."""
         try:
-            text = (self.root / folder / SIDECAR).read_bytes()
+            text = (self.root / inside(folder) / SIDECAR).read_bytes()
             sha256 = hashlib.sha256(text).hexdigest()
             if self.torn(folder, sha256):
                 return None
@@ -99,7 +99,7 @@ class Output:
         sha256 : str
             Of its ``volume.json``, which has the checksums of the others; "" if nobody knows it any more.
         """
-        place = self.root / folder
+        place = self.root / inside(folder)
         try:
             text = (place / SIDECAR).read_bytes()
             listed: dict[str, Any] = json.loads(text)["outputs"]
@@ -112,15 +112,15 @@ class Output:
 
     def strangers(self, folder: str) -> list[str]:
         """Return what is in an output's folder and not of it."""
-        return _strangers(self.root / folder)
+        return _strangers(self.root / inside(folder))
 
     def holds(self, folder: str) -> bool:
         """Whether there is anything at that place."""
-        return (self.root / folder).is_dir()
+        return (self.root / inside(folder)).is_dir()
 
-    def retire(self, folder: str) -> None:
+    def retire(self, folder: str, key: str) -> None:
         """Remove the former output of a series that has moved elsewhere; other things in the folder stay."""
-        retire(self.root / folder)
+        retire(self.root / inside(folder), key)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small text file at the top, complete or not at all."""
@@ -367,10 +367,22 @@ def contents(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def retire(folder: Path) -> None:
-    """Remove the former output of a series that has moved elsewhere; other things in the folder stay."""
+def inside(folder: str) -> str:
+    """Return the folder of an output, which a manifest may name wrongly; raise OutputError if it is not in OUT."""
+    path = Path(folder)
+    if not path.parts or path.is_absolute() or ".." in path.parts or path.parts[0] == WORKSHOP:
+        raise OutputError(f"the manifest names {folder!r} as an output, which is no folder in OUT: move it away")
+    return folder
+
+
+def retire(folder: Path, key: str) -> None:
+    """Remove the output of a series from a folder; that of another one, and all else in it, stays."""
     sidecar = folder / SIDECAR
-    if sidecar.is_file():
+    try:
+        owner = json.loads(sidecar.read_text("utf-8"))["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if owner == key:
         sidecar.unlink()  # first, so that what is left does not look complete
         for name in [name for name, entry in _entries(folder) if is_own(name) and entry.is_file()]:
             (folder / name).unlink()

@@ -261,7 +261,7 @@ def test_contents_counts_our_files_and_their_bytes(tmp_path: Path) -> None:
 
 def test_retire_removes_our_files_and_the_folder(out: Path) -> None:
     filled(out, "p", "0000.tif", "0001.tif").commit({"key": "1"})
-    retire(out / "p")
+    retire(out / "p", "1")
     assert tree(out) == {}
 
 
@@ -269,7 +269,7 @@ def test_retire_keeps_what_is_not_ours(out: Path) -> None:
     filled(out, "p", "0000.tif").commit({"key": "1"})
     filled(out, "p/below", "0000.tif").commit({"key": "2"})
     (out / "p" / "notes.txt").write_text("mine")
-    retire(out / "p")
+    retire(out / "p", "1")
     assert set(tree(out)) == {"p", "p/below", "p/below/0000.tif", "p/below/volume.json", "p/notes.txt"}
 
 
@@ -277,22 +277,22 @@ def test_retire_keeps_what_is_not_ours(out: Path) -> None:
 def test_retire_keeps_a_tif_that_has_none_of_our_names(out: Path, name: str) -> None:
     filled(out, "p", "0000.tif", "volume.tif").commit({"key": "1"})
     (out / "p" / name).write_text("a week of work")
-    retire(out / "p")
+    retire(out / "p", "1")
     assert tree(out) == {"p": None, f"p/{name}": b"a week of work"}
 
 
 def test_retire_is_not_stopped_by_a_folder_that_is_called_like_a_file(out: Path) -> None:
     filled(out, "p", "0000.tif").commit({"key": "1"})
     filled(out, "p/scan.tif", "0000.tif").commit({"key": "2"})  # a source folder may have any name
-    retire(out / "p")
+    retire(out / "p", "1")
     assert set(tree(out)) == {"p", "p/scan.tif", "p/scan.tif/0000.tif", "p/scan.tif/volume.json"}
 
 
 def test_retire_leaves_a_folder_without_a_sidecar_alone(out: Path) -> None:
     (out / "p").mkdir()
     (out / "p" / "0000.tif").write_text("mine")
-    retire(out / "p")
-    retire(out / "absent")
+    retire(out / "p", "1")
+    retire(out / "absent", "1")
     assert set(tree(out)) == {"p", "p/0000.tif"}
 
 
@@ -387,3 +387,23 @@ def test_an_output_folder_that_cannot_be_made_is_a_bad_request(tmp_path: Path) -
         with pytest.raises(RequestError, match=words), open_output(out):
             pass
     assert file.read_text() == "mine"
+
+
+def test_retire_leaves_the_output_of_another_series_alone(out: Path) -> None:
+    filled(out, "p", "0000.tif").commit({"key": "1"})
+    retire(out / "p", "2")
+    assert set(tree(out)) == {"p", "p/0000.tif", "p/volume.json"}
+
+
+@pytest.mark.parametrize("folder", ["../victim", "/tmp/victim", "a/../../victim", "", ".gpuprep/x"])  # noqa: S108
+def test_no_manifest_makes_us_touch_what_is_not_in_the_output(out: Path, folder: str) -> None:
+    victim = out.parent / "victim"
+    victim.mkdir()
+    (victim / "volume.json").write_text('{"key": "1"}')
+    output = Output(out, out / WORKSHOP)
+    for ask in (output.contents, output.holds, output.intact, output.strangers):
+        with pytest.raises(OutputError, match="which is no folder in OUT: move it away"):
+            ask(folder)
+    with pytest.raises(OutputError, match="which is no folder in OUT"):
+        output.retire(folder, "1")
+    assert (victim / "volume.json").exists()

@@ -246,3 +246,19 @@ def test_the_manifest_says_the_same_in_every_format(out: Path, tmp_path: Path) -
 def test_one_format_at_a_time(out: Path) -> None:
     shown = command("manifest", out, "--csv", "--json")
     assert (shown.exit_code, shown.stderr) == (2, "gpuprep: --csv, --json and --parquet: give one of them\n")
+
+
+def test_no_export_overwrites_what_is_in_the_output(out: Path) -> None:
+    before = (out / "manifest.sqlite").read_bytes()
+    shown = command("manifest", out, "--to", out / "manifest.sqlite")
+    assert (shown.exit_code, "choose a place outside of it" in shown.stderr) == (2, True)
+    assert (out / "manifest.sqlite").read_bytes() == before
+
+
+def test_retry_takes_no_other_recipe_than_that_of_the_last_run(out: Path) -> None:
+    with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
+        db.execute("UPDATE series SET status = 'failed' WHERE source LIKE '%p2'")
+    recipe = out / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("float32", "uint8"))
+    shown = command("retry", out, "--backend", "cpu", "--jobs", "1")
+    assert (shown.exit_code, "is not what the last run did" in shown.stderr) == (2, True)
