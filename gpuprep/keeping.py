@@ -119,7 +119,7 @@ def merge(out: OutArgument) -> None:
             merged.write_csv()
             missing = sorted({n for s in shards for n in range(1, s.count + 1)} - {s.number for s in shards})
             all_of_them = output.lasting(merged.path.name)
-            say(f"{numbered(len(shards), 'shard')} merged into {all_of_them}, which has {len(merged)} series")
+            say(f"{numbered(len(shards), 'shard')} merged into {all_of_them}, which has {merged.count()} series")
             if missing and shards:
                 numbers = ", ".join(f"{n}/{shards[0].count}" for n in missing)
                 say(f"not among them: {numbers}; merge again when they are there")

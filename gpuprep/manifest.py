@@ -260,7 +260,9 @@ class Manifest:
         """Yield every result, by source folder."""
         yield from self._results(_ROWS + _BY_SOURCE)
 
-    def __len__(self) -> int:
+    def count(self) -> int:
+        """Return the number of series."""
+        # Not `__len__`: a manifest would be counted wherever it is asked for, and without rows it would be no manifest.
         return int(next(self._rows("SELECT count(*) FROM series"))[0])
 
     def examples(self, recipe_sha256: str, version: str, backend: str, most: int) -> Iterator[SeriesResult]:
