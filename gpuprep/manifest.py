@@ -308,7 +308,7 @@ class Manifest:
             marks = [mark for (mark,) in self._rows("SELECT mark FROM naming")]
             if marks:
                 return str(marks[0])
-        return "" if len(self) or self.last_run() else None  # of a version that knew of no keys
+        return "" if self.count() or self.last_run() else None  # of a version that knew of no keys
 
     def settle_naming(self, mark: str) -> None:
         """Say which key gives the names in here, once and for all."""
