@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from cohort import (
+    LIGHT,
     WORKSHOP,
     Running,
     command,
@@ -70,6 +71,13 @@ def one_line(text: str) -> str:
     """The only line of a text."""
     (line,) = text.splitlines()
     return line
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs in this process round as those in processes of their own do."""
+    for name, value in LIGHT.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
