@@ -25,8 +25,8 @@ TIMES = ("finished", "read_s", "process_s", "write_s", "upload_s", "kernels_s", 
 """Columns in which two runs over the same cohort may differ."""
 WORKSHOP = ".gpuprep"
 LIGHT = {"NUMBA_DISABLE_JIT": "1"}
-"""Numba is a second's work to import, for every run; who moves the voxels does not matter here, if it is always the same:
-a run in the test's own process must set it too, or its roundings may differ from those of runs in processes."""
+"""Numba is a second's work to import, for every run; who moves the voxels does not matter here, if what is
+compared was made alike: a run in the test's own process may round otherwise."""
 Tree = dict[str, bytes]
 Row = dict[str, Any]
 

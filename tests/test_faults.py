@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 from cohort import (
-    LIGHT,
     WORKSHOP,
     Running,
     command,
@@ -71,13 +70,6 @@ def one_line(text: str) -> str:
     """The only line of a text."""
     (line,) = text.splitlines()
     return line
-
-
-@pytest.fixture(autouse=True)
-def light(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs in this process round as those in processes of their own do."""
-    for name, value in LIGHT.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -165,7 +157,7 @@ def test_what_fits_on_a_full_disk_is_converted_and_the_rest_when_there_is_room(
         assert run.end() == 0, run.stderr
     assert {folder: marks(disk.path)[folder] for folder in before} == before
     undisturbed = tmp_path / "undisturbed"
-    go(dicom, undisturbed)
+    assert python(*command(dicom, undisturbed)).returncode == 0
     assert whole(disk.path) == whole(undisturbed)
 
 
@@ -307,8 +299,9 @@ def test_an_output_that_can_no_longer_be_written_loses_nothing(
     with Running(words, prefix=stoppable) as run:
         assert run.end() == 0, run.stderr
     assert {folder: marks(out)[folder] for folder in before} == before
-    go(dicom, tmp_path / "undisturbed")
-    assert whole(out) == whole(tmp_path / "undisturbed")
+    undisturbed = tmp_path / "undisturbed"
+    assert python(*command(dicom, undisturbed)).returncode == 0
+    assert whole(out) == whole(undisturbed)
     assert in_the_making(out) == []
 
 
@@ -684,10 +677,10 @@ def test_a_former_output_comes_back_if_a_run_is_killed_while_it_is_replaced(dico
     with open_output(out):
         assert {k: v for k, v in tree(out).items() if k.startswith("dicom/s001/")} == before
         assert in_the_making(out) == []
-    other = Recipe(size=(26, 26))
-    assert go(dicom, out, recipe=other).exit_code == 0
-    go(dicom, out.with_name("undisturbed"), recipe=other)
-    assert whole(out) == whole(out.with_name("undisturbed"))
+    undisturbed = out.with_name("undisturbed")
+    for place in (out, undisturbed):
+        assert python(*command(dicom, place, "--size", "26")).returncode == 0
+    assert whole(out) == whole(undisturbed)
 
 
 @pytest.mark.parametrize("exc", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
