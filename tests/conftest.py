@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from multiprocessing import forkserver
@@ -35,7 +36,7 @@ DATA = Path(os.environ.get("GPUPREP_TEST_DATA", Path(__file__).parents[2] / "sha
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests away from the index of headers in the user's cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex))
 
 
 @pytest.fixture(scope="session")

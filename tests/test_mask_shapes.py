@@ -191,8 +191,8 @@ def test_at_1_mm_shape_and_volume_are_kept(
     # Trap 22.
     shape = SHAPES[name]
     uid = write_ct(tmp_path / "dicom")
-    recipe = Recipe(size=None, image=False, masks=Masks(resampling=resampling))
-    got, sidecar = masks(tmp_path, as_rtstruct(tmp_path, shape, uid), recipe, backend=backend)
+    recipe = Recipe(size=None, image=False, masks=Masks(resampling=resampling, units="mm"))
+    got, sidecar = masks(tmp_path, as_text(tmp_path, shape, uid), recipe, backend=backend)
     assert got.shape == (60, 80, 77)
     assert dice(got, truth(shape, sidecar)) > BOUNDS[name][resampling == "smooth"]
     (label,) = sidecar["labels"]
@@ -208,8 +208,8 @@ def test_image_and_mask_of_a_bright_object_coincide_after_the_whole_default_reci
 ) -> None:
     shape = SHAPES[name]
     uid = write_ct(tmp_path / "dicom", shape, (20, 300, 320))
-    recipe = Recipe(size=(300, 320), masks=Masks(resampling=resampling))
-    got, _ = masks(tmp_path, as_rtstruct(tmp_path, shape, uid), recipe)
+    recipe = Recipe(size=(300, 320), masks=Masks(resampling=resampling, units="mm"))
+    got, _ = masks(tmp_path, as_text(tmp_path, shape, uid), recipe)
     folder = next((tmp_path / "out").rglob("volume.json")).parent
     image = np.stack([tifffile.imread(f) for f in sorted(folder.glob("*.tif"))])
     assert image.shape == got.shape == (60, 300, 320)
