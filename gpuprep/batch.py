@@ -149,19 +149,22 @@ def _expected(
         share = [s for s in cohort if shard.has(s.public_uid)]
         expected = list(outlooks(cohort, share, paths, recipe, matches, values, output, manifest, names=names))
         forecast = _forecast(means, recipe, manifest, output)
+    todo = []
     for outlook in expected:
-        forecast.add(outlook, outlook.needs(means.backend, engine))
-    todo = sorted((o for o in expected if o.action == "convert"), key=lambda o: o.needs(means.backend, engine).voxels)
+        needs = outlook.needs(means.backend, engine)
+        forecast.add(outlook, needs)
+        if outlook.action == "convert":
+            todo.append(work_on(outlook, needs))
     if calibrate and forecast.experience is None and todo:
+        todo.sort(key=lambda work: work.needs.voxels)
         forecast.experience = _trial(todo[len(todo) // 2], means, recipe, engine)
     return expected, forecast
 
 
-def _trial(outlook: Outlook, means: Means, recipe: Recipe, engine: Engine) -> Experience | None:
+def _trial(work: Work, means: Means, recipe: Recipe, engine: Engine) -> Experience | None:
     """Convert a series into a temporary folder, twice, since the first time includes what a worker loads; compare."""
-    needs = outlook.needs(means.backend, engine)
-    work = work_on(outlook, needs, {name: n for n, name in enumerate(outlook.structures, 1)})
-    work = replace(work, folder="trial")
+    values = tuple((name, n) for n, (name, _) in enumerate(work.label_values, 1))  # nobody has given any yet
+    work = replace(work, folder="trial", label_values=values)
     with tempfile.TemporaryDirectory() as folder, open_out(folder) as output:
         for _ in range(2):
             task = task_of(work, recipe=recipe, engine=engine, backend=means.backend, output=output, doubtful={})
@@ -300,7 +303,7 @@ def convert(
                     continue
                 needs = outlook.needs(means.backend, engine)
                 forecast.add(outlook, needs)
-                works.append(work_on(outlook, needs, values, names))
+                works.append(work_on(outlook, needs))
             patients = patients_of(works, executor) if names else {}
             if names is not None:
                 works = [placed(work, names, patients) for work in works]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -179,10 +179,11 @@ def retry(
 
 def _request(run: RunRecord, out: str) -> dict[str, Any]:
     """Return what the last run was asked for."""
-    asked: dict[str, Any] = json.loads(run.request)
-    if not {"paths", "masks", "engine"} <= asked.keys():
-        raise RequestError(f"the manifest of {out} does not say what the last run read: use gpuprep convert")
-    return asked
+    with suppress(ValueError, RecursionError):
+        asked: Any = json.loads(run.request)
+        if isinstance(asked, dict) and {"paths", "masks", "engine"} <= asked.keys():
+            return asked
+    raise RequestError(f"the manifest of {out} does not say what the last run read: use gpuprep convert")
 
 
 KEEPING: tuple[Callable[..., None], ...] = (status, verify, retry, manifest, merge)

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -135,8 +135,6 @@ class Entry(NamedTuple):
 
 _COLUMNS = [f.name for f in fields(SeriesResult)]
 _NAMES = ", ".join(_COLUMNS)
-_ROWS = f"SELECT {_NAMES} FROM series "  # noqa: S608
-"""In this order, whatever the order of an older manifest."""
 _BY_SOURCE = "ORDER BY source, series_number, key"
 _LISTS = (
     "codes",
@@ -191,6 +189,8 @@ class Manifest:
             if getattr(exc, "sqlite_errorcode", 0) & 0xFF in _DISK_ERRORS:
                 raise OutputError(f"cannot write into {path.parent}: {exc}") from exc
             raise self._unusable(exc) from exc
+        if not have:
+            raise self._unusable(ValueError("it is empty"))
         added = [f for f in fields(SeriesResult) if f.default is None and f.name not in have]
         if set(have) | {f.name for f in added} != set(_COLUMNS) or (added and reading):
             raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
@@ -219,20 +219,38 @@ class Manifest:
             "complete volumes are recognised by their volume.json and kept"
         )
 
-    def _rows(self, query: str, *values: str) -> Iterator[tuple[Any, ...]]:
+    def _rows(self, query: str, *values: str | int) -> Iterator[tuple[Any, ...]]:
         """Yield what a query finds; damage shows only where it is read."""
         try:
             yield from self._db.execute(query, values)
         except sqlite3.Error as exc:
             raise self._unusable(exc) from exc
 
-    def _results(self, query: str, *values: str) -> Iterator[SeriesResult]:
-        for row in self._rows(query, *values):
+    def _cells(self, record: type, names: Sequence[str], rest: str, *values: str | int) -> Iterator[tuple[Any, ...]]:
+        """Yield some columns of a table; SQLite would hold anything there, but its readers count on numbers and texts.
+
+        Parameters
+        ----------
+        record : type
+            `SeriesResult` or `RunRecord`, whose fields the columns are.
+        names : sequence of str
+            The columns.
+        rest : str
+            The rest of the query, from the name of the table on.
+        *values
+            For its question marks.
+        """
+        kinds = {f.name: _kinds(f) for f in fields(record)}
+        expected = [kinds[name] for name in names]
+        for row in self._rows(f"SELECT {', '.join(names)} FROM {rest}", *values):  # noqa: S608
             try:
-                result = _result(row)
-            except (ValueError, TypeError) as exc:
+                yield tuple(map(_value, names, row, expected))
+            except (ValueError, RecursionError) as exc:
                 raise self._unusable(exc) from exc
-            yield result
+
+    def _results(self, rest: str, *values: str | int) -> Iterator[SeriesResult]:
+        for row in self._cells(SeriesResult, _COLUMNS, f"series {rest}", *values):
+            yield SeriesResult(**dict(zip(_COLUMNS, row, strict=True)))
 
     def put(self, result: SeriesResult) -> None:
         """Store a result in place of the series' former one."""
@@ -249,16 +267,16 @@ class Manifest:
 
     def get(self, key: str) -> SeriesResult | None:
         """Return the last result of a series."""
-        return next(self._results(_ROWS + "WHERE key = ?", key), None)
+        return next(self._results("WHERE key = ?", key), None)
 
     def entry(self, key: str) -> Entry | None:
         """Return what says whether the output of a series stands for its input."""
-        row = next(self._rows(f"SELECT {', '.join(Entry._fields)} FROM series WHERE key = ?", key), None)  # noqa: S608
+        row = next(self._cells(SeriesResult, Entry._fields, "series WHERE key = ?", key), None)
         return None if row is None else Entry(*row)
 
     def __iter__(self) -> Iterator[SeriesResult]:
         """Yield every result, by source folder."""
-        yield from self._results(_ROWS + _BY_SOURCE)
+        yield from self._results(_BY_SOURCE)
 
     def count(self) -> int:
         """Return the number of series."""
@@ -267,14 +285,13 @@ class Manifest:
 
     def examples(self, recipe_sha256: str, version: str, backend: str, most: int) -> Iterator[SeriesResult]:
         """Yield some series that were converted in such a way, and not only recognised."""
-        where = "WHERE status IN ('ok', 'fixed') AND read_s + coalesce(masks_s, 0) > 0 AND recipe_sha256 = ? "
-        query = _ROWS + where + "AND version = ? AND backend = ? LIMIT ?"
-        for row in self._db.execute(query, (recipe_sha256, version, backend, most)):
-            yield _result(row)
+        converted = "status IN ('ok', 'fixed') AND read_s + coalesce(masks_s, 0) > 0"
+        alike = "recipe_sha256 = ? AND version = ? AND backend = ?"
+        return self._results(f"WHERE {converted} AND {alike} LIMIT ?", recipe_sha256, version, backend, most)
 
     def columns(self, *names: str, where: str = "") -> Iterator[tuple[Any, ...]]:
-        """Yield some columns of every row, as SQLite holds them, in the order of the rows."""
-        return self._rows(f"SELECT {', '.join(names)} FROM series {where} {_BY_SOURCE}")  # noqa: S608
+        """Yield some columns of every row, in the order of the rows."""
+        return self._cells(SeriesResult, names, f"series {where} {_BY_SOURCE}")
 
     def account(self, passed_over: Mapping[str, int], unreadable: Iterable[tuple[str, str]]) -> None:
         """Store what the last scan found beside CT images."""
@@ -331,8 +348,7 @@ class Manifest:
 
     def last_run(self) -> RunRecord | None:
         """Return the run that began last."""
-        columns = ", ".join(_RUN_COLUMNS)
-        row = next(self._rows(f"SELECT {columns} FROM runs ORDER BY started DESC LIMIT 1"), None)  # noqa: S608
+        row = next(self._cells(RunRecord, _RUN_COLUMNS, "runs ORDER BY started DESC LIMIT 1"), None)
         return None if row is None else RunRecord(**dict(zip(_RUN_COLUMNS, row, strict=True)))
 
     def finished_since(self, started: str) -> tuple[int, str]:
@@ -397,7 +413,7 @@ class Manifest:
                 with part.open("w", encoding="utf-8", newline="") as f:
                     writer = csv.writer(f)
                     writer.writerow(_COLUMNS)
-                    writer.writerows(self._db.execute(_ROWS + _BY_SOURCE))
+                    writer.writerows(self._db.execute(f"SELECT {_NAMES} FROM series {_BY_SOURCE}"))  # noqa: S608
                 flush(part)
                 part.replace(file)
             finally:
@@ -501,12 +517,19 @@ def _type(field: Field[Any]) -> str:
     return types.get(str(field.type).removesuffix(" | None"), "TEXT")
 
 
-def _result(row: tuple[Any, ...]) -> SeriesResult:
-    values = dict(zip(_COLUMNS, row, strict=True))
-    for k in _JSON:
-        value = values[k] and json.loads(values[k])
-        values[k] = tuple(value) if k in _LISTS and value is not None else value
-    return SeriesResult(**values)
+def _kinds(field: Field[Any]) -> tuple[type, ...]:
+    """Return what SQLite may give for a field."""
+    kind = {"INTEGER": int, "REAL": float, "TEXT": str}[_type(field)]
+    return (kind, type(None)) if str(field.type).endswith(" | None") else (kind,)
+
+
+def _value(name: str, cell: Any, kinds: tuple[type, ...]) -> Any:
+    """Return what a cell stands for; raise ValueError if that cannot be."""
+    value = json.loads(cell) if name in _JSON and isinstance(cell, str) else cell
+    plausible = isinstance(cell, kinds) and (value is cell or isinstance(value, list if name in _LISTS else dict))
+    if not plausible:
+        raise ValueError(f"{name} is {cell!r}")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _declared(record: type) -> str:

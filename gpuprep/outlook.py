@@ -54,6 +54,10 @@ class Outlook:
     reason: str = ""
     code: str = ""
     """Of that reason, if it is not in the headers."""
+    fingerprint: str = ""
+    """Of its input, as it may be kept: see `fingerprint_in_out`."""
+    label_values: tuple[tuple[str, int], ...] = ()
+    """Of the structures in its segmentations, where they share a volume."""
     former: Entry | None = None
     """What the manifest has of it."""
     segmentations: tuple[Glimpse, ...] = ()
@@ -130,9 +134,17 @@ def outlooks(
             continue
         structures = tuple(used_names(found, recipe.masks, names.of if names else None))
         former = manifest.entry(series.key) if manifest else None
-        outlook = partial(Outlook, series, former=former, segmentations=found, structures=structures)
-        own = [(name, values.get(name, 0)) for name in structures] if shared else []
+        own = tuple((name, values.get(name, 0)) for name in structures) if shared else ()
         now = fingerprint_in_out(series, found, own, names)
+        outlook = partial(
+            Outlook,
+            series,
+            fingerprint=now,
+            label_values=own,
+            former=former,
+            segmentations=found,
+            structures=structures,
+        )
         if former and output and _complete((now, recipe_sha256, gpuprep.__version__), output, former):
             yield outlook("skip", former.folder, None)
             continue

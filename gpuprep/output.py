@@ -85,7 +85,7 @@ class Output:
                 return None
             sidecar = json.loads(text)
             sizes = [file["bytes"] for file in sidecar["outputs"].values()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         return sidecar, Written(len(sizes) + 1, sum(sizes) + len(text), sha256)
 
@@ -107,7 +107,7 @@ class Output:
                 return [SIDECAR]
             there = {name for name, entry in _entries(place) if name != SIDECAR and is_own(name) and entry.is_file()}
             return sorted(there - set(listed)) + [name for name, file in listed.items() if _differs(place / name, file)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return [SIDECAR]
 
     def strangers(self, folder: str) -> list[str]:
@@ -380,7 +380,7 @@ def retire(folder: Path, key: str) -> None:
     sidecar = folder / SIDECAR
     try:
         owner = json.loads(sidecar.read_text("utf-8"))["key"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if owner == key:
         sidecar.unlink()  # first, so that what is left does not look complete
@@ -394,7 +394,7 @@ def retire(folder: Path, key: str) -> None:
 def _check_replaceable(folder: Path, key: str, known: bool) -> None:
     try:
         former = json.loads((folder / SIDECAR).read_text("utf-8"))["key"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         former = None
     there = folder.is_dir()
     check_replaceable(str(folder), former, key, known and there, _strangers(folder) if there else [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -129,7 +128,7 @@ def status(out: str | Path) -> Status:
             counts[state] += 1
             size += bytes_
             if state not in DONE:
-                kind = state, ", ".join(json.loads(codes))
+                kind = state, ", ".join(codes)
                 numbers[kind] += 1
                 if len(left_out[kind]) < EXAMPLES:
                     left_out[kind].append(f"{source}: {reason}")

@@ -13,7 +13,7 @@ from gpuprep.conversion import Task
 from gpuprep.discovery import FILES_PER_TASK, Cohort
 from gpuprep.executors import Executor, answers
 from gpuprep.naming import Pseudonyms, patient_ids
-from gpuprep.outlook import Needs, Outlook, fingerprint_in_out
+from gpuprep.outlook import Needs, Outlook
 from gpuprep.output import Output
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series
@@ -47,9 +47,8 @@ def doubtful_files(cohort: Cohort) -> dict[str, int]:
     return dict(doubtful)
 
 
-def work_on(outlook: Outlook, needs: Needs, values: Mapping[str, int], names: Pseudonyms | None = None) -> Work:
+def work_on(outlook: Outlook, needs: Needs) -> Work:
     """Return what is kept of an outlook."""
-    own = [(name, values[name]) for name in outlook.structures] if values else []
     former = outlook.former
     return Work(
         series=outlook.series,
@@ -60,10 +59,8 @@ def work_on(outlook: Outlook, needs: Needs, values: Mapping[str, int], names: Ps
         reason=outlook.reason,
         codes=outlook.codes,
         segmentations=tuple(g.path for g in outlook.segmentations),
-        label_values=tuple(own),
-        fingerprint=(
-            "" if outlook.action == "skip" else fingerprint_in_out(outlook.series, outlook.segmentations, own, names)
-        ),
+        label_values=outlook.label_values,
+        fingerprint=outlook.fingerprint,
         needs=needs,
     )
 

@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,34 @@ def test_a_database_with_other_columns_is_an_output_error_and_stays_as_it_is(tmp
         Manifest(file)
     with closing(sqlite3.connect(file)) as foreign:
         assert foreign.execute("SELECT * FROM series").fetchall() == [("1", "The Wire")]
+
+
+def test_an_empty_file_is_no_manifest_to_read(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.sqlite"
+    file.touch()
+    with pytest.raises(OutputError, match=r"manifest\.sqlite cannot be used as manifest \(it is empty\)"):
+        Manifest(file, reading=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell"),
+    [
+        ("bytes", "many"), ("folder", b"7"), ("status", None), ("hu_mean", "dense"), ("key", b"1"), ("slices", 2.5),
+        ("codes", '"gap"'), ("codes", "[" * 100_000), ("audit", "[]"), ("warnings", "no JSON"), ("shape", "3"),
+    ],
+)  # fmt: skip
+def test_a_cell_that_holds_something_else_is_an_output_error(tmp_path: Path, column: str, cell: object) -> None:
+    file = tmp_path / "manifest.sqlite"
+    with closing(Manifest(file)) as manifest:
+        manifest.put(OK)
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute(f"UPDATE series SET {column} = ?", (cell,))  # noqa: S608
+    with closing(Manifest(file, reading=True)) as manifest:
+        unusable = partial(pytest.raises, OutputError, match="cannot be used as manifest")
+        with unusable():
+            list(manifest)
+        with unusable():
+            list(manifest.columns("series_uid", column))
 
 
 def test_a_manifest_from_before_a_column_was_added_is_taken_on(tmp_path: Path) -> None:
