@@ -23,8 +23,8 @@ import numpy as np
 
 from gpuprep.backend import Engine, get_backend
 from gpuprep.conversion import versions
+from gpuprep.cores import usable_cores
 from gpuprep.errors import BackendError
-from gpuprep.executors import usable_cores
 from gpuprep.geometry import Geometry
 from gpuprep.intensity import HuStatistics
 from gpuprep.memory import device_bytes

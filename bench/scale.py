@@ -26,8 +26,8 @@ import gpuprep.batch
 from bench.measure import save
 from gpuprep.batch import convert
 from gpuprep.conversion import Task
+from gpuprep.cores import usable_cores
 from gpuprep.discovery import Cohort
-from gpuprep.executors import usable_cores
 from gpuprep.manifest import SeriesResult, now
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series, SliceHeader

@@ -106,6 +106,7 @@ def scan(
         Is told which segmentation goes where.
     """
     recipe = recipe or Recipe()
+    recipe.check_installed()
     paths = _listed(paths)
     if out is not None:
         _check_apart(paths, place_of(out))
@@ -268,6 +269,7 @@ def convert(
         In whatever order. What was finished stays; the next run does the rest.
     """
     recipe = recipe or Recipe()
+    recipe.check_installed()
     listener = listener or Listener()
     paths = _listed(paths)
     out = place_of(out)

@@ -27,8 +27,9 @@ from typing import Any, Literal, TypeVar, cast
 
 from gpuprep import __version__, executors
 from gpuprep.backend import Backend, BackendName, Body, get_backend
+from gpuprep.cores import usable_cores
 from gpuprep.errors import BackendError, GpuprepError, RequestError
-from gpuprep.executors import FOR_VOLUMES, OverdueError, WorkerDiedError, never, usable_cores
+from gpuprep.executors import FOR_VOLUMES, OverdueError, WorkerDiedError, never
 from gpuprep.logs import quiet_libraries
 
 T = TypeVar("T")

@@ -39,7 +39,18 @@ log = logging.getLogger(__name__)
 DEVICE_MEMORY = "device-memory"
 """Code of a series that did not fit into what was left on the device."""
 
-RECORDED_PACKAGES = ("numpy", "scipy", "scikit-image", "numba", "pydicom", "tifffile", "imagecodecs")
+RECORDED_PACKAGES = (
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "numba",
+    "pydicom",
+    "tifffile",
+    "imagecodecs",
+    "nibabel",
+    "isal",
+    "zarr",
+)
 RECORDED_GPU_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cucim-cu12", "cucim-cu13")
 
 
@@ -231,7 +242,8 @@ def _write_image(
     started = time.perf_counter()
     on_device: dict[str, Any] = {}
     chunks = _Timed(host_chunks(source, plan, task.backend, task.engine, on_device))
-    path = pending.path if task.recipe.format == "tif" else pending.path / "volume"
+    ending = task.recipe.ending
+    path = pending.path / f"volume{ending}" if ending else pending.path
     notes = WRITERS[task.recipe.format](path, chunks, Content.image(plan), pending.settle) + _stretched(source, plan)
     return replace(
         result,

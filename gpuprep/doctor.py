@@ -9,9 +9,9 @@ from pydicom.uid import UID
 
 from gpuprep.backend import compiled_loops, numba_works, open_gpus
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
+from gpuprep.cores import usable_cores
 from gpuprep.decoding import available_decoders
 from gpuprep.errors import BackendError
-from gpuprep.executors import usable_cores
 
 COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.5",  # RLE Lossless

@@ -58,11 +58,6 @@ class OverdueError(WorkerDiedError):
     """A task took longer than it may, and its worker was ended."""
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def never() -> bool:
     """Return False: nobody wants it to stop."""
     return False

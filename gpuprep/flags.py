@@ -59,11 +59,16 @@ Dtype = Annotated[
     typer.Option(help="Output type; int16 holds HU, unscaled \\[float32].", rich_help_panel=RECIPE),
 ]
 Format = Annotated[
-    Literal["tif", "tif-stack"] | None,
-    typer.Option("--format", help="One .tif per slice, or one ImageJ stack \\[tif].", rich_help_panel=RECIPE),
+    Literal["tif", "tif-stack", "nifti", "zarr", "npy"] | None,
+    typer.Option(
+        "--format",
+        help="One .tif per slice, one ImageJ stack, NIfTI, OME-Zarr or NumPy \\[tif].",
+        rich_help_panel=RECIPE,
+    ),
 ]
 Compression = Annotated[
-    Literal["none", "zlib", "zstd"] | None, typer.Option(help="Of the .tif \\[none].", rich_help_panel=RECIPE)
+    Literal["none", "zlib", "zstd"] | None,
+    typer.Option(help="Lossless; with nifti zlib makes .nii.gz \\[none].", rich_help_panel=RECIPE),
 ]
 Policy = Annotated[
     Literal["fix", "strict", "keep"] | None,

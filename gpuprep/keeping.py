@@ -51,7 +51,8 @@ def verify(
         with held_back():
             from gpuprep.buckets import open_out
             from gpuprep.console import Counting, show_damage
-            from gpuprep.executors import Processes, usable_cores
+            from gpuprep.cores import usable_cores
+            from gpuprep.executors import Processes
             from gpuprep.manifest import open_manifest
             from gpuprep.upkeep import mark as mark_damaged
             from gpuprep.upkeep import verify as findings_of

@@ -156,21 +156,19 @@ def write_masks(
     """
     recipe = plan.recipe
     write = WRITERS[recipe.format]
-    suffix = "" if recipe.format == "tif" else ".tif"
     if recipe.masks.layout == "labels":
         if new := [p for p in wanted if p.name not in values]:
             raise SegmentationError(
                 f"{printable(new[0].source)} has changed since it was looked at: convert again", "changed"
             )
-        volumes = [("labels", [(p, values[p.name]) for p in wanted])]
+        volumes = [(f"labels{recipe.ending}", [(p, values[p.name]) for p in wanted])]
     else:
-        volumes = [
-            (f"masks/{file}", [(p, 1)]) for p, file in zip(wanted, _files([p.name for p in wanted]), strict=True)
-        ]
+        files = _files([p.name for p in wanted], recipe.ending)
+        volumes = [(f"masks/{file}", [(p, 1)]) for p, file in zip(wanted, files, strict=True)]
         (folder / "masks").mkdir()
     voxel_ml = abs(float(np.linalg.det(plan.target.affine))) / 1000
     for name, members in volumes:
-        labels = [Label(p.name, p.source, p.contours, len(p.parts), value, name + suffix) for p, value in members]
+        labels = [Label(p.name, p.source, p.contours, len(p.parts), value, name) for p, value in members]
         painted = _painted(members, labels, stack, plan)
         counts = np.zeros(max((label.value for label in labels), default=0) + 1, dtype=np.int64)
         content = Content.labels(plan, str(painted.dtype), len(counts) - 1)
@@ -190,17 +188,17 @@ def write_masks(
         masked.labels += labels
 
 
-def _files(names: Sequence[str]) -> list[str]:
+def _files(names: Sequence[str], ending: str) -> list[str]:
     """Return a file name for each structure, no two of which a file system could take for one."""
     used: set[str] = set()
     files = []
     for name in names:
-        file = harmless(printable(name), LONGEST_NAME - len(".tif") - 4)
+        file = harmless(printable(name), LONGEST_NAME - len(ending) - 4)
         n = 2
         while (unique := file if n == 2 and file.casefold() not in used else f"{file}~{n}").casefold() in used:
             n += 1
         used.add(unique.casefold())
-        files.append(unique)
+        files.append(unique + ending)
     return files
 
 

@@ -43,9 +43,14 @@ ASKING_S = 0.5
 OTHER_SHARD_S = 10.0
 """Time for shards that start together to look at the lock of whole runs, one after the other."""
 
-_OWN_NAME = re.compile(r"(labels/|masks/[^/]+/)?\d{4,}\.tif|(volume|labels|masks/[^/]+)\.tif")
+_VOLUME = r"(volume|labels|masks/[^/]+)"
+_OWN_NAME = re.compile(
+    r"(labels/|masks/[^/]+/)?\d{4,}\.tif"
+    rf"|{_VOLUME}\.(tif|nii|nii\.gz|npy)"
+    rf"|{_VOLUME}\.ome\.zarr/(zarr\.json|0/zarr\.json|0/c/\d+/\d+/\d+)"
+)
 """Of a file in a series' folder, from there on."""
-_OWN_FOLDER = re.compile(r"labels|masks(/[^/]+)?")
+_OWN_FOLDER = re.compile(rf"labels|masks(/[^/]+)?|{_VOLUME}\.ome\.zarr(/0(/c(/\d+){{0,2}})?)?")
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _FROM_HERE = -100  # AT_FDCWD: paths as for any other call
 
@@ -386,9 +391,10 @@ def retire(folder: Path, key: str) -> None:
         sidecar.unlink()  # first, so that what is left does not look complete
         for name in [name for name, entry in _entries(folder) if is_own(name) and entry.is_file()]:
             (folder / name).unlink()
-        for below in (*folder.glob("masks/*"), folder / "masks", folder / "labels", folder):
-            with suppress(OSError):  # not empty, or no folder
-                below.rmdir()
+        for below, _, _ in os.walk(folder, topdown=False):
+            if below == str(folder) or _OWN_FOLDER.fullmatch(os.path.relpath(below, folder)):
+                with suppress(OSError):  # not empty
+                    os.rmdir(below)
 
 
 def _check_replaceable(folder: Path, key: str, known: bool) -> None:
@@ -448,7 +454,7 @@ def is_own(name: str) -> bool:
 
 
 def _entries(folder: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield what is in a series' folder, by its name from there on; of folders that masks go to, what is in them."""
+    """Yield what is in a series' folder, by its name from there on; of folders of its own, what is in them."""
     with os.scandir(folder / below) as entries:
         for entry in entries:
             name = below + entry.name

@@ -7,6 +7,7 @@ import hashlib
 import json
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,9 +22,21 @@ Padding = Literal["air", "minus2000-to-0", "keep"]
 Align = Literal["edge", "corner"]
 AntiAlias = Literal["none", "resample", "resize", "both"]
 Fit = Literal["stretch", "pad", "crop"]
-Format = Literal["tif", "tif-stack"]
+Format = Literal["tif", "tif-stack", "nifti", "zarr", "npy"]
 Dtype = Literal["float32", "uint8", "uint16", "int16"]
 Compression = Literal["none", "zlib", "zstd"]
+
+ENDINGS: dict[str, dict[str, str]] = {
+    "tif": {"none": "", "zlib": "", "zstd": ""},
+    "tif-stack": {"none": ".tif", "zlib": ".tif", "zstd": ".tif"},
+    "nifti": {"none": ".nii", "zlib": ".nii.gz"},
+    "zarr": {"none": ".ome.zarr", "zlib": ".ome.zarr", "zstd": ".ome.zarr"},
+    "npy": {"none": ".npy"},
+}
+"""By format and compression, where these go together, what the name of a volume ends in; "": a folder of slices."""
+
+LIBRARIES: dict[str, tuple[tuple[str, int], ...]] = {"nifti": (("nibabel", 5), ("isal", 1)), "zarr": (("zarr", 3),)}
+"""By format, the packages of the extra of that name, and their first major version that will do."""
 
 LARGEST_AXIS = 16384
 """More voxels along one axis are a slip of the pen, not a wish."""
@@ -81,8 +94,10 @@ class Recipe:
     dtype: Dtype = "float32"
     """"uint8" and "uint16" spread the window over their range; "int16" holds HU, rounded and unscaled."""
     format: Format = "tif"
-    """"tif": one file per slice. "tif-stack": one file that ImageJ opens as a volume."""
+    """"tif": one file per slice. "tif-stack": one file that ImageJ opens as a volume. "nifti": NIfTI-1, ``.nii``, or
+    ``.nii.gz`` with zlib. "zarr": OME-Zarr 0.5, chunked for patches. "npy": for ``numpy.load(mmap_mode="r")``."""
     compression: Compression = "none"
+    """Lossless. NIfTI knows no zstd, and .npy nothing at all: see `ENDINGS`."""
     image: bool = True
     """Whether the image is written; False for masks alone."""
     masks: Masks = field(default_factory=Masks)
@@ -103,6 +118,12 @@ class Recipe:
         for name in ("assume_hu", "image"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} = {getattr(self, name)!r}: give true or false")
+        if self.compression not in ENDINGS[self.format]:
+            raise RecipeError(
+                f"format = {self.format!r} cannot hold compression = {self.compression!r}: choose compression = "
+                f"{' or '.join(ENDINGS[self.format])}, or format = "
+                f"{' or '.join(f for f in ENDINGS if self.compression in ENDINGS[f])}"
+            )
         if not isinstance(self.masks, Masks):
             raise RecipeError(f"masks = {self.masks!r}: give a table of TOML, or gpuprep.Masks")
         if not isinstance(self.order, int) or isinstance(self.order, bool) or not 0 <= self.order <= 5:
@@ -127,6 +148,30 @@ class Recipe:
                 f"dtype = {self.dtype!r} spreads a window over its range, but window_hu is none: "
                 "give a window, or choose float32 or int16 to keep HU"
             )
+
+    @property
+    def ending(self) -> str:
+        """What the name of each volume ends in; "" for a folder of slices."""
+        return ENDINGS[self.format][self.compression]
+
+    def check_installed(self) -> None:
+        """Raise if the packages that write this format are not here.
+
+        Raises
+        ------
+        RecipeError
+            With what to install.
+        """
+        for package, least in LIBRARIES.get(self.format, ()):
+            try:
+                found = version(package)
+            except PackageNotFoundError:
+                found = ""
+            if not found or int(found.split(".")[0]) < least:
+                raise RecipeError(
+                    f"format = {self.format!r} needs {package} {least} or later, and there is {found or 'none'}: "
+                    f"pip install 'gpuprep[{self.format}]'"
+                )
 
     @property
     def rules(self) -> Rules:

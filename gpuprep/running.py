@@ -86,6 +86,6 @@ def gpu_numbers(text: str | None) -> list[int] | None:
 
 def jobs_or_cores(jobs: int | None, backend: str) -> int | None:
     """Return one worker per core that this process may use; on a GPU, leave it to `batch`."""
-    from gpuprep.executors import usable_cores
+    from gpuprep.cores import usable_cores
 
     return jobs if jobs is not None or backend == "gpu" else usable_cores()

@@ -42,7 +42,7 @@ def some_values(dtype: str, shape: tuple[int, int, int] = (5, 6, 7)) -> NDArray[
 def write(folder: Path, recipe: Recipe, values: NDArray[Any]) -> tuple[str, ...]:
     folder.mkdir()
     chunks = iter([values[:2], values[2:]])
-    path = folder if recipe.format == "tif" else folder / "volume"
+    path = folder if recipe.format == "tif" else folder / "volume.tif"
     return WRITERS[recipe.format](path, chunks, Content.image(some_plan(recipe, values.shape)), nothing)
 
 

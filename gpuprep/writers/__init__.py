@@ -9,10 +9,17 @@ from typing import Any
 from numpy.typing import NDArray
 
 from gpuprep.writers.content import Content, Settle
+from gpuprep.writers.nifti import write_nifti
+from gpuprep.writers.npy import write_npy
 from gpuprep.writers.tiff import write_slices, write_stack
 
 Writer = Callable[[Path, Iterator[NDArray[Any]], Content, Settle], tuple[str, ...]]
-"""``write(path, chunks, content, settle)`` makes a folder, or a file with a suffix of its own, at `path`, tells
-`settle` of files that are finished, and returns warnings about what it wrote."""
+"""``write(path, chunks, content, settle)`` makes a file or folder at `path`, whose name has the ending of the recipe,
+tells `settle` of files that are finished, and returns warnings about what it wrote."""
 
-WRITERS: dict[str, Writer] = {"tif": write_slices, "tif-stack": write_stack}
+WRITERS: dict[str, Writer] = {
+    "tif": write_slices,
+    "tif-stack": write_stack,
+    "nifti": write_nifti,
+    "npy": write_npy,
+}

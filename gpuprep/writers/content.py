@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpuprep.geometry import Shape3, Vector3
+from gpuprep.geometry import Geometry, Shape3, Vector3
 from gpuprep.plan import BYTES, Plan
 from gpuprep.recipe import Compression
 
@@ -24,14 +24,23 @@ def nothing(_: Path) -> None:
 class Content:
     """A volume that is about to be written."""
 
-    shape: Shape3
-    spacing_mm: Vector3
+    grid: Geometry
     dtype: str
     compression: Compression
     display: tuple[float, float]
     """Values to show as black and as white."""
     hu: tuple[float, float] | None = None
-    """HU per unit and HU of value 0; None where values are no HU."""
+    """HU per unit and HU of value 0; None for labels."""
+
+    @property
+    def shape(self) -> Shape3:
+        """Number of slices, rows and columns."""
+        return self.grid.shape
+
+    @property
+    def spacing_mm(self) -> Vector3:
+        """Distance between voxel centres along (k, j, i)."""
+        return self.grid.spacing_mm
 
     @property
     def bytes(self) -> int:
@@ -43,11 +52,10 @@ class Content:
         """Return the image of a plan: shown in its window, or for unwindowed HU in what is usual for CT."""
         low, high = ((hu + plan.shift_hu) * plan.scale for hu in plan.recipe.window_hu or (-1000.0, 400.0))
         return cls(
-            plan.target.shape, plan.target.spacing_mm, plan.recipe.dtype, plan.recipe.compression,
-            (low, high), (plan.hu_slope, plan.hu_intercept),
+            plan.target, plan.recipe.dtype, plan.recipe.compression, (low, high), (plan.hu_slope, plan.hu_intercept)
         )  # fmt: skip
 
     @classmethod
     def labels(cls, plan: Plan, dtype: str, highest: int) -> Content:
         """Return labels on the grid of a plan, up to the highest."""
-        return cls(plan.target.shape, plan.target.spacing_mm, dtype, plan.recipe.compression, (0, max(1, highest)))
+        return cls(plan.target, dtype, plan.recipe.compression, (0, max(1, highest)))

@@ -76,7 +76,7 @@ class _Encoder:
 def write_stack(
     path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
 ) -> tuple[str, ...]:
-    """Write ``path.tif``: axes ZYX, voxel size in mm, display range; HU calibration where ImageJ knows one.
+    """Write a stack: axes ZYX, voxel size in mm, display range; HU calibration where ImageJ knows one.
 
     ImageJ keeps 32-bit offsets. A larger volume becomes a BigTIFF, which it opens only through Bio-Formats.
     """
@@ -95,8 +95,7 @@ def write_stack(
         metadata |= {"cf": 0, "c0": content.hu[1], "c1": content.hu[0], "vunit": "HU"}
     big = content.bytes > BIGTIFF_BYTES
     place = _per_cm(content) if big else {"resolution": (1 / spacing_x, 1 / spacing_y)}
-    name = f"{path.name}.tif"
-    with tifffile.TiffWriter(path.with_name(name), bigtiff=big, imagej=not big) as tiff:
+    with tifffile.TiffWriter(path, bigtiff=big, imagej=not big) as tiff:
         tiff.write(
             (values for chunk in chunks for values in chunk),
             shape=content.shape,
@@ -106,8 +105,8 @@ def write_stack(
             **_compression(content),
             **place,
         )
-    settle(path.with_name(name))
-    return (f"larger than 4 GB, so {name} is a BigTIFF: ImageJ opens it through Bio-Formats only",) if big else ()
+    settle(path)
+    return (f"larger than 4 GB, so {path.name} is a BigTIFF: ImageJ opens it through Bio-Formats only",) if big else ()
 
 
 def _per_cm(content: Content) -> dict[str, Any]:

@@ -1,0 +1,31 @@
+"""NumPy's own file, uncompressed: ``numpy.load(file, mmap_mode="r")`` reads only the slices that are asked for.
+
+References
+----------
+NEP 1, A Simple File Format for NumPy Arrays; ``numpy.lib.format``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from gpuprep.writers.content import Content, Settle, nothing
+
+
+def write_npy(
+    path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
+) -> tuple[str, ...]:
+    """Write a ``.npy`` of shape (k, j, i); the place of its voxels is in ``volume.json``."""
+    header = {"descr": npy.dtype_to_descr(np.dtype(content.dtype)), "fortran_order": False, "shape": content.shape}
+    with open(path, "wb") as f:
+        npy.write_array_header_1_0(f, header)
+        for chunk in chunks:
+            f.write(np.ascontiguousarray(chunk).data.cast("B"))
+    settle(path)
+    return ()

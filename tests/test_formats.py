@@ -1,0 +1,211 @@
+"""What is written is what was computed, with its place, for the readers people use: nibabel, SimpleITK, NumPy, Zarr."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+from conftest import axial
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from test_tiff import some_values
+
+from gpuprep import recipe as recipes
+from gpuprep.errors import RecipeError
+from gpuprep.geometry import Geometry
+from gpuprep.output import is_own
+from gpuprep.plan import make_plan
+from gpuprep.recipe import Recipe
+from gpuprep.writers import WRITERS, gzipping
+from gpuprep.writers.content import Content, nothing
+
+nibabel = pytest.importorskip("nibabel")
+
+SHAPE = (5, 6, 7)
+RAW = Recipe(spacing_mm=None, size=None)
+STORED = {"float32": (1, 0), "int16": (1, 0), "uint8": (1400 / 255, -1000), "uint16": (1400 / 65535, -1000)}
+"""HU per unit and HU of 0 that a file of that type states for the window of −1000 to 400 HU; float32 holds 0 to 1."""
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def rotated(angles: tuple[float, float, float]) -> NDArray[np.float64]:
+    """Return a rotation about x, then y, then z."""
+    turn = np.eye(3)
+    for axis, angle in enumerate(angles):
+        one = np.eye(3)
+        a, b = (axis + 1) % 3, (axis + 2) % 3
+        one[a, a] = one[b, b] = np.cos(angle)
+        one[b, a], one[a, b] = np.sin(angle), -np.sin(angle)
+        turn = one @ turn
+    return turn
+
+
+def on(grid: Geometry, recipe: Recipe, values: NDArray[Any], path: Path) -> Path:
+    """Write an image on a grid, in two chunks, and return the file."""
+    file = path / f"volume{recipe.ending}"
+    chunks = iter([values[:1], values[1:]])
+    assert WRITERS[recipe.format](file, chunks, Content.image(make_plan(grid, recipe)), nothing) == ()
+    return file
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("compression", ["none", "zlib"])
+def test_nifti_comes_back_with_nibabel_and_simpleitk(tmp_path: Path, dtype: Any, compression: Any) -> None:
+    values = some_values(dtype)
+    recipe = replace(RAW, dtype=dtype, format="nifti", compression=compression)
+    file = on(axial(SHAPE, (2.5, 0.75, 0.5)), recipe, values, tmp_path)
+    assert file.name == {"none": "volume.nii", "zlib": "volume.nii.gz"}[compression]
+    slope, intercept = STORED[dtype]
+    image = nibabel.load(file)
+    assert image.get_data_dtype() == np.dtype(dtype)
+    np.testing.assert_array_equal(np.asarray(image.dataobj.get_unscaled()).transpose(), values)
+    hu = values.astype(np.float64) * slope + intercept
+    np.testing.assert_allclose(image.get_fdata().transpose(), hu, rtol=1e-6, atol=1e-4)
+    read = SimpleITK.ReadImage(str(file))
+    np.testing.assert_allclose(SimpleITK.GetArrayFromImage(read), hu, rtol=1e-6, atol=1e-4)
+
+
+def test_nifti_says_where_it_lies(tmp_path: Path) -> None:
+    # By hand: axial slices at 2.5 mm from z = −300 upwards, rows of 0.75 mm to the back from y = −120, columns of
+    # 0.5 mm to the left from x = −100, all LPS; in RAS x and y change their signs.
+    file = on(axial(SHAPE, (2.5, 0.75, 0.5)), replace(RAW, format="nifti"), some_values("float32"), tmp_path)
+    header = nibabel.load(file).header
+    ras: NDArray[np.float64] = np.array([[-0.5, 0, 0, 100], [0, -0.75, 0, 120], [0, 0, 2.5, -300], [0, 0, 0, 1]])
+    np.testing.assert_allclose(header.get_sform(), ras)
+    np.testing.assert_allclose(header.get_qform(), ras, atol=1e-5)
+    assert (int(header["sform_code"]), int(header["qform_code"])) == (1, 1)
+    assert header.get_xyzt_units() == ("mm", "unknown")
+    assert header.get_intent()[0] == "none"
+    assert header.get_data_shape() == (7, 6, 5)
+    read = SimpleITK.ReadImage(str(file))
+    assert read.GetOrigin() == (-100, -120, -300)
+    assert read.GetSpacing() == (0.5, 0.75, 2.5)
+    assert read.GetDirection() == pytest.approx((1, 0, 0, 0, 1, 0, 0, 0, 1))
+
+
+angle = st.floats(-3.1, 3.1)
+place_mm = st.floats(-500, 500)
+step_mm = st.floats(0.2, 5)
+
+
+@settings(max_examples=30)
+@given(st.tuples(angle, angle, angle), st.tuples(step_mm, step_mm, step_mm), st.tuples(place_mm, place_mm, place_mm))
+def test_oblique_voxels_lie_where_simpleitk_and_nibabel_say(
+    tmp_path_factory: pytest.TempPathFactory, angles: Any, steps: Any, origin: Any
+) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = rotated(angles)[:, ::-1] * np.array(steps)
+    affine[:3, 3] = origin
+    grid = Geometry((2, 3, 4), affine)
+    file = on(grid, replace(RAW, format="nifti"), some_values("float32", grid.shape), tmp_path_factory.mktemp("n"))
+    index = np.array([1, 2, 3, 1])  # (k, j, i)
+    expected = (affine @ index)[:3]
+    read = SimpleITK.ReadImage(str(file))
+    assert read.TransformIndexToPhysicalPoint([3, 2, 1]) == pytest.approx(tuple(expected), abs=1e-3)
+    image = nibabel.load(file)
+    for found in (image.affine, image.header.get_qform()):
+        np.testing.assert_allclose((LPS_TO_RAS @ found @ [3, 2, 1, 1])[:3], expected, atol=1e-3)
+    np.testing.assert_allclose(image.header.get_zooms(), steps[::-1], rtol=1e-5)
+
+
+@settings(max_examples=30)
+@given(st.tuples(angle, angle, angle), st.floats(0.01, 0.5), st.sampled_from([-1, 1]))
+def test_sheared_voxels_lie_where_nibabel_says(
+    tmp_path_factory: pytest.TempPathFactory, angles: Any, lean: float, sign: int
+) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = rotated(angles) @ [[0, 0, 0.7], [sign * lean * 2, 0.7, 0], [2, 0, 0]]
+    grid = Geometry((2, 3, 4), affine)
+    file = on(grid, replace(RAW, format="nifti"), some_values("float32", grid.shape), tmp_path_factory.mktemp("n"))
+    header = nibabel.load(file).header
+    assert int(header["qform_code"]) == 0  # no quaternion can say it
+    expected = (affine @ [1, 2, 3, 1])[:3]
+    np.testing.assert_allclose((LPS_TO_RAS @ nibabel.load(file).affine @ [3, 2, 1, 1])[:3], expected, atol=1e-3)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 70), max_size=12), st.integers(1, 3))
+def test_blocks_deflated_side_by_side_are_one_gzip_file(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], threads: int
+) -> None:
+    rng = np.random.default_rng(len(sizes))
+    parts = [rng.integers(0, 4, size, dtype=np.uint8).tobytes() for size in sizes]
+    file = tmp_path_factory.mktemp("gzip") / "parts.gz"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gzipping, "BLOCK_BYTES", 32)
+        patch.setattr(gzipping, "MOST_THREADS", threads)
+        with gzipping.gzipped(file) as append:
+            for part in parts:
+                append(memoryview(part))
+    assert gzip.decompress(file.read_bytes()) == b"".join(parts)
+    member = zlib.decompressobj(31)
+    member.decompress(file.read_bytes())
+    assert (member.eof, member.unused_data) == (True, b"")  # and there is no other one
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_npy_comes_back_without_being_read(tmp_path: Path, dtype: Any) -> None:
+    values = some_values(dtype)
+    file = on(axial(SHAPE, (2.5, 0.75, 0.5)), replace(RAW, dtype=dtype, format="npy"), values, tmp_path)
+    read = np.load(file, mmap_mode="r")
+    assert isinstance(read, np.memmap)
+    assert (read.dtype, read.flags.c_contiguous) == (values.dtype, True)
+    np.testing.assert_array_equal(read, values)
+
+
+@pytest.mark.parametrize(
+    ("format_", "compression", "choose"),
+    [("nifti", "zstd", "none or zlib"), ("npy", "zlib", "none"), ("npy", "zstd", "none")],
+)
+def test_what_does_not_go_together_is_said(format_: Any, compression: Any, choose: str) -> None:
+    with pytest.raises(RecipeError, match=f"choose compression = {choose},"):
+        Recipe(format=format_, compression=compression)
+
+
+def test_a_package_that_is_absent_or_old_is_told_before_anything_is_read(
+    tmp_path: Path, small_series: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpuprep
+
+    def old(package: str) -> str:
+        if package == "zarr":
+            return "2.18.3"
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(recipes, "version", old)
+    for recipe, words in (
+        (Recipe(format="zarr"), r"needs zarr 3 or later, and there is 2\.18\.3: pip install 'gpuprep\[zarr\]'"),
+        (Recipe(format="nifti"), r"needs nibabel 5 or later, and there is none: pip install 'gpuprep\[nifti\]'"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            gpuprep.convert(small_series, tmp_path / "out", recipe, backend="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("volume.nii.gz", True),
+        ("labels.nii", True),
+        ("masks/left lung.npy", True),
+        ("volume.nii.zst", False),
+        ("volume.ome.zarr/zarr.json", True),
+        ("masks/heart.ome.zarr/0/zarr.json", True),
+        ("labels.ome.zarr/0/c/10/0/0", True),
+        ("volume.ome.zarr/0/c/10/0", False),
+        ("volume.ome.zarr/1/zarr.json", False),
+        ("notes.ome.zarr/zarr.json", False),
+        ("volume.ome.zarr/0/c/0/0/0/notes.txt", False),
+    ],
+)
+def test_an_output_knows_its_own_names(name: str, own: bool) -> None:
+    assert is_own(name) is own
