@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import zlib
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -24,7 +25,7 @@ from gpuprep.geometry import Geometry
 from gpuprep.output import is_own
 from gpuprep.plan import make_plan
 from gpuprep.recipe import Recipe
-from gpuprep.writers import WRITERS, gzipping
+from gpuprep.writers import WRITERS, gzipping, omezarr
 from gpuprep.writers.content import Content, nothing
 
 nibabel = pytest.importorskip("nibabel")
@@ -150,6 +151,95 @@ def test_blocks_deflated_side_by_side_are_one_gzip_file(
     member = zlib.decompressobj(31)
     member.decompress(file.read_bytes())
     assert (member.eof, member.unused_data) == (True, b"")  # and there is no other one
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("compression", ["none", "zlib", "zstd"])
+def test_zarr_comes_back_with_zarr(tmp_path: Path, dtype: Any, compression: Any) -> None:
+    zarr = pytest.importorskip("zarr", minversion="3")
+    shape = (40, 6, 131)
+    values = some_values(dtype, shape)
+    recipe = replace(RAW, dtype=dtype, format="zarr", compression=compression)
+    file = on(axial(shape, (2.5, 0.75, 0.5)), recipe, values, tmp_path)
+    array = zarr.open_array(file / "0", mode="r", zarr_format=3)
+    assert (array.shape, array.dtype) == (shape, np.dtype(dtype))
+    np.testing.assert_array_equal(array[:], values)
+    # 40 slices in two of 20, 131 columns in three of 44; a file holds all chunks of its slices.
+    assert (array.chunks, array.shards) == ((20, 6, 44), (20, 6, 132))
+    files = sorted(f.relative_to(file).as_posix() for f in file.rglob("*") if f.is_file())
+    assert files == ["0/c/0/0/0", "0/c/1/0/0", "0/zarr.json", "zarr.json"]
+    codec = json.loads((file / "0" / "zarr.json").read_text())["codecs"][0]["configuration"]["codecs"]
+    expected = {"none": [], "zlib": ["gzip"], "zstd": ["blosc"]}[compression]
+    assert [c["name"] for c in codec] == ["bytes", *expected]
+
+
+def test_zarr_says_what_ome_zarr_wants_to_know(tmp_path: Path) -> None:
+    # OME-Zarr 0.5, "multiscales": two to five axes, space ones last and with units; scale, then translation; and
+    # the names of the array's dimensions are those of the axes.
+    zarr = pytest.importorskip("zarr", minversion="3")
+    file = on(axial(SHAPE, (2.5, 0.75, 0.5)), replace(RAW, format="zarr"), some_values("float32"), tmp_path)
+    group = zarr.open_group(file, mode="r", zarr_format=3)
+    assert group.attrs["ome"] == {
+        "version": "0.5",
+        "multiscales": [
+            {
+                "name": "volume",
+                "axes": [{"name": axis, "type": "space", "unit": "millimeter"} for axis in ("z", "y", "x")],
+                "datasets": [
+                    {
+                        "path": "0",
+                        "coordinateTransformations": [
+                            {"type": "scale", "scale": [2.5, 0.75, 0.5]},
+                            {"type": "translation", "translation": [-300, -120, -100]},
+                        ],
+                    }
+                ],
+            }
+        ],
+    }
+    assert group["0"].metadata.dimension_names == ("z", "y", "x")
+    own = group.attrs["gpuprep"]
+    assert own["affine_lps"] == [[0, 0, 0.5, -100], [0, 0.75, 0, -120], [2.5, 0, 0, -300], [0, 0, 0, 1]]
+    assert (own["hu_slope"], own["hu_intercept"]) == (1400, -1000)
+
+
+def test_zarr_gives_no_translation_where_axes_are_not_those_of_the_patient(tmp_path: Path) -> None:
+    upside_down = Geometry(SHAPE, [[0, 0, 0.5, 0], [0, 0.5, 0, 0], [-2, 0, 0, 0], [0, 0, 0, 1]])
+    file = on(upside_down, replace(RAW, format="zarr"), some_values("float32"), tmp_path)
+    ome = json.loads((file / "zarr.json").read_text())["attributes"]["ome"]
+    transformations = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
+    assert transformations == [{"type": "scale", "scale": [2, 0.5, 0.5]}]
+
+
+def test_zarr_calls_labels_labels(tmp_path: Path) -> None:
+    labels = np.zeros(SHAPE, dtype=np.uint8)
+    labels[1, 2, 3] = 2
+    content = Content.labels(make_plan(axial(SHAPE, (2.5, 0.75, 0.5)), replace(RAW, format="zarr")), "uint8", 2)
+    WRITERS["zarr"](tmp_path / "labels.ome.zarr", iter([labels]), content, nothing)
+    attributes = json.loads((tmp_path / "labels.ome.zarr" / "zarr.json").read_text())["attributes"]
+    assert attributes["ome"]["image-label"] == {}  # of which every part may be left out
+    assert attributes["ome"]["multiscales"][0]["name"] == "labels"
+    assert set(attributes["gpuprep"]) == {"affine_lps"}
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([2**25, 5000]))
+@settings(max_examples=15)
+def test_zarr_takes_chunks_of_any_thickness(
+    tmp_path_factory: pytest.TempPathFactory, thick: list[int], shard_bytes: int
+) -> None:
+    zarr = pytest.importorskip("zarr", minversion="3")
+    values = some_values("uint16", (sum(thick), 10, 50))
+    file = tmp_path_factory.mktemp("zarr") / "volume.ome.zarr"
+    content = Content.image(make_plan(axial(values.shape, (1, 1, 1)), replace(RAW, dtype="uint16", format="zarr")))
+    settled: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(omezarr, "SHARD_BYTES", shard_bytes)
+        WRITERS["zarr"](file, iter(np.split(values, np.cumsum(thick)[:-1])), content, settled.append)
+    array = zarr.open_array(file / "0", mode="r")
+    np.testing.assert_array_equal(array[:], values)
+    assert array.chunks[0] * 1000 <= shard_bytes
+    assert sorted(settled) == sorted(f for f in (file / "0" / "c").rglob("*") if f.is_file())
+    assert len(settled) == -(-len(values) // array.chunks[0])
 
 
 @pytest.mark.parametrize("dtype", STORED)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gpuprep.writers.content import Content, Settle
 from gpuprep.writers.nifti import write_nifti
 from gpuprep.writers.npy import write_npy
+from gpuprep.writers.omezarr import write_omezarr
 from gpuprep.writers.tiff import write_slices, write_stack
 
 Writer = Callable[[Path, Iterator[NDArray[Any]], Content, Settle], tuple[str, ...]]
@@ -21,5 +22,6 @@ WRITERS: dict[str, Writer] = {
     "tif": write_slices,
     "tif-stack": write_stack,
     "nifti": write_nifti,
+    "zarr": write_omezarr,
     "npy": write_npy,
 }

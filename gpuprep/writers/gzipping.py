@@ -22,7 +22,7 @@ from gpuprep.cores import usable_cores
 BLOCK_BYTES = 2**20
 """Long enough that what each block lacks, the 32 kB before it, costs less than 0.1 %."""
 
-MOST_THREADS = 16
+MOST_THREADS = 8
 """Then the disk is what takes the time. Where all cores have a worker each, threads share them out at no loss."""
 
 LEVEL = 2
