@@ -16,6 +16,9 @@ CONTEXT_BYTES = 600 * 2**20
 AT_REST_BYTES: dict[Body, int] = {"loops": 165 * 10**6, "matmul": 70 * 10**6}
 """What a worker process takes without a volume: Python, what it imports, and for the loops most of a compiler."""
 
+WRITING_BYTES = {"nifti": 80 * 10**6, "zarr": 150 * 10**6}
+"""By format, what its library takes in a worker, and what is buffered while a volume is written; others take little."""
+
 USABLE = 0.8
 """Share of the free memory that is planned with: predictions look at arrays, and allocators round and split."""
 

@@ -17,7 +17,7 @@ from gpuprep.errors import PlanError
 from gpuprep.layout import layout
 from gpuprep.manifest import Entry, Manifest
 from gpuprep.matching import Glimpse, Matched, fingerprint, used_names
-from gpuprep.memory import mask_bytes, needed_bytes
+from gpuprep.memory import WRITING_BYTES, mask_bytes, needed_bytes
 from gpuprep.naming import Pseudonyms
 from gpuprep.output import Output
 from gpuprep.plan import Plan, make_plan
@@ -87,6 +87,8 @@ class Outlook:
         memory = needed_bytes(self.plan, backend, engine) if image else 0
         if self.segmentations:  # after the image
             memory = max(memory, mask_bytes(self.plan, backend))
+        if backend.name == "cpu":  # else it is the memory of the device
+            memory += WRITING_BYTES.get(self.plan.recipe.format, 0)
         voxels = prod(self.plan.source.shape) + prod(self.plan.target.shape)
         return Needs(self.plan.output_bytes if image else 0, memory, voxels)
 

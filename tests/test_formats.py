@@ -204,7 +204,8 @@ def test_zarr_says_what_ome_zarr_wants_to_know(tmp_path: Path) -> None:
 
 
 def test_zarr_gives_no_translation_where_axes_are_not_those_of_the_patient(tmp_path: Path) -> None:
-    upside_down = Geometry(SHAPE, [[0, 0, 0.5, 0], [0, 0.5, 0, 0], [-2, 0, 0, 0], [0, 0, 0, 1]])
+    # Slices that go down, so that index times spacing is no place.
+    upside_down = Geometry(SHAPE, np.array([[0, 0, 0.5, 0], [0, 0.5, 0, 0], [-2, 0, 0, 0], [0, 0, 0, 1]]))
     file = on(upside_down, replace(RAW, format="zarr"), some_values("float32"), tmp_path)
     ome = json.loads((file / "zarr.json").read_text())["attributes"]["ome"]
     transformations = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]

@@ -25,7 +25,7 @@ CHUNK = (32, 64, 64)
 """About; each axis is divided evenly, so that little is padded at its end."""
 
 SHARD_BYTES = 2**25
-"""Slices that are buffered take no more; a chunk of very large slices has fewer. Zarr makes up to three copies of them."""
+"""Slices that are buffered take no more; a chunk of very large slices has fewer. Zarr makes some copies of them."""
 
 
 def write_omezarr(
