@@ -13,18 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
+import tifffile
 from conftest import axial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_masks import LEFT, LEFT_BOX, RIGHT, RIGHT_BOX, Ct, rtstruct
 from test_tiff import some_values
 
+import gpuprep
+from gpuprep import Masks
 from gpuprep import recipe as recipes
 from gpuprep.errors import RecipeError
+from gpuprep.executors import Here
 from gpuprep.geometry import Geometry
-from gpuprep.output import is_own
+from gpuprep.output import is_own, retire
 from gpuprep.plan import make_plan
 from gpuprep.recipe import Recipe
+from gpuprep.upkeep import verify
 from gpuprep.writers import WRITERS, gzipping, omezarr
 from gpuprep.writers.content import Content, nothing
 
@@ -265,8 +271,6 @@ def test_what_does_not_go_together_is_said(format_: Any, compression: Any, choos
 def test_a_package_that_is_absent_or_old_is_told_before_anything_is_read(
     tmp_path: Path, small_series: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gpuprep
-
     def old(package: str) -> str:
         if package == "zarr":
             return "2.18.3"
@@ -300,3 +304,109 @@ def test_a_package_that_is_absent_or_old_is_told_before_anything_is_read(
 )
 def test_an_output_knows_its_own_names(name: str, own: bool) -> None:
     assert is_own(name) is own
+
+
+def read_back(file: Path) -> NDArray[Any]:
+    """Return the stored values of a volume, read by somebody else's library."""
+    if file.name.endswith((".nii", ".nii.gz")):
+        stored: NDArray[Any] = np.asarray(nibabel.load(file).dataobj.get_unscaled()).transpose()
+        return stored
+    if file.suffix == ".npy":
+        return np.asarray(np.load(file))
+    if file.suffix == ".tif":
+        return tifffile.imread(file)
+    return np.asarray(pytest.importorskip("zarr", minversion="3").open_array(file / "0", mode="r")[:])
+
+
+EVERY = [
+    ("tif-stack", "zstd"),
+    ("nifti", "none"),
+    ("nifti", "zlib"),
+    ("npy", "none"),
+    ("zarr", "none"),
+    ("zarr", "zstd"),
+]
+ENDINGS = {"tif-stack": ".tif", "npy": ".npy", "zarr": ".ome.zarr"}
+
+
+@pytest.mark.parametrize(("format_", "compression"), EVERY)
+def test_a_series_comes_out_as_it_was_computed_with_its_labels(tmp_path: Path, format_: Any, compression: Any) -> None:
+    ct = Ct(tmp_path / "dicom" / "patient-1")
+    masks = rtstruct(tmp_path / "rs.dcm", ct)
+    recipe = Recipe(spacing_mm=(1.5, 1, 1), size=(20, 24), dtype="uint16", format=format_, compression=compression)
+    out = tmp_path / "out"
+    run = gpuprep.convert(tmp_path / "dicom", out, recipe, masks=masks, backend="cpu")
+    assert run.counts == {"ok": 1}
+    folder = out / run.results[0].folder
+    ending = ENDINGS.get(format_, ".nii" if compression == "none" else ".nii.gz")
+    assert sorted(f.name for f in folder.iterdir()) == [f"labels{ending}", "volume.json", f"volume{ending}"]
+    volume = gpuprep.process(gpuprep.read(gpuprep.discover(ct.folder)[0]), recipe, backend="cpu")
+    np.testing.assert_array_equal(read_back(folder / f"volume{ending}"), np.asarray(volume.values))
+    # Six slices of 2 mm become eight of 1.5 mm, whose centres lie at 0.75 k − 0.125 of them: rounded, these.
+    nearest = [0, 1, 1, 2, 3, 4, 4, 5]
+    np.testing.assert_array_equal(read_back(folder / f"labels{ending}"), (LEFT_BOX + 2 * RIGHT_BOX)[nearest])
+    if format_ == "nifti":
+        image, labels = (nibabel.load(folder / f"{name}{ending}") for name in ("volume", "labels"))
+        np.testing.assert_allclose(LPS_TO_RAS @ image.affine, volume.affine[:, [2, 1, 0, 3]], atol=1e-4)
+        np.testing.assert_array_equal(labels.affine, image.affine)
+        assert set(np.unique(labels.get_fdata())) == {0, 1, 2}  # not scaled
+    sidecar = json.loads((folder / "volume.json").read_text())
+    assert {label["file"] for label in sidecar["labels"]} == {f"labels{ending}"}
+    files = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+    assert set(sidecar["outputs"]) == files - {"volume.json"}
+    assert list(verify(out, Here(), lambda: None)) == []
+    assert gpuprep.convert(tmp_path / "dicom", out, recipe, masks=masks, backend="cpu").counts == {"skipped": 1}
+
+
+@pytest.mark.parametrize(("format_", "compression"), EVERY)
+def test_each_structure_has_a_volume_of_its_own_in_every_format(tmp_path: Path, format_: Any, compression: Any) -> None:
+    ct = Ct(tmp_path / "dicom" / "patient-1")
+    names = {"left/lung": LEFT, "RIGHT": RIGHT, "right": LEFT}
+    masks = rtstruct(tmp_path / "rs.dcm", ct, **names)
+    recipe = replace(RAW, format=format_, compression=compression, masks=Masks(layout="per-roi"))
+    out = tmp_path / "out"
+    run = gpuprep.convert(tmp_path / "dicom", out, recipe, masks=masks, backend="cpu")
+    (result,) = run.results
+    assert result.labels is not None
+    ending = ENDINGS.get(format_, ".nii" if compression == "none" else ".nii.gz")
+    files = [label["file"] for label in result.labels]
+    assert files == [f"masks/{name}{ending}" for name in ("left%2Flung", "RIGHT", "right~2")]
+    for file, expected in zip(files, (LEFT_BOX, RIGHT_BOX, LEFT_BOX), strict=True):
+        np.testing.assert_array_equal(read_back(out / result.folder / file), expected)
+    assert list(verify(out, Here(), lambda: None)) == []
+    retire(out / result.folder, result.key)
+    assert not (out / result.folder).exists()
+
+
+def test_another_format_replaces_the_former_one(tmp_path: Path, small_series: Path) -> None:
+    pytest.importorskip("zarr", minversion="3")
+    for format_, name in (("zarr", "volume.ome.zarr"), ("nifti", "volume.nii"), ("zarr", "volume.ome.zarr")):
+        recipe = Recipe.from_dict({"format": format_, "size": 16})
+        run = gpuprep.convert(small_series, tmp_path / "out", recipe, backend="cpu")
+        folder = tmp_path / "out" / run.results[0].folder
+        assert sorted(f.name for f in folder.iterdir()) == ["volume.json", name]
+    shard = folder / name / "0" / "c" / "0" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (folder / name / "0" / "notes.txt").write_text("mine")
+    found = {(f.kind, f.path) for f in verify(tmp_path / "out", Here(), lambda: None)}
+    here = f"{run.results[0].folder}/{name}/0"
+    assert found == {("torn", f"{here}/c/0/0/0"), ("stray", f"{here}/notes.txt")}
+    retire(folder, run.results[0].key)  # what is not ours stays
+    assert [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()] == [f"{name}/0/notes.txt"]
+
+
+@pytest.mark.parametrize("orient", ["native", "LPS"])
+def test_a_real_ramp_lies_where_simpleitk_reads_it_from_dicom(tmp_path: Path, data: Path, orient: Any) -> None:
+    folder = str(data / "ibsi2-digital" / "orientation")
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(folder))
+    expected = reader.Execute()
+    recipe = replace(RAW, window_hu=None, dtype="int16", format="nifti", compression="zlib", orient=orient)
+    run = gpuprep.convert(folder, tmp_path / "out", recipe, backend="cpu")
+    read = SimpleITK.ReadImage(str(tmp_path / "out" / run.results[0].folder / "volume.nii.gz"))
+    assert read.GetSize() == expected.GetSize()
+    for index in ((0, 0, 0), (31, 0, 0), (0, 47, 0), (0, 0, 63), (5, 6, 7)):
+        place = expected.TransformIndexToPhysicalPoint(index)
+        assert read.TransformIndexToPhysicalPoint(index) == pytest.approx(place, abs=1e-4)
+        assert read[index] == expected[index]
+    assert np.array_equal(SimpleITK.GetArrayFromImage(read), SimpleITK.GetArrayFromImage(expected))
