@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from gpuprep import __version__
 from gpuprep.attempts import Attempts
@@ -46,6 +46,7 @@ from gpuprep.matching import Matched, matched, used_names
 from gpuprep.means import Means, chosen_means, means_of
 from gpuprep.memory import USABLE
 from gpuprep.naming import Pseudonyms, crosswalk_row, planned_row
+from gpuprep.nnunet import Layout, arrange, check
 from gpuprep.outlook import DONE, Outlook, outlooks
 from gpuprep.output import Output
 from gpuprep.places import given, resolved
@@ -78,6 +79,7 @@ def scan(
     index: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
     shard: Shard = WHOLE,
+    layout: Layout = "folders",
     names: Pseudonyms | None = None,
     calibrate: bool = False,
     listener: Listener | None = None,
@@ -94,7 +96,7 @@ def scan(
         As for `convert`.
     out : path, optional
         The output folder of earlier runs: what is complete there would be skipped.
-    backend, engine, shard, names
+    backend, engine, shard, layout, names
         As for `convert`: what is needed depends on them.
     index : path, optional
         As for `gpuprep.discover`.
@@ -110,6 +112,7 @@ def scan(
     paths = _listed(paths)
     if out is not None:
         _check_apart(paths, place_of(out))
+        _check_layout(layout, out, recipe, shard)
     chosen = get_backend(backend) if isinstance(backend, str) else backend
     means = means_of([chosen], jobs, USABLE, None if calibrate else FOR_HEADERS)
     try:
@@ -189,6 +192,7 @@ def convert(
     gpus: Sequence[int] | None = None,
     scheduler: str | None = None,
     shard: Shard = WHOLE,
+    layout: Layout = "folders",
     names: Pseudonyms | None = None,
     only: Collection[Status] | None = None,
     limit: int | None = None,
@@ -231,6 +235,9 @@ def convert(
     shard : Shard, optional
         The part of the cohort that this run converts; others may convert theirs at the same time into the same `out`.
         The manifest is that shard's until all are merged.
+    layout : {"folders", "nnunet"}
+        "nnunet": at its end, unless it is stopped, the run also arranges all that this recipe has made in `out` as
+        nnU-Net v2 wants to find it: see `gpuprep.nnunet`.
     names : Pseudonyms, optional
         What stands for UIDs, patients and paths in `out`; the crosswalk is written beside its key. Absent: folders are
         named as those of the input, and the manifest has UIDs and paths.
@@ -274,6 +281,7 @@ def convert(
     paths = _listed(paths)
     out = place_of(out)
     _check_apart(paths, out)
+    _check_layout(layout, out, recipe, shard)
     _check_numbers(limit, limit_s, jobs if scheduler is None else jobs or 1, memory_share)
     checked_engine(engine)
     means = chosen_means(backend, gpus, scheduler, jobs, memory_share)
@@ -318,7 +326,7 @@ def convert(
                 )
             if room_check and forecast.misfit:
                 raise RequestError(f"{out}: {forecast.misfit}")
-            manifest.begin_run(_record(forecast, recipe, means.backend, paths, masks, engine, names))
+            manifest.begin_run(_record(forecast, recipe, means.backend, paths, masks, engine, names, layout))
             listener.planned(forecast)
 
             task = partial(task_of, recipe=recipe, engine=engine, backend=means.backend, output=output, names=names)
@@ -338,6 +346,7 @@ def convert(
                     listener.finished(result)
             _forget_former_parts(cohort, done, paths, manifest, output)
             manifest.end_run("interrupted" if stop.asked else "finished")
+            arranged = arrange(output, manifest, recipe) if layout == "nnunet" and not stop.asked else None
         except KeyboardInterrupt:
             manifest.end_run("interrupted")
             raise
@@ -359,6 +368,7 @@ def convert(
         postponed=postponed,
         unmatched=matches.complaints if matches is not None else (),
         stopped=len(works) - len(done) if stop.asked else None,
+        arranged=arranged,
     )
     listener.ended(run)
     return run
@@ -505,6 +515,13 @@ def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest
         raise RequestError(f"{out} holds masks, which would go: give --masks again, or choose another --out")
 
 
+def _check_layout(layout: Layout, out: str | os.PathLike[str], recipe: Recipe, shard: Shard) -> None:
+    if layout not in get_args(Layout):
+        raise RequestError(f"layout = {layout!r}: choose one of {', '.join(get_args(Layout))}")
+    if layout == "nnunet":
+        check(place_of(out), recipe, shard)
+
+
 def _check_numbers(limit: int | None, limit_s: float | None, jobs: int | None, memory_share: float) -> None:
     if limit is not None and limit < 1:
         raise RequestError(f"limit = {limit}: give at least 1")
@@ -538,12 +555,14 @@ def _record(
     masks: Paths | None,
     engine: Engine,
     names: Pseudonyms | None,
+    layout: Layout,
 ) -> RunRecord:
     """Return what the manifest keeps of a run that begins; of one with pseudonyms, not what it reads."""
     asked = {
         "paths": [absolute(p) for p in paths],
         "masks": None if masks is None else masks if masks == "auto" else [absolute(p) for p in _listed(masks)],
         "engine": engine,
+        "layout": layout,
     }
     return RunRecord(
         started=now(),

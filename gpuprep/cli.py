@@ -33,6 +33,7 @@ from gpuprep.flags import (
     Jobs,
     Json,
     Key,
+    LayoutOption,
     LeanTolerance,
     Log,
     LogFormat,
@@ -169,6 +170,7 @@ def convert(
     memory_share: MemoryShare = None,
     time_limit: TimeLimit = None,
     shard: ShardOption = None,
+    layout: LayoutOption = "folders",
     names: NamesOption = "source",
     key: Key = None,
     scheduler: Scheduler = None,
@@ -207,13 +209,14 @@ def convert(
         if dry_run:
             _show_scan(
                 paths, wanted, out, jobs, index, "json" if json_ else "table", given,
-                backend=backend, engine=engine, shard=part, names=_pseudonyms(names, key, out), calibrate=True,
+                backend=backend, engine=engine, shard=part, layout=layout, names=_pseudonyms(names, key, out),
+                calibrate=True,
             )  # fmt: skip
         else:
             run_conversion(
                 paths, out, wanted, given, stop, backend=backend, engine=engine, jobs=jobs, gpus=gpu_numbers(gpus),
                 memory_share=memory_share, limit_s=time_limit, shard=part, scheduler=scheduler, limit=limit,
-                names=_pseudonyms(names, key, out),
+                layout=layout, names=_pseudonyms(names, key, out),
                 room_check=not no_room_check, index=index, log=log, log_format=log_format, quiet=quiet, json_=json_,
             )  # fmt: skip
 

@@ -166,6 +166,10 @@ def show_run(run: Run, out: str, seconds: float) -> None:
         notes += f"; {run.postponed} series left for later by --limit"
     if run.stopped:
         notes += f"; {run.stopped} series not begun"
+    if run.arranged is not None:
+        training, others, apart = run.arranged
+        notes += f"; for nnU-Net {numbered(training, 'training case')}, {others} in imagesTs"
+        notes += f" ({apart} series by another recipe left out)" if apart else ""
     if run.unmatched:
         notes += f"; {numbered(len(run.unmatched), 'segmentation')} without a series"
     if run.unreadable:

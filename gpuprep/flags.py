@@ -207,6 +207,13 @@ ShardOption = Annotated[
         rich_help_panel=RUN,
     ),
 ]  # fmt: skip
+LayoutOption = Annotated[
+    Literal["folders", "nnunet"],
+    typer.Option(
+        "--layout", help="A folder per series; or, of links to these, what nnU-Net v2 trains on as well.",
+        rich_help_panel=RUN,
+    ),
+]  # fmt: skip
 NamesOption = Annotated[
     Literal["source", "hash"],
     typer.Option(

@@ -173,7 +173,7 @@ def retry(
         run_conversion(
             asked["paths"], out, recipe, asked["masks"], stop, backend=backend,
             engine=asked["engine"], jobs=jobs, gpus=gpu_numbers(gpus), memory_share=memory_share, limit_s=time_limit,
-            only=states, index=index, log=log, log_format=log_format,
+            only=states, layout=asked.get("layout", "folders"), index=index, log=log, log_format=log_format,
             quiet=quiet, json_=json_,
         )  # fmt: skip
 

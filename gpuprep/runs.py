@@ -13,6 +13,7 @@ from gpuprep.discovery import Cohort
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.matching import Matched
+from gpuprep.nnunet import Arranged
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class Run:
     """Segmentations that belong to no series: (path, why)."""
     stopped: int | None = None
     """Series that were not begun because somebody stopped the run; None: nobody did."""
+    arranged: Arranged | None = None
+    """What the view for nnU-Net holds, where one was made."""
 
     @property
     def counts(self) -> dict[str, int]:

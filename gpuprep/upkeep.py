@@ -16,6 +16,7 @@ from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import Executor, WorkerDiedError
 from gpuprep.layout import RESERVED, WORKSHOP
 from gpuprep.manifest import Manifest, RunRecord, SeriesResult, State, manifest_path, shards_of
+from gpuprep.nnunet import made
 from gpuprep.outlook import DONE
 from gpuprep.output import SIDECAR, Output, is_own
 from gpuprep.places import walk
@@ -234,6 +235,7 @@ def _verified(check: _Check) -> list[Finding] | OSError:
 
 def _strays(out: Path, folders: set[str]) -> Iterator[Finding]:
     """Yield files that belong to nothing, and folders of a run that did not end."""
+    arranged = made(out)
     for folder, below, names in os.walk(out):
         here = os.path.relpath(folder, out)
         if here == WORKSHOP:
@@ -256,7 +258,7 @@ def _strays(out: Path, folders: set[str]) -> Iterator[Finding]:
             continue
         own = RESERVED if here == "." else ()
         for name in sorted(names):
-            if not (own and name.startswith(own)):
+            if not (own and name.startswith(own)) and f"{here}/{name}" not in arranged:
                 yield Finding("stray", printable(name if here == "." else f"{here}/{name}"))
 
 

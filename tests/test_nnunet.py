@@ -1,0 +1,303 @@
+"""The view for nnU-Net: the cases it should have and no others, whole or without a dataset.json, and nobody else's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+from segmentations import write_rtstruct
+from test_masks import LEFT, LEFT_BOX, RIGHT, RIGHT_BOX, SHAPE, Ct
+from typer.testing import CliRunner
+
+import gpuprep
+from gpuprep import Masks, Recipe
+from gpuprep.cli import app
+from gpuprep.errors import RequestError
+from gpuprep.executors import Here
+from gpuprep.nnunet import case_names
+from gpuprep.runs import Run
+from gpuprep.sharding import Shard
+from gpuprep.upkeep import verify
+
+RECIPE = Recipe(spacing_mm=None, size=None, dtype="int16", window_hu=None, format="tif-stack")
+"""Of what every installation can write."""
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Two patients with structures and one without, and where they go."""
+    for name, rois in (("p 1", {"left": LEFT, "right": RIGHT}), ("p2", {"right": RIGHT}), ("p3", {})):
+        ct = Ct(tmp_path / "dicom" / name)
+        if rois:
+            (tmp_path / "masks").mkdir(exist_ok=True)
+            path = tmp_path / "masks" / f"{name}.dcm"
+            write_rtstruct(path, rois, series_uid=ct.uid, frame_uid=ct.frame_uid)
+    return tmp_path / "out"
+
+
+def convert(out: Path, recipe: Recipe = RECIPE, **options: Any) -> Run:
+    top = out.parent
+    how: dict[str, Any] = {"masks": top / "masks", "layout": "nnunet", "backend": "cpu"} | options
+    return gpuprep.convert(top / "dicom", out, recipe, **how)
+
+
+def view(out: Path) -> list[str]:
+    """Return the files of the view."""
+    folders = ("imagesTr", "labelsTr", "imagesTs")
+    return sorted(f.relative_to(out).as_posix() for folder in folders for f in (out / folder).rglob("*"))
+
+
+VIEW = [
+    "imagesTr/dicom_p2.json",
+    "imagesTr/dicom_p2_0000.tif",
+    "imagesTr/dicom_p_1.json",
+    "imagesTr/dicom_p_1_0000.tif",
+    "imagesTs/dicom_p3.json",
+    "imagesTs/dicom_p3_0000.tif",
+    "labelsTr/dicom_p2.json",
+    "labelsTr/dicom_p2.tif",
+    "labelsTr/dicom_p_1.json",
+    "labelsTr/dicom_p_1.tif",
+]
+
+
+def dataset(out: Path) -> Any:
+    return json.loads((out / "dataset.json").read_text())
+
+
+def test_series_are_cases_with_and_without_labels(out: Path) -> None:
+    run = convert(out)
+    assert run.arranged == (2, 1, 0)
+    assert view(out) == VIEW
+    assert dataset(out) == {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "left": 1, "right": 2},
+        "numTraining": 2,
+        "file_ending": ".tif",
+        "overwrite_image_reader_writer": "Tiff3DIO",
+    }
+    image = np.arange(np.prod(SHAPE)).reshape(SHAPE)
+    stored = tifffile.imread(out / "imagesTr" / "dicom_p_1_0000.tif")
+    assert len(np.unique(stored.astype(int) - image)) == 1  # the values that the series was made of, and an intercept
+    np.testing.assert_array_equal(tifffile.imread(out / "labelsTr" / "dicom_p_1.tif"), LEFT_BOX + 2 * RIGHT_BOX)
+    np.testing.assert_array_equal(tifffile.imread(out / "labelsTr" / "dicom_p2.tif"), 2 * RIGHT_BOX)
+    for name in ("imagesTr/dicom_p2.json", "labelsTr/dicom_p2.json", "imagesTs/dicom_p3.json"):
+        assert json.loads((out / name).read_text()) == {"spacing": [2.0, 1.0, 1.0]}  # slices first
+    # Not a byte of it twice, and the folders of series are as ever.
+    assert (out / "dicom" / "p2" / "volume.tif").samefile(out / "imagesTr" / "dicom_p2_0000.tif")
+    assert sorted(f.name for f in (out / "dicom" / "p2").iterdir()) == ["labels.tif", "volume.json", "volume.tif"]
+    assert list(verify(out, Here(), lambda: None)) == []
+
+
+def test_nifti_needs_no_files_beside_it(out: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    convert(out, replace(RECIPE, format="nifti", compression="zlib"))
+    assert view(out) == [name.replace(".tif", ".nii.gz") for name in VIEW if not name.endswith(".json")]
+    assert dataset(out)["file_ending"] == ".nii.gz"
+    assert "overwrite_image_reader_writer" not in dataset(out)
+    labels = np.asarray(nibabel.load(out / "labelsTr" / "dicom_p2.nii.gz").dataobj)
+    np.testing.assert_array_equal(labels.transpose(), 2 * RIGHT_BOX)
+
+
+def test_the_same_again_leaves_it_alone_and_another_recipe_arranges_it_anew(out: Path) -> None:
+    convert(out)
+    before = {name: (out / name).stat() for name in [*VIEW, "dataset.json"]}
+    assert convert(out).counts == {"skipped": 3}
+    assert {name: (out / name).stat() for name in before} == before
+    # Without "left": "right" keeps its value, so the one before it is named too, as values have to be consecutive.
+    only = replace(RECIPE, masks=Masks(roi="right"))
+    run = convert(out, only, limit=2)
+    assert run.arranged == (2, 0, 1)  # one series is not yet made by this recipe
+    assert view(out) == [name for name in VIEW if "Ts" not in name]
+    assert dataset(out)["labels"] == {"background": 0, "left": 1, "right": 2}
+    np.testing.assert_array_equal(tifffile.imread(out / "labelsTr" / "dicom_p_1.tif"), 2 * RIGHT_BOX)
+    assert convert(out, replace(RECIPE, masks=Masks(roi="left"))).arranged == (1, 2, 0)
+    assert dataset(out)["labels"] == {"background": 0, "left": 1}
+    assert [name for name in view(out) if name.startswith("labelsTr")] == [
+        "labelsTr/dicom_p_1.json",
+        "labelsTr/dicom_p_1.tif",
+    ]
+
+
+def test_a_run_with_folders_alone_leaves_the_view_as_it_was(out: Path) -> None:
+    convert(out)
+    assert convert(out, replace(RECIPE, dtype="float32"), layout="folders").arranged is None
+    assert tifffile.imread(out / "imagesTr" / "dicom_p2_0000.tif").dtype == np.int16
+
+
+def put_notes_among_images(out: Path) -> Path:
+    (out / "imagesTr" / "notes.txt").write_text("mine")
+    return out / "imagesTr" / "notes.txt"
+
+
+def put_a_case_of_my_own(out: Path) -> Path:
+    shutil.copy(out / "labelsTr" / "dicom_p2.tif", out / "labelsTr" / "mine.tif")
+    return out / "labelsTr" / "mine.tif"
+
+
+def correct_labels(out: Path) -> Path:
+    file = out / "labelsTr" / "dicom_p2.tif"
+    file.unlink()
+    tifffile.imwrite(file, LEFT_BOX)
+    return file
+
+
+def add_a_licence(out: Path) -> Path:
+    (out / "dataset.json").write_text(json.dumps(dataset(out) | {"licence": "CC0"}))
+    return out / "dataset.json"
+
+
+def put_a_file_for_a_folder(out: Path) -> Path:
+    shutil.rmtree(out / "imagesTs")
+    (out / "imagesTs").write_text("mine")
+    return out / "imagesTs"
+
+
+@pytest.mark.parametrize(
+    "change", [put_notes_among_images, put_a_case_of_my_own, correct_labels, add_a_licence, put_a_file_for_a_folder]
+)
+def test_what_somebody_else_put_there_is_refused_before_anything_is_done(out: Path, change: Any) -> None:
+    convert(out)
+    file = change(out)
+    content = file.read_bytes()
+    with pytest.raises(RequestError, match=f"{re.escape(str(file))} is not what gpuprep put there for nnU-Net: move"):
+        convert(out, replace(RECIPE, dtype="float32"))
+    assert file.read_bytes() == content
+    assert tifffile.imread(out / "dicom" / "p2" / "volume.tif").dtype == np.int16
+
+
+def test_somebody_elses_dataset_is_not_taken_over(out: Path) -> None:
+    (out / "imagesTr").mkdir(parents=True)
+    (out / "imagesTr" / "liver_0000.nii.gz").write_bytes(b"")
+    with pytest.raises(RequestError, match="liver_0000"):
+        convert(out)
+
+
+def test_verify_tells_what_is_of_the_view_from_what_is_not(out: Path) -> None:
+    convert(out)
+    put_notes_among_images(out)
+    assert [(f.kind, f.path) for f in verify(out, Here(), lambda: None)] == [("stray", "imagesTr/notes.txt")]
+
+
+@pytest.mark.parametrize("survives", range(4))
+def test_a_view_that_breaks_off_has_no_dataset_json_and_is_finished_by_the_next_run(
+    out: Path, monkeypatch: pytest.MonkeyPatch, survives: int
+) -> None:
+    convert(out)
+    links = 0
+
+    def link(*args: Any) -> None:
+        nonlocal links
+        links += 1
+        if links > survives:
+            raise KeyboardInterrupt
+        os.symlink(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gpuprep.nnunet.os.link", link)
+        with pytest.raises(KeyboardInterrupt):
+            convert(out, replace(RECIPE, dtype="float32"))
+    assert not (out / "dataset.json").exists()
+    assert convert(out, replace(RECIPE, dtype="float32")).arranged == (2, 1, 0)
+    assert view(out) == VIEW
+    assert tifffile.imread(out / "imagesTr" / "dicom_p2_0000.tif").dtype == np.float32
+
+
+@pytest.mark.parametrize("symlinks", [True, False])
+def test_where_there_are_no_hard_links_others_or_copies_serve(
+    out: Path, monkeypatch: pytest.MonkeyPatch, symlinks: bool
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("gpuprep.nnunet.os.link", refused)
+    if not symlinks:
+        monkeypatch.setattr("gpuprep.nnunet.Path.symlink_to", refused)
+    for _ in range(2):
+        convert(out)
+    moved = out.with_name("moved")
+    out.rename(moved)  # what is relative still leads there
+    assert view(moved) == VIEW
+    assert (moved / "imagesTr" / "dicom_p2_0000.tif").is_symlink() is symlinks
+    np.testing.assert_array_equal(tifffile.imread(moved / "labelsTr" / "dicom_p2.tif"), 2 * RIGHT_BOX)
+    assert list(verify(moved, Here(), lambda: None)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"format": "tif"}, {}, "choose --format nifti --compression zlib, or --format tif-stack"),
+        ({"format": "npy"}, {}, "choose --format nifti --compression zlib, or --format tif-stack"),
+        ({"masks": Masks(layout="per-roi")}, {}, "choose --mask-layout labels"),
+        ({"image": False}, {}, "needs images"),
+        ({}, {"shard": Shard(1, 2)}, "gpuprep merge OUT, then run it once more with --layout nnunet"),
+        ({}, {"layout": "nnUNet"}, "choose one of folders, nnunet"),
+    ],
+)
+def test_what_cannot_be_arranged_is_said_at_once(out: Path, changes: Any, options: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        convert(out, replace(RECIPE, **changes), **options)
+    assert not out.exists()
+
+
+def test_an_object_store_is_no_place_for_links(small_series: Path) -> None:
+    with pytest.raises(RequestError, match="needs a folder on disk, not memory://bucket/out"):
+        gpuprep.convert(small_series, "memory://bucket/out", RECIPE, layout="nnunet", backend="cpu")
+
+
+def test_names_that_mean_something_else_to_nnunet_are_made_plain(tmp_path: Path) -> None:
+    ct = Ct(tmp_path / "dicom" / "p")
+    (tmp_path / "masks").mkdir()
+    rois = {"background": LEFT, "ignore": RIGHT}
+    write_rtstruct(tmp_path / "masks" / "rs.dcm", rois, series_uid=ct.uid, frame_uid=ct.frame_uid)
+    convert(tmp_path / "out")
+    expected = {"background": 0, "background (structure)": 1, "ignore (structure)": 2}
+    assert dataset(tmp_path / "out")["labels"] == expected
+
+
+def test_a_source_folder_of_that_name_is_not_mixed_up_with_the_view(tmp_path: Path) -> None:
+    Ct(tmp_path / "imagesTr" / "p")
+    run = gpuprep.convert(tmp_path / "imagesTr", tmp_path / "out", RECIPE, layout="nnunet", backend="cpu")
+    assert run.results[0].folder == "%69magesTr/p"
+    assert view(tmp_path / "out") == ["imagesTs/69magesTr_p.json", "imagesTs/69magesTr_p_0000.tif"]
+
+
+def test_retry_arranges_as_the_run_before_it_did(out: Path) -> None:
+    damaged = sorted((out.parent / "dicom" / "p2").iterdir())[2]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-100])
+    words = ["convert", out.parent / "dicom", "--out", out, "--masks", out.parent / "masks", "--layout", "nnunet"]
+    words += ["--format", "tif-stack", "--size", "none", "--spacing", "none"]
+    alike = ["--backend", "cpu", "--jobs", "1", "--index", "none", "--json"]
+    first = CliRunner().invoke(app, [str(word) for word in words + alike])
+    assert (first.exit_code, json.loads(first.stdout)["arranged"]) == (1, {"training": 1, "others": 1, "apart": 0})
+    damaged.write_bytes(content)
+    second = CliRunner().invoke(app, ["retry", str(out), "--rejected", *alike])
+    assert (second.exit_code, json.loads(second.stdout)["arranged"]) == (0, {"training": 2, "others": 1, "apart": 0})
+    assert view(out) == VIEW
+
+
+@given(st.lists(st.text("aAbB_/ .é-", min_size=1, max_size=5), unique=True, max_size=8))
+def test_cases_have_harmless_names_of_their_own(folders: list[str]) -> None:
+    names = case_names(folders)
+    assert list(names) == folders
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) for name in names.values())
+    assert len({name.lower() for name in names.values()}) == len(folders)
+
+
+def test_a_case_keeps_the_name_of_its_folder_and_a_long_one_is_cut() -> None:
+    names = case_names(["site/p1", "site/P2", "site_p2", "x" * 300])
+    assert names["site/p1"] == "site_p1"
+    assert re.fullmatch("site_P2-[0-9a-f]{16}", names["site/P2"])
+    assert re.fullmatch("site_p2-[0-9a-f]{16}", names["site_p2"])
+    assert len(names["x" * 300]) == 200
