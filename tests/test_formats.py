@@ -131,12 +131,28 @@ def test_sheared_voxels_lie_where_nibabel_says(
 ) -> None:
     affine = np.eye(4)
     affine[:3, :3] = rotated(angles) @ [[0, 0, 0.7], [sign * lean * 2, 0.7, 0], [2, 0, 0]]
-    grid = Geometry((2, 3, 4), affine)
-    file = on(grid, replace(RAW, format="nifti"), some_values("float32", grid.shape), tmp_path_factory.mktemp("n"))
-    header = nibabel.load(file).header
-    assert int(header["qform_code"]) == 0  # no quaternion can say it
+    grid = Geometry((20, 3, 4), affine)
+    file = tmp_path_factory.mktemp("n") / "volume.nii"
+    content = Content.image(make_plan(grid, replace(RAW, format="nifti")))
+    (warning,) = WRITERS["nifti"](file, iter([some_values("float32", grid.shape)]), content, nothing)
+    assert "slices lean" in warning
+    assert int(nibabel.load(file).header["qform_code"]) == 0  # no quaternion can say it
     expected = (affine @ [1, 2, 3, 1])[:3]
     np.testing.assert_allclose((LPS_TO_RAS @ nibabel.load(file).affine @ [3, 2, 1, 1])[:3], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("lean_mm", [0, 0.01, 0.08])
+def test_slices_that_lean_by_less_than_a_tenth_of_a_millimetre_open_in_simpleitk(
+    tmp_path: Path, lean_mm: float
+) -> None:
+    # ITK refuses axes that are perpendicular to three digits only, unless a quaternion says nearly the same.
+    affine = axial((6, 3, 4), (1, 0.5, 0.5)).affine + np.zeros((4, 4))
+    affine[0, 0] = lean_mm / 5  # from the first slice to the last one
+    values = some_values("float32", (6, 3, 4))
+    file = on(Geometry((6, 3, 4), affine), replace(RAW, format="nifti"), values, tmp_path)
+    place = SimpleITK.ReadImage(str(file)).TransformIndexToPhysicalPoint([3, 2, 5])
+    assert place == pytest.approx(tuple((affine @ [5, 2, 3, 1])[:3]), abs=0.1)
+    np.testing.assert_allclose((LPS_TO_RAS @ nibabel.load(file).affine @ [3, 2, 5, 1])[:3], (affine @ [5, 2, 3, 1])[:3])
 
 
 @settings(max_examples=30)
@@ -410,3 +426,16 @@ def test_a_real_ramp_lies_where_simpleitk_reads_it_from_dicom(tmp_path: Path, da
         assert read.TransformIndexToPhysicalPoint(index) == pytest.approx(place, abs=1e-4)
         assert read[index] == expected[index]
     assert np.array_equal(SimpleITK.GetArrayFromImage(read), SimpleITK.GetArrayFromImage(expected))
+
+
+def test_a_folder_in_a_store_is_replaced_with_all_of_its_chunks(memory: Any, small_series: Path) -> None:
+    pytest.importorskip("zarr", minversion="3")
+    url = "memory://bucket/out"
+    run = gpuprep.convert(small_series, url, Recipe(size=(16, 16), format="zarr"), backend="cpu")
+    place = f"/bucket/out/{run.results[0].folder}"
+    names = [f.removeprefix(f"{place}/") for f in memory.find(place)]
+    assert names == ["volume.json", *(f"volume.ome.zarr/{n}" for n in ("0/c/0/0/0", "0/zarr.json", "zarr.json"))]
+    again = gpuprep.convert(small_series, url, Recipe(size=(16, 16), format="npy"), backend="cpu")
+    assert again.counts == {"ok": 1}
+    assert [f.removeprefix(f"{place}/") for f in memory.find(place)] == ["volume.json", "volume.npy"]
+    assert list(verify(url, Here(), lambda: None)) == []

@@ -23,6 +23,9 @@ from gpuprep.writers.gzipping import gzipped
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From LPS."""
 
+UNSEEN_MM = 0.1
+"""Slices may lie so far beside the normal and count as upright: the recipe's ``lean_tolerance_mm``, unless changed."""
+
 SCANNER = 1
 """Code of an affine that leads to the coordinates of the scanner (NIFTI_XFORM_SCANNER_ANAT)."""
 
@@ -31,15 +34,18 @@ def write_nifti(
     path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
 ) -> tuple[str, ...]:
     """Write a ``.nii`` or ``.nii.gz``; readers get HU where a window is spread over the range of an integer type."""
+    header = _header(content)
     with _opened(path) as append:
-        append(memoryview(_header(content)))
+        append(memoryview(header.binaryblock + bytes(4)))  # no extensions
         for chunk in chunks:
             append(np.ascontiguousarray(chunk).data.cast("B"))
     settle(path)
-    return ()
+    if header["qform_code"]:
+        return ()
+    return (f"slices lean, which {path.name} says by its sform alone: nibabel reads it, ITK and nnU-Net refuse",)
 
 
-def _header(content: Content) -> bytes:
+def _header(content: Content) -> Any:
     from nibabel.nifti1 import Nifti1Header  # takes a second, and is an extra
 
     header = Nifti1Header()
@@ -48,19 +54,16 @@ def _header(content: Content) -> bytes:
     header.set_xyzt_units("mm")
     affine = RAS @ content.grid.affine[:, [2, 1, 0, 3]]
     header.set_sform(affine, SCANNER)
-    # A quaternion holds a rotation only; where that is not all, pixdim alone is taken from it.
-    header.set_qform(affine, SCANNER if _is_rigid(affine) else 0)
+    # A quaternion holds no shear. ITK needs one, and takes it where axes are not perpendicular to four digits.
+    header.set_qform(affine, SCANNER)
+    apart_mm = np.abs(header.get_qform() - affine)[:3, :3] @ content.shape[::-1]
+    if apart_mm.max() > UNSEEN_MM:
+        header["qform_code"] = 0
     slope, intercept = content.hu if content.hu and content.dtype in ("uint8", "uint16") else (1.0, 0.0)
     header["scl_slope"], header["scl_inter"] = slope, intercept
     header["cal_min"], header["cal_max"] = (value * slope + intercept for value in content.display)
     header["magic"], header["vox_offset"] = b"n+1", 352
-    return bytes(header.binaryblock) + bytes(4)  # no extensions
-
-
-def _is_rigid(affine: NDArray[np.float64]) -> bool:
-    """Whether the axes are perpendicular, as far as a header of float32 can tell."""
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    return bool(np.allclose(axes.T @ axes, np.eye(3), rtol=0, atol=1e-5))
+    return header
 
 
 @contextmanager
