@@ -11,7 +11,8 @@ from gpuprep.backend import compiled_loops, numba_works, open_gpus
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
 from gpuprep.cores import usable_cores
 from gpuprep.decoding import available_decoders
-from gpuprep.errors import BackendError
+from gpuprep.errors import BackendError, RecipeError
+from gpuprep.recipe import LIBRARIES, Recipe
 
 COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.5",  # RLE Lossless
@@ -55,6 +56,12 @@ def examine() -> list[Finding]:
         decoders = available_decoders(syntax)
         detail = ", ".join(decoders) or "no decoder: reinstall gpuprep, whose dependencies bring one"
         findings.append(Finding("decoder", UID(syntax).name, bool(decoders), detail))
+    for format_ in LIBRARIES:
+        try:
+            Recipe.from_dict({"format": format_}).check_installed()
+            findings.append(Finding("format", format_, True, "what writes it is installed"))
+        except RecipeError as exc:
+            findings.append(Finding("format", format_, False, str(exc)))
     for package, version in versions(gpu=True).items():
         findings.append(Finding("version", package, True, version))
     if not any(f.name in RECORDED_GPU_PACKAGES for f in findings):

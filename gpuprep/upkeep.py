@@ -252,7 +252,7 @@ def _strays(out: Path, folders: set[str]) -> Iterator[Finding]:
             below.clear()
             continue
         below.sort()
-        if SIDECAR in names:
+        if SIDECAR in names and f"{here}/{SIDECAR}" not in arranged:
             yield Finding("unrecorded", printable(here))
             below.clear()
             continue

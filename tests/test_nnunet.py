@@ -57,6 +57,12 @@ def view(out: Path) -> list[str]:
     return sorted(f.relative_to(out).as_posix() for folder in folders for f in (out / folder).rglob("*"))
 
 
+def written(out: Path) -> dict[str, tuple[int, int]]:
+    """Return what tells one writing of each file of the view from another."""
+    stats = {name: (out / name).stat() for name in [*view(out), "dataset.json"]}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
 VIEW = [
     "imagesTr/dicom_p2.json",
     "imagesTr/dicom_p2_0000.tif",
@@ -111,9 +117,9 @@ def test_nifti_needs_no_files_beside_it(out: Path) -> None:
 
 def test_the_same_again_leaves_it_alone_and_another_recipe_arranges_it_anew(out: Path) -> None:
     convert(out)
-    before = {name: (out / name).stat() for name in [*VIEW, "dataset.json"]}
+    before = written(out)
     assert convert(out).counts == {"skipped": 3}
-    assert {name: (out / name).stat() for name in before} == before
+    assert written(out) == before
     # Without "left": "right" keeps its value, so the one before it is named too, as values have to be consecutive.
     only = replace(RECIPE, masks=Masks(roi="right"))
     run = convert(out, only, limit=2)
@@ -253,6 +259,14 @@ def test_what_cannot_be_arranged_is_said_at_once(out: Path, changes: Any, option
 def test_an_object_store_is_no_place_for_links(small_series: Path) -> None:
     with pytest.raises(RequestError, match="needs a folder on disk, not memory://bucket/out"):
         gpuprep.convert(small_series, "memory://bucket/out", RECIPE, layout="nnunet", backend="cpu")
+
+
+def test_a_case_that_is_called_like_our_sidecar_is_no_output_to_verify(tmp_path: Path) -> None:
+    Ct(tmp_path / "volume")
+    run = gpuprep.convert(tmp_path / "volume", tmp_path / "out", RECIPE, layout="nnunet", backend="cpu")
+    assert run.results[0].folder == "volume"
+    assert view(tmp_path / "out") == ["imagesTs/volume.json", "imagesTs/volume_0000.tif"]
+    assert list(verify(tmp_path / "out", Here(), lambda: None)) == []
 
 
 def test_names_that_mean_something_else_to_nnunet_are_made_plain(tmp_path: Path) -> None:
