@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -51,6 +51,8 @@ class SeriesResult:
     hu_mean: float | None = None
     padding_share: float | None = None
     """Of the voxels of the stack."""
+    quality: dict[str, Any] | None = None
+    """Distribution of the HU of what was measured: see `Histogram.to_dict`."""
     audit: dict[str, Any] | None = None
     """What was measured on the headers: see `Audit.to_dict`."""
     segmentations: tuple[dict[str, Any], ...] | None = None
@@ -135,7 +137,6 @@ class Entry(NamedTuple):
 
 _COLUMNS = [f.name for f in fields(SeriesResult)]
 _NAMES = ", ".join(_COLUMNS)
-_ROWS = f"SELECT {_NAMES} FROM series "  # noqa: S608
 """In this order, whatever the order of an older manifest."""
 _BY_SOURCE = "ORDER BY source, series_number, key"
 _LISTS = (
@@ -149,7 +150,7 @@ _LISTS = (
     "segmentations",
     "labels",
 )
-_JSON = (*_LISTS, "audit")
+_JSON = (*_LISTS, "audit", "quality")
 _RUN_COLUMNS = [f.name for f in fields(RunRecord)]
 _DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 """Of SQLite, for which a manifest can do nothing."""
@@ -192,10 +193,13 @@ class Manifest:
                 raise OutputError(f"cannot write into {path.parent}: {exc}") from exc
             raise self._unusable(exc) from exc
         added = [f for f in fields(SeriesResult) if f.default is None and f.name not in have]
-        if set(have) | {f.name for f in added} != set(_COLUMNS) or (added and reading):
+        if set(have) | {f.name for f in added} != set(_COLUMNS):
             raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
+        # By a version that knows more than the one that wrote it: what is only read stays as it is.
+        self._names = _names({f.name for f in added} if reading else ())
+        self._select = f"SELECT {self._names} FROM series "  # noqa: S608
         with self._writing():
-            for f in added:  # by a version that knows more than the one that wrote it
+            for f in () if reading else added:
                 self._db.execute(f"ALTER TABLE series ADD COLUMN {f.name} {_type(f)}")
 
     def _opened(self, path: Path, reading: bool) -> list[str]:
@@ -249,7 +253,7 @@ class Manifest:
 
     def get(self, key: str) -> SeriesResult | None:
         """Return the last result of a series."""
-        return next(self._results(_ROWS + "WHERE key = ?", key), None)
+        return next(self._results(self._select + "WHERE key = ?", key), None)
 
     def entry(self, key: str) -> Entry | None:
         """Return what says whether the output of a series stands for its input."""
@@ -258,7 +262,7 @@ class Manifest:
 
     def __iter__(self) -> Iterator[SeriesResult]:
         """Yield every result, by source folder."""
-        yield from self._results(_ROWS + _BY_SOURCE)
+        yield from self._results(self._select + _BY_SOURCE)
 
     def count(self) -> int:
         """Return the number of series."""
@@ -268,7 +272,7 @@ class Manifest:
     def examples(self, recipe_sha256: str, version: str, backend: str, most: int) -> Iterator[SeriesResult]:
         """Yield some series that were converted in such a way, and not only recognised."""
         where = "WHERE status IN ('ok', 'fixed') AND read_s + coalesce(masks_s, 0) > 0 AND recipe_sha256 = ? "
-        query = _ROWS + where + "AND version = ? AND backend = ? LIMIT ?"
+        query = self._select + where + "AND version = ? AND backend = ? LIMIT ?"
         for row in self._db.execute(query, (recipe_sha256, version, backend, most)):
             yield _result(row)
 
@@ -358,7 +362,7 @@ class Manifest:
             ours.
         """
         with closing(Manifest(other, reading=True)) as there:  # is it one, and has it all columns?
-            ours, theirs = self.naming(), there.naming()
+            ours, theirs, names = self.naming(), there.naming(), there._names
         if None not in (ours, theirs) and ours != theirs:
             raise RequestError(
                 f"{other} was made with other --names or another --key than {self.path.name}: give all shards the "
@@ -381,7 +385,7 @@ class Manifest:
                 with self._transaction():
                     self._db.execute("DELETE FROM series WHERE belongs(series_uid)")
                     self._db.execute(
-                        f"INSERT INTO series ({_NAMES}) SELECT {_NAMES} FROM other.series WHERE belongs(series_uid)"  # noqa: S608
+                        f"INSERT INTO series ({_NAMES}) SELECT {names} FROM other.series WHERE belongs(series_uid)"  # noqa: S608
                     )
                     for table in ("unreadable", "passed_over", "segmentations", "label_values", "runs", "naming"):
                         self._db.execute(f"INSERT OR REPLACE INTO {table} SELECT * FROM other.{table}")  # noqa: S608
@@ -397,7 +401,7 @@ class Manifest:
                 with part.open("w", encoding="utf-8", newline="") as f:
                     writer = csv.writer(f)
                     writer.writerow(_COLUMNS)
-                    writer.writerows(self._db.execute(_ROWS + _BY_SOURCE))
+                    writer.writerows(self._db.execute(self._select + _BY_SOURCE))
                 flush(part)
                 part.replace(file)
             finally:
@@ -485,6 +489,11 @@ def open_manifest(out: Path, shard: Shard = WHOLE) -> Manifest:
 def this_host() -> str:
     """Return the name of this machine."""
     return platform.node()
+
+
+def _names(absent: Collection[str]) -> str:
+    """Return the columns of a result for a query, with nothing for those that a manifest lacks."""
+    return ", ".join(f"NULL AS {name}" if name in absent else name for name in _COLUMNS)
 
 
 def _for_reading(path: Path) -> sqlite3.Connection:
