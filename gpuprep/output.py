@@ -34,6 +34,9 @@ from gpuprep.sharding import WHOLE, Shard
 
 SIDECAR = "volume.json"
 
+PREVIEW = "preview.jpg"
+"""A small picture of a series, for people."""
+
 SETTLING_THREADS = 4
 """They wait for the disk, mostly; one would wait for a journal once per file."""
 
@@ -43,7 +46,7 @@ ASKING_S = 0.5
 OTHER_SHARD_S = 10.0
 """Time for shards that start together to look at the lock of whole runs, one after the other."""
 
-_OWN_NAME = re.compile(r"(labels/|masks/[^/]+/)?\d{4,}\.tif|(volume|labels|masks/[^/]+)\.tif")
+_OWN_NAME = re.compile(r"(labels/|masks/[^/]+/)?\d{4,}\.tif|(volume|labels|masks/[^/]+)\.tif|preview\.jpg")
 """Of a file in a series' folder, from there on."""
 _OWN_FOLDER = re.compile(r"labels|masks(/[^/]+)?")
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)

@@ -26,7 +26,8 @@ COLOURS = (
     (255, 99, 92), (64, 196, 255), (255, 213, 79), (105, 230, 140), (224, 130, 255), (255, 160, 66), (77, 235, 222),
     (255, 130, 180), (178, 235, 92), (140, 160, 255), (255, 190, 160), (200, 200, 120),
 )  # fmt: skip
-"""Of outlines, red, green and blue; the label value says which, and after the last comes the first."""
+"""Of outlines, red, green and blue. Label 1 has the first in the first volume, the second in the second, and so on;
+label 2 the next one; and after the last comes the first."""
 
 
 Plane = NDArray[Any]
@@ -110,8 +111,8 @@ def picture(
             bright = (_resized(shown[n].astype(np.float32), size) - black) / (white - black)
             grey = np.rint(np.clip(bright, 0, 1) * 255).astype(np.uint8)
         panel = np.repeat(grey[:, :, None], 3, axis=2)
-        for values in drawn:
-            _outline(panel, _nearest(values[n], size))
+        for place, values in enumerate(drawn):
+            _outline(panel, _nearest(values[n], size), place)
         if n and upwards:
             panel = panel[::-1]
         canvas = np.zeros((HEIGHT, size[1], 3), dtype=np.uint8)
@@ -150,7 +151,7 @@ def _nearest(plane: Plane, size: tuple[int, int]) -> Plane:
     return found
 
 
-def _outline(panel: NDArray[np.uint8], labels: Plane) -> None:
+def _outline(panel: NDArray[np.uint8], labels: Plane, place: int) -> None:
     """Draw the pixels of each label that touch another one, or nothing, into a panel: shape (rows, columns, 3)."""
     framed = np.pad(labels, 1)
     inner = framed[1:-1, 1:-1]
@@ -159,4 +160,4 @@ def _outline(panel: NDArray[np.uint8], labels: Plane) -> None:
         edge |= inner != other
     edge &= inner != 0
     colours = np.array(COLOURS, dtype=np.uint8)
-    panel[edge] = colours[(labels[edge].astype(np.int64) - 1) % len(colours)]
+    panel[edge] = colours[(labels[edge].astype(np.int64) - 1 + place) % len(colours)]

@@ -97,7 +97,7 @@ class Histogram:
         Parameters
         ----------
         stored : array of integers, any shape
-            Stored values; copied.
+            Stored values, which must stay as they are from then on.
         slope, intercept : float
             Rescale of the slice.
         padding : array of integers, shape (2,), optional
@@ -107,7 +107,7 @@ class Histogram:
         if self._how != (slope, intercept, low, high) or len(self._waiting) >= SLICES_AT_A_TIME:
             self._count()
         self._how = slope, intercept, low, high
-        self._waiting.append(stored.flatten())
+        self._waiting.append(stored.reshape(-1))
 
     def _count(self) -> None:
         """Count the stored values that are waiting, and only then look at what each of them means."""
