@@ -121,6 +121,13 @@ class Output:
         """Whether there is anything at that place."""
         return (self.root / inside(folder)).is_dir()
 
+    def preview(self, folder: str) -> bytes | None:
+        """Return the small picture of an output, as JPEG; None where there is none."""
+        try:
+            return (self.root / inside(folder) / PREVIEW).read_bytes()
+        except (OSError, OutputError):
+            return None
+
     def retire(self, folder: str, key: str) -> None:
         """Remove the former output of a series that has moved elsewhere; other things in the folder stay."""
         retire(self.root / inside(folder), key)

@@ -2,13 +2,6 @@
 
 Numbers are gathered slab by slab while a series is read, from every n-th row and column; flags are raised afterwards,
 from what the manifest holds, so that thresholds may change without converting again.
-
-References
-----------
-Air is −1000 HU and water 0 HU by definition (IAEA, Diagnostic Radiology Physics, 2014, 11.2.4). Ranges of tissues
-without contrast medium differ between books by 10 HU and more; those of `BANDS` follow W. A. Kalender, Computed
-Tomography, 2011, figure 1.13 (lung, muscle, liver, compact bone), and M. Prokop and M. Galanski, Spiral and Multislice
-Computed Tomography of the Body, 2003 (fat, blood).
 """
 
 from __future__ import annotations
@@ -46,7 +39,13 @@ BANDS = (
     Band("liver", 50, 70),
     Band("bone", 250, 3071),
 )
-"""They overlap, as tissues do."""
+"""They overlap, as tissues do; `SOURCES` says where they come from."""
+
+SOURCES = (
+    "Air is −1000 HU and water 0 HU by definition (IAEA, Diagnostic Radiology Physics, 2014). Tissues without contrast "
+    "medium: W. A. Kalender, Computed Tomography, 2011 (lung, muscle, liver, compact bone); M. Prokop and M. Galanski, "
+    "Spiral and Multislice Computed Tomography of the Body, 2003 (fat, blood). Books differ by 10 HU and more."
+)
 
 SAMPLES = 128
 """Rows and columns of a slice that are looked at, or up to twice as many."""
