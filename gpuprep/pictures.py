@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from gpuprep.geometry import Geometry
 
-HEIGHT = 128
-"""Of the picture, in pixels; no plane is wider than twice that."""
+HEIGHT, WIDTH = 128, 160
+"""Of the picture, and of a plane in it at most, in pixels."""
 
 SAMPLES = 2 * HEIGHT
 """Rows and columns of a plane that are kept at least, of those that have so many."""
@@ -77,8 +77,8 @@ def picture(
 ) -> NDArray[np.uint8]:
     """Return the planes of a volume side by side: across its slices, along their rows, along their columns.
 
-    Each is as high as the picture, or fits into twice its width, and its sides are as long as in the patient. Slices
-    that follow each other upwards are shown so, the topmost first.
+    Each is as high as the picture, or as wide as a plane may be, and its sides are in proportion as in the patient.
+    Slices that follow each other upwards are shown so, the topmost first.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def picture(
     drawn = [planes.values for planes in labels]
     panels = []
     for n, (high_mm, wide_mm) in enumerate(sides_mm):
-        scale = min(HEIGHT / high_mm, 2 * HEIGHT / wide_mm)
+        scale = min(HEIGHT / high_mm, WIDTH / wide_mm)
         size = max(1, round(high_mm * scale)), max(1, round(wide_mm * scale))
         grey = np.zeros(size, dtype=np.uint8)
         if shown is not None:

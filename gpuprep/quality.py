@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.intensity import AIR_HU, LOWEST_HU
+from gpuprep.text import numbered
 
 if TYPE_CHECKING:
     from gpuprep.manifest import SeriesResult
@@ -59,15 +60,18 @@ STORED_STEPS = ((-1024, 16), (-192, 8), (320, 32), (1024, 128), (3072, 0))
 STORED_PARTS = 100_000
 """A stored histogram says how many of so many voxels are in each bin."""
 
-AIR_SEARCH_HU = (-1100, -850)
-TISSUE_SEARCH_HU = (-30, 200)
+AIR_SEARCH_HU = (-1100, -925)
+TISSUE_SEARCH_HU = (-60, 200)
 """Where the peaks of air and of soft tissue are looked for."""
 
 SLICES_AT_A_TIME = 8
 """Whose samples are counted together: a quarter of a MB, which stays in the cache."""
 
 LEAST_PEAK = 0.002
-"""Share of all voxels around a peak, below which it is none."""
+"""Share of all voxels around a peak, below which it is none …"""
+
+LEAST_HEIGHT = 0.25
+"""… and its height, as a share of the highest value in the range where it is looked for."""
 
 _SMOOTH = np.convolve(np.ones(8), np.ones(8))
 """Weights of a triangle 15 HU wide: wider than the noise of counting, narrower than the distance of tissues."""
@@ -153,8 +157,10 @@ class Histogram:
         if not len(tops):
             return None
         top = int(tops[np.argmax(smooth[tops])])
+        highest = smooth[max(0, low_hu - LOWEST) : high_hu - LOWEST + 1].max()
         around = counts[max(0, top - len(_SMOOTH) // 2) : top + len(_SMOOTH) // 2 + 1].sum()
-        return top + LOWEST if around >= LEAST_PEAK * max(1, self.voxels) else None
+        stands_out = around >= LEAST_PEAK * max(1, self.voxels) and smooth[top] >= LEAST_HEIGHT * highest
+        return top + LOWEST if stands_out else None
 
     def to_dict(self) -> dict[str, Any] | None:
         """Return the metrics as plain values, as the manifest and ``volume.json`` hold them; None without voxels.
@@ -212,7 +218,7 @@ def _levels(stored: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     return np.arange(low, low + len(voxels)), voxels.astype(np.int64)
 
 
-AIR_PEAK_TOLERANCE_HU = 25
+AIR_PEAK_TOLERANCE_HU = 20
 """Calibration of scanners is held to a few HU; what is further off was shifted by somebody's software."""
 TISSUE_PEAK_HU = (-15, 100)
 """From water to soft tissue with contrast medium."""
@@ -270,7 +276,7 @@ def flags(result: SeriesResult) -> list[Flag]:
     if (result.padding_share or 0) > PADDING_SHARE:
         found.append(Flag("padding-share", f"{result.padding_share:.0%} of the voxels are padding"))
     if result.slices < FEW_SLICES:
-        found.append(Flag("few-slices", f"{result.slices} slices"))
+        found.append(Flag("few-slices", f"only {numbered(result.slices, 'slice')}"))
     if (quality.get("clipped_share") or 0) > CLIPPED_SHARE:
         found.append(Flag("clipped", f"the window clips {quality['clipped_share']:.0%} of what is not air"))
     return found

@@ -15,7 +15,7 @@
       else if (value === true) node.setAttribute(name, "");
       else if (value !== null && value !== false) node.setAttribute(name, value);
     }
-    node.append(...children.flat().filter((child) => child !== null && child !== ""));
+    node.append(...children.flat(Infinity).filter((child) => child !== null && child !== ""));
     return node;
   }
   const make = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
@@ -38,11 +38,9 @@
     { title: "Series", key: (r) => r[at.name], cell: seriesCell, kind: "series" },
     { title: "Status", key: (r) => STATUSES.indexOf(r[at.status]), cell: (r) => status(r[at.status]) },
     { title: "Slices", key: (r) => r[at.slices], cell: (r) => whole(r[at.slices]), kind: "number" },
-    { title: "Spacing, mm", key: (r) => r[at.spacing_mm] && r[at.spacing_mm][0], cell: (r) => times(r[at.spacing_mm], (v) => number(v)), kind: "number" },
+    { title: "Source, mm", key: (r) => r[at.spacing_mm] && r[at.spacing_mm][0], cell: (r) => times(r[at.spacing_mm], (v) => number(v)), kind: "number" },
     { title: "Becomes", key: (r) => r[at.shape] && r[at.shape][0], cell: (r) => times(r[at.shape], String), kind: "number" },
-    { title: "HU min", key: (r) => r[at.hu_min], cell: (r) => whole(r[at.hu_min]), kind: "number" },
-    { title: "mean", key: (r) => r[at.hu_mean], cell: (r) => whole(r[at.hu_mean]), kind: "number" },
-    { title: "max", key: (r) => r[at.hu_max], cell: (r) => whole(r[at.hu_max]), kind: "number" },
+    { title: "HU min, mean, max", key: (r) => r[at.hu_mean], cell: (r) => r[at.hu_mean] === null ? "–" : [r[at.hu_min], r[at.hu_mean], r[at.hu_max]].map(whole).join("\u2002"), kind: "number" },
     { title: "Air peak", key: (r) => r[at.air_hu], cell: (r) => whole(r[at.air_hu]), kind: "number" },
     { title: "Tissue peak", key: (r) => r[at.tissue_hu], cell: (r) => whole(r[at.tissue_hu]), kind: "number" },
     { title: "Padding", key: (r) => r[at.padding_share], cell: (r) => percent(r[at.padding_share]), kind: "number" },
@@ -63,8 +61,9 @@
   const status = (name) => make("span", { class: "status " + name }, name);
   const chip = (code) => make("span", { class: "chip" }, code);
   function seriesCell(row) {
-    const open = make("button", { type: "button" }, row[at.name]);
-    return [open, row[at.reason] ? make("p", {}, row[at.reason]) : null];
+    const slash = row[at.name].lastIndexOf("/") + 1;
+    const open = make("button", { type: "button" }, make("small", {}, row[at.name].slice(0, slash)), row[at.name].slice(slash));
+    return [open, row[at.number] === null ? null : make("span", { class: "muted" }, " #" + row[at.number]), row[at.reason] ? make("p", {}, row[at.reason]) : null];
   }
 
   /* State: which rows are shown, in which order, from which one on. */
@@ -151,17 +150,18 @@
     return found;
   }
   function distribution({ title, unit, key }) {
-    const BINS = 28, W = 216, H = 64;
+    const BINS = 24, W = 150, H = 46;
     const values = rows.map(key).filter((v) => v !== null);
     const now = shown.map(key).filter((v) => v !== null).sort((a, b) => a - b);
     const median = now.length ? number(now[now.length >> 1]) + (unit && " " + unit) : "–";
-    const card = make("figure", { class: "card" }, make("figcaption", {}, title, make("span", { title: "median" }, median)));
+    const card = make("figure", { class: "card" }, make("figcaption", { title: "In the middle below: the median of what is shown" }, title));
     if (!values.length) return card;
     const sorted = values.slice().sort((a, b) => a - b);
     const share = (q) => sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))];
     let [low, high] = [share(0), share(1)];
     if (sorted.length > 100) [low, high] = [share(.002), share(.998)]; /* a slip of one series must not flatten all others */
-    if (low === high) [low, high] = [low - .5, high + .5];
+    const one = low === high;
+    if (one) [low, high] = [low - .5, high + .5];
     const bin = (v) => Math.max(0, Math.min(BINS - 1, Math.floor((v - low) / (high - low) * BINS)));
     const count = (list) => list.reduce((bins, v) => { bins[bin(v)] += 1; return bins; }, new Array(BINS).fill(0));
     const all = count(values), some = count(now);
@@ -175,8 +175,8 @@
           draw("title", {}, `${number(low + n * (high - low) / BINS)} to ${number(low + (n + 1) * (high - low) / BINS)} ${unit}: ${some[n]} of ${all[n]} series`)));
     }
     chart.append(draw("line", { class: "axis", x1: 0, x2: W, y1: H, y2: H }));
-    for (const [x, anchor, v] of [[0, "start", low], [W, "end", high]])
-      chart.append(draw("text", { x, y: H + 12, "text-anchor": anchor }, number(v) + (unit && " " + unit)));
+    for (const [x, anchor, text] of [[0, "start", one ? "" : number(low)], [W / 2, "middle", median], [W, "end", one ? "" : number(high)]])
+      chart.append(draw("text", { x, y: H + 12, "text-anchor": anchor }, text));
     card.append(chart);
     return card;
   }
@@ -263,8 +263,8 @@
         section("What stands out", notes([...block.flags, ...block.irregularities])),
         section("Warnings", notes(block.warnings)),
         q ? section("HU of the source", make("div", { class: "charts" },
-          histogram(q, -1024, 1600, true, ["air", "lung", "fat", "bone"], "All of it; the root of the share per HU"),
-          histogram(q, -200, 200, false, ["fat", "water", "blood", "muscle", "liver"], "Soft tissue; the share per HU"))) : [],
+          histogram(q, -1024, 1600, true, ["air", "lung", "fat", "bone"], "All HU; heights are square roots of shares"),
+          histogram(q, -200, 200, false, ["fat", "water", "blood", "muscle", "liver"], "Soft tissue; heights are shares"))) : [],
         section("In numbers", pairs([
           ["Bands", shares],
           ["HU", row[at.hu_min] === null ? null : `${whole(row[at.hu_min])} to ${whole(row[at.hu_max])}, mean ${number(row[at.hu_mean])}`],
@@ -278,6 +278,7 @@
           ["Finished", block.finished],
         ]))));
     if (!dialog.open) dialog.showModal();
+    dialog.focus();
     dialog.scrollTop = 0;
   }
 

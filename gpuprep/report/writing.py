@@ -36,8 +36,8 @@ AT_A_TIME = 64
 """Pictures that are read together."""
 
 COLUMNS = (
-    "name", "source", "uid", "status", "reason", "slices", "spacing_mm", "shape", "hu_min", "hu_mean", "hu_max",
-    "air_hu", "tissue_hu", "padding_share", "seconds", "flags",
+    "name", "number", "source", "uid", "status", "reason", "slices", "spacing_mm", "shape", "hu_min", "hu_mean",
+    "hu_max", "air_hu", "tissue_hu", "padding_share", "seconds", "flags",
 )  # fmt: skip
 
 
@@ -132,6 +132,7 @@ def _row(result: SeriesResult) -> list[Any]:
     spent_s = result.read_s + result.process_s + result.write_s + (result.masks_s or 0)
     return [
         result.folder or result.source or result.key,
+        result.series_number,
         result.source,
         result.series_uid,
         result.status,
