@@ -144,7 +144,7 @@ class Histogram:
         return int(self.counts[max(first, 0) : max(last + 1, 0)].sum())
 
     def peak_hu(self, low_hu: int, high_hu: int) -> int | None:
-        """Return where most voxels are between two HU; None where nothing between them stands out.
+        """Return where most voxels are between two HU, in the middle if equally many are at several; None for nowhere.
 
         The lowest value that 12 bits hold does not count: scanners cut noise off there, and fill their corners with it.
         """
@@ -159,8 +159,11 @@ class Histogram:
         top = int(tops[np.argmax(smooth[tops])])
         highest = smooth[max(0, low_hu - LOWEST) : high_hu - LOWEST + 1].max()
         around = counts[max(0, top - len(_SMOOTH) // 2) : top + len(_SMOOTH) // 2 + 1].sum()
+        first = top
+        while first and smooth[first - 1] == smooth[top]:
+            first -= 1
         stands_out = around >= LEAST_PEAK * max(1, self.voxels) and smooth[top] >= LEAST_HEIGHT * highest
-        return top + LOWEST if stands_out else None
+        return (first + top) // 2 + LOWEST if stands_out else None
 
     def to_dict(self) -> dict[str, Any] | None:
         """Return the metrics as plain values, as the manifest and ``volume.json`` hold them; None without voxels.
