@@ -43,7 +43,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        self._within = {"tag": tag} | dict(attrs) if tag in ("script", "style") else None
+        self._within = {**dict(attrs), "tag": tag} if tag in ("script", "style") else None
 
     def handle_endtag(self, _tag: str) -> None:
         self._within = None
