@@ -39,6 +39,7 @@ from gpuprep.errors import OutputError, RequestError
 from gpuprep.layout import WORKSHOP
 from gpuprep.manifest import manifest_path, now, this_host
 from gpuprep.output import (
+    PREVIEW,
     SIDECAR,
     Output,
     PendingFolder,
@@ -118,6 +119,12 @@ class Bucket(Output):
     def holds(self, folder: str) -> bool:
         """Whether there is an output at that place; what is left of an upload is none."""
         return SIDECAR in self.sizes(folder)
+
+    def preview(self, folder: str) -> bytes | None:
+        try:
+            return places.read_bytes(f"{self.url}/{inside(folder)}/{PREVIEW}")
+        except (OSError, OutputError):
+            return None
 
     def retire(self, folder: str, key: str) -> None:
         there = self.sizes(inside(folder))

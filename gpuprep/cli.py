@@ -53,6 +53,7 @@ from gpuprep.flags import (
     PositionTolerance,
     Quiet,
     RecipeOption,
+    Report,
     Roi,
     Scheduler,
     ShardOption,
@@ -184,6 +185,7 @@ def convert(
     index: Index = None,
     log: Log = None,
     log_format: LogFormat = "text",
+    report: Report = False,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -217,7 +219,8 @@ def convert(
                 paths, out, wanted, given, stop, backend=backend, engine=engine, jobs=jobs, gpus=gpu_numbers(gpus),
                 memory_share=memory_share, limit_s=time_limit, shard=part, scheduler=scheduler, limit=limit,
                 layout=layout, names=_pseudonyms(names, key, out),
-                room_check=not no_room_check, index=index, log=log, log_format=log_format, quiet=quiet, json_=json_,
+                room_check=not no_room_check, index=index, log=log, log_format=log_format, report=report, quiet=quiet,
+                json_=json_,
             )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputE
 from gpuprep.executors import last_task
 from gpuprep.manifest import SeriesResult, Status, now, this_host
 from gpuprep.memory import needed_bytes
-from gpuprep.output import Output, PendingFolder, Written
+from gpuprep.output import PREVIEW, Output, PendingFolder, Written
+from gpuprep.pictures import Planes, jpeg, picture
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.rules import codes
@@ -161,7 +162,8 @@ def _recognised(task: Task, blank: SeriesResult) -> SeriesResult | None:
         made |= {k: sidecar[k] for k in ("labels", "segmentations") if k in sidecar}
         made |= {f"source_{k}": source[k] for k in ("shape", "spacing_mm")}
         made = {k: tuple(v) for k, v in made.items()}
-        made |= {k: source[k] for k in ("hu_min", "hu_max", "hu_mean", "padding_share") if k in source}
+        measured = ("hu_min", "hu_max", "hu_mean", "padding_share", "quality")
+        made |= {k: source[k] for k in measured if k in source}
         made |= {k: sidecar[k] for k in ("engine", "backend", "device")}
         return _in_place(replace(blank, status=sidecar["verdict"], **made), task, written)
     except (KeyError, TypeError):
@@ -185,18 +187,20 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
     plan = make_plan(stacked.geometry, task.recipe, stacked.placement)
     result = replace(result, source_shape=plan.source.shape, source_spacing_mm=plan.source.spacing_mm)
     masked: Masked | None = None
+    image = Planes(plan.target.shape) if source is not None else None
+    labels: list[Planes] = []
     try:
         pending = task.output.pending(task.folder)
     except OSError as exc:
         raise _unwritable(exc) from exc
     try:
         irregularities = audited.irregularities
-        if source is not None:
-            result = _write_image(task, source, plan, pending, result)
+        if source is not None and image is not None:
+            result = _write_image(task, source, plan, pending, result, image)
             irregularities += source.irregularities
         if task.segmentations:
             started = time.perf_counter()
-            masked = _write_masks(task, stacked, plan, pending)
+            masked, labels = _write_masks(task, stacked, plan, pending)
             result = replace(
                 result,
                 warnings=result.warnings + tuple(masked.notes),
@@ -211,6 +215,7 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
             irregularities=tuple(i.text for i in irregularities),
         )
         started = time.perf_counter()
+        _write_preview(plan, pending, image, labels)
         written = pending.commit(_sidecar(task, source, plan, task.public(result)), known=task.known)
         write_s = result.write_s + time.perf_counter() - started
     except DeviceMemoryError as exc:
@@ -232,9 +237,9 @@ def _unwritable(exc: OSError) -> OutputError:
 
 
 def _write_image(
-    task: Task, source: SeriesReader, plan: Plan, pending: PendingFolder, result: SeriesResult
+    task: Task, source: SeriesReader, plan: Plan, pending: PendingFolder, result: SeriesResult, planes: Planes
 ) -> SeriesResult:
-    """Write the image of a series into a folder, and return what is known of it then."""
+    """Write the image of a series into a folder, and return what is known of it then; its middle planes are kept."""
     from gpuprep.processing import host_chunks
     from gpuprep.writers import WRITERS
     from gpuprep.writers.content import Content
@@ -244,7 +249,8 @@ def _write_image(
     chunks = _Timed(host_chunks(source, plan, task.backend, task.engine, on_device))
     ending = task.recipe.ending
     path = pending.path / f"volume{ending}" if ending else pending.path
-    notes = WRITERS[task.recipe.format](path, chunks, Content.image(plan), pending.settle) + _stretched(source, plan)
+    write = WRITERS[task.recipe.format]
+    notes = write(path, planes.passing(chunks), Content.image(plan), pending.settle) + _stretched(source, plan)
     return replace(
         result,
         warnings=result.warnings + source.warnings + notes,
@@ -252,6 +258,7 @@ def _write_image(
         hu_min=source.statistics.low,
         hu_max=source.statistics.high,
         hu_mean=source.statistics.mean,
+        quality=source.histogram.to_dict(),
         read_s=source.seconds,
         process_s=max(0.0, chunks.seconds - source.seconds),  # reading may have gone on beside it
         write_s=time.perf_counter() - started - chunks.seconds,
@@ -259,7 +266,7 @@ def _write_image(
     )
 
 
-def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder) -> Masked:
+def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder) -> tuple[Masked, list[Planes]]:
     """Write the masks of a series into a folder."""
     from gpuprep.masking import read_placed, write_masks
 
@@ -268,8 +275,18 @@ def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder)
     wanted, masked = read_placed(
         task.segmentations, stacked, task.recipe.masks, series.series_uid, series.frame_of_reference_uid, hide
     )
-    write_masks(wanted, masked, stacked, plan, task.backend, dict(task.label_values), pending.path, pending.settle)
-    return masked
+    values = dict(task.label_values)
+    planes = write_masks(wanted, masked, stacked, plan, task.backend, values, pending.path, pending.settle)
+    return masked, planes
+
+
+def _write_preview(plan: Plan, pending: PendingFolder, image: Planes | None, labels: list[Planes]) -> None:
+    """Write the small picture of a series into a folder."""
+    from gpuprep.writers.content import Content
+
+    file = pending.path / PREVIEW
+    file.write_bytes(jpeg(picture(image, plan.target, *Content.image(plan).display, labels)))
+    pending.settle(file)
 
 
 def _stretched(source: SeriesReader, plan: Plan) -> tuple[str, ...]:
@@ -355,6 +372,7 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
             "hu_max": source.statistics.high,
             "hu_mean": source.statistics.mean,
             "padding_share": result.padding_share,
+            "quality": result.quality,
         }
     if result.labels is not None:
         sidecar["labels"] = result.labels

@@ -239,6 +239,9 @@ Log = Annotated[
     typer.Option(metavar="FILE", help="Append what happens to a file; no names, paths or texts.", rich_help_panel=RUN),
 ]
 LogFormat = Annotated[Literal["text", "json"], typer.Option(help="Lines of the log.", rich_help_panel=RUN)]
+Report = Annotated[
+    bool, typer.Option("--report", help="Write OUT/report.html afterwards: gpuprep report.", rich_help_panel=RUN)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=RUN)]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing but what is left out, and errors.", rich_help_panel=RUN)

@@ -100,6 +100,21 @@ def manifest(
             write(records, to)
 
 
+def report(
+    out: OutArgument,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to; report.html in OUT if absent.", show_default=False)
+    ] = None,
+) -> None:
+    """Write one HTML page of all series: a table, a picture of each, distributions, and what stands out."""
+    with errors_to_exit_codes():
+        with held_back():
+            from gpuprep.console import say
+            from gpuprep.report.writing import write_report
+
+        say(f"report in {write_report(out, to)}")
+
+
 def merge(out: OutArgument) -> None:
     """Merge the manifests of shards into that of OUT. Shards that ran elsewhere are first copied into OUT."""
     with errors_to_exit_codes():
@@ -187,4 +202,4 @@ def _request(run: RunRecord, out: str) -> dict[str, Any]:
     raise RequestError(f"the manifest of {out} does not say what the last run read: use gpuprep convert")
 
 
-KEEPING: tuple[Callable[..., None], ...] = (status, verify, retry, manifest, merge)
+KEEPING: tuple[Callable[..., None], ...] = (status, verify, retry, manifest, report, merge)

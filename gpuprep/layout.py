@@ -16,7 +16,9 @@ WORKSHOP = ".gpuprep"
 LONGEST_NAME = 255
 """Bytes that a file system allows for one name."""
 
-RESERVED = ("recipe.toml", "labels.json", "manifest.", "dataset.json", "imagesTr", "labelsTr", "imagesTs")
+REPORT = "report.html"
+
+RESERVED = ("recipe.toml", "labels.json", "manifest.", REPORT, "dataset.json", "imagesTr", "labelsTr", "imagesTs")
 """Names at the top of OUT that are gpuprep's own."""
 
 

@@ -51,6 +51,8 @@ class SeriesResult:
     hu_mean: float | None = None
     padding_share: float | None = None
     """Of the voxels of the stack."""
+    quality: dict[str, Any] | None = None
+    """Distribution of the HU of what was measured: see `Histogram.to_dict`."""
     audit: dict[str, Any] | None = None
     """What was measured on the headers: see `Audit.to_dict`."""
     segmentations: tuple[dict[str, Any], ...] | None = None
@@ -147,7 +149,7 @@ _LISTS = (
     "segmentations",
     "labels",
 )
-_JSON = (*_LISTS, "audit")
+_JSON = (*_LISTS, "audit", "quality")
 _RUN_COLUMNS = [f.name for f in fields(RunRecord)]
 _DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 """Of SQLite, for which a manifest can do nothing."""
@@ -192,10 +194,12 @@ class Manifest:
         if not have:
             raise self._unusable(ValueError("it is empty"))
         added = [f for f in fields(SeriesResult) if f.default is None and f.name not in have]
-        if set(have) | {f.name for f in added} != set(_COLUMNS) or (added and reading):
+        if set(have) | {f.name for f in added} != set(_COLUMNS):
             raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
+        # By a version that knows more than the one that wrote it: what is only read stays as it is.
+        self._absent = frozenset(f.name for f in added) if reading else frozenset()
         with self._writing():
-            for f in added:  # by a version that knows more than the one that wrote it
+            for f in () if reading else added:
                 self._db.execute(f"ALTER TABLE series ADD COLUMN {f.name} {_type(f)}")
 
     def _opened(self, path: Path, reading: bool) -> list[str]:
@@ -226,6 +230,10 @@ class Manifest:
         except sqlite3.Error as exc:
             raise self._unusable(exc) from exc
 
+    def _selected(self, names: Sequence[str]) -> str:
+        """Return columns of the series for a query, with nothing for those that an older manifest lacks."""
+        return ", ".join(f"NULL AS {name}" if name in self._absent else name for name in names)
+
     def _cells(self, record: type, names: Sequence[str], rest: str, *values: str | int) -> Iterator[tuple[Any, ...]]:
         """Yield some columns of a table; SQLite would hold anything there, but its readers count on numbers and texts.
 
@@ -242,7 +250,8 @@ class Manifest:
         """
         kinds = {f.name: _kinds(f) for f in fields(record)}
         expected = [kinds[name] for name in names]
-        for row in self._rows(f"SELECT {', '.join(names)} FROM {rest}", *values):  # noqa: S608
+        columns = self._selected(names) if record is SeriesResult else ", ".join(names)
+        for row in self._rows(f"SELECT {columns} FROM {rest}", *values):  # noqa: S608
             try:
                 yield tuple(map(_value, names, row, expected))
             except (ValueError, RecursionError) as exc:
@@ -374,7 +383,7 @@ class Manifest:
             ours.
         """
         with closing(Manifest(other, reading=True)) as there:  # is it one, and has it all columns?
-            ours, theirs = self.naming(), there.naming()
+            ours, theirs, columns = self.naming(), there.naming(), there._selected(_COLUMNS)
         if None not in (ours, theirs) and ours != theirs:
             raise RequestError(
                 f"{other} was made with other --names or another --key than {self.path.name}: give all shards the "
@@ -397,7 +406,7 @@ class Manifest:
                 with self._transaction():
                     self._db.execute("DELETE FROM series WHERE belongs(series_uid)")
                     self._db.execute(
-                        f"INSERT INTO series ({_NAMES}) SELECT {_NAMES} FROM other.series WHERE belongs(series_uid)"  # noqa: S608
+                        f"INSERT INTO series ({_NAMES}) SELECT {columns} FROM other.series WHERE belongs(series_uid)"  # noqa: S608
                     )
                     for table in ("unreadable", "passed_over", "segmentations", "label_values", "runs", "naming"):
                         self._db.execute(f"INSERT OR REPLACE INTO {table} SELECT * FROM other.{table}")  # noqa: S608
@@ -413,7 +422,7 @@ class Manifest:
                 with part.open("w", encoding="utf-8", newline="") as f:
                     writer = csv.writer(f)
                     writer.writerow(_COLUMNS)
-                    writer.writerows(self._db.execute(f"SELECT {_NAMES} FROM series {_BY_SOURCE}"))  # noqa: S608
+                    writer.writerows(self._db.execute(f"SELECT {self._selected(_COLUMNS)} FROM series {_BY_SOURCE}"))  # noqa: S608
                 flush(part)
                 part.replace(file)
             finally:

@@ -17,6 +17,7 @@ from gpuprep.backend import Backend
 from gpuprep.errors import SegmentationError
 from gpuprep.labelling import LABELS, label_chunks, slice_volumes_ml
 from gpuprep.layout import LONGEST_NAME, harmless
+from gpuprep.pictures import Planes
 from gpuprep.plan import Plan
 from gpuprep.segmentation.contours import Segmentation
 from gpuprep.segmentation.opening import names_by_path, read_segmentation
@@ -129,7 +130,7 @@ def write_masks(
     values: Mapping[str, int],
     folder: Path,
     settle: Settle = nothing,
-) -> None:
+) -> list[Planes]:
     """Write the structures of a series as the recipe wants them, and complete the account of them.
 
     Parameters
@@ -149,6 +150,11 @@ def write_masks(
     settle : callable
         As for a writer.
 
+    Returns
+    -------
+    list of Planes
+        Of each volume of labels, for a picture.
+
     Raises
     ------
     SegmentationError
@@ -167,6 +173,7 @@ def write_masks(
         volumes = [(f"masks/{file}", [(p, 1)]) for p, file in zip(wanted, files, strict=True)]
         (folder / "masks").mkdir()
     voxel_ml = abs(float(np.linalg.det(plan.target.affine))) / 1000
+    shown = []
     for name, members in volumes:
         labels = [Label(p.name, p.source, p.contours, len(p.parts), value, name) for p, value in members]
         painted = _painted(members, labels, stack, plan)
@@ -174,7 +181,10 @@ def write_masks(
         content = Content.labels(plan, str(painted.dtype), len(counts) - 1)
         with backend.session() as lane:
             chunks = label_chunks(painted, plan, stack.placement, recipe.masks.resampling, backend)
-            masked.notes += write(folder / name, _counted(lane.downloads(chunks), counts), content, settle)
+            planes = Planes(plan.target.shape)
+            written = planes.passing(_counted(lane.downloads(chunks), counts))
+            masked.notes += write(folder / name, written, content, settle)
+            shown.append(planes)
         for label in labels:
             label.voxels = int(counts[label.value])
             label.ml = label.voxels * voxel_ml
@@ -186,6 +196,7 @@ def write_masks(
                 )
                 masked.notes.append(f"{printable(label.name)}: {lost}")
         masked.labels += labels
+    return shown
 
 
 def _files(names: Sequence[str], ending: str) -> list[str]:

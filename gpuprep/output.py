@@ -34,6 +34,9 @@ from gpuprep.sharding import WHOLE, Shard
 
 SIDECAR = "volume.json"
 
+PREVIEW = "preview.jpg"
+"""A small picture of a series, for people."""
+
 SETTLING_THREADS = 4
 """They wait for the disk, mostly; one would wait for a journal once per file."""
 
@@ -45,7 +48,7 @@ OTHER_SHARD_S = 10.0
 
 _VOLUME = r"(volume|labels|masks/[^/]+)"
 _OWN_NAME = re.compile(
-    r"(labels/|masks/[^/]+/)?\d{4,}\.tif"
+    r"preview\.jpg|(labels/|masks/[^/]+/)?\d{4,}\.tif"
     rf"|{_VOLUME}\.(tif|nii|nii\.gz|npy)"
     rf"|{_VOLUME}\.ome\.zarr/(zarr\.json|0/zarr\.json|0/c/\d+/\d+/\d+)"
 )
@@ -122,6 +125,13 @@ class Output:
     def holds(self, folder: str) -> bool:
         """Whether there is anything at that place."""
         return (self.root / inside(folder)).is_dir()
+
+    def preview(self, folder: str) -> bytes | None:
+        """Return the small picture of an output, as JPEG; None where there is none."""
+        try:
+            return (self.root / inside(folder) / PREVIEW).read_bytes()
+        except (OSError, OutputError):
+            return None
 
     def retire(self, folder: str, key: str) -> None:
         """Remove the former output of a series that has moved elsewhere; other things in the folder stay."""

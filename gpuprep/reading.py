@@ -19,6 +19,7 @@ from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
 from gpuprep.headers import TAGS
 from gpuprep.intensity import HuStatistics
+from gpuprep.quality import Histogram, sampled
 from gpuprep.recipe import Recipe
 from gpuprep.rules import Irregularity
 from gpuprep.series import Series, SliceHeader
@@ -69,6 +70,8 @@ class SeriesReader:
         self.intercept = np.array([_or(s.rescale_intercept, 0) for s in self._slices], dtype=np.float64)
         self.padding, self._notes = padded.declared(self._slices, self._dtype)
         self.statistics = HuStatistics()
+        self.histogram = Histogram(recipe.window_hu)
+        """Of every n-th row and column so far, without padding and fill."""
         self.padding_voxels = 0
         """Voxels so far that are padding."""
         self.seconds = 0.0
@@ -129,6 +132,7 @@ class SeriesReader:
         low, high, total, padding_voxels = padded.summary(values, slope, intercept, declared, loops=self._loops)
         self.statistics.add(low, high, total, values.size, slope, intercept)
         self.padding_voxels += padding_voxels
+        measured = sampled(values).flatten()
         if low == high:
             if self._policy != "keep" and self._beside_an_image(k, low):
                 value = f"{low}, {low * slope + intercept:g} HU"
@@ -146,6 +150,8 @@ class SeriesReader:
                     "padding",
                 )
             self._fills[hu] = self._fills.get(hu, 0) + 1
+            measured = measured[measured == sampled(values).flatten()]
+        self.histogram.add(measured, slope, intercept, declared)
 
     def _beside_an_image(self, k: int, value: int) -> bool:
         """Whether a neighbour of a blank slice is an image with little of its value: in a phantom it has much of it."""

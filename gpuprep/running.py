@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 def run_conversion(
     paths: list[str], out: str, recipe: Recipe, masks: list[str] | Literal["auto"] | None, stop: Stop, *,
     backend: Any, jobs: int | None, index: str | None, log: Path | None, log_format: Literal["text", "json"],
-    quiet: bool, json_: bool, memory_share: float | None = None, scheduler: str | None = None, **how: Any,
+    quiet: bool, json_: bool, memory_share: float | None = None, scheduler: str | None = None,
+    report: bool = False, **how: Any,
 ) -> None:  # fmt: skip
     """Convert, show what happens as was asked for, and leave with the exit code."""
     with held_back():
         from gpuprep.backend import get_backend
         from gpuprep.batch import convert
-        from gpuprep.console import Complaints, Monitor, show_recipe, show_run
+        from gpuprep.console import Complaints, Monitor, say, show_recipe, show_run
         from gpuprep.journal import Journal, Together
         from gpuprep.memory import USABLE
+        from gpuprep.report.writing import write_report
         from gpuprep.runs import Listener
 
     if quiet or json_:
@@ -51,6 +53,7 @@ def run_conversion(
             jobs=jobs_or_cores(jobs, backend), memory_share=USABLE if memory_share is None else memory_share,
             scheduler=scheduler, index=header_index(index), listener=Together(shown, written), stop=stop, **how,
         )  # fmt: skip
+    page = write_report(out) if report else None
     if json_:
         print_json(
             {
@@ -67,6 +70,8 @@ def run_conversion(
         )
     elif not quiet:
         show_run(run, out, time.perf_counter() - started)
+        if page is not None:
+            say(f"report in {page}")
     if run.exit_code == 3:
         what = "no CT series" if recipe.image else "no segmentation of a CT series"
         complain(f"{what} under {', '.join(paths)}")

@@ -142,9 +142,10 @@ def test_a_cohort_is_converted_and_recorded(dicom: Path, out: Path) -> None:
         folder = out / row["folder"]
         assert folder == out / "dicom" / name
         # 6 slices of 2.5 mm, 20 rows of 0.8 mm, 24 columns of 0.7 mm at 5 × 2 × 2 mm, then 6 × 5.
-        assert sorted(p.name for p in folder.iterdir()) == ["0000.tif", "0001.tif", "0002.tif", "volume.json"]
+        slices = ["0000.tif", "0001.tif", "0002.tif"]
+        assert sorted(p.name for p in folder.iterdir()) == [*slices, "preview.jpg", "volume.json"]
         assert json.loads(row["shape"]) == [3, 6, 5]
-        assert (row["status"], row["reason"], row["slices"], row["files"]) == ("ok", "", 6, 4)
+        assert (row["status"], row["reason"], row["slices"], row["files"]) == ("ok", "", 6, 5)
         assert row["bytes"] == sum(p.stat().st_size for p in folder.iterdir())
         assert json.loads(row["source_shape"]) == [6, 20, 24]
         assert json.loads(row["source_spacing_mm"]) == pytest.approx(SPACING)
@@ -437,7 +438,8 @@ def test_another_recipe_converts_everything_again(dicom: Path, out: Path) -> Non
     go(dicom, out)
     stack = replace(SMALL, format="tif-stack")
     assert statuses(go(dicom, out, stack)) == {"p1": "ok", "p2": "ok"}
-    assert sorted(outputs(out)) == [f"dicom/{p}/{f}" for p in ("p1", "p2") for f in ("volume.json", "volume.tif")]
+    files = ("preview.jpg", "volume.json", "volume.tif")
+    assert sorted(outputs(out)) == [f"dicom/{p}/{f}" for p in ("p1", "p2") for f in files]
     assert Recipe.load(out / "recipe.toml") == stack
     # A field that changes values and no sizes.
     assert statuses(go(dicom, out, replace(stack, window_hu=(-500.0, 500.0)))) == {"p1": "ok", "p2": "ok"}
@@ -495,7 +497,7 @@ def test_a_series_that_is_mended_replaces_its_old_output(dicom: Path, out: Path)
     file.write_bytes(whole)
     assert statuses(go(dicom, out)) == {"p1": "ok", "p2": "skipped"}
     row = rows(out)["p1"]
-    assert (row["status"], row["folder"], row["files"], row["warnings"]) == ("ok", "dicom/p1", 4, "[]")
+    assert (row["status"], row["folder"], row["files"], row["warnings"]) == ("ok", "dicom/p1", 5, "[]")
     assert statuses(go(dicom, out)) == {"p1": "skipped", "p2": "skipped"}
 
 

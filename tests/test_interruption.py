@@ -64,7 +64,7 @@ def whole(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Volumes:
     assert convert(dicom, out, RECIPE, backend="cpu").counts == {"ok": SERIES}
     expected = volumes(out)
     assert set(expected) == {f"dicom/p{n}" for n in range(SERIES)}
-    assert all(len(files) == 25 + 1 for files in expected.values())  # 10 slices of 2.5 mm at 1 mm, and volume.json
+    assert all(len(files) == 25 + 2 for files in expected.values())  # 10 slices of 2.5 mm at 1 mm, and what tells
     return expected
 
 

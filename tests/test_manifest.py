@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from gpuprep.errors import OutputError
 from gpuprep.manifest import Manifest, SeriesResult
+from gpuprep.sharding import WHOLE
 
 OK = SeriesResult(
     key="1.2.3",
@@ -37,6 +38,7 @@ OK = SeriesResult(
     hu_max=1234.5,
     hu_mean=-612.0625,
     padding_share=0.125,
+    quality={"voxels": 1000, "air_peak_hu": -998, "bands": {"air": 0.25}},
     audit={"slices": 108, "gaps": [{"after": "a", "mm": 6.0, "missing": 1}], "tilt_deg": None},
     folder="data/p1",
     shape=(324, 512, 512),
@@ -165,7 +167,7 @@ def test_csv_holds_exactly_the_rows_of_the_manifest(manifest: Manifest, tmp_path
     manifest.write_csv()
     bare, ok = csv_rows(tmp_path)
     assert list(ok) == [f.name for f in fields(SeriesResult)]
-    assert ok | {"warnings": "", "irregularities": "", "audit": "", "shape": ""} == {
+    assert ok | {"warnings": "", "irregularities": "", "audit": "", "quality": "", "shape": ""} == {
         "key": "1.2.3",
         "series_uid": "1.2.3",
         "study_uid": "1.2",
@@ -183,6 +185,7 @@ def test_csv_holds_exactly_the_rows_of_the_manifest(manifest: Manifest, tmp_path
         "hu_max": "1234.5",
         "hu_mean": "-612.0625",
         "padding_share": "0.125",
+        "quality": "",
         "audit": "",
         "segmentations": "",
         "labels": "",
@@ -213,6 +216,7 @@ def test_csv_holds_exactly_the_rows_of_the_manifest(manifest: Manifest, tmp_path
     assert json.loads(ok["audit"]) == {
         "slices": 108, "gaps": [{"after": "a", "mm": 6.0, "missing": 1}], "tilt_deg": None,
     }  # fmt: skip
+    assert json.loads(ok["quality"]) == {"voxels": 1000, "air_peak_hu": -998, "bands": {"air": 0.25}}
     assert json.loads(ok["shape"]) == [324, 512, 512]
     assert (bare["key"], bare["status"], bare["reason"]) == ("9.9#2", "rejected", "GeometryError: gap")
     assert (bare["series_number"], bare["shape"], bare["hu_min"], bare["warnings"]) == ("", "", "", "[]")
@@ -332,11 +336,20 @@ def test_a_manifest_from_before_a_column_was_added_is_taken_on(tmp_path: Path) -
     with closing(Manifest(file)) as manifest:
         manifest.put(OK)
     with closing(sqlite3.connect(file, isolation_level=None)) as old:
-        for column in ("upload_s", "kernels_s", "download_s"):
+        for column in ("upload_s", "kernels_s", "download_s", "quality"):
             old.execute(f"ALTER TABLE series DROP COLUMN {column}")
+    before = file.read_bytes()
+    with closing(Manifest(file, reading=True)) as manifest:  # as it is: others may be reading it, or it may be a copy
+        assert list(manifest) == [replace(OK, quality=None)]
+    assert file.read_bytes() == before
+    shard = tmp_path / "manifest.1-of-2.sqlite"
+    shard.write_bytes(before)
+    with closing(Manifest(tmp_path / "whole.sqlite")) as whole:
+        whole.take_over(shard, WHOLE)
+        assert list(whole) == [replace(OK, quality=None)]
     later = replace(OK, key="2", upload_s=0.5, kernels_s=1.5, download_s=2.5)
     with closing(Manifest(file)) as manifest:
-        assert list(manifest) == [OK]
+        assert list(manifest) == [replace(OK, quality=None)]
         manifest.put(later)
         manifest.write_csv()
     with closing(Manifest(file)) as manifest:

@@ -117,7 +117,7 @@ def test_labels_lie_beside_the_image_on_the_same_voxels(tmp_path: Path, ct: Ct, 
 def test_a_stack_of_labels_is_one_file_with_the_size_of_a_voxel(tmp_path: Path, ct: Ct, out: Path) -> None:
     run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct), replace(RAW, format="tif-stack", compression="zlib"))
     folder = out / run.results[0].folder
-    assert sorted(f.name for f in folder.iterdir()) == ["labels.tif", "volume.json", "volume.tif"]
+    assert sorted(f.name for f in folder.iterdir()) == ["labels.tif", "preview.jpg", "volume.json", "volume.tif"]
     with tifffile.TiffFile(folder / "labels.tif") as tif:
         np.testing.assert_array_equal(tif.asarray(), LEFT_BOX + 2 * RIGHT_BOX)
         metadata = tif.imagej_metadata or {}

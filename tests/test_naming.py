@@ -151,7 +151,7 @@ def test_every_text_of_a_result_is_either_harmless_or_replaced(made: tuple[Path,
     # A column that is added later has to be thought of here.
     harmless = {
         "status", "reason", "codes", "engine", "backend", "device", "recipe_sha256", "version", "sha256", "host",
-        "finished", "fingerprint", "labels", "segmentations", "audit", "shape", "source_shape", "spacing_mm",
+        "finished", "fingerprint", "labels", "segmentations", "audit", "quality", "shape", "source_shape", "spacing_mm",
         "source_spacing_mm",
     }  # fmt: skip
     replaced = {"key", "series_uid", "study_uid", "folder"}

@@ -239,7 +239,9 @@ def test_the_manifest_says_the_same_in_every_format(out: Path, tmp_path: Path) -
     assert command("manifest", out, "--parquet", "--to", tmp_path / "m.parquet").exit_code == 0
     columns = pyarrow.read_table(tmp_path / "m.parquet").to_pylist()
     for got, want in zip(columns, expected, strict=True):
-        within = {k: v and json.loads(v) for k, v in got.items() if k in ("audit", "segmentations", "labels")}
+        within = {
+            k: v and json.loads(v) for k, v in got.items() if k in ("audit", "quality", "segmentations", "labels")
+        }
         assert got | within == want
 
 

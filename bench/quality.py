@@ -1,0 +1,200 @@
+"""What the report costs: collecting its figures and pictures during conversion, and opening it with many series.
+
+    python -m bench.quality [--series 5000] [--repeats 9] [--out bench/results/quality-….json]
+
+One series of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm is converted in this process by the default recipe, in turns
+with collecting and without it, so that both see the same machine; and the time of what collects is added up.
+Then a report of many made-up series, each with a picture, is written and opened in headless Chromium, if that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+import gpuprep
+from bench.measure import save
+from gpuprep import conversion, reading
+from gpuprep.manifest import Manifest, SeriesResult
+from gpuprep.phantom import thorax, write_series
+from gpuprep.pictures import Planes
+from gpuprep.quality import Histogram
+from gpuprep.recipe import Dtype, Recipe
+from gpuprep.report.writing import write_report
+
+SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
+COLLECTING: tuple[tuple[Any, str, Any], ...] = (
+    (reading, "sampled", np.empty(0)), (Histogram, "add", None), (Histogram, "to_dict", None), (Planes, "take", None),
+    (conversion, "_write_preview", None),
+)  # fmt: skip
+"""The functions that collect, by who has them, and what stands for what they return where nothing is collected."""
+
+
+@contextlib.contextmanager
+def replaced(by: Callable[[Callable[..., Any], Any], Callable[..., Any]]) -> Iterator[None]:
+    """Have other functions in place of those that collect."""
+    with contextlib.ExitStack() as patches:
+        for owner, name, nothing in COLLECTING:
+            patches.enter_context(mock.patch.object(owner, name, by(getattr(owner, name), nothing)))
+        yield
+
+
+def converted_s(dicom: Path, out: Path, dtype: Dtype) -> tuple[float, SeriesResult]:
+    """Return how long it takes to convert a series, scan included, and what came of it."""
+    shutil.rmtree(out, ignore_errors=True)
+    started = time.perf_counter()
+    (result,) = gpuprep.convert(dicom, out, Recipe(dtype=dtype), backend="cpu").results
+    if result.status != "ok":
+        raise SystemExit(f"{result.status}: {result.reason}")
+    return time.perf_counter() - started, result
+
+
+def cost(scratch: Path, dtype: Dtype, repeats: int) -> dict[str, float]:
+    """Return the seconds of a conversion with and without collecting, and those spent in what collects."""
+    spent = 0.0
+
+    def timed(function: Callable[..., Any], _: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            nonlocal spent
+            started = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                spent += time.perf_counter() - started
+
+        return run
+
+    with_s, without_s, collecting_s = [], [], []
+    for n in range(repeats + 1):
+        spent = 0.0
+        with replaced(timed):
+            seconds, _ = converted_s(scratch / "dicom", scratch / "out", dtype)
+        with replaced(lambda _, nothing: lambda *_: nothing):
+            bare, _ = converted_s(scratch / "dicom", scratch / "out", dtype)
+        if n:  # the first round imports, compiles and fills caches
+            with_s.append(seconds)
+            without_s.append(bare)
+            collecting_s.append(spent)
+    return {
+        "with_s": statistics.median(with_s),
+        "without_s": statistics.median(without_s),
+        "difference_s": statistics.median(a - b for a, b in zip(with_s, without_s, strict=True)),
+        "collecting_s": statistics.median(collecting_s),
+        "share": statistics.median(c / w for c, w in zip(collecting_s, with_s, strict=True)),
+    }
+
+
+def many(out: Path, one: SeriesResult, picture: bytes, series: int) -> None:
+    """Make an output folder of many series like one, all somewhat different, without volumes."""
+    with closing(Manifest(out / "manifest.sqlite")) as manifest, manifest._transaction():
+        for n in range(series):
+            folder = f"patient-{n // 3:05d}/series-{n % 3}"
+            (out / folder).mkdir(parents=True)
+            (out / folder / "preview.jpg").write_bytes(picture)
+            manifest.put(
+                replace(
+                    one, key=f"1.2.{n}", series_uid=f"1.2.{n}", source=f"/dicom/{folder}", folder=folder,
+                    slices=60 + n * 7 % 240, hu_mean=-700.0 + n % 311, read_s=0.2 + n % 17 / 20,
+                    source_spacing_mm=(1.0 + n % 5 / 2, 0.5 + n % 40 / 100, 0.5 + n % 40 / 100),
+                )
+            )  # fmt: skip
+
+
+def opened(page: Path) -> dict[str, float] | None:
+    """Return when a browser shows the first of a page and when it has all of it, and how long sorting takes; in s."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        return None
+    from selenium import webdriver
+
+    found = []
+    for _ in range(3):
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+            for switch in (
+                "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+                "disable-background-networking", "disable-component-update", "disable-sync",
+                f"user-data-dir={profile}",
+            ):  # fmt: skip
+                options.add_argument(f"--{switch}")
+            with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as browser:
+                browser.get(page.as_uri())
+                found.append(browser.execute_script(_LOOK))
+    return {key: statistics.median(f[key] / 1000 for f in found) for key in found[0]}
+
+
+_LOOK = """
+const timed = (act) => {
+  const started = performance.now();
+  act();
+  document.body.offsetHeight;
+  return performance.now() - started;
+};
+const paint = performance.getEntriesByName("first-contentful-paint")[0];
+const page = performance.getEntriesByType("navigation")[0];
+const button = document.querySelectorAll("thead button")[2];
+const status = document.querySelector("#statuses button");
+return {
+  first_contentful_paint_s: paint.startTime, whole_page_s: page.domContentLoadedEventEnd,
+  sort_s: timed(() => button.click()), filter_s: timed(() => status.click()),
+};
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--series", type=int, default=5000, help="in the report")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    args = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp())
+    try:
+        write_series(scratch / "dicom", thorax(SHAPE, SPACING_MM), SPACING_MM)
+        costs: dict[str, dict[str, float]] = {}
+        dtypes: tuple[Dtype, ...] = ("float32", "uint8")
+        for dtype in dtypes:
+            costs[dtype] = c = cost(scratch, dtype, args.repeats)
+            print(
+                f"{dtype:8} {c['with_s']:.3f} s with collecting, {c['without_s']:.3f} s without; "
+                f"{c['collecting_s'] * 1e3:.1f} ms are spent collecting, {c['share']:.1%}",
+                flush=True,
+            )
+        _, one = converted_s(scratch / "dicom", scratch / "out", "uint8")
+        picture = (scratch / "out" / one.folder / "preview.jpg").read_bytes()
+        (scratch / "many").mkdir()
+        many(scratch / "many", one, picture, args.series)
+        started = time.perf_counter()
+        page = Path(write_report(scratch / "many"))
+        report = {"write_s": time.perf_counter() - started, "bytes": page.stat().st_size}
+        print(f"{args.series} series: {report['bytes'] / 1e6:.1f} MB, written in {report['write_s']:.2f} s", flush=True)
+        seen = opened(page)
+        print("no browser" if seen is None else ", ".join(f"{key} {value:.2f}" for key, value in seen.items()))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    figures = {
+        "shape": SHAPE,
+        "repeats": args.repeats,
+        "collecting": costs,
+        "series": args.series,
+        "picture_bytes": len(picture),
+        "report": report,
+        "browser": seen,
+    }
+    save(args.out, "bench.quality", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The page, from the manifests and the small pictures of an output folder; whatever they hold is text to it.
+
+One file without anything from elsewhere: its policy (CSP) lets no script run but its own, by hash, and nothing be
+fetched. What comes from DICOM or the file system goes in as JSON without ``<``, and the script shows it as text. The
+table comes first; what is shown of a series when it is asked for follows, in a block of its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from gpuprep import __version__, places
+from gpuprep.buckets import output_at, place_of
+from gpuprep.errors import OutputError, RequestError
+from gpuprep.layout import REPORT
+from gpuprep.manifest import SeriesResult, now
+from gpuprep.output import Output, flush
+from gpuprep.pictures import COLOURS
+from gpuprep.quality import BANDS, FLAGS, SOURCES, flags
+from gpuprep.upkeep import Records
+
+MOST_PICTURES = 10_000
+"""In one page, which is some 120 MB then; browsers do not open much more."""
+
+AT_A_TIME = 64
+"""Pictures that are read together."""
+
+COLUMNS = (
+    "name", "number", "source", "uid", "status", "reason", "slices", "spacing_mm", "shape", "hu_min", "hu_mean",
+    "hu_max", "air_hu", "tissue_hu", "padding_share", "seconds", "flags",
+)  # fmt: skip
+
+
+def write_report(out: str | Path, to: Path | None = None) -> str:
+    """Write the report of an output folder, complete or not at all, and return where it is.
+
+    Parameters
+    ----------
+    out : path
+        An output folder, on disk or in a store.
+    to : path, optional
+        Where to; ``report.html`` in `out` if absent.
+
+    Raises
+    ------
+    RequestError
+        If there is no manifest, or `to` is a place of something else in `out`.
+    OutputError
+        If something cannot be read or written.
+    """
+    place = place_of(out)
+    if to is not None and isinstance(place, Path):
+        file = to.resolve()
+        if file != place.resolve() / REPORT and file.is_relative_to(place.resolve()):
+            raise RequestError(f"{to} lies in {out}: choose a place outside of it, or leave --to out")
+    try:
+        if to is None and isinstance(place, Path):
+            to = place / REPORT
+        if to is not None:
+            _write(out, to)
+            return str(to)
+        with tempfile.TemporaryDirectory(prefix="gpuprep-") as scratch:
+            _write(out, Path(scratch, REPORT))
+            places.upload(Path(scratch, REPORT), f"{place}/{REPORT}")
+        return f"{place}/{REPORT}"
+    except OSError as exc:
+        raise OutputError(f"cannot write the report of {out}: {exc}") from exc
+
+
+def _write(out: str | Path, file: Path) -> None:
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with closing(Records(out)) as records:
+            if not file.parent.is_dir():
+                raise RequestError(f"cannot write {file}: there is no such folder")
+            with part.open("w", encoding="utf-8", newline="\n") as page:
+                _write_page(page, records, output_at(out))
+        flush(part)
+        part.replace(file)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _write_page(page: TextIO, records: Records, output: Output) -> None:
+    """Write the page, the table first, then a block per series."""
+    style, script = _asset("page.css"), _asset("page.js")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    rows: list[list[Any]] = []
+    numbers: dict[str, int] = {}
+    size = 0
+    for result in records:
+        numbers[result.key] = len(rows)
+        rows.append(_row(result))
+        size += result.bytes
+    cohort = {
+        "made": now()[:16].replace("T", " ") + " UTC",
+        "made_by": f"gpuprep {__version__}",
+        "bytes": size,
+        "columns": COLUMNS,
+        "rows": rows,
+        "flags": FLAGS,
+        "bands": BANDS,
+        "sources": SOURCES,
+        "colours": COLOURS,
+    }
+    head = _asset("page.html").replace("@POLICY@", policy).replace("@STYLE@", style).replace("@SCRIPT@", script)
+    before, _, after = head.partition("@COHORT@")
+    middle, _, end = after.partition("@SERIES@")
+    page.writelines((before, as_json(cohort), middle))
+    for number, block in _blocks(records, numbers, output):
+        page.writelines((f'<script type="application/json" id="s{number}">', as_json(block), "</script>\n"))
+    page.write(end)
+
+
+def _row(result: SeriesResult) -> list[Any]:
+    """Return what the table shows of a series: a value for each of `COLUMNS`."""
+    quality = result.quality or {}
+    spent_s = result.read_s + result.process_s + result.write_s + (result.masks_s or 0)
+    return [
+        result.folder or result.source or result.key,
+        result.series_number,
+        result.source,
+        result.series_uid,
+        result.status,
+        result.reason,
+        result.slices,
+        _rounded(result.source_spacing_mm, 4),
+        result.shape,
+        _rounded(result.hu_min, 1),
+        _rounded(result.hu_mean, 1),
+        _rounded(result.hu_max, 1),
+        quality.get("air_peak_hu"),
+        quality.get("tissue_peak_hu"),
+        _rounded(result.padding_share, 4),
+        _rounded(spent_s, 3) if spent_s else None,
+        list(dict.fromkeys([*result.codes, *(flag.code for flag in flags(result))])),
+    ]
+
+
+def _blocks(
+    records: Iterable[SeriesResult], numbers: dict[str, int], output: Output
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield what is shown of each series when it is asked for, with its number in the table."""
+    known = ((numbers[r.key], r) for r in records if r.key in numbers)  # a run may be adding others
+    with ThreadPoolExecutor(8) as threads:  # which wait, for a disk or for the network
+        while batch := list(islice(known, AT_A_TIME)):
+            wanted = [r.folder if number < MOST_PICTURES else "" for number, r in batch]
+            for (number, result), picture in zip(batch, threads.map(output.preview, wanted), strict=True):
+                yield number, _block(result, picture)
+
+
+def _block(result: SeriesResult, picture: bytes | None) -> dict[str, Any]:
+    return {
+        "picture": picture and base64.b64encode(picture).decode("ascii"),
+        "quality": result.quality,
+        "flags": [flag.text for flag in flags(result)],
+        "irregularities": result.irregularities,
+        "warnings": result.warnings,
+        "labels": [{k: label[k] for k in ("name", "value", "file", "ml")} for label in result.labels or ()],
+        "source_shape": result.source_shape,
+        "spacing_mm": _rounded(result.spacing_mm, 4),
+        "files": result.files,
+        "bytes": result.bytes,
+        "read_s": _rounded(result.read_s, 3),
+        "process_s": _rounded(result.process_s, 3),
+        "write_s": _rounded(result.write_s, 3),
+        "masks_s": _rounded(result.masks_s, 3),
+        "finished": result.finished,
+    }
+
+
+def _rounded(value: Any, digits: int) -> Any:
+    """Return numbers as short as a page needs them."""
+    return [round(v, digits) for v in value] if isinstance(value, tuple) else value and round(value, digits)
+
+
+def as_json(value: Any) -> str:
+    """Return JSON that may stand within any element of a page: nothing in it is markup."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _asset(name: str) -> str:
+    return files("gpuprep.report").joinpath(name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    """Return the source of a policy that allows just this text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
