@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gpuprep.batch import convert as convert
     from gpuprep.discovery import discover as discover
     from gpuprep.geometry import Geometry as Geometry
+    from gpuprep.loading import load as load
     from gpuprep.processing import process as process
     from gpuprep.reading import read as read
     from gpuprep.recipe import Recipe as Recipe
@@ -35,6 +36,7 @@ _HOMES = {
     "convert": "batch",
     "discover": "discovery",
     "Geometry": "geometry",
+    "load": "loading",
     "Masks": "segmentation.wishes",
     "process": "processing",
     "read": "reading",

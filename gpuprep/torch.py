@@ -1,0 +1,217 @@
+"""Finished outputs as tensors, for a ``DataLoader`` of PyTorch.
+
+References
+----------
+PyTorch documentation, ``torch.utils.data``: map-style datasets, seeds of workers, default collation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep.buckets import place_of
+from gpuprep.errors import RequestError
+from gpuprep.geometry import Shape3
+from gpuprep.opening import Box, Finished, whole
+from gpuprep.outlook import DONE
+from gpuprep.upkeep import Records
+
+try:
+    import torch
+    from torch.utils.data import Dataset
+except ImportError as exc:
+    raise ImportError(f"gpuprep.torch needs PyTorch ({exc}): pip install 'gpuprep[torch]'") from exc
+
+AIR_HU = -1000.0
+
+Meta = dict[str, Any]
+
+
+class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
+    """The finished series of an output folder, or patches of them, ready for 3D convolutions.
+
+    Each item is a tuple ``(image, label, meta)``, which the default collation of a ``DataLoader`` makes batches of:
+
+    * image: float32, shape (1, D, H, W). Integers that a window was spread over are divided by their range, so that the
+      window is [0, 1] in every dtype but int16, which holds HU.
+    * label: int64. Shape (1, D, H, W) where structures share a volume; (R, D, H, W) with zeros and ones for the
+      structures of `structures` where each has a volume of its own; (0, D, H, W) without labels.
+    * meta: "key" and "folder" of the series, "start" (index of the first voxel of a patch, negative where it begins in
+      the margin), "spacing_mm", and "affine_lps" of what was returned, as tensors of float64.
+
+    Only what an item needs is read, where the format allows: of npy, zarr, and uncompressed nifti and tif-stack, boxes;
+    of tif, slices. A series is opened anew for each item, so that workers may have as many as they like.
+
+    Parameters
+    ----------
+    out : path
+        The ``--out`` of a run; on disk.
+    patches : tuple of int, optional
+        Shape (d, h, w) of patches, each cut at random; around a volume that is smaller, there is air, and no label.
+        Chance is that of torch: ``torch.manual_seed`` makes it repeatable, and workers differ. Absent: whole volumes,
+        which only fit into one batch if they are equally large.
+    patches_per_volume : int
+        Items for each series.
+    labelled : bool, optional
+        True: only series with masks. False: all of them, without labels. Absent: as True if there are any masks at
+        all, since voxels that nobody looked at are no background.
+    transform : callable, optional
+        ``transform(image, label, meta)`` returns what to give instead.
+
+    Attributes
+    ----------
+    structures : dict of str to int
+        Structures by name. The value of each in the label volume, or its channel.
+
+    Raises
+    ------
+    RequestError
+        If there is no output, or nothing of use in it.
+    OutputError
+        If a volume cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from torch.utils.data import DataLoader
+    >>> import gpuprep
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.torch import CohortDataset
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     dicom, out = Path(folder, "dicom"), Path(folder, "out")
+    ...     for seed in range(2):
+    ...         _ = write_series(dicom / f"p{seed}", thorax((8, 64, 64), (3.0, 5.0, 5.0), seed), (3.0, 5.0, 5.0))
+    ...     run = gpuprep.convert(dicom, out, gpuprep.Recipe(size=(128, 128), format="npy"), backend="cpu")
+    ...     dataset = CohortDataset(out, patches=(16, 96, 96))
+    ...     image, label, meta = next(iter(DataLoader(dataset, batch_size=2)))
+    >>> image.shape, image.dtype
+    (torch.Size([2, 1, 16, 96, 96]), torch.float32)
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        patches: Shape3 | None = None,
+        patches_per_volume: int = 1,
+        labelled: bool | None = None,
+        transform: Callable[[torch.Tensor, torch.Tensor, Meta], Any] | None = None,
+    ) -> None:
+        place = place_of(out)
+        if not isinstance(place, Path):
+            raise RequestError(f"{out} is in an object store: copy it to a disk first")
+        if patches is not None and (len(patches) != 3 or min(patches) < 1):
+            raise RequestError(f"patches = {patches}: give three positive whole numbers, slices first")
+        if patches_per_volume < 1 or (patches is None and patches_per_volume != 1):
+            raise RequestError(f"patches_per_volume = {patches_per_volume}: give a positive whole number, and patches")
+        self.out = place
+        self.patches = patches
+        self.patches_per_volume = patches_per_volume
+        self.transform = transform
+        with closing(Records(place)) as records:
+            rows = [
+                (folder, key, labels or ())
+                for folder, key, status, hu_mean, labels in records.columns(
+                    "folder", "key", "status", "hu_mean", "labels"
+                )
+                if status in DONE and hu_mean is not None
+            ]
+        if labelled or (labelled is None and any(labels for *_, labels in rows)):
+            rows = [row for row in rows if row[2]]
+            self.structures = self._named([labels for *_, labels in rows])
+        else:
+            self.structures, self._shared = {}, True
+        if not rows:
+            raise RequestError(f"{out} has no finished image{' with masks' if labelled else ''}: see gpuprep status")
+        self.series = sorted((folder, key) for folder, key, _ in rows)
+
+    def _named(self, labelled: list[tuple[dict[str, Any], ...]]) -> dict[str, int]:
+        """Return the structures of a cohort."""
+        found = {(label["name"], label["value"], label["file"]) for labels in labelled for label in labels}
+        shared = {not file.startswith("masks/") for _, _, file in found}
+        if len(shared) > 1:
+            raise RequestError(f"{self.out} has label volumes and volumes per structure: convert all of it alike")
+        self._shared = True in shared
+        if self._shared:
+            return dict(sorted({(name, value) for name, value, _ in found}, key=lambda item: item[1]))
+        return {name: n for n, name in enumerate(sorted({name for name, *_ in found}))}
+
+    def __len__(self) -> int:
+        return len(self.series) * self.patches_per_volume
+
+    def __getitem__(self, index: int) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        folder, key = self.series[index % len(self) // self.patches_per_volume]
+        finished = Finished(self.out / folder)
+        size = self.patches or finished.geometry.shape
+        start = [_start(there, wanted) for there, wanted in zip(finished.geometry.shape, size, strict=True)]
+        box, margins = _within(start, size, finished.geometry.shape)
+        image = np.pad(_image(finished, box), margins, constant_values=_air(finished))
+        label = np.pad(self._label(finished, box), [(0, 0), *margins])
+        affine = finished.geometry.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ start
+        item = (
+            torch.from_numpy(image[None]),
+            torch.from_numpy(label),
+            {
+                "key": key,
+                "folder": folder,
+                "start": torch.tensor(start),
+                "spacing_mm": torch.tensor(finished.geometry.spacing_mm, dtype=torch.float64),
+                "affine_lps": torch.from_numpy(affine),
+            },
+        )
+        return self.transform(*item) if self.transform else item
+
+    def _label(self, finished: Finished, box: Box) -> NDArray[np.int64]:
+        shape = tuple(s.stop - s.start for s in box)
+        if not self.structures:
+            return np.empty((0, *shape), dtype=np.int64)
+        if self._shared:
+            return finished.mask(next(iter(finished.files.values())), box)[None].astype(np.int64)
+        label = np.zeros((len(self.structures), *shape), dtype=np.int64)
+        for name, file in finished.files.items():
+            label[self.structures[name]] |= finished.mask(file, box)
+        return label
+
+
+def _start(there: int, wanted: int) -> int:
+    """Return where a patch begins along an axis: anywhere, or so that what there is lies in its middle."""
+    if wanted >= there:
+        return -((wanted - there) // 2)
+    return int(torch.randint(there - wanted + 1, ()))
+
+
+def _within(start: list[int], size: Shape3, shape: Shape3) -> tuple[Box, list[tuple[int, int]]]:
+    """Return the part of a patch that is in the volume, and how much is missing before and after it on each axis."""
+    box, margins = list(whole(shape)), []
+    for axis, (first, wanted, there) in enumerate(zip(start, size, shape, strict=True)):
+        low, high = max(0, first), min(there, first + wanted)
+        box[axis] = slice(low, high)
+        margins.append((low - first, first + wanted - high))
+    return (box[0], box[1], box[2]), margins
+
+
+def _image(finished: Finished, box: Box) -> NDArray[np.float32]:
+    return finished.image(box).astype(np.float32) / np.float32(_range(finished))
+
+
+def _air(finished: Finished) -> float:
+    """Return what air is in an image as it is given."""
+    slope, intercept = finished.hu
+    low, _ = finished.recipe.window_hu or (AIR_HU, None)
+    return (low - intercept) / slope / _range(finished)
+
+
+def _range(finished: Finished) -> int:
+    """Return the stored value that the upper end of a window is spread to, for integers that it is spread over."""
+    return {"uint8": 255, "uint16": 65535}.get(finished.recipe.dtype, 1)

@@ -1,0 +1,186 @@
+"""Boxes of finished outputs are what memory held, in every format; what is torn is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from test_masks import LEFT_BOX, RIGHT_BOX, Ct, rtstruct
+
+import gpuprep
+from gpuprep import Masks
+from gpuprep.errors import OutputError, RequestError
+from gpuprep.geometry import Geometry
+from gpuprep.opening import Box, Finished, whole
+from gpuprep.plan import make_plan
+from gpuprep.recipe import ENDINGS, Recipe
+from gpuprep.writers import WRITERS
+from gpuprep.writers.content import Content, nothing
+
+RAW = Recipe(spacing_mm=None, size=None)
+KINDS = [(format_, compression) for format_, endings in ENDINGS.items() for compression in endings]
+
+
+class Opened:
+    """A phantom with two structures, converted: what was in memory, and the output."""
+
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        ct = Ct(root / "dicom" / "patient-1")
+        run = gpuprep.convert(root / "dicom", root / "out", recipe, masks=rtstruct(root / "rs.dcm", ct), backend="cpu")
+        assert run.counts == {"ok": 1}, run.results[0].reason
+        self.finished = Finished(root / "out" / run.results[0].folder)
+        self.volume = gpuprep.load(ct.folder, recipe, backend="cpu")
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    format_, compression = request.param
+    return Opened(tmp_path_factory.mktemp("opening"), replace(RAW, format=format_, compression=compression))
+
+
+def test_all_of_a_volume_is_what_memory_held(opened: Opened) -> None:
+    finished = opened.finished
+    image = finished.image()
+    np.testing.assert_array_equal(image, opened.volume.values)
+    assert image.dtype == np.float32
+    np.testing.assert_array_equal(finished.geometry.affine, opened.volume.affine)
+    assert finished.hu == (opened.volume.hu_slope, opened.volume.hu_intercept)
+    assert finished.values == {"left": 1, "right": 2}
+    (file,) = set(finished.files.values())
+    np.testing.assert_array_equal(finished.mask(file), LEFT_BOX + 2 * RIGHT_BOX)
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_a_box_is_that_part_of_it(opened: Opened, data: st.DataObject) -> None:
+    box = data.draw(boxes(opened.volume.shape))
+    np.testing.assert_array_equal(opened.finished.image(box), np.asarray(opened.volume)[box])
+
+
+@st.composite
+def boxes(draw: st.DrawFn, shape: tuple[int, int, int]) -> Box:
+    starts = [draw(st.integers(0, n - 1)) for n in shape]
+    k, j, i = (slice(a, draw(st.integers(a + 1, n))) for a, n in zip(starts, shape, strict=True))
+    return k, j, i
+
+
+def test_another_process_may_have_it(opened: Opened) -> None:
+    box = (slice(1, 3), slice(2, 4), slice(0, 5))
+    expected = opened.finished.image(box)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(opened.finished)).image(box), expected)  # noqa: S301
+
+
+def test_what_was_read_does_not_change_with_the_file(opened: Opened) -> None:
+    image = opened.finished.image()
+    assert image.base is None
+    assert image.flags.owndata
+    assert image.flags.c_contiguous
+
+
+@pytest.mark.parametrize("format_", ENDINGS)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
+def test_integers_come_back_as_they_are_stored(tmp_path: Path, format_: Any, dtype: Any) -> None:
+    opened = Opened(tmp_path, replace(RAW, format=format_, dtype=dtype))
+    image = opened.finished.image()
+    assert image.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(image, opened.volume.values)
+
+
+@pytest.mark.parametrize(("format_", "compression"), KINDS)
+def test_structures_may_have_volumes_of_their_own(tmp_path: Path, format_: Any, compression: Any) -> None:
+    recipe = replace(RAW, format=format_, compression=compression, masks=Masks(layout="per-roi"))
+    finished = Opened(tmp_path, recipe).finished
+    assert set(finished.files) == {"left", "right"}
+    box = (slice(1, 4), slice(4, 9), slice(6, 14))
+    for name, expected in {"left": LEFT_BOX, "right": RIGHT_BOX}.items():
+        np.testing.assert_array_equal(finished.mask(finished.files[name], box), expected[box])
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name not in ("volume.json", "zarr.json")
+    )
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def halved(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(("format_", "compression"), KINDS)
+@pytest.mark.parametrize("damage", [emptied, halved, Path.unlink])
+def test_a_torn_volume_is_one_line(tmp_path: Path, format_: Any, compression: Any, damage: Any) -> None:
+    finished = Opened(tmp_path, replace(RAW, format=format_, compression=compression)).finished
+    for file in files(finished.folder):
+        damage(file)
+    with pytest.raises(OutputError, match=r"patient-1.* cannot be read \(.*: see gpuprep verify$"):
+        finished.image()
+
+
+@pytest.mark.parametrize("said", ["", "[]", "{}", '{"shape": 3}', '{"recipe": {"format": "jpeg"}}', "[" * 100_000])
+def test_a_torn_sidecar_is_one_line(tmp_path: Path, said: str) -> None:
+    (tmp_path / "volume.json").write_text(said)
+    with pytest.raises(OutputError, match=r"see gpuprep verify$"):
+        Finished(tmp_path).image()
+    with pytest.raises(OutputError, match=r"see gpuprep verify$"):
+        Finished(tmp_path).geometry  # noqa: B018
+
+
+def test_a_folder_without_sidecar_is_no_output(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"is no finished output .*No such file.*see gpuprep verify$"):
+        Finished(tmp_path).image()
+
+
+@pytest.mark.parametrize(("format_", "library"), [("nifti", "nibabel.nifti1"), ("zarr", "zarr")])
+def test_without_its_library_a_format_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: Any, library: str
+) -> None:
+    finished = Opened(tmp_path, replace(RAW, format=format_)).finished
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(RequestError, match=rf"pip install 'gpuprep\[{format_}\]'$"):
+        finished.image()
+
+
+def bytes_read(read: Any) -> int:
+    """Return how many bytes this process reads from files meanwhile, as the system counts them."""
+
+    def now() -> int:
+        return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+    read()  # whatever is imported at first
+    before = now()
+    counting = now() - before
+    read()
+    return now() - before - 2 * counting
+
+
+def test_a_patch_of_zarr_takes_a_small_part_of_its_bytes(tmp_path: Path) -> None:
+    if not Path("/proc/self/io").exists():
+        pytest.skip("the system does not say what a process reads")
+    shape = (160, 512, 512)
+    recipe = Recipe(spacing_mm=None, size=None, format="zarr", dtype="uint8")
+    values: NDArray[np.uint8] = np.random.default_rng(0).integers(1, 255, shape, np.uint8)
+    content = Content.image(make_plan(Geometry(shape, np.eye(4)), recipe))
+    WRITERS["zarr"](tmp_path / "volume.ome.zarr", iter(np.array_split(values, 8)), content, nothing)
+    (tmp_path / "volume.json").write_text(
+        json.dumps({"shape": shape, "affine_lps": np.eye(4).tolist(), "recipe": recipe.to_dict(), "outputs": {}})
+    )
+    box = (slice(40, 104), slice(200, 264), slice(300, 364))
+    finished = Finished(tmp_path)
+    np.testing.assert_array_equal(finished.image(box), values[box])
+    whole_bytes = bytes_read(lambda: finished.image(whole(shape)))
+    assert whole_bytes >= values.nbytes  # so it counts them
+    assert bytes_read(lambda: finished.image(box)) < 0.1 * values.nbytes
