@@ -131,7 +131,7 @@ def _wanted(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], 
     wanted: dict[str, Path | str] = {}
     training = highest = 0
     for folder, labels, spacing_mm in rows:
-        drawn = [label["value"] for label in json.loads(labels or "null") or () if label["voxels"]]
+        drawn = [label["value"] for label in labels or () if label["voxels"]]
         place, case = top / inside(folder), cases[folder]
         images = "imagesTr" if drawn else "imagesTs"
         wanted[f"{images}/{case}_0000{ending}"] = place / f"volume{ending}"
@@ -139,7 +139,7 @@ def _wanted(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], 
             wanted[f"labelsTr/{case}{ending}"] = place / f"labels{ending}"
             training, highest = training + 1, max(highest, *drawn)
         if ending == ".tif":  # nnU-Net looks for the size of a voxel there
-            spacing = json.dumps({"spacing": json.loads(spacing_mm)})
+            spacing = json.dumps({"spacing": spacing_mm})
             wanted |= {f"{here}/{case}.json": spacing for here in ([images, "labelsTr"] if drawn else [images])}
     dataset: dict[str, Any] = {
         "channel_names": {"0": "CT"},

@@ -355,7 +355,12 @@ def test_a_series_comes_out_as_it_was_computed_with_its_labels(tmp_path: Path, f
     assert run.counts == {"ok": 1}
     folder = out / run.results[0].folder
     ending = ENDINGS.get(format_, ".nii" if compression == "none" else ".nii.gz")
-    assert sorted(f.name for f in folder.iterdir()) == [f"labels{ending}", "volume.json", f"volume{ending}"]
+    assert sorted(f.name for f in folder.iterdir()) == [
+        f"labels{ending}",
+        "preview.jpg",
+        "volume.json",
+        f"volume{ending}",
+    ]
     volume = gpuprep.process(gpuprep.read(gpuprep.discover(ct.folder)[0]), recipe, backend="cpu")
     np.testing.assert_array_equal(read_back(folder / f"volume{ending}"), np.asarray(volume.values))
     # Six slices of 2 mm become eight of 1.5 mm, whose centres lie at 0.75 k − 0.125 of them: rounded, these.
@@ -400,7 +405,7 @@ def test_another_format_replaces_the_former_one(tmp_path: Path, small_series: Pa
         recipe = Recipe.from_dict({"format": format_, "size": 16})
         run = gpuprep.convert(small_series, tmp_path / "out", recipe, backend="cpu")
         folder = tmp_path / "out" / run.results[0].folder
-        assert sorted(f.name for f in folder.iterdir()) == ["volume.json", name]
+        assert sorted(f.name for f in folder.iterdir()) == ["preview.jpg", "volume.json", name]
     shard = folder / name / "0" / "c" / "0" / "0" / "0"
     shard.write_bytes(shard.read_bytes()[:-1])
     (folder / name / "0" / "notes.txt").write_text("mine")
@@ -434,8 +439,12 @@ def test_a_folder_in_a_store_is_replaced_with_all_of_its_chunks(memory: Any, sma
     run = gpuprep.convert(small_series, url, Recipe(size=(16, 16), format="zarr"), backend="cpu")
     place = f"/bucket/out/{run.results[0].folder}"
     names = [f.removeprefix(f"{place}/") for f in memory.find(place)]
-    assert names == ["volume.json", *(f"volume.ome.zarr/{n}" for n in ("0/c/0/0/0", "0/zarr.json", "zarr.json"))]
+    assert names == [
+        "preview.jpg",
+        "volume.json",
+        *(f"volume.ome.zarr/{n}" for n in ("0/c/0/0/0", "0/zarr.json", "zarr.json")),
+    ]
     again = gpuprep.convert(small_series, url, Recipe(size=(16, 16), format="npy"), backend="cpu")
     assert again.counts == {"ok": 1}
-    assert [f.removeprefix(f"{place}/") for f in memory.find(place)] == ["volume.json", "volume.npy"]
+    assert [f.removeprefix(f"{place}/") for f in memory.find(place)] == ["preview.jpg", "volume.json", "volume.npy"]
     assert list(verify(url, Here(), lambda: None)) == []

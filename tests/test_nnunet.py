@@ -101,7 +101,12 @@ def test_series_are_cases_with_and_without_labels(out: Path) -> None:
         assert json.loads((out / name).read_text()) == {"spacing": [2.0, 1.0, 1.0]}  # slices first
     # Not a byte of it twice, and the folders of series are as ever.
     assert (out / "dicom" / "p2" / "volume.tif").samefile(out / "imagesTr" / "dicom_p2_0000.tif")
-    assert sorted(f.name for f in (out / "dicom" / "p2").iterdir()) == ["labels.tif", "volume.json", "volume.tif"]
+    assert sorted(f.name for f in (out / "dicom" / "p2").iterdir()) == [
+        "labels.tif",
+        "preview.jpg",
+        "volume.json",
+        "volume.tif",
+    ]
     assert list(verify(out, Here(), lambda: None)) == []
 
 
