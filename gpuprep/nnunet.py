@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gpuprep.errors import RequestError
+from gpuprep.errors import OutputError, RequestError
 from gpuprep.layout import WORKSHOP
 from gpuprep.manifest import Manifest
 from gpuprep.output import Output, inside, write_text
@@ -131,7 +131,7 @@ def _wanted(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], 
     wanted: dict[str, Path | str] = {}
     training = highest = 0
     for folder, labels, spacing_mm in rows:
-        drawn = [label["value"] for label in labels or () if label["voxels"]]
+        drawn = _drawn(folder, labels or (), values)
         place, case = top / inside(folder), cases[folder]
         images = "imagesTr" if drawn else "imagesTs"
         wanted[f"{images}/{case}_0000{ending}"] = place / f"volume{ending}"
@@ -151,6 +151,17 @@ def _wanted(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], 
     if ending == ".tif":  # else the reader of colour pictures is tried first
         dataset["overwrite_image_reader_writer"] = "Tiff3DIO"
     return wanted, dataset, Arranged(training, len(rows) - training, len(done) - len(rows))
+
+
+def _drawn(folder: str, labels: tuple[dict[str, Any], ...], names: dict[int, str]) -> list[int]:
+    """Return the values of the labels that have a voxel; raise OutputError for what no run has written."""
+    try:
+        drawn = [label["value"] for label in labels if label["voxels"]]
+        if names.keys() >= set(range(1, max(drawn, default=0) + 1)):
+            return drawn
+    except (KeyError, TypeError):
+        pass
+    raise OutputError(f"the manifest does not say what the labels of {folder} mean: convert into another --out")
 
 
 def _label(name: str) -> str:
@@ -220,9 +231,10 @@ def _identity(file: Path) -> str:
 
 
 def _record(out: Path) -> dict[str, str]:
-    with suppress(OSError, ValueError):
-        found: dict[str, str] = json.loads((out / WORKSHOP / RECORD).read_text("utf-8"))
-        return found
+    with suppress(OSError, ValueError, RecursionError):
+        found: Any = json.loads((out / WORKSHOP / RECORD).read_text("utf-8"))
+        if isinstance(found, dict):
+            return found
     return {}
 
 
