@@ -235,6 +235,11 @@ FEW_SLICES = 20
 CLIPPED_SHARE = 0.2
 
 
+def _hu(value: float) -> str:
+    """Return a number of HU as people write it."""
+    return f"{value:g}".replace("-", "−")
+
+
 class Flag(NamedTuple):
     """Something about a series that a person should look at."""
 
@@ -243,9 +248,9 @@ class Flag(NamedTuple):
 
 
 FLAGS = {
-    "air-peak": f"Air peaks more than {AIR_PEAK_TOLERANCE_HU} HU away from {AIR_HU:g} HU: is the rescale right?",
+    "air-peak": f"Air peaks more than {AIR_PEAK_TOLERANCE_HU} HU away from {_hu(AIR_HU)} HU: is the rescale right?",
     "tissue-peak": "Soft tissue peaks outside of {} to {} HU, or nowhere between {} and {} HU: is the rescale right? "
-    "Is this a patient?".format(*TISSUE_PEAK_HU, *TISSUE_SEARCH_HU),
+    "Is this a patient?".format(*map(_hu, TISSUE_PEAK_HU + TISSUE_SEARCH_HU)),
     "slice-spacing": "Slices are closer than {} mm or further apart than {} mm.".format(*SLICE_SPACING_MM),
     "pixel-spacing": "Pixels are smaller than {} mm, larger than {} mm, ".format(*IN_PLANE_SPACING_MM)
     + f"or more than {PIXEL_ASPECT:.0%} longer than wide.",
@@ -262,12 +267,12 @@ def flags(result: SeriesResult) -> list[Flag]:
     quality = result.quality or {}
     air, tissue = quality.get("air_peak_hu"), quality.get("tissue_peak_hu")
     if air is not None and abs(air - AIR_HU) > AIR_PEAK_TOLERANCE_HU:
-        found.append(Flag("air-peak", f"air peaks at {air} HU instead of {AIR_HU:g}"))
+        found.append(Flag("air-peak", f"air peaks at {_hu(air)} HU instead of {_hu(AIR_HU)}"))
     if tissue is None:
         if quality:
-            found.append(Flag("tissue-peak", "nothing peaks between {} and {} HU".format(*TISSUE_SEARCH_HU)))
+            found.append(Flag("tissue-peak", "nothing peaks between {} and {} HU".format(*map(_hu, TISSUE_SEARCH_HU))))
     elif not TISSUE_PEAK_HU[0] <= tissue <= TISSUE_PEAK_HU[1]:
-        found.append(Flag("tissue-peak", f"soft tissue peaks at {tissue} HU"))
+        found.append(Flag("tissue-peak", f"soft tissue peaks at {_hu(tissue)} HU"))
     if result.source_spacing_mm is not None:
         slices_mm, rows_mm, columns_mm = result.source_spacing_mm
         if not SLICE_SPACING_MM[0] <= slices_mm <= SLICE_SPACING_MM[1]:

@@ -179,9 +179,9 @@ def test_fill_that_nobody_declared_does_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "changed", "said"),
     [
-        ("air-peak", {"quality": QUALITY | {"air_peak_hu": -976}}, "air peaks at -976 HU instead of -1000"),
+        ("air-peak", {"quality": QUALITY | {"air_peak_hu": -976}}, "air peaks at −976 HU instead of −1000"),
         ("tissue-peak", {"quality": QUALITY | {"tissue_peak_hu": 140}}, "soft tissue peaks at 140 HU"),
-        ("tissue-peak", {"quality": QUALITY | {"tissue_peak_hu": None}}, "nothing peaks between -60 and 200 HU"),
+        ("tissue-peak", {"quality": QUALITY | {"tissue_peak_hu": None}}, "nothing peaks between −60 and 200 HU"),
         ("slice-spacing", {"source_spacing_mm": (10.0, 0.7, 0.7)}, "slices are 10 mm apart"),
         ("slice-spacing", {"source_spacing_mm": (0.1, 0.7, 0.7)}, "slices are 0.1 mm apart"),
         ("pixel-spacing", {"source_spacing_mm": (2.5, 1.75, 1.75)}, "pixels are 1.75 × 1.75 mm"),

@@ -61,7 +61,7 @@
   const status = (name) => make("span", { class: "status " + name }, name);
   const chip = (code) => make("span", { class: "chip" }, code);
   function seriesCell(row) {
-    const slash = row[at.name].lastIndexOf("/") + 1;
+    const slash = row[at.name].lastIndexOf("/", row[at.name].lastIndexOf("/") - 1) + 1; /* the last two names count */
     const open = make("button", { type: "button" }, make("small", {}, row[at.name].slice(0, slash)), row[at.name].slice(slash));
     return [open, row[at.number] === null ? null : make("span", { class: "muted" }, " #" + row[at.number]), row[at.reason] ? make("p", {}, row[at.reason]) : null];
   }
@@ -150,7 +150,7 @@
     return found;
   }
   function distribution({ title, unit, key }) {
-    const BINS = 24, W = 150, H = 46;
+    const BINS = 24, H = 46;
     const values = rows.map(key).filter((v) => v !== null);
     const now = shown.map(key).filter((v) => v !== null).sort((a, b) => a - b);
     const median = now.length ? number(now[now.length >> 1]) + (unit && " " + unit) : "–";
@@ -166,18 +166,14 @@
     const count = (list) => list.reduce((bins, v) => { bins[bin(v)] += 1; return bins; }, new Array(BINS).fill(0));
     const all = count(values), some = count(now);
     const top = Math.max(...all);
-    const chart = draw("svg", { viewBox: `0 0 ${W} ${H + 16}`, role: "img", "aria-label": `Distribution of ${title.toLowerCase()}, median ${median}` });
+    const chart = draw("svg", { viewBox: `0 0 ${BINS} ${H}`, preserveAspectRatio: "none", role: "img", "aria-label": `Distribution of ${title.toLowerCase()}, median ${median}` });
     const height = (n) => n ? Math.max(1.5, Math.sqrt(n / top) * (H - 6)) : 0;
     for (let n = 0; n < BINS; n++) {
-      const x = n * W / BINS + .5, width = W / BINS - 1;
       for (const [list, kind] of [[all, "all"], [some, "shown"]])
-        if (list[n]) chart.append(draw("rect", { class: kind, x, width, y: H - height(list[n]), height: height(list[n]), rx: 1 },
+        if (list[n]) chart.append(draw("rect", { class: kind, x: n + .08, width: .84, y: H - height(list[n]), height: height(list[n]) },
           draw("title", {}, `${number(low + n * (high - low) / BINS)} to ${number(low + (n + 1) * (high - low) / BINS)} ${unit}: ${some[n]} of ${all[n]} series`)));
     }
-    chart.append(draw("line", { class: "axis", x1: 0, x2: W, y1: H, y2: H }));
-    for (const [x, anchor, text] of [[0, "start", one ? "" : number(low)], [W / 2, "middle", median], [W, "end", one ? "" : number(high)]])
-      chart.append(draw("text", { x, y: H + 12, "text-anchor": anchor }, text));
-    card.append(chart);
+    card.append(chart, make("p", { class: "ends" }, [one ? "" : number(low), median, one ? "" : number(high)].map((text) => make("span", {}, text || "\u00a0"))));
     return card;
   }
   const showDistributions = () => byId("distributions").replaceChildren(...DISTRIBUTIONS.map(distribution));
