@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -545,6 +546,13 @@ def test_the_command_for_masks_alone(tmp_path: Path, ct: Ct, out: Path) -> None:
     files = sorted(str(f.relative_to(out)) for f in out.rglob("*.tif"))
     assert [Path(f).parts[-2:] for f in files] == [("masks", "left.tif")]
     np.testing.assert_array_equal(tifffile.imread(out / files[0]), LEFT_BOX)
+    # Its outline on black: slices of 20 × 24 mm are 128 × 154 pixels, 6.4 to a mm, so the box goes from 32 to 63.
+    (preview,) = out.rglob("preview.jpg")
+    lit = imagecodecs.jpeg8_decode(preview.read_bytes())[:, :154].max(axis=2) > 128
+    expected = np.zeros((128, 154), dtype=bool)
+    expected[32:64, 32:64] = True
+    expected[33:63, 33:63] = False
+    assert np.array_equal(lit, expected)
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,11 @@ def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rename(write_series(root / PATH / "filled", twelve, SPACING, change=identify))[5].unlink()
     (root / PATH / "thorax" / "broken Zauberfrau.dcm").write_bytes(files[0].read_bytes()[:200])
     first = pydicom.dcmread(sorted((root / PATH / "thorax").glob("IM*"))[0])
-    (root / PATH / "struct").mkdir()
+    (root / PATH / "konturen").mkdir()
     uids = str(first.SeriesInstanceUID), str(first.FrameOfReferenceUID)
     for name, left in (("RS Zauberfrau.dcm", 0), ("RS Nachbar.dcm", 3)):  # told apart by their files
         write_rtstruct(
-            root / PATH / "struct" / name, {"heart": [square(first, left)]}, series_uid=uids[0], frame_uid=uids[1],
+            root / PATH / "konturen" / name, {"heart": [square(first, left)]}, series_uid=uids[0], frame_uid=uids[1],
             change=lambda ds: identify(ds, 0),
         )  # fmt: skip
     return root
@@ -108,8 +108,10 @@ def made(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     run = convert(dicom, home / "out", home / "key", "--masks", "auto", "--log", str(home / "out" / "run.log"))
     assert run.exit_code == 2, "a log in an OUT that is not there yet"
     (home / "out").mkdir()
-    run = convert(dicom, home / "out", home / "key", "--masks", "auto", "--log", str(home / "out" / "run.log"))
+    log = str(home / "out" / "run.log")
+    run = convert(dicom, home / "out", home / "key", "--masks", "auto", "--report", "--log", log)
     assert run.exit_code == 1, run.output
+    assert (home / "out" / "report.html").is_file()
     return home / "out", home / "key"
 
 
@@ -139,7 +141,7 @@ def test_nothing_in_the_output_tells_who_it_is(made: tuple[Path, Path], dicom: P
 def test_nothing_in_masks_alone_tells_who_it_is(dicom: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "Zauberfrau.txt").write_text("1\t1\n3\t1\n3\t4\n1\t4\n")  # no series, so it is complained about
-    words = ["mask", str(dicom / PATH / "struct"), str(tmp_path / "Zauberfrau.txt"), "--series", str(dicom)]
+    words = ["mask", str(dicom / PATH / "konturen"), str(tmp_path / "Zauberfrau.txt"), "--series", str(dicom)]
     names = ["--names", "hash", "--key", str(tmp_path / "key"), "--out", str(out), "--backend", "cpu", "--jobs", "1"]
     run = CliRunner().invoke(app, [*words, *names, "--size", "16", "--index", "none"])
     assert run.exit_code == 1, run.output
