@@ -201,6 +201,14 @@ def test_a_series_without_picture_or_metrics_is_listed_too(tmp_path: Path) -> No
     ]
 
 
+def test_a_page_holds_so_many_pictures_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpuprep.report.writing.MOST_PICTURES", 2)
+    out = output(tmp_path / "out", [result(n) for n in range(3)])
+    page = Page(Path(write_report(out)))
+    assert [page.json(f"s{n}")["picture"] is None for n in range(3)] == [False, False, True]
+    assert page.json("cohort")["pictures"] == 2
+
+
 def test_a_report_of_a_store_lies_in_the_store(memory: Any, tmp_path: Path) -> None:
     import gpuprep
 

@@ -102,7 +102,8 @@
   };
   function picture(row) {
     const block = detail(row);
-    if (block && !block.picture) return make("div", { class: "frame empty" }, "no picture");
+    const lacking = numbers.get(row) < cohort.pictures ? "no picture" : "not on this page";
+    if (block && !block.picture) return make("div", { class: "frame empty" }, lacking);
     return make("div", { class: "frame" }, block ? image(row, block) : null);
   }
   const image = (row, block) => make("img", { src: "data:image/jpeg;base64," + block.picture, alt: "Middle planes of " + row[at.name] });

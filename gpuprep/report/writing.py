@@ -30,7 +30,7 @@ from gpuprep.quality import BANDS, FLAGS, SOURCES, flags
 from gpuprep.upkeep import Records
 
 MOST_PICTURES = 10_000
-"""In one page, which is some 120 MB then; browsers do not open much more."""
+"""In one page, those of the first series: some 120 MB then, and browsers do not open much more."""
 
 AT_A_TIME = 64
 """Pictures that are read together."""
@@ -110,6 +110,7 @@ def _write_page(page: TextIO, records: Records, output: Output) -> None:
         "made": now()[:16].replace("T", " ") + " UTC",
         "made_by": f"gpuprep {__version__}",
         "bytes": size,
+        "pictures": MOST_PICTURES,
         "columns": COLUMNS,
         "rows": rows,
         "flags": FLAGS,
