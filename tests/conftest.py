@@ -36,7 +36,9 @@ DATA = Path(os.environ.get("GPUPREP_TEST_DATA", Path(__file__).parents[2] / "sha
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests away from the index of headers in the user's cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex))
+    folder = tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 @pytest.fixture(scope="session")
