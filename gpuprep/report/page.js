@@ -37,6 +37,7 @@
   const COLUMNS = [
     { title: "Series", key: (r) => r[at.name], cell: seriesCell, kind: "series" },
     { title: "Status", key: (r) => STATUSES.indexOf(r[at.status]), cell: (r) => status(r[at.status]) },
+    { title: "Flags", key: (r) => r[at.flags].length || null, cell: (r) => r[at.flags].map(chip), kind: "flags", down: true },
     { title: "Slices", key: (r) => r[at.slices], cell: (r) => whole(r[at.slices]), kind: "number" },
     { title: "Source, mm", key: (r) => r[at.spacing_mm] && r[at.spacing_mm][0], cell: (r) => times(r[at.spacing_mm], (v) => number(v)), kind: "number" },
     { title: "Becomes", key: (r) => r[at.shape] && r[at.shape][0], cell: (r) => times(r[at.shape], String), kind: "number" },
@@ -45,7 +46,6 @@
     { title: "Tissue peak", key: (r) => r[at.tissue_hu], cell: (r) => whole(r[at.tissue_hu]), kind: "number" },
     { title: "Padding", key: (r) => r[at.padding_share], cell: (r) => percent(r[at.padding_share]), kind: "number" },
     { title: "Time, s", key: (r) => r[at.seconds], cell: (r) => number(r[at.seconds], 2), kind: "number" },
-    { title: "Flags", key: (r) => r[at.flags].length || null, cell: (r) => r[at.flags].map(chip), kind: "flags", down: true },
   ];
   const DISTRIBUTIONS = [
     { title: "Slice spacing", unit: "mm", key: (r) => r[at.spacing_mm] && r[at.spacing_mm][0] },
