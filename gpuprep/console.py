@@ -22,7 +22,7 @@ from gpuprep.discovery import Cohort
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import SeriesResult
 from gpuprep.matching import Matched
-from gpuprep.recipe import Recipe
+from gpuprep.recipe import Preset, Recipe
 from gpuprep.runs import Listener, Run
 from gpuprep.text import numbered, printable, sized
 from gpuprep.upkeep import Finding as Damage
@@ -223,6 +223,17 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = ()) -> None:
     )
     if scan.forecast.free_disk_bytes is not None:
         show_forecast(scan.forecast)
+
+
+def show_presets(presets: Mapping[str, Preset]) -> None:
+    """Print the recipes that have names."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("for", overflow="fold")
+    table.add_column("source", overflow="fold", style="dim")
+    for name, preset in presets.items():
+        table.add_row(name, preset.why, preset.source)
+    _console(stderr=False).print(table)
 
 
 def show_forecast(forecast: Forecast) -> None:
