@@ -329,5 +329,10 @@ PRESETS: dict[str, Preset] = {
         "lung nodules: 1 mm, [−1200, 600] HU to 0…255, without the mask of lungs",
         "F. Liao et al., IEEE TNNLS 30(11):3484–3495, 2019, doi:10.1109/TNNLS.2019.2892409",
     ),
+    "nnunet-ct": Preset(
+        Recipe(spacing_mm=None, window_hu=None, size=None, dtype="int16", format="nifti", compression="zlib"),
+        "HU as scanned: nnU-Net resamples and normalises by what it finds in the cohort",
+        "F. Isensee et al., Nature Methods 18:203–211, 2021, doi:10.1038/s41592-020-01008-z",
+    ),
 }
 """Recipes by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
 from typing import Any, cast, get_args
@@ -40,16 +41,21 @@ def recipe_schema() -> dict[str, Any]:
         "default": "default",
         "oneOf": [{"const": name, "description": preset.why} for name, preset in PRESETS.items()],
     }
+    compressions = get_args(recipes.Compression)
     return {
         "$schema": DRAFT,
         "title": "A recipe of gpuprep",
         "type": "object",
         "additionalProperties": False,
         "properties": {"base": base} | properties,
-        "not": {  # whatever the preset is
-            "required": ["dtype", "window_hu"],
-            "properties": {"dtype": {"enum": list(recipes.SPREAD)}, "window_hu": {"const": "none"}},
-        },
+        "allOf": [
+            _never("dtype", recipes.SPREAD, "window_hu", ["none"]),
+            *(
+                _never("format", [name], "compression", [c for c in compressions if c not in endings])
+                for name, endings in recipes.ENDINGS.items()
+                if len(endings) < len(compressions)
+            ),
+        ],
     }
 
 
@@ -95,6 +101,12 @@ def _of_masks(name: str) -> dict[str, Any]:
         pair = _several({}, 2)  # as Python has them
         return {"anyOf": [{"type": "object", "additionalProperties": others}, {"type": "array", "items": pair}]}
     return {"type": "string", "format": "regex"}
+
+
+def _never(one: str, ones: Sequence[str], other: str, others: Sequence[str]) -> dict[str, Any]:
+    """Return a schema that refuses some values of a field beside some values of another, if both are given."""
+    both = {one: {"enum": list(ones)}, other: {"enum": list(others)}}
+    return {"not": {"required": [one, other], "properties": both}}
 
 
 def _several(one: dict[str, Any], count: int) -> dict[str, Any]:

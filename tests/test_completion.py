@@ -38,6 +38,7 @@ def asked(shell: str, line: str) -> str:
         ("gpuprep convert dicom --recipe so", ["soft-tissue"]),
         ("gpuprep scan --recipe cl", ["classic"]),
         ("gpuprep recipes bo", ["bone"]),
+        ("gpuprep convert dicom --format ", ["tif", "tif-stack", "nifti", "zarr", "npy"]),
         ("gpuprep convert dicom --format tif-", ["tif-stack"]),
         ("gpuprep convert dicom --dtype u", ["uint8", "uint16"]),
         ("gpuprep convert dicom --compression z", ["zlib", "zstd"]),

@@ -113,6 +113,8 @@ def test_what_no_schema_tells_a_recipe_refuses(table: dict[str, Any]) -> None:
         {"ordr": 1},
         {"recipe": {"order": 1}},
         {"window_hu": "none", "dtype": "uint8"},
+        {"format": "nifti", "compression": "zstd"},
+        {"format": "npy", "compression": "zlib"},
         {"masks": {"rois": "x"}},
         {"window_hu": [-1e7, 0]},
     ],
@@ -123,7 +125,23 @@ def test_what_is_refused_whatever_the_field(table: dict[str, Any]) -> None:
         Recipe.from_dict(table)
 
 
-WORDS = ["none", "", "fix", "LPS", "air", "corner", "both", "pad", "uint8", "int16", "tif-stack", "zlib", "lung", "mm"]
+WORDS = [
+    "none",
+    "",
+    "fix",
+    "LPS",
+    "air",
+    "corner",
+    "pad",
+    "uint8",
+    "int16",
+    "npy",
+    "nifti",
+    "zlib",
+    "zstd",
+    "lung",
+    "mm",
+]
 NUMBERS = st.sampled_from([-1, 0, 0.001, 0.005, 0.01, 0.5, 1, 1.0, 2, 5, 6, 400, 1000, 1001, 16384, 16385, 1e6, 2e6])
 SIMPLE = NUMBERS | st.sampled_from(WORDS) | st.booleans()
 VALUES = SIMPLE | st.lists(SIMPLE, max_size=4) | st.lists(NUMBERS, min_size=2, max_size=3)
@@ -139,6 +157,12 @@ def test_what_the_schema_refuses_a_recipe_refuses(table: dict[str, Any]) -> None
     if not VALIDATOR.is_valid(table):
         with pytest.raises(RecipeError):
             Recipe.from_dict(table)
+
+
+def test_nnunet_ct_keeps_what_was_scanned() -> None:
+    changed = {k: v for k, v in Recipe.preset("nnunet-ct").to_dict().items() if Recipe().to_dict()[k] != v}
+    off = dict.fromkeys(("spacing_mm", "window_hu", "size"), "none")
+    assert changed == off | {"dtype": "int16", "format": "nifti", "compression": "zlib"}
 
 
 @pytest.mark.parametrize(
