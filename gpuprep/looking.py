@@ -1,9 +1,10 @@
-"""Commands that look and change nothing: recipes and how to write them."""
+"""Commands that look and change nothing: at recipes, and at one series."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,4 +40,31 @@ def recipes(
             sys.stdout.write(PRESETS[name].to_toml())
 
 
-LOOKING: tuple[Callable[..., None], ...] = (recipes,)
+def show(
+    series: Annotated[
+        str, typer.Argument(metavar="SERIES", help="DICOM of one series, or the folder of a finished output.")
+    ],
+    series_uid: Annotated[str | None, typer.Option(metavar="UID", help="This one, where there are several.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a montage of slices and the histogram, as PNG.")
+    ] = None,
+) -> None:
+    """Look at one series: verdict, grid, HU, a histogram with the bands of tissues, and three planes."""
+    with errors_to_exit_codes():
+        with held_back():
+            from gpuprep.console import say, show_glance
+            from gpuprep.drawing import montage
+            from gpuprep.glance import glance
+
+        seen = glance(series, series_uid)
+        show_glance(seen)
+        if png is not None:
+            try:
+                montage(seen).save(png, "PNG", optimize=True)
+            except OSError as exc:
+                raise RequestError(f"cannot write {png}: {exc.strerror}") from exc
+            say(f"{png} has {len(seen.slices)} slices and the histogram")
+        raise typer.Exit(1 if seen.verdict == "rejected" else 0)
+
+
+LOOKING: tuple[Callable[..., None], ...] = (recipes, show)

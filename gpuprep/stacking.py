@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gpuprep.acceptance import check, listed, names
 from gpuprep.errors import GeometryError, InputError, MissingTagError
-from gpuprep.geometry import Geometry, Placement, directions
+from gpuprep.geometry import Geometry, Placement, directions, facing
 from gpuprep.rules import Irregularity, Rules
 from gpuprep.series import Series, SliceHeader
 
@@ -113,7 +113,7 @@ def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
     """Return the stack of a series whose values may be anything."""
     axes = _axes(series)
     row, column, _ = axes
-    measures.orientation, measures.obliqueness_deg = _orientation(axes)
+    measures.orientation, measures.obliqueness_deg = facing(axes)
     found = list(series.irregularities)
     _check_strict(found, rules)
 
@@ -162,23 +162,6 @@ def _axes(series: Series) -> NDArray[np.float64]:
             f"Image Orientation (Patient) {series.orientation} is not a pair of perpendicular units", "orientation"
         )
     return axes
-
-
-_PLANES = ("sagittal", "coronal", "axial")
-_LETTERS = ("LR", "PA", "SI")
-"""Letters for growing and falling x, y and z."""
-
-
-def _orientation(axes: NDArray[np.float64]) -> tuple[str, float]:
-    """Return the plane with the directions that slices, rows and columns grow in, and how oblique it is in degrees."""
-    row, column, normal = axes
-    main = int(np.argmax(np.abs(normal)))
-    angle = math.degrees(math.acos(min(1.0, float(abs(normal[main])))))
-    letters = ""
-    for direction in (normal, column, row):
-        axis = int(np.argmax(np.abs(direction)))
-        letters += _LETTERS[axis][0 if direction[axis] > 0 else 1]
-    return f"{_PLANES[main]} {letters}", angle
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -66,8 +66,13 @@ def test_an_extra_that_is_absent_is_named(
     Path("out").mkdir()
     Manifest(manifest_path(Path("out"))).close()
     monkeypatch.setitem(sys.modules, MODULES.get(package, package), None)
-    found = Distribution.from_name
-    monkeypatch.setattr(Distribution, "from_name", lambda name: found("absent" if name == package else name))
+    found: Any = Distribution.from_name
+
+    def others(name: str) -> Distribution:
+        there: Distribution = found("absent" if name == package else name)
+        return there
+
+    monkeypatch.setattr(Distribution, "from_name", others)
     result = CliRunner().invoke(app, USES[extra], catch_exceptions=False)
     line = LINES.get(extra, lambda r: r.stderr)(result)
     assert line.count("\n") <= 1, line
