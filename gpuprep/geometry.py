@@ -110,6 +110,16 @@ class Geometry:
     References
     ----------
     DICOM PS3.3, C.7.6.2.1.1 (Image Position and Image Orientation).
+
+    Examples
+    --------
+    >>> grid = gpuprep.Geometry((10, 20, 20), [[0, 0, 2, -19], [0, 2, 0, -19], [5, 0, 0, 0], [0, 0, 0, 1]])
+    >>> grid.spacing_mm, grid.facing
+    ((5.0, 2.0, 2.0), 'axial SPL')
+    >>> grid.points_mm([0, 0, 0]).tolist()  # x, y, z of the centre of the first voxel
+    [-19.0, -19.0, 0.0]
+    >>> grid.resized((50, 40, 40)).spacing_mm  # the extent is kept
+    (1.0, 1.0, 1.0)
     """
 
     shape: Shape3

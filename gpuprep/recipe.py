@@ -68,6 +68,16 @@ class Recipe:
     ------
     RecipeError
         If a value is impossible, or two values contradict each other.
+
+    Examples
+    --------
+    >>> recipe = gpuprep.Recipe(spacing_mm=(1.0, 0.8, 0.8), window_hu=None, size=None, dtype="int16")
+    >>> gpuprep.Recipe.from_dict({"base": "lung", "size": 256}).window_hu
+    (-1350.0, 150.0)
+    >>> gpuprep.Recipe(window_hu=(400, -1000))
+    Traceback (most recent call last):
+        ...
+    gpuprep.errors.RecipeError: window_hu = 400,-1000: the first number must be the smaller one
     """
 
     policy: Policy = "fix"

@@ -97,6 +97,17 @@ def stack(series: Series, rules: Rules | None = None, measures: Measures | None 
     References
     ----------
     DICOM PS3.3, C.7.6.2.1.1 (Image Position and Image Orientation), 10.7.1.3 (Pixel Spacing).
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> stacked = gpuprep.stack(gpuprep.discover("dicom")[0])
+    >>> stacked.geometry.shape, stacked.geometry.spacing_mm
+    ((12, 32, 32), (3.0, 9.0, 9.0))
+    >>> [slice_.instance_number for slice_ in stacked.slices[:3]]  # this scanner counted from the head down
+    [12, 11, 10]
     """
     rules = rules or Rules()
     measures = measures if measures is not None else Measures()

@@ -66,6 +66,15 @@ def read_segmentation(
     ------
     SegmentationError
         If it cannot be read, is of another kind, or could mean two things.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> square = ["x_mm y_mm z_mm", "0 0 30", "0 20 30", "20 20 30", "20 0 30"]
+    >>> size = Path("heart.txt").write_text("\\n".join(square))
+    >>> found = gpuprep.read_segmentation("heart.txt")
+    >>> [(s.name, len(s.contours)) for s in found.structures]
+    [('heart', 1)]
     """
     path = places.given(path)
     reading = reading or Reading()

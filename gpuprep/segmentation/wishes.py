@@ -31,6 +31,13 @@ class Masks(Reading):
     ------
     RecipeError
         If a value is impossible.
+
+    Examples
+    --------
+    >>> masks = gpuprep.Masks(roi="^lung", aliases={"lung_l": ["Left Lung"]})
+    >>> masks.name("left lung"), masks.name("heart")
+    ('lung_l', None)
+    >>> recipe = gpuprep.Recipe(masks=masks)
     """
 
     roi: str | None = None
