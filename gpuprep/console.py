@@ -262,7 +262,7 @@ def show_glance(seen: Glance) -> None:
         for bands in (BANDS[:4], BANDS[4:]):
             shares = ((b, f"{seen.quality['bands'][b.name]:.1%}") for b in bands)
             told = (f"{LETTERS[b.name]} {b.name:6} {share:>5} of {b.low_hu}…{b.high_hu}" for b, share in shares)
-            console.print("".join(f"{t:28}" for t in told).rstrip(), soft_wrap=True)
+            console.print("".join(f"{t:31}" for t in told).rstrip(), soft_wrap=True)
     if seen.planes is not None and console.is_terminal and console.color_system is not None:
         console.print()
         for row in _half_blocks(seen.planes, min(console.width - 1, seen.planes.shape[1])):

@@ -70,8 +70,9 @@ def read_segmentation(
     Examples
     --------
     >>> from pathlib import Path
-    >>> square = ["x_mm y_mm z_mm", "0 0 30", "0 20 30", "20 20 30", "20 0 30"]
-    >>> size = Path("heart.txt").write_text("\\n".join(square))
+    >>> with Path("heart.txt").open("w") as file:
+    ...     for line in ("x_mm y_mm z_mm", "0 0 30", "0 20 30", "20 20 30", "20 0 30"):
+    ...         print(line, file=file)
     >>> found = gpuprep.read_segmentation("heart.txt")
     >>> [(s.name, len(s.contours)) for s in found.structures]
     [('heart', 1)]
