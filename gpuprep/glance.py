@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.auditing import audit
 from gpuprep.backend import NumpyBackend
-from gpuprep.discovery import discover
-from gpuprep.errors import NothingFoundError, OutputError, RequestError
+from gpuprep.errors import OutputError, RequestError
 from gpuprep.geometry import Geometry
+from gpuprep.loading import one_series
 from gpuprep.manifest import Manifest, manifest_path
+from gpuprep.opening import Finished
 from gpuprep.output import PREVIEW, SIDECAR
 from gpuprep.pictures import Planes, picture
 from gpuprep.plan import make_plan
@@ -38,7 +38,7 @@ SLICES = 20
 """That are kept of a series, at equal distances."""
 
 NAMED = 5
-"""Series that a complaint lists."""
+"""Outputs that a complaint lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -93,17 +93,7 @@ def glance(path: str, series_uid: str | None = None) -> Glance:
         if len(made) != 1:
             raise RequestError(f"{path} is the --out of a run that made {_listed(made)}: choose one")
         return _of_output(Path(made[0]))
-    found = [s for s in discover(path) if series_uid in (None, s.series_uid)]
-    if not found:
-        of_that = f" of UID {series_uid}" if series_uid else ""
-        raise NothingFoundError(f"no CT series{of_that} under {path}")
-    if len(found) > 1:
-        listed = ", ".join(f"{s.series_uid} in {printable(s.folder)}" for s in found[:NAMED])
-        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-        raise RequestError(
-            f"{len(found)} series under {path}: choose one by its folder or --series-uid: {listed}{more}"
-        )
-    return _of_series(found[0])
+    return _of_series(one_series(path, AS_ACQUIRED.rules, series_uid))
 
 
 def _listed(things: Sequence[str]) -> str:
@@ -141,26 +131,25 @@ def _of_series(series: Series) -> Glance:
 
 
 def _of_output(folder: Path) -> Glance:
+    output = Finished(folder)
+    told, image = output.sidecar, output.recipe.image
     try:
-        told = json.loads((folder / SIDECAR).read_bytes())
         source = told["source"]
-        grid = Geometry(tuple(told["shape"]), np.array(told["affine_lps"]))
-        recipe = Recipe.from_dict(told["recipe"])
         return Glance(
-            title=f"{folder}: {'image' if recipe.image else 'masks'} of a series of {source['slices']} images",
+            title=f"{folder}: {'image' if image else 'masks'} of a series of {source['slices']} images",
             verdict=told["verdict"],
             codes=tuple(told["codes"]),
             notes=tuple(told["irregularities"]) + tuple(told["warnings"]),
-            grid=grid,
-            hu=(source["hu_min"], source["hu_mean"], source["hu_max"]) if recipe.image else None,
+            grid=output.geometry,
+            hu=(source["hu_min"], source["hu_mean"], source["hu_max"]) if image else None,
             padding_share=source.get("padding_share"),
             quality=source.get("quality"),
-            structures=tuple(label["name"] for label in told.get("labels") or ()),
+            structures=tuple(output.files),
             planes=_preview(folder / PREVIEW),
-            slices=tuple(_stored_slices(folder, recipe, told)) if recipe.image else (),
+            slices=tuple(_slices(output)) if image else (),
         )
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise OutputError(f"{folder} is not as it was written ({exc}): run gpuprep verify on its OUT") from exc
+    except (KeyError, TypeError, ValueError) as exc:
+        raise OutputError(f"{folder / SIDECAR} is not as it was written ({exc}): see gpuprep verify") from exc
 
 
 def spread(count: int) -> list[int]:
@@ -176,48 +165,12 @@ def _preview(file: Path) -> NDArray[np.uint8] | None:
     return np.asarray(jpeg8_decode(file.read_bytes()), dtype=np.uint8)
 
 
-def _stored_slices(folder: Path, recipe: Recipe, told: dict[str, Any]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def _slices(output: Finished) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Yield some slices of an output, shown in its window."""
-    slope, intercept = told["hu"]["slope"], told["hu"]["intercept"]
-    low_hu, high_hu = told["hu"]["window"] or DISPLAY_HU
-    volume = _stored(folder, recipe)
-    for k in spread(told["shape"][0]):
-        hu = np.asarray(volume[k], dtype=np.float32) * slope + intercept
+    slope, intercept = output.hu
+    low_hu, high_hu = output.recipe.window_hu or DISPLAY_HU
+    slices, rows, columns = output.geometry.shape
+    for k in spread(slices):
+        stored = output.image((slice(k, k + 1), slice(0, rows), slice(0, columns)))[0]
+        hu = stored.astype(np.float32) * slope + intercept
         yield k, np.rint(np.clip((hu - low_hu) / (high_hu - low_hu), 0, 1) * 255).astype(np.uint8)
-
-
-def _stored(folder: Path, recipe: Recipe) -> Sequence[Any]:
-    """Return what gives the values of a slice, as they are stored, by its number."""
-    recipe.check_installed()
-    file = str(folder / f"volume{recipe.ending}")
-    found: Any
-    match recipe.format:
-        case "tif":
-            found = _Slices(folder)
-        case "tif-stack":
-            import tifffile
-
-            found = tifffile.imread(file)
-        case "npy":
-            found = np.load(file, mmap_mode="r")
-        case "nifti":
-            import nibabel
-
-            found = np.asanyarray(nibabel.load(file).dataobj.get_unscaled()).T  # type: ignore[attr-defined]
-        case "zarr":
-            import zarr
-
-            found = zarr.open_array(file, path="0", mode="r")
-    return cast("Sequence[Any]", found)
-
-
-class _Slices:
-    """Slices in files of their own."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files = sorted(folder.glob("[0-9]*.tif"), key=lambda file: int(file.stem))
-
-    def __getitem__(self, k: int) -> NDArray[Any]:
-        import tifffile
-
-        return np.asarray(tifffile.imread(self._files[k]))

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import tomllib
+from importlib import import_module
 from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def told_by_doctor(stdout: str) -> str:
 
 
 def test_every_extra_of_the_project_is_tried() -> None:
-    assert set(USES) == set(EXTRAS)
+    assert {*USES, "torch"} == set(EXTRAS)  # torch has no command: it is for Python
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,11 @@ def test_an_extra_that_is_absent_is_named(
         return there
 
     monkeypatch.setattr(Distribution, "from_name", others)
+    if extra == "torch":
+        monkeypatch.delitem(sys.modules, "gpuprep.torch", raising=False)
+        with pytest.raises(ImportError, match=r"pip install 'gpuprep\[torch\]'$"):
+            import_module("gpuprep.torch")
+        return
     result = CliRunner().invoke(app, USES[extra], catch_exceptions=False)
     line = told_by_doctor(result.stdout) if extra == "fast" else result.stderr  # without it all works, half as fast
     assert line.count("\n") <= 1, line

@@ -157,8 +157,7 @@ def test_several_series_are_listed_in_one_line_and_one_can_be_chosen(series: Pat
     result = show(tmp_path)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"gpuprep: 2 series under {tmp_path}: choose one by its folder or --series-uid: "
-        f"1.2.3 in {series}, 1.2.4 in {series}\n"
+        f"gpuprep: there are 2 CT series in {tmp_path}: choose one as series_uid: 1.2.3 (6 slices), 1.2.4 (6 slices)\n"
     )
     assert "voxels of 5 × 0.8 × 0.7 mm" in show(tmp_path, "--series-uid", "1.2.4").stdout
 
@@ -181,10 +180,10 @@ def test_what_is_not_there_and_what_is_damaged_is_one_line(series: Path, out: Pa
     (out / "ct" / "0003.tif").write_bytes(b"")
     for args, code, words in (
         ([tmp_path / "nowhere"], 2, "does not exist"),
-        ([tmp_path / "empty"], 3, "no CT series under"),
-        ([series, "--series-uid", "9"], 3, "no CT series of UID 9 under"),
+        ([tmp_path / "empty"], 3, "there is no CT series in"),
+        ([series, "--series-uid", "9"], 3, "there is no series 9 in"),
         ([series, "--png", tmp_path / "no" / "a.png"], 2, "cannot write"),
-        ([out / "ct"], 1, "run gpuprep verify"),
+        ([out / "ct"], 1, "see gpuprep verify"),
     ):
         result = show(*args)
         assert (result.exit_code, result.stderr.count("\n")) == (code, 1), result.stderr
