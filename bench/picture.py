@@ -1,9 +1,10 @@
-"""Draw the README's pictures: a phantom as it is stored and what becomes of it; a tilted one, kept and fixed; masks.
+"""Draw the README's pictures: a phantom before and after; a tilted one, kept and fixed; masks; and `gpuprep show`.
 
 python -m bench.picture bench/results
 """
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from PIL import Image, ImageDraw
 from pydicom import Dataset
 
 import gpuprep
+from gpuprep.drawing import montage
 from gpuprep.geometry import Geometry
+from gpuprep.glance import glance
 from gpuprep.intensity import HuStatistics
 from gpuprep.phantom import outlines, thorax, write_series
 from gpuprep.volume import StoredVolume
@@ -94,6 +97,15 @@ def masked() -> list[tuple[str, NDArray[Any]]]:
     ]
 
 
+def shown() -> Image.Image:
+    """Return what ``gpuprep show --png`` draws of an output."""
+    spacing_mm = 3.0, 1.6, 1.6
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # whose name is nobody's business
+        write_series(Path("dicom/patient-1"), thorax((60, 224, 224), spacing_mm, seed=1), spacing_mm)
+        gpuprep.convert("dicom", "volumes", gpuprep.Recipe(format="tif-stack"), backend="cpu")
+        return montage(glance("volumes/dicom/patient-1"))
+
+
 def outlined(stored: NDArray[Any], contours: list[NDArray[Any]]) -> NDArray[Any]:
     """Return a slice in grey with outlines drawn on it."""
     grey = np.clip((stored.astype(np.float32) - 1024 + 1000) / 1400 * 255, 0, 255).astype(np.uint8)
@@ -133,6 +145,7 @@ def main() -> None:
     draw(before_and_after(), folder / "before-after.png")
     draw(kept_and_fixed(), folder / "tilt.png")
     draw(masked(), folder / "masks.png")
+    shown().resize((816, 978)).quantize(48).save(folder / "show.png", optimize=True)
 
 
 if __name__ == "__main__":

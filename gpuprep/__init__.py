@@ -1,8 +1,14 @@
 """Cohorts of CT DICOM to training-ready volumes, on a GPU or without one.
 
+>>> from pathlib import Path
+>>> from gpuprep.phantom import thorax, write_series
+>>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+
 >>> import gpuprep
->>> for series in gpuprep.discover("dicom"):                        # doctest: +SKIP
-...     volume = gpuprep.process(gpuprep.read(series), gpuprep.Recipe(dtype="uint8"))
+>>> for series in gpuprep.discover("dicom"):
+...     volume = gpuprep.process(gpuprep.read(series), gpuprep.Recipe(dtype="uint8"), backend="cpu")
+...     print(volume.shape, volume.values.dtype)
+(36, 512, 512) uint8
 """
 
 from __future__ import annotations

@@ -18,7 +18,20 @@ LISTED = 100
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """The audit of one series."""
+    """The audit of one series.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> files[4].unlink()
+    >>> audited = gpuprep.audit(gpuprep.discover("dicom")[0])
+    >>> audited.verdict, audited.codes
+    ('fixed', ('gap',))
+    >>> print(audited.irregularities[0].done)
+    interpolated from the slices around
+    """
 
     series: Series
     stack: Stack | None
@@ -82,6 +95,15 @@ def audit(series: Series, rules: Rules | None = None) -> Audit:
         From `gpuprep.discover`, with the same rules.
     rules : Rules, optional
         Policy and tolerances; the default where absent.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> audited = gpuprep.audit(gpuprep.discover("dicom")[0])
+    >>> audited.verdict, audited.measures.spacing_mm, audited.measures.orientation
+    ('ok', 3.0, 'axial SPL')
     """
     rules = rules or Rules()
     measures = Measures()

@@ -274,6 +274,20 @@ def convert(
         If the manifest or another of the run's own files cannot be written.
     KeyboardInterrupt
         In whatever order. What was finished stays; the next run does the rest.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> recipe = gpuprep.Recipe(size=(64, 64), dtype="uint8", format="tif-stack")
+    >>> run = gpuprep.convert("dicom", "out", recipe, backend="cpu")
+    >>> run.counts, run.exit_code
+    ({'ok': 1}, 0)
+    >>> sorted(file.name for file in Path("out/dicom").iterdir())
+    ['preview.jpg', 'volume.json', 'volume.tif']
+    >>> gpuprep.convert("dicom", "out", recipe, backend="cpu").counts  # nothing has changed
+    {'skipped': 1}
     """
     recipe = recipe or Recipe()
     recipe.check_installed()

@@ -71,6 +71,7 @@ from gpuprep.flags import (
 from gpuprep.interruption import held_back
 from gpuprep.keeping import KEEPING
 from gpuprep.logs import quiet_libraries
+from gpuprep.looking import LOOKING
 from gpuprep.running import gpu_numbers, jobs_or_cores, run_conversion
 from gpuprep.sharding import WHOLE, Shard
 from gpuprep.shell import complain, errors_to_exit_codes, header_index, print_csv, print_json
@@ -89,7 +90,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 all done, 1 some series rejected or failed or some file unreadable, 2 bad request, "
     "3 nothing found, 4 backend, 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -115,7 +115,8 @@ class _WithMasks(TyperCommand):
                 break
             if word.startswith("-"):
                 taking = word == "--masks"
-                if taking and (n + 1 == len(args) or args[n + 1].startswith("-")):
+                bare = n + 1 == len(args) or args[n + 1].startswith("-")
+                if taking and bare and not ctx.resilient_parsing:  # which it is while a shell completes the line
                     ctx.fail("Option '--masks' takes a path at least, or auto.")
                 words += [] if taking else [word]
             else:
@@ -310,7 +311,7 @@ def scan(
         _show_scan(paths, wanted, None, jobs, index, "csv" if csv else "json" if json_ else "table")
 
 
-for _command in KEEPING:
+for _command in KEEPING + LOOKING:
     app.command()(_command)
 
 

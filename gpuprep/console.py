@@ -8,21 +8,27 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from rich import box
+from rich.color import Color
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.style import Style
 from rich.table import Table
+from rich.text import Text
 
 from gpuprep.batch import Scan
 from gpuprep.discovery import Cohort
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import SeriesResult
 from gpuprep.matching import Matched
-from gpuprep.recipe import Recipe
+from gpuprep.quality import BANDS
+from gpuprep.recipe import Preset, Recipe
 from gpuprep.runs import Listener, Run
 from gpuprep.text import numbered, printable, sized
 from gpuprep.upkeep import Finding as Damage
@@ -30,11 +36,15 @@ from gpuprep.upkeep import Status
 
 if TYPE_CHECKING:
     from gpuprep.doctor import Finding
+    from gpuprep.glance import Glance
 
 STATES = {"running": "green", "finished": "", "interrupted": "yellow", "killed": "red"}
 STYLES = {"ok": "green", "fixed": "cyan", "skipped": "dim", "rejected": "yellow"}
 PIPE_WIDTH = 160
 """Columns where the output is no terminal."""
+
+HISTOGRAM_WIDTH = 96
+"""Columns that a histogram takes at most."""
 
 
 class _Console(Console):
@@ -223,6 +233,53 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = ()) -> None:
     )
     if scan.forecast.free_disk_bytes is not None:
         show_forecast(scan.forecast)
+
+
+def show_presets(presets: Mapping[str, Preset]) -> None:
+    """Print the recipes that have names."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("for", overflow="fold")
+    table.add_column("source", overflow="fold", style="dim")
+    for name, preset in presets.items():
+        table.add_row(name, preset.why, preset.source)
+    _console(stderr=False).print(table)
+
+
+def show_glance(seen: Glance) -> None:
+    """Print what can be seen of one series; pictures where the terminal has colours."""
+    from gpuprep.drawing import LETTERS, grid_lines, text_histogram
+
+    console = _console(stderr=False)
+    console.print(seen.title, soft_wrap=True)
+    console.print(" ".join([seen.verdict, *seen.codes]), style=STYLES.get(seen.verdict, "red"))
+    for line in (*seen.notes, *grid_lines(seen)):
+        console.print(printable(line), soft_wrap=True)
+    if seen.quality is not None:
+        console.print()
+        for line in text_histogram(seen.quality, min(console.width - 6, HISTOGRAM_WIDTH)):
+            console.print(line, soft_wrap=True)
+        for bands in (BANDS[:4], BANDS[4:]):
+            shares = ((b, f"{seen.quality['bands'][b.name]:.1%}") for b in bands)
+            told = (f"{LETTERS[b.name]} {b.name:6} {share:>5} of {b.low_hu}…{b.high_hu}" for b, share in shares)
+            console.print("".join(f"{t:31}" for t in told).rstrip(), soft_wrap=True)
+    if seen.planes is not None and console.is_terminal and console.color_system is not None:
+        console.print()
+        for row in _half_blocks(seen.planes, min(console.width - 1, seen.planes.shape[1])):
+            console.print(row)
+
+
+def _half_blocks(pixels: NDArray[np.uint8], width: int) -> Iterator[Text]:
+    """Yield the lines of a picture, shape (rows, columns, 3): each character is two pixels, one above the other."""
+    from PIL import Image
+
+    high = max(2, round(pixels.shape[0] * width / pixels.shape[1]) // 2 * 2)
+    small = np.asarray(Image.fromarray(pixels).resize((width, high), Image.Resampling.BOX))
+    for upper, lower in zip(small[::2], small[1::2], strict=True):
+        line = Text(no_wrap=True)
+        for above, below in zip(upper.tolist(), lower.tolist(), strict=True):
+            line.append("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
+        yield line
 
 
 def show_forecast(forecast: Forecast) -> None:

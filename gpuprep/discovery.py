@@ -93,6 +93,15 @@ def discover(
     -----
     Images belong together by *Series Instance UID* alone, wherever their files lie, and within one UID by matrix, pixel
     spacing and orientation; see `gpuprep.partition`.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> cohort = gpuprep.discover("dicom")
+    >>> len(cohort), len(cohort[0].slices), cohort.passed_over
+    (1, 12, {})
     """
     places = [given(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     images: list[Image] = []

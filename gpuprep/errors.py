@@ -13,7 +13,8 @@
     ├── PlanError               one series: it does not fit what the recipe asks
     ├── OutputError             one series: its folder cannot be written
     ├── RequestError            the whole run: what was asked makes no sense
-    │   └── RecipeError         … in the recipe
+    │   ├── RecipeError         … in the recipe
+    │   └── NothingFoundError   … or is not there
     └── BackendError            the whole run: the engine cannot start
         ├── DeviceMemoryError   one series: it does not fit on the device
         └── DeviceLostError     one series: the device failed under it
@@ -102,6 +103,12 @@ class RequestError(GpuprepError):
 
 class RecipeError(RequestError, ValueError):
     """A recipe holds an unknown key or an impossible value."""
+
+
+class NothingFoundError(RequestError):
+    """There is no such series where it was looked for."""
+
+    exit_code = 3
 
 
 class BackendError(GpuprepError):

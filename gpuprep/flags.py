@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,11 +17,20 @@ Paths = Annotated[
     list[str],
     typer.Argument(metavar="DICOM_DIR...", help="Folders, searched to any depth, or single files; or their URLs."),
 ]
+
+
+def preset_names(begun: str) -> Iterator[tuple[str, str]]:
+    """Yield the presets that begin so, each with its reason, for the shell to complete."""
+    from gpuprep.recipe import PRESETS  # not by `--help`
+
+    return ((name, preset.why) for name, preset in PRESETS.items() if name.startswith(begun))
+
+
 RecipeOption = Annotated[
     str,
     typer.Option(
-        "--recipe", metavar="NAME|FILE", help="A preset (default, classic) or a TOML file; flags override it.",
-        rich_help_panel=RECIPE,
+        "--recipe", metavar="NAME|FILE", help="A preset (see gpuprep recipes) or a TOML file; flags override it.",
+        rich_help_panel=RECIPE, autocompletion=preset_names,
     ),
 ]  # fmt: skip
 Spacing = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -33,6 +34,29 @@ def directions(orientation: ArrayLike) -> NDArray[np.float64] | None:
     row, column = pair / lengths[:, None]
     normal = np.cross(row, column)
     return np.array([row, column, normal / np.linalg.norm(normal)])
+
+
+_PLANES = ("sagittal", "coronal", "axial")
+_LETTERS = ("LR", "PA", "SI")
+"""Letters for growing and falling x, y and z."""
+
+
+def facing(axes: NDArray[np.float64]) -> tuple[str, float]:
+    """Return the plane with the directions that slices, rows and columns grow in, and how oblique it is in degrees.
+
+    Parameters
+    ----------
+    axes : array of float64, shape (3, 3)
+        Unit vectors, LPS: along a row, along a column, and from slice to slice.
+    """
+    row, column, normal = axes
+    main = int(np.argmax(np.abs(normal)))
+    angle = math.degrees(math.acos(min(1.0, float(abs(normal[main])))))
+    letters = ""
+    for direction in (normal, column, row):
+        axis = int(np.argmax(np.abs(direction)))
+        letters += _LETTERS[axis][0 if direction[axis] > 0 else 1]
+    return f"{_PLANES[main]} {letters}", angle
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +110,16 @@ class Geometry:
     References
     ----------
     DICOM PS3.3, C.7.6.2.1.1 (Image Position and Image Orientation).
+
+    Examples
+    --------
+    >>> grid = gpuprep.Geometry((10, 20, 20), [[0, 0, 2, -19], [0, 2, 0, -19], [5, 0, 0, 0], [0, 0, 0, 1]])
+    >>> grid.spacing_mm, grid.facing
+    ((5.0, 2.0, 2.0), 'axial SPL')
+    >>> grid.points_mm([0, 0, 0]).tolist()  # x, y, z of the centre of the first voxel
+    [-19.0, -19.0, 0.0]
+    >>> grid.resized((50, 40, 40)).spacing_mm  # the extent is kept
+    (1.0, 1.0, 1.0)
     """
 
     shape: Shape3
@@ -161,6 +195,11 @@ class Geometry:
             step[source, 3] = self.shape[source] - 1 if flip else 0
         k, j, i = (self.shape[axis] for axis in turn.axes)
         return Geometry((k, j, i), self.affine @ step)
+
+    @property
+    def facing(self) -> str:
+        """Plane and directions in which slices, rows and columns grow: "axial SPL" is up, to the back, to the left."""
+        return facing((self.affine[:3, 2::-1] / np.array(self.spacing_mm)[::-1]).T)[0]
 
     @property
     def to_axial(self) -> Turn:

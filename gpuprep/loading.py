@@ -6,10 +6,12 @@ import os
 
 from gpuprep.backend import Backend, BackendName, Engine
 from gpuprep.discovery import discover
-from gpuprep.errors import RequestError
+from gpuprep.errors import NothingFoundError, RequestError
 from gpuprep.processing import process
 from gpuprep.reading import read
 from gpuprep.recipe import Recipe
+from gpuprep.rules import Rules
+from gpuprep.series import Series
 from gpuprep.text import printable
 from gpuprep.volume import Volume
 
@@ -69,16 +71,29 @@ def load(
     ((24, 128, 128), (1.0, 2.5, 2.5))
     """
     recipe = recipe or Recipe()
-    cohort = discover(path, recipe.rules)
+    return process(read(one_series(path, recipe.rules, series_uid), recipe), recipe, backend=backend, engine=engine)
+
+
+def one_series(path: str | os.PathLike[str], rules: Rules, series_uid: str | None = None) -> Series:
+    """Return the one series under a path, or the one that is asked for.
+
+    Raises
+    ------
+    NothingFoundError
+        If there is no such series.
+    RequestError
+        If there are several.
+    """
+    cohort = discover(path, rules)
     found = [s for s in cohort if series_uid in (None, s.series_uid, s.key)]
     if not found:
         what = f"series {series_uid}" if series_uid else "CT series"
-        raise RequestError(f"there is no {what} in {path}{_beside(len(cohort), len(cohort.unreadable))}")
+        raise NothingFoundError(f"there is no {what} in {path}{_beside(len(cohort), len(cohort.unreadable))}")
     if len(found) > 1:
         keys = ", ".join(f"{printable(s.key)} ({len(s.slices)} slices)" for s in found[:NAMED])
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
         raise RequestError(f"there are {len(found)} CT series in {path}: choose one as series_uid: {keys}{more}")
-    return process(read(found[0], recipe), recipe, backend=backend, engine=engine)
+    return found[0]
 
 
 def _beside(series: int, unreadable: int) -> str:

@@ -55,6 +55,16 @@ def process(
         If the series does not fit the recipe.
     BackendError
         If the backend cannot run here, or its memory is exhausted.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> stored = gpuprep.read(gpuprep.discover("dicom")[0])
+    >>> volume = gpuprep.process(stored, gpuprep.Recipe(size=None), backend="cpu")
+    >>> volume.shape, volume.spacing_mm
+    ((36, 288, 288), (1.0, 1.0, 1.0))
     """
     backend = get_backend(backend) if isinstance(backend, str) else backend
     plan = make_plan(volume.geometry, recipe or Recipe(), volume.placement)

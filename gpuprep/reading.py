@@ -184,6 +184,15 @@ def read(series: Series, recipe: Recipe | None = None) -> StoredVolume:
     ------
     InputError
         As `gpuprep.stack` raises; and DecodeError, with the file's name, where pixels cannot be read.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> stored = gpuprep.read(gpuprep.discover("dicom")[0])
+    >>> stored.stored.shape, stored.stored.dtype.name, stored.geometry.spacing_mm
+    ((12, 32, 32), 'int16', (3.0, 9.0, 9.0))
     """
     reader = SeriesReader(series, recipe)
     stored = reader.slab(0, len(reader.slope))

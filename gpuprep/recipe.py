@@ -43,6 +43,15 @@ LARGEST_AXIS = 16384
 
 _RULES = Rules()
 
+SMALLEST_STEP = 0.01
+"""Spacings below this, in mm, are another slip."""
+
+HIGHEST_ORDER = 5
+"""Of splines in `scipy.ndimage`."""
+
+SPREAD = ("uint8", "uint16")
+"""Types that hold a window over their whole range, and so need one."""
+
 LARGEST_NUMBER = 1e6
 NARROWEST_WINDOW_HU = 1e-3
 """Beyond these float32 cannot do what is asked."""
@@ -59,6 +68,16 @@ class Recipe:
     ------
     RecipeError
         If a value is impossible, or two values contradict each other.
+
+    Examples
+    --------
+    >>> recipe = gpuprep.Recipe(spacing_mm=(1.0, 0.8, 0.8), window_hu=None, size=None, dtype="int16")
+    >>> gpuprep.Recipe.from_dict({"base": "lung", "size": 256}).window_hu
+    (-1350.0, 150.0)
+    >>> gpuprep.Recipe(window_hu=(400, -1000))
+    Traceback (most recent call last):
+        ...
+    gpuprep.errors.RecipeError: window_hu = 400,-1000: the first number must be the smaller one
     """
 
     policy: Policy = "fix"
@@ -104,11 +123,11 @@ class Recipe:
     """How segmentations become masks, where there are any: a table of its own."""
 
     def __post_init__(self) -> None:
-        for name, kind in _CHOICES.items():
+        for name, kind in CHOICES.items():
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise RecipeError(f"{name} = {value!r}: choose one of {', '.join(get_args(kind))}")
-        for name, low, high in _LIMITS:
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             whole = name == "max_missing"
             number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
@@ -126,7 +145,7 @@ class Recipe:
             )
         if not isinstance(self.masks, Masks):
             raise RecipeError(f"masks = {self.masks!r}: give a table of TOML, or gpuprep.Masks")
-        if not isinstance(self.order, int) or isinstance(self.order, bool) or not 0 <= self.order <= 5:
+        if not isinstance(self.order, int) or isinstance(self.order, bool) or not 0 <= self.order <= HIGHEST_ORDER:
             raise RecipeError(f"order = {self.order!r}: give a whole number from 0 (nearest) to 5; 3 is cubic")
         for name, kind, count, words in (
             ("spacing_mm", float, 3, "three positive numbers of mm, slices first, or none"),
@@ -135,7 +154,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None:
                 value = _numbers(name, value, kind, count, words)
-                if not all(0.01 <= v <= LARGEST_AXIS for v in value):
+                if not all(SMALLEST_STEP <= v <= LARGEST_AXIS for v in value):
                     raise RecipeError(f"{name} = {value}: give {words}, each at most {LARGEST_AXIS}")
                 object.__setattr__(self, name, value)
         if self.window_hu is not None:
@@ -143,7 +162,7 @@ class Recipe:
             if not high - low >= NARROWEST_WINDOW_HU:
                 raise RecipeError(f"window_hu = {low:g},{high:g}: the first number must be the smaller one")
             object.__setattr__(self, "window_hu", (low, high))
-        elif self.dtype in ("uint8", "uint16"):
+        elif self.dtype in SPREAD:
             raise RecipeError(
                 f"dtype = {self.dtype!r} spreads a window over its range, but window_hu is none: "
                 "give a window, or choose float32 or int16 to keep HU"
@@ -184,7 +203,7 @@ class Recipe:
         """Return a recipe by name: one of `PRESETS`."""
         if name not in PRESETS:
             raise RecipeError(f"there is no recipe {name!r}{_hint(name, PRESETS)}: {', '.join(PRESETS)}")
-        return PRESETS[name]
+        return PRESETS[name].recipe
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -199,8 +218,7 @@ class Recipe:
             values["spacing_mm"] = [values["spacing_mm"]] * 3
         if isinstance(values.get("size"), int):
             values["size"] = [values["size"]] * 2
-        optional = ("spacing_mm", "window_hu", "size")
-        changes: dict[str, Any] = {k: None if k in optional and v == "none" else v for k, v in values.items()}
+        changes: dict[str, Any] = {k: None if k in OPTIONAL and v == "none" else v for k, v in values.items()}
         if "masks" in changes:
             changes["masks"] = Masks.from_dict(changes["masks"], base.masks)
         return replace(base, **changes)
@@ -232,15 +250,19 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
-_LIMITS = (
-    ("spacing_tolerance", 0, 1),
-    ("position_tolerance_mm", 1e-6, 10),
-    ("lean_tolerance_mm", 1e-6, 1000),
-    ("max_missing", 0, 1000),
-    ("max_missing_share", 0, 1),
-)
+LIMITS = {
+    "spacing_tolerance": (0, 1),
+    "position_tolerance_mm": (1e-6, 10),
+    "lean_tolerance_mm": (1e-6, 1000),
+    "max_missing": (0, 1000),
+    "max_missing_share": (0, 1),
+}
+"""Lowest and highest value of single numbers."""
 
-_CHOICES: dict[str, Any] = {
+OPTIONAL = ("spacing_mm", "window_hu", "size")
+"""What may be "none"."""
+
+CHOICES: dict[str, Any] = {
     "policy": Policy,
     "orient": Orient,
     "padding": Padding,
@@ -251,6 +273,7 @@ _CHOICES: dict[str, Any] = {
     "format": Format,
     "compression": Compression,
 }
+"""Words of which one has to be given."""
 
 
 def _numbers(name: str, value: Any, kind: type, count: int, words: str) -> tuple[Any, ...]:
@@ -268,8 +291,58 @@ def _hint(word: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-PRESETS: dict[str, Recipe] = {
-    "default": Recipe(),
-    "classic": Recipe(padding="minus2000-to-0", align="corner", anti_alias="resize"),
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A recipe that has a name."""
+
+    recipe: Recipe
+    why: str
+    """What it is for, in one line."""
+    source: str
+    """Where its numbers come from."""
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML, under what is to be said of it."""
+        return f"# {self.why}\n# Source: {self.source}\n\n{self.recipe.to_toml()}"
+
+
+_WINDOWS = "A. Murphy et al., Windowing (CT), radiopaedia.org/articles/52108"
+
+PRESETS: dict[str, Preset] = {
+    "default": Preset(
+        Recipe(),
+        "1 mm, from air to dense bone, slices of 512 × 512: for most networks",
+        "the design of gpuprep; each step is explained in its README",
+    ),
+    "classic": Preset(
+        Recipe(padding="minus2000-to-0", align="corner", anti_alias="resize"),
+        "the widely copied notebook value for value, to go on with older data",
+        "the defaults of scipy.ndimage.zoom and skimage.transform.resize",
+    ),
+    "lung": Preset(
+        Recipe(window_hu=(-1350.0, 150.0)),
+        "the window for lungs: width 1500 HU, level −600 HU",
+        _WINDOWS,
+    ),
+    "soft-tissue": Preset(
+        Recipe(window_hu=(-150.0, 250.0)),
+        "the window for soft tissue of the abdomen: width 400 HU, level 50 HU",
+        _WINDOWS,
+    ),
+    "bone": Preset(
+        Recipe(window_hu=(-500.0, 1300.0)),
+        "the window for bone of the spine: width 1800 HU, level 400 HU",
+        _WINDOWS,
+    ),
+    "luna16": Preset(
+        Recipe(window_hu=(-1200.0, 600.0), size=None, dtype="uint8"),
+        "lung nodules: 1 mm, [−1200, 600] HU to 0…255, without the mask of lungs",
+        "F. Liao et al., IEEE TNNLS 30(11):3484–3495, 2019, doi:10.1109/TNNLS.2019.2892409",
+    ),
+    "nnunet-ct": Preset(
+        Recipe(spacing_mm=None, window_hu=None, size=None, dtype="int16", format="nifti", compression="zlib"),
+        "HU as scanned: nnU-Net resamples and normalises by what it finds in the cohort",
+        "F. Isensee et al., Nature Methods 18:203–211, 2021, doi:10.1038/s41592-020-01008-z",
+    ),
 }
-"""Recipes by name. "classic" repeats the widely copied notebook value for value."""
+"""Recipes by name."""

@@ -11,7 +11,14 @@ Policy = Literal["fix", "strict", "keep"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Policy and tolerances, as a `Recipe` holds them."""
+    """Policy and tolerances, as a `Recipe` holds them.
+
+    Examples
+    --------
+    >>> rules = gpuprep.Rules(policy="strict", max_missing=0)
+    >>> gpuprep.Recipe(max_missing=5).rules.max_missing
+    5
+    """
 
     policy: Policy = "fix"
     """"fix": what can be put right truthfully is, and is recorded. "strict": whatever is irregular is rejected.

@@ -90,7 +90,17 @@ class Image(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Slices that share a *Series Instance UID*, an orientation, a matrix and a pixel spacing."""
+    """Slices that share a *Series Instance UID*, an orientation, a matrix and a pixel spacing.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> (series,) = gpuprep.discover("dicom")
+    >>> series.series_number, len(series.slices), series.label.startswith("series-1-")
+    (1, 12, True)
+    """
 
     series_uid: str
     study_uid: str

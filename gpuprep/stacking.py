@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gpuprep.acceptance import check, listed, names
 from gpuprep.errors import GeometryError, InputError, MissingTagError
-from gpuprep.geometry import Geometry, Placement, directions
+from gpuprep.geometry import Geometry, Placement, directions, facing
 from gpuprep.rules import Irregularity, Rules
 from gpuprep.series import Series, SliceHeader
 
@@ -97,6 +97,17 @@ def stack(series: Series, rules: Rules | None = None, measures: Measures | None 
     References
     ----------
     DICOM PS3.3, C.7.6.2.1.1 (Image Position and Image Orientation), 10.7.1.3 (Pixel Spacing).
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> stacked = gpuprep.stack(gpuprep.discover("dicom")[0])
+    >>> stacked.geometry.shape, stacked.geometry.spacing_mm
+    ((12, 32, 32), (3.0, 9.0, 9.0))
+    >>> [slice_.instance_number for slice_ in stacked.slices[:3]]  # this scanner counted from the head down
+    [12, 11, 10]
     """
     rules = rules or Rules()
     measures = measures if measures is not None else Measures()
@@ -113,7 +124,7 @@ def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
     """Return the stack of a series whose values may be anything."""
     axes = _axes(series)
     row, column, _ = axes
-    measures.orientation, measures.obliqueness_deg = _orientation(axes)
+    measures.orientation, measures.obliqueness_deg = facing(axes)
     found = list(series.irregularities)
     _check_strict(found, rules)
 
@@ -162,23 +173,6 @@ def _axes(series: Series) -> NDArray[np.float64]:
             f"Image Orientation (Patient) {series.orientation} is not a pair of perpendicular units", "orientation"
         )
     return axes
-
-
-_PLANES = ("sagittal", "coronal", "axial")
-_LETTERS = ("LR", "PA", "SI")
-"""Letters for growing and falling x, y and z."""
-
-
-def _orientation(axes: NDArray[np.float64]) -> tuple[str, float]:
-    """Return the plane with the directions that slices, rows and columns grow in, and how oblique it is in degrees."""
-    row, column, normal = axes
-    main = int(np.argmax(np.abs(normal)))
-    angle = math.degrees(math.acos(min(1.0, float(abs(normal[main])))))
-    letters = ""
-    for direction in (normal, column, row):
-        axis = int(np.argmax(np.abs(direction)))
-        letters += _LETTERS[axis][0 if direction[axis] > 0 else 1]
-    return f"{_PLANES[main]} {letters}", angle
 
 
 @dataclass(frozen=True, slots=True, eq=False)

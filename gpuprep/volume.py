@@ -16,7 +16,19 @@ from gpuprep.intensity import HuStatistics
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredVolume:
-    """A stacked series as its files hold it: two bytes per voxel, on the host."""
+    """A stacked series as its files hold it: two bytes per voxel, on the host.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> volume = gpuprep.read(gpuprep.discover("dicom")[0])
+    >>> volume.stored.shape, float(volume.slope[0]), float(volume.intercept[0])
+    ((12, 32, 32), 1.0, -1024.0)
+    >>> volume.statistics.low  # HU of what the scanner did not measure
+    -3024.0
+    """
 
     stored: NDArray[Any]
     """Stored values, integers, shape (k, j, i)."""
@@ -56,6 +68,19 @@ class Volume:
 
     `numpy.asarray(volume)` works where the values are on the host, and `from_dlpack(volume)` of any array library
     takes them without a copy, wherever they are.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.phantom import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> recipe = gpuprep.Recipe(size=(64, 64))
+    >>> volume = gpuprep.process(gpuprep.read(gpuprep.discover("dicom")[0]), recipe, backend="cpu")
+    >>> volume.shape, volume.hu_slope, volume.hu_intercept
+    ((36, 64, 64), 1400.0, -1000.0)
+    >>> import numpy
+    >>> float(numpy.asarray(volume).min())  # air, at the lower end of the window
+    0.0
     """
 
     values: Any

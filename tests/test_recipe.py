@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuprep.errors import RecipeError, RequestError
-from gpuprep.recipe import PRESETS, Recipe
+from gpuprep.recipe import Recipe
 from gpuprep.rules import Rules
 from gpuprep.segmentation.wishes import Masks
 
@@ -167,7 +167,7 @@ def test_classic_differs_from_the_default_in_padding_alignment_and_blur_only() -
 
 def test_a_file_may_start_from_a_preset() -> None:
     recipe = Recipe.from_dict({"base": "classic", "order": 1})
-    assert recipe == replace(PRESETS["classic"], order=1)
+    assert recipe == replace(Recipe.preset("classic"), order=1)
 
 
 def test_an_unknown_preset_suggests_the_right_one() -> None:
@@ -325,7 +325,7 @@ def test_a_recipe_cannot_be_changed() -> None:
 def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "lung.toml"
     file.write_text('base = "classic"\nspacing_mm = 2\nwindow_hu = "none"\nsize = [64, 48]\n# Größe\n', "utf-8")
-    wanted = replace(PRESETS["classic"], spacing_mm=(2.0, 2.0, 2.0), window_hu=None, size=(64, 48))
+    wanted = replace(Recipe.preset("classic"), spacing_mm=(2.0, 2.0, 2.0), window_hu=None, size=(64, 48))
     assert Recipe.load(file) == wanted
     assert Recipe.load(str(file)) == wanted
 

@@ -110,11 +110,13 @@ class Reading:
     text_format: str | None = None
     """One of `TEXT_FORMATS`."""
     units: Units | None = None
+    """Of coordinates in a slice."""
     index_base: Literal[0, 1] | None = None
     """Whether slices are counted from 0 or from 1."""
     pixel_base: Literal[0, 1] = 0
     """Coordinates of the centre of the first pixel, where pixels are meant; ImageJ's outlines count from its corner."""
     slice_from: SliceFrom | None = None
+    """What tells the slice: the name of the file, a column of numbers or of UIDs, or z."""
     slice_order: SliceOrder | None = None
     """What numbers of slices count: slices along the normal, or *Instance Number*."""
     threshold: float = 0.5

@@ -66,6 +66,16 @@ def read_segmentation(
     ------
     SegmentationError
         If it cannot be read, is of another kind, or could mean two things.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> with Path("heart.txt").open("w") as file:
+    ...     for line in ("x_mm y_mm z_mm", "0 0 30", "0 20 30", "20 20 30", "20 0 30"):
+    ...         print(line, file=file)
+    >>> found = gpuprep.read_segmentation("heart.txt")
+    >>> [(s.name, len(s.contours)) for s in found.structures]
+    [('heart', 1)]
     """
     path = places.given(path)
     reading = reading or Reading()

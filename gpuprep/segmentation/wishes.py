@@ -31,6 +31,13 @@ class Masks(Reading):
     ------
     RecipeError
         If a value is impossible.
+
+    Examples
+    --------
+    >>> masks = gpuprep.Masks(roi="^lung", aliases={"lung_l": ["Left Lung"]})
+    >>> masks.name("left lung"), masks.name("heart")
+    ('lung_l', None)
+    >>> recipe = gpuprep.Recipe(masks=masks)
     """
 
     roi: str | None = None
@@ -45,9 +52,9 @@ class Masks(Reading):
     """Of labels: see `gpuprep.labelling`."""
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if (value is None and name in _OPTIONAL) or (value in choices and not isinstance(value, bool)):
+            if (value is None and name in OPTIONAL) or (value in choices and not isinstance(value, bool)):
                 continue
             raise RecipeError(f"masks.{name} = {value!r}: choose one of {', '.join(map(str, choices))}")
         threshold = self.threshold
@@ -128,7 +135,7 @@ class Masks(Reading):
         for key in values:
             if key not in known:
                 raise RecipeError(f"a recipe has no masks.{key}; its keys there: {', '.join(known)}")
-        given = {k: None if v == "none" and k in _OPTIONAL else v for k, v in values.items()}
+        given = {k: None if v == "none" and k in OPTIONAL else v for k, v in values.items()}
         return cls(**{name: getattr(base, name) for name in known} | given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,9 +145,10 @@ class Masks(Reading):
         return plain | {"aliases": {name: list(others) for name, others in self.aliases}}
 
 
-_OPTIONAL = ("text_format", "units", "index_base", "slice_from", "slice_order", "roi")
+OPTIONAL = ("text_format", "units", "index_base", "slice_from", "slice_order", "roi")
+"""What may be "none"."""
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "text_format": TEXT_FORMATS,
     "units": get_args(Units),
     "index_base": (0, 1),
@@ -150,6 +158,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "layout": get_args(Layout),
     "resampling": get_args(Resampling),
 }
+"""Values of which one has to be given."""
 
 
 def _told_apart(files: Sequence[str], hide: Hide | None) -> dict[str, str]:

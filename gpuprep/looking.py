@@ -1,0 +1,70 @@
+"""Commands that look and change nothing: at recipes, and at one series."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpuprep.errors import RequestError
+from gpuprep.flags import preset_names
+from gpuprep.interruption import held_back
+from gpuprep.shell import errors_to_exit_codes, print_json
+
+
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Print this one as TOML.", autocompletion=preset_names),
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipe files.")] = False,
+) -> None:
+    """List recipes that have names; print one, to start a file from; or the schema by which editors check files."""
+    with errors_to_exit_codes():
+        with held_back():
+            from gpuprep.console import show_presets
+            from gpuprep.recipe import PRESETS, Recipe
+            from gpuprep.schema import recipe_schema
+
+        if schema and name is not None:
+            raise RequestError("--schema is that of every recipe: give it alone, or a name")
+        if schema:
+            print_json(recipe_schema())
+        elif name is None:
+            show_presets(PRESETS)
+        else:
+            Recipe.preset(name)
+            sys.stdout.write(PRESETS[name].to_toml())
+
+
+def show(
+    series: Annotated[
+        str, typer.Argument(metavar="SERIES", help="DICOM of one series, or the folder of a finished output.")
+    ],
+    series_uid: Annotated[str | None, typer.Option(metavar="UID", help="This one, where there are several.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a montage of slices and the histogram, as PNG.")
+    ] = None,
+) -> None:
+    """Look at one series: verdict, grid, HU, a histogram with the bands of tissues, and three planes."""
+    with errors_to_exit_codes():
+        with held_back():
+            from gpuprep.console import say, show_glance
+            from gpuprep.drawing import montage
+            from gpuprep.glance import glance
+
+        seen = glance(series, series_uid)
+        show_glance(seen)
+        if png is not None:
+            try:
+                montage(seen).save(png, "PNG", optimize=True)
+            except OSError as exc:
+                raise RequestError(f"cannot write {png}: {exc.strerror}") from exc
+            say(f"{png} has {len(seen.slices)} slices and the histogram")
+        raise typer.Exit(1 if seen.verdict == "rejected" else 0)
+
+
+LOOKING: tuple[Callable[..., None], ...] = (recipes, show)

@@ -1,0 +1,38 @@
+"""Every public name has an example, and every example does what it says, in an empty folder."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+
+import pytest
+
+import gpuprep
+
+NAMES = [name for name in gpuprep.__all__ if name != "__version__"]
+FINDER = doctest.DocTestFinder(recurse=False)
+
+
+@pytest.fixture(autouse=True)
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # compiling loops would take longer than all examples
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_does_what_it_says(name: str) -> None:
+    (example,) = FINDER.find(getattr(gpuprep, name), name, globs={"gpuprep": gpuprep})
+    assert "\n    Examples\n    --------\n    >>> " in getattr(gpuprep, name).__doc__
+    run(example)
+
+
+def test_the_example_of_the_package_does_what_it_says() -> None:
+    (example,) = FINDER.find(gpuprep, "gpuprep", globs={})
+    run(example)
+
+
+def run(example: doctest.DocTest) -> None:
+    said: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=said.append)
+    assert example.examples
+    assert said == [], "".join(said)
