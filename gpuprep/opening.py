@@ -103,8 +103,9 @@ class Finished:
         return self._read(file, box)
 
     def _told(self, get: Callable[[dict[str, Any]], _T]) -> _T:
+        said = self.sidecar
         try:
-            return get(self.sidecar)
+            return get(said)
         except (KeyError, TypeError, ValueError, AttributeError, GpuprepError) as exc:
             raise OutputError(
                 f"{self.folder / SIDECAR} is not as it was written ({type(exc).__name__}: {exc}): see gpuprep verify"
