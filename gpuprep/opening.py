@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,8 +103,9 @@ class Finished:
         return self._read(file, box)
 
     def _told(self, get: Callable[[dict[str, Any]], _T]) -> _T:
+        said = self.sidecar
         try:
-            return get(self.sidecar)
+            return get(said)
         except (KeyError, TypeError, ValueError, AttributeError, GpuprepError) as exc:
             raise OutputError(
                 f"{self.folder / SIDECAR} is not as it was written ({type(exc).__name__}: {exc}): see gpuprep verify"
@@ -141,7 +143,8 @@ class Finished:
         expected = tuple(s.stop - s.start for s in box)
         if found.shape != expected:
             raise OutputError(f"{path} gave voxels of shape {found.shape} where {expected} belong: see gpuprep verify")
-        return np.array(found, order="C")  # not a map of a file, which a later run may replace
+        # Not a map of a file, which a later run may replace; stacks for ImageJ are big-endian.
+        return np.array(found, found.dtype.newbyteorder("="), order="C")
 
 
 def _from_slices(path: Path, shape: Shape3, box: Box) -> NDArray[Any]:
@@ -159,18 +162,39 @@ def _from_stack(path: Path, shape: Shape3, box: Box) -> NDArray[Any]:
         if tiff.series[0].dataoffset is None:  # compressed, slice by slice
             slices = tiff.asarray(key=range(box[0].start, box[0].stop))
             return slices.reshape(-1, *shape[1:])[:, box[1], box[2]]
-    return np.asarray(tifffile.memmap(path, mode="r").reshape(shape)[box])
+    found = tifffile.memmap(path, mode="r")
+    return _from_map(path, found.offset, found.dtype, shape, box)
 
 
-def _from_nifti(path: Path, _: Shape3, box: Box) -> NDArray[Any]:
+def _from_nifti(path: Path, shape: Shape3, box: Box) -> NDArray[Any]:
     from nibabel.nifti1 import Nifti1Image
 
     stored: Any = Nifti1Image.from_filename(path).dataobj
-    return np.asarray(stored.get_unscaled().T[box])  # of a plain file a map, of a compressed one everything
+    if path.suffix == ".gz":  # all of it, or nothing
+        return np.asarray(stored.get_unscaled().T[box])
+    return _from_map(path, stored.offset, stored.dtype, shape, box)
 
 
-def _from_npy(path: Path, _: Shape3, box: Box) -> NDArray[Any]:
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)[box])
+def _from_npy(path: Path, shape: Shape3, box: Box) -> NDArray[Any]:
+    found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    return _from_map(path, found.offset, found.dtype, shape, box)
+
+
+def _from_map(path: Path, offset: int, dtype: Any, shape: Shape3, box: Box) -> NDArray[Any]:
+    """Return a box of a plain file, of which the rows are read that it touches."""
+    with open(path, "rb") as f:
+        memory = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    values: NDArray[Any] = np.ndarray(shape, dtype, memory, offset)
+    if hasattr(memory, "madvise"):
+        # Left alone, the system guesses: for a patch of 64³ it reads ten times as much, in eight times the time.
+        memory.madvise(mmap.MADV_RANDOM)
+        slice_bytes, row_bytes, _ = values.strides
+        for k in range(box[0].start, box[0].stop):
+            start = offset + k * slice_bytes + box[1].start * row_bytes
+            stop = offset + k * slice_bytes + box[1].stop * row_bytes
+            start -= start % mmap.PAGESIZE
+            memory.madvise(mmap.MADV_WILLNEED, start, stop - start)
+    return values[box]
 
 
 def _from_zarr(path: Path, _: Shape3, box: Box) -> NDArray[Any]:

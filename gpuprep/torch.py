@@ -8,7 +8,7 @@ PyTorch documentation, ``torch.utils.data``: map-style datasets, seeds of worker
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from gpuprep.errors import RequestError
 from gpuprep.geometry import Shape3
 from gpuprep.opening import Box, Finished, whole
 from gpuprep.outlook import DONE
+from gpuprep.recipe import Recipe
 from gpuprep.upkeep import Records
 
 try:
@@ -73,7 +74,7 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
     Raises
     ------
     RequestError
-        If there is no output, or nothing of use in it.
+        If there is no output, nothing of use in it, or series of it have values of different meaning.
     OutputError
         If a volume cannot be read.
 
@@ -108,9 +109,10 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
         place = place_of(out)
         if not isinstance(place, Path):
             raise RequestError(f"{out} is in an object store: copy it to a disk first")
-        if patches is not None and (len(patches) != 3 or min(patches) < 1):
+        if patches is not None and not (len(patches) == 3 and all(isinstance(n, int) and n > 0 for n in patches)):
             raise RequestError(f"patches = {patches}: give three positive whole numbers, slices first")
-        if patches_per_volume < 1 or (patches is None and patches_per_volume != 1):
+        whole_number = isinstance(patches_per_volume, int) and patches_per_volume > 0
+        if not whole_number or (patches is None and patches_per_volume != 1):
             raise RequestError(f"patches_per_volume = {patches_per_volume}: give a positive whole number, and patches")
         self.out = place
         self.patches = patches
@@ -118,20 +120,30 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
         self.transform = transform
         with closing(Records(place)) as records:
             rows = [
-                (folder, key, labels or ())
-                for folder, key, status, hu_mean, labels in records.columns(
-                    "folder", "key", "status", "hu_mean", "labels"
+                (folder, key, recipe, labels or ())
+                for folder, key, recipe, status, hu_mean, labels in records.columns(
+                    "folder", "key", "recipe_sha256", "status", "hu_mean", "labels"
                 )
                 if status in DONE and hu_mean is not None
             ]
         if labelled or (labelled is None and any(labels for *_, labels in rows)):
-            rows = [row for row in rows if row[2]]
+            rows = [row for row in rows if row[3]]
             self.structures = self._named([labels for *_, labels in rows])
         else:
             self.structures, self._shared = {}, True
         if not rows:
             raise RequestError(f"{out} has no finished image{' with masks' if labelled else ''}: see gpuprep status")
-        self.series = sorted((folder, key) for folder, key, _ in rows)
+        self._check_values({recipe: folder for folder, _, recipe, _ in rows}.values())
+        self.series = sorted((folder, key) for folder, key, *_ in rows)
+
+    def _check_values(self, folders: Iterable[str]) -> None:
+        """Raise unless values mean the same in some folders, one of each recipe."""
+        found = {_meaning(Finished(self.out / folder).recipe) for folder in folders}
+        if len(found) > 1:
+            raise RequestError(
+                f"{self.out} was converted with recipes whose values differ ({' and '.join(sorted(found))}): convert "
+                "all of it with one, or each into its own --out"
+            )
 
     def _named(self, labelled: list[tuple[dict[str, Any], ...]]) -> dict[str, int]:
         """Return the structures of a cohort."""
@@ -203,6 +215,12 @@ def _within(start: list[int], size: Shape3, shape: Shape3) -> tuple[Box, list[tu
 
 def _image(finished: Finished, box: Box) -> NDArray[np.float32]:
     return finished.image(box).astype(np.float32) / np.float32(_range(finished))
+
+
+def _meaning(recipe: Recipe) -> str:
+    """Return what values mean as they are given, in words."""
+    window = "all HU" if recipe.window_hu is None else "{:g} to {:g} HU".format(*recipe.window_hu)
+    return window if recipe.dtype == "int16" or recipe.window_hu is None else f"{window} as 0 to 1"
 
 
 def _air(finished: Finished) -> float:

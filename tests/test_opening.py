@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -26,6 +30,8 @@ from gpuprep.plan import make_plan
 from gpuprep.recipe import ENDINGS, Recipe
 from gpuprep.writers import WRITERS
 from gpuprep.writers.content import Content, nothing
+
+nibabel = pytest.importorskip("nibabel")
 
 RAW = Recipe(spacing_mm=None, size=None)
 KINDS = [(format_, compression) for format_, endings in ENDINGS.items() for compression in endings]
@@ -120,8 +126,12 @@ def halved(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
+def shortened(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
 @pytest.mark.parametrize(("format_", "compression"), KINDS)
-@pytest.mark.parametrize("damage", [emptied, halved, Path.unlink])
+@pytest.mark.parametrize("damage", [emptied, halved, shortened, Path.unlink])
 def test_a_torn_volume_is_one_line(tmp_path: Path, format_: Any, compression: Any, damage: Any) -> None:
     finished = Opened(tmp_path, replace(RAW, format=format_, compression=compression)).finished
     for file in files(finished.folder):
@@ -184,3 +194,67 @@ def test_a_patch_of_zarr_takes_a_small_part_of_its_bytes(tmp_path: Path) -> None
     whole_bytes = bytes_read(lambda: finished.image(whole(shape)))
     assert whole_bytes >= values.nbytes  # so it counts them
     assert bytes_read(lambda: finished.image(box)) < 0.1 * values.nbytes
+
+
+def in_memory(path: Path) -> int:
+    """Return how many bytes of a file the system holds in memory."""
+    size = path.stat().st_size
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+        held = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        there = np.frombuffer(memory, np.uint8)
+        assert ctypes.CDLL(None).mincore(*map(ctypes.c_void_p, (there.ctypes.data, size, held.ctypes.data))) == 0
+        del there
+    return int(np.count_nonzero(held & 1)) * mmap.PAGESIZE
+
+
+def forget(path: Path) -> None:
+    """Have the system hold nothing of a file in memory."""
+    with open(path, "r+b") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(path):
+        pytest.skip("the file system keeps everything in memory")
+
+
+PATCH = (slice(100, 164), slice(200, 264), slice(300, 364))
+
+
+def sparse_npy(path: Path, shape: tuple[int, int, int]) -> NDArray[Any]:
+    return np.lib.format.open_memmap(path, "w+", np.dtype(np.float32), shape)
+
+
+def sparse_tif(path: Path, shape: tuple[int, int, int]) -> NDArray[Any]:
+    return np.asarray(tifffile.memmap(path, shape=shape, dtype="<f4"))
+
+
+def sparse_nii(path: Path, shape: tuple[int, int, int]) -> NDArray[Any]:
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(shape[::-1])
+    header.set_data_dtype("<f4")
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    path.write_bytes(header.binaryblock + bytes(4))
+    os.truncate(path, 352 + 4 * int(np.prod(shape)))
+    return np.memmap(path, "<f4", "r+", 352, shape)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked what of a file is in memory")
+@pytest.mark.parametrize(("format_", "make"), [("npy", sparse_npy), ("tif-stack", sparse_tif), ("nifti", sparse_nii)])
+def test_a_patch_of_a_map_takes_a_small_part_of_its_bytes(
+    tmp_path: Path, format_: Any, make: Callable[[Path, tuple[int, int, int]], NDArray[Any]]
+) -> None:
+    shape = (324, 512, 512)
+    recipe = Recipe(spacing_mm=None, size=None, format=format_)
+    path = tmp_path / f"volume{recipe.ending}"
+    values = make(path, shape)  # 340 MB, of which hardly any are on disk
+    expected = np.random.default_rng(0).random((64, 64, 64), np.float32)
+    values[PATCH] = expected
+    del values
+    outputs = {path.name: {"bytes": path.stat().st_size}}
+    (tmp_path / "volume.json").write_text(
+        json.dumps({"shape": shape, "affine_lps": np.eye(4).tolist(), "recipe": recipe.to_dict(), "outputs": outputs})
+    )
+    forget(path)
+    found = Finished(tmp_path).image(PATCH)
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.dtype("=f4")
+    assert expected.nbytes < in_memory(path) < 0.1 * path.stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,8 @@ def test_a_network_learns_from_real_series(data: Path, tmp_path: Path) -> None:
     [
         ({"patches": (1, 2)}, "three positive whole numbers"),
         ({"patches": (0, 2, 2)}, "three positive whole numbers"),
+        ({"patches": (1.5, 2, 2)}, "three positive whole numbers"),
+        ({"patches": (1, 1, 1), "patches_per_volume": 1.5}, "positive whole number"),
         ({"patches_per_volume": 2}, "and patches"),
         ({"patches": (1, 1, 1), "patches_per_volume": 0}, "positive whole number"),
     ],
@@ -227,3 +230,42 @@ def test_a_lost_volume_is_named(tmp_path: Path) -> None:
     (out / "dicom" / "m0" / "volume.npy").unlink()
     with pytest.raises(OutputError, match=r"volume\.npy cannot be read \(No such file or directory\)"):
         dataset[0]
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "int16"}, {"window_hu": (-500.0, 100.0)}, {"window_hu": None}])
+def test_values_of_different_meaning_are_not_mixed(tmp_path: Path, changes: Any) -> None:
+    for n, recipe in enumerate((RAW, replace(RAW, **changes))):
+        gpuprep.convert(Ct(tmp_path / f"p{n}").folder, tmp_path / "out", recipe, backend="cpu")
+    with pytest.raises(RequestError, match=r"recipes whose values differ \(.* HU.* and .* HU.*\): convert all of it"):
+        CohortDataset(tmp_path / "out")
+
+
+def test_recipes_whose_values_mean_the_same_may_be_mixed(tmp_path: Path) -> None:
+    for n, recipe in enumerate((RAW, replace(RAW, format="zarr", dtype="uint16"))):
+        gpuprep.convert(Ct(tmp_path / f"p{n}").folder, tmp_path / "out", recipe, backend="cpu")
+    (one, _, _), (other, _, _) = CohortDataset(tmp_path / "out")
+    # By hand: 0, 1, 2, … were stored for −1024 HU on, and the window is −1000 to 400 HU.
+    exact = np.clip((np.arange(np.prod(SHAPE)).reshape(SHAPE) - 24) / 1400, 0, 1)
+    np.testing.assert_allclose(one[0], exact, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(other[0], exact, rtol=0, atol=0.51 / 65535)
+
+
+@pytest.mark.parametrize("way", ["fork", "spawn"])
+def test_workers_give_what_this_process_gives(tmp_path: Path, way: str) -> None:
+    dataset = CohortDataset(make(tmp_path, replace(RAW, format="zarr", masks=Masks(layout="per-roi"))))
+    here = [dataset[n] for n in range(2)]  # Zarr has threads of its own now, which a fork does not take along
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context=way)
+    for (image, label, meta), (image_, label_, meta_) in zip(loader, here, strict=True):
+        assert torch.equal(image, image_)
+        assert torch.equal(label, label_)
+        assert meta["key"] == meta_["key"]
+        np.testing.assert_array_equal(label, np.stack([LEFT_BOX, RIGHT_BOX]))
+
+
+def test_a_lost_output_is_one_line(tmp_path: Path) -> None:
+    out = make(tmp_path)
+    dataset = CohortDataset(out)
+    shutil.rmtree(out / "dicom" / "m1")
+    with pytest.raises(OutputError, match=r"dicom/m1 is no finished output") as caught:
+        dataset[1]
+    assert str(caught.value).count("see gpuprep verify") == 1
