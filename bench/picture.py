@@ -1,10 +1,14 @@
-"""Draw the README's pictures: a phantom before and after; a tilted one, kept and fixed; masks; and `gpuprep show`.
+"""Draw the README's pictures: a phantom before and after; a tilted one, kept and fixed; masks; a look; a report.
 
-python -m bench.picture bench/results
+    python -m bench.picture bench/results
+
+The report is drawn by Chromium, which has to be there.
 """
 
 import argparse
 import contextlib
+import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,16 +20,19 @@ from PIL import Image, ImageDraw
 from pydicom import Dataset
 
 import gpuprep
+from gpuprep.demo import write_cohort, write_outlines
 from gpuprep.drawing import montage
 from gpuprep.geometry import Geometry
 from gpuprep.glance import glance
 from gpuprep.intensity import HuStatistics
 from gpuprep.phantom import outlines, thorax, write_series
+from gpuprep.report.writing import write_report
 from gpuprep.volume import StoredVolume
 
 SHAPE, SPACING_MM = (70, 512, 512), (4.5, 0.6816, 0.6816)
 PANEL = 330
 TILT_DEG = 15.0
+CHROMIUM = shutil.which("chromium") or "chromium"
 COLOURS = ((235, 70, 60), (70, 160, 255))
 
 
@@ -106,6 +113,22 @@ def shown() -> Image.Image:
         return montage(glance("volumes/dicom/patient-1"))
 
 
+def reported(file: Path) -> None:
+    """Write a picture of the report of the demo cohort and some patients more."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        write_cohort(Path("demo", "dicom"))
+        write_outlines(Path("demo", "masks"))
+        for seed in range(3, 7):
+            shape, spacing_mm = (40 + 7 * seed, 192, 192), (2.5, 1.9, 1.9)
+            write_series(Path("demo", "dicom", f"patient-{seed + 2}"), thorax(shape, spacing_mm, seed), spacing_mm)
+        gpuprep.convert("demo/dicom", "out", gpuprep.Recipe(dtype="uint8"), masks="demo/masks", backend="cpu")
+        page = Path(write_report("out")).absolute().as_uri()
+        flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=4000")
+        command = [CHROMIUM, *flags, "--window-size=1500,1030", f"--screenshot={folder}/shot.png", page]
+        subprocess.run(command, check=True, capture_output=True)
+        Image.open("shot.png").convert("RGB").quantize(64).save(file, optimize=True)
+
+
 def outlined(stored: NDArray[Any], contours: list[NDArray[Any]]) -> NDArray[Any]:
     """Return a slice in grey with outlines drawn on it."""
     grey = np.clip((stored.astype(np.float32) - 1024 + 1000) / 1400 * 255, 0, 255).astype(np.uint8)
@@ -146,6 +169,7 @@ def main() -> None:
     draw(kept_and_fixed(), folder / "tilt.png")
     draw(masked(), folder / "masks.png")
     shown().resize((816, 978)).quantize(48).save(folder / "show.png", optimize=True)
+    reported(folder / "report.png")
 
 
 if __name__ == "__main__":
