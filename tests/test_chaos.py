@@ -55,8 +55,8 @@ def undisturbed(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert done(out) == {f"dicom/s{n:03d}" for n in range(SERIES)}
     assert {row["status"] for row in found[1].values()} == {"ok"}
     assert len(found[1]) == SERIES
-    # 6 slices of 2 mm at 1 mm are 11, or 12 with the borders of the first and the last; and volume.json.
-    assert len(found[0]) in (SERIES * (11 + 1) + 1, SERIES * (12 + 1) + 1)
+    # 6 slices of 2 mm at 1 mm are 11, or 12 with the borders of the first and the last; preview.jpg and volume.json.
+    assert len(found[0]) in (SERIES * (11 + 2) + 1, SERIES * (12 + 2) + 1)
     return found
 
 

@@ -154,5 +154,7 @@ def test_exactly_the_sound_series_are_converted_and_nothing_of_them_depends_on_t
         }
         for out in (tmp_path / "all", tmp_path / "without")
     ]
-    assert len(outputs[0]) == 9 * (SERIES - len(broken))  # 12 slices of 2 mm are 8 of 3 mm, and volume.json
+    assert len(outputs[0]) == 10 * (
+        SERIES - len(broken)
+    )  # 12 slices of 2 mm are 8 of 3 mm, preview.jpg and volume.json
     assert outputs[0] == outputs[1]
