@@ -353,7 +353,6 @@ def test_each_worker_sees_the_device_of_its_place() -> None:
     finally:
         executor.stop()
     assert set(devices) == {"0", "3"}
-    assert 3 <= devices.count("0") <= 9
     assert sorted(alone) == ["0", "3"]  # to the emptiest place first
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 

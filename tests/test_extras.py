@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.registry import _registry
 from typer.testing import CliRunner
 
 from gpuprep.cli import app
@@ -62,6 +63,8 @@ def test_an_extra_that_is_absent_is_named(
     Path("out").mkdir()
     Manifest(manifest_path(Path("out"))).close()
     monkeypatch.setitem(sys.modules, MODULES.get(package, package), None)
+    for protocol in ("s3", "gs"):  # what fsspec has imported already
+        monkeypatch.delitem(_registry, protocol, raising=False)
     found: Any = Distribution.from_name
 
     def others(name: str) -> Distribution:
