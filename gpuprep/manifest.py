@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -248,7 +249,7 @@ class Manifest:
         *values
             For its question marks.
         """
-        kinds = {f.name: _kinds(f) for f in fields(record)}
+        kinds = _kinds(record)
         expected = [kinds[name] for name in names]
         columns = self._selected(names) if record is SeriesResult else ", ".join(names)
         for row in self._rows(f"SELECT {columns} FROM {rest}", *values):  # noqa: S608
@@ -526,10 +527,14 @@ def _type(field: Field[Any]) -> str:
     return types.get(str(field.type).removesuffix(" | None"), "TEXT")
 
 
-def _kinds(field: Field[Any]) -> tuple[type, ...]:
-    """Return what SQLite may give for a field."""
-    kind = {"INTEGER": int, "REAL": float, "TEXT": str}[_type(field)]
-    return (kind, type(None)) if str(field.type).endswith(" | None") else (kind,)
+@cache
+def _kinds(record: type) -> dict[str, tuple[type, ...]]:
+    """Return what SQLite may give for each field."""
+    kinds = {f.name: {"INTEGER": int, "REAL": float, "TEXT": str}[_type(f)] for f in fields(record)}
+    return {
+        f.name: (kinds[f.name], type(None)) if str(f.type).endswith(" | None") else (kinds[f.name],)
+        for f in fields(record)
+    }
 
 
 def _value(name: str, cell: Any, kinds: tuple[type, ...]) -> Any:
