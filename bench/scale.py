@@ -4,7 +4,8 @@
 
 Headers are made up, and what stands for the conversion writes a ``volume.json`` and nothing else. All the rest is as it
 is: outlook of every series, worker processes, manifest, layout of folders, a second run that finds everything done,
-status. Memory is the peak resident size of the parent (the headers among it, so it grows with the number of slices).
+status. What the audit of headers and the plan of a series take is measured by itself, as it is no part of scheduling.
+Memory is the peak resident size of the parent (the headers among it, so it grows with the number of slices).
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from typing import Any
 import gpuprep.attempts
 import gpuprep.batch
 from bench.measure import save
+from gpuprep.auditing import audit
 from gpuprep.batch import convert
 from gpuprep.conversion import Task
 from gpuprep.cores import usable_cores
 from gpuprep.discovery import Cohort
 from gpuprep.manifest import SeriesResult, now
+from gpuprep.plan import make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.series import Series, SliceHeader
 from gpuprep.upkeep import status
@@ -72,15 +75,20 @@ def run(out: Path, series: int, slices: int) -> dict[str, Any]:
     headers_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gpuprep.batch.discover = lambda *_, **__: cohort  # type: ignore[attr-defined]
     gpuprep.attempts.convert_series = pretend  # type: ignore[attr-defined]
+    recipe = Recipe(dtype="uint8")
+    processor_s = time.process_time()
+    for one in cohort:
+        if stack := audit(one, recipe.rules).stack:
+            make_plan(stack.geometry, recipe, stack.placement)
+    audits_s = time.process_time() - processor_s
     started, processor_s = time.perf_counter(), time.process_time()
-    outcome = convert(
-        out.parent, out, Recipe(dtype="uint8"), backend="cpu", jobs=usable_cores(), room_check=False
-    )  # fmt: skip
+    outcome = convert(out.parent, out, recipe, backend="cpu", jobs=usable_cores(), room_check=False)
     seconds = time.perf_counter() - started
     return {
         "counts": outcome.counts,
         "seconds": seconds,
         "parent_processor_s": time.process_time() - processor_s,
+        "audits_processor_s": audits_s,
         "headers_bytes": headers_bytes,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -121,11 +129,18 @@ def main() -> None:
             command = [sys.executable, "-c", STAGE.format(call), str(scratch / "out")]
             answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             figures[name] = found = json.loads(answer)
-            each = found["seconds"] / args.series * 1000
-            found["ms_per_series"] = each
+            each = 1000 / args.series
+            found["ms_per_series"] = found["seconds"] * each
+            by_itself = ""
+            if name == "first run":
+                found["scheduling_ms_per_series"] = (found["parent_processor_s"] - found["audits_processor_s"]) * each
+                by_itself = (
+                    f"; of the parent, without audits and plans ({found['audits_processor_s'] * each:.2f} ms): "
+                    f"{found['scheduling_ms_per_series']:.2f} ms"
+                )
             print(
-                f"{name:10} {found['seconds']:7.1f} s, {each:.3f} ms a series, peak {found['peak_bytes'] / 1e6:.0f} MB "
-                f"{found['counts']}",
+                f"{name:10} {found['seconds']:7.1f} s, {found['ms_per_series']:.3f} ms a series, peak "
+                f"{found['peak_bytes'] / 1e6:.0f} MB {found['counts']}{by_itself}",
                 flush=True,
             )
     finally:
