@@ -599,13 +599,13 @@ def test_a_series_that_takes_too_long_fails_and_the_others_do_not(
 ) -> None:
     write_cohort(dicom, 1, slices=7, first=4)
     monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [SleepyBackend()])
-    run = go(dicom, out, jobs=2, limit_s=6)
+    run = go(dicom, out, jobs=2, limit_s=20)
     assert run.exit_code == 1
     assert statuses(out) == {**dict.fromkeys(names(4), "ok"), "s004": "failed"}
     row = rows(out)["s004"]
     assert row["codes"] == '["time"]'
     assert row["reason"] == (
-        "OverdueError: not finished after 6 s, the limit set by --time-limit: raise it, and gpuprep retry tries it "
+        "OverdueError: not finished after 20 s, the limit set by --time-limit: raise it, and gpuprep retry tries it "
         "again"
     )
     assert in_the_making(out) == []
