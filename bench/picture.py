@@ -126,7 +126,7 @@ def reported(file: Path) -> None:
         flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=4000")
         command = [CHROMIUM, *flags, "--window-size=1500,1030", f"--screenshot={folder}/shot.png", page]
         subprocess.run(command, check=True, capture_output=True)
-        Image.open("shot.png").convert("RGB").quantize(64).save(file, optimize=True)
+        Image.open("shot.png").convert("RGB").quantize(128, Image.Quantize.FASTOCTREE).save(file, optimize=True)
 
 
 def outlined(stored: NDArray[Any], contours: list[NDArray[Any]]) -> NDArray[Any]:
@@ -168,7 +168,7 @@ def main() -> None:
     draw(before_and_after(), folder / "before-after.png")
     draw(kept_and_fixed(), folder / "tilt.png")
     draw(masked(), folder / "masks.png")
-    shown().resize((816, 978)).quantize(48).save(folder / "show.png", optimize=True)
+    shown().resize((816, 978)).quantize(128, Image.Quantize.FASTOCTREE).save(folder / "show.png", optimize=True)
     reported(folder / "report.png")
 
 

@@ -92,7 +92,9 @@ def one_series(path: str | os.PathLike[str], rules: Rules, series_uid: str | Non
     if len(found) > 1:
         keys = ", ".join(f"{printable(s.key)} ({len(s.slices)} slices)" for s in found[:NAMED])
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-        raise RequestError(f"there are {len(found)} CT series in {path}: choose one as series_uid: {keys}{more}")
+        raise RequestError(
+            f"there are {len(found)} CT series in {path}: choose one by series_uid (--series-uid): {keys}{more}"
+        )
     return found[0]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Event
 from typing import Any, TypeVar, cast
 
 import numba
@@ -22,6 +23,10 @@ STRIP = 128
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
+compiling = Event()
+"""Set as soon as a loop is compiled that no cache has."""
+
+
 class _Forgiving:
     """A cache of compiled loops whose damage or lack of room costs time, and nothing else."""
 
@@ -29,9 +34,12 @@ class _Forgiving:
         self._cache = cache
 
     def load_overload(self, *args: Any) -> Any:
+        found = None
         with suppress(Exception):  # Numba unpickles whatever it finds
-            return self._cache.load_overload(*args)
-        return None
+            found = self._cache.load_overload(*args)
+        if found is None:
+            compiling.set()
+        return found
 
     def save_overload(self, *args: Any) -> None:
         with suppress(Exception):

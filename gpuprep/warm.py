@@ -20,7 +20,7 @@ from gpuprep.recipe import Dtype, Recipe
 from gpuprep.volume import StoredVolume
 
 PATIENCE_S = 1.5
-"""Loading takes less. Compiling takes longer, and then deserves a word."""
+"""Before compiling deserves a word."""
 
 USUAL: tuple[Dtype, ...] = ("float32", "uint8")
 
@@ -34,15 +34,25 @@ def _warm() -> None:
         process(volume, Recipe(dtype=dtype, size=(8, 8)), backend=NumpyBackend("loops"))
 
 
-_word = threading.Timer(
-    PATIENCE_S,
-    logging.getLogger("gpuprep").warning,
-    ["compiling the inner loops for this processor: some ten seconds, once per installation"],
-)
-_word.start()
+def _say() -> None:
+    """Say so if it is compiling that takes its time: a busy machine may be as slow to load what it has."""
+    while not _done.wait(PATIENCE_S):
+        with contextlib.suppress(Exception):  # as below
+            from gpuprep.loops import compiling
+
+            if compiling.is_set():
+                logging.getLogger("gpuprep").warning(
+                    "compiling the inner loops for this processor: ten to thirty seconds, once per installation"
+                )
+                return
+
+
+_done = threading.Event()
+_saying = threading.Thread(target=_say)
+_saying.start()
 try:
     with contextlib.suppress(Exception):  # which would end the fork server; the first series will say what is wrong
         _warm()
 finally:
-    _word.cancel()
-    _word.join()  # no thread may live when processes are forked
+    _done.set()
+    _saying.join()  # no thread may live when processes are forked

@@ -51,7 +51,8 @@ def test_of_several_series_one_is_chosen_by_its_uid(folder: Path) -> None:
 
 def test_several_series_are_named(folder: Path) -> None:
     with pytest.raises(
-        RequestError, match=r"there are 2 CT series in .*choose one as series_uid: 1\.2\.0 \(6 slices\)"
+        RequestError,
+        match=r"there are 2 CT series in .*choose one by series_uid \(--series-uid\): 1\.2\.0 \(6 slices\)",
     ):
         gpuprep.load(folder, RECIPE)
 

@@ -157,7 +157,8 @@ def test_several_series_are_listed_in_one_line_and_one_can_be_chosen(series: Pat
     result = show(tmp_path)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"gpuprep: there are 2 CT series in {tmp_path}: choose one as series_uid: 1.2.3 (6 slices), 1.2.4 (6 slices)\n"
+        f"gpuprep: there are 2 CT series in {tmp_path}: choose one by series_uid (--series-uid): 1.2.3 (6 slices), "
+        "1.2.4 (6 slices)\n"
     )
     assert "voxels of 5 × 0.8 × 0.7 mm" in show(tmp_path, "--series-uid", "1.2.4").stdout
 
