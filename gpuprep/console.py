@@ -307,8 +307,9 @@ def show_status(status: Status) -> None:
         shard = f"shard {p.shard.number}/{p.shard.count}, " if p.shard.name else ""
         rate = f", {p.series_per_s:.3g} series/s" if p.series_per_s is not None else ""
         left = f", {_duration(p.left_s)} left" if p.left_s is not None else ""
+        last = "" if p.state == "running" else "last run "  # which may have been a shard, of all that is counted below
         console.print(
-            f"{p.state}: {shard}{p.done} of {p.run.todo} series done{rate}{left} "
+            f"{last}{p.state}: {shard}{p.done} of {p.run.todo} series done{rate}{left} "
             f"({p.run.skipped} skipped; since {p.run.started} on {p.run.host}, {p.run.device})",
             style=STATES[p.state],
         )

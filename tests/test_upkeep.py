@@ -97,7 +97,7 @@ def test_status_of_a_run_that_is_on_has_a_rate_and_the_time_left(out: Path) -> N
 def test_status_on_the_command_line(out: Path, tmp_path: Path) -> None:
     shown = command("status", out)
     assert shown.exit_code == 0
-    assert shown.stdout.startswith("finished: 3 of 3 series done")
+    assert shown.stdout.startswith("last run finished: 3 of 3 series done")
     assert "2 ok, 1 rejected" in shown.stdout
     assert "rejected gap: 1" in shown.stdout
     assert json.loads(command("status", out, "--json").stdout)["counts"] == {"ok": 2, "rejected": 1}
