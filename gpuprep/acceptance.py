@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpuprep.errors import DecodeError, GeometryError, IntensityError, MissingTagError
-from gpuprep.rules import Rules
+from gpuprep.rules import Rules, SeriesWarning
 from gpuprep.series import Series, SliceHeader
 from gpuprep.syntaxes import PLAIN, UNDEFINED_LENGTH
 
@@ -42,6 +42,11 @@ def check(series: Series, rules: Rules) -> None:
     _check_tags(series, rules)
     _check_intensity(series, rules)
     _check_lengths(series)
+
+
+def warnings(series: Series) -> tuple[SeriesWarning, ...]:
+    """Return what headers say that is doubtful and keeps nothing from being converted."""
+    return series.warnings
 
 
 def _check_kind(series: Series) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gpuprep.acceptance import warnings
 from gpuprep.errors import InputError
-from gpuprep.rules import Irregularity, Rules, codes
+from gpuprep.rules import Irregularity, Rules, SeriesWarning, codes
 from gpuprep.series import Series
 from gpuprep.stacking import Measures, Stack, stack
 
@@ -53,11 +54,16 @@ class Audit:
         return self.stack.irregularities if self.stack is not None else self.series.irregularities
 
     @property
+    def warnings(self) -> tuple[SeriesWarning, ...]:
+        """What is doubtful and was left as it is."""
+        return warnings(self.series)
+
+    @property
     def codes(self) -> tuple[str, ...]:
-        """The reasons for the verdict, for programs."""
+        """The reasons for the verdict, and the codes of warnings, for programs."""
         if self.error is not None:
             return (self.error.code,)
-        return codes(self.irregularities)
+        return codes((*self.irregularities, *self.warnings))
 
     @property
     def reason(self) -> str:

@@ -72,6 +72,7 @@ from gpuprep.interruption import held_back
 from gpuprep.keeping import KEEPING
 from gpuprep.logs import quiet_libraries
 from gpuprep.looking import LOOKING
+from gpuprep.rules import texts
 from gpuprep.running import gpu_numbers, jobs_or_cores, run_conversion
 from gpuprep.sharding import WHOLE, Shard
 from gpuprep.shell import complain, errors_to_exit_codes, header_index, print_csv, print_json
@@ -448,7 +449,8 @@ def _outlook(o: Outlook) -> dict[str, Any]:
         "verdict": o.verdict,
         "codes": o.codes,
         "reason": o.reason,
-        "irregularities": [i.text for i in o.audit.irregularities] if o.audit else [],
+        "irregularities": list(texts(o.audit.irregularities)) if o.audit else [],
+        "warnings": list(texts(o.audit.warnings)) if o.audit else [],
         "key": o.series.key,
         "series_uid": o.series.series_uid,
         "label": o.series.label,

@@ -24,7 +24,7 @@ from gpuprep.output import PREVIEW, Output, PendingFolder, Written
 from gpuprep.pictures import Planes, jpeg, picture
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
-from gpuprep.rules import codes
+from gpuprep.rules import codes, texts
 from gpuprep.series import Series
 from gpuprep.staging import DEVICE
 from gpuprep.text import printable
@@ -98,8 +98,8 @@ class Task:
             source=printable(s.folder),
             status="failed",
             codes=audited.codes if audited else (),
-            irregularities=tuple(i.text for i in audited.irregularities) if audited else (),
-            warnings=self.notes,
+            irregularities=texts(audited.irregularities) if audited else (),
+            warnings=self.notes + (texts(audited.warnings) if audited else ()),
             audit=audited.to_dict() if audited else None,
             slices=len(s.slices),
             engine=self.engine,
@@ -194,10 +194,11 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
     except OSError as exc:
         raise _unwritable(exc) from exc
     try:
-        irregularities = audited.irregularities
+        irregularities, warnings = audited.irregularities, audited.warnings
         if source is not None and image is not None:
             result = _write_image(task, source, plan, pending, result, image)
             irregularities += source.irregularities
+            warnings += source.warnings
         if task.segmentations:
             started = time.perf_counter()
             masked, labels = _write_masks(task, stacked, plan, pending)
@@ -211,8 +212,8 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
         result = replace(
             result,
             status="fixed" if irregularities and task.recipe.policy == "fix" else "ok",
-            codes=codes(irregularities),
-            irregularities=tuple(i.text for i in irregularities),
+            codes=codes((*irregularities, *warnings)),
+            irregularities=texts(irregularities),
         )
         started = time.perf_counter()
         _write_preview(plan, pending, image, labels)
@@ -253,7 +254,7 @@ def _write_image(
     notes = write(path, planes.passing(chunks), Content.image(plan), pending.settle) + _stretched(source, plan)
     return replace(
         result,
-        warnings=result.warnings + source.warnings + notes,
+        warnings=result.warnings + texts(source.warnings) + notes,
         padding_share=source.padding_voxels / source.statistics.voxels,
         hu_min=source.statistics.low,
         hu_max=source.statistics.high,

@@ -25,6 +25,7 @@ from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
 from gpuprep.reading import SeriesReader
 from gpuprep.recipe import Recipe
+from gpuprep.rules import codes, texts
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -115,12 +116,12 @@ def _of_series(series: Series) -> Glance:
     for chunk in planes.passing(host_chunks(source, plan, NumpyBackend("matmul"))):
         kept += [(n, values.copy()) for n, values in enumerate(chunk, k) if n in wanted]
         k += len(chunk)
-    irregularities = judged.irregularities + source.irregularities
+    irregularities, warnings = judged.irregularities + source.irregularities, judged.warnings + source.warnings
     return Glance(
         title=title,
         verdict="fixed" if irregularities else judged.verdict,
-        codes=tuple(dict.fromkeys(i.code for i in irregularities)),
-        notes=tuple(i.text for i in irregularities) + source.warnings,
+        codes=codes((*irregularities, *warnings)),
+        notes=texts((*irregularities, *warnings)),
         grid=plan.target,
         hu=(source.statistics.low, source.statistics.mean, source.statistics.high),
         padding_share=source.padding_voxels / source.statistics.voxels,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gpuprep.backend import compiled_loops
 from gpuprep.intensity import AIR_HU, LOWEST_HU, TISSUE_HU
+from gpuprep.rules import SeriesWarning
 from gpuprep.series import SliceHeader
 
 AIRLIKE_HU = 50.0
@@ -20,7 +21,9 @@ MOST_ALIKE = 0.05
 """If more than this share of the circle has the value around it, that is a phantom's background, and no fill."""
 
 
-def declared(slices: tuple[SliceHeader, ...], dtype: np.dtype[Any]) -> tuple[NDArray[Any] | None, tuple[str, ...]]:
+def declared(
+    slices: tuple[SliceHeader, ...], dtype: np.dtype[Any]
+) -> tuple[NDArray[Any] | None, tuple[SeriesWarning, ...]]:
     """Return the declared padding of each slice as (lowest, highest), and what was not believed.
 
     Parameters
@@ -34,7 +37,7 @@ def declared(slices: tuple[SliceHeader, ...], dtype: np.dtype[Any]) -> tuple[NDA
     -------
     padding : array of `dtype`, shape (k, 2), or None
         Lowest > highest where a slice declares none; None where no slice declares any.
-    notes : tuple of str
+    warnings : tuple of SeriesWarning
         What was not believed, and why.
 
     References
@@ -53,15 +56,16 @@ def declared(slices: tuple[SliceHeader, ...], dtype: np.dtype[Any]) -> tuple[NDA
             doubted.append((s.padding, hu))
         elif hu[1] >= LOWEST_HU and limits.min <= low and high <= limits.max:  # what is lower becomes air anyway
             padding[k] = low, high
-    notes: tuple[str, ...] = ()
+    warnings: tuple[SeriesWarning, ...] = ()
     if doubted:
         value, (hu_low, hu_high) = doubted[0]
         span = f"{hu_low:g} HU" if hu_low == hu_high else f"{hu_low:g} to {hu_high:g} HU with its range limit"
-        notes = (
+        text = (
             f"Pixel Padding Value {value} is {span}, which tissue has, in {len(doubted)} slices: it is "
-            "not treated as padding",
+            "not treated as padding"
         )
-    return (padding if (padding[:, 0] <= padding[:, 1]).any() else None), notes
+        warnings = (SeriesWarning("padding-ignored", text),)
+    return (padding if (padding[:, 0] <= padding[:, 1]).any() else None), warnings
 
 
 def replace_fill(values: NDArray[Any], slope: float, intercept: float) -> float | None:

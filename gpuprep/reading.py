@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gpuprep import padding as padded
 from gpuprep import places
+from gpuprep.acceptance import warnings as header_warnings
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
@@ -21,7 +22,7 @@ from gpuprep.headers import TAGS
 from gpuprep.intensity import HuStatistics
 from gpuprep.quality import Histogram, sampled
 from gpuprep.recipe import Recipe
-from gpuprep.rules import Irregularity
+from gpuprep.rules import Irregularity, SeriesWarning, texts
 from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import Stack, stack
 from gpuprep.streams import open_frugally
@@ -68,7 +69,7 @@ class SeriesReader:
         # Without a rescale, which only `assume_hu` lets through, stored values are taken as they are.
         self.slope = np.array([_or(s.rescale_slope, 1) for s in self._slices], dtype=np.float64)
         self.intercept = np.array([_or(s.rescale_intercept, 0) for s in self._slices], dtype=np.float64)
-        self.padding, self._notes = padded.declared(self._slices, self._dtype)
+        self.padding, self._doubts = padded.declared(self._slices, self._dtype)
         self.statistics = HuStatistics()
         self.histogram = Histogram(recipe.window_hu)
         """Of every n-th row and column so far, without padding and fill."""
@@ -92,10 +93,10 @@ class SeriesReader:
         )
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is doubtful and was left as it is."""
-        blank = (f"{self._blank} slices hold one value throughout",) if self._blank else ()
-        return self._notes + blank
+    def warnings(self) -> tuple[SeriesWarning, ...]:
+        """What pixels showed so far that is doubtful and was left as it is."""
+        blank = SeriesWarning("blank", f"{self._blank} slices hold one value throughout")
+        return self._doubts + ((blank,) if self._blank else ())
 
     def slab(self, start: int, stop: int, empty: Callable[[Any, Any], NDArray[Any]] = np.empty) -> NDArray[Any]:
         """Return the stored values of slices [start, stop): array of integers, shape (stop − start, j, i).
@@ -203,7 +204,7 @@ def read(series: Series, recipe: Recipe | None = None) -> StoredVolume:
         reader.padding,
         reader.geometry,
         reader.statistics,
-        reader.warnings + tuple(i.text for i in reader.irregularities),
+        texts((*header_warnings(series), *reader.warnings, *reader.irregularities)),
         reader.placement,
     )
 

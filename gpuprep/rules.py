@@ -54,6 +54,21 @@ class Irregularity:
         return f"{self.what}; {self.done}"
 
 
-def codes(irregularities: Iterable[Irregularity]) -> tuple[str, ...]:
-    """Return the codes of irregularities, each once."""
-    return tuple(dict.fromkeys(i.code for i in irregularities))
+@dataclass(frozen=True, slots=True)
+class SeriesWarning:
+    """Something doubtful about a series that is left as it is: the verdict stays what it was."""
+
+    code: str
+    """For programs: "padding-ignored", "blank", … (README lists them)."""
+    text: str
+    """For people: what, where, how much."""
+
+
+def codes(found: Iterable[Irregularity | SeriesWarning]) -> tuple[str, ...]:
+    """Return the codes of irregularities and warnings, each once."""
+    return tuple(dict.fromkeys(f.code for f in found))
+
+
+def texts(found: Iterable[Irregularity | SeriesWarning]) -> tuple[str, ...]:
+    """Return the texts of irregularities and warnings."""
+    return tuple(f.text for f in found)

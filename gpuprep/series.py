@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpuprep.geometry import Vector3
-from gpuprep.rules import Irregularity
+from gpuprep.rules import Irregularity, SeriesWarning
 from gpuprep.text import printable
 
 
@@ -121,6 +121,8 @@ class Series:
     """Images of the series that are no slices of its volume: (file name, why)."""
     irregularities: tuple[Irregularity, ...] = ()
     """What had to be done to get from the images of one UID to these slices."""
+    warnings: tuple[SeriesWarning, ...] = ()
+    """What is doubtful about these slices as a group, and was left as it is."""
     alias: str = ""
     """By what it goes where its UID must not be known: see `gpuprep.naming`."""
 
