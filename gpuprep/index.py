@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sqlite3
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,22 +54,27 @@ class HeaderIndex:
         self._db: sqlite3.Connection | None = None
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(path, timeout=30)
-            tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-            if any(not _OWN_TABLE.fullmatch(name) for name in tables):
-                raise sqlite3.DatabaseError("it is a database of something else")
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            for name in set(tables) - {_TABLE}:  # written by another version, which may have read other things
-                db.execute(f'DROP TABLE "{name}"')
-            db.execute(
-                f"CREATE TABLE IF NOT EXISTS {_TABLE} (folder BLOB, name BLOB, bytes INTEGER, mtime_ns INTEGER, "
-                "contents TEXT, PRIMARY KEY (folder, name)) WITHOUT ROWID"
-            )
-            db.commit()
-            self._db = db
+            self._db = sqlite3.connect(path, timeout=30)
+            self._prepare(self._db)
         except (OSError, sqlite3.Error) as exc:
             self._give_up(path, exc)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        if any(not _OWN_TABLE.fullmatch(name) for name in tables):
+            raise sqlite3.DatabaseError("it is a database of something else")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        for name in set(tables) - {_TABLE}:  # written by another version, which may have read other things
+            db.execute(f'DROP TABLE "{name}"')
+        db.execute(
+            f"CREATE TABLE IF NOT EXISTS {_TABLE} (folder BLOB, name BLOB, bytes INTEGER, mtime_ns INTEGER, "
+            "contents TEXT, PRIMARY KEY (folder, name)) WITHOUT ROWID"
+        )
+        db.commit()
 
     def known(self, folder: str, files: list[File], *, whole: bool) -> dict[str, Contents]:
         """Return what is known of files of one folder, by path; if these are all it has, forget those that are gone."""
@@ -120,14 +126,22 @@ class HeaderIndex:
         if self._db is not None:
             try:
                 self._db.commit()
-                self._db.close()
             except sqlite3.Error as exc:
                 self._give_up("", exc)
+            else:
+                self._let_go()
 
     def _give_up(self, what: object, exc: Exception) -> None:
         text = printable(f"{what}: {exc}")
         log.warning("the index of headers cannot be used (%s); every header is read", text)
-        self._db = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the database, without a word: what cannot be kept there is read again the next time."""
+        db, self._db = self._db, None
+        if db is not None:
+            with suppress(sqlite3.Error):
+                db.close()
 
 
 _SPACING, _ORIENTATION = Image._fields.index("pixel_spacing_mm"), Image._fields.index("orientation")

@@ -8,7 +8,7 @@ import os
 import platform
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
@@ -184,31 +184,29 @@ class Manifest:
         self.path = path
         self._run: int | None = None
         self._reading = reading
-        try:
-            have = self._opened(path, reading)
-        except sqlite3.Error as exc:
-            if hasattr(self, "_db"):
-                self._db.close()
-            if getattr(exc, "sqlite_errorcode", 0) & 0xFF in _DISK_ERRORS:
-                raise OutputError(f"cannot write into {path.parent}: {exc}") from exc
-            raise self._unusable(exc) from exc
-        if not have:
-            raise self._unusable(ValueError("it is empty"))
-        added = [f for f in fields(SeriesResult) if f.default is None and f.name not in have]
-        if set(have) | {f.name for f in added} != set(_COLUMNS):
-            raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
-        # By a version that knows more than the one that wrote it: what is only read stays as it is.
-        self._absent = frozenset(f.name for f in added) if reading else frozenset()
-        with self._writing():
-            for f in () if reading else added:
-                self._db.execute(f"ALTER TABLE series ADD COLUMN {f.name} {_type(f)}")
+        with ExitStack() as opened:
+            try:
+                self._db = opened.enter_context(closing(_connected(path, reading)))
+                have = self._prepared()
+            except sqlite3.Error as exc:
+                if getattr(exc, "sqlite_errorcode", 0) & 0xFF in _DISK_ERRORS:
+                    raise OutputError(f"cannot write into {path.parent}: {exc}") from exc
+                raise self._unusable(exc) from exc
+            if not have:
+                raise self._unusable(ValueError("it is empty"))
+            added = [f for f in fields(SeriesResult) if f.default is None and f.name not in have]
+            if set(have) | {f.name for f in added} != set(_COLUMNS):
+                raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
+            # By a version that knows more than the one that wrote it: what is only read stays as it is.
+            self._absent = frozenset(f.name for f in added) if reading else frozenset()
+            with self._writing():
+                for f in () if reading else added:
+                    self._db.execute(f"ALTER TABLE series ADD COLUMN {f.name} {_type(f)}")
+            opened.pop_all()  # it stays open until `close`
 
-    def _opened(self, path: Path, reading: bool) -> list[str]:
-        """Open the database, make what it lacks, and return the columns of its series."""
-        if reading:
-            self._db = _for_reading(path)
-        else:
-            self._db = sqlite3.connect(path, isolation_level=None)
+    def _prepared(self) -> list[str]:
+        """Make the tables that the database lacks, and return the columns of its series."""
+        if not self._reading:
             found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]  # before anything is written
             if found != "ok":
                 raise sqlite3.DatabaseError(f"it is damaged: {found.splitlines()[-1]}")
@@ -450,11 +448,11 @@ class Manifest:
 
     def close(self) -> None:
         """Let go of the file."""
-        if not self._reading:
-            # Without a log beside it, it can be read where nothing can be written. Somebody may be reading it now.
-            with suppress(sqlite3.Error):
-                self._db.execute("PRAGMA journal_mode = DELETE")
-        self._db.close()
+        with closing(self._db):
+            if not self._reading:
+                # Without a log beside it, it can be read where nothing can be written. Somebody may be reading it now.
+                with suppress(sqlite3.Error):
+                    self._db.execute("PRAGMA journal_mode = DELETE")
 
 
 def shards_of(out: Path) -> dict[Shard, Path]:
@@ -494,17 +492,17 @@ def open_manifest(out: Path, shard: Shard = WHOLE) -> Manifest:
         As `Manifest`; and if there are shards of another division of the cohort.
     """
     path, whole = manifest_path(out, shard), manifest_path(out)
-    if not shard.name:
-        manifest = Manifest(path)
-        merge(manifest)
-        return manifest
-    others = [other for other in shards_of(out) if other.count != shard.count]
+    others = [other for other in shards_of(out) if other.count != shard.count] if shard.name else []
     if others:
         raise RequestError(f"{out} holds {others[0].name}, a shard of another division: gpuprep merge {out} first")
     fresh = not path.exists()
-    manifest = Manifest(path)
-    if fresh and whole.exists():
-        manifest.take_over(whole, WHOLE)
+    with ExitStack() as opened:
+        manifest = opened.enter_context(closing(Manifest(path)))
+        if not shard.name:
+            merge(manifest)
+        elif fresh and whole.exists():
+            manifest.take_over(whole, WHOLE)
+        opened.pop_all()  # the caller closes it
     return manifest
 
 
@@ -513,7 +511,9 @@ def this_host() -> str:
     return platform.node()
 
 
-def _for_reading(path: Path) -> sqlite3.Connection:
+def _connected(path: Path, reading: bool) -> sqlite3.Connection:
+    if not reading:
+        return sqlite3.connect(path, isolation_level=None)
     uri = path.absolute().as_uri()
     with closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as db, suppress(sqlite3.OperationalError):
         db.execute("SELECT count(*) FROM sqlite_master").fetchone()

@@ -1002,8 +1002,9 @@ def test_a_series_that_is_divided_otherwise_than_before_leaves_nothing_behind(tm
 
     def converted(**changes: Any) -> tuple[dict[str, int], dict[str, str], set[Path]]:
         run = convert(tmp_path / "in", out, Recipe(**small, **changes), backend="cpu")  # type: ignore[arg-type]
-        rows = sqlite3.connect(out / "manifest.sqlite").execute("SELECT key, folder FROM series")
-        return run.counts, dict(rows.fetchall()), {f.parent.relative_to(out) for f in out.rglob("volume.json")}
+        with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
+            rows = db.execute("SELECT key, folder FROM series").fetchall()
+        return run.counts, dict(rows), {f.parent.relative_to(out) for f in out.rglob("volume.json")}
 
     counts, rows, folders = converted(policy="strict")
     assert (counts, set(rows), folders) == ({"rejected": 1}, {"1.2.3"}, set())

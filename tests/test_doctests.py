@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from inspect import cleandoc
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_does_what_it_says(name: str) -> None:
     (example,) = FINDER.find(getattr(gpuprep, name), name, globs={"gpuprep": gpuprep})
-    assert "\n    Examples\n    --------\n    >>> " in getattr(gpuprep, name).__doc__
+    assert "\nExamples\n--------\n>>> " in cleandoc(getattr(gpuprep, name).__doc__)
     run(example)
 
 

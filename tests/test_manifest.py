@@ -7,7 +7,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpuprep.errors import OutputError
-from gpuprep.manifest import Manifest, SeriesResult
-from gpuprep.sharding import WHOLE
+from gpuprep.headers import Contents
+from gpuprep.index import File, HeaderIndex
+from gpuprep.manifest import Manifest, SeriesResult, open_manifest
+from gpuprep.sharding import WHOLE, Shard
+from gpuprep.upkeep import Records
 
 OK = SeriesResult(
     key="1.2.3",
@@ -378,3 +381,134 @@ def test_a_csv_that_cannot_be_written_is_an_output_error(manifest: Manifest, tmp
     manifest.put(OK)
     with pytest.raises(OutputError, match=r"manifest\.csv"):
         manifest.write_csv()
+
+
+# --- what is opened is closed, whatever goes wrong
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
+    """Collect all connections to databases that are made from here on."""
+    made: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def kept(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        made.append(connect(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", kept)
+    return made
+
+
+def assert_closed(connections: list[sqlite3.Connection]) -> None:
+    assert connections
+    for connection in connections:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+            connection.execute("SELECT 1")
+
+
+def make_empty(file: Path) -> None:
+    file.touch()
+
+
+def make_foreign(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as foreign, foreign:
+        foreign.execute("CREATE TABLE series (key TEXT PRIMARY KEY, title TEXT)")
+
+
+def make_frozen(file: Path) -> None:
+    """Make a manifest from before a column was added, to which none can be added."""
+    with closing(Manifest(file)):
+        pass
+    with closing(sqlite3.connect(file)) as old, old:
+        old.execute("ALTER TABLE series DROP COLUMN quality")
+        old.execute("ALTER TABLE series RENAME TO kept")
+        old.execute("CREATE VIEW series AS SELECT * FROM kept")
+
+
+def make_whole(file: Path) -> None:
+    with closing(Manifest(file)) as manifest:
+        manifest.put(OK)
+
+
+@pytest.mark.parametrize("reading", [False, True])
+@pytest.mark.parametrize("make", [corrupt, cut, make_empty, make_foreign, make_frozen, make_whole])
+def test_a_manifest_is_closed_whether_it_can_be_used_or_not(
+    tmp_path: Path, make: Any, reading: bool, connections: list[sqlite3.Connection]
+) -> None:
+    file = tmp_path / "manifest.sqlite"
+    make(file)
+    with suppress(OutputError), closing(Manifest(file, reading=reading)) as manifest:
+        assert list(manifest) == ([OK] if make is make_whole else [])
+        assert make in (make_whole, make_empty, make_frozen)
+    assert_closed(connections)
+
+
+def test_a_stop_while_a_manifest_is_opened_closes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, connections: list[sqlite3.Connection]
+) -> None:
+    def stop(_: Manifest) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Manifest, "_prepared", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Manifest(tmp_path / "manifest.sqlite")
+    assert_closed(connections)
+
+
+@pytest.mark.parametrize("damaged", ["manifest.sqlite", "manifest.1-of-2.sqlite"])
+@pytest.mark.parametrize("shard", [WHOLE, Shard(2, 2)])
+def test_a_manifest_that_cannot_take_over_another_is_closed(
+    tmp_path: Path, damaged: str, shard: Shard, connections: list[sqlite3.Connection]
+) -> None:
+    make_whole(tmp_path / "manifest.sqlite")
+    make_whole(tmp_path / "manifest.1-of-2.sqlite")
+    corrupt(tmp_path / damaged)
+    with suppress(OutputError), closing(open_manifest(tmp_path, shard)) as manifest:
+        assert shard == Shard(2, 2)  # the other shard is none of its business
+        assert damaged == "manifest.1-of-2.sqlite"
+        assert list(manifest) == [OK]
+    assert_closed(connections)
+
+
+def test_records_of_which_one_is_damaged_are_closed(tmp_path: Path, connections: list[sqlite3.Connection]) -> None:
+    make_whole(tmp_path / "manifest.1-of-2.sqlite")
+    corrupt(tmp_path / "manifest.2-of-2.sqlite")
+    with pytest.raises(OutputError, match=r"2-of-2\.sqlite cannot be used as manifest"):
+        Records(tmp_path)
+    assert_closed(connections)
+
+
+def make_index(file: Path) -> None:
+    HeaderIndex(file).close()
+
+
+@pytest.mark.parametrize("make", [corrupt, make_foreign, make_empty, make_index])
+def test_an_index_of_headers_is_closed_whether_it_can_be_used_or_not(
+    tmp_path: Path, make: Any, connections: list[sqlite3.Connection]
+) -> None:
+    file = tmp_path / "headers.sqlite"
+    make(file)
+    index = HeaderIndex(file)
+    used = len(connections)
+    assert index.known("/data", [], whole=False) == {}
+    index.close()
+    assert len(connections) == used
+    assert_closed(connections)
+
+
+@pytest.mark.parametrize("action", ["known", "add"])
+def test_an_index_of_headers_that_breaks_while_it_is_used_is_closed(
+    tmp_path: Path, action: str, connections: list[sqlite3.Connection], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "headers.sqlite"
+    index = HeaderIndex(file)
+    with closing(sqlite3.connect(file)) as saboteur, saboteur:
+        (table,) = saboteur.execute("SELECT name FROM sqlite_master WHERE name LIKE 'files_%'").fetchone()
+        saboteur.execute(f"DROP TABLE {table}")
+    if action == "known":
+        assert index.known("/data", [], whole=False) == {}
+    else:
+        index.add([File("/data/a", 1, 1, (1, 1))], [Contents()])
+    assert "cannot be used" in caplog.text
+    assert_closed(connections)

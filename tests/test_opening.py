@@ -193,7 +193,9 @@ def test_a_patch_of_zarr_takes_a_small_part_of_its_bytes(tmp_path: Path) -> None
     np.testing.assert_array_equal(finished.image(box), values[box])
     whole_bytes = bytes_read(lambda: finished.image(whole(shape)))
     assert whole_bytes >= values.nbytes  # so it counts them
-    assert bytes_read(lambda: finished.image(box)) < 0.1 * values.nbytes
+    # The patch lies in 12 chunks of 131,072 bytes, which is 4 %. They are in 3 of 5 shards, which is 60 %. Zarr reads
+    # what lies between two chunks too, where that is less than another request would cost: 3.4 comes to 13 %.
+    assert values[box].nbytes < bytes_read(lambda: finished.image(box)) < 0.2 * values.nbytes
 
 
 def in_memory(path: Path) -> int:

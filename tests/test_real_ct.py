@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,10 @@ def test_four_series_come_out_with_the_expected_shapes(data: Path, converted: Pa
 
 
 def test_hu_of_every_series_equal_the_catalogue(data: Path, converted: Path) -> None:
-    rows = sqlite3.connect(converted / "manifest.sqlite").execute(
-        "SELECT series_uid, hu_min, hu_max, hu_mean FROM series WHERE status = 'ok'"
-    )
+    with closing(sqlite3.connect(converted / "manifest.sqlite")) as db:
+        rows = db.execute("SELECT series_uid, hu_min, hu_max, hu_mean FROM series WHERE status = 'ok'").fetchall()
     facts = catalogue(data)
-    for uid, low, high, mean in rows.fetchall():
+    for uid, low, high, mean in rows:
         fact = facts.pop(uid)["pydicom_hu"]
         assert (low, high) == (fact["min"], fact["max"])
         assert mean == pytest.approx(fact["mean"], abs=1e-4)

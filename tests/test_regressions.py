@@ -9,6 +9,7 @@ import sqlite3
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -231,18 +232,18 @@ def test_an_index_is_never_made_of_another_database(tmp_path: Path, application:
     write(tmp_path / "in")
     index = tmp_path / "other.sqlite"
     if application == "precious":
-        db = sqlite3.connect(index)
-        db.execute("CREATE TABLE precious (x)")
-        db.execute("INSERT INTO precious VALUES (42)")
-        db.commit()
-        db.close()
+        with closing(sqlite3.connect(index)) as db, db:
+            db.execute("CREATE TABLE precious (x)")
+            db.execute("INSERT INTO precious VALUES (42)")
     else:
         converted(tmp_path / "in", tmp_path / "out")
         index = tmp_path / "out" / "manifest.sqlite"
-    before = list(sqlite3.connect(index).iterdump())
+    with closing(sqlite3.connect(index)) as db:
+        before = list(db.iterdump())
     cohort, *_ = scan(tmp_path / "in", index=index)
     assert len(cohort) == 1
-    assert list(sqlite3.connect(index).iterdump()) == before
+    with closing(sqlite3.connect(index)) as db:
+        assert list(db.iterdump()) == before
 
 
 def two_parts(folder: Path) -> None:
@@ -296,14 +297,14 @@ def test_a_damaged_row_of_the_index_is_written_anew(tmp_path: Path, caplog: pyte
     files = write(tmp_path / "in")
     index = tmp_path / "headers.sqlite"
     gpuprep.discover(tmp_path / "in", index=index)
-    db = sqlite3.connect(index)
-    (name,) = db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'files_%'").fetchone()
-    for damage in ("[1, 2", "[[[]], 3, null]", "7"):
-        db.execute(f"UPDATE {name} SET contents = ?", (damage,))  # noqa: S608
-        db.commit()
-        assert len(gpuprep.discover(tmp_path / "in", index=index)[0].slices) == len(files)
-        contents = db.execute(f"SELECT DISTINCT contents = ? FROM {name}", (damage,)).fetchall()  # noqa: S608
-        assert contents == [(0,)]
+    with closing(sqlite3.connect(index)) as db:
+        (name,) = db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'files_%'").fetchone()
+        for damage in ("[1, 2", "[[[]], 3, null]", "7"):
+            db.execute(f"UPDATE {name} SET contents = ?", (damage,))  # noqa: S608
+            db.commit()
+            assert len(gpuprep.discover(tmp_path / "in", index=index)[0].slices) == len(files)
+            contents = db.execute(f"SELECT DISTINCT contents = ? FROM {name}", (damage,)).fetchall()  # noqa: S608
+            assert contents == [(0,)]
     assert caplog.text == ""
 
 

@@ -8,6 +8,7 @@ import sqlite3
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -262,8 +263,9 @@ def test_what_changed_is_read_again_and_nothing_else(
     assert cohort.series == fresh.series
     assert len(cohort[0].slices) == {"new": 8, "gone": 6}.get(change, 7)
     if change in ("gone", "renamed"):
-        rows = sqlite3.connect(index).execute("SELECT name FROM sqlite_master WHERE name LIKE 'files_%'").fetchall()
-        names = [n for (n,) in sqlite3.connect(index).execute(f"SELECT name FROM {rows[0][0]}")]  # noqa: S608
+        with closing(sqlite3.connect(index)) as db:
+            rows = db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'files_%'").fetchall()
+            names = [n for (n,) in db.execute(f"SELECT name FROM {rows[0][0]}")]  # noqa: S608
         assert files[3].name.encode() not in names
 
 
@@ -278,13 +280,13 @@ def test_an_index_that_cannot_be_used_costs_time_and_nothing_else(
     elif damage == "folder":
         index.mkdir()
     elif damage == "another":
-        sqlite3.connect(index).execute("CREATE TABLE files_of_an_older_version (x)").connection.commit()
+        with closing(sqlite3.connect(index)) as db, db:
+            db.execute("CREATE TABLE files_of_an_older_version (x)")
     else:
         gpuprep.discover(tmp_path / "plain", index=index)
-        db = sqlite3.connect(index)
-        (name,) = db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'files_%'").fetchone()
-        db.execute(f"UPDATE {name} SET contents = '[1, 2'")  # noqa: S608
-        db.commit()
+        with closing(sqlite3.connect(index)) as db, db:
+            (name,) = db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'files_%'").fetchone()
+            db.execute(f"UPDATE {name} SET contents = '[1, 2'")  # noqa: S608
     assert gpuprep.discover(tmp_path / "plain", index=index) == expected
     assert len(files) == len(expected[0].slices)
 
