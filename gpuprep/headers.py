@@ -212,7 +212,7 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         elif not syntax:
             implicit, little = ds.original_encoding  # no meta group: what pydicom found by looking
             syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
-        offset, length = _pixels(content, syntax == BIG_ENDIAN)
+        offset, length = _pixels(content, ds.original_encoding[0], syntax == BIG_ENDIAN)
         encoded = None
         if syntax not in NATIVE:
             # Where a table of other offsets goes before the fragments, pydicom follows it.
@@ -267,20 +267,41 @@ def _check_class(sop_class: str, announced: str, bare: bool) -> None:
     raise _NotCtError(name, segmentation=kind in SEGMENTATION_CLASSES)
 
 
-def _pixels(f: BinaryIO, big: bool) -> tuple[int | None, int | None]:
+def _pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, int | None]:
     """Return offset and length of the value of the pixels, from where pydicom stopped; length 0 where there are none.
 
-    The element itself shows whether it has a VR, whatever the transfer syntax says: read as a length, the letters would
-    be an odd one.
+    The element itself shows whether it has a VR: read as a length, the letters of one that pixels may have would be an
+    odd number, which is none. Where they are no VR at all, the rest of the data set decides.
+
+    References
+    ----------
+    DICOM PS3.5, 7.1.2 and 7.1.3 (Data Element Structure with and without VR).
     """
     start = f.tell()
     head = f.read(12)
-    if head[:4] != (b"\x7f\xe0\x00\x10" if big else b"\xe0\x7f\x10\x00") or len(head) < 8:
+    tag = bytes((head[1], head[0], head[3], head[2])) if len(head) >= 8 and not big else head[:4]
+    if tag in _FLOAT_PIXELS:
+        raise ValueError(f"its pixels are {_FLOAT_PIXELS[tag]}, which are no stored values of CT")
+    if tag != b"\x7f\xe0\x00\x10" or len(head) < 8:
         return None, 0
     order: Any = "big" if big else "little"
-    explicit = head[4:8] in (b"OW\0\0", b"OB\0\0")
-    length = head[8:12] if explicit else head[4:8]
-    return start + (12 if explicit else 8), int.from_bytes(length, order)
+    vr = head[4:6]
+    odd = bool(vr[0] % 2)
+    if vr in _SHORT_VRS and (odd or not implicit):
+        return start + 8, int.from_bytes(head[6:8], order)
+    if vr in _LONG_VRS or (not implicit and (odd or (vr.isalpha() and vr.isupper()))):
+        return start + 12, int.from_bytes(head[8:12], order)  # whatever the two reserved bytes hold
+    return start + 8, int.from_bytes(head[4:8], order)
+
+
+_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+"""VRs with two reserved bytes and a length of four."""
+_SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+"""VRs with a length of two bytes, which hold no large image."""
+_FLOAT_PIXELS = {
+    b"\x7f\xe0\x00\x08": "Float Pixel Data (7FE0,0008)",
+    b"\x7f\xe0\x00\x09": "Double Float Pixel Data (7FE0,0009)",
+}
 
 
 @dataclass(frozen=True, slots=True)

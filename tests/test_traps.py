@@ -1,4 +1,4 @@
-"""The 42 traps of CT DICOM stacking, HU and resampling, one test each, by number: ``pytest tests/test_traps.py -v``.
+"""The traps of CT DICOM stacking, HU and resampling, one test each, by number: ``pytest tests/test_traps.py -v``.
 
 What is expected is worked out by hand or by pydicom, SciPy and SimpleITK alone, never by gpuprep.
 """
@@ -90,7 +90,7 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == list(range(1, 43))
+    assert sorted(set(TESTED)) == [*range(1, 43), 45]
 
 
 # What tests have in common
@@ -1350,3 +1350,21 @@ def test_a_broken_series_is_named_and_costs_no_other(tmp_path: Path) -> None:
     assert run.exit_code == 1
     with (tmp_path / "out" / "manifest.csv").open(newline="", encoding="utf-8") as f:
         assert sum(line["status"] == "rejected" for line in csv.DictReader(f)) == 4
+
+
+# What pixel words mean
+
+
+@trap(45, "vr-of-the-pixels")
+@pytest.mark.parametrize("size", [64, 512])
+@pytest.mark.parametrize("vr", [b"UN\0\0", b"OF\0\0", b"OL\0\0", b"OD\0\0", b"OV\0\0", b"UT\0\0", b"OW  ", b"OB\0\x01"])
+def test_pixels_begin_where_their_explicit_header_ends(tmp_path: Path, vr: bytes, size: int) -> None:
+    files = write_series(tmp_path, noise(3, size, size), SPACING)
+    expected = by_pydicom(files)
+    for file in files:
+        data = file.read_bytes()
+        at = data.rindex(b"\xe0\x7f\x10\x00OW\0\0") + 4
+        file.write_bytes(data[:at] + vr + data[at + 4 :])
+    stored = gpuprep.read(found(tmp_path)).stored
+    assert stored[0, 0, 0] == expected[0, 0, 0] + 1024
+    np.testing.assert_array_equal(stored, expected + 1024)
