@@ -115,7 +115,7 @@ def _check_intensity(series: Series, rules: Rules) -> None:
             "Photometric Interpretation not MONOCHROME2",
             [s for s in slices if s.photometric != "MONOCHROME2"],
         ),
-        ("rescale-type", "Rescale Type not HU", other_type),
+        ("rescale-type", f"Rescale Type not HU{_units(other_type)}", other_type),
         ("rescale", "Rescale Slope 0", [s for s in slices if s.rescale_slope == 0]),
         ("rescale", "Rescale Slope absurd", [s for s in slices if abs(s.rescale_slope or 0) > STEEPEST_SLOPE]),
         (
@@ -133,6 +133,11 @@ def _check_intensity(series: Series, rules: Rules) -> None:
         if wrong:
             hint = "; --assume-hu takes them as HU" if code == "rescale-type" else ""
             raise IntensityError(f"{text} in {names(wrong)}: the values cannot be called HU{hint}", code)
+
+
+def _units(slices: list[SliceHeader]) -> str:
+    """Return the units that slices say instead of HU, in parentheses."""
+    return f" ({listed(sorted({s.rescale_type or '' for s in slices}))})"
 
 
 def _check_lengths(series: Series) -> None:

@@ -397,7 +397,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         phase=_hash("\n".join(_text(ds, k) for k in PHASE)) if any(_text(ds, k) for k in PHASE) else "",
         rescale_slope=_decimal(ds, "RescaleSlope"),
         rescale_intercept=_decimal(ds, "RescaleIntercept"),
-        rescale_type=_term(ds, "RescaleType"),
+        rescale_type=_rescale_type(ds),
         photometric=_term(ds, "PhotometricInterpretation"),
         samples_per_pixel=_binary(ds, "SamplesPerPixel") or 1,
         bits_allocated=bits,
@@ -469,6 +469,31 @@ TERMS = {
 def _term(ds: _Frame, keyword: str) -> str | None:
     word = _text(ds, keyword).upper()
     return None if not word else word if word.replace(" ", "_") in TERMS[keyword].split() else "another"
+
+
+_HOUNSFIELD = re.compile(r"HU|HOUN[DT]?S?E?F[IE]{1,2}LDS?(UNITS?)?(HU)?|HNSF'U")
+"""HU as writers spell it, without blanks and punctuation: some GE workstations write "Houndsfield Unit"; UCUM has
+[hnsf'U]."""
+_PUNCTUATION = str.maketrans("", "", " ._-()[]")
+_CODE = re.compile("[A-Z][A-Z0-9_]{0,15}")
+
+
+def _rescale_type(ds: _Frame) -> str | None:
+    """Return "HU" for every spelling of it, any other unit that is written like a code as it is, else "another".
+
+    The standard's own terms are single words in capital letters and digits. Such a word is kept for messages. Text in
+    any other form, which might be a name, is not.
+
+    References
+    ----------
+    DICOM PS3.3, C.11.1.1.2 (Modality LUT and Rescale Type).
+    """
+    word, known = _text(ds, "RescaleType"), _term(ds, "RescaleType")
+    if known != "another":
+        return known
+    if _HOUNSFIELD.fullmatch(word.upper().translate(_PUNCTUATION)):
+        return "HU"
+    return word if _CODE.fullmatch(word) else known
 
 
 def _uid(ds: _Frame, keyword: str) -> str:

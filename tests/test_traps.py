@@ -90,7 +90,7 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == [*range(1, 43), 45]
+    assert sorted(set(TESTED)) == [*range(1, 43), 45, 49]
 
 
 # What tests have in common
@@ -1167,6 +1167,22 @@ def test_what_is_not_known_to_be_hu_is_not_called_hu(tmp_path: Path, change: Cha
     assert (believed.status == "rejected") == (code in ("photometric", "modality"))
     if code == "rescale-type":
         np.testing.assert_array_equal(written(tmp_path / "believed", believed), stored - 1024.0)
+
+
+@trap(49, "hounsfield-spelt-otherwise")
+@pytest.mark.parametrize(
+    "word",
+    ["Houndsfield Unit", "Hounsfield", "HOUNSFIELD UNITS", "hounsfield_unit", "Hounsfeild Units (HU)", "H.U.", "hu"],
+)
+def test_every_spelling_of_hounsfield_is_hu(tmp_path: Path, word: str) -> None:
+    def spell(ds: Dataset, _: int) -> None:
+        ds.RescaleType = word
+
+    stored = noise()
+    write_series(tmp_path / "in", stored, SPACING, change=spell)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == ("ok", ())
+    np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
 
 
 # Masks
