@@ -20,6 +20,7 @@ from gpuprep.layout import LONGEST_NAME, harmless
 from gpuprep.pictures import Planes
 from gpuprep.plan import Plan
 from gpuprep.segmentation.contours import Segmentation
+from gpuprep.segmentation.frames import in_frame_of
 from gpuprep.segmentation.opening import names_by_path, read_segmentation
 from gpuprep.segmentation.placing import Placed, joined, place, plane_of
 from gpuprep.segmentation.wishes import Hide, Masks
@@ -90,10 +91,11 @@ def read_placed(
             {"path": printable(segmentation.path), "format": segmentation.format, "why": segmentation.why}
         )
         with _naming(segmentation.path):
-            structures, notes = place(segmentation, stack, wishes)
+            own, left_out = in_frame_of(segmentation, series_uid, frame_uid)
+            structures, notes = place(own, stack, wishes)
         placed += structures
-        masked.notes += [f"{printable(os.path.basename(segmentation.path))}: {note}" for note in notes]
-        masked.notes += _foreign(segmentation, series_uid, frame_uid)
+        masked.notes += [f"{printable(os.path.basename(segmentation.path))}: {note}" for note in (*left_out, *notes)]
+        masked.notes += _foreign(own, series_uid, frame_uid)
     # Empty structures have a name too, as they had when label values were given out.
     pairs = list(dict.fromkeys(known))
     telling = names_by_path((s.path, s.format) for s in found) if hide else ()

@@ -125,7 +125,9 @@ class TestWhatIsRead:
 
         found = read(write_rtstruct(tmp_path / "rs.dcm", {n: [SQUARE] for n in "abc"}, frame_uid="1.2.8", change=move))
         assert found.frame_of_reference_uid == "1.2.8"
-        assert found.notes == ("its ROIs have 2 frames of reference; that of 2 of 3 is taken",)
+        assert [s.frame_of_reference_uid for s in found.structures] == ["1.2.8", "1.2.77", "1.2.8"]
+        assert found.series_by_frame == {"1.2.8": {"1.2.3.4"}}
+        assert found.notes == ()
 
     def test_without_any_reference(self, tmp_path: Path) -> None:
         def forget(ds: Dataset) -> None:

@@ -90,7 +90,7 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == [*range(1, 43), 45, 49]
+    assert sorted(set(TESTED)) == [*range(1, 43), 45, 49, 57]
 
 
 # What tests have in common
@@ -1319,6 +1319,25 @@ def test_contours_find_their_slices_by_position(tmp_path: Path) -> None:
     expected[1:5, 5:10, 5:10] = True
     np.testing.assert_array_equal(got["on slices"], expected)
     assert "outside: 1 contour left out: on no slice of the series" in " ".join(result.warnings)
+
+
+@trap(57, "frame-of-each-roi")
+def test_an_roi_of_another_frame_of_reference_is_not_painted_here(tmp_path: Path) -> None:
+    def elsewhere(ds: Dataset) -> None:
+        ds.StructureSetROISequence[1].ReferencedFrameOfReferenceUID = "1.2.3.99"
+
+    def write(path: Path, series: gpuprep.Series) -> None:
+        rois = {name: [in_patient(rectangle(low, low + 4), k)] for name, low, k in (("A", 3.5, 1), ("B", 9.5, 2))}
+        frame = series.frame_of_reference_uid
+        write_rtstruct(path, rois, series_uid=series.series_uid, frame_uid=frame, change=elsewhere)
+
+    write_series(tmp_path / "in", noise(6), SPACING)
+    got, result = masks(tmp_path, write)
+    expected = np.zeros((6, 20, 24), bool)
+    expected[1, 4:8, 4:8] = True
+    assert set(got) == {"A"}
+    np.testing.assert_array_equal(got["A"], expected)
+    assert "B: left out, it is drawn in another frame of reference" in " ".join(result.warnings)
 
 
 @trap(42, "broken-neighbours")

@@ -6,6 +6,7 @@ key means, and whether there is such a slice, `gpuprep.segmentation.placing` fin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -76,6 +77,8 @@ class Structure:
     name: str
     contours: tuple[Contour, ...] = ()
     rasters: tuple[Raster, ...] = ()
+    frame_of_reference_uid: str = ""
+    """In which its points lie, where a file may hold structures of several; "" where that is not known."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +96,9 @@ class Segmentation:
     series_uids: tuple[str, ...] = ()
     """Series it says it belongs to."""
     frame_of_reference_uid: str = ""
+    """Of most of its structures."""
+    series_by_frame: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Series that it lists under each frame of reference."""
     sop_uids: frozenset[str] = frozenset()
     """Images it refers to."""
     per_slice: bool = False

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,24 +76,26 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # n
         number = integer(roi, "ReferencedROINumber")
         if number is not None:
             notes += _contours(roi, names[number], collector, images)
-    frame, strays = _frame_of_reference(ds, [f for f in frames if f])
+    by_name = {names[number]: frame for number, frame in frames.items()}
+    structures = (replace(s, frame_of_reference_uid=by_name.get(s.name, "")) for s in collector.structures)
     series, of_series = _references(ds)
     return Segmentation(
         path=path,
         format="RTSTRUCT",
         why="SOP Class UID: RT Structure Set Storage",
-        structures=collector.structures,
-        series_uids=series,
-        frame_of_reference_uid=frame,
+        structures=tuple(structures),
+        series_uids=tuple(dict.fromkeys(chain.from_iterable(series.values()))),
+        frame_of_reference_uid=_frame_of_most(ds, frames.values()),
+        series_by_frame={frame: frozenset(uids) for frame, uids in series.items()},
         sop_uids=frozenset(images.uids | of_series),
-        notes=(*notes, *strays),
+        notes=tuple(notes),
     )
 
 
-def _rois(ds: pydicom.Dataset) -> tuple[dict[int, str], list[str]]:
-    """Return the name of each ROI by number, and the UIDs of their frames of reference."""
+def _rois(ds: pydicom.Dataset) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the name of each ROI by number, and the UIDs of their frames of reference by number."""
     rois: dict[int, str] = {}
-    frames = []
+    frames: dict[int, str] = {}
     for n, item in enumerate(items(ds, "StructureSetROISequence"), 1):
         number, called = integer(item, "ROINumber"), name(item, "ROIName")
         if number is None:
@@ -100,7 +105,7 @@ def _rois(ds: pydicom.Dataset) -> tuple[dict[int, str], list[str]]:
                 f"two ROIs, {quoted(rois[number])} and {quoted(called)}, have the number {number}: it is not clear "
                 "whose contours are whose"
             )
-        frames.append(uid(item, "ReferencedFrameOfReferenceUID"))
+        frames[number] = uid(item, "ReferencedFrameOfReferenceUID")
     return rois, frames
 
 
@@ -181,24 +186,23 @@ class _Images:
         )
 
 
-def _references(ds: pydicom.Dataset) -> tuple[tuple[str, ...], set[str]]:
-    """Return the series that a structure set refers to, and the images of them."""
-    series: dict[str, None] = {}
+def _references(ds: pydicom.Dataset) -> tuple[dict[str, list[str]], set[str]]:
+    """Return the series that a structure set lists, by the frame of reference it lists them under; and their images."""
+    series: dict[str, list[str]] = {}
     images = _Images()
     for frame in items(ds, "ReferencedFrameOfReferenceSequence"):
+        under = series.setdefault(uid(frame, "FrameOfReferenceUID"), [])
         for study in items(frame, "RTReferencedStudySequence"):
             for item in items(study, "RTReferencedSeriesSequence"):
                 if found := uid(item, "SeriesInstanceUID"):
-                    series[found] = None
+                    under.append(found)
                 images.add(item)
-    return tuple(series), images.uids
+    return series, images.uids
 
 
-def _frame_of_reference(ds: pydicom.Dataset, of_rois: list[str]) -> tuple[str, list[str]]:
-    """Return the UID of the frame of reference of most ROIs, and a note where others have another."""
-    counts = Counter(of_rois)
-    if len(counts) > 1:
-        (most, count), *_ = counts.most_common(1)
-        return most, [f"its ROIs have {len(counts)} frames of reference; that of {count} of {len(of_rois)} is taken"]
+def _frame_of_most(ds: pydicom.Dataset, of_rois: Iterable[str]) -> str:
+    """Return the UID of the frame of reference of most ROIs; where they have none, that of the structure set."""
     own = [uid(f, "FrameOfReferenceUID") for f in items(ds, "ReferencedFrameOfReferenceSequence")]
-    return next(filter(None, [*counts, *own, uid(ds, "FrameOfReferenceUID")]), ""), []
+    counts = Counter(filter(None, of_rois))
+    most = [frame for frame, _ in counts.most_common(1)]
+    return next(filter(None, [*most, *own, uid(ds, "FrameOfReferenceUID")]), "")
