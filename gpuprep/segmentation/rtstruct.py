@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.attributes import integer, items, name, raw, text, uid
-from gpuprep.segmentation.contours import Collector, Contour, Reading, Segmentation
+from gpuprep.segmentation.attributes import image_frames, integer, items, name, raw, text, uid
+from gpuprep.segmentation.contours import Collector, Contour, ImageFrame, Reading, Segmentation
 from gpuprep.segmentation.values import FARTHEST, distinct
 from gpuprep.text import quoted
 
@@ -74,15 +74,17 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # n
         if number is not None:
             notes += _contours(roi, names[number], collector, images)
     frame, strays = _frame_of_reference(ds, [f for f in frames if f])
-    series, of_series = _references(ds)
+    series, studies, listed = _references(ds)
     return Segmentation(
         path=path,
         format="RTSTRUCT",
         why="SOP Class UID: RT Structure Set Storage",
         structures=collector.structures,
         series_uids=series,
+        study_uids=studies,
         frame_of_reference_uid=frame,
-        sop_uids=frozenset(images.uids | of_series),
+        sop_uids=frozenset(image.sop_uid for image in images.found | listed),
+        drawn_on=frozenset(images.found),
         notes=(*notes, *strays),
     )
 
@@ -166,7 +168,7 @@ class _Images:
     """The images that contours refer to."""
 
     def __init__(self) -> None:
-        self.uids: set[str] = set()
+        self.found: set[ImageFrame] = set()
         self._seen: set[bytes] = set()
 
     def add(self, ds: pydicom.Dataset) -> None:
@@ -176,22 +178,24 @@ class _Images:
             if packed in self._seen:
                 return
             self._seen.add(packed)
-        self.uids.update(
-            u for image in items(ds, "ContourImageSequence") if (u := uid(image, "ReferencedSOPInstanceUID"))
-        )
+        for image in items(ds, "ContourImageSequence"):
+            self.found |= image_frames(image)
 
 
-def _references(ds: pydicom.Dataset) -> tuple[tuple[str, ...], set[str]]:
-    """Return the series that a structure set refers to, and the images of them."""
+def _references(ds: pydicom.Dataset) -> tuple[tuple[str, ...], frozenset[str], set[ImageFrame]]:
+    """Return the series that a structure set refers to, their studies, and the images of them that it lists."""
     series: dict[str, None] = {}
+    studies: set[str] = set()
     images = _Images()
     for frame in items(ds, "ReferencedFrameOfReferenceSequence"):
         for study in items(frame, "RTReferencedStudySequence"):
+            studies.add(uid(study, "ReferencedSOPInstanceUID"))
             for item in items(study, "RTReferencedSeriesSequence"):
                 if found := uid(item, "SeriesInstanceUID"):
                     series[found] = None
                 images.add(item)
-    return tuple(series), images.uids
+    studies = studies - {""} or {uid(ds, "StudyInstanceUID")} - {""}
+    return tuple(series), frozenset(studies), images.found
 
 
 def _frame_of_reference(ds: pydicom.Dataset, of_rois: list[str]) -> tuple[str, list[str]]:
