@@ -381,6 +381,7 @@ def convert(
         found=len(cohort) if recipe.image or matches is None else sum(map(bool, matches.by_key.values())),
         postponed=postponed,
         unmatched=matches.complaints if matches is not None else (),
+        unused=matches.unused if matches is not None else (),
         stopped=len(works) - len(done) if stop.asked else None,
         arranged=arranged,
     )

@@ -410,10 +410,12 @@ def _show_scan(
         from gpuprep.runs import Listener
 
     unmatched: list[tuple[str, str]] = []
+    unused: list[tuple[str, str]] = []
 
     class Unmatched(Listener):
         def matched(self, matched: Matched) -> None:
             unmatched.extend(matched.complaints)
+            unused.extend(matched.unused)
 
     found = run_scan(
         paths, recipe, masks=masks, out=out, index=header_index(index), jobs=jobs_or_cores(jobs, "cpu"),
@@ -431,11 +433,12 @@ def _show_scan(
                 "passed_over": cohort.passed_over,
                 "unreadable": cohort.unreadable,
                 "unmatched": unmatched,
+                "unused": unused,
                 "total": found.forecast.to_dict(),
             }
         )
     else:
-        show_scan(found, unmatched)
+        show_scan(found, unmatched, unused)
     if not cohort:
         complain(f"no CT series under {', '.join(paths)}")
         raise typer.Exit(3)
@@ -450,7 +453,7 @@ def _outlook(o: Outlook) -> dict[str, Any]:
         "codes": o.codes,
         "reason": o.reason,
         "irregularities": list(texts(o.audit.irregularities)) if o.audit else [],
-        "warnings": list(texts(o.audit.warnings)) if o.audit else [],
+        "warnings": list(texts(o.warnings)),
         "key": o.series.key,
         "series_uid": o.series.series_uid,
         "label": o.series.label,

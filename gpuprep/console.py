@@ -43,6 +43,9 @@ STYLES = {"ok": "green", "fixed": "cyan", "skipped": "dim", "rejected": "yellow"
 PIPE_WIDTH = 160
 """Columns where the output is no terminal."""
 
+UNUSED_NAMED = 20
+"""Segmentations named on the screen that belong to no series and that nobody named."""
+
 HISTOGRAM_WIDTH = 96
 """Columns that a histogram takes at most."""
 
@@ -90,6 +93,7 @@ class Complaints(Listener):
 
     def matched(self, matched: Matched) -> None:
         _show_unmatched(self._console, matched.complaints)
+        _show_unused(self._console, matched.unused)
 
     def finished(self, result: SeriesResult) -> None:
         if result.status in ("rejected", "failed"):
@@ -135,7 +139,7 @@ class Monitor(Complaints):
     def matched(self, matched: Matched) -> None:
         used = {g.path: g.format or "to be read with its series" for found in matched.by_key.values() for g in found}
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(used.values()).items()))
-        others = len(matched.unmatched) - len(matched.complaints)
+        others = len(matched.unmatched) - len(matched.complaints) - len(matched.unused)
         self._console.print(
             f"masks   {numbered(len(used), 'segmentation')} of {len(matched.by_key)} series ({kinds or 'none'})"
             + (f"; {numbered(others, 'other file')} beside them" if others else "")
@@ -180,14 +184,14 @@ def show_run(run: Run, out: str, seconds: float) -> None:
         training, others, apart = run.arranged
         notes += f"; for nnU-Net {numbered(training, 'training case')}, {others} in imagesTs"
         notes += f" ({apart} series by another recipe left out)" if apart else ""
-    if run.unmatched:
-        notes += f"; {numbered(len(run.unmatched), 'segmentation')} without a series"
+    if without := len(run.unmatched) + len(run.unused):
+        notes += f"; {numbered(without, 'segmentation')} without a series"
     if run.unreadable:
         notes += f"; {len(run.unreadable)} DICOM files or folders unreadable"
     console.print(notes)
 
 
-def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = ()) -> None:
+def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Sequence[tuple[str, str]] = ()) -> None:
     """Print what is there and what would happen."""
     cohort, outlooks = scan.cohort, scan.outlooks
     table = Table(box=box.SIMPLE_HEAD)
@@ -225,10 +229,11 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = ()) -> None:
         for irregularity in o.audit.irregularities if o.audit and not o.reason else ():
             style = STYLES[o.verdict]
             console.print(f"{o.verdict:8}  {o.series.label}  {irregularity.code}: {irregularity.text}", style=style)
-        for warning in o.audit.warnings if o.audit and not o.reason else ():
+        for warning in () if o.reason else o.warnings:
             console.print(f"warning   {o.series.label}  {warning.code}: {warning.text}", style="yellow")
     _show_unreadable(console, cohort)
     _show_unmatched(console, unmatched)
+    _show_unused(console, unused)
     sums = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
     console.print(
         f"{len(cohort)} series: {sums or 'none'}; {total / 1e9:.2f} GB to write" + _beside(cohort.passed_over)
@@ -392,6 +397,13 @@ def _show_unreadable(console: Console, cohort: Cohort) -> None:
 def _show_unmatched(console: Console, unmatched: Iterable[tuple[str, str]]) -> None:
     for path, why in unmatched:
         console.print(f"unmatched  {path}: {why}", style="yellow", soft_wrap=True)
+
+
+def _show_unused(console: Console, unused: Sequence[tuple[str, str]]) -> None:
+    _show_unmatched(console, unused[:UNUSED_NAMED])
+    if len(unused) > UNUSED_NAMED:
+        more = f"{len(unused) - UNUSED_NAMED} more: a run lists them in the table segmentations of manifest.sqlite"
+        console.print(f"unmatched  {more}", style="yellow", soft_wrap=True)
 
 
 def _beside(passed_over: Mapping[str, int]) -> str:

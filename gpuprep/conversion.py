@@ -24,7 +24,7 @@ from gpuprep.output import PREVIEW, Output, PendingFolder, Written
 from gpuprep.pictures import Planes, jpeg, picture
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
-from gpuprep.rules import codes, texts
+from gpuprep.rules import SeriesWarning, codes, texts
 from gpuprep.series import Series
 from gpuprep.staging import DEVICE
 from gpuprep.text import printable
@@ -70,6 +70,8 @@ class Task:
     """Warnings from before the series is opened."""
     segmentations: tuple[str, ...] = ()
     """Files to make masks of."""
+    warnings: tuple[SeriesWarning, ...] = ()
+    """About which of them go to this series."""
     label_values: tuple[tuple[str, int], ...] = ()
     """Of the structures in them."""
     names: Pseudonyms | None = None
@@ -99,7 +101,7 @@ class Task:
             status="failed",
             codes=audited.codes if audited else (),
             irregularities=texts(audited.irregularities) if audited else (),
-            warnings=self.notes + (texts(audited.warnings) if audited else ()),
+            warnings=self.notes + texts(self.warnings) + (texts(audited.warnings) if audited else ()),
             audit=audited.to_dict() if audited else None,
             slices=len(s.slices),
             engine=self.engine,
@@ -194,7 +196,7 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
     except OSError as exc:
         raise _unwritable(exc) from exc
     try:
-        irregularities, warnings = audited.irregularities, audited.warnings
+        irregularities, warnings = audited.irregularities, task.warnings + audited.warnings
         if source is not None and image is not None:
             result = _write_image(task, source, plan, pending, result, image)
             irregularities += source.irregularities

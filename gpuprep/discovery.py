@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import stat as modes
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 from gpuprep.headers import Contents, read_headers
@@ -26,6 +27,16 @@ Map = Callable[[Callable[[list[str]], list[Contents]], list[list[str]]], Iterabl
 
 
 @dataclass(frozen=True, slots=True)
+class OtherSeries:
+    """A series that is no CT: it is not converted, and segmentations may belong to it."""
+
+    modality: str
+    """As `OtherImage.modality`."""
+    sop_digests: array[int]
+    """Of its images: see `gpuprep.series.sop_digest`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cohort(Sequence[Series]):
     """The series under some paths, and an account of every other file."""
 
@@ -36,6 +47,8 @@ class Cohort(Sequence[Series]):
     """DICOM files whose header cannot be read: (path, reason). A slice may be missing because of them."""
     segmentations: tuple[str, ...] = ()
     """Files among those passed over that are segmentations and say to which series they belong."""
+    others: Mapping[str, OtherSeries] = field(default_factory=dict)
+    """Series of images among those passed over, by *Series Instance UID*."""
 
     @overload
     def __getitem__(self, index: int) -> Series: ...
@@ -108,6 +121,8 @@ def discover(
     passed_over: Counter[str] = Counter()
     unreadable: list[tuple[str, str]] = []
     segmentations: list[str] = []
+    modalities: dict[str, str] = {}
+    sop_digests: dict[str, array[int]] = defaultdict(lambda: array("Q"))
 
     def take(contents: Contents) -> None:
         images.extend(contents.images)
@@ -115,6 +130,9 @@ def discover(
             passed_over.update(contents.passed_over)
         unreadable.extend(contents.unreadable)
         segmentations.extend(contents.segmentations)
+        for image in contents.others:
+            modalities.setdefault(image.series_uid, image.modality)
+            sop_digests[image.series_uid].append(image.sop_digest)
 
     with closing(HeaderIndex(index)) if index is not None else nullcontext() as headers:
         unknown: dict[str, File] = {}
@@ -137,7 +155,15 @@ def discover(
                 headers.add([unknown[name] for name in task], found)
     with _no_collection():
         series = tuple(partition(images, rules or Rules()))
-    return Cohort(series, dict(sorted(passed_over.items())), tuple(sorted(unreadable)), tuple(sorted(segmentations)))
+    return Cohort(
+        series=series,
+        passed_over=dict(sorted(passed_over.items())),
+        unreadable=tuple(sorted(unreadable)),
+        segmentations=tuple(sorted(segmentations)),
+        others={
+            uid: OtherSeries(modality, array("Q", sorted(sop_digests[uid]))) for uid, modality in modalities.items()
+        },
+    )
 
 
 @contextmanager

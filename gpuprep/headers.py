@@ -18,7 +18,7 @@ from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_
 from gpuprep.deflation import inflated
 from gpuprep.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
-from gpuprep.series import Image, SliceHeader
+from gpuprep.series import Image, OtherImage, SliceHeader, sop_digest
 from gpuprep.streams import open_frugally
 from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED, EXPLICIT_VR, IMPLICIT_VR, NATIVE, UNDEFINED_LENGTH
 from gpuprep.text import printable
@@ -104,6 +104,8 @@ class Contents:
     """DICOM in it that cannot be read: (path, reason)."""
     segmentations: list[str] = field(default_factory=list)
     """Itself, if it is a segmentation that says to which series it belongs: RTSTRUCT, SEG or LIDC-IDRI XML."""
+    others: list[OtherImage] = field(default_factory=list)
+    """Images in it that are no CT."""
     lasting: bool = True
     """Whether the same bytes would give the same answer: not where the system refused to read them."""
 
@@ -145,6 +147,7 @@ def _archive(file: str, status: os.stat_result) -> Contents:
             total.unreadable.append((_name(file, member.name), _words(exc)))
             continue
         total.images += found.images
+        total.others += found.others
         total.unreadable += found.unreadable
         passed_over.update(found.passed_over)
         total.lasting &= found.lasting
@@ -155,9 +158,10 @@ def _archive(file: str, status: os.stat_result) -> Contents:
 class _NotCtError(Exception):
     """The file is no CT image; the text says what it is."""
 
-    def __init__(self, text: str, *, segmentation: bool = False) -> None:
+    def __init__(self, text: str, *, segmentation: bool = False, other: OtherImage | None = None) -> None:
         super().__init__(text)
         self.segmentation = segmentation
+        self.other = other
 
 
 def _image(f: BinaryIO, file: str, member: str | None, status: os.stat_result, size: int) -> Contents:
@@ -167,7 +171,8 @@ def _image(f: BinaryIO, file: str, member: str | None, status: os.stat_result, s
     except _NotCtError as exc:
         # Packed ones are not read as masks, and so are only counted.
         masks = [file] if exc.segmentation and member is None else []
-        return Contents(passed_over={str(exc): 1}, segmentations=masks)
+        others = [exc.other] if exc.other else []
+        return Contents(passed_over={str(exc): 1}, segmentations=masks, others=others)
     except RecursionError:
         return Contents(unreadable=[(_name(file, member), "its sequences are nested too deeply")])
     except Exception as exc:  # pydicom raises whatever a broken file provokes
@@ -204,7 +209,7 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         ds = pydicom.dcmread(content, stop_before_pixels=True, specific_tags=_wanted(), force=force)
         meta = _Frame(ds.file_meta)
         announced = announced or _text(meta, "MediaStorageSOPClassUID")
-        _check_class(_text(ds, "SOPClassUID"), announced, bare)
+        _check_class(ds, announced, bare)
         if content is not f:
             syntax = DEFLATED
         elif not _UID.fullmatch(syntax := _text(meta, "TransferSyntaxUID")):
@@ -248,9 +253,9 @@ _FIRST_TAGS = {
 }
 
 
-def _check_class(sop_class: str, announced: str, bare: bool) -> None:
+def _check_class(ds: pydicom.Dataset, announced: str, bare: bool) -> None:
     """Raise unless the file is a CT image: by its data set, or by its meta group where the data set was cut short."""
-    kind = sop_class or announced
+    kind = _text(ds, "SOPClassUID") or announced
     if kind in CT_CLASSES:
         return
     if announced in CT_CLASSES:
@@ -264,7 +269,16 @@ def _check_class(sop_class: str, announced: str, bare: bool) -> None:
     # In words of the standard, never of the file's own.
     name = UID(kind).name
     name = name if name != kind else "DICOM of an unknown SOP class"
-    raise _NotCtError(name, segmentation=kind in SEGMENTATION_CLASSES)
+    segmentation = kind in SEGMENTATION_CLASSES
+    raise _NotCtError(name, segmentation=segmentation, other=None if segmentation else _other_image(ds))
+
+
+def _other_image(ds: pydicom.Dataset) -> OtherImage | None:
+    """Return what a segmentation may say of an image that is no CT; None for what is no image, or of no series."""
+    series_uid = _uid(ds, "SeriesInstanceUID")
+    if not series_uid or TAGS["Rows"] not in ds:
+        return None
+    return OtherImage(series_uid, _term(ds, "Modality") or "", sop_digest(_uid(ds, "SOPInstanceUID")))
 
 
 def _pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, int | None]:
@@ -466,7 +480,7 @@ TERMS = {
 """Words that are kept; any other, which might be a name, is "another"."""
 
 
-def _term(ds: _Frame, keyword: str) -> str | None:
+def _term(ds: _Frame | pydicom.Dataset, keyword: str) -> str | None:
     word = _text(ds, keyword).upper()
     return None if not word else word if word.replace(" ", "_") in TERMS[keyword].split() else "another"
 
@@ -496,7 +510,7 @@ def _rescale_type(ds: _Frame) -> str | None:
     return word if _CODE.fullmatch(word) else known
 
 
-def _uid(ds: _Frame, keyword: str) -> str:
+def _uid(ds: _Frame | pydicom.Dataset, keyword: str) -> str:
     """Return a UID; of one that cannot be one, a hash, since a damaged length lets it swallow what follows it."""
     text = _text(ds, keyword)
     return text if _UID.fullmatch(text) else f"malformed-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

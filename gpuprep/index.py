@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from gpuprep import __version__
 from gpuprep.headers import TAGS, Contents
-from gpuprep.series import Image, SliceHeader
+from gpuprep.series import Image, OtherImage, SliceHeader
 from gpuprep.text import printable
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,8 @@ class HeaderIndex:
 
 _SPACING, _ORIENTATION = Image._fields.index("pixel_spacing_mm"), Image._fields.index("orientation")
 _POSITION = SliceHeader._fields.index("position_mm") - 2
-_KNOWLEDGE = (__version__, Image._fields, SliceHeader._fields, [f.name for f in fields(Contents)], sorted(TAGS))
+_FIELDS = [t._fields for t in (Image, SliceHeader, OtherImage)] + [tuple(f.name for f in fields(Contents))]
+_KNOWLEDGE = (__version__, _FIELDS, sorted(TAGS))
 _VERSION = hashlib.sha256(repr(_KNOWLEDGE).encode()).hexdigest()[:12]
 _TABLE = f"files_{_VERSION}"
 _OWN_TABLE = re.compile("files_[0-9a-f]{12}")
@@ -156,14 +157,16 @@ _SELECT = f"SELECT name, bytes, mtime_ns, contents FROM {_TABLE}"  # noqa: S608 
 def _plain(contents: Contents) -> list[Any]:
     """Return contents as JSON can hold them: of an image, what the file itself does not say."""
     images = [[*image[:-1], image.header[2:]] for image in contents.images]
-    return [images, contents.passed_over, contents.unreadable, contents.segmentations]
+    return [images, contents.passed_over, contents.unreadable, contents.segmentations, contents.others]
 
 
 def _contents(plain: list[Any], file: File) -> Contents:
-    images, passed_over, unreadable, segmentations = plain
+    images, passed_over, unreadable, segmentations, others = plain
     if unreadable:
         unreadable = [(path, reason) for path, reason in unreadable]
-    return Contents([_image(v, file) for v in images], passed_over, unreadable, segmentations)
+    if others:
+        others = [OtherImage(*values) for values in others]
+    return Contents([_image(v, file) for v in images], passed_over, unreadable, segmentations, others)
 
 
 def _image(values: list[Any], file: File) -> Image:

@@ -50,7 +50,8 @@ class Journal(Listener):
         self._write("scanned", {"series": len(cohort), "unreadable": len(cohort.unreadable), "passed_over": others})
 
     def matched(self, matched: Matched) -> None:
-        self._write("matched", {"series": len(matched.by_key), "unmatched": len(matched.complaints)})
+        counts = {"unmatched": len(matched.complaints), "unused": len(matched.unused)}
+        self._write("matched", {"series": len(matched.by_key), **counts})
 
     def planned(self, forecast: Forecast) -> None:
         self._write("planned", forecast.to_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from gpuprep.places import given, is_url, isfile, rooted
@@ -37,7 +37,8 @@ def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, 
     Returns
     -------
     dict of str to str
-        Folder of each series key. No two are equal, and none lies outside OUT.
+        Folder of each series key. No two are equal, none lies in another one or in one of `taken`, and none lies
+        outside OUT.
     """
     series = list(series)
     roots = [absolute(p) for p in inputs]
@@ -45,14 +46,19 @@ def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, 
     top = os.path.commonpath(parents) if parents else "/"
     bases = {s.key: _base(s.folder, top) for s in series}
     shared = Counter(bases.values())
-    above = {parent for base in shared for parent in _parents(base)}
+    above = {parent for base in shared for parent in folders_above(base)}
     folders: dict[str, str] = {}
     used = _Used(taken)
     for s in series:
         base = bases[s.key]
         digest = hashlib.sha256(s.key.encode()).hexdigest()
-        names = [base] if base and shared[base] == 1 and base not in above else []
-        names += [os.path.join(base, s.label), os.path.join(base, f"{s.label}-{digest}"), f"{s.label}-{digest}"]
+        alone = shared[base] == 1 and base not in above
+        # A series that has the folder from an earlier run keeps it, whatever has come beside it since.
+        names = [base] if base and (alone or taken.get(base) == s.key) else []
+        names += [os.path.join(base, s.label), os.path.join(base, f"{s.label}-{digest}")]
+        # Where that lies in the output of another series, beside it.
+        names += [_beside(folder, s.label) for folder in (base, *folders_above(base)) if folder]
+        names.append(f"{s.label}-{digest}")
         folders[s.key] = next(name for name in names if used.free(name, s.key))
         used.give(folders[s.key], s.key)
     return folders
@@ -71,25 +77,28 @@ class _Used:
 
     def __init__(self, taken: Mapping[str, str]) -> None:
         self._owners: dict[str, str] = {}
-        self._below: dict[str, set[str]] = defaultdict(set)
-        self._given: dict[str, str] = {}
+        self._holding: set[str] = set()
+        """Folders that hold one of these."""
         for folder, key in taken.items():
-            self._add(folder, key)
-
-    def _add(self, folder: str, key: str) -> None:
-        self._owners[folder] = key
-        for parent in _parents(folder):
-            self._below[parent].add(key)
+            self.give(folder, key)
 
     def give(self, folder: str, key: str) -> None:
-        self._add(folder, key)
-        self._given[folder] = key
+        self._owners[folder] = key
+        self._holding.update(folders_above(folder))
 
     def free(self, folder: str, key: str) -> bool:
-        """Whether no other series stands at `folder`, nothing at all below it, and none is being put above it."""
-        above = {self._given[p] for p in _parents(folder) if p in self._given}
-        # Not even a former output of the same series may lie below: it goes only when the new one is there.
-        return not self._below.get(folder) and {self._owners.get(folder, key)} | above <= {key}
+        """Whether no other series stands at `folder`, and none at all below or above it.
+
+        Not even a former output of the same series, which goes only when the new one is there.
+        """
+        alone = folder not in self._holding and not any(parent in self._owners for parent in folders_above(folder))
+        return alone and self._owners.get(folder, key) == key
+
+
+def _beside(folder: str, label: str) -> str:
+    """Return a name beside a folder for a series that cannot be put into it."""
+    parent, name = os.path.split(folder)
+    return os.path.join(parent, harmless(f"{name}-{label}"))
 
 
 def _base(folder: str, top: str) -> str:
@@ -119,6 +128,7 @@ def _percent(character: str) -> str:
     return "".join(f"%{b:02X}" for b in os.fsencode(character))
 
 
-def _parents(path: str) -> Iterable[str]:
+def folders_above(path: str) -> Iterable[str]:
+    """Yield the folders that a relative path lies in, the deepest first."""
     while path := os.path.dirname(path):
         yield path

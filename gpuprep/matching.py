@@ -8,21 +8,23 @@ import os
 import stat as modes
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
-from gpuprep.discovery import Cohort
+from gpuprep.discovery import Cohort, OtherSeries
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
 from gpuprep.executors import Executor, WorkerDiedError, answers
 from gpuprep.layout import absolute
 from gpuprep.places import is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
-from gpuprep.segmentation.contours import Plane, Reading
+from gpuprep.rules import SeriesWarning
+from gpuprep.segmentation.contours import ImageFrame, Plane, Reading
 from gpuprep.segmentation.names import UID
 from gpuprep.segmentation.opening import DAMAGED_OBJECT, names_by_path, read_segmentation
 from gpuprep.segmentation.placing import group_paths
 from gpuprep.segmentation.recognition import UNKNOWN
 from gpuprep.segmentation.wishes import Hide, Masks
-from gpuprep.series import Series
+from gpuprep.series import Series, sop_digest
 from gpuprep.text import printable
 
 log = logging.getLogger(__name__)
@@ -57,8 +59,10 @@ class Glimpse:
     names: tuple[str, ...] = ()
     """Of its structures."""
     series_uids: tuple[str, ...] = ()
+    study_uids: frozenset[str] = frozenset()
     frame_of_reference_uid: str = ""
     sop_uids: frozenset[str] = frozenset()
+    drawn_on: frozenset[ImageFrame] = frozenset()
     per_slice: bool = False
     beside: tuple[tuple[str, int, int], ...] = ()
     """Other files that were read to understand it: path, bytes and time of change in ns."""
@@ -66,6 +70,19 @@ class Glimpse:
     """Why it cannot be read, perhaps only as long as its series is not known."""
     code: str = ""
     """Of that error."""
+    volumes: int = 1
+    """Volumes of one Series Instance UID that it goes to, because it names the series and none of its images."""
+
+    @property
+    def warning(self) -> SeriesWarning | None:
+        """What is doubtful about its going to a series."""
+        if self.volumes == 1:
+            return None
+        return SeriesWarning(
+            "mask-volumes",
+            f"{printable(os.path.basename(self.path))} names the series and none of its images: its structures are on "
+            f"each of the {self.volumes} volumes of the series",
+        )
 
 
 def glimpses(questions: list[Question]) -> list[Glimpse]:
@@ -94,8 +111,10 @@ def _glimpse(question: Question) -> Glimpse:
         why=s.why,
         names=tuple(structure.name for structure in s.structures),
         series_uids=s.series_uids,
+        study_uids=s.study_uids,
         frame_of_reference_uid=s.frame_of_reference_uid,
         sop_uids=s.sop_uids,
+        drawn_on=s.drawn_on,
         per_slice=s.per_slice,
         beside=beside,
     )
@@ -168,11 +187,18 @@ class Matched:
     named: frozenset[str]
     """Files that people named, or that lie in folders they named: none of them is left out without a complaint, unless
     it is something else, found in such a folder."""
+    auto: bool = False
+    """Whether nobody named any: those among the inputs were taken."""
 
     @property
     def complaints(self) -> tuple[tuple[str, str], ...]:
         """(path, why) of those that should have had a series."""
         return tuple((printable(g.path), why) for g, why in self.unmatched if g.path in self.named)
+
+    @property
+    def unused(self) -> tuple[tuple[str, str], ...]:
+        """(path, why) of segmentations without a series that nobody named: they are said, and are no failure."""
+        return tuple((printable(g.path), why) for g, why in self.unmatched) if self.auto else ()
 
     @property
     def rows(self) -> Iterator[tuple[str, str, str, str, str]]:
@@ -215,7 +241,7 @@ def matched(
     files = list(cohort.segmentations) if roots is None else files_under(roots, exclude)
     found = _asked([Question(f, wishes) for f in files], executor)
     by_key, unmatched = match(
-        found, cohort, inputs if roots is None else roots, inputs, alone=alone and roots is not None
+        found, cohort, inputs if roots is None else roots, inputs, cohort.others, alone=alone and roots is not None
     )
     # Some can be read only when the pixels of their series are known.
     planes = {
@@ -226,9 +252,9 @@ def matched(
         if g.error
     }
     again = {g.path: g for g in _asked([Question(f, wishes, plane) for f, plane in planes.items()], executor)}
-    by_key = {key: tuple(again.get(g.path, g) for g in gs) for key, gs in by_key.items()}
+    by_key = {key: tuple(replace(again.get(g.path, g), volumes=g.volumes) for g in gs) for key, gs in by_key.items()}
     if roots is None:
-        return Matched(by_key, unmatched, frozenset())
+        return Matched(by_key, unmatched, frozenset(), auto=True)
     explicit = {absolute(root) for root in roots if not isdir(root)}
     other = {g.path for g, _ in unmatched if g.code == NOT_ONE or (g.code == UNKNOWN and _is_document(g.path))}
     other -= explicit
@@ -257,15 +283,25 @@ def _asked(questions: list[Question], executor: Executor) -> list[Glimpse]:
 
 
 def match(
-    found: Sequence[Glimpse], cohort: Sequence[Series], roots: Sequence[str], inputs: Sequence[str], *, alone: bool
+    found: Sequence[Glimpse],
+    cohort: Sequence[Series],
+    roots: Sequence[str],
+    inputs: Sequence[str],
+    others: Mapping[str, OtherSeries],
+    *,
+    alone: bool,
 ) -> tuple[dict[str, tuple[Glimpse, ...]], tuple[tuple[Glimpse, str], ...]]:
     """Return the segmentations of each series, by its key, and those that belong to none, with the reason.
 
-    A segmentation belongs to the series whose UID it names; else to the one that holds the images it names; else, if
-    it names series that are not here or none at all, to the only one in its frame of reference. One that names no UID
-    belongs to the series its path points to: by a UID in it; by lying in or above the folder of one series only; or by
-    lying where that series lies, in a tree of masks beside the tree of images. If there is one series only, and no path
-    points anywhere, files that people named, and those right in a folder that they named, are taken for it.
+    A segmentation belongs to each volume that holds images it is drawn on; else to each that holds images it lists;
+    else to the series whose UID it names. Where that stands for several volumes, those in its frame of reference and
+    its study are taken. A segmentation that names a series of images that are no CT belongs to none here. One that
+    names only what is not among the inputs belongs to the only series in its frame of reference.
+
+    A segmentation that names no UID belongs to the series its path points to: by a UID in it; by lying in or above the
+    folder of one series only; or by lying where that series lies, in a tree of masks beside the tree of images. If
+    there is one series only, and no path points anywhere, files that people named, and those right in a folder that
+    they named, are taken for it.
 
     Parameters
     ----------
@@ -275,13 +311,15 @@ def match(
         All series.
     roots, inputs : sequence of str
         What segmentations and series were found under.
+    others : mapping of str to OtherSeries
+        Series of other images among the inputs, by *Series Instance UID*.
     alone : bool
         Whether people said that the files they named are meant for the one series there is, whatever is in them.
     """
     used = {path for g in found for path, *_ in g.beside}
     found = [g for g in found if g.code not in NONE or g.path not in used]
     named = {absolute(r) for r in roots if not isdir(r)} if alone else set()
-    known = _Known(cohort, roots, inputs)
+    known = _Known(found, cohort, roots, inputs, others)
     by_key: dict[str, list[Glimpse]] = defaultdict(list)
     unmatched: list[tuple[Glimpse, str]] = []
     lost: list[tuple[Glimpse, str]] = []
@@ -292,11 +330,12 @@ def match(
             by_key[cohort[0].key].append(g)
         else:
             by_path = not (g.series_uids or g.sop_uids or g.frame_of_reference_uid)
-            series, reason = known.by_path(g) if by_path else known.by_uid(g)
-            for s in series:
-                by_key[s.key].append(g)
-            if not series:
-                (lost if by_path else unmatched).append((g, g.error or reason))
+            answer = known.by_path(g) if by_path else known.by_uid(g)
+            for s in answer.series:
+                volumes = 1 if answer.precise else sum(s.series_uid == other.series_uid for other in answer.series)
+                by_key[s.key].append(replace(g, volumes=volumes))
+            if not answer.series:
+                (lost if by_path else unmatched).append((g, g.error or answer.reason))
     for g, reason in lost:
         if len(cohort) == 1 and not known.pointed and g.code != DAMAGED_OBJECT and known.is_near(g):
             by_key[cohort[0].key].append(g)
@@ -307,46 +346,107 @@ def match(
     return {key: tuple(gs) for key, gs in by_key.items()}, tuple(unmatched)
 
 
+class _Answer(NamedTuple):
+    """Where a segmentation belongs."""
+
+    series: list[Series]
+    reason: str = ""
+    """Why there are none."""
+    precise: bool = True
+    """Whether something tells these volumes from others of the same Series Instance UID."""
+
+
 class _Known:
     """The series of a cohort, by what may point to them."""
 
-    def __init__(self, cohort: Sequence[Series], roots: Sequence[str], inputs: Sequence[str]) -> None:
+    def __init__(
+        self,
+        found: Sequence[Glimpse],
+        cohort: Sequence[Series],
+        roots: Sequence[str],
+        inputs: Sequence[str],
+        others: Mapping[str, OtherSeries],
+    ) -> None:
         self._cohort = cohort
+        self._others = others
         self._roots = [absolute(r) if isdir(r) else os.path.dirname(absolute(r)) for r in roots]
         self._by_series: dict[str, list[Series]] = defaultdict(list)
         self._by_frame: dict[str, list[Series]] = defaultdict(list)
-        self._by_sop: dict[str, Series] = {}
+        self._sop_uids = {uid for g in found for uid in (*g.sop_uids, *UID.findall(g.path))}
+        """All that are looked for."""
+        self._by_sop: dict[str, tuple[Series, ...]] = {}
+        self._by_image_frame: dict[ImageFrame, tuple[Series, ...]] = {}
+        """Of images of several frames, which may be those of several volumes."""
         for s in cohort:
             self._by_series[s.series_uid].append(s)
             self._by_frame[s.frame_of_reference_uid].append(s)
-            self._by_sop.update((header.sop_instance_uid, s) for header in s.slices)
+            alone = (s,)
+            for header in s.slices:
+                if (uid := header.sop_instance_uid) not in self._sop_uids:
+                    continue
+                if (there := self._by_sop.setdefault(uid, alone))[-1] is not s:
+                    self._by_sop[uid] = (*there, s)
+                if header.frames > 1:
+                    image = ImageFrame(uid, header.frame + 1)
+                    self._by_image_frame[image] = (*self._by_image_frame.get(image, ()), s)
         self.pointed = False
         """Whether the path of any file pointed to a series."""
         # A folder of images has its name, by which a folder of masks may go.
         tops = [top for i in inputs if isdir(i) for top in (absolute(i), os.path.dirname(absolute(i)))]
         self._places = [(s, {os.path.relpath(s.folder, top) for top in tops if below(s.folder, top)}) for s in cohort]
 
-    def by_uid(self, g: Glimpse) -> tuple[list[Series], str]:
-        series = [s for uid in g.series_uids if uid for s in self._by_series.get(uid, [])]
-        if not series:
-            series = list({s.key: s for uid in g.sop_uids if uid and (s := self._by_sop.get(uid))}.values())
-        if series or not (frame := g.frame_of_reference_uid):
-            return series, f"it refers to series {printable((*g.series_uids, 'unknown')[0])}, which is not here"
+    def by_uid(self, g: Glimpse) -> _Answer:
+        for images in (g.drawn_on, {ImageFrame(uid) for uid in g.sop_uids}):
+            if series := self._holding(images, g):
+                return _Answer(series)
+        named = [parts for uid in dict.fromkeys(g.series_uids) if uid and (parts := self._by_series.get(uid))]
+        if named:
+            return _of_series(named, g)
+        if other := self._other(g):
+            modality = self._others[other].modality
+            what = "of no known modality" if modality in ("", "another") else f"of modality {modality}"
+            return _Answer([], f"it refers to series {printable(other)} {what}, which is not converted")
+        if not (frame := g.frame_of_reference_uid):
+            return _Answer([], f"it refers to series {printable((*g.series_uids, 'unknown')[0])}, which is not here")
         series = self._by_frame.get(frame, [])
         if len(series) == 1:
-            return series, ""
+            return _Answer(series)
         if not series:
-            return [], "it refers to a series and a frame of reference that are not here"
-        return [], f"{len(series)} series share its frame of reference, and it refers to none of them: {HOW}"
+            return _Answer([], "it refers to a series and a frame of reference that are not here")
+        return _Answer([], f"{len(series)} series share its frame of reference, and it refers to none of them: {HOW}")
 
-    def by_path(self, g: Glimpse) -> tuple[list[Series], str]:
+    def by_path(self, g: Glimpse) -> _Answer:
         for candidates in self._pointed(g.path):
             if len(candidates) == 1:
                 self.pointed = True
-                return candidates, ""
+                return _Answer(candidates)
             if candidates:
-                return [], f"it names no series, and may belong to {len(candidates)} by its path: {HOW}"
-        return [], f"it names no series, nor does its path: {HOW}"
+                return _Answer([], f"it names no series, and may belong to {len(candidates)} by its path: {HOW}")
+        return _Answer([], f"it names no series, nor does its path: {HOW}")
+
+    def _holding(self, images: Iterable[ImageFrame], g: Glimpse) -> list[Series]:
+        """Return the volumes that hold any of some images; of copies of an image, the one that a file means."""
+        holding = {}
+        for image in images:
+            holders = self._by_image_frame.get(image) or self._by_sop.get(image.sop_uid, ())
+            holding.update((id(s), s) for s in _likeliest(holders, g))
+        return list(holding.values())
+
+    def _other(self, g: Glimpse) -> str:
+        """Return the UID of the series of other images that a file names, or whose images it names; "" for none."""
+        named = [uid for uid in g.series_uids if uid in self._others]
+        images = {image.sop_uid for image in g.drawn_on} or g.sop_uids
+        return min(named or [self._other_by_sop[uid] for uid in images if uid in self._other_by_sop], default="")
+
+    @cached_property
+    def _other_by_sop(self) -> dict[str, str]:
+        digests = {sop_digest(uid): uid for uid in self._sop_uids if uid not in self._by_sop}
+        return {
+            digests[digest]: series_uid
+            for series_uid, other in self._others.items()
+            for digest in other.sop_digests
+            if digest in digests
+        }
 
     def is_near(self, g: Glimpse) -> bool:
         """Whether a file lies right in a folder that was named, or was named itself, and its path names no UID."""
@@ -356,11 +456,7 @@ class _Known:
         """Yield the series that a path may point to, the surest way first."""
         uids = set(UID.findall(path))
         yield list(
-            {
-                s.key: s
-                for uid in uids
-                for s in (*self._by_series.get(uid, []), *filter(None, [self._by_sop.get(uid)]))
-            }.values()
+            {s.key: s for uid in uids for s in (*self._by_series.get(uid, []), *self._by_sop.get(uid, ()))}.values()
         )
         folder = os.path.dirname(path)
         yield [s for s in self._cohort if s.folder == folder]
@@ -374,6 +470,34 @@ class _Known:
             yield [s for s, places in self._places if place != "." and any(below(p, place) for p in places)]
             yield [s for s, places in self._places if any(p != "." and below(place, p) for p in places)]
         yield [s for s in self._cohort if below(s.folder, folder)]
+
+
+def _likeliest(series: Sequence[Series], g: Glimpse) -> Sequence[Series]:
+    """Return those of some volumes that are in the series, the frame of reference and the study that a file names."""
+    if len(series) < 2:
+        return series
+    series = [s for s in series if s.series_uid in g.series_uids] or series
+    series = [s for s in series if s.frame_of_reference_uid == g.frame_of_reference_uid] or series
+    return [s for s in series if s.study_uid in g.study_uids] or series
+
+
+def _of_series(named: list[list[Series]], g: Glimpse) -> _Answer:
+    """Return the volumes of series that a file names without any of their images."""
+    series: list[Series] = []
+    precise, reason = True, ""
+    for volumes in named:
+        likeliest = _likeliest(volumes, g)
+        places = {(s.study_uid, s.frame_of_reference_uid) for s in likeliest}
+        if len(places) > 1:  # two patients, perhaps
+            uid = printable(volumes[0].series_uid)
+            reason = (
+                f"it refers to series {uid}, which is {len(likeliest)} volumes in different studies or frames of "
+                f"reference here, and to none of their images: {HOW}"
+            )
+            continue
+        series += likeliest
+        precise &= len(likeliest) == 1
+    return _Answer(series, reason, precise)
 
 
 def below(path: str, folder: str) -> bool:

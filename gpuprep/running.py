@@ -63,6 +63,7 @@ def run_conversion(
                 "passed_over": run.passed_over,
                 "unreadable": run.unreadable,
                 "unmatched": run.unmatched,
+                "unused": run.unused,
                 "arranged": run.arranged and run.arranged._asdict(),
                 "seconds": round(time.perf_counter() - started, 3),
                 "series": [r.to_dict() for r in run.results],

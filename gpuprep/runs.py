@@ -75,7 +75,9 @@ class Run:
     postponed: int = 0
     """Series left for later by `limit`."""
     unmatched: tuple[tuple[str, str], ...] = ()
-    """Segmentations that belong to no series: (path, why)."""
+    """Segmentations that belong to no series although somebody named them, or a folder that holds them: (path, why)."""
+    unused: tuple[tuple[str, str], ...] = ()
+    """Segmentations among the inputs, taken by ``masks="auto"``, that belong to no series: (path, why)."""
     stopped: int | None = None
     """Series that were not begun because somebody stopped the run; None: nobody did."""
     arranged: Arranged | None = None

@@ -88,6 +88,21 @@ class Image(NamedTuple):
     header: SliceHeader
 
 
+class OtherImage(NamedTuple):
+    """An image that is no CT: a segmentation may belong to it."""
+
+    series_uid: str
+    modality: str
+    """*Modality*, "" where there is none; "another" for an unusual word, which might be a name."""
+    sop_digest: int
+    """Of the *SOP Instance UID*: see `sop_digest`."""
+
+
+def sop_digest(sop_uid: str) -> int:
+    """Return 64 bits that stand for a SOP Instance UID, of which a cohort has millions."""
+    return int.from_bytes(hashlib.blake2b(sop_uid.encode(), digest_size=8).digest())
+
+
 @dataclass(frozen=True, slots=True)
 class Series:
     """Slices that share a *Series Instance UID*, an orientation, a matrix and a pixel spacing.

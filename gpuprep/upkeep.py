@@ -14,7 +14,7 @@ from typing import Any, Literal
 from gpuprep.buckets import UNFINISHED, Bucket, at_hand, is_open, output_at, place_of
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import Executor, WorkerDiedError
-from gpuprep.layout import RESERVED, WORKSHOP
+from gpuprep.layout import RESERVED, WORKSHOP, folders_above
 from gpuprep.manifest import Manifest, RunRecord, SeriesResult, State, manifest_path, shards_of
 from gpuprep.nnunet import made
 from gpuprep.outlook import DONE
@@ -236,8 +236,11 @@ def _verified(check: _Check) -> list[Finding] | OSError:
 def _strays(out: Path, folders: set[str]) -> Iterator[Finding]:
     """Yield files that belong to nothing, and folders of a run that did not end."""
     arranged = made(out)
+    # Earlier versions put outputs into the folders of others; these are walked into, whatever holds them.
+    leading = folders.union(*map(folders_above, folders))
     for folder, below, names in os.walk(out):
         here = os.path.relpath(folder, out)
+        onwards = [name for name in sorted(below) if os.path.normpath(f"{here}/{name}") in leading]
         if here == WORKSHOP:
             unfinished = [name for name in below if "-of-" not in name]
             yield from (Finding("unfinished", printable(f"{WORKSHOP}/{name}")) for name in sorted(unfinished))
@@ -248,14 +251,15 @@ def _strays(out: Path, folders: set[str]) -> Iterator[Finding]:
             below.clear()
             continue
         if here in folders:  # looked at as a whole
-            yield from (Finding("stray", printable(f"{here}/{name}")) for name in Output(out, out).strangers(here))
-            below.clear()
+            strangers = [name for name in Output(out, out).strangers(here) if name not in onwards]
+            yield from (Finding("stray", printable(f"{here}/{name}")) for name in strangers)
+            below[:] = onwards
             continue
-        below.sort()
         if SIDECAR in names and f"{here}/{SIDECAR}" not in arranged:
             yield Finding("unrecorded", printable(here))
-            below.clear()
+            below[:] = onwards
             continue
+        below.sort()
         own = RESERVED if here == "." else ()
         for name in sorted(names):
             if not (own and name.startswith(own)) and f"{here}/{name}" not in arranged:
@@ -269,9 +273,9 @@ def _stray_objects(bucket: Bucket, folders: set[str]) -> Iterator[Finding]:
         here = place[len(bucket.url) + 1 :]
         names = [os.path.basename(path) for path, _ in files]
         above = (here, *(parent.as_posix() for parent in Path(here).parents))
-        if here.split("/", 1)[0] == WORKSHOP or unrecorded.intersection(above):
-            continue
         owner = next((folder for folder in above if folder in folders), None)
+        if here.split("/", 1)[0] == WORKSHOP or (owner is None and unrecorded.intersection(above)):
+            continue
         if owner is None and {SIDECAR, UNFINISHED} & set(names):
             unrecorded.add(here)
             yield Finding("unrecorded" if SIDECAR in names else "unfinished", printable(here))

@@ -16,6 +16,7 @@ from gpuprep.naming import Pseudonyms, patient_ids
 from gpuprep.outlook import Needs, Outlook
 from gpuprep.output import Output
 from gpuprep.recipe import Recipe
+from gpuprep.rules import SeriesWarning
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -34,6 +35,8 @@ class Work:
     reason: str
     codes: tuple[str, ...]
     segmentations: tuple[str, ...]
+    warnings: tuple[SeriesWarning, ...]
+    """About which segmentations go to the series."""
     label_values: tuple[tuple[str, int], ...]
     fingerprint: str
     needs: Needs
@@ -59,6 +62,7 @@ def work_on(outlook: Outlook, needs: Needs) -> Work:
         reason=outlook.reason,
         codes=outlook.codes,
         segmentations=tuple(g.path for g in outlook.segmentations),
+        warnings=tuple(w for g in outlook.segmentations if (w := g.warning) is not None),
         label_values=outlook.label_values,
         fingerprint=outlook.fingerprint,
         needs=needs,
@@ -88,6 +92,7 @@ def task_of(
         known=work.known,
         notes=(note,) if unreadable else (),
         segmentations=work.segmentations,
+        warnings=work.warnings,
         label_values=work.label_values,
         fingerprint=work.fingerprint,
         names=names,

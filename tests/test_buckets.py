@@ -243,6 +243,17 @@ def test_what_is_found_afterwards(dicom: Path, memory: Any, tmp_path: Path) -> N
         Records("memory://nothing/here")
 
 
+@pytest.mark.usefixtures("memory")
+def test_sites_of_equal_paths_lie_beside_each_other(tmp_path: Path, dicom: Path, memory: Any) -> None:
+    gpuprep.convert(dicom, OUT, SMALL)
+    write_series(tmp_path / "other" / "dicom" / "p1", np.zeros((5, 14, 18), np.int16), SPACING_MM, series_uid="1.2.3")
+    assert gpuprep.convert(tmp_path / "other" / "dicom", OUT, SMALL).counts == {"ok": 1}
+    assert not list(verify(OUT, Here(), lambda: None))
+    folders = sorted(name.rpartition("/")[0] for name in memory.find("/out/x") if name.endswith("/volume.json"))
+    # The digest by sha256sum.
+    assert folders == [f"/out/x/dicom/{name}" for name in ("p1", "p1-series-1-c47f5b", "p2")]
+
+
 def test_shards_have_manifests_of_their_own(dicom: Path, memory: Any) -> None:
     for number in (1, 2):
         gpuprep.convert(dicom, OUT, SMALL, shard=Shard(number, 2))

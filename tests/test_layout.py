@@ -159,6 +159,39 @@ def test_a_folder_that_is_or_holds_the_output_of_another_series_is_not_given(tak
     assert folder not in {taken, *map(str, PurePosixPath(taken).parents)}
 
 
+def test_a_series_of_a_path_that_another_one_has_goes_beside_it() -> None:
+    # As when several sites, whose folders are called alike, are converted one after the other. Digests by sha256sum.
+    taken: dict[str, str] = {}
+    for site, expected in (("1.2.3", "dicom/p1"), ("1.2.4", "dicom/p1-series-1-30f3fa"),
+                           ("1.2.5", "dicom/p1-series-1-0a5d71")):  # fmt: skip
+        new = [series(f"/site-{site}/dicom/p1", site)]
+        assert folders(new, f"/site-{site}/dicom", taken=taken) == [expected]
+        taken[expected] = site
+        assert folders(new, f"/site-{site}/dicom", taken=taken) == [expected]  # and again
+
+
+def test_a_series_below_the_output_of_another_goes_beside_that_one() -> None:
+    assert folders([series("/data/ct/a/b", "1.2.3")], "/data/ct", taken={"ct": "1.2.4"}) == ["ct-series-1-c47f5b"]
+
+
+def test_a_series_above_the_output_of_another_gets_a_folder_beside_it() -> None:
+    assert folders([series("/data/ct", "1.2.3")], "/data/ct", taken={"ct/a/b": "1.2.4"}) == ["ct/series-1-c47f5b"]
+
+
+def test_a_series_keeps_its_folder_when_another_one_comes_into_it() -> None:
+    cohort = [series("/data/ct", "1.2.3"), series("/data/ct", "1.2.4"), series("/data/ct/more", "1.2.5")]
+    for order in (cohort, cohort[::-1]):
+        found = dict(zip((s.series_uid for s in order), folders(order, "/data/ct", taken={"ct": "1.2.3"}), strict=True))
+        assert found == {"1.2.3": "ct", "1.2.4": "ct-series-1-30f3fa", "1.2.5": "ct-series-1-0a5d71"}
+
+
+def test_a_longest_name_beside_another_is_a_name_still() -> None:
+    name = "x" * 255
+    (folder,) = folders([series(f"/data/{name}", "1.2.3")], "/data", taken={f"data/{name}": "1.2.4"})
+    assert folder.startswith("data/xxx")
+    assert len(PurePosixPath(folder).name) == 255
+
+
 def test_a_source_folder_called_like_a_label_meets_no_other_series() -> None:
     # As when the input is itself an output of gpuprep, or was sorted into folders of such names.
     first, second = series("/data/ct", "1.1"), series("/data/ct", "1.2")
@@ -211,3 +244,17 @@ def test_a_cohort_that_grows_never_takes_a_folder_away(tree: list[list[str]], fi
     assert len(set(after)) == len(after)
     for folder, s in zip(after, cohort, strict=True):
         assert before.get(folder, s.key) == s.key
+
+
+@settings(deadline=None)
+@given(st.lists(trees, min_size=2, max_size=3))
+@example([[["a"]], [["a"]], [["a"]]])
+@example([[["a", "b"]], [["a"]], [["a", "b", "ct"]]])
+def test_outputs_of_several_runs_never_lie_in_each_other(runs: list[list[list[str]]]) -> None:
+    taken: dict[str, str] = {}
+    for n, tree in enumerate(runs):
+        cohort = [series("/".join([f"/site{n}", "data", *names]), f"{n}.{m}") for m, names in enumerate(tree)]
+        found = folders(cohort, f"/site{n}/data", taken=taken)
+        taken |= dict(zip(found, (s.key for s in cohort), strict=True))
+        assert len(taken) == sum(map(len, runs[: n + 1]))
+        assert_apart(list(taken))

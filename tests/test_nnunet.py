@@ -63,6 +63,19 @@ def written(out: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
+def test_sites_of_equal_paths_are_cases_of_their_own(tmp_path: Path) -> None:
+    for site, rois in (("a", LEFT), ("b", RIGHT)):
+        ct = Ct(tmp_path / site / "dicom" / "p1")
+        write_rtstruct(tmp_path / f"{site}.dcm", {"organ": rois}, series_uid=ct.uid, frame_uid=ct.frame_uid)
+        how: dict[str, Any] = {"masks": tmp_path / f"{site}.dcm", "layout": "nnunet", "backend": "cpu"}
+        run = gpuprep.convert(tmp_path / site / "dicom", tmp_path / "out", RECIPE, **how)
+        assert run.counts == {"ok": 1}
+    files = sorted((tmp_path / "out" / "labelsTr").glob("*.tif"), key=lambda f: len(f.name))
+    labels = [tifffile.imread(f) for f in files]
+    np.testing.assert_array_equal(labels, [LEFT_BOX, RIGHT_BOX])  # dicom_p1 and dicom_p1-series-…
+    assert not list(verify(tmp_path / "out", Here(), lambda: None))
+
+
 VIEW = [
     "imagesTr/dicom_p2.json",
     "imagesTr/dicom_p2_0000.tif",

@@ -38,6 +38,7 @@ from pydicom.uid import (
     JPEG2000Lossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
+    MRImageStorage,
     RLELossless,
     SecondaryCaptureImageStorage,
     generate_uid,
@@ -90,7 +91,7 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == [*range(1, 43), 45, 49, 57]
+    assert sorted(set(TESTED)) == [*range(1, 43), 45, 49, 56, 57, 60]
 
 
 # What tests have in common
@@ -1403,3 +1404,66 @@ def test_pixels_begin_where_their_explicit_header_ends(tmp_path: Path, vr: bytes
     stored = gpuprep.read(found(tmp_path)).stored
     assert stored[0, 0, 0] == expected[0, 0, 0] + 1024
     np.testing.assert_array_equal(stored, expected + 1024)
+
+
+@trap(56, "masks-on-the-named-volume")
+@pytest.mark.parametrize("how", ["two patients", "two phases"])
+def test_of_two_volumes_of_one_series_uid_the_one_that_was_drawn_on_gets_the_masks(tmp_path: Path, how: str) -> None:
+    uid, drawn_on = generate_uid(), []
+
+    def write(n: int) -> None:
+        def change(ds: Dataset, k: int) -> None:
+            ds.AcquisitionNumber = n
+            if how == "two phases":  # else each has a study and a frame of reference of its own
+                ds.StudyInstanceUID, ds.FrameOfReferenceUID = "1.2.3.6", "1.2.3.5"
+            if n == 2 and k == 1:
+                drawn_on.append(ds.SOPInstanceUID)
+
+        folder = tmp_path / "in" / (f"p{n}" if how == "two patients" else "")
+        write_series(folder, noise(6, seed=n), SPACING, series_uid=uid, series_number=n, change=change)
+
+    write(1)
+    write(2)
+
+    def name_the_image(ds: Dataset) -> None:
+        reference = Dataset()
+        reference.ReferencedSOPInstanceUID = drawn_on[0]
+        for contour in ds.ROIContourSequence[0].ContourSequence:
+            contour.ContourImageSequence = [reference]
+
+    rois = {"a": [in_patient(rectangle(4.5, 9.5), 1)]}
+    write_rtstruct(tmp_path / "rs.dcm", rois, series_uid=uid, change=name_the_image)
+    run = gpuprep.convert(tmp_path / "in", tmp_path / "out", HU, masks=tmp_path / "rs.dcm", backend="cpu")
+    assert run.counts == {"fixed": 2}
+    other, named = sorted(
+        run.results, key=lambda r: np.array_equal(written(tmp_path / "out", r), noise(6, seed=2) - 1024.0)
+    )
+    assert other.labels is None
+    expected = np.zeros((6, 20, 24), np.uint8)
+    expected[1, 5:10, 5:10] = 1
+    labels = sorted((tmp_path / "out" / named.folder / "labels").iterdir())
+    np.testing.assert_array_equal(np.stack([tifffile.imread(f) for f in labels]), expected)
+
+
+@trap(60, "masks-of-another-modality")
+def test_structures_of_an_mr_are_not_drawn_on_the_ct_of_its_frame_of_reference(tmp_path: Path) -> None:
+    def shared(ds: Dataset, _: int) -> None:
+        ds.FrameOfReferenceUID = "1.2.3.5"
+
+    def mr(ds: Dataset, k: int) -> None:
+        shared(ds, k)
+        ds.Modality, ds.SOPClassUID = "MR", MRImageStorage
+        ds.file_meta.MediaStorageSOPClassUID = MRImageStorage
+
+    write_series(tmp_path / "in" / "ct", noise(6), SPACING, series_uid="1.2.3.1", change=shared)
+    write_series(tmp_path / "in" / "mr", noise(6), SPACING, series_uid="1.2.3.2", change=mr)
+    square = [in_patient(rectangle(4.5, 9.5), k) for k in range(1, 4)]  # both would overlap
+    write_rtstruct(tmp_path / "in" / "ct.dcm", {"GTV": square}, series_uid="1.2.3.1")
+    write_rtstruct(tmp_path / "in" / "mr.dcm", {"GTV_MR": square}, series_uid="1.2.3.2")
+    run = gpuprep.convert(tmp_path / "in", tmp_path / "out", HU, masks="auto", backend="cpu")
+    result = alone(run)
+    assert (result.status, run.exit_code) == ("ok", 0)
+    assert [label["name"] for label in result.labels or ()] == ["GTV"]
+    ((path, why),) = run.unused
+    assert path == str(tmp_path / "in" / "mr.dcm")
+    assert why == "it refers to series 1.2.3.2 of modality MR, which is not converted"

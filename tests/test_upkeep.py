@@ -21,6 +21,7 @@ from gpuprep.errors import RequestError
 from gpuprep.executors import Here
 from gpuprep.layout import WORKSHOP
 from gpuprep.manifest import Manifest, RunRecord
+from gpuprep.naming import Pseudonyms
 from gpuprep.output import open_output
 from gpuprep.recipe import Recipe
 from gpuprep.upkeep import Finding, status, verify
@@ -117,6 +118,51 @@ def test_what_was_just_written_is_whole(out: Path) -> None:
 def lose_the_folder(out: Path) -> list[tuple[str, str]]:
     shutil.rmtree(out / "dicom" / "p1")
     return [("missing", "dicom/p1")]
+
+
+def three_sites(tmp_path: Path, **options: Any) -> Path:
+    """Convert three sites of equal paths into one folder, one after the other; return it."""
+    for n in (1, 2, 3):
+        add(tmp_path / f"site{n}" / "dicom" / "p1", seed=n)
+        assert go(tmp_path / f"site{n}" / "dicom", tmp_path / "all", **options).counts == {"ok": 1}
+    return tmp_path / "all"
+
+
+def test_sites_of_equal_paths_are_whole_beside_each_other(tmp_path: Path) -> None:
+    out = three_sites(tmp_path)
+    assert findings(out) == []
+    assert sorted(len(f.relative_to(out).parts) for f in out.rglob("volume.json")) == [3, 3, 3]  # none inside another
+    (out / "dicom" / "p1" / "notes.txt").write_text("mine")
+    assert findings(out) == [("stray", "dicom/p1/notes.txt")]
+    again = {n: go(tmp_path / f"site{n}" / "dicom", out).counts for n in (1, 2, 3)}
+    assert again == {n: {"skipped": 1} for n in (1, 2, 3)}
+
+
+def test_sites_of_equal_paths_lie_apart_by_hashed_names_too(tmp_path: Path) -> None:
+    out = three_sites(tmp_path, names=Pseudonyms.load(tmp_path / "key", tmp_path / "all"))
+    assert findings(out) == []
+    assert len(list(out.glob("*/*/volume.json"))) == 3
+
+
+def test_outputs_inside_another_are_no_strays(out: Path) -> None:
+    # Earlier versions put them there.
+    (out / "dicom" / "p1" / "deep").mkdir()
+    (out / "dicom" / "p2").rename(out / "dicom" / "p1" / "deep" / "p2")
+    with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
+        db.execute("UPDATE series SET folder = 'dicom/p1/deep/p2' WHERE folder = 'dicom/p2'")
+    assert findings(out) == []
+    for name in ("a.txt", "deep/b.txt", "deep/p2/c.txt"):
+        (out / "dicom" / "p1" / name).write_text("mine")
+    assert set(findings(out)) == {("stray", f"dicom/p1/{name}") for name in ("a.txt", "deep/b.txt", "deep/p2/c.txt")}
+    flip(out / "dicom" / "p1" / "deep" / "p2" / "0000.tif")
+    assert ("torn", "dicom/p1/deep/p2/0000.tif") in findings(out)
+    # What holds it is not recorded any more.
+    with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
+        db.execute("DELETE FROM series WHERE folder = 'dicom/p1'")
+    assert set(findings(out)) == {
+        ("unrecorded", "dicom/p1"), ("torn", "dicom/p1/deep/p2/0000.tif"), ("stray", "dicom/p1/deep/b.txt"),
+        ("stray", "dicom/p1/deep/p2/c.txt"),
+    }  # fmt: skip
 
 
 def flip_a_bit(out: Path) -> list[tuple[str, str]]:

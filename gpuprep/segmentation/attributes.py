@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpuprep.errors import SegmentationError
+from gpuprep.segmentation.contours import ImageFrame
 from gpuprep.syntaxes import UNDEFINED_LENGTH
 from gpuprep.text import quoted
 
@@ -33,6 +34,7 @@ TAGS = {
     "DerivationImageSequence": 0x0008_9124,
     "SliceThickness": 0x0018_0050,
     "SpacingBetweenSlices": 0x0018_0088,
+    "StudyInstanceUID": 0x0020_000D,
     "SeriesInstanceUID": 0x0020_000E,
     "ImagePositionPatient": 0x0020_0032,
     "ImageOrientationPatient": 0x0020_0037,
@@ -145,6 +147,14 @@ def uid(ds: pydicom.Dataset, keyword: str) -> str:
     """Return a UID; "" where it is absent or none."""
     found = text(ds, keyword)
     return found if _UID.fullmatch(found) else ""
+
+
+def image_frames(item: pydicom.Dataset) -> set[ImageFrame]:
+    """Return the image that an item of a sequence of images refers to, or the frames of it; none without a UID."""
+    sop_uid = uid(item, "ReferencedSOPInstanceUID")
+    numbers = text(item, "ReferencedFrameNumber").split("\\")
+    frames = {int(n) for n in numbers if re.fullmatch(r" *0*[1-9][0-9]{0,8} *", n)}
+    return {ImageFrame(sop_uid, n) for n in frames or (0,)} if sop_uid else set()
 
 
 def binary(ds: pydicom.Dataset, keyword: str) -> int | None:

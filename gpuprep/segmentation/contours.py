@@ -33,6 +33,14 @@ Rule = Literal["even-odd", "inside", "hole"]
 itself is not part of it. hole: taken away, the outline too."""
 
 
+class ImageFrame(NamedTuple):
+    """An image, or one frame of it, that a file refers to."""
+
+    sop_uid: str
+    number: int = 0
+    """*Referenced Frame Number*, counted from 1; 0: the whole image."""
+
+
 class SliceKey(NamedTuple):
     """How a file says which slice it means."""
 
@@ -95,12 +103,16 @@ class Segmentation:
     """In the order of the file, names as they stand there; no two have the same name."""
     series_uids: tuple[str, ...] = ()
     """Series it says it belongs to."""
+    study_uids: frozenset[str] = frozenset()
+    """Studies it says it belongs to."""
     frame_of_reference_uid: str = ""
     """Of most of its structures."""
     series_by_frame: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Series that it lists under each frame of reference."""
     sop_uids: frozenset[str] = frozenset()
     """Images it refers to."""
+    drawn_on: frozenset[ImageFrame] = frozenset()
+    """Of these, the images that its contours or painted frames say they were made on, where each of them says so."""
     per_slice: bool = False
     """Whether it is one of several files, one for each slice, that belong together."""
     notes: tuple[str, ...] = ()

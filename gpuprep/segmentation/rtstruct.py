@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.attributes import integer, items, name, raw, text, uid
-from gpuprep.segmentation.contours import Collector, Contour, Reading, Segmentation
+from gpuprep.segmentation.attributes import image_frames, integer, items, name, raw, text, uid
+from gpuprep.segmentation.contours import Collector, Contour, ImageFrame, Reading, Segmentation
 from gpuprep.segmentation.values import FARTHEST, distinct
 from gpuprep.text import quoted
 
@@ -78,16 +78,18 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # n
             notes += _contours(roi, names[number], collector, images)
     by_name = {names[number]: frame for number, frame in frames.items()}
     structures = (replace(s, frame_of_reference_uid=by_name.get(s.name, "")) for s in collector.structures)
-    series, of_series = _references(ds)
+    series, studies, listed = _references(ds)
     return Segmentation(
         path=path,
         format="RTSTRUCT",
         why="SOP Class UID: RT Structure Set Storage",
         structures=tuple(structures),
         series_uids=tuple(dict.fromkeys(chain.from_iterable(series.values()))),
+        study_uids=studies,
         frame_of_reference_uid=_frame_of_most(ds, frames.values()),
         series_by_frame={frame: frozenset(uids) for frame, uids in series.items()},
-        sop_uids=frozenset(images.uids | of_series),
+        sop_uids=frozenset(image.sop_uid for image in images.found | listed),
+        drawn_on=frozenset(images.found),
         notes=tuple(notes),
     )
 
@@ -171,7 +173,7 @@ class _Images:
     """The images that contours refer to."""
 
     def __init__(self) -> None:
-        self.uids: set[str] = set()
+        self.found: set[ImageFrame] = set()
         self._seen: set[bytes] = set()
 
     def add(self, ds: pydicom.Dataset) -> None:
@@ -181,23 +183,27 @@ class _Images:
             if packed in self._seen:
                 return
             self._seen.add(packed)
-        self.uids.update(
-            u for image in items(ds, "ContourImageSequence") if (u := uid(image, "ReferencedSOPInstanceUID"))
-        )
+        for image in items(ds, "ContourImageSequence"):
+            self.found |= image_frames(image)
 
 
-def _references(ds: pydicom.Dataset) -> tuple[dict[str, list[str]], set[str]]:
-    """Return the series that a structure set lists, by the frame of reference it lists them under; and their images."""
+def _references(ds: pydicom.Dataset) -> tuple[dict[str, list[str]], frozenset[str], set[ImageFrame]]:
+    """Return the series that a structure set lists, by the frame of reference it lists them under; their studies; and
+    the images of them that it lists.
+    """
     series: dict[str, list[str]] = {}
+    studies: set[str] = set()
     images = _Images()
     for frame in items(ds, "ReferencedFrameOfReferenceSequence"):
         under = series.setdefault(uid(frame, "FrameOfReferenceUID"), [])
         for study in items(frame, "RTReferencedStudySequence"):
+            studies.add(uid(study, "ReferencedSOPInstanceUID"))
             for item in items(study, "RTReferencedSeriesSequence"):
                 if found := uid(item, "SeriesInstanceUID"):
                     under.append(found)
                 images.add(item)
-    return series, images.uids
+    studies = studies - {""} or {uid(ds, "StudyInstanceUID")} - {""}
+    return series, frozenset(studies), images.found
 
 
 def _frame_of_most(ds: pydicom.Dataset, of_rois: Iterable[str]) -> str:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from gpuprep.errors import DecodeError, SegmentationError
 from gpuprep.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
-from gpuprep.segmentation.attributes import binary, decimals, integer, items, name, raw, text, uid
-from gpuprep.segmentation.contours import Collector, Reading, Segmentation, SliceKey, painted
+from gpuprep.segmentation.attributes import binary, decimals, image_frames, integer, items, name, raw, text, uid
+from gpuprep.segmentation.contours import Collector, ImageFrame, Reading, Segmentation, SliceKey, painted
 from gpuprep.segmentation.values import FARTHEST, distinct
 from gpuprep.series import SliceHeader
 from gpuprep.syntaxes import UNDEFINED_LENGTH
@@ -72,6 +72,7 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
     background = _background(ds, segments) if image.type == "LABELMAP" else frozenset()
     names = {n: called for n, called in segments.items() if n not in background}
     groups = _Groups(ds, image)
+    drawn_on: set[ImageFrame] = set()
     collector = Collector()
     for called in names.values():
         collector.declare(called)
@@ -98,6 +99,7 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
             if painted_px > MOST_PAINTED:
                 raise SegmentationError(f"its segments take more than {MOST_PAINTED} pixels, up to frame {frame + 1}")
             collector.add(names[number], raster)
+            drawn_on |= place.sources
     series, of_series = _references(ds)
     return Segmentation(
         path=path,
@@ -105,8 +107,10 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
         why=f"SOP Class UID: Segmentation Storage, {image.type}",
         structures=collector.structures,
         series_uids=series,
+        study_uids=frozenset({uid(ds, "StudyInstanceUID")} - {""}),
         frame_of_reference_uid=uid(ds, "FrameOfReferenceUID"),
         sop_uids=frozenset(of_series | groups.sop_uids),
+        drawn_on=frozenset(drawn_on),
         notes=tuple(notes),
     )
 
@@ -270,6 +274,8 @@ class _Place:
 
     slice: SliceKey | None
     geometry: Geometry | None
+    sources: frozenset[ImageFrame]
+    """Images that the frame was made from."""
 
 
 class _Groups:
@@ -284,7 +290,7 @@ class _Groups:
                 f"it has functional groups of {len(self._own)} frames and says it has {image.frames}: it is damaged"
             )
         self._shared = [*items(ds, "SharedFunctionalGroupsSequence")][:1]
-        self._sources: dict[bytes, tuple[frozenset[str], bool]] = {}
+        self._sources: dict[bytes, frozenset[ImageFrame]] = {}
         self._geometries: dict[tuple[str, ...], Geometry] = {}
 
     def segment(self, frame: int, segments: dict[int, str]) -> int:
@@ -299,16 +305,17 @@ class _Groups:
 
     def place(self, frame: int) -> _Place:
         """Return where a frame lies: in the patient, or on which image if it does not say that."""
-        uids, whole = self._source(frame)
+        sources = self._source(frame)
+        uids = {source.sop_uid for source in sources}
         self.sop_uids |= uids
         try:
             geometry = self._geometry(frame)
         except SegmentationError as exc:
             raise SegmentationError(f"frame {frame + 1}: {exc}") from None
         if geometry is not None:
-            return _Place(None, geometry)
-        if len(uids) == 1 and whole:
-            return _Place(SliceKey("uid", next(iter(uids))), None)
+            return _Place(None, geometry, sources)
+        if len(uids) == 1 and not any(source.number for source in sources):
+            return _Place(SliceKey("uid", next(iter(uids))), None, sources)
         raise SegmentationError(
             f"frame {frame + 1} does not say where it lies: it lacks its position, orientation or pixel spacing, and "
             f"refers to {len(uids)} images"
@@ -357,25 +364,21 @@ class _Groups:
         steps = np.diff(np.sort(np.array(positions) @ normal))
         return float(min(steps[steps > SAME_PLANE_MM], default=math.inf))
 
-    def _source(self, frame: int) -> tuple[frozenset[str], bool]:
-        """Return the images a frame was made from, and whether they are whole ones, not frames of one."""
-        uids: set[str] = set()
-        whole = True
+    def _source(self, frame: int) -> frozenset[ImageFrame]:
+        """Return the images, or frames of an image, that a frame was made from."""
         for layer in (self._own[frame], *self._shared):
             packed = raw(layer, "DerivationImageSequence")
             if isinstance(packed, bytes) and packed in self._sources:
-                # Frames of one slice refer to it in the same bytes.
-                return self._sources[packed]
-            for derivation in items(layer, "DerivationImageSequence"):
-                for source in items(derivation, "SourceImageSequence"):
-                    if found := uid(source, "ReferencedSOPInstanceUID"):
-                        uids.add(found)
-                        whole &= not text(source, "ReferencedFrameNumber")
+                sources = self._sources[packed]  # frames of one slice refer to it in the same bytes
+            else:
+                derivations = items(layer, "DerivationImageSequence")
+                named = [items(derivation, "SourceImageSequence") for derivation in derivations]
+                sources = frozenset().union(*(image_frames(image) for images in named for image in images))
             if isinstance(packed, bytes):
-                self._sources[packed] = frozenset(uids), whole
-            if uids:
-                break
-        return frozenset(uids), whole
+                self._sources[packed] = sources
+            if sources:
+                return sources
+        return frozenset()
 
     def _macro(self, frame: int, keyword: str) -> pydicom.Dataset | None:
         """Return what a macro holds: the frame's own, else the shared one; None where there is neither."""

@@ -1,0 +1,434 @@
+"""Which segmentation goes to which volume: by the images it names, its frame of reference, its series; or to none."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sqlite3
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom import Dataset, Sequence
+from pydicom.uid import CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage
+from segmentations import write_rtstruct, write_seg
+from test_masks import SPACING_MM
+from test_sources import enhanced
+from typer.testing import CliRunner
+
+import gpuprep
+from gpuprep import Recipe
+from gpuprep.batch import scan
+from gpuprep.cli import app
+from gpuprep.discovery import discover
+from gpuprep.geometry import Geometry
+from gpuprep.phantom import write_series
+from gpuprep.runs import Listener
+
+ORIGIN_MM = (-10.0, -20.0, 30.0)
+FEW = (4, 8, 10)
+GRID = Geometry(FEW, np.array([[0, 0, 1, -10], [0, 1, 0, -20], [2, 0, 0, 30], [0, 0, 0, 1.0]]))
+STALE = ["1.2.99.1", "1.2.99.2"]
+"""Images that are nowhere."""
+
+
+def images(
+    folder: Path, first: int, *, series: str = "1.2.1", study: str = "1.2.8", frame: str = "1.2.7", **tags: Any
+) -> list[str]:
+    """Write four slices, their SOP Instance UIDs counted from `first`; return those."""
+    uids = [f"1.2.5.{first + k}" for k in range(FEW[0])]
+
+    def change(ds: Dataset, k: int) -> None:
+        ds.StudyInstanceUID, ds.FrameOfReferenceUID = study, frame
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uids[k]
+        for keyword, value in tags.items():
+            setattr(ds, keyword, value)
+        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+
+    stored = np.arange(np.prod(FEW), dtype=np.int16).reshape(FEW)
+    for file in write_series(folder, stored, SPACING_MM, series_uid=series, origin_mm=ORIGIN_MM, change=change):
+        file.rename(file.with_name(f"{first}-{file.name}"))
+    return uids
+
+
+def structures(
+    path: Path,
+    *,
+    series: str = "1.2.1",
+    study: str = "",
+    frame: str = "",
+    listed: Iterable[str] = (),
+    drawn_on: Iterable[str] = (),
+    number: int = 0,
+) -> Path:
+    """Write a structure set of one contour for each image that is drawn on, or one that names no image."""
+    drawn_on = list(drawn_on)
+
+    def change(ds: Dataset) -> None:
+        contours = ds.ROIContourSequence[0].ContourSequence
+        for contour, uid in zip(contours, drawn_on, strict=False):
+            contour.ContourImageSequence = Sequence([reference(uid, number)])
+        referenced = ds.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0]
+        referenced.ReferencedSOPInstanceUID = study
+        if not series:
+            del ds.ReferencedFrameOfReferenceSequence
+
+    square = [(-8.0, -18.0, 32.0), (-4.0, -18.0, 32.0), (-4.0, -14.0, 32.0), (-8.0, -14.0, 32.0)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_rtstruct(
+        path, {"a": [square] * max(1, len(drawn_on))}, series_uid=series, frame_uid=frame, sop_uids=list(listed),
+        change=change,
+    )  # fmt: skip
+
+
+def segments(
+    path: Path,
+    *,
+    series: str = "1.2.1",
+    study: str = "",
+    frame: str = "",
+    listed: Iterable[str] = (),
+    drawn_on: Iterable[str] = (),
+    number: int = 0,
+) -> Path:
+    """Write a segmentation image of two painted frames and two empty ones, made from some images."""
+    drawn_on = list(drawn_on)
+
+    def change(ds: Dataset) -> None:
+        ds.StudyInstanceUID = study
+        referenced = Sequence([reference(uid) for uid in listed])
+        ds.ReferencedSeriesSequence[0].ReferencedInstanceSequence = referenced
+        if not series:
+            del ds.ReferencedSeriesSequence
+        for n, group in enumerate(ds.PerFrameFunctionalGroupsSequence):
+            if drawn_on:  # an empty frame says nothing about what is painted
+                uid = drawn_on[n % len(drawn_on)] if n < 2 else "1.2.5.9999"
+                source = Dataset()
+                source.SourceImageSequence = Sequence([reference(uid, number)])
+                group.DerivationImageSequence = Sequence([source])
+
+    mask = np.zeros(FEW, bool)
+    mask[:2, 2:5, 3:6] = True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_seg(path, {"a": mask}, GRID, sparse=False, series_uid=series, frame_uid=frame, change=change)
+
+
+def reference(uid: str, number: int = 0) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = CTImageStorage, uid
+    if number:
+        item.ReferencedFrameNumber = number
+    return item
+
+
+both_kinds = pytest.mark.parametrize("write", [structures, segments], ids=["RTSTRUCT", "SEG"])
+Write = Callable[..., Path]
+
+
+class Told(Listener):
+    """What is said of segmentations that belong to no series."""
+
+    def __init__(self) -> None:
+        self.complaints: list[str] = []
+        self.unused: list[str] = []
+
+    def matched(self, matched: Any) -> None:
+        self.complaints = [why for _, why in matched.complaints]
+        self.unused = [why for _, why in matched.unused]
+
+
+def matches(folder: Path, masks: Any) -> tuple[dict[str, tuple[str, ...]], Told]:
+    """Return the codes of the volumes that segmentations go to, by the first SOP UID, and what is said of others."""
+    told = Told()
+    found = scan(folder, masks=masks, listener=told)
+    return {min(s.sop_instance_uid for s in o.series.slices): o.codes for o in found.outlooks if o.segmentations}, told
+
+
+def volumes(folder: Path, masks: Any) -> set[str]:
+    return set(matches(folder, masks)[0])
+
+
+# Volumes that share a Series Instance UID
+
+
+@pytest.fixture
+def patients(tmp_path: Path) -> Path:
+    """Three patients in one Series Instance UID, each with a frame of reference and a study of their own."""
+    for n in (1, 2, 3):
+        images(tmp_path / "ct" / f"p{n}", 100 * n, study=f"1.2.8.{n}", frame=f"1.2.7.{n}", PatientID=f"P{n}")
+    return tmp_path / "ct"
+
+
+@pytest.fixture
+def phases(tmp_path: Path) -> Path:
+    """Three acquisitions in one series, at the same places."""
+    for n in (1, 2, 3):
+        images(tmp_path / "ct", 100 * n, AcquisitionNumber=n)
+    assert len(discover(tmp_path / "ct")) == 3
+    return tmp_path / "ct"
+
+
+@both_kinds
+@pytest.mark.parametrize("cohort", ["patients", "phases"])
+@pytest.mark.parametrize("how", ["drawn_on", "listed"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_of_volumes_of_one_series_uid_the_one_whose_images_are_named_gets_the_masks(
+    tmp_path: Path, request: pytest.FixtureRequest, cohort: str, write: Write, how: str, n: int
+) -> None:
+    folder = request.getfixturevalue(cohort)
+    named: dict[str, Any] = {how: [f"1.2.5.{100 * n + 1}"]}
+    path = write(tmp_path / "seg.dcm", frame="1.2.7.1", study="1.2.8.1", **named)  # neither outweighs the images
+    assert volumes(folder, path) == {f"1.2.5.{100 * n}"}
+
+
+@both_kinds
+def test_images_that_are_drawn_on_outweigh_a_list_of_all(tmp_path: Path, phases: Path, write: Write) -> None:
+    everything = [f"1.2.5.{100 * n + k}" for n in (1, 2, 3) for k in range(4)]
+    path = write(tmp_path / "seg.dcm", listed=everything, drawn_on=["1.2.5.202"])
+    assert volumes(phases, path) == {"1.2.5.200"}
+    assert volumes(phases, write(path, listed=everything)) == {"1.2.5.100", "1.2.5.200", "1.2.5.300"}
+
+
+@both_kinds
+def test_each_volume_whose_images_are_named_gets_the_masks(tmp_path: Path, phases: Path, write: Write) -> None:
+    path = write(tmp_path / "seg.dcm", drawn_on=["1.2.5.101", "1.2.5.303"])
+    found, _ = matches(phases, path)
+    assert set(found) == {"1.2.5.100", "1.2.5.300"}
+    assert not any("mask-volumes" in codes for codes in found.values())
+
+
+@both_kinds
+def test_where_the_named_images_are_not_here_the_frame_of_reference_decides(
+    tmp_path: Path, patients: Path, write: Write
+) -> None:
+    path = write(tmp_path / "seg.dcm", frame="1.2.7.2", listed=STALE, drawn_on=STALE)
+    assert volumes(patients, path) == {"1.2.5.200"}
+
+
+@both_kinds
+def test_where_frames_of_reference_are_equal_the_study_decides(tmp_path: Path, write: Write) -> None:
+    # Whatever splits two studies into two volumes: here it is their matrix.
+    images(tmp_path / "ct" / "a", 100, study="1.2.8.1")
+    images(tmp_path / "ct" / "b", 200, study="1.2.8.2", PixelSpacing=["0.5", "0.5"])
+    path = write(tmp_path / "seg.dcm", frame="1.2.7", study="1.2.8.2", drawn_on=STALE)
+    assert volumes(tmp_path / "ct", path) == {"1.2.5.200"}
+    found, told = matches(tmp_path / "ct", write(path, frame="1.2.7", study="1.2.8.77"))
+    assert not found
+    assert "2 volumes in different studies or frames of reference" in told.complaints[0]
+
+
+@both_kinds
+def test_a_series_of_several_patients_alone_says_too_little(tmp_path: Path, patients: Path, write: Write) -> None:
+    path = write(tmp_path / "seg.dcm", frame="1.2.7.77", study="1.2.8.77", listed=STALE)
+    found, told = matches(patients, path)
+    assert not found
+    (why,) = told.complaints
+    assert "it refers to series 1.2.1, which is 3 volumes in different studies or frames of reference here" in why
+    assert "gpuprep mask FILE --series DICOM_DIR" in why
+    # Which is the way: in the folder of one patient it can only mean that one.
+    assert volumes(patients / "p2", path) == {"1.2.5.200"}
+
+
+@both_kinds
+def test_a_series_of_several_phases_alone_means_all_of_them_with_a_warning(
+    tmp_path: Path, phases: Path, write: Write
+) -> None:
+    path = write(tmp_path / "seg.dcm", frame="1.2.7", study="1.2.8", listed=STALE)
+    found, _ = matches(phases, path)
+    assert set(found) == {"1.2.5.100", "1.2.5.200", "1.2.5.300"}
+    assert all(codes == ("acquisitions", "mask-volumes") for codes in found.values())
+
+
+def test_the_warning_is_in_the_output_and_on_the_screen(tmp_path: Path, phases: Path) -> None:
+    path = structures(tmp_path / "rs.dcm", frame="1.2.7")
+    text = "rs.dcm names the series and none of its images: its structures are on each of the 3 volumes of the series"
+    shown = CliRunner().invoke(
+        app, ["convert", str(phases), "--masks", str(path), "--out", str(tmp_path / "o"), "--dry-run", "--json"]
+    )
+    assert [o["warnings"] for o in json.loads(shown.stdout)["series"]] == [[text]] * 3
+    recipe = Recipe(spacing_mm=None, size=None, format="npy")
+    run = gpuprep.convert(phases, tmp_path / "out", recipe, masks=path, backend="cpu")
+    assert run.counts == {"fixed": 3}
+    for result in run.results:
+        sidecar = json.loads((tmp_path / "out" / result.folder / "volume.json").read_text())
+        assert text in sidecar["warnings"]
+        assert "mask-volumes" in sidecar["codes"]
+        assert result.codes == tuple(sidecar["codes"])
+
+
+@both_kinds
+@pytest.mark.parametrize("phase", [0, 1])
+def test_frames_of_a_multi_frame_image_tell_its_volumes_apart(tmp_path: Path, write: Write, phase: int) -> None:
+    # One file, one SOP Instance UID, two phases of four frames.
+    for n in (1, 2):
+        images(tmp_path / "plain", 100 * n, AcquisitionNumber=n)
+    files = sorted((tmp_path / "plain").iterdir(), key=lambda f: (f.name[:3], -int(f.stem[-4:])))
+    enhanced(files, tmp_path / "ct" / "e.dcm")
+    ds = pydicom.dcmread(tmp_path / "ct" / "e.dcm")
+    for n, group in enumerate(ds.PerFrameFunctionalGroupsSequence):
+        group.FrameContentSequence[0].FrameAcquisitionNumber = 1 + n // 4
+    ds.save_as(tmp_path / "ct" / "e.dcm")
+    parts = discover(tmp_path / "ct")
+    assert [sorted(s.frame for s in part.slices) for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    told = Told()
+    path = write(tmp_path / "seg.dcm", drawn_on=[ds.SOPInstanceUID], number=2 + 4 * phase)
+    found = scan(tmp_path / "ct", masks=path, listener=told).outlooks
+    assert [bool(o.segmentations) for o in found] == [phase == 0, phase == 1]
+    # Without a number the whole image is meant.
+    found = scan(tmp_path / "ct", masks=write(path, drawn_on=[ds.SOPInstanceUID])).outlooks
+    assert [bool(o.segmentations) for o in found] == [True, True]
+
+
+@both_kinds
+def test_of_two_copies_of_an_image_that_in_the_named_series_is_meant(tmp_path: Path, write: Write) -> None:
+    images(tmp_path / "ct" / "a", 100, series="1.2.1")
+    images(tmp_path / "ct" / "b", 100, series="1.2.2")
+    for series in ("1.2.1", "1.2.2"):
+        path = write(tmp_path / "seg.dcm", series=series, drawn_on=["1.2.5.101"])
+        found = scan(tmp_path / "ct", masks=path).outlooks
+        assert [o.series.series_uid for o in found if o.segmentations] == [series]
+
+
+@both_kinds
+def test_images_outweigh_the_series_that_is_named(tmp_path: Path, write: Write) -> None:
+    images(tmp_path / "ct" / "a", 100, series="1.2.1")
+    images(tmp_path / "ct" / "b", 200, series="1.2.2")
+    assert volumes(tmp_path / "ct", write(tmp_path / "seg.dcm", series="1.2.1", drawn_on=["1.2.5.201"])) == {
+        "1.2.5.200"
+    }
+
+
+def test_contours_that_are_left_out_say_nothing_about_where_the_others_are_drawn(tmp_path: Path, phases: Path) -> None:
+    def leave_out_the_first(ds: Dataset) -> None:
+        first, second = ds.ROIContourSequence[0].ContourSequence
+        first.ContourGeometricType = "OPEN_PLANAR"
+        first.ContourImageSequence = Sequence([reference("1.2.5.101")])
+        second.ContourImageSequence = Sequence([reference("1.2.5.201")])
+
+    square = [(-8.0, -18.0, 32.0), (-4.0, -18.0, 32.0), (-4.0, -14.0, 32.0)]
+    path = write_rtstruct(tmp_path / "rs.dcm", {"a": [square] * 2}, series_uid="1.2.1", change=leave_out_the_first)
+    assert volumes(phases, path) == {"1.2.5.200"}
+
+
+# Series of other modalities
+
+OTHERS = {"MR": MRImageStorage, "PT": PositronEmissionTomographyImageStorage, "OT": "1.2.840.10008.5.1.4.1.1.7"}
+
+
+@pytest.fixture(params=OTHERS)
+def modality(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def cohort_of_two(folder: Path, modality: str) -> None:
+    """Write a CT and another series of the same frame of reference."""
+    images(folder / "ct", 100)
+    images(folder / "other", 900, series="1.2.9", Modality=modality, SOPClassUID=OTHERS[modality])
+
+
+@both_kinds
+@pytest.mark.parametrize("how", ["by series", "by images", "by listed images"])
+def test_what_belongs_to_a_series_of_another_modality_is_not_put_on_the_ct_of_its_frame(
+    tmp_path: Path, write: Write, modality: str, how: str
+) -> None:
+    cohort_of_two(tmp_path / "in", modality)
+    named: dict[str, Any] = {
+        "by series": {"series": "1.2.9"},
+        "by images": {"series": "", "drawn_on": ["1.2.5.902"]},
+        "by listed images": {"series": "1.2.77", "listed": ["1.2.5.902"]},
+    }[how]
+    why = f"it refers to series 1.2.9 of modality {modality}, which is not converted"
+    path = write(tmp_path / "in" / "other" / "seg.dcm", frame="1.2.7", **named)
+    for index in (None, "first", "second"):  # the second time, the index of headers knows the images
+        told = Told()
+        given = {} if index is None else {"index": tmp_path / "index.sqlite"}
+        found = scan(tmp_path / "in", masks="auto", listener=told, **given).outlooks  # type: ignore[arg-type]
+        assert [len(o.segmentations) for o in found] == [0]
+        assert (told.complaints, told.unused) == ([], [why])
+    found_by_name, told = matches(tmp_path / "in", path)
+    assert not found_by_name
+    assert (told.complaints, told.unused) == ([why], [])
+
+
+@both_kinds
+def test_a_ct_that_is_named_too_gets_the_masks(tmp_path: Path, write: Write) -> None:
+    cohort_of_two(tmp_path / "in", "PT")
+    path = write(tmp_path / "seg.dcm", series="1.2.9", frame="1.2.7", drawn_on=["1.2.5.102", "1.2.5.902"])
+    assert volumes(tmp_path / "in", path) == {"1.2.5.100"}
+
+
+@both_kinds
+def test_a_series_that_is_nowhere_still_leads_to_the_only_ct_of_its_frame(tmp_path: Path, write: Write) -> None:
+    cohort_of_two(tmp_path / "in", "MR")
+    path = write(tmp_path / "seg.dcm", series="1.2.77", frame="1.2.7", listed=STALE, drawn_on=STALE)
+    assert volumes(tmp_path / "in", path) == {"1.2.5.100"}
+
+
+@pytest.mark.parametrize("how", ["gzip", "zip"])
+def test_other_images_are_known_in_archives_too(tmp_path: Path, how: str) -> None:
+    cohort_of_two(tmp_path / "in", "MR")
+    files = list((tmp_path / "in" / "other").iterdir())
+    if how == "zip":
+        with zipfile.ZipFile(tmp_path / "in" / "other.zip", "w") as archive:
+            for file in files:
+                archive.write(file, file.name)
+    for file in files:
+        if how == "gzip":
+            file.with_suffix(".gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    _, told = matches(tmp_path / "in", structures(tmp_path / "rs.dcm", series="1.2.9", frame="1.2.7"))
+    assert told.complaints == ["it refers to series 1.2.9 of modality MR, which is not converted"]
+
+
+def test_a_cohort_knows_the_series_of_other_images_and_no_other_files(tmp_path: Path) -> None:
+    cohort_of_two(tmp_path, "MR")
+    structures(tmp_path / "rs.dcm")
+    report = pydicom.dcmread(next((tmp_path / "ct").iterdir()))
+    report.SOPClassUID, report.SeriesInstanceUID = "1.2.840.10008.5.1.4.1.1.88.11", "1.2.10"
+    del report.Rows, report.PixelData
+    report.save_as(tmp_path / "report.dcm")
+    others = discover(tmp_path).others
+    assert {uid: (o.modality, len(o.sop_digests)) for uid, o in others.items()} == {"1.2.9": ("MR", 4)}
+
+
+# What belongs to nothing
+
+
+def test_with_auto_what_belongs_to_nothing_is_named_and_is_no_failure(tmp_path: Path) -> None:
+    cohort_of_two(tmp_path / "in", "MR")
+    path = structures(tmp_path / "in" / "rs.dcm", series="1.2.77", frame="1.2.78")
+    words = ["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--index", "none", "--backend", "cpu"]
+    why = "it refers to a series and a frame of reference that are not here"
+    for more in ([], ["--quiet"]):
+        done = CliRunner().invoke(app, [*words, "--masks", "auto", *more])
+        assert done.exit_code == 0, done.output
+        assert f"unmatched  {path}: {why}" in done.stderr
+    dry = CliRunner().invoke(app, [*words, "--masks", "auto", "--dry-run"])
+    assert dry.exit_code == 0
+    assert f"unmatched  {path}: {why}" in dry.stdout
+    told = json.loads(CliRunner().invoke(app, [*words, "--masks", "auto", "--json"]).stdout)
+    assert (told["unmatched"], told["unused"]) == ([], [[str(path), why]])
+    with closing(sqlite3.connect(tmp_path / "out" / "manifest.sqlite")) as db:
+        assert list(db.execute("SELECT path, reason FROM segmentations")) == [(str(path), why)]
+    named = CliRunner().invoke(app, [*words, "--masks", str(path), "--json"])
+    assert named.exit_code == 1
+    assert json.loads(named.stdout)["unmatched"] == [[str(path), why]]
+
+
+def test_of_many_that_belong_to_nothing_the_first_are_named_and_all_are_recorded(tmp_path: Path) -> None:
+    images(tmp_path / "in" / "ct", 100)
+    for n in range(25):
+        structures(tmp_path / "in" / f"rs{n:02}.dcm", series="1.2.77", frame="1.2.78")
+    words = ["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--index", "none", "--backend", "cpu"]
+    done = CliRunner().invoke(app, [*words, "--masks", "auto", "--quiet"])
+    assert done.exit_code == 0
+    lines = done.stderr.splitlines()
+    assert sum(line.startswith("unmatched  /") for line in lines) == 20
+    assert "unmatched  5 more" in lines[-1]
+    with closing(sqlite3.connect(tmp_path / "out" / "manifest.sqlite")) as db:
+        assert next(db.execute("SELECT count(*) FROM segmentations")) == (25,)
