@@ -1,4 +1,4 @@
-"""The 42 traps of CT DICOM stacking, HU and resampling, one test each, by number: ``pytest tests/test_traps.py -v``.
+"""The traps of CT DICOM stacking, HU and resampling, one test each, by number: ``pytest tests/test_traps.py -v``.
 
 What is expected is worked out by hand or by pydicom, SciPy and SimpleITK alone, never by gpuprep.
 """
@@ -57,6 +57,7 @@ from gpuprep.phantom import write_series
 from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
 from gpuprep.recipe import Recipe
+from gpuprep.report.writing import write_report
 from gpuprep.rules import Rules
 from gpuprep.runs import Run
 from gpuprep.volume import Volume
@@ -75,6 +76,8 @@ ORIGIN = (-100.0, -120.0, -300.0)
 """What `write_series` takes unless told otherwise."""
 HU = Recipe(spacing_mm=None, size=None, window_hu=None)
 """HU on the grid of the stack."""
+KEEP = replace(HU, policy="keep")
+"""The same of values that no CT number has."""
 ENGINES: tuple[Engine, ...] = ("operators", "ndimage")
 
 
@@ -90,7 +93,7 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == list(range(1, 43))
+    assert sorted(set(TESTED)) == [*range(1, 43), 48]
 
 
 # What tests have in common
@@ -685,8 +688,8 @@ def test_every_slice_has_its_own_rescale_and_type(tmp_path: Path) -> None:
     files = write_series(tmp_path, noise(6), SPACING, change=change)
     expected = by_pydicom(files)
     assert expected.max() > 60000
-    np.testing.assert_allclose(in_hu(found(tmp_path)).values, expected, rtol=1e-6, atol=1e-3)
-    result = alone(convert(tmp_path, tmp_path / "out"))
+    np.testing.assert_allclose(in_hu(found(tmp_path), KEEP).values, expected, rtol=1e-6, atol=1e-3)
+    result = alone(convert(tmp_path, tmp_path / "out", KEEP))
     assert result.status == "ok"
     assert (result.hu_min, result.hu_max) == pytest.approx((expected.min(), expected.max()))
 
@@ -711,8 +714,8 @@ def test_words_hold_their_bits_and_nothing_of_their_neighbours(
         ds.RescaleIntercept = "0"
 
     write_series(tmp_path, words, SPACING, change=change)
-    np.testing.assert_array_equal(gpuprep.read(found(tmp_path)).stored, values)
-    np.testing.assert_array_equal(in_hu(found(tmp_path), replace(HU, padding="keep")).values, values)
+    np.testing.assert_array_equal(gpuprep.read(found(tmp_path), KEEP).stored, values)
+    np.testing.assert_array_equal(in_hu(found(tmp_path), replace(KEEP, padding="keep")).values, values)
 
 
 def encode(syntax: UID, values: Array, bits: int = 16) -> bytes:
@@ -756,7 +759,7 @@ def test_the_header_decides_on_the_sign_whatever_the_code_stream_says(
     assert unsigned.max() > 32767
     for name, values in (("signed", signed), ("unsigned", unsigned)):
         write_series(tmp_path / name, values, SPACING, change=lambda ds, _: put(ds, syntax, stream_as))
-        stored = gpuprep.read(found(tmp_path / name)).stored
+        stored = gpuprep.read(found(tmp_path / name), KEEP).stored
         assert stored.dtype == values.dtype
         np.testing.assert_array_equal(stored, values)
 
@@ -1167,6 +1170,44 @@ def test_what_is_not_known_to_be_hu_is_not_called_hu(tmp_path: Path, change: Cha
     assert (believed.status == "rejected") == (code in ("photometric", "modality"))
     if code == "rescale-type":
         np.testing.assert_array_equal(written(tmp_path / "believed", believed), stored - 1024.0)
+
+
+@trap(48, "hu-beyond-the-output")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hu_that_the_output_cannot_hold_are_counted_and_no_ct_numbers_are_rejected(
+    tmp_path: Path, engine: Engine
+) -> None:
+    # 60000 stored is 58976 HU. 7 of 2880 voxels may be metal; 480 of them are a wrong rescale.
+    stored = noise(6).astype(np.uint16)
+    stored[2, 3, 5:12] = 60000
+    write_series(tmp_path / "metal", stored, SPACING)
+    whole = replace(HU, dtype="int16")
+    run = gpuprep.convert(tmp_path / "metal", tmp_path / "out", whole, backend="cpu", engine=engine)
+    result = alone(run)
+    expected = np.minimum(stored.astype(int) - 1024, 32767)
+    np.testing.assert_array_equal(written(tmp_path / "out", result), expected)
+    texts = (
+        "HU of 7 voxels are above 30000, where CT numbers end: up to 58976 in S1-0004.dcm",
+        "HU of 7 voxels, 58976 to 58976, were cut to what int16 holds, −32768 to 32767; --dtype float32 holds them",
+    )
+    assert (result.status, result.codes, result.warnings) == ("ok", ("hu-range",), texts)
+    sidecar = json.loads((tmp_path / "out" / result.folder / "volume.json").read_text())
+    assert (sidecar["codes"], sidecar["warnings"]) == (["hu-range"], list(texts))
+    page = Path(write_report(tmp_path / "out")).read_text()
+    assert '"hu-range"' in page
+    assert "up to 58976 in" in page
+    held = alone(gpuprep.convert(tmp_path / "metal", tmp_path / "float", HU, backend="cpu", engine=engine))
+    assert held.warnings == texts[:1]
+    np.testing.assert_array_equal(written(tmp_path / "float", held), stored - 1024.0)
+
+    stored[4] = 60000 + stored[4]
+    write_series(tmp_path / "wrong", stored, SPACING)
+    rejected = alone(gpuprep.convert(tmp_path / "wrong", tmp_path / "none", whole, backend="cpu", engine=engine))
+    assert (rejected.status, rejected.codes) == ("rejected", ("hu-range",))
+    assert not list((tmp_path / "none").rglob("*.tif"))
+    kept = alone(gpuprep.convert(tmp_path / "wrong", tmp_path / "kept", KEEP, backend="cpu", engine=engine))
+    assert (kept.status, kept.codes) == ("ok", ("hu-range",))
+    np.testing.assert_array_equal(written(tmp_path / "kept", kept), stored - 1024.0)
 
 
 # Masks
