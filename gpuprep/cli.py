@@ -450,7 +450,7 @@ def _outlook(o: Outlook) -> dict[str, Any]:
         "codes": o.codes,
         "reason": o.reason,
         "irregularities": list(texts(o.audit.irregularities)) if o.audit else [],
-        "warnings": list(texts(o.audit.warnings)) if o.audit else [],
+        "warnings": list(texts(o.warnings)),
         "key": o.series.key,
         "series_uid": o.series.series_uid,
         "label": o.series.label,

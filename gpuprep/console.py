@@ -225,7 +225,7 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = ()) -> None:
         for irregularity in o.audit.irregularities if o.audit and not o.reason else ():
             style = STYLES[o.verdict]
             console.print(f"{o.verdict:8}  {o.series.label}  {irregularity.code}: {irregularity.text}", style=style)
-        for warning in o.audit.warnings if o.audit and not o.reason else ():
+        for warning in o.warnings if not o.reason else ():
             console.print(f"warning   {o.series.label}  {warning.code}: {warning.text}", style="yellow")
     _show_unreadable(console, cohort)
     _show_unmatched(console, unmatched)

@@ -22,6 +22,7 @@ from gpuprep.naming import Pseudonyms
 from gpuprep.output import Output
 from gpuprep.plan import Plan, make_plan
 from gpuprep.recipe import Recipe
+from gpuprep.rules import SeriesWarning, codes
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -77,7 +78,13 @@ class Outlook:
         """The reasons for the verdict, for programs."""
         if self.audit is None:
             return ()
-        return (self.code,) if self.code else self.audit.codes
+        return (self.code,) if self.code else tuple(dict.fromkeys(self.audit.codes + codes(self.warnings)))
+
+    @property
+    def warnings(self) -> tuple[SeriesWarning, ...]:
+        """What headers and plan say that is doubtful."""
+        planned = self.plan.warnings if self.plan is not None and self.plan.recipe.image else ()
+        return (self.audit.warnings if self.audit else ()) + planned
 
     def needs(self, backend: Backend, engine: Engine) -> Needs:
         """Return what its conversion takes."""

@@ -93,7 +93,7 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == [*range(1, 43), 48]
+    assert sorted(set(TESTED)) == [*range(1, 43), 48, 61]
 
 
 # What tests have in common
@@ -1208,6 +1208,44 @@ def test_hu_that_the_output_cannot_hold_are_counted_and_no_ct_numbers_are_reject
     kept = alone(gpuprep.convert(tmp_path / "wrong", tmp_path / "kept", KEEP, backend="cpu", engine=engine))
     assert (kept.status, kept.codes) == ("ok", ("hu-range",))
     np.testing.assert_array_equal(written(tmp_path / "kept", kept), stored - 1024.0)
+
+
+@trap(61, "lost-plane")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("shape", "spacing", "said"),
+    [
+        ((50, 8, 8), (3.0, 1.0, 1.0), "slice 149"),
+        ((4, 50, 8), (1.0, 3.0, 1.0), "row 149"),
+        ((4, 8, 50), (1.0, 1.0, 3.0), "column 149"),
+        ((50, 50, 8), (3.0, 3.0, 1.0), "slice 149 and row 149"),
+        ((51, 8, 8), (3.0, 1.0, 1.0), ""),
+    ],
+)
+def test_planes_that_the_classic_zoom_loses_are_named_and_no_other_recipe_loses_any(
+    tmp_path: Path, engine: Engine, shape: tuple[int, int, int], spacing: Xyz, said: str
+) -> None:
+    write_series(tmp_path / "in", noise(*shape) // 100 + 1124, spacing)  # 100 to 129 HU: no zeros
+    classic = replace(Recipe.preset("classic"), size=None, window_hu=None)
+    result = alone(gpuprep.convert(tmp_path / "in", tmp_path / "out", classic, backend="cpu", engine=engine))
+    factors = [round(n * s) / n for n, s in zip(shape, spacing, strict=True)]
+    expected = ndimage.zoom(noise(*shape) // 100 + 100.0, factors, order=3)
+    values = written(tmp_path / "out", result)
+    assert np.abs(values - expected).max() < 1e-3
+    empty = {(axis, n) for axis in range(3) for n in range(values.shape[axis]) if not np.take(values, n, axis).any()}
+    words = [f"{('slice', 'row', 'column')[axis]} {n}" for axis, n in sorted(empty)]
+    assert " and ".join(words) == said
+    sidecar = json.loads((tmp_path / "out" / result.folder / "volume.json").read_text())
+    assert sidecar["codes"] == list(result.codes) == (["lost-plane"] if said else [])
+    assert [w.split(",")[0] for w in result.warnings] == ([said] if said else [])
+    (seen,) = scan(tmp_path / "in", classic).outlooks
+    assert seen.codes == result.codes
+    assert [w.text for w in seen.warnings] == list(result.warnings)
+
+    edge = replace(classic, align="edge")
+    whole = alone(gpuprep.convert(tmp_path / "in", tmp_path / "edge", edge, backend="cpu", engine=engine))
+    assert not whole.codes
+    assert written(tmp_path / "edge", whole).min() > 90
 
 
 # Masks
