@@ -19,7 +19,7 @@ from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-i
 )
 from numpy.typing import NDArray
 
-from gpuprep import kernels
+from gpuprep import kernels, lines
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 from gpuprep.staging import DEVICE, Empty, Lane
 
@@ -115,7 +115,16 @@ class CupyBackend:
         return QUANTISE(values, low, high, shift_hu, scale, float(limits.min), float(limits.max), out)
 
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
-        return cupy_ndimage.zoom(values, factors, order=order, mode=mode, grid_mode=grid_mode)
+        if mode != "constant":
+            return cupy_ndimage.zoom(values, factors, order=order, mode=mode, grid_mode=grid_mode)
+        # CuPy reckons places in float32 and so leaves other planes at 0 than SciPy. Mirrored, no place is outside, and
+        # within the volume values are the same, as the spline of mode="constant" is continued by mirroring too. The
+        # planes that SciPy leaves at 0 are then put there.
+        zoomed = cupy_ndimage.zoom(values, factors, order=order, mode="mirror", grid_mode=grid_mode)
+        for axis, samples in enumerate(values.shape):
+            for index in lines.lost(samples, zoomed.shape[axis], mode, grid_mode):
+                cupy.moveaxis(zoomed, axis, 0)[int(index)] = 0
+        return zoomed
 
     def gaussian_filter(self, values: Any, sigma: Sequence[float], *, mode: str) -> Any:
         return cupy_ndimage.gaussian_filter(values, sigma, mode=mode)

@@ -200,7 +200,7 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
         if source is not None and image is not None:
             result = _write_image(task, source, plan, pending, result, image)
             irregularities += source.irregularities
-            warnings += source.warnings
+            warnings += source.warnings + plan.warnings
         if task.segmentations:
             started = time.perf_counter()
             masked, labels = _write_masks(task, stacked, plan, pending)
@@ -256,7 +256,7 @@ def _write_image(
     notes = write(path, planes.passing(chunks), Content.image(plan), pending.settle) + _stretched(source, plan)
     return replace(
         result,
-        warnings=result.warnings + texts(source.warnings) + notes,
+        warnings=result.warnings + texts(source.warnings + plan.warnings) + notes,
         padding_share=source.padding_voxels / source.statistics.voxels,
         hu_min=source.statistics.low,
         hu_max=source.statistics.high,

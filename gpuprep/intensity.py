@@ -18,6 +18,9 @@ LOWEST_HU = -1024.0
 """Nothing lower is a CT number of the patient: scanners fill the corners outside their circle with such values
 (−2048 and −3024 are common), and often without saying so in *Pixel Padding Value*."""
 
+HIGHEST_HU = 30_000.0
+"""Nothing higher is a CT number. 12 bits end at 3071 HU; metal on a scanner's extended scale reaches some 30,000."""
+
 TISSUE_HU = (-900.0, 3071.0)
 """A declared padding value whose HU lies in here would punch holes into tissue; it is not believed."""
 
@@ -112,6 +115,17 @@ def quantise(values: Any, dtype: str) -> Any:
     target = getattr(xp, dtype)
     limits = xp.iinfo(target)
     return xp.astype(xp.clip(xp.round(values), float(limits.min), float(limits.max)), target)
+
+
+def held_hu(window_hu: tuple[float, float] | None, dtype: str) -> tuple[float, float]:
+    """Return the range of HU beyond which the output type cuts values that the window lets through.
+
+    Only ``int16`` has one: it holds HU as they are. Other integers hold a window, and float32 holds everything.
+    """
+    if dtype != "int16":
+        return -math.inf, math.inf
+    low, high = window_hu or (-math.inf, math.inf)
+    return -math.inf if low >= -32768 else -32768.0, math.inf if high <= 32767 else 32767.0
 
 
 def to_hu(stored: Any, slope: Any, intercept: Any, padding: Any | None, rule: str) -> Any:

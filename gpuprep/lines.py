@@ -80,12 +80,12 @@ def build(
     if order == 1:
         start = np.clip(np.floor(places), 0, n_in - 2)
         part = np.clip(places, 0, n_in - 1) - start
-        return _line(n_in, start, _blank(np.stack([1 - part, part], axis=1), places, n_in, mode))
+        return _line(n_in, start, _blank(np.stack([1 - part, part], axis=1), n_in, mode, grid_mode))
     edge = np.array([4 + POLE, 1]) / (5 + POLE) if mode == "nearest" else np.array([4, 2]) / 6
     ghosts = _edge_ghosts(edge) if mode == "nearest" else np.eye(4)[[2, 1]]
     start, weights = _cubic(places, n_in, np.concatenate([ghosts, np.eye(4)]))
     beyond = np.pad(np.arange(n_in), REACH, mode="edge" if mode == "nearest" else "reflect")
-    return _line(n_in, start, _blank(weights, places, n_in, mode), _elimination(n_in, edge), beyond)
+    return _line(n_in, start, _blank(weights, n_in, mode, grid_mode), _elimination(n_in, edge), beyond)
 
 
 def unchanged(n: int) -> Line:
@@ -121,10 +121,19 @@ def _places(n_in: int, n_out: int, mode: str, grid_mode: bool) -> NDArray[Any] |
     return None
 
 
-def _blank(weights: NDArray[Any], places: NDArray[Any], n_in: int, mode: str) -> NDArray[Any]:
-    """Return the weights, none of them where SciPy finds a place outside, be it by rounding."""
-    if mode == "constant":
-        weights[places > n_in - 1] = 0
+def lost(n_in: int, n_out: int, mode: str, grid_mode: bool) -> NDArray[np.intp]:
+    """Return the outputs that `scipy.ndimage.zoom` leaves at 0: indices, ascending.
+
+    With ``mode="constant"`` the last output lies on the last input sample. For some sizes it comes to lie beyond it by
+    rounding in float64, and SciPy then takes it for one outside.
+    """
+    places = _places(n_in, n_out, mode, grid_mode) if mode == "constant" else None
+    return np.zeros(0, dtype=np.intp) if places is None else np.flatnonzero(places > n_in - 1)
+
+
+def _blank(weights: NDArray[Any], n_in: int, mode: str, grid_mode: bool) -> NDArray[Any]:
+    """Return the weights, with zeros for the outputs that SciPy leaves at 0."""
+    weights[lost(n_in, len(weights), mode, grid_mode)] = 0
     return weights
 
 

@@ -78,14 +78,14 @@ class Outlook:
         """The reasons for the verdict, for programs."""
         if self.audit is None:
             return ()
-        return (self.code,) if self.code else tuple(dict.fromkeys((*self.audit.codes, *codes(self.warnings))))
+        return (self.code,) if self.code else tuple(dict.fromkeys(self.audit.codes + codes(self.warnings)))
 
     @property
     def warnings(self) -> tuple[SeriesWarning, ...]:
-        """What is doubtful about the headers, and about which segmentations go to the series."""
-        if self.audit is None:
-            return ()
-        return self.audit.warnings + tuple(w for g in self.segmentations if (w := g.warning) is not None)
+        """What is doubtful about the headers, the plan, and about which segmentations go to the series."""
+        headers = self.audit.warnings if self.audit is not None else ()
+        planned = self.plan.warnings if self.plan is not None and self.plan.recipe.image else ()
+        return headers + planned + tuple(w for g in self.segmentations if (w := g.warning) is not None)
 
     def needs(self, backend: Backend, engine: Engine) -> Needs:
         """Return what its conversion takes."""

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from gpuprep import lines
 from gpuprep.errors import PlanError
 from gpuprep.geometry import Geometry, Placement, Shape3, Turn
 from gpuprep.intensity import AIR_HU
 from gpuprep.recipe import LARGEST_AXIS, Recipe
+from gpuprep.rules import SeriesWarning
 
 MOST_VOXELS = 2**32
 """After resampling: 4000 slices of 1000 × 1000. More comes from a damaged header or a slip of the pen."""
@@ -47,6 +49,13 @@ class Step:
     def moves(self, axis: int) -> bool:
         """Whether there is anything to do along an axis."""
         return self.source[axis] != self.target[axis] or self.along[axis] is not None
+
+    @property
+    def lost(self) -> tuple[tuple[int, int], ...]:
+        """Planes of the output, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `gpuprep.lines.lost`."""
+        zoomed = [a for a in range(3) if self.moves(a) and (self.along[a] is None or self.sigma[a] > 0)]
+        found = ((a, lines.lost(self.source[a], self.target[a], self.mode, self.grid_mode)) for a in zoomed)
+        return tuple((axis, int(index)) for axis, indices in found for index in indices)
 
     def arguments(self, axis: int) -> dict[str, Any]:
         """Return what `gpuprep.operators.matrix` wants to know of an axis."""
@@ -99,6 +108,18 @@ class Plan:
         """Air in output units, inside the window where there is one."""
         low, high = self.recipe.window_hu or (AIR_HU, AIR_HU)
         return (min(max(AIR_HU, low), high) + self.shift_hu) * self.scale
+
+    @property
+    def warnings(self) -> tuple[SeriesWarning, ...]:
+        """What is doubtful about the image that this plan leads to."""
+        if not self.resample.lost:
+            return ()
+        planes = " and ".join(f"{('slice', 'row', 'column')[axis]} {index}" for axis, index in self.resample.lost)
+        text = (
+            f"{planes}, counted from 0 after resampling, hold 0 HU: align = 'corner' repeats scipy.ndimage.zoom, "
+            "which finds them outside of the volume by rounding; align = 'edge' loses nothing"
+        )
+        return (SeriesWarning("lost-plane", text),)
 
     @property
     def output_bytes(self) -> int:

@@ -18,6 +18,7 @@ from gpuprep.acceptance import warnings as header_warnings
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
+from gpuprep.extremes import Extremes
 from gpuprep.headers import TAGS
 from gpuprep.intensity import HuStatistics
 from gpuprep.quality import Histogram, sampled
@@ -81,6 +82,7 @@ class SeriesReader:
         self._content = Content()
         self._fills: dict[float, int] = {}
         self._blank = 0
+        self._extremes = Extremes(recipe, len(self._slices) * series.rows * series.columns)
 
     @property
     def irregularities(self) -> tuple[Irregularity, ...]:
@@ -96,7 +98,7 @@ class SeriesReader:
     def warnings(self) -> tuple[SeriesWarning, ...]:
         """What pixels showed so far that is doubtful and was left as it is."""
         blank = SeriesWarning("blank", f"{self._blank} slices hold one value throughout")
-        return self._doubts + ((blank,) if self._blank else ())
+        return self._doubts + ((blank,) if self._blank else ()) + self._extremes.warnings
 
     def slab(self, start: int, stop: int, empty: Callable[[Any, Any], NDArray[Any]] = np.empty) -> NDArray[Any]:
         """Return the stored values of slices [start, stop): array of integers, shape (stop − start, j, i).
@@ -153,6 +155,8 @@ class SeriesReader:
             self._fills[hu] = self._fills.get(hu, 0) + 1
             measured = measured[measured == sampled(values).flatten()]
         self.histogram.add(measured, slope, intercept, declared)
+        self._extremes.add(self._slices[k].name, values, (low, high), slope, intercept, declared)
+        self._extremes.check(self.padding_voxels)
 
     def _beside_an_image(self, k: int, value: int) -> bool:
         """Whether a neighbour of a blank slice is an image with little of its value: in a phantom it has much of it."""

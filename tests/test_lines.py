@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import axial
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from gpuprep import lines, operators
 from gpuprep.backend import NumpyBackend
@@ -41,6 +42,18 @@ def dense(line: lines.Line, samples: int) -> NDArray[np.float64]:
     for row, start, weights in zip(matrix, line.start.astype(int), line.weights, strict=True):
         row[:] = weights @ values[start : start + line.taps]
     return matrix
+
+
+@given(n=st.integers(1, 600), m=st.integers(1, 800))
+@example(50, 150)
+@example(512, 360)
+def test_lost_outputs_are_those_that_scipy_leaves_at_zero(n: int, m: int) -> None:
+    # Of a line of ones, by SciPy alone. An output lies outside for every order or for none.
+    ones = np.ones((1, n))
+    zoomed = ndimage.zoom(ones, (1, m / n), order=1)[0]
+    assert lines.lost(n, m, "constant", False).tolist() == np.flatnonzero(zoomed == 0).tolist()
+    assert not lines.lost(n, m, "nearest", True).size
+    assert not lines.lost(n, m, "mirror", True).size
 
 
 @settings(max_examples=150)

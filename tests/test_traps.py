@@ -58,6 +58,7 @@ from gpuprep.phantom import write_series
 from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
 from gpuprep.recipe import Recipe
+from gpuprep.report.writing import write_report
 from gpuprep.rules import Rules
 from gpuprep.runs import Run
 from gpuprep.volume import Volume
@@ -76,6 +77,8 @@ ORIGIN = (-100.0, -120.0, -300.0)
 """What `write_series` takes unless told otherwise."""
 HU = Recipe(spacing_mm=None, size=None, window_hu=None)
 """HU on the grid of the stack."""
+KEEP = replace(HU, policy="keep")
+"""The same of values that no CT number has."""
 ENGINES: tuple[Engine, ...] = ("operators", "ndimage")
 
 
@@ -91,7 +94,7 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == [*range(1, 43), 45, 49, 56, 57, 60]
+    assert sorted(set(TESTED)) == [*range(1, 43), 45, 48, 49, 56, 57, 60, 61]
 
 
 # What tests have in common
@@ -686,8 +689,8 @@ def test_every_slice_has_its_own_rescale_and_type(tmp_path: Path) -> None:
     files = write_series(tmp_path, noise(6), SPACING, change=change)
     expected = by_pydicom(files)
     assert expected.max() > 60000
-    np.testing.assert_allclose(in_hu(found(tmp_path)).values, expected, rtol=1e-6, atol=1e-3)
-    result = alone(convert(tmp_path, tmp_path / "out"))
+    np.testing.assert_allclose(in_hu(found(tmp_path), KEEP).values, expected, rtol=1e-6, atol=1e-3)
+    result = alone(convert(tmp_path, tmp_path / "out", KEEP))
     assert result.status == "ok"
     assert (result.hu_min, result.hu_max) == pytest.approx((expected.min(), expected.max()))
 
@@ -712,8 +715,8 @@ def test_words_hold_their_bits_and_nothing_of_their_neighbours(
         ds.RescaleIntercept = "0"
 
     write_series(tmp_path, words, SPACING, change=change)
-    np.testing.assert_array_equal(gpuprep.read(found(tmp_path)).stored, values)
-    np.testing.assert_array_equal(in_hu(found(tmp_path), replace(HU, padding="keep")).values, values)
+    np.testing.assert_array_equal(gpuprep.read(found(tmp_path), KEEP).stored, values)
+    np.testing.assert_array_equal(in_hu(found(tmp_path), replace(KEEP, padding="keep")).values, values)
 
 
 def encode(syntax: UID, values: Array, bits: int = 16) -> bytes:
@@ -757,7 +760,7 @@ def test_the_header_decides_on_the_sign_whatever_the_code_stream_says(
     assert unsigned.max() > 32767
     for name, values in (("signed", signed), ("unsigned", unsigned)):
         write_series(tmp_path / name, values, SPACING, change=lambda ds, _: put(ds, syntax, stream_as))
-        stored = gpuprep.read(found(tmp_path / name)).stored
+        stored = gpuprep.read(found(tmp_path / name), KEEP).stored
         assert stored.dtype == values.dtype
         np.testing.assert_array_equal(stored, values)
 
@@ -1184,6 +1187,82 @@ def test_every_spelling_of_hounsfield_is_hu(tmp_path: Path, word: str) -> None:
     result = alone(convert(tmp_path / "in", tmp_path / "out"))
     assert (result.status, result.codes) == ("ok", ())
     np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
+
+
+@trap(48, "hu-beyond-the-output")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hu_that_the_output_cannot_hold_are_counted_and_no_ct_numbers_are_rejected(
+    tmp_path: Path, engine: Engine
+) -> None:
+    # 60000 stored is 58976 HU. 7 of 2880 voxels may be metal; 480 of them are a wrong rescale.
+    stored = noise(6).astype(np.uint16)
+    stored[2, 3, 5:12] = 60000
+    write_series(tmp_path / "metal", stored, SPACING)
+    whole = replace(HU, dtype="int16")
+    run = gpuprep.convert(tmp_path / "metal", tmp_path / "out", whole, backend="cpu", engine=engine)
+    result = alone(run)
+    expected = np.minimum(stored.astype(int) - 1024, 32767)
+    np.testing.assert_array_equal(written(tmp_path / "out", result), expected)
+    texts = (
+        "HU of 7 voxels are above 30000, where CT numbers end: up to 58976 in S1-0004.dcm",
+        "HU of 7 voxels, 58976 to 58976, were cut to what int16 holds, −32768 to 32767; --dtype float32 holds them",
+    )
+    assert (result.status, result.codes, result.warnings) == ("ok", ("hu-range",), texts)
+    sidecar = json.loads((tmp_path / "out" / result.folder / "volume.json").read_text())
+    assert (sidecar["codes"], sidecar["warnings"]) == (["hu-range"], list(texts))
+    page = Path(write_report(tmp_path / "out")).read_text()
+    assert '"hu-range"' in page
+    assert "up to 58976 in" in page
+    held = alone(gpuprep.convert(tmp_path / "metal", tmp_path / "float", HU, backend="cpu", engine=engine))
+    assert held.warnings == texts[:1]
+    np.testing.assert_array_equal(written(tmp_path / "float", held), stored - 1024.0)
+
+    stored[4] = 60000 + stored[4]
+    write_series(tmp_path / "wrong", stored, SPACING)
+    rejected = alone(gpuprep.convert(tmp_path / "wrong", tmp_path / "none", whole, backend="cpu", engine=engine))
+    assert (rejected.status, rejected.codes) == ("rejected", ("hu-range",))
+    assert not list((tmp_path / "none").rglob("*.tif"))
+    kept = alone(gpuprep.convert(tmp_path / "wrong", tmp_path / "kept", KEEP, backend="cpu", engine=engine))
+    assert (kept.status, kept.codes) == ("ok", ("hu-range",))
+    np.testing.assert_array_equal(written(tmp_path / "kept", kept), stored - 1024.0)
+
+
+@trap(61, "lost-plane")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("shape", "spacing", "said"),
+    [
+        ((50, 8, 8), (3.0, 1.0, 1.0), "slice 149"),
+        ((4, 50, 8), (1.0, 3.0, 1.0), "row 149"),
+        ((4, 8, 50), (1.0, 1.0, 3.0), "column 149"),
+        ((50, 50, 8), (3.0, 3.0, 1.0), "slice 149 and row 149"),
+        ((51, 8, 8), (3.0, 1.0, 1.0), ""),
+    ],
+)
+def test_planes_that_the_classic_zoom_loses_are_named_and_no_other_recipe_loses_any(
+    tmp_path: Path, engine: Engine, shape: tuple[int, int, int], spacing: Xyz, said: str
+) -> None:
+    write_series(tmp_path / "in", noise(*shape) // 100 + 1124, spacing)  # 100 to 129 HU: no zeros
+    classic = replace(Recipe.preset("classic"), size=None, window_hu=None)
+    result = alone(gpuprep.convert(tmp_path / "in", tmp_path / "out", classic, backend="cpu", engine=engine))
+    factors = [round(n * s) / n for n, s in zip(shape, spacing, strict=True)]
+    expected = ndimage.zoom(noise(*shape) // 100 + 100.0, factors, order=3)
+    values = written(tmp_path / "out", result)
+    assert np.abs(values - expected).max() < 1e-3
+    empty = {(axis, n) for axis in range(3) for n in range(values.shape[axis]) if not np.take(values, n, axis).any()}
+    words = [f"{('slice', 'row', 'column')[axis]} {n}" for axis, n in sorted(empty)]
+    assert " and ".join(words) == said
+    sidecar = json.loads((tmp_path / "out" / result.folder / "volume.json").read_text())
+    assert sidecar["codes"] == list(result.codes) == (["lost-plane"] if said else [])
+    assert [w.split(",")[0] for w in result.warnings] == ([said] if said else [])
+    (seen,) = scan(tmp_path / "in", classic).outlooks
+    assert seen.codes == result.codes
+    assert [w.text for w in seen.warnings] == list(result.warnings)
+
+    edge = replace(classic, align="edge")
+    whole = alone(gpuprep.convert(tmp_path / "in", tmp_path / "edge", edge, backend="cpu", engine=engine))
+    assert not whole.codes
+    assert written(tmp_path / "edge", whole).min() > 90
 
 
 # Masks

@@ -1,0 +1,108 @@
+"""HU beyond CT numbers or beyond the output type: how many there are, and when a series is not taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom import Dataset
+
+from gpuprep import Recipe
+from gpuprep.discovery import discover
+from gpuprep.errors import IntensityError
+from gpuprep.extremes import Extremes
+from gpuprep.phantom import write_series
+from gpuprep.reading import SeriesReader
+
+INT16 = Recipe(window_hu=None, size=None, dtype="int16", policy="keep")
+
+
+def numbers(extremes: Extremes) -> list[int]:
+    """Return the counts that the warnings begin with."""
+    return [int(w.text.split("voxel")[0].split()[-1]) for w in extremes.warnings]
+
+
+SLICES = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 65535), min_size=4, max_size=4), st.sampled_from([1.0, 0.5, -1.0, 2.0]),
+        st.sampled_from([-1024.0, 0.0, 1000.0]), st.none() | st.tuples(st.integers(0, 65535), st.integers(0, 999)),
+    ),
+    max_size=6,
+)  # fmt: skip
+
+
+@given(SLICES, st.sampled_from(["air", "keep"]))
+def test_every_voxel_beyond_is_counted_once_and_padding_is_not(slices: Any, padding: Any) -> None:
+    made = Extremes(Recipe(window_hu=None, size=None, dtype="int16", policy="keep", padding=padding), 4 * len(slices))
+    false = cut = 0
+    for stored, slope, intercept, declared in slices:
+        span = None if declared is None else (declared[0], declared[0] + declared[1])
+        values = np.array(stored, dtype=np.int32).reshape(2, 2)
+        pair = None if span is None else np.array(span)
+        made.add("a.dcm", values, (int(values.min()), int(values.max())), slope, intercept, pair)
+        for value in stored:
+            hu = value * slope + intercept
+            is_padding = span is not None and span[0] <= value <= span[1]
+            false += hu > 30000 and not is_padding
+            # Under "air", padding and everything below −1024 HU becomes −1000 HU, which int16 holds.
+            becomes_air = padding == "air" and (is_padding or hu < -1024)
+            cut += not -32768 <= hu <= 32767 and not becomes_air
+    assert numbers(made) == [n for n in (false, cut) if n]
+
+
+@pytest.mark.parametrize(
+    ("window_hu", "dtype", "cut"),
+    [
+        (None, "int16", True),
+        (None, "float32", False),
+        ((-1000.0, 400.0), "int16", False),
+        ((-1000.0, 32767.0), "int16", False),
+        ((-1000.0, 50000.0), "int16", True),
+        ((-1000.0, 50000.0), "uint16", False),
+        ((-1000.0, 400.0), "uint8", False),
+    ],
+)
+def test_what_the_window_clips_is_not_cut_by_the_type(window_hu: Any, dtype: Any, cut: bool) -> None:
+    made = Extremes(Recipe(window_hu=window_hu, dtype=dtype), 1000)
+    made.add("a.dcm", np.array([[0, 40000]]), (0, 40000), 1.0, 0.0, None)
+    assert [("cut to what" in w.text) for w in made.warnings] == [False, True][: 1 + cut]
+
+
+def read_all(reader: SeriesReader, down: bool) -> None:
+    for k in range(6)[:: -1 if down else 1]:
+        reader.slab(k, k + 1)
+
+
+@pytest.mark.parametrize("loops", [False, True])
+@pytest.mark.parametrize(("share_of_padding", "taken"), [(0.0, 28), (0.5, 14)])
+def test_one_voxel_in_a_hundred_may_be_above_ct_numbers(
+    tmp_path: Path, share_of_padding: float, taken: int, loops: bool
+) -> None:
+    # 6 × 20 × 24 are 2880 voxels: 28 are less than one in a hundred, 29 are more. Padding does not count as a voxel.
+    stored = np.random.default_rng(0).integers(0, 3000, (6, 20, 24)).astype(np.uint16)
+    stored[:, : int(20 * share_of_padding)] = 65535
+
+    def change(ds: Dataset, _: int) -> None:
+        ds.PixelPaddingValue = 65535
+
+    def reader(folder: Path, metal: int) -> SeriesReader:
+        stored[0, 10:].reshape(-1)[:metal] = 60000
+        write_series(tmp_path / folder, stored, (2.5, 0.8, 0.7), change=change)
+        (series,) = discover(tmp_path / folder)
+        return SeriesReader(series, Recipe(), loops=loops)
+
+    few = reader(Path("few"), taken)
+    few.slab(0, 6)
+    (warning,) = few.warnings
+    assert warning.code == "hu-range"
+    assert warning.text.startswith(f"HU of {taken} voxels are above 30000, where CT numbers end: up to 58976 in ")
+    # From the other end, padding is still to be read when the metal is: the answer is the same.
+    for down in (False, True):
+        many = reader(Path(f"many-{down}"), taken + 1)
+        with pytest.raises(IntensityError, match="more than 1% of the voxels are above 30000 HU") as caught:
+            read_all(many, down)
+        assert caught.value.code == "hu-range"
