@@ -83,9 +83,10 @@ class Outlook:
     @property
     def warnings(self) -> tuple[SeriesWarning, ...]:
         """What is doubtful about the headers, the plan, and about which segmentations go to the series."""
-        headers = self.audit.warnings if self.audit is not None else ()
+        if self.audit is None:
+            return ()
         planned = self.plan.warnings if self.plan is not None and self.plan.recipe.image else ()
-        return headers + planned + tuple(w for g in self.segmentations if (w := g.warning) is not None)
+        return self.audit.warnings + planned + tuple(w for g in self.segmentations if (w := g.warning) is not None)
 
     def needs(self, backend: Backend, engine: Engine) -> Needs:
         """Return what its conversion takes."""

@@ -188,7 +188,7 @@ class _Images:
 
 
 def _references(ds: pydicom.Dataset) -> tuple[dict[str, list[str]], frozenset[str], set[ImageFrame]]:
-    """Return the series that a structure set lists by their frame of reference, their studies, and the listed images."""
+    """Return the series that a structure set lists by their frame of reference, their studies, and listed images."""
     series: dict[str, list[str]] = {}
     studies: set[str] = set()
     images = _Images()
