@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpuprep import places
+from gpuprep.codestream import frame_info
 from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.deflation import inflated
 from gpuprep.geometry import COARSEST_MM, FINEST_MM
@@ -212,14 +213,16 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         elif not syntax:
             implicit, little = ds.original_encoding  # no meta group: what pydicom found by looking
             syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
-        offset, length = _pixels(content, ds.original_encoding[0], syntax == BIG_ENDIAN)
-        encoded = None
+        offset, length = _pixels(content, bool(ds.original_encoding[0]), syntax == BIG_ENDIAN)
+        encoded = stream = None
         if syntax not in NATIVE:
+            if length == UNDEFINED_LENGTH and offset is not None:
+                stream = _stream(content, offset)
             # Where a table of other offsets goes before the fragments, pydicom follows it.
             if length == UNDEFINED_LENGTH and TAGS["ExtendedOffsetTable"] not in ds:
                 encoded = offset
             offset = length = None
-        origin = _Origin(file, member, status.st_mtime_ns, size, syntax, offset, length, encoded)
+        origin = _Origin(file, member, status.st_mtime_ns, size, syntax, offset, length, encoded, stream)
         images = [_facts(frame, origin, n, count) for n, (frame, count) in enumerate(_frames(ds))]
     if len(images) < (count := images[0].header.frames):  # of one frame's place nothing follows for the others
         images = [images[0]._replace(header=images[0].header._replace(position_mm=None, frames=count))]
@@ -294,6 +297,20 @@ def _pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, int | N
     return start + 8, int.from_bytes(head[4:8], order)
 
 
+def _stream(f: BinaryIO, offset: int) -> str | None:
+    """Return sign and bits of the first code stream of encapsulated pixels, if it is JPEG 2000 and says so."""
+    f.seek(offset)
+    table_bytes = int.from_bytes(f.read(8)[4:], "little")
+    f.seek(offset + 8 + table_bytes + 8)
+    info = frame_info(f.read(STREAM_BYTES))
+    if info is None or info.kind != "JPEG 2000":
+        return None
+    return f"{'i' if info.signed else 'u'}{info.precision}"
+
+
+STREAM_BYTES = 512
+"""A code stream of JPEG 2000 says its precision within the first of so many, even in a JP2 file."""
+
 _LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 """VRs with two reserved bytes and a length of four."""
 _SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
@@ -316,6 +333,7 @@ class _Origin:
     offset: int | None
     length: int | None
     encoded_offset: int | None
+    stream: str | None
 
 
 class _Frame:
@@ -410,6 +428,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         pixel_offset=offset,
         pixel_bytes=length,
         encoded_offset=origin.encoded_offset,
+        stream=origin.stream,
     )
     return Image(
         series_uid=_uid(ds, "SeriesInstanceUID"),

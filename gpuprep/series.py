@@ -64,6 +64,8 @@ class SliceHeader(NamedTuple):
     """How many bytes the file announces for the frame, when they are plain integers."""
     encoded_offset: int | None = None
     """Where offset table and fragments begin in the (unpacked) file, when its pixels are encoded."""
+    stream: str | None = None
+    """Sign and bits of the file's first JPEG 2000 code stream, as in "i16" and "u12"; None where it has none."""
 
     @property
     def name(self) -> str:
