@@ -78,6 +78,7 @@ TAGS = {
     "RescaleIntercept": 0x0028_1052,
     "RescaleSlope": 0x0028_1053,
     "RescaleType": 0x0028_1054,
+    "ModalityLUTSequence": 0x0028_3000,
     "SharedFunctionalGroupsSequence": 0x5200_9229,
     "PerFrameFunctionalGroupsSequence": 0x5200_9230,
     "ExtendedOffsetTable": 0x7FE0_0001,
@@ -392,7 +393,8 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         offset = None  # 8 bits may be packed two to a big-endian word: pydicom's business
     if offset is not None and length is not None and frames > 1 and length != UNDEFINED_LENGTH:
         size = rows * columns * (bits or 0) // 8
-        offset, length = offset + frame * size, max(0, min(size, length - frame * size))
+        rest = max(0, length - frame * size)
+        offset, length = offset + frame * size, rest if frame == frames - 1 else min(size, rest)
     header = SliceHeader(
         path=origin.path,
         member=origin.member,
@@ -415,7 +417,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         phase=_hash("\n".join(_text(ds, k) for k in PHASE)) if any(_text(ds, k) for k in PHASE) else "",
         rescale_slope=_decimal(ds, "RescaleSlope"),
         rescale_intercept=_decimal(ds, "RescaleIntercept"),
-        rescale_type=_term(ds, "RescaleType"),
+        rescale_type=_rescale_type(ds, kinds),
         photometric=_term(ds, "PhotometricInterpretation"),
         samples_per_pixel=_binary(ds, "SamplesPerPixel") or 1,
         bits_allocated=bits,
@@ -429,6 +431,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         pixel_bytes=length,
         encoded_offset=origin.encoded_offset,
         stream=origin.stream,
+        modality_lut=bool((lut := _raw(ds, "ModalityLUTSequence")) is not None and lut.value),
     )
     return Image(
         series_uid=_uid(ds, "SeriesInstanceUID"),
@@ -488,6 +491,24 @@ TERMS = {
 def _term(ds: _Frame, keyword: str) -> str | None:
     word = _text(ds, keyword).upper()
     return None if not word else word if word.replace(" ", "_") in TERMS[keyword].split() else "another"
+
+
+MAPS = {"EFF_ATOMIC_NUM": "Z_EFF", "ELECTRON_DENSITY": "ED", "MAT_FRACTIONAL": "PCT", "MAT_SPECIFIC": "MGML"}
+"""Rescale types of what the fourth value of *Image Type* or *Frame Type* says of images in several energies."""
+
+
+def _rescale_type(ds: _Frame, kinds: list[str]) -> str | None:
+    """Return what rescaled values are; a map of a material, which may leave that out or call it HU, is none in HU.
+
+    References
+    ----------
+    DICOM PS3.3, C.11.1.1.2 (Modality LUT and Rescale Type), C.8.15.2.1.1.5 (Multi-energy CT images).
+    """
+    said = _term(ds, "RescaleType")
+    kind = kinds[3] if len(kinds) > 3 else ""
+    if said is None or (said == "HU" and kind != "MAT_SPECIFIC"):  # what a material absorbs may be given in HU
+        return MAPS.get(kind, said)
+    return said
 
 
 def _uid(ds: _Frame, keyword: str) -> str:

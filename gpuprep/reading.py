@@ -11,10 +11,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.uid import RLELossless
 
 from gpuprep import padding as padded
 from gpuprep import places
 from gpuprep.acceptance import warnings as header_warnings
+from gpuprep.codestream import STREAM_STARTS
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
@@ -100,7 +102,12 @@ class SeriesReader:
     def warnings(self) -> tuple[SeriesWarning, ...]:
         """What pixels showed so far that is doubtful and was left as it is."""
         blank = SeriesWarning("blank", f"{self._blank} slices hold one value throughout")
-        return self._doubts + tuple(self._meaning.warnings) + ((blank,) if self._blank else ())
+        doubts = self._doubts + tuple(self._meaning.warnings)
+        if excess := self._content.excess:
+            name, count = next(iter(sorted(excess.items())))
+            text = f"more encoded images than frames in {len(excess)} files, {count} in {name}: not read"
+            doubts += (SeriesWarning("excess", text),)
+        return doubts + ((blank,) if self._blank else ())
 
     def slab(self, start: int, stop: int, empty: Callable[[Any, Any], NDArray[Any]] = np.empty) -> NDArray[Any]:
         """Return the stored values of slices [start, stop): array of integers, shape (stop − start, j, i).
@@ -244,6 +251,8 @@ class Content:
     def __init__(self) -> None:
         self._key: tuple[str, str | None] | None = None
         self._data: pydicom.Dataset | bytes | io.BytesIO | None = None
+        self.excess: dict[str, int] = {}
+        """Files so far with more encoded frames than they announce, by name, and how many they have."""
 
     def read(self, header: SliceHeader, out: NDArray[Any]) -> bool:
         """Fill `out` with the stored values of an image; return whether its words hold more, above the bits stored."""
@@ -310,6 +319,8 @@ class Content:
                     if header.encoded_offset is not None:
                         f.seek(header.encoded_offset)
                         self._data = _items(f, header)
+                        if (count := _images(self._data, header)) > header.frames:
+                            self.excess[header.name] = count
                     else:
                         self._data = pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
             except (OSError, DecodeError):
@@ -348,6 +359,23 @@ def _items(f: BinaryIO, header: SliceHeader) -> bytes:
             "damaged, or changed since the scan"
         )
     raise DecodeError(f"{header.name} ends within its pixels: it is truncated, or changed since the scan", "truncated")
+
+
+def _images(items: bytes, header: SliceHeader) -> int:
+    """Return how many fragments begin as an image does."""
+    count, at = 0, 8 + int.from_bytes(items[4:8], "little")
+    while at + 8 <= len(items):
+        start = items[at + 8 : at + 20]
+        if header.transfer_syntax == RLELossless:
+            count += int.from_bytes(start[:4], "little") == (header.bits_allocated or 16) // 8 and start[4:8] == _AT_64
+        else:
+            count += start.startswith(STREAM_STARTS)
+        at += 8 + int.from_bytes(items[at + 4 : at + 8], "little")
+    return count
+
+
+_AT_64 = (64).to_bytes(4, "little")
+"""Where the first segment of run lengths begins: behind their table."""
 
 
 def _open(header: SliceHeader) -> BinaryIO:

@@ -30,6 +30,7 @@ from scipy import ndimage
 from test_sources import enhanced, wrapped
 
 import gpuprep
+from gpuprep.batch import scan
 from gpuprep.errors import IntensityError
 from gpuprep.phantom import write_series
 from gpuprep.recipe import Recipe
@@ -595,3 +596,163 @@ def test_unsigned_numbers_under_a_signed_header_of_twelve_bits_are_not_wrapped(t
     hu = body(metal_hu=2500)
     series = series_of(tmp_path, (hu + 1024).astype(np.uint16), described(12, 11, signed=True))
     np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)
+
+
+# What lies beside the words
+
+
+def verdicts(folder: Path, out: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Return verdicts and codes of a scan, and of a conversion, which agree."""
+    recipe = Recipe(spacing_mm=None, size=None, window_hu=None)
+    scanned = [(o.audit.verdict, o.audit.codes) for o in scan(folder, recipe)[1] if o.audit]
+    converted = gpuprep.convert(folder, out, recipe, backend="cpu").results
+    assert [(r.status, r.codes) for r in converted] == scanned
+    return scanned
+
+
+def with_lut(ds: Dataset, *, rescale: bool) -> None:
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType, table.LUTData = [4096, 0, 16], "HU", list(range(4096))
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "US"
+    ds.ModalityLUTSequence = [table]
+    if not rescale:
+        del ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType
+
+
+@pytest.mark.parametrize("assumed", [False, True])
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_table_in_place_of_a_rescale_is_refused_by_name(tmp_path: Path, first: int, assumed: bool) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        if k >= first:
+            with_lut(ds, rescale=False)
+
+    write_series(tmp_path, ramp(32), SPACING_MM, change=change)
+    with pytest.raises(IntensityError, match="Modality LUT Sequence in place of Rescale Slope") as caught:
+        gpuprep.read(found(tmp_path), Recipe(assume_hu=assumed))
+    assert caught.value.code == "rescale"
+
+
+def test_a_table_beside_a_rescale_is_said(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", ramp(32), SPACING_MM, change=lambda ds, _: with_lut(ds, rescale=True))
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("ok", ("modality-lut",))]
+    np.testing.assert_array_equal(gpuprep.read(found(tmp_path / "in")).stored, ramp(32))
+
+
+def test_an_empty_table_is_none(tmp_path: Path) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        ds.ModalityLUTSequence = []
+
+    write_series(tmp_path / "in", ramp(32), SPACING_MM, change=change)
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("ok", ())]
+
+
+def mapped(kind: str) -> Change:
+    """Return a change that makes every other image a map, and puts it where an image in HU lies."""
+
+    def change(ds: Dataset, k: int) -> None:
+        ds.ImagePositionPatient = [0, 0, 2.5 * (k // 2)]
+        if k % 2 and kind in ("Z_EFF", "ED", "MGML"):
+            ds.RescaleType, ds.RescaleSlope, ds.RescaleIntercept = kind, "0.01", "0"
+        elif k % 2:
+            ds.ImageType = ["DERIVED", "PRIMARY", "AXIAL", kind]
+            ds.RescaleSlope, ds.RescaleIntercept = "0.01", "0"
+            if kind == "MAT_SPECIFIC":
+                del ds.RescaleType
+
+    return change
+
+
+@pytest.mark.parametrize("kind", ["Z_EFF", "ED", "MGML", "EFF_ATOMIC_NUM", "ELECTRON_DENSITY", "MAT_SPECIFIC"])
+def test_maps_beside_images_in_hu_are_left_out(tmp_path: Path, kind: str) -> None:
+    stored = np.random.default_rng(0).integers(0, 2000, (8, 20, 24)).astype(np.int16)
+    write_series(tmp_path / "in", stored, SPACING_MM, change=mapped(kind))
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("fixed", ("left-out",))]
+    series = found(tmp_path / "in")
+    assert [why for _, why in series.left_out] == ["material map"] * 4
+    np.testing.assert_array_equal(gpuprep.read(series).stored, stored[::2])
+
+
+@pytest.mark.parametrize("kind", ["Z_EFF", "MAT_FRACTIONAL"])
+def test_maps_alone_are_refused(tmp_path: Path, kind: str) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        if kind == "Z_EFF":
+            ds.RescaleType = kind
+        else:
+            ds.ImageType = ["DERIVED", "PRIMARY", "AXIAL", kind]
+
+    write_series(tmp_path / "in", ramp(32), SPACING_MM, change=change)
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("rejected", ("rescale-type",))]
+
+
+@pytest.mark.parametrize("own", ["RescaleType", "FrameType"])
+def test_maps_among_the_frames_of_a_file_are_left_out(tmp_path: Path, own: str) -> None:
+    stored = np.random.default_rng(0).integers(0, 2000, (6, 20, 24)).astype(np.int16)
+    enhanced(write_series(tmp_path / "single", stored, SPACING_MM), tmp_path / "multi" / "0.dcm")
+    ds = pydicom.dcmread(tmp_path / "multi" / "0.dcm")
+    for n, group in enumerate(ds.PerFrameFunctionalGroupsSequence):
+        if n >= 4:
+            group.PlanePositionSequence = ds.PerFrameFunctionalGroupsSequence[n - 4].PlanePositionSequence
+            item = Dataset()
+            if own == "RescaleType":
+                item.RescaleSlope, item.RescaleIntercept, item.RescaleType = "0.1", "0", "Z_EFF"
+                group.PixelValueTransformationSequence = [item]
+            else:
+                item.FrameType = ["DERIVED", "PRIMARY", "VOLUME", "EFF_ATOMIC_NUM"]
+                group.CTImageFrameTypeSequence = [item]
+    ds.save_as(tmp_path / "multi" / "0.dcm")
+    series = found(tmp_path / "multi")
+    assert [why for _, why in series.left_out] == ["material map"] * 2
+    np.testing.assert_array_equal(gpuprep.read(series).stored, stored[:4])
+
+
+@pytest.mark.parametrize(("more", "codes"), [(0, ()), (2, ()), (640, ("excess",))])
+@pytest.mark.parametrize("syntax", NATIVE, ids=lambda uid: uid.keyword)
+def test_a_frame_that_no_header_announces_is_said(
+    tmp_path: Path, more: int, codes: tuple[str, ...], syntax: UID
+) -> None:
+    stored = ramp(20)[:, :16]
+
+    def change(ds: Dataset, _: int) -> None:
+        ds.PixelData += bytes(more)
+
+    for file in write_series(tmp_path / "in", stored, SPACING_MM, change=change):
+        ds = pydicom.dcmread(file)
+        file.write_bytes(natively(ds, syntax))
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("ok", codes)]
+    np.testing.assert_array_equal(gpuprep.read(found(tmp_path / "in")).stored, stored)
+
+
+def test_a_frame_after_the_announced_ones_is_said(tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).integers(0, 2000, (6, 20, 24)).astype(np.int16)
+    enhanced(write_series(tmp_path / "single", stored, SPACING_MM), tmp_path / "multi" / "0.dcm")
+    assert verdicts(tmp_path / "multi", tmp_path / "out") == [("ok", ())]
+    ds = pydicom.dcmread(tmp_path / "multi" / "0.dcm")
+    ds.PixelData += stored[0].tobytes()
+    ds.save_as(tmp_path / "multi" / "0.dcm")
+    assert verdicts(tmp_path / "multi", tmp_path / "again") == [("ok", ("excess",))]
+
+
+@pytest.mark.parametrize("syntax", SIGNLESS, ids=lambda uid: uid.keyword)
+def test_an_encoded_image_that_no_header_announces_is_said_and_not_read(tmp_path: Path, syntax: UID) -> None:
+    hu = body(3)
+    words = (hu + 1024).astype(np.uint16)
+
+    def change(ds: Dataset, k: int) -> None:
+        described(12, 11)(ds, k)
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.PixelData = encapsulate(
+            [SIGNLESS[syntax](v) for v in (words[k], words[k] + 100)[: 1 + (k == 1)]], has_bot=False
+        )
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+
+    write_series(tmp_path / "in", words, SPACING_MM, change=change)
+    series = found(tmp_path / "in")
+    volume = gpuprep.read(series)
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert [note for note in volume.warnings if "more encoded images than frames in 1 files, 2 in S1-0002.dcm" in note]
+
+
+def test_a_high_bit_that_cannot_be_is_said(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", (body(4) + 1024).astype(np.uint16), SPACING_MM, change=described(12, 7))
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("ok", ("bits",))]
+    np.testing.assert_array_equal(hu_of(gpuprep.read(found(tmp_path / "in"))), body(4))
