@@ -604,7 +604,9 @@ def test_unsigned_numbers_under_a_signed_header_of_twelve_bits_are_not_wrapped(t
 def verdicts(folder: Path, out: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Return verdicts and codes of a scan, and of a conversion, which agree."""
     recipe = Recipe(spacing_mm=None, size=None, window_hu=None)
-    scanned = [(o.audit.verdict, o.audit.codes) for o in scan(folder, recipe)[1] if o.audit]
+    scanned: list[tuple[str, tuple[str, ...]]] = [
+        (o.audit.verdict, o.audit.codes) for o in scan(folder, recipe)[1] if o.audit
+    ]
     converted = gpuprep.convert(folder, out, recipe, backend="cpu").results
     assert [(r.status, r.codes) for r in converted] == scanned
     return scanned
