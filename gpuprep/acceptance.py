@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from gpuprep.errors import DecodeError, GeometryError, IntensityError, MissingTagError
 from gpuprep.rules import Rules, SeriesWarning
 from gpuprep.series import Series, SliceHeader
@@ -17,8 +19,11 @@ LARGEST_SIDE = 8192
 DAMAGED = ("no Rows and Columns", "no Image Orientation (Patient)", "no Pixel Spacing")
 """Images that lack these may be slices, and a volume without them would be short of some."""
 
-HARMLESS = ("localizer", "colour", "secondary image")
+HARMLESS = ("localizer", "colour", "secondary image", "material map")
 """Images beside the slices of a series that are none, however many."""
+
+PADDING_BYTES = 16
+"""So many bytes after the last pixel are padding; more may be pixels that no header announces."""
 
 NAMED = 3
 """Slices named in a message before it says how many more there are."""
@@ -46,7 +51,36 @@ def check(series: Series, rules: Rules) -> None:
 
 def warnings(series: Series) -> tuple[SeriesWarning, ...]:
     """Return what headers say that is doubtful and keeps nothing from being converted."""
-    return series.warnings
+    return series.warnings + tuple(_doubts(series))
+
+
+def _doubts(series: Series) -> Iterator[SeriesWarning]:
+    """Yield what is doubtful about what headers say of pixels."""
+    if lut := [s for s in series.slices if s.modality_lut]:
+        text = f"a Modality LUT Sequence beside the rescale in {names(lut)}: the rescale is applied, and no table"
+        yield SeriesWarning("modality-lut", text)
+    impossible = [s for s in series.slices if not _possible_high_bit(s)]
+    if impossible:
+        s = impossible[0]
+        text = (
+            f"High Bit {s.high_bit} cannot be with Bits Stored {s.bits_stored} in {names(impossible)}: low bits taken"
+        )
+        yield SeriesWarning("bits", text)
+    longer = [(s, excess) for s in series.slices if (excess := _excess_bytes(series, s)) > PADDING_BYTES]
+    if longer:
+        text = f"{longer[0][1]} bytes of pixels more than announced in {names([s for s, _ in longer])}: not read"
+        yield SeriesWarning("excess", text)
+
+
+def _possible_high_bit(s: SliceHeader) -> bool:
+    return s.high_bit is None or (s.bits_stored or 1) - 1 <= s.high_bit < (s.bits_allocated or 16)
+
+
+def _excess_bytes(series: Series, s: SliceHeader) -> int:
+    """Return how many bytes follow the pixels of the last frame in their element; 0 for encoded ones."""
+    if s.pixel_bytes is None or s.pixel_bytes == UNDEFINED_LENGTH or s.frame < s.frames - 1:
+        return 0
+    return s.pixel_bytes - series.rows * series.columns * (s.bits_allocated or 0) // 8
 
 
 def _check_kind(series: Series) -> None:
@@ -77,6 +111,12 @@ def _check_kind(series: Series) -> None:
 
 def _check_tags(series: Series, rules: Rules) -> None:
     said = [] if rules.assume_hu else series.slices
+    if lut := [s for s in series.slices if s.modality_lut and None in (s.rescale_slope, s.rescale_intercept)]:
+        raise IntensityError(
+            f"a Modality LUT Sequence in place of Rescale Slope and Intercept in {names(lut)}: stored values are HU by "
+            "no slope, and tables are not applied",
+            "rescale",
+        )
     for name, slices in (
         ("Image Orientation (Patient)", series.slices if series.orientation is None else ()),
         ("Pixel Spacing", series.slices if series.pixel_spacing_mm is None else ()),

@@ -20,6 +20,9 @@ JP2_SIGNATURE = b"\x00\x00\x00\x0cjP  "
 END = b"\xff\xd9"
 """The last marker of all three: compressed data never hold these two bytes."""
 
+STREAM_STARTS = (b"\xff\xd8\xff", JPEG_2000_START, JP2_SIGNATURE)
+"""What code streams begin with; compressed data never hold the first two."""
+
 
 @dataclass(frozen=True, slots=True)
 class FrameInfo:

@@ -199,8 +199,10 @@ def available_decoders(transfer_syntax: str) -> tuple[str, ...]:
     return tuple(d.name for d in DECODERS[kind] if d.available()) if kind else ()
 
 
-def drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int | None) -> None:
+def drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int | None) -> bool:
     """Keep *Bits Stored* bits below *High Bit*, in place: others may hold an old overlay, and no sign.
+
+    Return whether bits above the stored ones held anything but a sign, where the stored ones are the low bits.
 
     Parameters
     ----------
@@ -218,9 +220,15 @@ def drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int | 
     allocated = values.dtype.itemsize * 8
     kept = header.bits_stored or allocated
     top = kept - 1 if high_bit is None or not kept - 1 <= high_bit < allocated else high_bit
-    if kept < allocated:
-        values <<= allocated - 1 - top
-        values >>= allocated - kept  # arithmetic where signed: the sign is carried along
+    if kept == allocated:
+        return False
+    if top == kept - 1:
+        low, high = (-(2**top), 2**top - 1) if values.dtype.kind == "i" else (0, 2**kept - 1)
+        if (low == 0 or values.min() >= low) and values.max() <= high:
+            return False
+    values <<= allocated - 1 - top
+    values >>= allocated - kept  # arithmetic where signed: the sign is carried along
+    return top == kept - 1
 
 
 def _dtype(header: SliceHeader) -> np.dtype[Any]:

@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpuprep import places
+from gpuprep.codestream import frame_info
 from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.deflation import inflated
 from gpuprep.geometry import COARSEST_MM, FINEST_MM
@@ -77,6 +78,7 @@ TAGS = {
     "RescaleIntercept": 0x0028_1052,
     "RescaleSlope": 0x0028_1053,
     "RescaleType": 0x0028_1054,
+    "ModalityLUTSequence": 0x0028_3000,
     "SharedFunctionalGroupsSequence": 0x5200_9229,
     "PerFrameFunctionalGroupsSequence": 0x5200_9230,
     "ExtendedOffsetTable": 0x7FE0_0001,
@@ -217,14 +219,16 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         elif not syntax:
             implicit, little = ds.original_encoding  # no meta group: what pydicom found by looking
             syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
-        offset, length = _pixels(content, ds.original_encoding[0], syntax == BIG_ENDIAN)
-        encoded = None
+        offset, length = _pixels(content, bool(ds.original_encoding[0]), syntax == BIG_ENDIAN)
+        encoded = stream = None
         if syntax not in NATIVE:
+            if length == UNDEFINED_LENGTH and offset is not None:
+                stream = _stream(content, offset)
             # Where a table of other offsets goes before the fragments, pydicom follows it.
             if length == UNDEFINED_LENGTH and TAGS["ExtendedOffsetTable"] not in ds:
                 encoded = offset
             offset = length = None
-        origin = _Origin(file, member, status.st_mtime_ns, size, syntax, offset, length, encoded)
+        origin = _Origin(file, member, status.st_mtime_ns, size, syntax, offset, length, encoded, stream)
         images = [_facts(frame, origin, n, count) for n, (frame, count) in enumerate(_frames(ds))]
     if len(images) < (count := images[0].header.frames):  # of one frame's place nothing follows for the others
         images = [images[0]._replace(header=images[0].header._replace(position_mm=None, frames=count))]
@@ -308,6 +312,20 @@ def _pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, int | N
     return start + 8, int.from_bytes(head[4:8], order)
 
 
+def _stream(f: BinaryIO, offset: int) -> str | None:
+    """Return sign and bits of the first code stream of encapsulated pixels, if it is JPEG 2000 and says so."""
+    f.seek(offset)
+    table_bytes = int.from_bytes(f.read(8)[4:], "little")
+    f.seek(offset + 8 + table_bytes + 8)
+    info = frame_info(f.read(STREAM_BYTES))
+    if info is None or info.kind != "JPEG 2000":
+        return None
+    return f"{'i' if info.signed else 'u'}{info.precision}"
+
+
+STREAM_BYTES = 512
+"""A code stream of JPEG 2000 says its precision within the first of so many, even in a JP2 file."""
+
 _LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 """VRs with two reserved bytes and a length of four."""
 _SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
@@ -330,6 +348,7 @@ class _Origin:
     offset: int | None
     length: int | None
     encoded_offset: int | None
+    stream: str | None
 
 
 class _Frame:
@@ -388,7 +407,8 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         offset = None  # 8 bits may be packed two to a big-endian word: pydicom's business
     if offset is not None and length is not None and frames > 1 and length != UNDEFINED_LENGTH:
         size = rows * columns * (bits or 0) // 8
-        offset, length = offset + frame * size, max(0, min(size, length - frame * size))
+        rest = max(0, length - frame * size)
+        offset, length = offset + frame * size, rest if frame == frames - 1 else min(size, rest)
     header = SliceHeader(
         path=origin.path,
         member=origin.member,
@@ -411,7 +431,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         phase=_hash("\n".join(_text(ds, k) for k in PHASE)) if any(_text(ds, k) for k in PHASE) else "",
         rescale_slope=_decimal(ds, "RescaleSlope"),
         rescale_intercept=_decimal(ds, "RescaleIntercept"),
-        rescale_type=_rescale_type(ds),
+        rescale_type=_rescale_type(ds, kinds),
         photometric=_term(ds, "PhotometricInterpretation"),
         samples_per_pixel=_binary(ds, "SamplesPerPixel") or 1,
         bits_allocated=bits,
@@ -424,6 +444,8 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         pixel_offset=offset,
         pixel_bytes=length,
         encoded_offset=origin.encoded_offset,
+        stream=origin.stream,
+        modality_lut=bool((lut := _raw(ds, "ModalityLUTSequence")) is not None and lut.value),
     )
     return Image(
         series_uid=_uid(ds, "SeriesInstanceUID"),
@@ -492,22 +514,35 @@ _PUNCTUATION = str.maketrans("", "", " ._-()[]")
 _CODE = re.compile("[A-Z][A-Z0-9_]{0,15}")
 
 
-def _rescale_type(ds: _Frame) -> str | None:
+def _unit(written: str, known: str | None) -> str | None:
     """Return "HU" for every spelling of it, any other unit that is written like a code as it is, else "another".
 
     The standard's own terms are single words in capital letters and digits. Such a word is kept for messages. Text in
     any other form, which might be a name, is not.
+    """
+    if known != "another":
+        return known
+    if _HOUNSFIELD.fullmatch(written.upper().translate(_PUNCTUATION)):
+        return "HU"
+    return written if _CODE.fullmatch(written) else known
+
+
+MAPS = {"EFF_ATOMIC_NUM": "Z_EFF", "ELECTRON_DENSITY": "ED", "MAT_FRACTIONAL": "PCT", "MAT_SPECIFIC": "MGML"}
+"""Rescale types of what the fourth value of *Image Type* or *Frame Type* says of images in several energies."""
+
+
+def _rescale_type(ds: _Frame, kinds: list[str]) -> str | None:
+    """Return what rescaled values are; a map of a material, which may leave that out or call it HU, is none in HU.
 
     References
     ----------
-    DICOM PS3.3, C.11.1.1.2 (Modality LUT and Rescale Type).
+    DICOM PS3.3, C.11.1.1.2 (Modality LUT and Rescale Type), C.8.15.2.1.1.5 (Multi-energy CT images).
     """
-    word, known = _text(ds, "RescaleType"), _term(ds, "RescaleType")
-    if known != "another":
-        return known
-    if _HOUNSFIELD.fullmatch(word.upper().translate(_PUNCTUATION)):
-        return "HU"
-    return word if _CODE.fullmatch(word) else known
+    said = _unit(_text(ds, "RescaleType"), _term(ds, "RescaleType"))
+    kind = kinds[3] if len(kinds) > 3 else ""
+    if said is None or (said == "HU" and kind != "MAT_SPECIFIC"):  # what a material absorbs may be given in HU
+        return MAPS.get(kind, said)
+    return said
 
 
 def _uid(ds: _Frame | pydicom.Dataset, keyword: str) -> str:

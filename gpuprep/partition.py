@@ -19,6 +19,9 @@ from gpuprep.stacking import along_normal_mm, has_doubles, stack
 SMALLEST_PART = 3
 """Fewer slices of another matrix, spacing or orientation are strays, and no volume of their own."""
 
+MATERIAL_MAPS = ("Z_EFF", "ED", "EDW", "PCT", "MGML", "HU_MOD")
+"""Rescale types of what is computed from several energies, and lies beside images in HU."""
+
 ACQUISITION: dict[str, Callable[[SliceHeader], Hashable]] = {
     "temporal position": lambda s: s.temporal_position,
     "cardiac phase or stack": lambda s: s.phase,
@@ -92,16 +95,19 @@ def _path(image: Image) -> str:
 def _strays(images: list[Image]) -> list[tuple[Image, str]]:
     """Return images that are no slices, and why; none if there is nothing else: then the whole is to be judged."""
     primary = sum(not image.header.secondary for image in images) > len(images) / 2
-    strays = [(image, why) for image in images if (why := _stray(image, primary))]
+    hu = any(image.header.rescale_type in (None, "HU") for image in images)
+    strays = [(image, why) for image in images if (why := _stray(image, primary, hu))]
     return strays if len(strays) < len(images) else []
 
 
-def _stray(image: Image, primary: bool) -> str:
-    """Return why an image is no slice; "" for one that may be. `primary`: most images of the series are."""
+def _stray(image: Image, primary: bool, hu: bool) -> str:
+    """Return why an image is no slice; "" for one that may be. `primary`: most images of the series are; `hu`: some."""
     if image.header.localizer:
         return "localizer"
     if image.header.samples_per_pixel != 1:
         return "colour"
+    if hu and image.header.rescale_type in MATERIAL_MAPS:
+        return "material map"
     return "secondary image" if image.header.secondary and primary else ""
 
 

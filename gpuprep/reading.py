@@ -11,10 +11,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.uid import RLELossless
 
 from gpuprep import padding as padded
 from gpuprep import places
 from gpuprep.acceptance import warnings as header_warnings
+from gpuprep.codestream import STREAM_STARTS
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
@@ -29,6 +31,7 @@ from gpuprep.stacking import Stack, stack
 from gpuprep.streams import open_frugally
 from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED
 from gpuprep.volume import StoredVolume
+from gpuprep.words import Meaning, is_coded, whole
 
 
 class SeriesReader:
@@ -57,10 +60,13 @@ class SeriesReader:
     ) -> None:
         recipe = recipe or Recipe()
         self.stack = stacked = stacked or stack(series, recipe.rules)
-        self._slices = stacked.slices
+        self._content = Content()
         self._matrix = series.rows, series.columns
         self._twins = stacked.twins
         self._policy = recipe.policy
+        twins = tuple(twin for _, twin in stacked.twins)
+        self._meaning = Meaning(stacked.slices + twins, self._matrix, self._content.read, recipe.policy)
+        self._slices = tuple(map(self._meaning.of, stacked.slices))
         self._find_fill = recipe.padding == "air" and recipe.policy != "keep"
         self.geometry = stacked.geometry
         self.placement = stacked.placement
@@ -79,7 +85,6 @@ class SeriesReader:
         self.seconds = 0.0
         """Time spent in `slab`."""
         self._loops = loops
-        self._content = Content()
         self._fills: dict[float, int] = {}
         self._blank = 0
         self._extremes = Extremes(recipe, len(self._slices) * series.rows * series.columns)
@@ -87,18 +92,24 @@ class SeriesReader:
     @property
     def irregularities(self) -> tuple[Irregularity, ...]:
         """What pixels showed so far and was put right."""
-        return tuple(
+        filled = tuple(
             Irregularity(
                 "padding", f"{n} slices have {hu:g} HU all around the circle, which nothing declares", "now air"
             )
             for hu, n in self._fills.items()
         )
+        return tuple(self._meaning.irregularities) + filled
 
     @property
     def warnings(self) -> tuple[SeriesWarning, ...]:
         """What pixels showed so far that is doubtful and was left as it is."""
         blank = SeriesWarning("blank", f"{self._blank} slices hold one value throughout")
-        return self._doubts + ((blank,) if self._blank else ()) + self._extremes.warnings
+        doubts = self._doubts + tuple(self._meaning.warnings)
+        if excess := self._content.excess:
+            name, count = next(iter(sorted(excess.items())))
+            text = f"more encoded images than frames in {len(excess)} files, {count} in {name}: not read"
+            doubts += (SeriesWarning("excess", text),)
+        return doubts + ((blank,) if self._blank else ()) + self._extremes.warnings
 
     def slab(self, start: int, stop: int, empty: Callable[[Any, Any], NDArray[Any]] = np.empty) -> NDArray[Any]:
         """Return the stored values of slices [start, stop): array of integers, shape (stop − start, j, i).
@@ -108,7 +119,7 @@ class SeriesReader:
         started = time.perf_counter()
         stored = empty((stop - start, *self._matrix), self._dtype)
         for k, values in enumerate(stored, start):
-            self._content.read(self._slices[k], values)
+            self._read(self.stack.slices[k], values)
             for _, twin in (t for t in self._twins if t[0] == k):
                 self._confirm(k, values, twin)
         for k, values in enumerate(stored, start):
@@ -116,10 +127,24 @@ class SeriesReader:
         self.seconds += time.perf_counter() - started
         return stored
 
+    def _read(self, header: SliceHeader, values: NDArray[Any]) -> None:
+        """Fill `values` with the stored values of an image, as the words of the series are to be read."""
+        meant = self._meaning.of(header)
+        try:
+            beyond = self._content.read(meant, values)
+        except DecodeError:
+            if not (is_coded(meant) and self._meaning.widen(meant)):
+                raise
+            beyond = True
+        else:
+            beyond = beyond and self._meaning.widen(meant)
+        if beyond:
+            self._content.read(self._meaning.of(header), values)
+
     def _confirm(self, k: int, values: NDArray[Any], twin: SliceHeader) -> None:
         """Raise unless an image that was dropped as a repetition is one."""
-        other = np.empty(self._matrix, dtype=np.result_type(self._dtype, _dtype(twin)))
-        self._content.read(twin, other)
+        other = np.empty(self._matrix, dtype=np.result_type(self._dtype, _dtype(self._meaning.of(twin))))
+        self._read(twin, other)
         same = (_or(twin.rescale_slope, 1), _or(twin.rescale_intercept, 0)) == (self.slope[k], self.intercept[k])
         if not (same and np.array_equal(values, other)):
             raise GeometryError(
@@ -135,6 +160,8 @@ class SeriesReader:
         low, high, total, padding_voxels = padded.summary(values, slope, intercept, declared, loops=self._loops)
         self.statistics.add(low, high, total, values.size, slope, intercept)
         self.padding_voxels += padding_voxels
+        if high > np.iinfo(np.int16).max:
+            self._meaning.check_sign(self._slices[k])
         measured = sampled(values).flatten()
         if low == high:
             if self._policy != "keep" and self._beside_an_image(k, low):
@@ -228,21 +255,27 @@ class Content:
     def __init__(self) -> None:
         self._key: tuple[str, str | None] | None = None
         self._data: pydicom.Dataset | bytes | io.BytesIO | None = None
+        self.excess: dict[str, int] = {}
+        """Files so far with more encoded frames than they announce, by name, and how many they have."""
 
-    def read(self, header: SliceHeader, out: NDArray[Any]) -> None:
-        """Fill `out` with the stored values of an image."""
+    def read(self, header: SliceHeader, out: NDArray[Any]) -> bool:
+        """Fill `out` with the stored values of an image; return whether its words hold more, above the bits stored."""
         try:
             if places.stat(header.path).st_mtime_ns != header.mtime_ns:
                 raise DecodeError(f"{header.name} changed since the scan: run the same command again", "changed")
             if header.pixel_offset is not None:
-                self._read_plain(header, header.pixel_offset, out)
-            else:
-                out[...] = decode_frame(self._encoded(header), header, header.frame, *out.shape)
+                return self._read_plain(header, header.pixel_offset, out)
+            coded = is_coded(header)
+            said = header if coded else whole(header)
+            values = decode_frame(self._encoded(header), said, header.frame, *out.shape)
+            beyond = not coded and drop_unused_bits(header, values, header.high_bit)
+            out[...] = values
+            return beyond
         except OSError as exc:
             raise DecodeError(f"{header.name} cannot be read: {exc.strerror or exc}") from exc
 
-    def _read_plain(self, header: SliceHeader, offset: int, out: NDArray[Any]) -> None:
-        """Fill `out` with the integers that lie in the file at the offset the scan found."""
+    def _read_plain(self, header: SliceHeader, offset: int, out: NDArray[Any]) -> bool:
+        """Fill `out` with the integers that lie in the file at the offset the scan found; return what `read` does."""
         dtype = _dtype(header)
         direct = dtype == out.dtype and out.flags.c_contiguous
         values = out if direct else np.empty(out.shape, dtype=dtype)
@@ -267,9 +300,10 @@ class Content:
                 "the scan",
                 "truncated",
             )
-        drop_unused_bits(header, values, header.high_bit)
+        beyond = drop_unused_bits(header, values, header.high_bit)
         if not direct:
             out[...] = values
+        return beyond
 
     def _unpacked(self, header: SliceHeader, end: int) -> io.BytesIO:
         """Return the first `end` bytes of a packed file of many frames, which may be asked for in any order."""
@@ -289,6 +323,8 @@ class Content:
                     if header.encoded_offset is not None:
                         f.seek(header.encoded_offset)
                         self._data = _items(f, header)
+                        if (count := _images(self._data, header)) > header.frames:
+                            self.excess[header.name] = count
                     else:
                         self._data = pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
             except (OSError, DecodeError):
@@ -327,6 +363,23 @@ def _items(f: BinaryIO, header: SliceHeader) -> bytes:
             "damaged, or changed since the scan"
         )
     raise DecodeError(f"{header.name} ends within its pixels: it is truncated, or changed since the scan", "truncated")
+
+
+def _images(items: bytes, header: SliceHeader) -> int:
+    """Return how many fragments begin as an image does."""
+    count, at = 0, 8 + int.from_bytes(items[4:8], "little")
+    while at + 8 <= len(items):
+        start = items[at + 8 : at + 20]
+        if header.transfer_syntax == RLELossless:
+            count += int.from_bytes(start[:4], "little") == (header.bits_allocated or 16) // 8 and start[4:8] == _AT_64
+        else:
+            count += start.startswith(STREAM_STARTS)
+        at += 8 + int.from_bytes(items[at + 4 : at + 8], "little")
+    return count
+
+
+_AT_64 = (64).to_bytes(4, "little")
+"""Where the first segment of run lengths begins: behind their table."""
 
 
 def _open(header: SliceHeader) -> BinaryIO:

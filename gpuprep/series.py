@@ -61,9 +61,13 @@ class SliceHeader(NamedTuple):
     pixel_offset: int | None
     """Where the frame begins in the (unpacked) file, when its pixels lie there as plain integers."""
     pixel_bytes: int | None
-    """How many bytes the file announces for the frame, when they are plain integers."""
+    """How many bytes the file announces for the frame, when they are plain integers; for the last, all that follow."""
     encoded_offset: int | None = None
     """Where offset table and fragments begin in the (unpacked) file, when its pixels are encoded."""
+    stream: str | None = None
+    """Sign and bits of the file's first JPEG 2000 code stream, as in "i16" and "u12"; None where it has none."""
+    modality_lut: bool = False
+    """Whether it has a *Modality LUT Sequence*."""
 
     @property
     def name(self) -> str:

@@ -219,7 +219,11 @@ def test_bits_beside_the_stored_ones_are_dropped(tmp_path: Path, syntax: UID, hi
     expected = integers(-2048, 2047, "int16") if signed else integers(0, 4095, "uint16")
     shift = high_bit - 11
     mask = np.uint16(0xFFF << shift)
-    raw = (expected.view(np.uint16) << shift) & mask | integers(0, 65535, "uint16") & ~mask
+    others = integers(0, 65535, "uint16")
+    if shift:  # else nothing would tell these bits from those of the image
+        others[:] = 0
+        others[:, 4:9, 5:12] = 0xFFFF
+    raw = (expected.view(np.uint16) << shift) & mask | others & ~mask
 
     def change(ds: Dataset, k: int) -> None:
         no_padding(ds, k)

@@ -21,11 +21,19 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
+    RLELossless,
 )
+from scipy import ndimage
+from test_sources import enhanced, wrapped
 
 import gpuprep
+from gpuprep.batch import scan
+from gpuprep.errors import IntensityError
 from gpuprep.phantom import write_series
+from gpuprep.recipe import Recipe
 
 Stored = NDArray[Any]
 Change = Callable[[Dataset, int], None]
@@ -177,3 +185,576 @@ def test_float_pixels_are_refused_by_name(tmp_path: Path, keyword: str, dtype: s
         "DoubleFloatPixelData": "Double Float Pixel Data (7FE0,0009)",
     }
     assert all(f"its pixels are {name[keyword]}" in reason for _, reason in cohort.unreadable)
+
+
+# Which bits count, and which sign they have
+
+
+NATIVE = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
+KEPT, STRICT = Recipe(policy="keep"), Recipe(policy="strict")
+
+
+def body(slices: int = 6, size: int = 48, metal_hu: int = 900) -> NDArray[np.int32]:
+    """Return HU of a body in air, with lungs, a spine or a piece of metal, soft edges and noise."""
+    y, x = (np.mgrid[:size, :size] - (size - 1) / 2) / (size / 2)
+    hu = np.full((slices, size, size), -1000.0)
+    hu[:, (x / 0.85) ** 2 + (y / 0.7) ** 2 < 1] = 40
+    hu[:, ((np.abs(x) - 0.4) / 0.25) ** 2 + (y / 0.4) ** 2 < 1] = -850
+    hu[:, x**2 + (y - 0.45) ** 2 < 0.03] = metal_hu
+    hu = ndimage.gaussian_filter(hu, (0, 1, 1)) + np.random.default_rng(0).normal(0, 12, hu.shape)
+    return np.asarray(np.clip(np.rint(hu), -1024, None), dtype=np.int32)
+
+
+def described(bits: int, high: int, *, signed: bool = False, intercept: int = -1024, slope: int = 1) -> Change:
+    """Return a change to what headers say of words."""
+
+    def change(ds: Dataset, _: int) -> None:
+        ds.BitsStored, ds.HighBit, ds.PixelRepresentation = bits, high, int(signed)
+        ds.RescaleIntercept, ds.RescaleSlope = intercept, slope
+        if "PixelPaddingValue" in ds:
+            del ds.PixelPaddingValue
+
+    return change
+
+
+def series_of(folder: Path, words: Stored, change: Change, syntax: UID = ExplicitVRLittleEndian) -> gpuprep.Series:
+    """Write words as they are, in a syntax that keeps all of their bits."""
+    for file in write_series(folder, words, SPACING_MM, change=change):
+        ds = pydicom.dcmread(file)
+        if syntax == RLELossless:
+            said = ds.BitsStored, ds.HighBit
+            ds.BitsStored, ds.HighBit = 16, 15
+            ds.compress(RLELossless, generate_instance_uid=False)
+            ds.BitsStored, ds.HighBit = said
+            ds.save_as(file, enforce_file_format=True)
+        else:
+            file.write_bytes(natively(ds, syntax))
+    return found(folder)
+
+
+def streamed(
+    folder: Path, encode: Callable[[int], bytes], slices: int, size: int, change: Change, syntax: UID
+) -> gpuprep.Series:
+    """Write code streams as they are."""
+
+    def put(ds: Dataset, k: int) -> None:
+        change(ds, k)
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.PixelData = encapsulate([encode(k)])
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+
+    write_series(folder, np.zeros((slices, size, size), np.uint16), SPACING_MM, change=put)
+    return found(folder)
+
+
+def j2k(values: Stored, bits: int = 16) -> bytes:
+    return bytes(
+        imagecodecs.jpeg2k_encode(
+            np.ascontiguousarray(values), level=0, codecformat="j2k", reversible=True, bitspersample=bits
+        )
+    )
+
+
+def hu_of(volume: gpuprep.StoredVolume) -> NDArray[np.float64]:
+    return np.asarray(volume.stored * volume.slope[:, None, None] + volume.intercept[:, None, None])
+
+
+def told(series: gpuprep.Series, tmp_path: Path, policy: str = "fix") -> tuple[str, tuple[str, ...]]:
+    """Return verdict and codes of a conversion."""
+    recipe = Recipe(spacing_mm=None, size=None, window_hu=None, policy=policy)  # type: ignore[arg-type]
+    (result,) = gpuprep.convert(series.folder, tmp_path / f"out-{policy}", recipe, backend="cpu").results
+    return result.status, result.codes
+
+
+@pytest.mark.parametrize("syntax", [*NATIVE, RLELossless], ids=lambda uid: uid.keyword)
+@pytest.mark.parametrize("signed", [True, False])
+def test_values_in_the_low_bits_are_read_from_there_whatever_high_bit_says(
+    tmp_path: Path, syntax: UID, signed: bool
+) -> None:
+    hu = body()
+    words = hu.astype(np.int16).view(np.uint16) if signed else (hu + 1024).astype(np.uint16)
+    change = described(12, 15, signed=signed, intercept=0 if signed else -1024)
+    volume = gpuprep.read(series_of(tmp_path, words, change, syntax))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    (note,) = volume.warnings
+    assert "High Bit 15 " in note
+    assert note.endswith("low bits taken")
+
+
+@pytest.mark.parametrize("syntax", [*NATIVE, RLELossless], ids=lambda uid: uid.keyword)
+@pytest.mark.parametrize("high", [13, 15])
+def test_values_that_are_shifted_up_to_high_bit_are_read_from_there_without_a_word(
+    tmp_path: Path, syntax: UID, high: int
+) -> None:
+    hu = body()
+    words = ((hu + 1024) << (high - 11)).astype(np.uint16)
+    volume = gpuprep.read(series_of(tmp_path, words, described(12, high), syntax))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert volume.warnings == ()
+
+
+def test_slices_without_high_values_are_read_like_their_neighbours_however_slabs_are_cut(tmp_path: Path) -> None:
+    # Values of 0 to 15 alone would fit either reading: one slice shows which it is.
+    values = np.random.default_rng(0).integers(0, 15, (6, 16, 20)).astype(np.uint16)
+    values[4, 2:9] += 1000
+    series = series_of(tmp_path, values << 4, described(12, 15))
+    np.testing.assert_array_equal(gpuprep.read(series).stored, values)
+    low = series_of(tmp_path / "low", values, described(12, 15))
+    reader = gpuprep.reading.SeriesReader(low)
+    cut = np.concatenate([reader.slab(k, k + 1) for k in reversed(range(6))][::-1])
+    np.testing.assert_array_equal(cut, values)
+    np.testing.assert_array_equal(gpuprep.read(low).stored, values)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        np.random.default_rng(0).integers(0, 2**8, (4, 16, 20)) << 4,  # neither end of the words holds anything
+        np.random.default_rng(0).integers(0, 2**16, (4, 16, 20)),  # both ends do
+    ],
+    ids=["both readings fit", "no reading fits"],
+)
+def test_bits_that_cannot_be_told_are_refused_with_both_readings(tmp_path: Path, words: Stored) -> None:
+    series = series_of(tmp_path / "in", words.astype(np.uint16), described(12, 15))
+    with pytest.raises(
+        IntensityError, match=r"High Bit 15 .* HU; by the low bits, .* HU; nothing tells which"
+    ) as caught:
+        gpuprep.read(series)
+    assert caught.value.code == "bits"
+    assert told(series, tmp_path) == ("rejected", ("bits",))
+    np.testing.assert_array_equal(gpuprep.read(series, KEPT).stored, words >> 4)
+
+
+def test_an_overlay_above_values_in_the_low_bits_is_dropped(tmp_path: Path) -> None:
+    hu = body()
+    words = (hu + 1024).astype(np.uint16)
+    words[:, 10:20, 5:30] |= 0x8000
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series_of(tmp_path, words, described(12, 15)))), hu)
+
+
+def test_an_overlay_below_values_at_high_bit_is_dropped(tmp_path: Path) -> None:
+    hu = body()
+    words = ((hu + 1024) << 4).astype(np.uint16)
+    words[:, 10:20, 5:30] |= 0x0003
+    volume = gpuprep.read(series_of(tmp_path, words, described(12, 15)))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert volume.warnings == ()
+
+
+def test_slices_of_one_series_may_have_other_high_bits(tmp_path: Path) -> None:
+    hu = body()
+    words = (hu + 1024).astype(np.uint16)
+    words[::2] <<= 4
+
+    def change(ds: Dataset, k: int) -> None:
+        described(12, 15 if k % 2 == 0 else 11)(ds, k)
+
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series_of(tmp_path, words, change))), hu)
+
+
+@pytest.mark.parametrize("kind", ["high bit", "sign", "beyond"])
+def test_frames_of_one_file_are_read_like_single_images(tmp_path: Path, kind: str) -> None:
+    hu = body(metal_hu=4500 if kind == "beyond" else 900)
+    stored = hu.astype(np.int16).view(np.uint16) if kind == "sign" else (hu + 1024).astype(np.uint16)
+    bits, high = {"high bit": (12, 15), "sign": (16, 15), "beyond": (12, 11)}[kind]
+    files = write_series(tmp_path / "single", stored, SPACING_MM, change=described(bits, high))
+    enhanced(files, tmp_path / "multi" / "0.dcm")
+    ds = pydicom.dcmread(tmp_path / "multi" / "0.dcm")
+    if kind == "sign":
+        ds.file_meta.TransferSyntaxUID = JPEG2000Lossless
+        ds.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence[0].RescaleIntercept = "0"
+        ds.PixelData = encapsulate([j2k(h.astype(np.int16)) for h in hu])
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+        ds.save_as(tmp_path / "multi" / "0.dcm", enforce_file_format=True)
+    volume = gpuprep.read(found(tmp_path / "multi"))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert len(volume.warnings) == 1
+
+
+@pytest.mark.parametrize("how", ["gzip", "zip"])
+def test_doubts_are_settled_in_packed_files_too(tmp_path: Path, how: str) -> None:
+    hu = body()
+    files = write_series(tmp_path / "in", (hu + 1024).astype(np.uint16), SPACING_MM, change=described(12, 15))
+    packed = wrapped(files, tmp_path / "packed", how)
+    np.testing.assert_array_equal(hu_of(gpuprep.read(found(packed))), hu)
+
+
+def test_a_policy_rejects_or_keeps_what_high_bit_says(tmp_path: Path) -> None:
+    words = (body() + 1024).astype(np.uint16)
+    series = series_of(tmp_path / "in", words, described(12, 15))
+    assert told(series, tmp_path) == ("fixed", ("bits",))
+    assert told(series, tmp_path, "strict") == ("rejected", ("bits",))
+    assert told(series, tmp_path, "keep") == ("ok", ("bits",))
+    np.testing.assert_array_equal(gpuprep.read(series, KEPT).stored, words >> 4)
+
+
+@pytest.mark.parametrize(("stored", "allocated"), [(8, 8), (7, 8), (5, 8)])
+def test_words_of_eight_bits_have_their_high_bit_too(tmp_path: Path, stored: int, allocated: int) -> None:
+    values = np.random.default_rng(0).integers(0, 2**stored, (4, 16, 20)).astype(np.uint8)
+    series = series_of(tmp_path / "low", values, described(stored, allocated - 1, slope=8))
+    np.testing.assert_array_equal(gpuprep.read(series).stored, values)
+    series = series_of(tmp_path / "high", values << (allocated - stored), described(stored, allocated - 1, slope=8))
+    np.testing.assert_array_equal(gpuprep.read(series).stored, values)
+
+
+# Sign
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_a_signed_stream_under_an_unsigned_header_is_read_as_signed(tmp_path: Path, bits: int) -> None:
+    hu = body()
+    series = streamed(
+        tmp_path / "in", lambda k: j2k(hu[k].astype(np.int16), bits), 6, 48,
+        described(bits, bits - 1, intercept=0), JPEG2000Lossless,
+    )  # fmt: skip
+    volume = gpuprep.read(series)
+    assert volume.stored.dtype == np.int16
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert any(note.endswith("read as signed") for note in volume.warnings)
+    assert told(series, tmp_path) == ("fixed", ("sign",))
+    assert told(series, tmp_path, "strict") == ("rejected", ("sign",))
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_an_unsigned_stream_under_a_signed_header_is_read_by_what_fits(tmp_path: Path, bits: int) -> None:
+    hu = body(metal_hu=2800)
+    stored = hu + 1024 if bits == 12 else (hu + 1024) * 14  # up to 53000
+    series = streamed(
+        tmp_path / "unsigned", lambda k: j2k(stored[k].astype(np.uint16), bits), 6, 48,
+        described(bits, bits - 1, signed=True), JPEG2000Lossless,
+    )  # fmt: skip
+    if bits == 16:
+        with pytest.raises(IntensityError, match=r"signed by Pixel Representation .* unsigned"):
+            gpuprep.read(series)  # 53,000 HU are none either
+    else:
+        volume = gpuprep.read(series)
+        np.testing.assert_array_equal(hu_of(volume), hu)
+        assert any(note.endswith("read as unsigned") for note in volume.warnings)
+    low = hu.clip(None, 2000)
+    right = streamed(
+        tmp_path / "signed", lambda k: j2k((low[k] & (2**bits - 1)).astype(np.uint16), bits), 6, 48,
+        described(bits, bits - 1, signed=True, intercept=0), JPEG2000Lossless,
+    )  # fmt: skip
+    volume = gpuprep.read(right)
+    np.testing.assert_array_equal(hu_of(volume), low)
+    assert volume.warnings == ()
+
+
+SIGNLESS: dict[UID, Callable[[Stored], bytes]] = {
+    JPEGLSLossless: lambda v: bytes(imagecodecs.jpegls_encode(v)),
+    JPEGLosslessSV1: lambda v: bytes(imagecodecs.ljpeg_encode(v, bitspersample=16)),
+    JPEG2000Lossless: j2k,
+}
+
+
+@pytest.mark.parametrize("syntax", SIGNLESS, ids=lambda uid: uid.keyword)
+def test_streams_without_sign_under_an_unsigned_header_are_read_as_signed_where_that_alone_is_ct(
+    tmp_path: Path, syntax: UID
+) -> None:
+    hu = body()
+    words = hu.astype(np.int16).view(np.uint16)
+    change = described(16, 15, intercept=0)
+    volume = gpuprep.read(streamed(tmp_path, lambda k: SIGNLESS[syntax](words[k]), 6, 48, change, syntax))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    (note,) = volume.warnings
+    assert "-1024 to " in note
+    assert note.endswith("read as signed")
+
+
+@pytest.mark.parametrize("syntax", [*NATIVE, RLELossless], ids=lambda uid: uid.keyword)
+def test_words_of_negative_numbers_under_an_unsigned_header_are_read_as_signed(tmp_path: Path, syntax: UID) -> None:
+    hu = body()
+    volume = gpuprep.read(
+        series_of(tmp_path, hu.astype(np.int16).view(np.uint16), described(16, 15, intercept=0), syntax)
+    )
+    np.testing.assert_array_equal(hu_of(volume), hu)
+
+
+def test_a_slice_without_negative_values_is_read_like_its_neighbours(tmp_path: Path) -> None:
+    hu = body(9)
+    hu[[0, 2, 4, 6]] += 1024
+    change = described(16, 15, intercept=0)
+    streams = [j2k(h.astype(np.int16)) for h in hu]
+    series = streamed(tmp_path, lambda k: streams[k], 9, 48, change, JPEG2000Lossless)
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)
+    reader = gpuprep.reading.SeriesReader(series)
+    cut = np.concatenate([reader.slab(k, k + 1) for k in reversed(range(9))][::-1])
+    np.testing.assert_array_equal(cut, hu)
+
+
+def test_a_sign_that_shows_in_one_slice_only_is_refused_and_not_read_either_way(tmp_path: Path) -> None:
+    hu = body(12) + 1024
+    hu[1] -= 1024  # not among the slices that are looked at first
+    series = series_of(tmp_path, hu.astype(np.int16).view(np.uint16), described(16, 15, intercept=0))
+    with pytest.raises(IntensityError, match="unsigned by Pixel Representation"):
+        gpuprep.read(series)
+
+
+def test_padding_that_is_declared_without_sign_becomes_signed_with_the_pixels(tmp_path: Path) -> None:
+    hu = body()
+    hu[:, :4, :4] = hu[:, -4:, :4] = hu[:, :4, -4:] = hu[:, -4:, -4:] = -2000
+
+    def change(ds: Dataset, k: int) -> None:
+        described(16, 15, intercept=0)(ds, k)
+        ds.add_new("PixelPaddingValue", "US", 63536)
+
+    streams = [j2k(h.astype(np.int16)) for h in hu]
+    volume = gpuprep.read(streamed(tmp_path, lambda k: streams[k], 6, 48, change, JPEG2000Lossless))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert volume.padding is None  # below all CT numbers: air anyway
+
+
+def test_unsigned_values_of_sixteen_bits_stay_what_they_are(tmp_path: Path) -> None:
+    # Numbers of a fine rescale: 0.1 HU a step, up to 5500 HU.
+    stored = ((body(metal_hu=5400) + 1024) * 10).clip(0, 65535).astype(np.uint16)
+    assert stored.max() > 32768
+
+    def change(ds: Dataset, k: int) -> None:
+        described(16, 15)(ds, k)
+        ds.RescaleSlope = "0.1"
+
+    volume = gpuprep.read(series_of(tmp_path, stored, change))
+    np.testing.assert_array_equal(volume.stored, stored)
+    assert volume.warnings == ()
+
+
+# Values beyond Bits Stored
+
+
+@pytest.mark.parametrize("syntax", [*NATIVE, RLELossless], ids=lambda uid: uid.keyword)
+@pytest.mark.parametrize("signed", [True, False])
+def test_values_beyond_bits_stored_that_continue_the_image_are_kept(tmp_path: Path, syntax: UID, signed: bool) -> None:
+    hu = body(metal_hu=4500)
+    words = hu.astype(np.int16).view(np.uint16) if signed else (hu + 1024).astype(np.uint16)
+    change = described(12, 11, signed=signed, intercept=0 if signed else -1024)
+    volume = gpuprep.read(series_of(tmp_path, words, change, syntax))
+    assert hu.max() > 4095
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    (note,) = volume.warnings
+    assert "12 bits stored" in note
+    assert note.endswith("whole words taken")
+
+
+@pytest.mark.parametrize("syntax", SIGNLESS, ids=lambda uid: uid.keyword)
+def test_streams_with_values_beyond_bits_stored_are_read_whole(tmp_path: Path, syntax: UID) -> None:
+    hu = body(metal_hu=4500)
+    words = (hu + 1024).astype(np.uint16)
+    series = streamed(tmp_path / "in", lambda k: SIGNLESS[syntax](words[k]), 6, 48, described(12, 11), syntax)
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)
+    assert told(series, tmp_path) == ("fixed", ("bits",))
+    assert told(series, tmp_path, "strict") == ("rejected", ("bits",))
+
+
+def test_a_piece_of_metal_in_one_slice_does_not_change_how_others_are_read(tmp_path: Path) -> None:
+    hu = body(12)
+    hu[7] = body(12, metal_hu=4500)[7]
+    series = series_of(tmp_path, (hu + 1024).astype(np.uint16), described(12, 11))
+    reader = gpuprep.reading.SeriesReader(series)
+    cut = np.concatenate([reader.slab(k, k + 1) for k in reversed(range(12))][::-1])
+    np.testing.assert_array_equal(cut - 1024.0, hu)
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)
+
+
+@pytest.mark.parametrize("bit", [12, 15])
+def test_an_overlay_that_no_header_declares_is_dropped_with_a_word(tmp_path: Path, bit: int) -> None:
+    hu = body()
+    words = (hu + 1024).astype(np.uint16)
+    words[:, 5:9, 5:30] |= 1 << bit
+    words[:, 20:40, 22] |= 1 << bit
+    series = series_of(tmp_path / "in", words, described(12, 11))
+    volume = gpuprep.read(series)
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    (note,) = volume.warnings
+    assert "as an overlay: they are dropped" in note
+    assert told(series, tmp_path) == ("ok", ("bits",))
+
+
+def test_an_overlay_that_the_header_declares_is_dropped_even_along_edges(tmp_path: Path) -> None:
+    hu = body()
+    words = (hu + 1024).astype(np.uint16)
+    words[hu > -400] |= 1 << 12  # an outline that is filled: its border is the body's
+
+    def change(ds: Dataset, k: int) -> None:
+        described(12, 11)(ds, k)
+        ds.add_new(0x60000100, "US", 16)
+        ds.add_new(0x60000102, "US", 12)
+
+    volume = gpuprep.read(series_of(tmp_path, words, change))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert volume.warnings == ()
+
+
+def test_numbers_of_twelve_bits_with_nothing_above_keep_their_sign(tmp_path: Path) -> None:
+    hu = body()
+    words = (hu & 0xFFF).astype(np.uint16)
+    volume = gpuprep.read(series_of(tmp_path, words, described(12, 11, signed=True, intercept=0)))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert volume.warnings == ()
+
+
+def test_unsigned_numbers_under_a_signed_header_of_twelve_bits_are_not_wrapped(tmp_path: Path) -> None:
+    hu = body(metal_hu=2500)
+    series = series_of(tmp_path, (hu + 1024).astype(np.uint16), described(12, 11, signed=True))
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)
+
+
+# What lies beside the words
+
+
+def verdicts(folder: Path, out: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Return verdicts and codes of a scan, and of a conversion, which agree."""
+    recipe = Recipe(spacing_mm=None, size=None, window_hu=None)
+    scanned: list[tuple[str, tuple[str, ...]]] = [
+        (o.audit.verdict, o.audit.codes) for o in scan(folder, recipe)[1] if o.audit
+    ]
+    converted = gpuprep.convert(folder, out, recipe, backend="cpu").results
+    assert [(r.status, r.codes) for r in converted] == scanned
+    return scanned
+
+
+def with_lut(ds: Dataset, *, rescale: bool) -> None:
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType, table.LUTData = [4096, 0, 16], "HU", list(range(4096))
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "US", "US"
+    ds.ModalityLUTSequence = [table]
+    if not rescale:
+        del ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType
+
+
+@pytest.mark.parametrize("assumed", [False, True])
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_table_in_place_of_a_rescale_is_refused_by_name(tmp_path: Path, first: int, assumed: bool) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        if k >= first:
+            with_lut(ds, rescale=False)
+
+    write_series(tmp_path, ramp(32), SPACING_MM, change=change)
+    with pytest.raises(IntensityError, match="Modality LUT Sequence in place of Rescale Slope") as caught:
+        gpuprep.read(found(tmp_path), Recipe(assume_hu=assumed))
+    assert caught.value.code == "rescale"
+
+
+def test_a_table_beside_a_rescale_is_said(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", ramp(32), SPACING_MM, change=lambda ds, _: with_lut(ds, rescale=True))
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("ok", ("modality-lut",))]
+    np.testing.assert_array_equal(gpuprep.read(found(tmp_path / "in")).stored, ramp(32))
+
+
+def test_an_empty_table_is_none(tmp_path: Path) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        ds.ModalityLUTSequence = []
+
+    write_series(tmp_path / "in", ramp(32), SPACING_MM, change=change)
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("ok", ())]
+
+
+def mapped(kind: str) -> Change:
+    """Return a change that makes every other image a map, and puts it where an image in HU lies."""
+
+    def change(ds: Dataset, k: int) -> None:
+        ds.ImagePositionPatient = [0, 0, 2.5 * (k // 2)]
+        if k % 2 and kind in ("Z_EFF", "ED", "MGML"):
+            ds.RescaleType, ds.RescaleSlope, ds.RescaleIntercept = kind, "0.01", "0"
+        elif k % 2:
+            ds.ImageType = ["DERIVED", "PRIMARY", "AXIAL", kind]
+            ds.RescaleSlope, ds.RescaleIntercept = "0.01", "0"
+            if kind == "MAT_SPECIFIC":
+                del ds.RescaleType
+
+    return change
+
+
+@pytest.mark.parametrize("kind", ["Z_EFF", "ED", "MGML", "EFF_ATOMIC_NUM", "ELECTRON_DENSITY", "MAT_SPECIFIC"])
+def test_maps_beside_images_in_hu_are_left_out(tmp_path: Path, kind: str) -> None:
+    stored = np.random.default_rng(0).integers(0, 2000, (8, 20, 24)).astype(np.int16)
+    write_series(tmp_path / "in", stored, SPACING_MM, change=mapped(kind))
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("fixed", ("left-out",))]
+    series = found(tmp_path / "in")
+    assert [why for _, why in series.left_out] == ["material map"] * 4
+    np.testing.assert_array_equal(gpuprep.read(series).stored, stored[::2])
+
+
+@pytest.mark.parametrize("kind", ["Z_EFF", "MAT_FRACTIONAL"])
+def test_maps_alone_are_refused(tmp_path: Path, kind: str) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        if kind == "Z_EFF":
+            ds.RescaleType = kind
+        else:
+            ds.ImageType = ["DERIVED", "PRIMARY", "AXIAL", kind]
+
+    write_series(tmp_path / "in", ramp(32), SPACING_MM, change=change)
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("rejected", ("rescale-type",))]
+
+
+@pytest.mark.parametrize("own", ["RescaleType", "FrameType"])
+def test_maps_among_the_frames_of_a_file_are_left_out(tmp_path: Path, own: str) -> None:
+    stored = np.random.default_rng(0).integers(0, 2000, (6, 20, 24)).astype(np.int16)
+    enhanced(write_series(tmp_path / "single", stored, SPACING_MM), tmp_path / "multi" / "0.dcm")
+    ds = pydicom.dcmread(tmp_path / "multi" / "0.dcm")
+    for n, group in enumerate(ds.PerFrameFunctionalGroupsSequence):
+        if n >= 4:
+            group.PlanePositionSequence = ds.PerFrameFunctionalGroupsSequence[n - 4].PlanePositionSequence
+            item = Dataset()
+            if own == "RescaleType":
+                item.RescaleSlope, item.RescaleIntercept, item.RescaleType = "0.1", "0", "Z_EFF"
+                group.PixelValueTransformationSequence = [item]
+            else:
+                item.FrameType = ["DERIVED", "PRIMARY", "VOLUME", "EFF_ATOMIC_NUM"]
+                group.CTImageFrameTypeSequence = [item]
+    ds.save_as(tmp_path / "multi" / "0.dcm")
+    series = found(tmp_path / "multi")
+    assert [why for _, why in series.left_out] == ["material map"] * 2
+    np.testing.assert_array_equal(gpuprep.read(series).stored, stored[:4])
+
+
+@pytest.mark.parametrize(("more", "codes"), [(0, ()), (2, ()), (640, ("excess",))])
+@pytest.mark.parametrize("syntax", NATIVE, ids=lambda uid: uid.keyword)
+def test_a_frame_that_no_header_announces_is_said(
+    tmp_path: Path, more: int, codes: tuple[str, ...], syntax: UID
+) -> None:
+    stored = ramp(20)[:, :16]
+
+    def change(ds: Dataset, _: int) -> None:
+        ds.PixelData += bytes(more)
+
+    for file in write_series(tmp_path / "in", stored, SPACING_MM, change=change):
+        ds = pydicom.dcmread(file)
+        file.write_bytes(natively(ds, syntax))
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("ok", codes)]
+    np.testing.assert_array_equal(gpuprep.read(found(tmp_path / "in")).stored, stored)
+
+
+def test_a_frame_after_the_announced_ones_is_said(tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).integers(0, 2000, (6, 20, 24)).astype(np.int16)
+    enhanced(write_series(tmp_path / "single", stored, SPACING_MM), tmp_path / "multi" / "0.dcm")
+    assert verdicts(tmp_path / "multi", tmp_path / "out") == [("ok", ())]
+    ds = pydicom.dcmread(tmp_path / "multi" / "0.dcm")
+    ds.PixelData += stored[0].tobytes()
+    ds.save_as(tmp_path / "multi" / "0.dcm")
+    assert verdicts(tmp_path / "multi", tmp_path / "again") == [("ok", ("excess",))]
+
+
+@pytest.mark.parametrize("syntax", SIGNLESS, ids=lambda uid: uid.keyword)
+def test_an_encoded_image_that_no_header_announces_is_said_and_not_read(tmp_path: Path, syntax: UID) -> None:
+    hu = body(3)
+    words = (hu + 1024).astype(np.uint16)
+
+    def change(ds: Dataset, k: int) -> None:
+        described(12, 11)(ds, k)
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.PixelData = encapsulate(
+            [SIGNLESS[syntax](v) for v in (words[k], words[k] + 100)[: 1 + (k == 1)]], has_bot=False
+        )
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+
+    write_series(tmp_path / "in", words, SPACING_MM, change=change)
+    series = found(tmp_path / "in")
+    volume = gpuprep.read(series)
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert [note for note in volume.warnings if "more encoded images than frames in 1 files, 2 in S1-0002.dcm" in note]
+
+
+def test_a_high_bit_that_cannot_be_is_said(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", (body(4) + 1024).astype(np.uint16), SPACING_MM, change=described(12, 7))
+    assert verdicts(tmp_path / "in", tmp_path / "out") == [("ok", ("bits",))]
+    np.testing.assert_array_equal(hu_of(gpuprep.read(found(tmp_path / "in"))), body(4))

@@ -94,7 +94,7 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == [*range(1, 43), 45, 48, 49, 56, 57, 60, 61]
+    assert sorted(set(TESTED)) == [*range(1, 43), 45, 46, 47, 48, 49, 56, 57, 60, 61]
 
 
 # What tests have in common
@@ -707,7 +707,10 @@ def test_words_hold_their_bits_and_nothing_of_their_neighbours(
     values = rng.integers(low, low + 2**bits, (4, 20, 24))
     assert signed or bits < 16 or values.max() > 32767
     shift = high - bits + 1
-    junk = rng.integers(0, 2**16, values.shape) & ~(((1 << bits) - 1) << shift)  # an old overlay
+    overlay = rng.integers(0, 2**16, values.shape)
+    if shift:  # noise would be told from the image by nothing
+        overlay[:] = np.where(np.arange(24) % 24 < 6, 0xFFFF, 0)
+    junk = overlay & ~(((1 << bits) - 1) << shift)
     words = (((values & ((1 << bits) - 1)) << shift) | junk).astype("<u2")
 
     def change(ds: Dataset, _: int) -> None:
@@ -1546,3 +1549,53 @@ def test_structures_of_an_mr_are_not_drawn_on_the_ct_of_its_frame_of_reference(t
     ((path, why),) = run.unused
     assert path == str(tmp_path / "in" / "mr.dcm")
     assert why == "it refers to series 1.2.3.2 of modality MR, which is not converted"
+
+
+def plainly(intercept: int, bits: int, high: int) -> Change:
+    def change(ds: Dataset, _: int) -> None:
+        ds.BitsStored, ds.HighBit, ds.PixelRepresentation, ds.RescaleIntercept = bits, high, 0, intercept
+        if "PixelPaddingValue" in ds:
+            del ds.PixelPaddingValue
+
+    return change
+
+
+@trap(46, "high-bit")
+@pytest.mark.parametrize("shift", [0, 4])
+def test_the_bits_that_vary_say_where_the_values_are(tmp_path: Path, shift: int) -> None:
+    values = noise(4).astype(np.uint16)
+    write_series(tmp_path / "in", values << shift, SPACING, change=plainly(-1024, 12, 15))
+    np.testing.assert_array_equal(in_hu(found(tmp_path / "in")).values, values - 1024.0)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == (("ok", ()) if shift else ("fixed", ("bits",)))
+    np.testing.assert_array_equal(written(tmp_path / "out", result), values - 1024.0)
+
+
+@trap(46, "high-bit")
+def test_bits_that_fit_both_readings_are_refused(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", (noise(4) % 256).astype(np.uint16) << 4, SPACING, change=plainly(-1024, 12, 15))
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == ("rejected", ("bits",))
+    assert "-1024 to -769 HU" in result.reason
+    assert "-1024 to 3056 HU" in result.reason
+
+
+@trap(47, "sign-against-the-header")
+@pytest.mark.parametrize(
+    ("syntax", "stream_as"),
+    [(JPEG2000Lossless, "i2"), (JPEG2000Lossless, "u2"), (JPEGLSLossless, "u2"), (JPEGLosslessSV1, "u2")],
+    ids=["J2K-signed", "J2K-unsigned", "JPEG-LS", "JPEG"],
+)
+def test_the_sign_that_gives_ct_numbers_is_taken_and_said(tmp_path: Path, syntax: UID, stream_as: str) -> None:
+    hu = (noise(4) % 2000 - 1024).astype(np.int16)
+
+    def change(ds: Dataset, k: int) -> None:
+        plainly(0, 16, 15)(ds, k)
+        put(ds, syntax, stream_as)
+
+    write_series(tmp_path / "in", hu, SPACING, change=change)
+    np.testing.assert_array_equal(gpuprep.read(found(tmp_path / "in")).stored, hu)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == ("fixed", ("sign",))
+    assert (result.hu_min, result.hu_max) == (hu.min(), hu.max())
+    np.testing.assert_array_equal(written(tmp_path / "out", result), hu)

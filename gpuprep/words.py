@@ -1,0 +1,495 @@
+"""What the words of a series mean where its headers leave doubt: which bits hold the value, and which sign it has.
+
+Slices are read as their headers say. Where something speaks against that, there are two readings of the same words,
+and the pixels decide: neighbours differ little in the right reading, and by a power of two in the wrong one. All slices
+whose headers say the same are read alike.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.uid import RLELossless
+
+from gpuprep.errors import IntensityError
+from gpuprep.padding import circle
+from gpuprep.rules import Irregularity, Policy, SeriesWarning
+from gpuprep.series import SliceHeader
+from gpuprep.streams import open_frugally
+from gpuprep.syntaxes import NATIVE
+
+CT_HU = (-10240.0, 32767.0)
+"""No CT number lies beyond: extended scales begin at −10240 HU and end at 30710 HU."""
+
+LOOKED_AT = 5
+"""Slices, at equal distances, that are looked at before all are."""
+
+ENOUGH_PAIRS = 1000
+"""Pairs of neighbours that settle a question without a look at all slices, if `NEARLY_ALL` of them agree."""
+NEARLY_ALL = 0.95
+FEW_PAIRS = 16
+"""Fewer pairs of neighbours settle nothing."""
+MAJORITY = 2 / 3
+
+UNDISTURBED = 4.0
+"""Differences between neighbours are ordinary up to so many times the median of the others."""
+
+GRAPHIC = 0.5
+"""Bits that change less than so many times as often between neighbours as the lowest bit of an image are graphics."""
+
+
+class Claim(NamedTuple):
+    """What a header says of its words."""
+
+    coded: bool
+    """Whether they are samples of a code stream, which have no bits beside them."""
+    allocated: int
+    stored: int
+    high_bit: int
+    """Where the topmost stored bit lies: *Bits Stored* − 1 where *High Bit* is absent or impossible."""
+    signed: bool
+    stream: str | None
+
+
+def claim(header: SliceHeader) -> Claim:
+    """Return what the header of a slice says of its words."""
+    allocated = header.bits_allocated or 16
+    stored = header.bits_stored or allocated
+    high = header.high_bit
+    if high is None or not stored - 1 <= high < allocated:
+        high = stored - 1
+    return Claim(is_coded(header), allocated, stored, high, bool(header.signed), header.stream)
+
+
+def is_coded(header: SliceHeader) -> bool:
+    """Whether the pixels of a slice are a code stream: neither integers in the file nor run lengths of their bytes."""
+    return header.transfer_syntax not in (*NATIVE, RLELossless)
+
+
+def whole(header: SliceHeader) -> SliceHeader:
+    """Return a header that says that all bits of its words are stored."""
+    bits = header.bits_allocated or 16
+    return header._replace(bits_stored=bits, high_bit=bits - 1)
+
+
+def overlay_bits(header: SliceHeader) -> int:
+    """Return the bits of the words of a slice in which its file says that overlays lie.
+
+    References
+    ----------
+    DICOM PS3.3-2004, C.9.2 (Overlay Plane module): *Overlay Bits Allocated*, *Overlay Bit Position*; retired since.
+    """
+    allocated, position = ([(0x6000 + 2 * n) << 16 | element for n in range(16)] for element in (0x0100, 0x0102))
+    with warnings.catch_warnings(), open_frugally(header.path, header.member) as f:
+        warnings.simplefilter("ignore")
+        ds = pydicom.dcmread(f, force=True, stop_before_pixels=True, specific_tags=[*allocated, *position])
+        bits = [
+            ds[p].value for a, p in zip(allocated, position, strict=True) if p in ds and a in ds and ds[a].value > 1
+        ]
+    return sum(1 << int(bit) for bit in set(bits))
+
+
+Pair = tuple[NDArray[np.int32], NDArray[np.int32]]
+"""The same slice, read in two ways."""
+
+
+def low_bits(words: NDArray[Any], bits: int, signed: bool) -> NDArray[np.int32]:
+    """Return what the low bits of words are."""
+    return signed_from(words, bits) if signed else words.astype(np.int32) & (2**bits - 1)
+
+
+def signed_from(words: NDArray[Any], bit: int) -> NDArray[np.int32]:
+    """Return words of `bit` bits as signed numbers, the topmost bit being the sign; what lies above is dropped."""
+    return np.asarray((words.astype(np.int32) << (32 - bit)) >> (32 - bit))
+
+
+@dataclass(slots=True)
+class Readings:
+    """Two readings of the same words: how far neighbours differ in each, where the two part, and what HU they reach."""
+
+    pairs: list[int] = field(default_factory=lambda: [0, 0])
+    """Pairs of neighbours between which the readings part: those that differ less in the first, and in the second."""
+    apart: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2**17, np.int64))
+    """Number of these pairs by their difference in the first reading."""
+    ordinary: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2**17, np.int64))
+    """Number of the other pairs by their difference."""
+    hu: list[list[float]] = field(default_factory=lambda: [[np.inf, -np.inf], [np.inf, -np.inf]])
+    """Lowest and highest of each reading within the scanner's circle; outside there is fill."""
+    differ: bool = False
+    """Whether any pixel does."""
+    top: int = 0
+    """Largest magnitude of the second reading."""
+
+    def add(self, header: SliceHeader, first: NDArray[np.int32], second: NDArray[np.int32]) -> None:
+        """Take in a slice. Declared padding, by either reading, tells nothing."""
+        measured = np.ones(first.shape, bool)
+        if header.padding is not None:
+            limit = header.padding if header.padding_limit is None else header.padding_limit
+            low, high = sorted((header.padding, limit))
+            measured = ((first < low) | (first > high)) & ((second < low) | (second > high))
+        if not measured.any():
+            return
+        self.differ |= bool((first != second)[measured].any())
+        slope, intercept = header.rescale_slope or 1.0, header.rescale_intercept or 0.0
+        inside = measured & circle(*first.shape)
+        for ends, values in zip(self.hu, (first[inside], second[inside]), strict=True):
+            if not values.size:
+                continue
+            hu = [int(v) * slope + intercept for v in (values.min(), values.max())]
+            ends[:] = min(ends[0], *hu), max(ends[1], *hu)
+        self.top = max(self.top, int(np.abs(second[measured]).max()))
+        for axis in (0, 1):
+            both = np.logical_and(*_neighbours(measured, axis))
+            a, b = (np.abs(np.diff(values, axis=axis))[both] for values in (first, second))
+            steps = np.diff(second - first, axis=axis)[both]
+            part = steps != 0
+            self.pairs[0] += int(np.count_nonzero(a[part] < b[part]))
+            self.pairs[1] += int(np.count_nonzero(b[part] < a[part]))
+            self.apart += np.bincount(a[part], minlength=2**17)
+            self.ordinary += np.bincount(a[~part], minlength=2**17)
+
+    @property
+    def favours(self) -> int | None:
+        """The reading in which neighbours differ less, 0 or 1; None where the pairs are few or do not agree."""
+        total = sum(self.pairs)
+        if total < FEW_PAIRS:
+            return None
+        return next((n for n in (0, 1) if self.pairs[n] >= MAJORITY * total), None)
+
+    @property
+    def settled(self) -> bool:
+        """Whether no look at more slices is needed."""
+        return sum(self.pairs) >= ENOUGH_PAIRS and max(self.pairs) >= NEARLY_ALL * sum(self.pairs)
+
+    @property
+    def undisturbed(self) -> bool | None:
+        """Whether neighbours differ in the first reading as usual where the readings part; None where they do not."""
+        if not self.apart.any():
+            return None
+        usual = self.ordinary.copy()
+        usual[0] = 0  # fill around the circle is constant, and would make every image look odd
+        return _median(self.apart) <= UNDISTURBED * max(_median(usual), 1)
+
+    def possible(self, n: int) -> bool:
+        """Whether a reading stays within CT numbers."""
+        return CT_HU[0] <= self.hu[n][0] and self.hu[n][1] <= CT_HU[1]
+
+    def span(self, n: int) -> str:
+        """Return what HU a reading reaches, in words."""
+        return f"{self.hu[n][0]:g} to {self.hu[n][1]:g} HU"
+
+
+def _neighbours(values: NDArray[Any], axis: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    return (values[:-1], values[1:]) if axis == 0 else (values[:, :-1], values[:, 1:])
+
+
+def _median(counts: NDArray[np.int64]) -> int:
+    return int(np.searchsorted(np.cumsum(counts), counts.sum() / 2))
+
+
+class Meaning:
+    """How the words of a series are read.
+
+    Parameters
+    ----------
+    slices : tuple of SliceHeader
+        In any order.
+    matrix : tuple of int
+        Rows and columns.
+    read : callable
+        ``read(header, out)`` fills an array with the stored values of a slice.
+    policy : {"fix", "strict", "keep"}
+        With "keep", words are read as headers say, whatever speaks against that.
+
+    Raises
+    ------
+    IntensityError
+        Where two readings are possible and nothing tells which is right, or with policy "strict" where the headers' own
+        is wrong.
+    DecodeError
+        As `read` raises.
+
+    References
+    ----------
+    DICOM PS3.5, 8.1.1 (Pixel Data Encoding of Related Data Elements).
+    """
+
+    def __init__(
+        self,
+        slices: tuple[SliceHeader, ...],
+        matrix: tuple[int, int],
+        read: Callable[[SliceHeader, NDArray[Any]], Any],
+        policy: Policy,
+    ) -> None:
+        self._matrix, self._read, self._policy = matrix, read, policy
+        self._groups: dict[Claim, list[SliceHeader]] = defaultdict(list)
+        for header in slices:
+            self._groups[claim(header)].append(header)
+        self._changes: dict[Claim, dict[str, Any]] = {}
+        self._settled: set[tuple[str, Claim]] = set()
+        self.irregularities: list[Irregularity] = []
+        self.warnings: list[SeriesWarning] = []
+        for said, group in self._groups.items():
+            if not said.coded and said.high_bit >= said.stored:
+                self._decide_bits(said, group)
+            elif _sign_contradicted(said) or (_may_be_negative(said) and self._reaches_sign(said, _some(group))):
+                self._decide_sign(said, group)
+
+    def of(self, header: SliceHeader) -> SliceHeader:
+        """Return a header that says how its words are to be read."""
+        changes = self._changes.get(claim(header))
+        if not changes:
+            return header
+        if "signed" in changes:
+            bits = header.bits_allocated or 16
+            changes = changes | {
+                name: None if value is None else value % 2**bits if not changes["signed"] else _resigned(value, bits)
+                for name, value in (("padding", header.padding), ("padding_limit", header.padding_limit))
+            }
+        return header._replace(**changes)
+
+    def check_sign(self, header: SliceHeader) -> None:
+        """Raise if a slice with values that may be negative shows that the sign was taken wrongly.
+
+        Its neighbours, which may have been read before it, had none.
+        """
+        said = claim(header)
+        group = self._groups.get(said)
+        if group is None or not _may_be_negative(said) or ("sign", said) in self._settled:
+            return
+        self._settled.add(("sign", said))
+        found = self._survey(group, self._by_both_signs)
+        if self._policy != "keep" and _sign(said, found) == 1:
+            raise IntensityError(f"{_named(group)} {_signs(said, found)}: the first is no CT", "sign")
+
+    def widen(self, header: SliceHeader) -> bool:
+        """Settle what lies beyond *Bits Stored* in a slice; return whether its header now reads otherwise.
+
+        Slices that hold nothing there are the same either way.
+        """
+        said = claim(header)
+        group = self._groups.get(said)
+        if group is None or ("beyond", said) in self._settled or said.high_bit >= said.stored:
+            return False
+        self._settled.add(("beyond", said))
+        found = self._survey(group, self._without_and_with_bits_beyond)
+        if not found.differ or any(overlay_bits(h) >> said.stored for h in group):
+            return False
+        what = f"{_named(group)} hold more than their {said.stored} bits stored"
+        if found.undisturbed or not found.possible(1):
+            if said.coded:  # nothing but the image is in a code stream
+                return False
+            if found.top >= 2**said.stored or not said.signed:
+                text = f"{what}, in bits that do not continue the image, as an overlay: they are dropped"
+                self.warnings.append(SeriesWarning("bits", text))
+            return False
+        what += f": without the bits beyond, values are {found.span(0)}, with them {found.span(1)}"
+        if found.undisturbed is None:
+            self._leave("bits", what)
+            return False
+        bits = said.allocated
+        return self._change(said, "bits", what, "whole words taken", {"bits_stored": bits, "high_bit": bits - 1})
+
+    def _decide_bits(self, said: Claim, group: list[SliceHeader]) -> None:
+        """Settle where values lie whose topmost bit is said to lie higher than they are long."""
+        shift = said.high_bit - said.stored + 1
+        look = _Bits(said)
+        for header in group:
+            look.add(header, self._raw(header))
+        if not look.varying:
+            return
+        low, high = look.above_is_constant, look.below_is_constant
+        if not low and not high and any(overlay_bits(h) & (2**shift - 1) for h in group):
+            return
+        if not low and not high:
+            low, high = look.above_is_graphic, look.below_is_graphic
+        if high and not low:
+            return
+        what = f"High Bit {said.high_bit} of {_named(group)} puts {said.stored} bits stored {shift} bits up"
+        if low and not high:
+            what += f", and the words vary in the low {said.stored} bits"
+            self._change(said, "bits", what, "low bits taken", {"high_bit": said.stored - 1})
+        else:
+            what += f": so read, values are {look.readings.span(0)}; by the low bits, {look.readings.span(1)}"
+            self._leave("bits", what)
+
+    def _decide_sign(self, said: Claim, group: list[SliceHeader]) -> None:
+        """Settle whether values are signed."""
+        self._settled.add(("sign", said))
+        found = self._survey(group, self._by_both_signs)
+        if not found.differ:
+            return
+        what = f"{_named(group)} {_signs(said, found)}"
+        taken = _sign(said, found)
+        if taken is None:
+            self._leave("sign", what)
+        elif taken == 1:
+            done = "read as signed" if not said.signed else "read as unsigned"
+            self._change(said, "sign", what, done, {"signed": not said.signed})
+        elif not _sign_contradicted(said) and not found.possible(0) and found.favours is None:
+            self.warnings.append(SeriesWarning("sign", f"{what}; read as the header says"))
+
+    def _change(self, said: Claim, code: str, what: str, done: str, changes: dict[str, Any]) -> bool:
+        """Have slices read otherwise than they say, if the policy lets them be; return whether it does."""
+        if self._policy == "strict":
+            raise IntensityError(f"irregular, which --policy strict rejects: {what}", code)
+        if self._policy == "keep":
+            self.irregularities.append(Irregularity(code, what, "read as the header says"))
+            return False
+        self._changes[said] = changes
+        self.irregularities.append(Irregularity(code, what, done))
+        return True
+
+    def _leave(self, code: str, what: str) -> None:
+        """Raise where nothing tells which of two readings is right, unless words are read as headers say anyway."""
+        if self._policy != "keep":
+            raise IntensityError(f"{what}; nothing tells which: --policy keep takes the first", code)
+        self.irregularities.append(Irregularity(code, what, "read as the header says"))
+
+    def _raw(self, header: SliceHeader) -> NDArray[Any]:
+        """Return the words of a slice, or the samples of its code stream, without sign."""
+        allocated = header.bits_allocated or 16
+        bits = min(int(header.stream[1:]), allocated) if header.stream else allocated
+        words = np.empty(self._matrix, f"u{allocated // 8}")
+        self._read(header._replace(signed=False, bits_stored=bits, high_bit=bits - 1), words)
+        return words
+
+    def _reaches_sign(self, said: Claim, group: Iterable[SliceHeader]) -> bool:
+        return any(int(self._raw(header).max()) >= 2 ** (said.allocated - 1) for header in group)
+
+    def _survey(self, group: list[SliceHeader], both: Callable[[SliceHeader], Pair]) -> Readings:
+        """Return how two readings compare, from a few slices if that settles it, else from all."""
+        found = Readings()
+        for slices in (_some(group), group):
+            found = Readings()
+            for header in slices:
+                found.add(header, *both(header))
+            if found.settled or len(slices) == len(group):
+                break
+        return found
+
+    def _by_both_signs(self, header: SliceHeader) -> Pair:
+        """Return the samples of a slice as its header says, and with the other sign."""
+        words = self._raw(header)
+        stored = header.bits_stored or 16
+        bits = int(header.stream[1:]) if header.stream else stored
+        if bits > stored and words.max() < 2**stored:
+            bits = stored
+        unsigned, signed = words.astype(np.int32), signed_from(words, bits)
+        return (signed, unsigned) if header.signed else (unsigned, signed)
+
+    def _without_and_with_bits_beyond(self, header: SliceHeader) -> Pair:
+        """Return the words of a slice as its header says, and with all their bits."""
+        words = np.empty(self._matrix, f"{'i' if header.signed else 'u'}{(header.bits_allocated or 16) // 8}")
+        self._read(whole(header), words)
+        return low_bits(words, header.bits_stored or 16, bool(header.signed)), words.astype(np.int32)
+
+
+def _sign_contradicted(said: Claim) -> bool:
+    return said.stream is not None and (said.stream[0] == "i") != said.signed
+
+
+def _may_be_negative(said: Claim) -> bool:
+    """Whether whole words may be negative numbers, which their header denies."""
+    return not said.signed and said.stored == said.allocated == 16 and not _sign_contradicted(said)
+
+
+def _sign(said: Claim, found: Readings) -> int | None:
+    """Return which sign is right: 0 for that of the header, 1 for the other, None where nothing tells."""
+    favours = found.favours
+    if not _sign_contradicted(said):
+        return int(favours == 1 and not found.possible(0) and found.possible(1))
+    if favours == 0 or (favours == 1 and found.possible(1)):
+        return favours
+    if found.possible(0) != found.possible(1):
+        return int(found.possible(1))
+    return None
+
+
+def _signs(said: Claim, found: Readings) -> str:
+    names = ("signed", "unsigned") if said.signed else ("unsigned", "signed")
+    by = f"as their JPEG 2000 streams are {names[1]}, and " if _sign_contradicted(said) else "by their words "
+    return (
+        f"are {names[0]} by Pixel Representation and {by}may be {names[1]}: so values are {found.span(0)} or "
+        f"{found.span(1)}"
+    )
+
+
+def _resigned(value: int, bits: int) -> int:
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def _some(group: list[SliceHeader]) -> list[SliceHeader]:
+    """Return a few slices at equal distances."""
+    chosen = sorted({round(n) for n in np.linspace(0, len(group) - 1, min(len(group), LOOKED_AT))})
+    return [group[n] for n in chosen]
+
+
+def _named(group: list[SliceHeader]) -> str:
+    more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+    return f"{group[0].name}{more}"
+
+
+class _Bits:
+    """Which bits of words vary, and how often between neighbours."""
+
+    def __init__(self, said: Claim) -> None:
+        self._said = said
+        self._shift = said.high_bit - said.stored + 1
+        self._ones, self._zeros = 0, (1 << said.allocated) - 1
+        self._ends = [0, 0]
+        self._changes = np.zeros(said.allocated, np.int64)
+        self._low = Readings()
+        self.readings = Readings()
+
+    def add(self, header: SliceHeader, words: NDArray[Any]) -> None:
+        """Take in a slice."""
+        said = self._said
+        self._ones |= int(np.bitwise_or.reduce(words, axis=None))
+        self._zeros &= int(np.bitwise_and.reduce(words, axis=None))
+        signed = signed_from(words, said.allocated)
+        self._ends = [min(self._ends[0], int(signed.min())), max(self._ends[1], int(signed.max()))]
+        for axis in (0, 1):
+            changed = np.bitwise_xor(*_neighbours(words, axis))
+            self._changes += [np.count_nonzero(changed & (1 << bit)) for bit in range(said.allocated)]
+        bare = header._replace(padding=None)
+        low, high = (low_bits(w, said.stored, said.signed) for w in (words, words >> self._shift))
+        self._low.add(bare, low, words.astype(np.int32))
+        self.readings.add(bare, high, low)
+
+    @property
+    def varying(self) -> int:
+        """The bits that are not alike in all words."""
+        return self._ones & ~self._zeros
+
+    @property
+    def above_is_constant(self) -> bool:
+        """Whether nothing but a sign lies above the low bits."""
+        stored = self._said.stored
+        extended = self._said.signed and -(2 ** (stored - 1)) <= self._ends[0] <= self._ends[1] < 2 ** (stored - 1)
+        return extended or not self.varying >> stored
+
+    @property
+    def below_is_constant(self) -> bool:
+        """Whether nothing lies below the bits that the header says."""
+        return not self.varying & (2**self._shift - 1)
+
+    @property
+    def above_is_graphic(self) -> bool:
+        """Whether the low bits are an image, finer at their lower end, which the bits above do not continue."""
+        finest = self._changes[0]
+        fine = self._changes[self._said.stored - 1] < GRAPHIC * finest and not self.below_is_graphic
+        return bool(fine and self._low.undisturbed)
+
+    @property
+    def below_is_graphic(self) -> bool:
+        """Whether the bits below those that the header says change too rarely for the lowest of an image."""
+        return bool(self._changes[: self._shift].max() < GRAPHIC * self._changes[self._shift])
