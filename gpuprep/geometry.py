@@ -18,6 +18,9 @@ Vector3 = tuple[float, float, float]
 FINEST_MM, COARSEST_MM = 1e-3, 100.0
 """Pixel spacings beyond these are damage."""
 
+UNSEEN_MM = 0.1
+"""Voxels may be misplaced by this much unnoticed: the recipe's ``lean_tolerance_mm``, unless changed."""
+
 PERPENDICULAR = 1e-2
 """How far directions of rows and columns may be from perpendicular units."""
 
