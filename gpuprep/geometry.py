@@ -205,6 +205,14 @@ class Geometry:
         return facing((self.affine[:3, 2::-1] / np.array(self.spacing_mm)[::-1]).T)[0]
 
     @property
+    def lean_mm(self) -> float:
+        """By how much the far end of an axis lies beside where it would be if axes were perpendicular."""
+        spacing_mm = np.array(self.spacing_mm)
+        axes, extent_mm = self.affine[:3, :3] / spacing_mm, spacing_mm * (np.array(self.shape) - 1)
+        cosines = np.abs(axes.T @ axes - np.eye(3))
+        return float((cosines * np.minimum.outer(extent_mm, extent_mm)).max())
+
+    @property
     def to_axial(self) -> Turn:
         """The turn after which slices go up, rows to the back and columns to the left, as nearly as axes allow."""
         toward = self.affine[[2, 1, 0], :3] / np.array(self.spacing_mm)  # z, y, x by source axis

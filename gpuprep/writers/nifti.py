@@ -40,7 +40,7 @@ def write_nifti(
     settle(path)
     if header["qform_code"]:
         return ()
-    return (f"slices lean, which {path.name} says by its sform alone: nibabel reads it, ITK and nnU-Net refuse",)
+    return (f"slices lean, which {path.name} says by its sform alone: nibabel reads it, ITK refuses",)
 
 
 def _header(content: Content) -> Any:
