@@ -183,7 +183,7 @@ def show_run(run: Run, out: str, seconds: float) -> None:
     if run.arranged is not None:
         training, others, apart = run.arranged
         notes += f"; for nnU-Net {numbered(training, 'training case')}, {others} in imagesTs"
-        notes += f" ({apart} series by another recipe left out)" if apart else ""
+        notes += f" ({apart} series left out: by another recipe, or leaning)" if apart else ""
     if without := len(run.unmatched) + len(run.unused):
         notes += f"; {numbered(without, 'segmentation')} without a series"
     if run.unreadable:

@@ -206,7 +206,7 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
             masked, labels = _write_masks(task, stacked, plan, pending)
             result = replace(
                 result,
-                warnings=result.warnings + tuple(masked.notes),
+                warnings=tuple(dict.fromkeys((*result.warnings, *masked.notes))),  # the writer's may come twice
                 segmentations=tuple(masked.segmentations),
                 labels=tuple(asdict(label) for label in masked.labels),
                 masks_s=time.perf_counter() - started,

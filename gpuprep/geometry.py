@@ -18,6 +18,9 @@ Vector3 = tuple[float, float, float]
 FINEST_MM, COARSEST_MM = 1e-3, 100.0
 """Pixel spacings beyond these are damage."""
 
+UNSEEN_MM = 0.1
+"""Voxels may be misplaced by this much unnoticed: the recipe's ``lean_tolerance_mm``, unless changed."""
+
 PERPENDICULAR = 1e-2
 """How far directions of rows and columns may be from perpendicular units."""
 
@@ -200,6 +203,14 @@ class Geometry:
     def facing(self) -> str:
         """Plane and directions in which slices, rows and columns grow: "axial SPL" is up, to the back, to the left."""
         return facing((self.affine[:3, 2::-1] / np.array(self.spacing_mm)[::-1]).T)[0]
+
+    @property
+    def lean_mm(self) -> float:
+        """By how much the far end of an axis lies beside where it would be if axes were perpendicular."""
+        spacing_mm = np.array(self.spacing_mm)
+        axes, extent_mm = self.affine[:3, :3] / spacing_mm, spacing_mm * (np.array(self.shape) - 1)
+        cosines = np.abs(axes.T @ axes - np.eye(3))
+        return float((cosines * np.minimum.outer(extent_mm, extent_mm)).max())
 
     @property
     def to_axial(self) -> Turn:

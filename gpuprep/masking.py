@@ -28,6 +28,7 @@ from gpuprep.stacking import Stack
 from gpuprep.text import numbered, printable
 from gpuprep.writers import WRITERS
 from gpuprep.writers.content import Content, Settle, nothing
+from gpuprep.writers.omezarr import LABELS_GROUP, list_labels
 
 OVERLAPS_NAMED = 3
 """Pairs of overlapping structures that a message names."""
@@ -164,16 +165,21 @@ def write_masks(
     """
     recipe = plan.recipe
     write = WRITERS[recipe.format]
+    image = folder / f"volume{recipe.ending}" if recipe.format == "zarr" and recipe.image else None
     if recipe.masks.layout == "labels":
         if new := [p for p in wanted if p.name not in values]:
             raise SegmentationError(
                 f"{printable(new[0].source)} has changed since it was looked at: convert again", "changed"
             )
         volumes = [(f"labels{recipe.ending}", [(p, values[p.name]) for p in wanted])]
+        if image:
+            volumes = [(f"{image.name}/{LABELS_GROUP}/labels", volumes[0][1])]
     else:
-        files = _files([p.name for p in wanted], recipe.ending)
-        volumes = [(f"masks/{file}", [(p, 1)]) for p, file in zip(wanted, files, strict=True)]
-        (folder / "masks").mkdir()
+        files = _files([p.name for p in wanted], "" if image else recipe.ending)
+        parent = f"{image.name}/{LABELS_GROUP}" if image else "masks"
+        volumes = [(f"{parent}/{file}", [(p, 1)]) for p, file in zip(wanted, files, strict=True)]
+        if not image:
+            (folder / parent).mkdir()
     voxel_ml = abs(float(np.linalg.det(plan.target.affine))) / 1000
     shown = []
     for name, members in volumes:
@@ -198,12 +204,14 @@ def write_masks(
                 )
                 masked.notes.append(f"{printable(label.name)}: {lost}")
         masked.labels += labels
+    if image:
+        list_labels(image, [name.rpartition("/")[2] for name, _ in volumes])
     return shown
 
 
 def _files(names: Sequence[str], ending: str) -> list[str]:
     """Return a file name for each structure, no two of which a file system could take for one."""
-    used: set[str] = set()
+    used = {"zarr.json"}  # stands beside label volumes in OME-Zarr
     files = []
     for name in names:
         file = harmless(printable(name), LONGEST_NAME - len(ending) - 4)

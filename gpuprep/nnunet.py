@@ -27,6 +27,7 @@ from gpuprep.errors import OutputError, RequestError
 from gpuprep.layout import WORKSHOP
 from gpuprep.manifest import Manifest
 from gpuprep.output import Output, inside, write_text
+from gpuprep.plan import LEANING
 from gpuprep.recipe import Recipe
 from gpuprep.sharding import WHOLE, Shard
 
@@ -50,7 +51,7 @@ class Arranged(NamedTuple):
     others: int
     """Cases without one."""
     apart: int
-    """Series in OUT that were made by another recipe, and are in no case."""
+    """Series in OUT that are in no case: made by another recipe, or with slices that lean."""
 
 
 def check(out: str | Path, recipe: Recipe, shard: Shard = WHOLE) -> None:
@@ -122,10 +123,16 @@ def _wanted(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], 
     top, ending = manifest.path.parent, recipe.ending
     done = list(
         manifest.columns(
-            "folder", "labels", "spacing_mm", "recipe_sha256", where="WHERE status IN ('ok', 'fixed') AND folder != ''"
+            "folder",
+            "labels",
+            "spacing_mm",
+            "recipe_sha256",
+            "codes",
+            where="WHERE status IN ('ok', 'fixed') AND folder != ''",
         )
     )
-    rows = [row[:3] for row in done if row[3] == recipe.sha256]
+    # nnU-Net reads a sheared affine by nibabel, where ITK refuses it, and then takes the volume for upright.
+    rows = [row[:3] for row in done if row[3] == recipe.sha256 and LEANING not in row[4]]
     cases = case_names(folder for folder, _, _ in rows)
     values = {value: name for name, value in manifest.label_values().items()}
     wanted: dict[str, Path | str] = {}

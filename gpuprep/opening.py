@@ -112,7 +112,7 @@ class Finished:
             ) from exc
 
     def _check(self, name: str) -> None:
-        """Raise unless the files of a volume are as large as they were: to Zarr a lost one would be zeros."""
+        """Raise unless the files of a volume are as large as they were: to Zarr a lost one would be air."""
         sizes = self._told(lambda said: {file: int(entry["bytes"]) for file, entry in said["outputs"].items()})
         for file, size in sizes.items():
             if file == name or file.startswith(f"{name}/"):
@@ -130,7 +130,7 @@ class Finished:
         path, shape = self.folder / name, self.geometry.shape
         box = box or whole(shape)
         if self.recipe.ending:
-            self._check(name)
+            self._check(f"{name}/0" if self.recipe.format == "zarr" else name)  # labels lie beside the array
         try:
             found = _READERS[self.recipe.ending](path, shape, box)
         except ImportError as exc:

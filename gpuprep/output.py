@@ -47,13 +47,15 @@ OTHER_SHARD_S = 10.0
 """Time for shards that start together to look at the lock of whole runs, one after the other."""
 
 _VOLUME = r"(volume|labels|masks/[^/]+)"
+_ZARR_LABELS = r"volume\.ome\.zarr/labels"
+_ZARR = rf"({_VOLUME}\.ome\.zarr|{_ZARR_LABELS}/[^/]+)"
 _OWN_NAME = re.compile(
     r"preview\.jpg|(labels/|masks/[^/]+/)?\d{4,}\.tif"
     rf"|{_VOLUME}\.(tif|nii|nii\.gz|npy)"
-    rf"|{_VOLUME}\.ome\.zarr/(zarr\.json|0/zarr\.json|0/c/\d+/\d+/\d+)"
+    rf"|{_ZARR}/(zarr\.json|0/zarr\.json|0/c/\d+/\d+/\d+)|{_ZARR_LABELS}/zarr\.json"
 )
 """Of a file in a series' folder, from there on."""
-_OWN_FOLDER = re.compile(rf"labels|masks(/[^/]+)?|{_VOLUME}\.ome\.zarr(/0(/c(/\d+){{0,2}})?)?")
+_OWN_FOLDER = re.compile(rf"labels|masks(/[^/]+)?|{_ZARR_LABELS}|{_ZARR}(/0(/c(/\d+){{0,2}})?)?")
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _FROM_HERE = -100  # AT_FDCWD: paths as for any other call
 

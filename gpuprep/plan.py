@@ -9,10 +9,13 @@ import numpy as np
 
 from gpuprep import lines
 from gpuprep.errors import PlanError
-from gpuprep.geometry import Geometry, Placement, Shape3, Turn
+from gpuprep.geometry import UNSEEN_MM, Geometry, Placement, Shape3, Turn
 from gpuprep.intensity import AIR_HU
 from gpuprep.recipe import LARGEST_AXIS, Recipe
 from gpuprep.rules import SeriesWarning
+
+LEANING = "leaning"
+"""Code of the warning about a volume whose affine has a shear."""
 
 MOST_VOXELS = 2**32
 """After resampling: 4000 slices of 1000 × 1000. More comes from a damaged header or a slip of the pen."""
@@ -112,14 +115,21 @@ class Plan:
     @property
     def warnings(self) -> tuple[SeriesWarning, ...]:
         """What is doubtful about the image that this plan leads to."""
-        if not self.resample.lost:
-            return ()
-        planes = " and ".join(f"{('slice', 'row', 'column')[axis]} {index}" for axis, index in self.resample.lost)
-        text = (
-            f"{planes}, counted from 0 after resampling, hold 0 HU: align = 'corner' repeats scipy.ndimage.zoom, "
-            "which finds them outside of the volume by rounding; align = 'edge' loses nothing"
-        )
-        return (SeriesWarning("lost-plane", text),)
+        found = []
+        if self.resample.lost:
+            planes = " and ".join(f"{('slice', 'row', 'column')[axis]} {index}" for axis, index in self.resample.lost)
+            text = (
+                f"{planes}, counted from 0 after resampling, hold 0 HU: align = 'corner' repeats scipy.ndimage.zoom, "
+                "which finds them outside of the volume by rounding; align = 'edge' loses nothing"
+            )
+            found.append(SeriesWarning("lost-plane", text))
+        if (lean_mm := self.target.lean_mm) > UNSEEN_MM:
+            text = (
+                f"slices lean by {lean_mm:.3g} mm in all, which only the affine says: programs that know no shear "
+                "(ITK, ImageJ, nnU-Net) refuse the volume or take it for upright; --policy fix puts it upright"
+            )
+            found.append(SeriesWarning(LEANING, text))
+        return tuple(found)
 
     @property
     def output_bytes(self) -> int:

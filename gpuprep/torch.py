@@ -128,6 +128,7 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
             ]
         if labelled or (labelled is None and any(labels for *_, labels in rows)):
             rows = [row for row in rows if row[3]]
+            self._shared = self._in_one_volume({recipe: folder for folder, _, recipe, _ in rows}.values())
             self.structures = self._named([labels for *_, labels in rows])
         else:
             self.structures, self._shared = {}, True
@@ -145,16 +146,19 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
                 "all of it with one, or each into its own --out"
             )
 
+    def _in_one_volume(self, folders: Iterable[str]) -> bool:
+        """Return whether structures share a volume in some folders, one of each recipe."""
+        layouts = {Finished(self.out / folder).recipe.masks.layout for folder in folders}
+        if len(layouts) > 1:
+            raise RequestError(f"{self.out} has label volumes and volumes per structure: convert all of it alike")
+        return layouts != {"per-roi"}
+
     def _named(self, labelled: list[tuple[dict[str, Any], ...]]) -> dict[str, int]:
         """Return the structures of a cohort."""
-        found = {(label["name"], label["value"], label["file"]) for labels in labelled for label in labels}
-        shared = {not file.startswith("masks/") for _, _, file in found}
-        if len(shared) > 1:
-            raise RequestError(f"{self.out} has label volumes and volumes per structure: convert all of it alike")
-        self._shared = True in shared
+        found = {(label["name"], label["value"]) for labels in labelled for label in labels}
         if self._shared:
-            return dict(sorted({(name, value) for name, value, _ in found}, key=lambda item: item[1]))
-        return {name: n for n, name in enumerate(sorted({name for name, *_ in found}))}
+            return dict(sorted(found, key=lambda item: item[1]))
+        return {name: n for n, name in enumerate(sorted({name for name, _ in found}))}
 
     def __len__(self) -> int:
         return len(self.series) * self.patches_per_volume

@@ -7,6 +7,7 @@ import json
 import zlib
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,19 @@ def test_zarr_says_what_ome_zarr_wants_to_know(tmp_path: Path) -> None:
         "multiscales": [
             {
                 "name": "volume",
-                "axes": [{"name": axis, "type": "space", "unit": "millimeter"} for axis in ("z", "y", "x")],
+                "axes": [
+                    {
+                        "name": name,
+                        "type": "space",
+                        "unit": "millimeter",
+                        "orientation": {"type": "anatomical", "value": direction},
+                    }
+                    for name, direction in (
+                        ("z", "inferior-to-superior"),
+                        ("y", "anterior-to-posterior"),
+                        ("x", "right-to-left"),
+                    )
+                ],
                 "datasets": [
                     {
                         "path": "0",
@@ -225,13 +238,61 @@ def test_zarr_says_what_ome_zarr_wants_to_know(tmp_path: Path) -> None:
     assert (own["hu_slope"], own["hu_intercept"]) == (1400, -1000)
 
 
-def test_zarr_gives_no_translation_where_axes_are_not_those_of_the_patient(tmp_path: Path) -> None:
-    # Slices that go down, so that index times spacing is no place.
-    upside_down = Geometry(SHAPE, np.array([[0, 0, 0.5, 0], [0, 0.5, 0, 0], [-2, 0, 0, 0], [0, 0, 0, 1]]))
-    file = on(upside_down, replace(RAW, format="zarr"), some_values("float32"), tmp_path)
-    ome = json.loads((file / "zarr.json").read_text())["attributes"]["ome"]
-    transformations = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
-    assert transformations == [{"type": "scale", "scale": [2, 0.5, 0.5]}]
+DIRECTIONS = {
+    "right-to-left": (1, 0, 0), "left-to-right": (-1, 0, 0), "anterior-to-posterior": (0, 1, 0),
+    "posterior-to-anterior": (0, -1, 0), "inferior-to-superior": (0, 0, 1), "superior-to-inferior": (0, 0, -1),
+}  # fmt: skip
+"""Words of RFC-4 in LPS, by their meaning."""
+
+
+def placed_by_readers(file: Path) -> NDArray[np.float64]:
+    """Return the affine, (k, j, i) to LPS, that OME-Zarr says: orientation times scale, and the first voxel's place."""
+    ((scales, dataset),) = (
+        (m["axes"], m["datasets"][0]["coordinateTransformations"])
+        for m in json.loads((file / "zarr.json").read_text())["attributes"]["ome"]["multiscales"]
+    )
+    affine = np.eye(4)
+    for n, axis in enumerate(scales):
+        assert axis["orientation"]["type"] == "anatomical"
+        affine[:3, n] = np.array(DIRECTIONS[axis["orientation"]["value"]]) * dataset[0]["scale"][n]
+        affine["xyz".index(axis["name"]), 3] = dataset[1]["translation"][n]
+    return affine
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("signs", list(product((1, -1), repeat=3)))
+def test_zarr_says_direction_and_origin_of_every_straight_volume(
+    tmp_path: Path, order: tuple[int, int, int], signs: tuple[int, int, int]
+) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[:, order] * np.array(signs) * (2.0, 0.75, 0.5)
+    affine[:3, 3] = -10, 20, 30
+    file = on(Geometry(SHAPE, affine), replace(RAW, format="zarr"), some_values("float32"), tmp_path)
+    np.testing.assert_allclose(placed_by_readers(file), affine, atol=1e-12)
+
+
+def test_zarr_names_the_nearest_directions_of_oblique_axes_and_says_that_it_does(tmp_path: Path) -> None:
+    # 20° about x: slices go up and a little to the front, rows to the back and a little up.
+    affine = np.eye(4)
+    affine[:3, :3] = rotated((np.deg2rad(20), 0, 0))[:, ::-1] * (2.0, 0.75, 0.5)
+    plan = make_plan(Geometry(SHAPE, affine), replace(RAW, format="zarr"))
+    file = tmp_path / "volume.ome.zarr"
+    (note,) = WRITERS["zarr"](file, iter([some_values("float32")]), Content.image(plan), nothing)
+    assert note.startswith("axes are up to 20° off those of the patient")
+    straight = np.diag([1.0, 1, 1, 1])
+    straight[:3, :3] = np.eye(3)[:, ::-1] * (2.0, 0.75, 0.5)
+    np.testing.assert_allclose(placed_by_readers(file), straight, atol=1e-12)
+    own = json.loads((file / "zarr.json").read_text())["attributes"]["gpuprep"]
+    np.testing.assert_allclose(own["affine_lps"], affine, atol=1e-12)
+
+
+def test_what_zarr_says_of_an_oblique_series_is_said_once(tmp_path: Path) -> None:
+    ct = Ct(tmp_path / "dicom" / "patient-1", orientation=(1, 0, 0, 0, 0.8, 0.6))
+    (series,) = gpuprep.discover(ct.folder)
+    corners = [(2, 4, 4), (2, 4, 9), (2, 9, 9), (2, 9, 4)]
+    masks = rtstruct(tmp_path / "rs.dcm", ct, a=[gpuprep.read(series).geometry.points_mm(corners)])
+    run = gpuprep.convert(tmp_path / "dicom", tmp_path / "out", replace(RAW, format="zarr"), masks=masks, backend="cpu")
+    assert [w.split(",")[0] for w in run.results[0].warnings] == ["axes are up to 36.9° off those of the patient"]
 
 
 def test_zarr_calls_labels_labels(tmp_path: Path) -> None:
@@ -240,7 +301,7 @@ def test_zarr_calls_labels_labels(tmp_path: Path) -> None:
     content = Content.labels(make_plan(axial(SHAPE, (2.5, 0.75, 0.5)), replace(RAW, format="zarr")), "uint8", 2)
     WRITERS["zarr"](tmp_path / "labels.ome.zarr", iter([labels]), content, nothing)
     attributes = json.loads((tmp_path / "labels.ome.zarr" / "zarr.json").read_text())["attributes"]
-    assert attributes["ome"]["image-label"] == {}  # of which every part may be left out
+    assert attributes["ome"]["image-label"] == {}  # every part of it may be left out
     assert attributes["ome"]["multiscales"][0]["name"] == "labels"
     assert set(attributes["gpuprep"]) == {"affine_lps"}
 
@@ -312,6 +373,11 @@ def test_a_package_that_is_absent_or_old_is_told_before_anything_is_read(
         ("volume.ome.zarr/zarr.json", True),
         ("masks/heart.ome.zarr/0/zarr.json", True),
         ("labels.ome.zarr/0/c/10/0/0", True),
+        ("volume.ome.zarr/labels/zarr.json", True),
+        ("volume.ome.zarr/labels/left lung/zarr.json", True),
+        ("volume.ome.zarr/labels/left lung/0/c/10/0/0", True),
+        ("volume.ome.zarr/labels/left lung/notes.txt", False),
+        ("labels.ome.zarr/labels/zarr.json", False),
         ("volume.ome.zarr/0/c/10/0", False),
         ("volume.ome.zarr/1/zarr.json", False),
         ("notes.ome.zarr/zarr.json", False),
@@ -355,24 +421,21 @@ def test_a_series_comes_out_as_it_was_computed_with_its_labels(tmp_path: Path, f
     assert run.counts == {"ok": 1}
     folder = out / run.results[0].folder
     ending = ENDINGS.get(format_, ".nii" if compression == "none" else ".nii.gz")
-    assert sorted(f.name for f in folder.iterdir()) == [
-        f"labels{ending}",
-        "preview.jpg",
-        "volume.json",
-        f"volume{ending}",
-    ]
+    labels_name = "volume.ome.zarr/labels/labels" if format_ == "zarr" else f"labels{ending}"
+    beside = [] if format_ == "zarr" else [labels_name]
+    assert sorted(f.name for f in folder.iterdir()) == [*beside, "preview.jpg", "volume.json", f"volume{ending}"]
     volume = gpuprep.process(gpuprep.read(gpuprep.discover(ct.folder)[0]), recipe, backend="cpu")
     np.testing.assert_array_equal(read_back(folder / f"volume{ending}"), np.asarray(volume.values))
     # Six slices of 2 mm become eight of 1.5 mm, whose centres lie at 0.75 k − 0.125 of them: rounded, these.
     nearest = [0, 1, 1, 2, 3, 4, 4, 5]
-    np.testing.assert_array_equal(read_back(folder / f"labels{ending}"), (LEFT_BOX + 2 * RIGHT_BOX)[nearest])
+    np.testing.assert_array_equal(read_back(folder / labels_name), (LEFT_BOX + 2 * RIGHT_BOX)[nearest])
     if format_ == "nifti":
         image, labels = (nibabel.load(folder / f"{name}{ending}") for name in ("volume", "labels"))
         np.testing.assert_allclose(LPS_TO_RAS @ image.affine, volume.affine[:, [2, 1, 0, 3]], atol=1e-4)
         np.testing.assert_array_equal(labels.affine, image.affine)
         assert set(np.unique(labels.get_fdata())) == {0, 1, 2}  # not scaled
     sidecar = json.loads((folder / "volume.json").read_text())
-    assert {label["file"] for label in sidecar["labels"]} == {f"labels{ending}"}
+    assert {label["file"] for label in sidecar["labels"]} == {labels_name}
     files = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
     assert set(sidecar["outputs"]) == files - {"volume.json"}
     assert list(verify(out, Here(), lambda: None)) == []
@@ -382,7 +445,7 @@ def test_a_series_comes_out_as_it_was_computed_with_its_labels(tmp_path: Path, f
 @pytest.mark.parametrize(("format_", "compression"), EVERY)
 def test_each_structure_has_a_volume_of_its_own_in_every_format(tmp_path: Path, format_: Any, compression: Any) -> None:
     ct = Ct(tmp_path / "dicom" / "patient-1")
-    names = {"left/lung": LEFT, "RIGHT": RIGHT, "right": LEFT}
+    names = {"left/lung": LEFT, "RIGHT": RIGHT, "right": LEFT, "zarr.json": RIGHT}
     masks = rtstruct(tmp_path / "rs.dcm", ct, **names)
     recipe = replace(RAW, format=format_, compression=compression, masks=Masks(layout="per-roi"))
     out = tmp_path / "out"
@@ -391,8 +454,16 @@ def test_each_structure_has_a_volume_of_its_own_in_every_format(tmp_path: Path, 
     assert result.labels is not None
     ending = ENDINGS.get(format_, ".nii" if compression == "none" else ".nii.gz")
     files = [label["file"] for label in result.labels]
-    assert files == [f"masks/{name}{ending}" for name in ("left%2Flung", "RIGHT", "right~2")]
-    for file, expected in zip(files, (LEFT_BOX, RIGHT_BOX, LEFT_BOX), strict=True):
+    plain = ["left%2Flung", "RIGHT", "right~2", "zarr.json~2"]
+    if format_ == "zarr":
+        assert files == [f"volume.ome.zarr/labels/{name}" for name in plain]
+        group = json.loads((out / result.folder / "volume.ome.zarr" / "labels" / "zarr.json").read_text())
+        assert group["attributes"] == {"ome": {"version": "0.5", "labels": plain}}  # by OME-Zarr 0.5, "labels"
+        one = json.loads((out / result.folder / files[0] / "zarr.json").read_text())
+        assert one["attributes"]["ome"]["image-label"] == {"source": {"image": "../../"}}
+    else:
+        assert files == [f"masks/{name}{ending}" for name in plain]
+    for file, expected in zip(files, (LEFT_BOX, RIGHT_BOX, LEFT_BOX, RIGHT_BOX), strict=True):
         np.testing.assert_array_equal(read_back(out / result.folder / file), expected)
     assert list(verify(out, Here(), lambda: None)) == []
     retire(out / result.folder, result.key)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from segmentations import write_rtstruct
-from test_masks import LEFT, LEFT_BOX, RIGHT, RIGHT_BOX, SHAPE, Ct
+from test_masks import LEFT, LEFT_BOX, ORIGIN_MM, RIGHT, RIGHT_BOX, SHAPE, Ct
 from typer.testing import CliRunner
 
 import gpuprep
@@ -131,6 +132,29 @@ def test_nifti_needs_no_files_beside_it(out: Path) -> None:
     assert "overwrite_image_reader_writer" not in dataset(out)
     labels = np.asarray(nibabel.load(out / "labelsTr" / "dicom_p2.nii.gz").dataobj)
     np.testing.assert_array_equal(labels.transpose(), 2 * RIGHT_BOX)
+
+
+@pytest.mark.parametrize("format_", ["nifti", "tif-stack"])
+def test_a_series_whose_slices_lean_is_no_case_and_is_told_so(out: Path, format_: Any) -> None:
+    # nnU-Net would take it for upright: by nibabel, which reads the shear, and from TIFF, which cannot say it.
+    tilt = np.deg2rad(15)
+    Ct(out.parent / "dicom" / "p4", orientation=(1, 0, 0, 0, float(np.cos(tilt)), float(-np.sin(tilt))))
+    files = sorted((out.parent / "dicom" / "p4").iterdir())
+    for file in files:  # the table goes along z, and not along the normal: six slices of 2 mm lean by 10 sin 15° mm
+        ds = pydicom.dcmread(file)
+        k = round((np.array(ds.ImagePositionPatient, float) - ORIGIN_MM) @ (0, np.sin(tilt), np.cos(tilt)) / 2)
+        ds.ImagePositionPatient = [*ORIGIN_MM[:2], ORIGIN_MM[2] + 2.0 * k]
+        ds.save_as(file)
+    compression = "zlib" if format_ == "nifti" else "none"
+    for policy, arranged in (("keep", (2, 1, 1)), ("fix", (2, 2, 0))):
+        run = convert(out, replace(RECIPE, format=format_, compression=compression, policy=policy))
+        assert run.counts == ({"ok": 4} if policy == "keep" else {"ok": 3, "fixed": 1})
+        assert run.arranged == arranged
+        (leaning,) = (r for r in run.results if r.folder.endswith("p4"))
+        assert ("leaning" in leaning.codes) == (policy == "keep")
+        assert any("p4" in name for name in view(out)) == (policy == "fix")
+        said = [w for w in leaning.warnings if w.startswith("slices lean by 2.59 mm in all")]
+        assert len(said) == (policy == "keep")
 
 
 def test_the_same_again_leaves_it_alone_and_another_recipe_arranges_it_anew(out: Path) -> None:

@@ -51,9 +51,11 @@ import gpuprep
 from gpuprep import decoding
 from gpuprep.backend import Backend, Engine, NumpyBackend
 from gpuprep.batch import scan
-from gpuprep.errors import GeometryError, InputError
+from gpuprep.errors import GeometryError, InputError, OutputError
+from gpuprep.executors import Here
 from gpuprep.geometry import Geometry, Placement
 from gpuprep.manifest import SeriesResult
+from gpuprep.opening import Finished
 from gpuprep.phantom import write_series
 from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
@@ -61,6 +63,7 @@ from gpuprep.recipe import Recipe
 from gpuprep.report.writing import write_report
 from gpuprep.rules import Rules
 from gpuprep.runs import Run
+from gpuprep.upkeep import verify
 from gpuprep.volume import Volume
 from gpuprep.writers import tiff
 
@@ -94,7 +97,7 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == [*range(1, 43), 45, 46, 47, 48, 49, 56, 57, 60, 61]
+    assert sorted(set(TESTED)) == [*range(1, 43), 45, 46, 47, 48, 49, 56, 57, 60, 61, 62]
 
 
 # What tests have in common
@@ -1266,6 +1269,46 @@ def test_planes_that_the_classic_zoom_loses_are_named_and_no_other_recipe_loses_
     whole = alone(gpuprep.convert(tmp_path / "in", tmp_path / "edge", edge, backend="cpu", engine=engine))
     assert not whole.codes
     assert written(tmp_path / "edge", whole).min() > 90
+
+
+@trap(62, "ome-zarr")
+@pytest.mark.parametrize(
+    ("recipe", "low"),
+    [
+        (replace(HU, dtype="int16"), -1000),
+        (HU, -1000),
+        (replace(HU, window_hu=(-500.0, 300.0), dtype="uint8"), -500),
+        (replace(HU, window_hu=(-1350.0, 150.0), dtype="uint16"), -1000),
+    ],
+    ids=["int16", "float32", "uint8", "uint16"],
+)
+def test_a_lost_part_of_an_ome_zarr_is_air_to_others_and_missed_by_us(
+    tmp_path: Path, recipe: Recipe, low: float
+) -> None:
+    zarr = pytest.importorskip("zarr", minversion="3")
+    recipe = replace(recipe, format="zarr")
+    air = np.full((70, 12, 14), 24, np.int16)  # −1000 HU throughout, but for a voxel in each slice
+    air[:, 3, 4] = 1024
+    write_series(tmp_path / "in", air, SPACING, change=lambda ds, _: ds.__delattr__("PixelPaddingValue"))
+    uid = found(tmp_path / "in").series_uid
+    drawn = write_rtstruct(tmp_path / "rs.dcm", {"a": [in_patient(rectangle(2, 6), 1)]}, series_uid=uid)
+    run = gpuprep.convert(tmp_path / "in", tmp_path / "out", recipe, masks=drawn, backend="cpu")
+    folder = tmp_path / "out" / alone(run).folder
+    hu = json.loads((folder / "volume.json").read_text())["hu"]
+    for name, lost in (("volume.ome.zarr", low), ("volume.ome.zarr/labels/labels", 0)):
+        array = zarr.open_array(folder / name / "0", mode="r")
+        shards = sorted((folder / name / "0" / "c").glob("*/0/0"))
+        assert len(shards) == -(-70 // array.shards[0]) > 1  # also of parts without any label
+        shards[1].unlink()
+        depth = array.shards[0]
+        values = zarr.open_array(folder / name / "0", mode="r")[depth : 2 * depth].astype(float)
+        if name == "volume.ome.zarr":
+            values = values * hu["slope"] + hu["intercept"]
+        np.testing.assert_allclose(values, lost, atol=2.0)  # a step of uint8 is 3 HU
+        lost_files = [f.path for f in verify(tmp_path / "out", Here(), lambda: None)]
+        assert f"in/{name}/0/c/1/0/0" in lost_files
+        with pytest.raises(OutputError, match="cannot be read"):
+            _ = Finished(folder).image() if name == "volume.ome.zarr" else Finished(folder).mask(name)
 
 
 # Masks

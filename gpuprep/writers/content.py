@@ -29,6 +29,8 @@ class Content:
     compression: Compression
     display: tuple[float, float]
     """Values to show as black and as white."""
+    fill: float
+    """Value of what is not stored: air, or no structure."""
     hu: tuple[float, float] | None = None
     """HU per unit and HU of value 0; None for labels."""
 
@@ -51,11 +53,11 @@ class Content:
     def image(cls, plan: Plan) -> Content:
         """Return the image of a plan: shown in its window, or for unwindowed HU in what is usual for CT."""
         low, high = ((hu + plan.shift_hu) * plan.scale for hu in plan.recipe.window_hu or (-1000.0, 400.0))
-        return cls(
-            plan.target, plan.recipe.dtype, plan.recipe.compression, (low, high), (plan.hu_slope, plan.hu_intercept)
-        )  # fmt: skip
+        hu = plan.hu_slope, plan.hu_intercept
+        air = plan.air if plan.recipe.dtype == "float32" else round(plan.air)
+        return cls(plan.target, plan.recipe.dtype, plan.recipe.compression, (low, high), air, hu)
 
     @classmethod
     def labels(cls, plan: Plan, dtype: str, highest: int) -> Content:
         """Return labels on the grid of a plan, up to the highest."""
-        return cls(plan.target, dtype, plan.recipe.compression, (0, max(1, highest)))
+        return cls(plan.target, dtype, plan.recipe.compression, (0, max(1, highest)), 0)

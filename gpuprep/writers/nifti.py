@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.geometry import UNSEEN_MM
 from gpuprep.writers.content import Content, Settle, nothing
 from gpuprep.writers.gzipping import gzipped
 
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From LPS."""
-
-UNSEEN_MM = 0.1
-"""Slices may lie so far beside the normal and count as upright: the recipe's ``lean_tolerance_mm``, unless changed."""
 
 SCANNER = 1
 """Code of an affine that leads to the coordinates of the scanner (NIFTI_XFORM_SCANNER_ANAT)."""
@@ -42,7 +40,7 @@ def write_nifti(
     settle(path)
     if header["qform_code"]:
         return ()
-    return (f"slices lean, which {path.name} says by its sform alone: nibabel reads it, ITK and nnU-Net refuse",)
+    return (f"slices lean, which {path.name} says by its sform alone: nibabel reads it, ITK refuses",)
 
 
 def _header(content: Content) -> Any:

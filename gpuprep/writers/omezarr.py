@@ -3,9 +3,15 @@
 A chunk holds about 32 × 64 × 64 voxels, so a patch costs little more than itself. A shard is one file with all chunks
 of as many slices as a chunk has; these are what is buffered, so that each file is written once.
 
+OME-Zarr 0.5 has no affine. Each axis says the direction of the patient that it is nearest to (RFC-4), and the
+translation is the centre of the first voxel: "z", "y" and "x" of it in LPS, in whichever direction the axes run.
+ngff-zarr makes and reads ITK images so: translation is origin, orientation is direction. The affine is among our own
+attributes.
+
 References
 ----------
-OME-Zarr (NGFF) 0.5: ``multiscales``, ``image-label``; Zarr core specification 3; sharding codec (ZEP 2).
+OME-Zarr (NGFF) 0.5: ``multiscales``, ``labels``, ``image-label``; RFC-4 (axis orientation); Zarr core specification 3;
+sharding codec (ZEP 2).
 """
 
 from __future__ import annotations
@@ -18,11 +24,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.geometry import Geometry, Shape3
+from gpuprep.geometry import UNSEEN_MM, Geometry, Shape3
 from gpuprep.writers.content import Content, Settle, nothing
 
 CHUNK = (32, 64, 64)
 """About; each axis is divided evenly, so that little is padded at its end."""
+
+ORIENTATIONS = (
+    ("inferior-to-superior", "superior-to-inferior"),
+    ("anterior-to-posterior", "posterior-to-anterior"),
+    ("right-to-left", "left-to-right"),
+)
+"""Words of RFC-4 for an axis along growing and falling z, y and x of LPS."""
+
+LABELS_GROUP = "labels"
+"""Group of the label volumes of an image, inside that of the image."""
 
 SHARD_BYTES = 2**25
 """Slices that are buffered take no more; a chunk of very large slices has fewer. Zarr makes some copies of them."""
@@ -43,6 +59,9 @@ def write_omezarr(
         dtype=content.dtype,
         chunks=(depth, rows, columns),
         shards=(depth, *planes),
+        # A lost file then reads as air, not as 0 HU, which is water; and as none is left out, a lost one is missed.
+        fill_value=content.fill,
+        config={"write_empty_chunks": True},
         compressors=_compressor(content),
         dimension_names=("z", "y", "x"),
     )
@@ -55,11 +74,21 @@ def write_omezarr(
             held += taken
             if held == depth or start + held == content.shape[0]:
                 array[start : start + held] = slab[:held]
-                shard = path / "0" / "c" / str(start // depth) / "0" / "0"
-                if shard.exists():  # there is none for zeros alone
-                    settle(shard)
+                settle(path / "0" / "c" / str(start // depth) / "0" / "0")
                 start, held = start + held, 0
-    return ()
+    if (apart_deg := _obliqueness_deg(content.grid)) is None:
+        return ()
+    return (
+        f"axes are up to {apart_deg:.3g}° off those of the patient, which OME-Zarr cannot say: its readers take them "
+        'for straight; the affine is "affine_lps" under "gpuprep" in its attributes',
+    )
+
+
+def list_labels(image: Path, names: list[str]) -> None:
+    """Make the group by which readers find the label volumes inside an image's group."""
+    import zarr
+
+    zarr.create_group(image / LABELS_GROUP, zarr_format=3, attributes={"ome": {"version": "0.5", "labels": names}})
 
 
 def _chunk(content: Content) -> Shape3:
@@ -83,27 +112,57 @@ def _compressor(content: Content) -> Any:
 
 
 def _attributes(path: Path, content: Content) -> dict[str, Any]:
-    placing: list[dict[str, Any]] = [{"type": "scale", "scale": list(content.spacing_mm)}]
-    if _runs_along_the_patient(content.grid):  # OME-Zarr knows no rotation yet
-        placing.append({"type": "translation", "translation": list(content.grid.origin_mm[::-1])})
+    grid = content.grid
     ome: dict[str, Any] = {
         "version": "0.5",
         "multiscales": [
             {
                 "name": path.name.removesuffix(".ome.zarr"),
-                "axes": [{"name": name, "type": "space", "unit": "millimeter"} for name in "zyx"],
-                "datasets": [{"path": "0", "coordinateTransformations": placing}],
+                "axes": [
+                    {
+                        "name": name,
+                        "type": "space",
+                        "unit": "millimeter",
+                        "orientation": {"type": "anatomical", "value": words},
+                    }
+                    for name, words in zip("zyx", _orientations(grid), strict=True)
+                ],
+                "datasets": [
+                    {
+                        "path": "0",
+                        "coordinateTransformations": [
+                            {"type": "scale", "scale": list(content.spacing_mm)},
+                            {"type": "translation", "translation": list(grid.origin_mm[::-1])},
+                        ],
+                    }
+                ],
             }
         ],
     }
-    own: dict[str, Any] = {"affine_lps": content.grid.affine.tolist()}
+    own: dict[str, Any] = {"affine_lps": grid.affine.tolist()}
     if content.hu is None:
-        ome["image-label"] = {}
+        inside = path.parent.name == LABELS_GROUP
+        ome["image-label"] = {"source": {"image": "../../"}} if inside else {}
     else:
         own |= {"hu_slope": content.hu[0], "hu_intercept": content.hu[1]}
     return {"ome": ome, "gpuprep": own}
 
 
-def _runs_along_the_patient(grid: Geometry) -> bool:
-    """Whether slices go up, rows to the back and columns to the left, so that index times spacing is a place in LPS."""
-    return np.allclose(grid.affine[2::-1, :3], np.diag(grid.spacing_mm), rtol=0, atol=1e-6)
+def _orientations(grid: Geometry) -> list[str]:
+    """Return the direction of the patient that each axis is nearest to, no two along the same line."""
+    turn, found = grid.to_axial, ["", "", ""]
+    for words, axis, falls in zip(ORIENTATIONS, turn.axes, turn.flips, strict=True):
+        found[axis] = words[falls]
+    return found
+
+
+def _obliqueness_deg(grid: Geometry) -> float | None:
+    """Return how far axes are off the directions of the patient; None where no voxel is visibly misplaced by it."""
+    turn = grid.to_axial
+    axial = grid.affine[:3, list(turn.axes)] * np.where(turn.flips, -1, 1)  # columns near +z, +y, +x
+    spacing_mm = np.linalg.norm(axial, axis=0)
+    apart_mm = np.abs(axial - np.eye(3)[:, ::-1] * spacing_mm) @ np.array(grid.shape)[list(turn.axes)]
+    if apart_mm.max() <= UNSEEN_MM:
+        return None
+    cosines = axial[[2, 1, 0], [0, 1, 2]] / spacing_mm
+    return math.degrees(math.acos(min(1.0, float(cosines.min()))))
