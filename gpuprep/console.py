@@ -307,7 +307,7 @@ def show_forecast(forecast: Forecast) -> None:
         console.print(f"does not fit: {forecast.misfit}", style="red")
 
 
-def show_status(status: Status) -> None:
+def show_status(status: Status, out: str) -> None:
     """Print what an output folder holds and how far its runs are."""
     console = _console(stderr=False)
     for p in status.progress:
@@ -328,6 +328,14 @@ def show_status(status: Status) -> None:
             console.print(f"  {example}", soft_wrap=True)
     if status.unreadable:
         console.print(f"{status.unreadable} DICOM files or folders unreadable", style="red")
+    if status.other_recipe:
+        console.print(
+            f"{numbered(status.other_recipe, 'output')} by another recipe than the last run's: convert their inputs "
+            f"with --recipe {printable(out)}/recipe.toml to make all alike; gpuprep manifest {printable(out)} has the "
+            "recipe_sha256 of each",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 class Counting:

@@ -35,7 +35,7 @@ def status(out: OutArgument, json_: Json = False) -> None:
         if json_:
             print_json(asdict(found))
         else:
-            show_status(found)
+            show_status(found, out)
 
 
 def verify(

@@ -108,6 +108,8 @@ class Status:
     reasons: tuple[Reason, ...]
     unreadable: int
     progress: tuple[Progress, ...] = field(default=())
+    other_recipe: int = 0
+    """Outputs that were made by another recipe than that of the last run."""
 
 
 def status(out: str | Path) -> Status:
@@ -124,11 +126,15 @@ def status(out: str | Path) -> Status:
     size = 0
     left_out: dict[tuple[str, str], list[str]] = defaultdict(list)
     numbers: Counter[tuple[str, str]] = Counter()
+    recipes: Counter[str] = Counter()
+    columns = ("status", "codes", "bytes", "reason", "source", "recipe_sha256")
     with closing(Records(out)) as records:
-        for state, codes, bytes_, reason, source in records.columns("status", "codes", "bytes", "reason", "source"):
+        for state, codes, bytes_, reason, source, recipe_sha256 in records.columns(*columns):
             counts[state] += 1
             size += bytes_
-            if state not in DONE:
+            if state in DONE:
+                recipes[recipe_sha256] += 1
+            else:
                 kind = state, ", ".join(codes)
                 numbers[kind] += 1
                 if len(left_out[kind]) < EXAMPLES:
@@ -140,7 +146,9 @@ def status(out: str | Path) -> Status:
             for shard, manifest in records.manifests.items()
             if (run := manifest.last_run()) is not None
         )
-    return Status(dict(counts), size, reasons, unreadable, progress)
+    last = max((p.run for p in progress), key=lambda run: run.started, default=None)
+    other_recipe = recipes.total() - recipes[last.recipe_sha256] if last is not None else 0
+    return Status(dict(counts), size, reasons, unreadable, progress, other_recipe)
 
 
 def _progress(out: str | Path, shard: Shard, run: RunRecord, manifest: Manifest) -> Progress:

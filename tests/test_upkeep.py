@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gpuprep.manifest import Manifest, RunRecord
 from gpuprep.naming import Pseudonyms
 from gpuprep.output import open_output
 from gpuprep.recipe import Recipe
+from gpuprep.sharding import Shard
 from gpuprep.upkeep import Finding, status, verify
 
 
@@ -106,6 +108,32 @@ def test_status_on_the_command_line(out: Path, tmp_path: Path) -> None:
     assert (absent.exit_code, absent.stderr) == (
         2, f"gpuprep: {tmp_path / 'nowhere'} has no manifest: give the --out of a run\n",
     )  # fmt: skip
+
+
+def test_status_says_how_many_outputs_are_by_another_recipe(dicom: Path, out: Path) -> None:
+    assert status(out).other_recipe == 0
+    assert "recipe" not in command("status", out).stdout
+    finer = replace(SMALL, size=(7, 6))
+    go(dicom / "p1", out, finer)
+    assert status(out).other_recipe == 1  # p2; the rejected one has no output
+    shown = command("status", out)
+    assert f"1 output by another recipe than the last run's: convert their inputs with --recipe {out}/recipe.toml" in (
+        " ".join(shown.stdout.split())
+    )
+    assert json.loads(command("status", out, "--json").stdout)["other_recipe"] == 1
+    # What it says helps.
+    go(dicom, out, Recipe.load(str(out / "recipe.toml")))
+    assert status(out).other_recipe == 0
+
+
+def test_status_of_shards_goes_by_the_run_that_began_last(tmp_path: Path) -> None:
+    uids = [f"1.2.{n}" for n in range(100)]
+    of_first, of_second = ([uid for uid in uids if Shard(n, 2).has(uid)] for n in (1, 2))
+    for uid in (*of_first[:2], of_second[0]):
+        add(tmp_path / "dicom" / uid, series_uid=uid)
+    go(tmp_path / "dicom", tmp_path / "out", shard=Shard(1, 2))
+    go(tmp_path / "dicom", tmp_path / "out", replace(SMALL, size=(7, 6)), shard=Shard(2, 2))
+    assert status(tmp_path / "out").other_recipe == 2
 
 
 # --- verify
