@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +32,11 @@ from gpuprep.writers.omezarr import LABELS_GROUP, list_labels
 
 OVERLAPS_NAMED = 3
 """Pairs of overlapping structures that a message names."""
+STRUCTURES_NAMED = 5
+"""Structures without voxels that a message names."""
+
+EMPTY = "mask-empty"
+"""Code of the error where something is drawn, and nothing of it is on the series."""
 
 
 @dataclass(slots=True)
@@ -161,7 +166,7 @@ def write_masks(
     Raises
     ------
     SegmentationError
-        If structures overlap and ought to share a volume.
+        If structures overlap and ought to share a volume, or none of them covers a voxel.
     """
     recipe = plan.recipe
     write = WRITERS[recipe.format]
@@ -204,9 +209,37 @@ def write_masks(
                 )
                 masked.notes.append(f"{printable(label.name)}: {lost}")
         masked.labels += labels
+    _check_not_empty(masked.labels)
     if image:
         list_labels(image, [name.rpartition("/")[2] for name, _ in volumes])
     return shown
+
+
+def _check_not_empty(labels: Sequence[Label]) -> None:
+    """Raise if all that is drawn in a file, or all of a series, has no voxel: it would be taken for background."""
+    by_source: dict[str, list[Label]] = defaultdict(list)
+    for label in labels:
+        by_source[label.source].append(label)
+    for source, own in by_source.items():
+        if not any(label.source_voxels for label in own):
+            raise SegmentationError(
+                f"{printable(os.path.basename(source))}: {_enumerated(own)} of it covers a voxel of the series: is it "
+                "drawn on another series? Take it away to convert the image alone",
+                EMPTY,
+            )
+    if labels and not any(label.voxels for label in labels):
+        raise SegmentationError(
+            f"{_enumerated(labels)} has a voxel left on the grid of the output, of "
+            f"{numbered(sum(label.source_voxels for label in labels), 'voxel')} as acquired: choose a finer spacing",
+            EMPTY,
+        )
+
+
+def _enumerated(labels: Sequence[Label]) -> str:
+    """Return "none of the N structures …", with the names of some."""
+    names = ", ".join(printable(label.name) for label in labels[:STRUCTURES_NAMED])
+    more = f" and {len(labels) - STRUCTURES_NAMED} more" if len(labels) > STRUCTURES_NAMED else ""
+    return f"none of {numbered(len(labels), 'structure')} ({names}{more})"
 
 
 def _files(names: Sequence[str], ending: str) -> list[str]:

@@ -187,11 +187,11 @@ def test_a_header_beside_a_pinnacle_plan_is_part_of_it(tmp_path: Path, ct: Ct) -
     assert convert(tmp_path, folder).counts == {"ok": 1}
     header = folder / "ImageSet_0.header"
     header.write_text("patient_position : HFP\n")
-    run = convert(tmp_path, folder)
-    assert (run.counts, run.unmatched) == ({"ok": 1}, ())
-    assert convert(tmp_path, folder).counts == {"skipped": 1}
+    run = convert(tmp_path, folder)  # turned over, the outline lies outside of the series
+    assert (run.counts, run.results[0].codes, run.unmatched) == ({"rejected": 1}, ("mask-empty",), ())
     header.write_text(f"patient_position : HFS\nseries_UID : {ct.uid}\n")
     assert convert(tmp_path, folder / "plan.roi").counts == {"ok": 1}
+    assert convert(tmp_path, folder / "plan.roi").counts == {"skipped": 1}
 
 
 def test_a_roi_that_matches_no_structure_is_reported(tmp_path: Path, ct: Ct) -> None:

@@ -44,7 +44,7 @@ from pydicom.uid import (
     generate_uid,
 )
 from scipy import ndimage
-from segmentations import write_rtstruct
+from segmentations import write_rtstruct, write_seg
 from standin import ForeignBackend
 
 import gpuprep
@@ -1464,6 +1464,44 @@ def test_an_roi_of_another_frame_of_reference_is_not_painted_here(tmp_path: Path
     assert set(got) == {"A"}
     np.testing.assert_array_equal(got["A"], expected)
     assert "B: left out, it is drawn in another frame of reference" in " ".join(result.warnings)
+
+
+@trap(58, "seg-across-the-slices")
+def test_a_sagittal_segmentation_lies_where_it_was_painted(tmp_path: Path) -> None:
+    # Frames on the columns of the series; painted are slices 2 and 3, rows 4 to 9 and columns 6 to 10.
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[SPACING[2], 0, 0], [0, 0, SPACING[1]], [0, SPACING[0], 0]])  # x, z, y
+    affine[:3, 3] = ORIGIN
+    frames = np.zeros((24, 6, 20), bool)
+    frames[6:11, 2:4, 4:10] = True
+    write_series(tmp_path / "in", noise(6), SPACING)
+    grid = Geometry(frames.shape, affine)
+    got, _ = masks(tmp_path, lambda path, s: write_seg(path, {"a": frames}, grid, series_uid=s.series_uid))
+    np.testing.assert_array_equal(got["a"], frames.transpose(1, 2, 0))
+
+
+@trap(58, "seg-of-overlapping-slices")
+def test_a_frame_painted_on_one_of_slices_that_overlap_stays_on_it(tmp_path: Path) -> None:
+    # Slices of 5 mm every 2.5 mm, and no Spacing Between Slices.
+    def thick(ds: Dataset) -> None:
+        measures = ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+        measures.SliceThickness = "5"
+        del measures.SpacingBetweenSlices
+
+    def write(path: Path, series: gpuprep.Series) -> None:
+        by_z = sorted(series.slices, key=lambda header: (header.position_mm or ORIGIN)[2])
+        uids = [header.sop_instance_uid for header in by_z]
+        write_seg(path, {"a": mask}, grid, series_uid=series.series_uid, sop_uids=uids, change=thick)
+
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag(SPACING)[::-1]
+    affine[:3, 3] = ORIGIN
+    mask = np.zeros((6, 20, 24), bool)
+    mask[4, 5:15, 5:15] = True
+    grid = Geometry(mask.shape, affine)
+    write_series(tmp_path / "in", noise(6), SPACING)
+    got, _ = masks(tmp_path, write)
+    np.testing.assert_array_equal(got["a"], mask)
 
 
 @trap(42, "broken-neighbours")

@@ -62,6 +62,23 @@ class Contour:
     rule: Rule = "even-odd"
 
 
+ONE_PLANE_MM = 0.01
+"""Painted planes that lie closer together are one."""
+
+
+class Slab(NamedTuple):
+    """Extent of a painted plane along its normal, and how it is known."""
+
+    below_mm: float
+    above_mm: float
+    """Up to half-way to the neighbouring planes of the file, painted or not."""
+    is_known: bool = True
+    """Whether that is more than a thickness: the distance between planes is stated, or measured on several even ones,
+    or the plane was made from several images."""
+    source_uid: str = ""
+    """*SOP Instance UID* of the one image that the plane was painted on; "" where the file names none or several."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Raster:
     """Painted pixels of one plane: a rectangle of it that holds them all."""
@@ -76,6 +93,8 @@ class Raster:
     slice: SliceKey | None = None
     geometry: Geometry | None = None
     """Of the plane, shape (1, rows, columns), where the file says where it lies in the patient."""
+    slab: Slab | None = None
+    """Absent: half the thickness of `geometry` to both sides."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,6 +200,7 @@ def painted(
     mask: NDArray[Any],
     slice_: SliceKey | None = None,
     geometry: Geometry | None = None,
+    slab: Slab | None = None,
 ) -> Raster | None:
     """Return the rectangle of a plane that holds its non-zero pixels; None where there are none."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -188,4 +208,4 @@ def painted(
         return None
     top, left = int(rows[0]), int(columns[0])
     part = mask[top : rows[-1] + 1, left : columns[-1] + 1] != 0
-    return Raster(part, top, left, (mask.shape[0], mask.shape[1]), slice_, geometry)
+    return Raster(part, top, left, (mask.shape[0], mask.shape[1]), slice_, geometry, slab)

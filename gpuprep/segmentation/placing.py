@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import Contour, Plane, Raster, Reading, Segmentation, SliceKey, Structure
+from gpuprep.segmentation import oblique
+from gpuprep.segmentation.contours import Contour, Plane, Raster, Reading, Segmentation, Slab, SliceKey, Structure
 from gpuprep.segmentation.rasterizing import filled, on_outline
 from gpuprep.stacking import Stack
 from gpuprep.text import numbered, printable
@@ -41,6 +42,9 @@ CORNERS = 1024
 
 WHOLE = 0.01
 """Pixels by which a painted plane may lie beside the pixels of a slice and still be copied, not sampled."""
+
+PARALLEL = 0.1
+"""Layers by which a painted plane may rise from corner to corner and still be parallel to the slices."""
 
 
 @dataclass(slots=True)
@@ -153,6 +157,10 @@ class _Slices:
         self._by_uid: dict[str, set[int]] = defaultdict(set)
         for n, header in (*enumerate(stack.slices), *stack.twins):
             self._by_uid[header.sop_instance_uid].add(n)
+        named = segmentation.sop_uids
+        self.are_named = not named or not named.isdisjoint(self._by_uid)
+        """Whether the images that the segmentation names, if it names any, are among them."""
+        self.oblique = oblique.Slices(stack.geometry.affine, self.along, self.shift, self.matrix)
         self._z = np.array([header.position_mm[2] for header in stack.slices if header.position_mm])
         self._by_number = _numbering(segmentation, stack, reading)
 
@@ -162,6 +170,19 @@ class _Slices:
         to_lower, to_upper = np.abs(k - self.along[above - 1]), np.abs(k - self.along[above])
         n = np.where(to_lower <= to_upper + 2 * ROUNDED, above - 1, above)  # half-way, always the lower one
         return np.where(np.minimum(to_lower, to_upper) <= HALF_LAYER, n, -1)
+
+    def are_between(self, k: NDArray[np.float64]) -> bool:
+        """Whether a part of what reaches over layers `k` lies within half a layer of the first to the last slice."""
+        return bool(k.max() >= self.along[0] - HALF_LAYER and k.min() <= self.along[-1] + HALF_LAYER)
+
+    def same_plane(self, k: float) -> int | None:
+        """Return the slice in whose plane layer `k` lies; None where there is none."""
+        n = int(np.abs(self.along - k).argmin())
+        return n if abs(self.along[n] - k) <= min(SAME_PLANE, SAME_PLANE_MM / self.spacing_mm[0]) else None
+
+    def is_of(self, n: int, sop_instance_uid: str) -> bool:
+        """Whether a slice is of the image with that UID."""
+        return n in self._by_uid.get(sop_instance_uid, ())
 
     def within(self, k: float, half: float) -> list[int]:
         """Return the slices within `half` layers of layer `k`."""
@@ -256,9 +277,14 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
             left_out["on no slice of the series"] += 1
         else:
             _add(parts[n], contour, _in_pixels(contour, slices))
+    slanting: list[Raster] = []
     for raster in structure.rasters:
-        if raster.geometry is not None:
+        if raster.geometry is not None and _is_parallel(raster, slices):
             _match_raster(raster, slices, candidates, left_out)
+        elif raster.geometry is not None and not slices.are_between(_layers(raster, slices)):
+            left_out["on no slice of the series"] += 1
+        elif raster.geometry is not None:
+            slanting.append(raster)
         elif raster.matrix is not None and raster.matrix != slices.matrix:
             (rows, columns), (have_rows, have_columns) = raster.matrix, slices.matrix
             raise SegmentationError(
@@ -268,6 +294,8 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
             left_out["on no slice of the series"] += 1
         else:
             parts[n].rasters.append((raster, None))
+    for n, cut in oblique.cut(slanting, slices.oblique):
+        parts[n].rasters.append((cut, None))
     for n, found in candidates.items():
         nearest = min(abs(c.distance) for c in found)
         same = min(SAME_PLANE, SAME_PLANE_MM / slices.spacing_mm[0])
@@ -348,28 +376,59 @@ def _match_contours(
             candidates[n].append(_Candidate(float(layer - slices.along[n]), contour, points, None, None))
 
 
+def _is_parallel(raster: Raster, slices: _Slices) -> bool:
+    """Whether the plane of a raster, from corner to corner, is parallel to the slices."""
+    assert raster.geometry is not None  # noqa: S101 - only such rasters are asked about
+    rise = np.abs((slices.to_index @ raster.geometry.affine)[0, 1:3])
+    return bool(rise @ (np.array(raster.geometry.shape[1:]) - 1) <= PARALLEL)
+
+
+def _layers(raster: Raster, slices: _Slices) -> NDArray[np.float64]:
+    """Return the layers in which the corners of the painted pixels of a plane lie, shape (4,)."""
+    assert raster.geometry is not None  # noqa: S101 - only such rasters are asked about
+    rows, columns = raster.mask.shape
+    corners = [[0, raster.row + r, raster.column + c, 1] for r in (0, rows - 1) for c in (0, columns - 1)]
+    return np.asarray((slices.to_index @ raster.geometry.affine)[0] @ np.array(corners, dtype=np.float64).T)
+
+
 def _match_raster(
     raster: Raster, slices: _Slices, candidates: dict[int, list[_Candidate]], left_out: Counter[str]
 ) -> None:
+    """Add a plane that is parallel to the slices to the candidates of those it stands for."""
     assert raster.geometry is not None  # noqa: S101 - that is why it comes here
     to_index = slices.to_index @ raster.geometry.affine  # (0, row, column) of the plane to (k, j, i) of the grid
-    rows, columns = raster.mask.shape
-    corners = [[0, raster.row + r, raster.column + c, 1] for r in (0, rows - 1) for c in (0, columns - 1)]
-    k = (to_index @ np.array(corners, dtype=np.float64).T)[0]
-    if np.ptp(k) > 2 * HALF_LAYER:
-        left_out["across slices, not in their plane"] += 1
-        return
+    middle = float(_layers(raster, slices).mean())
+    to_plane = np.linalg.inv(np.vstack([to_index[1:3, 1:], [0, 0, 1]]))
     # A plane thicker than a layer stands for all slices in it.
     half = HALF_LAYER * max(1.0, abs(float(to_index[0, 0])))
-    middle = float(k.mean())
-    found = slices.within(middle, half)
+    n = slices.same_plane(middle)
+    found = [n] if n is not None and _is_painted_on(raster, n, to_plane, slices) else slices.within(middle, half)
     if not found:
         left_out["on no slice of the series"] += 1
-    to_plane = np.linalg.inv(np.vstack([to_index[1:3, 1:], [0, 0, 1]]))
     for n in found:
-        moved = np.eye(3)
-        moved[:2, 2] = slices.shift[n]
-        candidates[n].append(_Candidate(middle - slices.along[n], None, None, raster, to_plane @ moved))
+        candidates[n].append(_Candidate(middle - slices.along[n], None, None, raster, to_plane @ _moved(slices, n)))
+
+
+def _moved(slices: _Slices, n: int) -> NDArray[np.float64]:
+    """Return the matrix from (row, column, 1) of a slice to those of the grid."""
+    moved = np.eye(3)
+    moved[:2, 2] = slices.shift[n]
+    return moved
+
+
+def _is_painted_on(raster: Raster, n: int, to_plane: NDArray[np.float64], slices: _Slices) -> bool:
+    """Whether a plane was painted on the slice in whose plane it lies, so that it stands for that slice alone.
+
+    The file says so, by the image it was made from. If it names none, and does not say how far its planes are apart,
+    thickness says nothing, because slices may overlap: then a plane on the very pixels of a slice was painted on it.
+    """
+    slab = raster.slab or Slab(0.0, 0.0)
+    if slab.source_uid:
+        return slices.is_of(n, slab.source_uid)
+    if slab.is_known or not slices.are_named or raster.matrix != slices.matrix:
+        return False
+    away = np.abs(to_plane @ _moved(slices, n) - np.eye(3))
+    return bool(away[:, :2].max() < WHOLE / max(slices.matrix) and away[:, 2].max() < WHOLE)
 
 
 def _reach(raster: Raster, to_plane: NDArray[np.float64] | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from gpuprep.errors import DecodeError, SegmentationError
 from gpuprep.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
 from gpuprep.segmentation.attributes import binary, decimals, image_frames, integer, items, name, raw, text, uid
-from gpuprep.segmentation.contours import Collector, ImageFrame, Reading, Segmentation, SliceKey, painted
+from gpuprep.segmentation.contours import (
+    ONE_PLANE_MM,
+    Collector,
+    ImageFrame,
+    Reading,
+    Segmentation,
+    Slab,
+    SliceKey,
+    painted,
+)
 from gpuprep.segmentation.values import FARTHEST, distinct
 from gpuprep.series import SliceHeader
 from gpuprep.syntaxes import UNDEFINED_LENGTH
@@ -42,8 +51,11 @@ MOST_PIXELS = 2**26
 MOST_PAINTED = 2**32
 """Pixels in the rectangles of all frames together, which take a byte each."""
 
-SAME_PLANE_MM = 0.01
-"""Planes that lie closer together are one."""
+EVEN = 0.1
+"""Share by which distances between planes may differ from their median and are even."""
+
+NEXT = 1.5
+"""Up to so many spacings away, another plane is the next one; farther away, empty planes between were left out."""
 
 
 def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
@@ -92,7 +104,7 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
                 names[number] = _name_of_unknown(number, names)
                 notes.append(f"segment {number} has pixels and no description")
                 collector.declare(names[number])
-            raster = painted(mask, place.slice, place.geometry)
+            raster = painted(mask, place.slice, place.geometry, place.slab)
             if raster is None:
                 continue
             painted_px += raster.mask.size
@@ -274,6 +286,7 @@ class _Place:
 
     slice: SliceKey | None
     geometry: Geometry | None
+    slab: Slab | None
     sources: frozenset[ImageFrame]
     """Images that the frame was made from."""
 
@@ -291,7 +304,7 @@ class _Groups:
             )
         self._shared = [*items(ds, "SharedFunctionalGroupsSequence")][:1]
         self._sources: dict[bytes, frozenset[ImageFrame]] = {}
-        self._geometries: dict[tuple[str, ...], Geometry] = {}
+        self._places: dict[tuple[str, ...], tuple[Geometry, Slab]] = {}
 
     def segment(self, frame: int, segments: dict[int, str]) -> int:
         """Return the number of the segment of a frame; the only one where it does not say."""
@@ -309,60 +322,62 @@ class _Groups:
         uids = {source.sop_uid for source in sources}
         self.sop_uids |= uids
         try:
-            geometry = self._geometry(frame)
+            measured = self._measured(frame)
         except SegmentationError as exc:
             raise SegmentationError(f"frame {frame + 1}: {exc}") from None
-        if geometry is not None:
-            return _Place(None, geometry, sources)
+        if measured is not None:
+            geometry, slab = measured
+            if len(sources) == 1:  # which frame of it, its place says
+                slab = slab._replace(source_uid=next(iter(uids)))
+            elif sources:
+                slab = slab._replace(is_known=True)
+            return _Place(None, geometry, slab, sources)
         if len(uids) == 1 and not any(source.number for source in sources):
-            return _Place(SliceKey("uid", next(iter(uids))), None, sources)
+            return _Place(SliceKey("uid", next(iter(uids))), None, None, sources)
         raise SegmentationError(
             f"frame {frame + 1} does not say where it lies: it lacks its position, orientation or pixel spacing, and "
             f"refers to {len(uids)} images"
         )
 
-    def _geometry(self, frame: int) -> Geometry | None:
+    def _measured(self, frame: int) -> tuple[Geometry, Slab] | None:
         where = self._macro(frame, "PlanePositionSequence")
         oriented = self._macro(frame, "PlaneOrientationSequence")
         measures = self._macro(frame, "PixelMeasuresSequence")
         if where is None or oriented is None or measures is None:
             return None
-        thicknesses = ("SpacingBetweenSlices", "SliceThickness")
+        distances = ("SpacingBetweenSlices", "SliceThickness")
         key = (
             text(where, "ImagePositionPatient"),
             text(oriented, "ImageOrientationPatient"),
-            *(text(measures, k) for k in ("PixelSpacing", *thicknesses)),
+            *(text(measures, k) for k in ("PixelSpacing", *distances)),
         )
-        if key not in self._geometries:
+        if key not in self._places:
             position = decimals(where, "ImagePositionPatient", 3, FARTHEST)
             orientation = decimals(oriented, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
             spacing = decimals(measures, "PixelSpacing", 2, COARSEST_MM)
             if position is None or orientation is None or spacing is None:
                 return None
+            stated_mm, thickness_mm = (_distance(measures, k) for k in distances)
+            planes = self._planes.get(key[1], _NO_PLANES)
             # A frame is one layer; how thick it is said to be has no bearing on where it lies. Slices that overlap are
             # thicker than they are far apart, and a frame stands for no more than its part of the way to the next.
-            known = (decimals(measures, k, 1, FARTHEST) for k in thicknesses)
-            thickness = next((t[0] for t in known if t and t[0] >= FINEST_MM), 1.0)
-            thickness = min(thickness, self._closest_mm)
-            self._geometries[key] = _plane(self._shape, position, orientation, (thickness, *spacing))
-        return self._geometries[key]
+            layer_mm = min(stated_mm or thickness_mm or 1.0, planes.closest_mm)
+            geometry = _plane(self._shape, position, orientation, (layer_mm, *spacing))
+            normal = geometry.affine[:3, 0] / layer_mm
+            self._places[key] = geometry, planes.slab(float(normal @ position), stated_mm, thickness_mm)
+        return self._places[key]
 
     @cached_property
-    def _closest_mm(self) -> float:
-        """The smallest distance between the planes of any two frames."""
-        texts = {
-            text(where, "ImagePositionPatient")
-            for frame in range(len(self._own))
-            if (where := self._macro(frame, "PlanePositionSequence")) is not None
-        }
-        oriented = self._macro(0, "PlaneOrientationSequence")
-        orientation = oriented and decimals(oriented, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
-        positions = [p for t in texts if (p := _three(t)) is not None]
-        if not orientation or len(positions) < 2:
-            return math.inf
-        normal = np.cross(*np.array(orientation).reshape(2, 3))
-        steps = np.diff(np.sort(np.array(positions) @ normal))
-        return float(min(steps[steps > SAME_PLANE_MM], default=math.inf))
+    def _planes(self) -> dict[str, _Planes]:
+        """Where the planes of all frames lie along their normal, by orientation."""
+        positions: dict[str, set[str]] = {}
+        for frame in range(len(self._own)):
+            where = self._macro(frame, "PlanePositionSequence")
+            oriented = self._macro(frame, "PlaneOrientationSequence")
+            if where is not None and oriented is not None:
+                found = positions.setdefault(text(oriented, "ImageOrientationPatient"), set())
+                found.add(text(where, "ImagePositionPatient"))
+        return {written: _Planes.of(written, found) for written, found in positions.items()}
 
     def _source(self, frame: int) -> frozenset[ImageFrame]:
         """Return the images, or frames of an image, that a frame was made from."""
@@ -388,6 +403,61 @@ class _Groups:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Planes:
+    """Planes of all frames of one orientation."""
+
+    offsets_mm: NDArray[np.float64]
+    """Along the normal, ascending, shape (n,)."""
+
+    @staticmethod
+    def of(orientation: str, positions: set[str]) -> _Planes:
+        """Return them from *Image Orientation (Patient)* and *Image Position (Patient)* as they are written."""
+        pair, points = _numbers(orientation, 6), [p for written in positions if (p := _numbers(written, 3)) is not None]
+        axes = None if pair is None else directions(pair)
+        if axes is None or not points:
+            return _NO_PLANES
+        offsets = np.sort(np.array(points) @ axes[2])
+        return _Planes(offsets[np.diff(offsets, prepend=-math.inf) > ONE_PLANE_MM])
+
+    @property
+    def closest_mm(self) -> float:
+        """The smallest distance between two of them."""
+        return float(min(np.diff(self.offsets_mm), default=math.inf))
+
+    def slab(self, offset_mm: float, stated_mm: float | None, thickness_mm: float | None) -> Slab:
+        """Return the extent of the plane at an offset.
+
+        Parameters
+        ----------
+        offset_mm : float
+            Along the normal.
+        stated_mm, thickness_mm : float or None
+            *Spacing Between Slices* and *Slice Thickness*.
+        """
+        gaps = np.diff(self.offsets_mm)
+        even = len(gaps) > 1 and np.abs(gaps / np.median(gaps) - 1).max() <= EVEN
+        if even:
+            spacing_mm = min(stated_mm or math.inf, float(np.median(gaps)))
+        else:
+            spacing_mm = min(stated_mm or thickness_mm or 1.0, self.closest_mm)
+        n = int(np.abs(self.offsets_mm - offset_mm).argmin()) if len(self.offsets_mm) else 0
+        below, above = (
+            float(gap[0] if len(gap) and gap[0] <= NEXT * spacing_mm else spacing_mm) / 2
+            for gap in (gaps[max(n - 1, 0) : n], gaps[n : n + 1])
+        )
+        return Slab(below, above, even or stated_mm is not None)
+
+
+_NO_PLANES = _Planes(np.empty(0))
+
+
+def _distance(measures: pydicom.Dataset, keyword: str) -> float | None:
+    """Return a distance along the normal; None where there is none that can be."""
+    found = decimals(measures, keyword, 1, FARTHEST)
+    return found[0] if found and found[0] >= FINEST_MM else None
+
+
 def _plane(
     shape: tuple[int, int, int],
     position: tuple[float, ...],
@@ -408,13 +478,13 @@ def _plane(
     return Geometry(shape, affine)
 
 
-def _three(written: str) -> tuple[float, ...] | None:
-    """Return a position; None where it is none, which is complained about when its frame is read."""
+def _numbers(written: str, count: int) -> tuple[float, ...] | None:
+    """Return so many numbers; None where there are others, which is complained about when their frame is read."""
     try:
         values = tuple(map(float, written.split("\\")))
     except ValueError:
         return None
-    return values if len(values) == 3 and all(map(math.isfinite, values)) else None
+    return values if len(values) == count and all(map(math.isfinite, values)) else None
 
 
 def _segments(ds: pydicom.Dataset) -> dict[int, str]:
