@@ -85,7 +85,11 @@ def _excess_bytes(series: Series, s: SliceHeader) -> int:
 
 def _check_kind(series: Series) -> None:
     if not series.series_uid:
-        raise MissingTagError(f"no Series Instance UID in {names(series.slices)}: nothing tells series apart", "no-uid")
+        raise MissingTagError(
+            f"no Series Instance UID in {names(series.slices)}: nothing tells series apart; "
+            "--group-by folder takes the images of a folder for one",
+            "no-uid",
+        )
     strange = [s for s in series.slices if s.modality not in (None, "CT")]
     if strange:
         raise IntensityError(f"Modality is {strange[0].modality}, not CT, in {names(strange)}", "modality")

@@ -28,6 +28,7 @@ from gpuprep.flags import (
     Fit,
     Format,
     Gpus,
+    GroupBy,
     Index,
     IndexBase,
     Jobs,
@@ -148,6 +149,7 @@ def convert(
     dtype: Dtype = None,
     format_: Format = None,
     compression: Compression = None,
+    group_by: GroupBy = None,
     policy: Policy = None,
     orient: Orient = None,
     spacing_tolerance: SpacingTolerance = None,
@@ -199,7 +201,7 @@ def convert(
     with errors_to_exit_codes() as stop:
         wanted = _recipe(
             recipe, spacing_mm=spacing, order=order, anti_alias=anti_alias, window_hu=window, size=size, fit=fit,
-            dtype=dtype, format=format_, compression=compression, policy=policy, orient=orient,
+            dtype=dtype, format=format_, compression=compression, group_by=group_by, policy=policy, orient=orient,
             spacing_tolerance=spacing_tolerance, position_tolerance_mm=position_tolerance_mm,
             lean_tolerance_mm=lean_tolerance_mm, max_missing=max_missing, max_missing_share=max_missing_share,
             assume_hu=assume_hu, image=True, masks=_masks(
@@ -243,6 +245,7 @@ def mask(
     fit: Fit = None,
     format_: Format = None,
     compression: Compression = None,
+    group_by: GroupBy = None,
     policy: Policy = None,
     orient: Orient = None,
     roi: Roi = None,
@@ -268,8 +271,8 @@ def mask(
     """Make masks alone: on the grid that `convert` with the same flags gives the images."""
     with errors_to_exit_codes() as stop:
         wanted = _recipe(
-            recipe, spacing_mm=spacing, size=size, fit=fit, format=format_, compression=compression, policy=policy,
-            orient=orient, image=False, masks=_masks(
+            recipe, spacing_mm=spacing, size=size, fit=fit, format=format_, compression=compression, group_by=group_by,
+            policy=policy, orient=orient, image=False, masks=_masks(
                 roi=roi, layout=mask_layout, resampling=mask_resampling, text_format=text_format, units=units,
                 index_base=index_base, pixel_base=pixel_base, slice_from=slice_from, slice_order=slice_order,
                 threshold=seg_threshold,
@@ -285,6 +288,7 @@ def mask(
 def scan(
     paths: Paths,
     recipe: RecipeOption = "default",
+    group_by: GroupBy = None,
     policy: Policy = None,
     orient: Orient = None,
     spacing_tolerance: SpacingTolerance = None,
@@ -303,7 +307,7 @@ def scan(
     """Show what is there, what is irregular about it and what would happen to it; reads headers, never pixels."""
     with errors_to_exit_codes():
         wanted = _recipe(
-            recipe, policy=policy, orient=orient, spacing_tolerance=spacing_tolerance,
+            recipe, group_by=group_by, policy=policy, orient=orient, spacing_tolerance=spacing_tolerance,
             position_tolerance_mm=position_tolerance_mm, lean_tolerance_mm=lean_tolerance_mm, max_missing=max_missing,
             max_missing_share=max_missing_share, assume_hu=assume_hu,
         )  # fmt: skip

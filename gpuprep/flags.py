@@ -80,6 +80,15 @@ Compression = Annotated[
     Literal["none", "zlib", "zstd"] | None,
     typer.Option(help="Lossless; with nifti zlib makes .nii.gz \\[none].", rich_help_panel=RECIPE),
 ]
+GroupBy = Annotated[
+    Literal["uid", "folder"] | None,
+    typer.Option(
+        "--group-by",
+        help="Images of one Series Instance UID form a series; or those of one folder, where each file has a UID of "
+        "its own, or none \\[uid].",
+        rich_help_panel=STACKING,
+    ),
+]
 Policy = Annotated[
     Literal["fix", "strict", "keep"] | None,
     typer.Option(

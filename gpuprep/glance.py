@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
 from gpuprep.reading import SeriesReader
 from gpuprep.recipe import Recipe
-from gpuprep.rules import codes, texts
+from gpuprep.rules import GroupBy, codes, texts
 from gpuprep.series import Series
 from gpuprep.text import printable
 
@@ -65,7 +65,7 @@ class Glance:
     """Number of each slice, and what it shows, shape (j, i)."""
 
 
-def glance(path: str, series_uid: str | None = None) -> Glance:
+def glance(path: str, series_uid: str | None = None, group_by: GroupBy = "uid") -> Glance:
     """Return what can be seen of one series.
 
     Parameters
@@ -74,6 +74,8 @@ def glance(path: str, series_uid: str | None = None) -> Glance:
         The folder of a finished output; or DICOM, as `gpuprep.discover` takes it.
     series_uid : str, optional
         Which one, where there are several.
+    group_by : {"uid", "folder"}
+        Whether images of one UID or of one folder form a series.
 
     Raises
     ------
@@ -94,7 +96,7 @@ def glance(path: str, series_uid: str | None = None) -> Glance:
         if len(made) != 1:
             raise RequestError(f"{path} is the --out of a run that made {_listed(made)}: choose one")
         return _of_output(Path(made[0]))
-    return _of_series(one_series(path, AS_ACQUIRED.rules, series_uid))
+    return _of_series(one_series(path, replace(AS_ACQUIRED.rules, group_by=group_by), series_uid))
 
 
 def _listed(things: Sequence[str]) -> str:

@@ -7,8 +7,10 @@ import math
 import os
 import re
 import stat
+import struct
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,7 +21,7 @@ from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_
 from gpuprep.deflation import inflated
 from gpuprep.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
-from gpuprep.series import Image, OtherImage, SliceHeader, sop_digest
+from gpuprep.series import Image, OtherImage, SliceHeader, packed, sop_digest
 from gpuprep.streams import open_frugally
 from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED, EXPLICIT_VR, IMPLICIT_VR, NATIVE, UNDEFINED_LENGTH
 from gpuprep.text import printable
@@ -41,15 +43,23 @@ TAGS = {
     "ImageType": 0x0008_0008,
     "SOPClassUID": 0x0008_0016,
     "SOPInstanceUID": 0x0008_0018,
+    "SeriesDate": 0x0008_0021,
     "AcquisitionDate": 0x0008_0022,
+    "ContentDate": 0x0008_0023,
     "AcquisitionDateTime": 0x0008_002A,
+    "SeriesTime": 0x0008_0031,
     "AcquisitionTime": 0x0008_0032,
+    "ContentTime": 0x0008_0033,
     "Modality": 0x0008_0060,
     "FrameType": 0x0008_9007,
+    "PatientID": 0x0010_0020,
+    "ScanOptions": 0x0018_0022,
     "FrameAcquisitionDateTime": 0x0018_9074,
     "KVP": 0x0018_0060,
     "TriggerTime": 0x0018_1060,
     "ConvolutionKernel": 0x0018_1210,
+    "MultienergyCTProcessingSequence": 0x0018_9363,
+    "MonoenergeticEnergyEquivalent": 0x0018_937C,
     "InstanceNumber": 0x0020_0013,
     "AcquisitionNumber": 0x0020_0012,
     "StudyInstanceUID": 0x0020_000D,
@@ -61,8 +71,14 @@ TAGS = {
     "TemporalPositionIdentifier": 0x0020_0100,
     "TemporalPositionIndex": 0x0020_9128,
     "StackID": 0x0020_9056,
+    "InStackPositionNumber": 0x0020_9057,
+    "NominalCardiacTriggerDelayTime": 0x0020_9153,
     "FrameAcquisitionNumber": 0x0020_9156,
+    "DimensionIndexValues": 0x0020_9157,
     "NominalPercentageOfCardiacPhase": 0x0020_9241,
+    "NominalPercentageOfRespiratoryPhase": 0x0020_9245,
+    "NominalRespiratoryTriggerDelayTime": 0x0020_9255,
+    "TemporalPositionTimeOffset": 0x0020_930D,
     "SamplesPerPixel": 0x0028_0002,
     "PhotometricInterpretation": 0x0028_0004,
     "NumberOfFrames": 0x0028_0008,
@@ -83,13 +99,25 @@ TAGS = {
     "PerFrameFunctionalGroupsSequence": 0x5200_9230,
     "ExtendedOffsetTable": 0x7FE0_0001,
 }
-"""Everything that is read of a header. No name and no free text ever enters the program; dates and times only as
-hashes, which tell acquisitions apart."""
+"""Everything that is read of a header. No name and no free text ever enters the program. Dates, times and Patient ID
+enter it only as hashes, which tell images of one series apart."""
 
-PHASE = ("TriggerTime", "NominalPercentageOfCardiacPhase", "StackID")
+PHASES = {
+    "TemporalPositionTimeOffset": "offset",
+    "NominalPercentageOfRespiratoryPhase": "respiratory",
+    "NominalPercentageOfCardiacPhase": "cardiac",
+    "NominalCardiacTriggerDelayTime": "delay",
+    "NominalRespiratoryTriggerDelayTime": "respiratory-delay",
+    "TriggerTime": "trigger",
+    "MonoenergeticEnergyEquivalent": "energy",
+}
+"""Numbers that tell phases and energies apart, and their names in `SliceHeader.phase`."""
 
 FARTHEST_MM = 1e6
 """Positions beyond this are damage."""
+
+MOST_DIMENSIONS = 16
+"""Dimensions of a multi-frame image beyond these are damage."""
 
 MOST_FRAMES = 2**16
 """More in one file come from a damaged header."""
@@ -380,12 +408,20 @@ def _frames(ds: pydicom.Dataset) -> list[tuple[_Frame, int]]:
         raise ValueError(f"Number of Frames is {_text(image, 'NumberOfFrames')[:20]!r}")
     shared_tag, own_tag = TAGS["SharedFunctionalGroupsSequence"], TAGS["PerFrameFunctionalGroupsSequence"]
     if own_tag not in ds:
-        return [(image, count)]
+        # Of the sequences of a single frame, one says what was computed of several energies.
+        return [(_Frame(*energies, ds) if (energies := _energies(ds)) else image, count)]
     shared = [layer for item in ((ds[shared_tag].value or []) if shared_tag in ds else []) for layer in _macros(item)]
     own = list(ds[own_tag].value or [])
     if len(own) != count or count > MOST_FRAMES:
         raise ValueError(f"{len(own)} functional groups for {count} frames")
+    shared += _energies(ds)
     return [(_Frame(*_macros(item), *shared, ds), count) for item in own]
+
+
+def _energies(ds: pydicom.Dataset) -> list[pydicom.Dataset]:
+    """Return the first item of the Multi-energy CT Processing Sequence of an image that has it beside its frames."""
+    tag = TAGS["MultienergyCTProcessingSequence"]
+    return [items[0]] if tag in ds and (items := ds[tag].value) else []
 
 
 def _macros(item: pydicom.Dataset) -> list[pydicom.Dataset]:
@@ -428,7 +464,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         acquisition_number=_first(_binary(ds, "FrameAcquisitionNumber"), _integer(ds, "AcquisitionNumber")),
         acquisition_time=_acquisition_time(ds),
         reconstruction=_hash("\n".join([image_type, _text(ds, "ConvolutionKernel"), _text(ds, "KVP")])),
-        phase=_hash("\n".join(_text(ds, k) for k in PHASE)) if any(_text(ds, k) for k in PHASE) else "",
+        phase=packed((name, number) for k, name in PHASES.items() if (number := _number(ds, k))),
         rescale_slope=_decimal(ds, "RescaleSlope"),
         rescale_intercept=_decimal(ds, "RescaleIntercept"),
         rescale_type=_rescale_type(ds, kinds),
@@ -446,10 +482,14 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         encoded_offset=origin.encoded_offset,
         stream=origin.stream,
         modality_lut=bool((lut := _raw(ds, "ModalityLUTSequence")) is not None and lut.value),
+        stack_id=_stack_id(ds),
+        in_stack=_binary(ds, "InStackPositionNumber"),
+        other=packed((name, value) for name, value in _other(ds) if value),
     )
     return Image(
         series_uid=_uid(ds, "SeriesInstanceUID"),
         study_uid=_uid(ds, "StudyInstanceUID"),
+        patient=_hash(patient) if (patient := _text(ds, "PatientID")) else "",
         frame_of_reference_uid=_uid(ds, "FrameOfReferenceUID"),
         series_number=_integer(ds, "SeriesNumber"),
         rows=rows,
@@ -470,11 +510,27 @@ def _folder(path: str, member: str | None) -> str:
 def _acquisition_time(ds: _Frame) -> str:
     when = _text(ds, "FrameAcquisitionDateTime") or _text(ds, "AcquisitionDateTime")
     when = when or _text(ds, "AcquisitionDate") + _text(ds, "AcquisitionTime")
-    return _hash(_uid(ds, "SeriesInstanceUID") + when)[:4] if when else ""
+    return _hash(when) if when else ""
+
+
+def _other(ds: _Frame) -> Iterator[tuple[str, str]]:
+    """Yield what may tell images at one place apart where nothing better does, as hashes and whole numbers."""
+    yield "options", _hash(options) if (options := _text(ds, "ScanOptions")) else ""
+    for name, date, time in (("series", "SeriesDate", "SeriesTime"), ("content", "ContentDate", "ContentTime")):
+        when = _text(ds, date) + _text(ds, time)
+        yield name, _hash(when) if when else ""
+    yield "index", ",".join(map(str, _indices(ds)))
+
+
+def _stack_id(ds: _Frame) -> str:
+    """Return Stack ID, which may be any short text: a hash, unless it is a number."""
+    text = _text(ds, "StackID")
+    return text if not text or (text.isascii() and text.isdigit()) else f"#{_hash(text)}"
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """Return 64 bits of SHA-256: no two values of one series have the same."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _first(a: int | None, b: int | None) -> int | None:
@@ -566,6 +622,33 @@ def _decimals(ds: _Frame, keyword: str, count: int) -> tuple[float, ...] | None:
 def _decimal(ds: _Frame, keyword: str) -> float | None:
     values = _decimals(ds, keyword, 1)
     return values[0] if values else None
+
+
+def _number(ds: _Frame, keyword: str) -> str:
+    """Return one number in floating point (FL, FD) or as text (DS), in six digits; "" where there is none."""
+    element = _raw(ds, keyword)
+    if element is None:
+        return ""
+    value = element.value
+    if isinstance(value, bytes) and element.VR != "DS" and keyword != "TriggerTime":
+        layout = {4: "f", 8: "d"}.get(len(value))
+        number = struct.unpack(_order(element) + layout, value)[0] if layout else math.nan
+    else:
+        number = _decimal(ds, keyword)
+    return f"{number:.6g}" if number is not None and math.isfinite(number) else ""
+
+
+def _indices(ds: _Frame) -> tuple[int, ...]:
+    """Return Dimension Index Values (UL, as many as there are dimensions)."""
+    element = _raw(ds, "DimensionIndexValues")
+    value = element.value if element is not None else None
+    if isinstance(value, bytes):
+        return struct.unpack(f"{_order(element)}{len(value) // 4}I", value[: len(value) // 4 * 4])[:MOST_DIMENSIONS]
+    return () if value is None else (value,) if isinstance(value, int) else tuple(map(int, value))[:MOST_DIMENSIONS]
+
+
+def _order(element: Any) -> str:
+    return "<" if getattr(element, "is_little_endian", True) else ">"
 
 
 def _integer(ds: _Frame, keyword: str) -> int | None:

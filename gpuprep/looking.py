@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gpuprep.errors import RequestError
-from gpuprep.flags import preset_names
+from gpuprep.flags import GroupBy, preset_names
 from gpuprep.interruption import held_back
 from gpuprep.shell import errors_to_exit_codes, print_json
 
@@ -45,6 +45,7 @@ def show(
         str, typer.Argument(metavar="SERIES", help="DICOM of one series, or the folder of a finished output.")
     ],
     series_uid: Annotated[str | None, typer.Option(metavar="UID", help="This one, where there are several.")] = None,
+    group_by: GroupBy = None,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a montage of slices and the histogram, as PNG.")
     ] = None,
@@ -56,7 +57,7 @@ def show(
             from gpuprep.drawing import montage
             from gpuprep.glance import glance
 
-        seen = glance(series, series_uid)
+        seen = glance(series, series_uid, group_by or "uid")
         show_glance(seen)
         if png is not None:
             try:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 
 from gpuprep.errors import RecipeError
-from gpuprep.rules import Policy, Rules
+from gpuprep.rules import GroupBy, Policy, Rules
 from gpuprep.segmentation.wishes import Masks
 
 Orient = Literal["native", "LPS"]
@@ -81,13 +81,14 @@ class Recipe:
     """
 
     policy: Policy = "fix"
-    """What is done about irregular series: see `Rules`, as for the next six."""
+    """What is done about irregular series: see `Rules`, as for the next seven."""
     spacing_tolerance: float = _RULES.spacing_tolerance
     position_tolerance_mm: float = _RULES.position_tolerance_mm
     lean_tolerance_mm: float = _RULES.lean_tolerance_mm
     max_missing: int = _RULES.max_missing
     max_missing_share: float = _RULES.max_missing_share
     assume_hu: bool = False
+    group_by: GroupBy = "uid"
     orient: Orient = "native"
     """"native": axes as acquired. "LPS": in the order and directions nearest to axial, slices up, rows to the back,
     columns to the left; nothing is interpolated for it."""
@@ -264,6 +265,7 @@ OPTIONAL = ("spacing_mm", "window_hu", "size")
 
 CHOICES: dict[str, Any] = {
     "policy": Policy,
+    "group_by": GroupBy,
     "orient": Orient,
     "padding": Padding,
     "align": Align,

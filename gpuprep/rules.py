@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Policy = Literal["fix", "strict", "keep"]
+GroupBy = Literal["uid", "folder"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,15 +27,20 @@ class Rules:
     spacing_tolerance: float = 0.01
     """Distances between neighbours may differ from their median by this share of it …"""
     position_tolerance_mm: float = 0.02
-    """… or by this much, whichever is more: positions are often rounded to hundredths."""
+    """… or by this much, whichever is more: positions are often rounded to hundredths. In pixels finer than 0.1 mm it
+    shrinks in proportion to them, to a fifth of a pixel by default."""
     lean_tolerance_mm: float = 0.1
-    """Slices may lie this far beside the line along their normal; more is a tilted gantry or a moved table."""
+    """Slices may lie this far beside the line along their normal; more is a tilted gantry or a moved table. In pixels
+    finer than 0.3 mm it shrinks in proportion to them, to a third of a pixel by default."""
     max_missing: int = 3
     """Slices missing in a row that are still filled by interpolation."""
     max_missing_share: float = 0.1
     """Share of all slices, the missing ones included, that may be missing."""
     assume_hu: bool = False
     """Take rescaled values as HU although *Rescale Type* says otherwise, and stored values where nothing is said."""
+    group_by: GroupBy = "uid"
+    """"uid": images of one *Series Instance UID* form a series. "folder": images of one folder do, for files each of
+    which has a UID of its own, or none."""
 
 
 @dataclass(frozen=True, slots=True)

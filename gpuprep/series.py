@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,11 +40,11 @@ class SliceHeader(NamedTuple):
     temporal_position: int | None
     acquisition_number: int | None
     acquisition_time: str
-    """16 bits of a hash of date and time: enough to tell a few acquisitions apart, and too little to find the time."""
+    """A hash of date and time; "" where there are none."""
     reconstruction: str
     """A hash of *Image Type*, kernel and tube voltage."""
     phase: str
-    """A hash of trigger time, cardiac phase and stack; "" where there are none."""
+    """Numbers of cardiac and respiratory phase, time offset and energy, as `packed`; "" where there are none."""
     rescale_slope: float | None
     rescale_intercept: float | None
     rescale_type: str | None
@@ -68,6 +69,12 @@ class SliceHeader(NamedTuple):
     """Sign and bits of the file's first JPEG 2000 code stream, as in "i16" and "u12"; None where it has none."""
     modality_lut: bool = False
     """Whether it has a *Modality LUT Sequence*."""
+    stack_id: str = ""
+    """*Stack ID*: a number, or "#" and a hash."""
+    in_stack: int | None = None
+    """*In-Stack Position Number*."""
+    other: str = ""
+    """Hashes of *Scan Options*, series and content time, and *Dimension Index Values*, as `packed`."""
 
     @property
     def name(self) -> str:
@@ -76,11 +83,23 @@ class SliceHeader(NamedTuple):
         return printable(name) + (f" frame {self.frame + 1}" if self.frames > 1 else "")
 
 
+def packed(values: Iterable[tuple[str, str]]) -> str:
+    """Return named values in one short text, as a slice keeps them: "cardiac=40 energy=70"."""
+    return " ".join(f"{name}={value}" for name, value in values)
+
+
+def unpacked(text: str, name: str) -> str:
+    """Return a value by its name; "" where there is none."""
+    return next((part[len(name) + 1 :] for part in text.split(" ") if part.startswith(f"{name}=")), "")
+
+
 class Image(NamedTuple):
     """One CT image with what it says of its series."""
 
     series_uid: str
     study_uid: str
+    patient: str
+    """A hash of *Patient ID*; "" where there is none. It never leaves discovery."""
     frame_of_reference_uid: str
     series_number: int | None
     rows: int
@@ -142,6 +161,8 @@ class Series:
     """What had to be done to get from the images of one UID to these slices."""
     warnings: tuple[SeriesWarning, ...] = ()
     """What is doubtful about these slices as a group, and was left as it is."""
+    alone: int = 0
+    """Of a series of one image: how many such series lie in its folder."""
     alias: str = ""
     """By what it goes where its UID must not be known: see `gpuprep.naming`."""
 

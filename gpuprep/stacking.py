@@ -27,6 +27,12 @@ RUN = 3
 CLOSEST = 0.2
 """Slices nearer to each other than this share of the median cannot be interpolated between: noise would explode."""
 
+FINE_POSITION_MM, FINE_LEAN_MM = 0.1, 0.3
+"""In pixels finer than these, as of micro-CT, tolerances of positions and of slices beside the normal shrink too."""
+
+STRAIGHT_MM = 0.1
+"""Slices may lie this far from a line, or a tenth of how far they lie beside the normal, and be a stack that leans."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
@@ -70,6 +76,37 @@ class Measures:
     """Angle between the normal and the nearest axis of the patient."""
     orientation: str = ""
     """Plane and directions in which slices, rows and columns grow: "axial SPL"."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tolerances:
+    """What positions are compared with, and how exactly they are told."""
+
+    position_mm: float
+    lean_mm: float
+    scatter_mm: float
+    """Slices that lie so near to a straight line lean; others are moved."""
+    digits: int
+    """Decimals of millimetres beside the usual ones."""
+
+    @classmethod
+    def of(cls, series: Series, rules: Rules) -> _Tolerances:
+        finest_mm = min(series.pixel_spacing_mm or (1.0,))
+        return cls(
+            position_mm=rules.position_tolerance_mm * min(1.0, finest_mm / FINE_POSITION_MM),
+            lean_mm=rules.lean_tolerance_mm * min(1.0, finest_mm / FINE_LEAN_MM),
+            scatter_mm=STRAIGHT_MM * min(1.0, finest_mm / FINE_LEAN_MM),
+            digits=max(0, math.ceil(math.log10(FINE_POSITION_MM / finest_mm))),
+        )
+
+    def mm(self, value: float, decimals: int = 2) -> str:
+        """Return a length as text."""
+        return f"{value:.{decimals + self.digits}f}"
+
+
+def position_tolerance_mm(series: Series, rules: Rules) -> float:
+    """Return how far apart along the normal images may lie that are at one position."""
+    return _Tolerances.of(series, rules).position_mm
 
 
 def stack(series: Series, rules: Rules | None = None, measures: Measures | None = None) -> Stack:
@@ -131,16 +168,22 @@ def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
     if not series.pixel_spacing_mm or any(s.position_mm is None for s in series.slices):
         raise MissingTagError("Pixel Spacing or Image Position (Patient) absent")
     places = _Places.of(series.slices, axes)
-    if float(np.ptp(places.along)) <= rules.position_tolerance_mm:
+    near = _Tolerances.of(series, rules)
+    if float(np.ptp(places.along)) <= near.position_mm:
         what = "one slice only" if len(series.slices) == 1 else f"all {len(series.slices)} images share one position"
         code = "one-slice" if len(series.slices) == 1 else "one-position"
-        raise GeometryError(f"{what} ({names(series.slices)}): the spacing between slices cannot be measured", code)
+        others = f"; {series.alone} series of one image lie in its folder: --group-by folder takes them for one"
+        raise GeometryError(
+            f"{what} ({names(series.slices)}): the spacing between slices cannot be measured"
+            + (others if series.alone else ""),
+            code,
+        )
     twins: list[tuple[int, SliceHeader]] = []
     if rules.policy == "keep":
-        _count_doubles(places, rules, measures, found)
+        _count_doubles(places, near, measures, found)
     else:
-        places, twins = _without_doubles(places, rules, measures, found)
-    placement, step, count = _placed(places, axes, series, rules, measures, found)
+        places, twins = _without_doubles(places, near, measures, found)
+    placement, step, count = _placed(places, axes, series, rules, near, measures, found)
     _check_strict(found, rules)
 
     between_rows, between_columns = series.pixel_spacing_mm
@@ -211,22 +254,21 @@ class _Places:
 
 
 def _without_doubles(
-    places: _Places, rules: Rules, measures: Measures, found: list[Irregularity]
+    places: _Places, near: _Tolerances, measures: Measures, found: list[Irregularity]
 ) -> tuple[_Places, list[tuple[int, SliceHeader]]]:
     """Drop images that repeat another one, or raise if one is another image at the same place."""
-    doubles = places.doubles(rules.position_tolerance_mm)
+    doubles = places.doubles(near.position_mm)
     if not doubles:
         return places, []
     slices = places.slices
     unlike = [
         (a, b)
         for a, b in doubles
-        if not same_image(slices[a], slices[b])
-        or np.abs(places.beside[a] - places.beside[b]).max() > rules.lean_tolerance_mm
+        if not same_image(slices[a], slices[b]) or np.abs(places.beside[a] - places.beside[b]).max() > near.lean_mm
     ]
     measures.identical, measures.different = len(doubles) - len(unlike), len(unlike)
     if unlike:
-        pairs = listed([f"{slices[a].name} and {slices[b].name} at {places.along[a]:.2f} mm" for a, b in unlike])
+        pairs = listed([f"{slices[a].name} and {slices[b].name} at {near.mm(places.along[a])} mm" for a, b in unlike])
         raise GeometryError(
             f"different images share a position, {len(unlike)} times, and cannot be told apart as regular stacks "
             f"by acquisition, time or reconstruction: {pairs}",
@@ -245,8 +287,8 @@ def _without_doubles(
     return places.only(kept), [(index[a], slices[b]) for a, b in doubles]
 
 
-def _count_doubles(places: _Places, rules: Rules, measures: Measures, found: list[Irregularity]) -> None:
-    doubles = places.doubles(rules.position_tolerance_mm)
+def _count_doubles(places: _Places, near: _Tolerances, measures: Measures, found: list[Irregularity]) -> None:
+    doubles = places.doubles(near.position_mm)
     measures.identical = sum(same_image(places.slices[a], places.slices[b]) for a, b in doubles)
     measures.different = len(doubles) - measures.identical
     if doubles:
@@ -260,17 +302,6 @@ def _count_doubles(places: _Places, rules: Rules, measures: Measures, found: lis
         )
 
 
-def has_doubles(series: Series, rules: Rules) -> bool:
-    """Whether images share a position; False where that cannot be said."""
-    if any(s.position_mm is None for s in series.slices):
-        return False
-    try:
-        along = along_normal_mm(series)
-    except InputError:
-        return False
-    return bool((np.diff(np.sort(along)) <= rules.position_tolerance_mm).any())
-
-
 def along_normal_mm(series: Series) -> NDArray[np.float64]:
     """Return where slices lie along their normal, in the order of `series.slices`: array of shape (n,)."""
     positions = np.array([s.position_mm for s in series.slices], dtype=np.float64)
@@ -281,10 +312,11 @@ def same_image(a: SliceHeader, b: SliceHeader) -> bool:
     """Whether two images at one position are one image twice, as far as headers tell."""
     if a.sop_instance_uid and (a.sop_instance_uid, a.frame) == (b.sop_instance_uid, b.frame):
         return True
-    return _acquisition(a) == _acquisition(b)
+    return acquisition(a) == acquisition(b)
 
 
-def _acquisition(s: SliceHeader) -> tuple[object, ...]:
+def acquisition(s: SliceHeader) -> tuple[object, ...]:
+    """Return what two images of one acquisition have in common, as far as headers tell."""
     return (
         s.temporal_position, s.acquisition_number, s.acquisition_time, s.reconstruction, s.phase, s.rescale_slope,
         s.rescale_intercept, s.bits_stored, s.signed,
@@ -296,26 +328,31 @@ def _placed(
     axes: NDArray[np.float64],
     series: Series,
     rules: Rules,
+    near: _Tolerances,
     measures: Measures,
     found: list[Irregularity],
 ) -> tuple[Placement | None, NDArray[np.float64], int]:
     """Return where slices lie in a regular grid, the step of its layers in mm (x, y, z), and their number."""
     row, column, normal = axes
     gaps = np.diff(places.along)
-    apart = np.sort(gaps[gaps > rules.position_tolerance_mm])  # with policy "keep" there may be doubles
+    apart = np.sort(gaps[gaps > near.position_mm])  # with policy "keep" there may be doubles
     typical = float(apart[(len(apart) - 1) // 2] + apart[len(apart) // 2]) / 2  # the median
-    tolerance_mm = max(rules.position_tolerance_mm, rules.spacing_tolerance * typical)
+    tolerance_mm = max(near.position_mm, rules.spacing_tolerance * typical)
     missing = _counted(gaps, typical)
     missing[(gaps <= UNEVEN * typical) | _regular_runs(gaps, tolerance_mm)] = 0
     measures.spacing_mm = typical
     measures.spacing_deviation_mm = float(np.abs(gaps - typical).max())
     measures.gaps = tuple((places.slices[n].name, float(gaps[n]), int(missing[n])) for n in np.flatnonzero(missing))
-    lean = _lean(places, rules, measures)
+    lean = _lean(places, near, measures)
 
     count = len(places.slices)
     if rules.policy == "keep":
         if missing.any() or (np.abs(gaps - typical) > tolerance_mm).any():
-            what = _gaps(places, gaps, missing) if missing.any() else _spacings(places, gaps, typical, tolerance_mm)
+            what = (
+                _gaps(places, gaps, missing, near)
+                if missing.any()
+                else _spacings(places, gaps, typical, tolerance_mm, near)
+            )
             found.append(Irregularity("gap" if missing.any() else "uneven", what, "stacked as if even"))
         if lean is not None:
             found.append(
@@ -326,31 +363,34 @@ def _placed(
 
     along: NDArray[np.float64] | None = None
     spacing = float(places.along[-1]) / (count - 1)
-    _check_gaps(places, gaps, missing, typical, rules)
+    _check_gaps(places, gaps, missing, typical, rules, near)
     if missing.any():
-        found.append(Irregularity("gap", _gaps(places, gaps, missing), "interpolated from the slices around"))
+        found.append(Irregularity("gap", _gaps(places, gaps, missing, near), "interpolated from the slices around"))
     odd = np.abs(gaps - (missing + 1) * typical) > tolerance_mm
     if odd.any():
         found.append(
-            Irregularity("uneven", _spacings(places, gaps, typical, tolerance_mm), "resampled from true positions")
+            Irregularity(
+                "uneven", _spacings(places, gaps, typical, tolerance_mm, near), "resampled from true positions"
+            )
         )
     off = np.abs(places.along - spacing * np.arange(count))
-    if missing.any() or odd.any() or off.max() > max(rules.position_tolerance_mm, PLACE_TOLERANCE * typical):
+    if missing.any() or odd.any() or off.max() > max(near.position_mm, PLACE_TOLERANCE * typical):
         if not (missing.any() or odd.any()):
             worst = int(np.argmax(off))
             found.append(
                 Irregularity(
                     "uneven",
-                    f"small differences in spacing add up: {places.slices[worst].name} lies {off[worst]:.2f} mm from "
-                    f"its place in a grid of {spacing:.3f} mm",
+                    f"small differences in spacing add up: {places.slices[worst].name} lies {near.mm(off[worst])} mm "
+                    f"from its place in a grid of {near.mm(spacing, 3)} mm",
                     "resampled from true positions",
                 )
             )
         closest = int(np.argmin(gaps))
         if gaps[closest] < CLOSEST * typical:
             raise GeometryError(
-                f"{places.slices[closest].name} and {places.slices[closest + 1].name} are only {gaps[closest]:.3f} mm "
-                f"apart, where {typical:.3f} mm is usual: nothing can be interpolated between them",
+                f"{places.slices[closest].name} and {places.slices[closest + 1].name} are only "
+                f"{near.mm(gaps[closest], 3)} mm apart, where {near.mm(typical, 3)} mm is usual: nothing can be "
+                "interpolated between them",
                 "uneven",
             )
         count = math.ceil(float(places.along[-1]) / typical - PLACE_TOLERANCE) + 1  # no coarser than acquired
@@ -358,7 +398,7 @@ def _placed(
         along = places.along / spacing
     shift = None
     if lean is not None:
-        shift = _shift(places, series, found, measures, lean)
+        shift = _shift(places, series, near, found, measures, lean)
     if along is None and shift is None:
         return None, spacing * normal, count
     if along is None:
@@ -383,33 +423,39 @@ def _regular_runs(gaps: NDArray[np.float64], tolerance_mm: float) -> NDArray[np.
     return runs
 
 
-def _lean(places: _Places, rules: Rules, measures: Measures) -> float | None:
+def _lean(places: _Places, near: _Tolerances, measures: Measures) -> float | None:
     """Return how far slices lie from one straight line, in mm, if they lie beside the normal; None if they do not."""
     along, beside = places.along, places.beside
     slope = (along @ beside) / (along @ along)
     measures.tilt_deg = math.degrees(math.atan(float(np.hypot(*slope))))
-    if np.hypot(*beside.T).max() <= rules.lean_tolerance_mm:
+    if np.hypot(*beside.T).max() <= near.lean_mm:
         return None
     return float(np.hypot(*(beside - np.outer(along, slope)).T).max())
 
 
 def _shift(
-    places: _Places, series: Series, found: list[Irregularity], measures: Measures, scatter_mm: float
+    places: _Places,
+    series: Series,
+    near: _Tolerances,
+    found: list[Irregularity],
+    measures: Measures,
+    scatter_mm: float,
 ) -> NDArray[np.float64]:
     """Return where the first voxel of each slice lies in an upright grid: (rows, columns) in voxels, shape (n, 2)."""
     shift = places.beside / np.array(series.pixel_spacing_mm)
     extent = np.ptp(shift, axis=0)
     if (extent > (series.rows, series.columns)).any():
         raise GeometryError(
-            f"slices lie up to {np.ptp(places.beside, axis=0).max():.1f} mm beside each other, more than they are wide",
+            f"slices lie up to {near.mm(np.ptp(places.beside, axis=0).max(), 1)} mm beside each other, more than they "
+            "are wide",
             "shift",
         )
-    straight = scatter_mm <= 0.1 * max(1.0, np.ptp(places.beside, axis=0).max())
+    straight = scatter_mm <= max(near.scatter_mm, 0.1 * np.ptp(places.beside, axis=0).max())
     what = f"the stack leans by {measures.tilt_deg:.2f}° (gantry tilt)" if straight else "slices are moved sideways"
     found.append(
         Irregularity(
             "tilt" if straight else "shift",
-            f"{what}: up to {np.hypot(*places.beside.T).max():.2f} mm beside the normal",
+            f"{what}: up to {near.mm(np.hypot(*places.beside.T).max())} mm beside the normal",
             "undone by shifting each slice",
         )
     )
@@ -417,7 +463,12 @@ def _shift(
 
 
 def _check_gaps(
-    places: _Places, gaps: NDArray[np.float64], missing: NDArray[np.int_], typical: float, rules: Rules
+    places: _Places,
+    gaps: NDArray[np.float64],
+    missing: NDArray[np.int_],
+    typical: float,
+    rules: Rules,
+    near: _Tolerances,
 ) -> None:
     """Raise if one distance is too wide to be filled, or too many slices are missing."""
     total, count = int(missing.sum()), len(places.slices)
@@ -429,20 +480,25 @@ def _check_gaps(
     else:
         return
     raise GeometryError(
-        f"slices are {typical:.3f} mm apart (median), but not all: {_gaps(places, gaps, missing)}: {limit}", "gap"
+        f"slices are {near.mm(typical, 3)} mm apart (median), but not all: "
+        f"{_gaps(places, gaps, missing, near)}: {limit}",
+        "gap",
     )
 
 
-def _gaps(places: _Places, gaps: NDArray[np.float64], missing: NDArray[np.int_]) -> str:
+def _gaps(places: _Places, gaps: NDArray[np.float64], missing: NDArray[np.int_], near: _Tolerances) -> str:
     where = [
-        f"{missing[n]} missing in {gaps[n]:.3f} mm between {places.slices[n].name} and {places.slices[n + 1].name}"
+        f"{missing[n]} missing in {near.mm(gaps[n], 3)} mm between {places.slices[n].name} and "
+        f"{places.slices[n + 1].name}"
         for n in np.flatnonzero(missing)
     ]
     return listed(where)
 
 
-def _spacings(places: _Places, gaps: NDArray[np.float64], typical: float, tolerance_mm: float) -> str:
+def _spacings(
+    places: _Places, gaps: NDArray[np.float64], typical: float, tolerance_mm: float, near: _Tolerances
+) -> str:
     odd = np.flatnonzero(np.abs(gaps - typical) > tolerance_mm)
-    return f"slices are {typical:.3f} mm apart (median), but not all: " + listed(
-        [f"{gaps[n]:.3f} mm between {places.slices[n].name} and {places.slices[n + 1].name}" for n in odd]
+    return f"slices are {near.mm(typical, 3)} mm apart (median), but not all: " + listed(
+        [f"{near.mm(gaps[n], 3)} mm between {places.slices[n].name} and {places.slices[n + 1].name}" for n in odd]
     )

@@ -337,7 +337,7 @@ def test_flags_override_the_recipe_and_are_written_down(small_series: Path, tmp_
         *("--fit", "crop", "--dtype", "int16", "--format", "tif-stack", "--compression", "zlib"),
         *("--policy", "strict", "--spacing-tolerance", "0.02", "--position-tolerance-mm", "0.03"),
         *("--lean-tolerance-mm", "0.2", "--max-missing", "2", "--max-missing-share", "0.25", "--assume-hu"),
-        *("--orient", "LPS"),
+        *("--orient", "LPS", "--group-by", "folder"),
         *("--roi", "lung", "--mask-layout", "per-roi", "--mask-resampling", "smooth", "--seg-threshold", "0.25"),
         *("--text-format", "points", "--units", "cm", "--index-base", "1", "--pixel-base", "1"),
         *("--slice-from", "column", "--slice-order", "instance"),
@@ -352,6 +352,7 @@ def test_flags_override_the_recipe_and_are_written_down(small_series: Path, tmp_
         "max_missing": 2,
         "max_missing_share": 0.25,
         "assume_hu": True,
+        "group_by": "folder",
         "orient": "LPS",
         "padding": "keep",  # the file
         "align": "corner",  # its base
@@ -413,7 +414,7 @@ def test_flags_become_the_recipe_that_they_say(tmp_path: Path, out: Path, flags:
     assert run("convert", tmp_path / "empty", "--out", out, *flags.split()).code == 3
     default = {
         "policy": "fix", "spacing_tolerance": 0.01, "position_tolerance_mm": 0.02, "lean_tolerance_mm": 0.1,
-        "max_missing": 3, "max_missing_share": 0.1, "assume_hu": False, "orient": "native",
+        "max_missing": 3, "max_missing_share": 0.1, "assume_hu": False, "group_by": "uid", "orient": "native",
         "padding": "air", "spacing_mm": [1.0, 1.0, 1.0], "order": 3, "align": "edge", "anti_alias": "none",
         "window_hu": [-1000.0, 400.0], "size": [512, 512], "fit": "stretch", "dtype": "float32", "format": "tif",
         "compression": "none", "image": True,

@@ -28,6 +28,7 @@ COMMON: dict[str, st.SearchStrategy[Any]] = {
     "max_missing": st.integers(0, 1000),
     "max_missing_share": st.floats(0, 1),
     "assume_hu": st.booleans(),
+    "group_by": st.sampled_from(["uid", "folder"]),
     "orient": st.sampled_from(["native", "LPS"]),
     "padding": st.sampled_from(["air", "minus2000-to-0", "keep"]),
     "spacing_mm": SPACINGS,
@@ -52,6 +53,7 @@ ONE_CHANGE: list[dict[str, Any]] = [
     {"max_missing": 2},
     {"max_missing_share": 0.2},
     {"assume_hu": True},
+    {"group_by": "folder"},
     {"orient": "LPS"},
     {"padding": "keep"},
     {"padding": "minus2000-to-0"},
@@ -139,6 +141,7 @@ def test_the_default_is_what_the_design_says() -> None:
         max_missing=3,
         max_missing_share=0.1,
         assume_hu=False,
+        group_by="uid",
         orient="native",
         padding="air",
         spacing_mm=(1.0, 1.0, 1.0),
@@ -206,7 +209,8 @@ def test_none_is_a_word_like_others_where_it_is_a_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["policy", "max_missing", "assume_hu", "orient", "padding", "order", "align", "fit", "dtype", "format"]
+    "name",
+    ["policy", "max_missing", "assume_hu", "group_by", "orient", "padding", "order", "align", "fit", "dtype", "format"],
 )
 def test_none_is_refused_where_something_has_to_be(name: str) -> None:
     with pytest.raises(RecipeError, match=name):
@@ -226,6 +230,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "max_missing": ["3", -1, 1001, 2.0, 2.5, math.nan, None, True, [3]],
     "max_missing_share": ["0.1", -0.1, 1.1, math.nan, None, True, [0.1]],
     "assume_hu": ["", "yes", "true", 1, 0, None],
+    "group_by": ["", "series", "UID", True, None],
     "orient": ["", "lps", "RAS", 1, None],
     "padding": ["", "Air", 0, None, True, ["air"]],
     "spacing_mm": [
@@ -311,7 +316,7 @@ def test_rules_hold_what_the_recipe_says_of_irregular_series(recipe: Recipe) -> 
     rules = asdict(recipe.rules)
     assert set(rules) == {
         "policy", "spacing_tolerance", "position_tolerance_mm", "lean_tolerance_mm", "max_missing",
-        "max_missing_share", "assume_hu",
+        "max_missing_share", "assume_hu", "group_by",
     }  # fmt: skip
     assert rules == {name: getattr(recipe, name) for name in rules}
     assert Recipe().rules == Rules()

@@ -201,7 +201,7 @@ def test_an_aborted_acquisition_costs_the_finished_ones_nothing(tmp_path: Path) 
     for number, count in ((1, 8), (2, 8), (3, 2)):
 
         def acquired(ds: Dataset, _: int, number: int = number) -> None:
-            ds.AcquisitionNumber, ds.FrameOfReferenceUID = number, "1.9"
+            ds.AcquisitionNumber, ds.FrameOfReferenceUID, ds.StudyInstanceUID = number, "1.9", "1.8"
 
         write(tmp_path / str(number), count, acquired, series_uid="1.2.3")
     volumes = gpuprep.discover(tmp_path)
@@ -216,7 +216,7 @@ def test_phases_and_energies_are_told_apart(tmp_path: Path, keyword: str) -> Non
 
         def phase(ds: Dataset, _: int, number: int = number) -> None:
             setattr(ds, keyword, f"B{number}" if keyword == "ConvolutionKernel" else 60.0 * number)
-            ds.FrameOfReferenceUID = "1.9"
+            ds.FrameOfReferenceUID, ds.StudyInstanceUID = "1.9", "1.8"
 
         write(tmp_path / str(number), 8, phase, series_uid="1.2.3")
     volumes = gpuprep.discover(tmp_path)

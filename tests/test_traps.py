@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import json
 import math
 import os
@@ -49,11 +50,13 @@ from standin import ForeignBackend
 
 import gpuprep
 from gpuprep import decoding
+from gpuprep.auditing import audit
 from gpuprep.backend import Backend, Engine, NumpyBackend
 from gpuprep.batch import scan
 from gpuprep.errors import GeometryError, InputError, OutputError
 from gpuprep.executors import Here
 from gpuprep.geometry import Geometry, Placement
+from gpuprep.headers import read_headers
 from gpuprep.manifest import SeriesResult
 from gpuprep.opening import Finished
 from gpuprep.phantom import write_series
@@ -97,7 +100,7 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == [*range(1, 43), 45, 46, 47, 48, 49, 56, 57, 60, 61, 62]
+    assert sorted(set(TESTED)) == [*range(1, 43), 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 56, 57, 58, 60, 61, 62]
 
 
 # What tests have in common
@@ -1680,3 +1683,321 @@ def test_the_sign_that_gives_ct_numbers_is_taken_and_said(tmp_path: Path, syntax
     assert (result.status, result.codes) == ("fixed", ("sign",))
     assert (result.hu_min, result.hu_max) == (hu.min(), hu.max())
     np.testing.assert_array_equal(written(tmp_path / "out", result), hu)
+
+
+# Rows 43 to 53: images to series and volumes
+
+
+def flat(value: int, slices: int = 9) -> NDArray[np.int16]:
+    """Return slices that hold one HU each: 1, 2, … above `value`, so that every slice has a value of its own."""
+    hu = value + 1 + np.arange(slices, dtype=np.int16)
+    return np.broadcast_to((hu + 1024)[:, None, None], (slices, 8, 10)).astype(np.int16)
+
+
+def volumes_of(folder: Path, rules: Rules | None = None) -> list[tuple[list[float], list[float]]]:
+    """Return height and HU of every slice, for each volume that is found."""
+    told = []
+    for series in gpuprep.discover(folder, rules):
+        volume = gpuprep.read(series)
+        heights = [round(float(volume.geometry.points_mm((k, 0, 0))[2]), 4) for k in range(len(volume.stored))]
+        told.append((heights, [float(v) for v in volume.stored[:, 4, 5] - 1024.0]))
+    return told
+
+
+def passes(folder: Path, starts_mm: list[float], told_by: Callable[[int, int], dict[str, Any]]) -> None:
+    """Write passes of 9 slices of one series, 2.5 mm apart, that begin at these heights; HU are those of `flat`."""
+    series, study = generate_uid(), generate_uid()
+    for n, start in enumerate(starts_mm):
+
+        def change(ds: Dataset, k: int, n: int = n) -> None:
+            ds.InstanceNumber, ds.StudyInstanceUID, ds.FrameOfReferenceUID = 20 * n + k + 1, study, "1.2.3"
+            for keyword, value in told_by(n, k).items():
+                setattr(ds, keyword, value)
+
+        write_series(
+            folder / str(n), flat(100 * n), (2.5, 0.8, 0.7), series_uid=series, origin_mm=(0, 0, start), change=change
+        )
+
+
+def pass_of(n: int, start_mm: float) -> tuple[list[float], list[float]]:
+    """Return what `volumes_of` has to return for one pass."""
+    return [round(start_mm + 2.5 * k, 4) for k in range(9)], [100.0 * n + 1 + k for k in range(9)]
+
+
+TOLD_BY: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "number": lambda n, _: {"AcquisitionNumber": n + 1},
+    "time": lambda n, _: {"AcquisitionTime": f"10000{n}"},
+    "time-of-each-slice": lambda n, k: {"AcquisitionTime": f"100{n}{k:02}"},
+    "kernel": lambda n, _: {"ConvolutionKernel": f"B{n}"},
+}
+
+
+@trap(43, "overlapping-passes")
+@pytest.mark.parametrize("told_by", TOLD_BY)
+@pytest.mark.parametrize(
+    "starts_mm",
+    [[0, 19.0], [0, 16.0], [0, 10.7], [0, 1.0], [0, 18.75], [0, 20.0], [0, 17.5], [0, 0], [0, 16.0, 32.0]],
+    ids=[
+        "one gap",
+        "out of register",
+        "half",
+        "all",
+        "half register",
+        "one slice",
+        "two slices",
+        "in register",
+        "three",
+    ],
+)
+def test_passes_that_overlap_are_volumes_of_their_own(tmp_path: Path, starts_mm: list[float], told_by: str) -> None:
+    passes(tmp_path, starts_mm, TOLD_BY[told_by])
+    assert volumes_of(tmp_path) == [pass_of(n, start) for n, start in enumerate(starts_mm)]
+
+
+@trap(43, "end-to-end")
+@pytest.mark.parametrize("told_by", TOLD_BY)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_scan_that_runs_on_in_several_acquisitions_is_one_volume(tmp_path: Path, count: int, told_by: str) -> None:
+    passes(tmp_path, [22.5 * n for n in range(count)], TOLD_BY[told_by])
+    heights, values = [2.5 * k for k in range(9 * count)], [100.0 * n + k + 1 for n in range(count) for k in range(9)]
+    assert volumes_of(tmp_path) == [(heights, values)]
+    assert found(tmp_path).irregularities == ()
+
+
+@trap(43, "policies")
+def test_overlapping_passes_are_refused_by_strict_and_named_by_keep(tmp_path: Path) -> None:
+    passes(tmp_path / "in", [0, 16.0], TOLD_BY["number"])
+    strict = alone(convert(tmp_path / "in", tmp_path / "strict", replace(HU, policy="strict")))
+    assert (strict.status, strict.codes) == ("rejected", ("acquisitions",))
+    kept = alone(convert(tmp_path / "in", tmp_path / "keep", replace(HU, policy="keep")))
+    assert (kept.status, kept.codes[0]) == ("ok", "acquisitions")
+    assert "2 acquisitions lie in one place, told apart by acquisition number" in kept.irregularities[0]
+
+
+@trap(44, "two-studies")
+@pytest.mark.parametrize("start_mm", [22.5, 1.25, 0, 16.0], ids=["end to end", "between", "same place", "overlap"])
+@pytest.mark.parametrize("policy", ["fix", "keep"])
+def test_a_series_uid_of_two_studies_is_two_series(tmp_path: Path, start_mm: float, policy: Any) -> None:
+    passes(tmp_path, [0, start_mm], lambda n, _: {"StudyInstanceUID": f"1.2.{n}", "PatientID": f"P{n}"})
+    rules = Rules(policy=policy)
+    assert volumes_of(tmp_path, rules) == [pass_of(0, 0), pass_of(1, start_mm)]
+    one, two = gpuprep.discover(tmp_path, rules)
+    assert (one.study_uid, two.study_uid) == ("1.2.0", "1.2.1")
+    assert (one.key, two.key) == (f"{one.series_uid}#1", f"{one.series_uid}#2")
+    assert [i.code for s in (one, two) for i in s.irregularities] == ["studies", "studies"]
+
+
+@trap(44, "two-patients")
+def test_a_series_uid_of_two_patients_is_two_series(tmp_path: Path) -> None:
+    passes(tmp_path / "in", [0, 22.5], lambda n, _: {"PatientID": f"MRN-{n}"})
+    run = convert(tmp_path / "in", tmp_path / "out")
+    assert [(r.status, r.codes[0], r.slices) for r in run.results] == [("fixed", "studies", 9)] * 2
+    assert {tuple(written(tmp_path / "out", r)[:, 4, 5]) for r in run.results} == {
+        tuple(pass_of(n, 0)[1]) for n in range(2)
+    }
+    assert "2 patients share a series" in run.results[0].irregularities[0]
+    assert b"MRN-" not in b"".join(f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file())
+
+
+PHASES: dict[str, tuple[Callable[[int], dict[str, Any]], str | None]] = {
+    "respiratory": (lambda n: {"NominalPercentageOfRespiratoryPhase": 25.0 * n}, "respiratory phase 25 %"),
+    "cardiac": (lambda n: {"NominalPercentageOfCardiacPhase": 40.0 + 30 * n}, "cardiac phase 70 %"),
+    "delay": (lambda n: {"NominalCardiacTriggerDelayTime": 100.5 * n}, "cardiac trigger delay 100.5 ms"),
+    "breath": (lambda n: {"NominalRespiratoryTriggerDelayTime": 250.0 * n}, "respiratory trigger delay 250 ms"),
+    "trigger": (lambda n: {"TriggerTime": f"{n * 75}"}, "trigger time 75 ms"),
+    "position": (lambda n: {"TemporalPositionIdentifier": n + 1}, "temporal position 2"),
+    "offset": (lambda n: {"TemporalPositionTimeOffset": 1.5 * n}, "temporal offset 1.5 s"),
+    "energy": (lambda n: {"MultienergyCTProcessingSequence": [energy(40.0 + 30 * n)]}, "energy 70 keV"),
+    "options": (lambda n: {"ScanOptions": ["HELICAL", f"TP{n}"]}, None),
+    "content": (lambda n: {"ContentDate": "20250131", "ContentTime": f"11{n}000"}, None),
+    "series": (lambda n: {"SeriesTime": f"11{n}000"}, None),
+}
+
+
+def energy(kev: float) -> Dataset:
+    item = Dataset()
+    item.MonoenergeticEnergyEquivalent = kev
+    return item
+
+
+@trap(50, "files")
+@pytest.mark.parametrize("phase", PHASES)
+def test_phases_and_energies_of_single_images_are_a_volume_each(tmp_path: Path, phase: str) -> None:
+    of, label = PHASES[phase]
+    passes(tmp_path, [0, 0, 0], lambda n, _: of(n))
+    assert volumes_of(tmp_path) == [pass_of(n, 0) for n in range(3)]
+    texts = [series.irregularities[0].what for series in gpuprep.discover(tmp_path)]
+    assert all(text.startswith("3 acquisitions lie in one place, told apart by ") for text in texts)
+    assert [label in text for text in texts] == [False, True, False] if label else len(set(texts)) == 1
+    assert not any(secret in text for text in texts for secret in ("TP", "2025", "11"))
+
+
+def frames(
+    file: Path, values: list[int], heights_mm: list[float], groups: Callable[[int], dict[str, dict[str, Any]]]
+) -> None:
+    """Write an Enhanced CT image of frames that hold one HU each; n counts them for `groups`, sequences of one item."""
+    (plain,) = write_series(file.parent / "plain", flat(0, 1), (2.5, 0.8, 0.7), series_uid="1.2.9")
+    ds = pydicom.dcmread(plain)
+    plain.unlink()
+    shared, measures, plane, rescale = (Dataset() for _ in range(4))
+    measures.PixelSpacing, plane.ImageOrientationPatient = ds.PixelSpacing, ds.ImageOrientationPatient
+    rescale.RescaleSlope, rescale.RescaleIntercept, rescale.RescaleType = 1, -1024, "HU"
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
+    shared.PixelValueTransformationSequence = [rescale]
+    own = []
+    for n, height in enumerate(heights_mm):
+        group, place = Dataset(), Dataset()
+        place.ImagePositionPatient = [0, 0, height]
+        group.PlanePositionSequence = [place]
+        for sequence, attributes in groups(n).items():
+            item = Dataset()
+            for keyword, value in attributes.items():
+                setattr(item, keyword, value)
+            setattr(group, sequence, [item])
+        own.append(group)
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope",
+                    "RescaleIntercept", "RescaleType", "PixelPaddingValue"):  # fmt: skip
+        del ds[keyword]
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UID("1.2.840.10008.5.1.4.1.1.2.1")
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.StudyInstanceUID, ds.FrameOfReferenceUID = "1.2", "1.2.3"
+    ds.NumberOfFrames = len(heights_mm)
+    ds.PixelData = b"".join(np.full((8, 10), v + 1024, "<i2").tobytes() for v in values)
+    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], own
+    ds.save_as(file, enforce_file_format=True)
+
+
+GROUPS: dict[str, tuple[Callable[[int], dict[str, dict[str, Any]]], str]] = {
+    "respiratory": (
+        lambda n: {"RespiratorySynchronizationSequence": {"NominalPercentageOfRespiratoryPhase": 25.0 * (n // 5)}},
+        "respiratory phase 25 %",
+    ),
+    "delay": (
+        lambda n: {"CardiacSynchronizationSequence": {"NominalCardiacTriggerDelayTime": 100.0 * (n // 5)}},
+        "cardiac trigger delay 100 ms",
+    ),
+    "offset": (
+        lambda n: {"TemporalPositionSequence": {"TemporalPositionTimeOffset": 2.0 * (n // 5)}}, "temporal offset 2 s",
+    ),
+    "index": (
+        lambda n: {"FrameContentSequence": {"TemporalPositionIndex": n // 5 + 1}}, "temporal position 2",
+    ),
+    "energy": (
+        lambda n: {"MultienergyCTProcessingSequence": {"MonoenergeticEnergyEquivalent": 40.0 + 30 * (n // 5)}},
+        "energy 70 keV",
+    ),
+    "dimension": (
+        lambda n: {"FrameContentSequence": {"DimensionIndexValues": [1, n % 5 + 1, n // 5 + 1]}},
+        "dimension index 3 = 2",
+    ),
+}  # fmt: skip
+
+
+@trap(50, "frames")
+@pytest.mark.parametrize("phase", GROUPS)
+def test_phases_and_energies_of_frames_are_a_volume_each(tmp_path: Path, phase: str) -> None:
+    groups, label = GROUPS[phase]
+    values = [100 * (n // 5) + n % 5 for n in range(20)]
+    frames(tmp_path / "0.dcm", values, [2.0 * (n % 5) for n in range(20)], groups)
+    assert volumes_of(tmp_path) == [
+        ([0, 2, 4, 6, 8], [float(100 * q + k) for k in range(5)]) for q in range(4)
+    ]  # fmt: skip
+    texts = [series.irregularities[0].what for series in gpuprep.discover(tmp_path)]
+    assert [label in text for text in texts] == [False, True, False, False]
+
+
+@trap(50, "instances")
+def test_frames_told_apart_by_their_instance_alone_are_a_volume_each(tmp_path: Path) -> None:
+    for q in range(3):
+        values = [100 * q + k for k in range(5)]
+        times = lambda n, q=q: {"FrameContentSequence": {"FrameAcquisitionDateTime": f"2022022316432{q}.7{n:02}"}}  # noqa: E731
+        frames(tmp_path / f"{q}.dcm", values, [2.0 * k for k in range(5)], times)
+    expected = [([0, 2, 4, 6, 8], [float(100 * q + k) for k in range(5)]) for q in range(3)]
+    assert volumes_of(tmp_path) == expected
+    assert "told apart by instance" in gpuprep.discover(tmp_path)[0].irregularities[0].what
+
+
+@trap(51, "many-times")
+def test_a_thousand_times_are_told_apart(tmp_path: Path) -> None:
+    # Of 1000 times, 7.3 pairs are expected to share 16 bits.
+    times = [f"{10 + n // 3600:02}{n // 60 % 60:02}{n % 60:02}" for n in range(1000)]
+    files = []
+
+    def at(ds: Dataset, k: int) -> None:
+        ds.AcquisitionDate, ds.AcquisitionTime = "20250131", times[k]
+
+    files = write_series(tmp_path, np.zeros((1000, 1, 1), np.int16), (2.5, 0.8, 0.7), series_uid="1.2.3", change=at)
+    images = [image for contents in read_headers([str(f) for f in files]) for image in contents.images]
+    assert len({image.header.acquisition_time for image in images}) == 1000
+
+
+@trap(51, "equal-hashes")
+def test_times_whose_short_hashes_are_equal_are_two_volumes(tmp_path: Path) -> None:
+    uid = "1.2.3.4"
+    short: dict[str, str] = {}
+    for second in range(10 * 3600, 14 * 3600):
+        time = f"{second // 3600:02}{second // 60 % 60:02}{second % 60:02}"
+        digest = hashlib.sha256((uid + time).encode()).hexdigest()[:4]
+        if digest in short:
+            pair = short[digest], time
+            break
+        short[digest] = time
+    passes(tmp_path, [0, 0], lambda n, _: {"AcquisitionTime": pair[n], "SeriesInstanceUID": uid})
+    assert volumes_of(tmp_path) == [pass_of(0, 0), pass_of(1, 0)]
+
+
+@trap(52, "one-stack")
+def test_a_stack_whose_positions_run_on_over_instances_is_one_volume(tmp_path: Path) -> None:
+    heights = [2.0 * k for k in range(24)]
+    for q in range(4):
+        content = lambda n, q=q: {"FrameContentSequence": {  # noqa: E731
+            "FrameAcquisitionNumber": q + 1, "StackID": "1", "InStackPositionNumber": 4 * n + q + 1,
+        }}  # fmt: skip
+        frames(tmp_path / f"{q}.dcm", list(range(q, 24, 4)), heights[q::4], content)
+    assert volumes_of(tmp_path) == [(heights, [float(v) for v in range(24)])]
+    assert found(tmp_path).irregularities == ()
+
+
+@trap(52, "two-stacks")
+@pytest.mark.parametrize("start_mm", [150.0, 10.0, 1.0, 0.0], ids=["apart", "end to end", "between", "same place"])
+@pytest.mark.parametrize("names", [("1", "2"), ("Müller", "chest")])
+def test_two_stacks_are_two_volumes(tmp_path: Path, start_mm: float, names: tuple[str, str]) -> None:
+    heights = [2.0 * k for k in range(5)]
+    content = lambda n: {"FrameContentSequence": {"StackID": names[n // 5], "InStackPositionNumber": n % 5 + 1}}  # noqa: E731
+    frames(tmp_path / "0.dcm", list(range(10)), [*heights, *(start_mm + z for z in heights)], content)
+    assert volumes_of(tmp_path) == [
+        (heights, [0.0, 1, 2, 3, 4]), ([start_mm + z for z in heights], [5.0, 6, 7, 8, 9]),
+    ]  # fmt: skip
+    one, two = gpuprep.discover(tmp_path)
+    assert [i.code for i in (*one.irregularities, *two.irregularities)] == ["mixed", "mixed"]
+    assert ("this one has Stack ID 2" in two.irregularities[0].what) is (names[1] == "2")
+    assert "chest" not in two.irregularities[0].what
+
+
+@trap(53, "fine-voxels")
+@pytest.mark.parametrize("spacing_mm", [0.1, 0.035, 0.02, 0.009, 0.002])
+def test_fine_voxels_are_slices_of_their_own(tmp_path: Path, spacing_mm: float) -> None:
+    def at(ds: Dataset, k: int) -> None:
+        ds.ImagePositionPatient = [0, 0, f"{spacing_mm * k:.6f}"]
+
+    write_series(tmp_path, flat(0), (spacing_mm,) * 3, change=at)
+    series = found(tmp_path)
+    volume = in_hu(series)
+    assert audit(series).verdict == "ok"
+    np.testing.assert_allclose(volume.spacing_mm, [spacing_mm] * 3, rtol=1e-4)
+    assert np.asarray(volume.values)[:, 4, 5].tolist() == list(range(1, 10))
+
+
+@trap(53, "fine-jump")
+def test_a_jump_of_three_fine_voxels_is_undone(tmp_path: Path) -> None:
+    def at(ds: Dataset, k: int) -> None:
+        ds.ImagePositionPatient = [0.09 * (k > 4), 0, f"{0.03 * k:.2f}"]
+
+    write_series(tmp_path, flat(0), (0.03, 0.03, 0.03), change=at)
+    judged = audit(found(tmp_path))
+    assert (judged.verdict, judged.codes) == ("fixed", ("shift",))
+    assert "up to 0.090 mm beside the normal" in judged.irregularities[0].what
+    assert judged.stack is not None
+    assert judged.stack.placement is not None
+    assert judged.stack.placement.shift is not None
+    assert judged.stack.placement.shift[:, 1] == pytest.approx([0] * 5 + [3] * 4)

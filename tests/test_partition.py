@@ -1,0 +1,374 @@
+"""Images to series: what joins and what parts them, from headers made up here; no file is read unless it has to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from conftest import natively
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom import Dataset
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+from segmentations import write_rtstruct
+from test_stacking import header
+
+import gpuprep
+from gpuprep.acceptance import check
+from gpuprep.auditing import audit
+from gpuprep.errors import InputError
+from gpuprep.headers import read_headers
+from gpuprep.naming import Pseudonyms
+from gpuprep.partition import partition
+from gpuprep.phantom import write_series
+from gpuprep.recipe import Recipe
+from gpuprep.rules import Rules
+from gpuprep.segmentation.wishes import Masks
+from gpuprep.series import Image, Series, SliceHeader, packed
+
+HU = Recipe(spacing_mm=None, size=None, window_hu=None)
+BY_FOLDER = Rules(group_by="folder")
+
+
+def image(z_mm: float, number: int, **facts: Any) -> Image:
+    """Return an axial image; `facts` are of the image or of its slice."""
+    facts = {"path": f"/data/{number:04}.dcm", "instance_number": number, "sop_instance_uid": f"1.5.{number}"} | facts
+    of_slice = {name: facts.pop(name) for name in list(facts) if name in SliceHeader._fields}
+    plain = Image(
+        series_uid="1.3", study_uid="1.2", patient="p", frame_of_reference_uid="1.4", series_number=1, rows=16,
+        columns=20, pixel_spacing_mm=(0.8, 0.7), orientation=(1.0, 0.0, 0.0, 0.0, 1.0, 0.0), folder="/data",
+        header=header("", (-100.0, -120.0, z_mm))._replace(**of_slice),
+    )  # fmt: skip
+    return plain._replace(**facts)
+
+
+def scan(start_mm: float, count: int, first: int, step_mm: float = 2.5, **facts: Any) -> list[Image]:
+    """Return images in a row, counted from `first`; facts that are functions get the number of the slice."""
+    return [
+        image(start_mm + step_mm * k, first + k, **{n: v(k) if callable(v) else v for n, v in facts.items()})
+        for k in range(count)
+    ]
+
+
+def found(images: Iterable[Image], rules: Rules | None = None) -> list[list[int]]:
+    """Return the instance numbers of each volume, in order."""
+    return [sorted(s.instance_number or 0 for s in v.slices) for v in partition(images, rules or Rules())]
+
+
+def span(first: int, count: int) -> list[int]:
+    return list(range(first, first + count))
+
+
+def told(series: Series) -> list[str]:
+    return [i.what for i in series.irregularities]
+
+
+# Acquisitions
+
+
+@given(
+    start=st.floats(0.1, 49.9), step=st.sampled_from([1.0, 2.5, 4.0]), seed=st.integers(0, 99),
+    counted=st.sampled_from(["on", "alike", "by position"]),
+)  # fmt: skip
+def test_two_passes_that_overlap_are_two_volumes_wherever_the_second_begins(
+    start: float, step: float, seed: int, counted: str
+) -> None:
+    # Trap 43. The first has 21 slices from 0 to 50 mm.
+    images = scan(0, 21, 1, acquisition_number=1) + scan(start, 21, 101, step, acquisition_number=2)
+    if counted == "alike":
+        images = [
+            i._replace(header=i.header._replace(instance_number=(i.header.instance_number or 0) % 100)) for i in images
+        ]
+    if counted == "by position":  # some tool has counted them anew
+        images.sort(key=lambda i: (i.header.position_mm or (0, 0, 0))[2])
+        images = [i._replace(header=i.header._replace(instance_number=n)) for n, i in enumerate(images)]
+    images = [images[n] for n in np.random.default_rng(seed).permutation(len(images))]
+    volumes = partition(images, Rules())
+    if counted == "by position" and step == 2.5 and abs(start % 2.5 - 1.25) < 0.03 and start < 7:
+        return  # evenly spaced and counted through: nothing says that these are two
+    assert [{s.acquisition_number for s in v.slices} for v in volumes] == [{1}, {2}]
+    assert [len(v.slices) for v in volumes] == [21, 21]
+
+
+def test_passes_half_a_step_apart_are_two_even_if_some_tool_counted_them_by_position() -> None:
+    images = scan(0, 21, 1, acquisition_number=1) + scan(26.25, 21, 101, acquisition_number=2)
+    images.sort(key=lambda i: (i.header.position_mm or (0, 0, 0))[2])
+    images = [i._replace(header=i.header._replace(instance_number=n)) for n, i in enumerate(images)]
+    assert [len(v.slices) for v in partition(images, Rules())] == [21, 21]
+
+
+def test_slices_that_were_made_as_one_stack_stay_one() -> None:
+    # Odd and even slices are two acquisitions, or four: evenly spaced together, and counted through.
+    for share in (2, 4):
+        images = [image(2.5 * k, k + 1, acquisition_number=k % share) for k in range(24)]
+        assert found(images) == [span(1, 24)]
+        assert found(images[:9] + images[10:]) == [[*span(1, 9), *span(11, 14)]]  # one is missing
+        # Else by position in the stack.
+        stacked = [image(2.5 * k, 1, path=f"{k}", in_stack=k + 1, acquisition_number=k % share) for k in range(24)]
+        assert len(partition(stacked, Rules())) == 1
+
+
+def test_a_hole_that_another_acquisition_fills_stays_filled() -> None:
+    images = scan(0, 10, 1, acquisition_number=1) + scan(32.5, 10, 11, acquisition_number=1)
+    assert found(images + scan(25, 3, 50, acquisition_number=2)) == [[*span(1, 20), *span(50, 3)]]
+
+
+def test_step_and_shoot_is_one_volume_and_what_was_scanned_again_another() -> None:
+    steps = [i for n in range(8) for i in scan(10.0 * n, 4, 1 + 4 * n, acquisition_number=n)]
+    assert found(steps) == [span(1, 32)]
+    assert found([*steps, *scan(11, 4, 50, acquisition_number=9)]) == [span(1, 32), span(50, 4)]
+    again = [i for n in range(8) for i in scan(10.0 * n + 0.8, 4, 101 + 4 * n, acquisition_number=n + 8)]
+    assert found([*steps, *again]) == [span(1, 32), span(101, 32)]
+
+
+def test_passes_in_both_directions_are_parted_where_each_slice_has_a_time_of_its_own() -> None:
+    one = scan(0, 21, 1, acquisition_time=lambda k: f"a{k}")
+    assert found(one) == [span(1, 21)]
+    for step in (2.5, -2.5):
+        other = scan(96 if step < 0 else 46, 21, 31, step, acquisition_time=lambda k: f"b{k}")
+        assert found(one + other) == [span(1, 21), span(31, 21)]
+
+
+def test_a_pass_that_was_broken_off_between_the_slices_of_another_is_left_out() -> None:
+    (volume,) = partition(scan(0, 21, 1, acquisition_number=1) + scan(26, 2, 31, acquisition_number=2), Rules())
+    assert [s.instance_number for s in volume.slices] == span(1, 21)
+    assert volume.left_out == (("0031.dcm", "other acquisition"), ("0032.dcm", "other acquisition"))
+    assert audit(volume).codes == ("acquisitions",)
+
+
+def test_an_image_given_twice_parts_no_scan_of_several_acquisitions() -> None:
+    steps = [i for n in range(8) for i in scan(10.0 * n, 4, 1 + 4 * n, acquisition_number=n)]
+    copy = steps[5]._replace(header=steps[5].header._replace(path="/data/copy.dcm"))
+    (volume,) = partition([*steps, copy], Rules())
+    assert audit(volume).codes == ("duplicate",)
+
+
+def test_acquisitions_with_a_gap_between_them_are_one_volume_with_a_gap() -> None:
+    (volume,) = partition(scan(0, 21, 1, acquisition_number=1) + scan(80, 21, 31, acquisition_number=2), Rules())
+    assert audit(volume).codes == ("gap",)
+
+
+def test_what_one_attribute_tells_apart_may_be_several_by_another() -> None:
+    images = [
+        i
+        for n, (phase, file) in enumerate((p, f) for p in (30, 70) for f in "ab")
+        for i in scan(0, 6, 1 + 10 * n, phase=packed([("cardiac", str(phase))]), path=f"/data/{file}", frames=12,
+                      frame=lambda k, phase=phase: k + phase)
+    ]  # fmt: skip
+    volumes = partition(images, Rules())
+    assert sorted(sorted(s.instance_number or 0 for s in v.slices) for v in volumes) == [
+        span(1, 6), span(11, 6), span(21, 6), span(31, 6),
+    ]  # fmt: skip
+    assert "cardiac phase 70 %" in told(volumes[-1])[0]
+    assert "told apart by instance" in told(volumes[-1])[1]
+
+
+def test_two_attributes_together_tell_apart_what_neither_does() -> None:
+    images = [
+        i
+        for n in range(4)
+        for i in scan(0, 6, 1 + 10 * n, acquisition_number=n // 2, phase=packed([("energy", str(40 + n % 2 * 30))]))
+    ]
+    volumes = partition(images, Rules())
+    assert [sorted(s.instance_number or 0 for s in v.slices) for v in volumes] == [
+        span(1 + 10 * n, 6) for n in range(4)
+    ]
+    assert told(volumes[1])[0].endswith("; this is energy 70 keV and acquisition number 0")
+
+
+@given(st.permutations(range(24)))
+def test_parts_do_not_depend_on_the_order_of_files(order: list[int]) -> None:
+    images = scan(0, 12, 1, study_uid="1.2.9") + scan(3, 6, 13, study_uid="1.2.8", acquisition_number=1)
+    images += scan(4, 6, 19, study_uid="1.2.8", acquisition_number=2)
+    volumes = partition([images[n] for n in order], Rules())
+    assert [(v.key, v.study_uid, len(v.slices)) for v in volumes] == [
+        ("1.3#1", "1.2.8", 6), ("1.3#2", "1.2.8", 6), ("1.3#3", "1.2.9", 12),
+    ]  # fmt: skip
+
+
+# Studies and patients
+
+
+def test_images_without_a_study_belong_to_the_only_one() -> None:
+    images = scan(0, 12, 1, study_uid=lambda k: "" if k < 5 else "1.2", patient=lambda k: "" if k % 3 else "p")
+    (volume,) = partition(images, Rules())
+    assert (len(volume.slices), volume.study_uid, volume.irregularities) == (12, "1.2", ())
+
+
+def test_images_without_a_study_belong_to_that_of_their_patient_or_folder_and_else_to_none() -> None:
+    one = scan(0, 6, 1, study_uid=lambda k: "" if k == 2 else "1.2.1", patient="a")
+    two = scan(50, 6, 11, study_uid=lambda k: "" if k == 2 else "1.2.2", patient="b")
+    assert found(one + two) == [span(1, 6), span(11, 6)]
+    one, two = ([i._replace(patient="", folder=f"/data/{f}") for i in images] for f, images in (("a", one), ("b", two)))
+    assert found(one + two) == [span(1, 6), span(11, 6)]
+    volumes = partition([i._replace(folder="/data") for i in one + two], Rules())
+    assert [len(v.slices) for v in volumes] == [5, 5]
+    assert volumes[0].left_out == (("0003.dcm", "no Study Instance UID"), ("0013.dcm", "no Study Instance UID"))
+    assert [i.code for i in volumes[0].irregularities] == ["studies", "left-out"]
+
+
+def test_a_study_in_each_image_says_nothing() -> None:
+    # As an anonymiser makes them that forgets what it gave to the file before.
+    (volume,) = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k}"), Rules())
+    assert len(volume.slices) == 12
+    assert told(volume) == ["each of 12 images names a study or patient of its own"]
+    assert audit(volume, Rules(policy="strict")).codes == ("studies",)
+
+
+def test_studies_of_one_series_uid_go_by_their_own_uids_and_patients(tmp_path: Path) -> None:
+    for n in range(2):
+
+        def change(ds: Dataset, _: int, n: int = n) -> None:
+            ds.StudyInstanceUID, ds.PatientID = f"1.2.{n}", f"MRN-{n}"
+
+        write_series(tmp_path / "in" / f"{n}", noise(n), (2.5, 0.8, 0.7), series_uid="1.2.3", change=change)
+    names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
+    run = gpuprep.convert(tmp_path / "in", tmp_path / "out", HU, backend="cpu", names=names)
+    assert [r.status for r in run.results] == ["fixed", "fixed"]
+    assert {r.study_uid for r in run.results} == {names.of_uid("study", f"1.2.{n}") for n in range(2)}
+    assert {r.folder.partition("/")[0] for r in run.results} == {names.of("patient", f"MRN-{n}") for n in range(2)}
+    plain = gpuprep.convert(tmp_path / "in", tmp_path / "plain", HU, backend="cpu")
+    assert {(r.study_uid, Path(r.source).name) for r in plain.results} == {("1.2.0", "0"), ("1.2.1", "1")}
+
+
+def noise(seed: int, slices: int = 6) -> Any:
+    return np.random.default_rng(seed).integers(0, 3000, (slices, 8, 10)).astype(np.int16)
+
+
+# What is read of headers
+
+
+def header_of(file: Path) -> SliceHeader:
+    ((one,),) = ([i.header for i in contents.images] for contents in read_headers([str(file)]))
+    return one
+
+
+SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES, ids=lambda syntax: UID(syntax).name)
+def test_phases_are_read_in_every_native_syntax(tmp_path: Path, syntax: UID) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        ds.NominalPercentageOfRespiratoryPhase, ds.NominalPercentageOfCardiacPhase = 12.5, 70.0
+        ds.NominalCardiacTriggerDelayTime, ds.TriggerTime, ds.TemporalPositionTimeOffset = 710.25, "75.5", 1e-3
+        energies = Dataset()
+        energies.MonoenergeticEnergyEquivalent = 67.0
+        ds.MultienergyCTProcessingSequence = [energies]
+        ds.StackID, ds.InStackPositionNumber, ds.DimensionIndexValues = "3", 70000, [1, 2, 70000]
+
+    (file,) = write_series(tmp_path, noise(0, 1), (2.5, 0.8, 0.7), change=change)
+    file.write_bytes(natively(pydicom.dcmread(file), syntax))
+    one = header_of(file)
+    assert dict(part.split("=") for part in one.phase.split()) == {
+        "respiratory": "12.5", "cardiac": "70", "delay": "710.25", "trigger": "75.5", "offset": "0.001", "energy": "67",
+    }  # fmt: skip
+    assert (one.stack_id, one.other) == ("3", "index=1,2,70000")
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        ("TriggerTime", "Zauberfrau"), ("StackID", "Zauberfrau"), ("ScanOptions", "ZAUBERFRAU"),
+        ("ContentTime", "112233"), ("SeriesDate", "20250131"), ("PatientID", "Zauberfrau"),
+    ],
+)  # fmt: skip
+def test_words_and_times_that_tell_images_apart_are_not_kept(tmp_path: Path, keyword: str, value: str) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        ds.add_new(keyword, "LO", value)
+
+    (file,) = write_series(tmp_path, noise(0, 1), (2.5, 0.8, 0.7), series_uid="1.2.3", change=change)
+    ((one,),) = (contents.images for contents in read_headers([str(file)]))
+    kept = repr(one._replace(folder="", study_uid="", frame_of_reference_uid="", header=one.header._replace(
+        path="", mtime_ns=0, sop_instance_uid="")))  # fmt: skip
+    assert value.lower() not in kept.lower()
+
+
+# By folder
+
+
+def by_slice(folder: str, count: int = 6, **facts: Any) -> list[Image]:
+    return scan(0, count, 1, series_uid=lambda k: f"1.3.{folder}.{k}", folder=f"/data/{folder}",
+                **({"path": lambda k: f"/data/{folder}/{k}.dcm"} | facts))  # fmt: skip
+
+
+def test_a_series_uid_in_each_slice_is_named_with_what_helps() -> None:
+    series = partition(by_slice("1") + by_slice("2", 2), Rules())
+    assert [len(s.slices) for s in series] == [1] * 8
+    reasons = [audit(s).reason for s in series]
+    assert all(
+        "6 series of one image lie in its folder: --group-by folder takes them for one" in r for r in reasons[:6]
+    )
+    assert all(audit(s).codes == ("one-slice",) for s in series)
+    assert "--group-by" not in reasons[6]
+
+
+@pytest.mark.parametrize("uid", ["each its own", "none"])
+def test_the_images_of_a_folder_are_a_series_if_asked_for(uid: str) -> None:
+    images = by_slice("1") + by_slice("2")
+    if uid == "none":
+        images = [i._replace(series_uid="") for i in images]
+        with pytest.raises(InputError, match=r"no Series Instance UID .*--group-by folder takes"):
+            check(partition(images, Rules())[0], Rules())
+    series = partition(images, BY_FOLDER)
+    assert [(s.folder, len(s.slices), audit(s, BY_FOLDER).verdict) for s in series] == [
+        ("/data/1", 6, "ok"), ("/data/2", 6, "ok"),
+    ]  # fmt: skip
+    assert len({s.key for s in series}) == len({s.label for s in series}) == 2
+    assert all(s.series_uid.startswith("folder-") for s in series)
+    # Neither order nor the slices that are there change it.
+    assert partition(images[3::-1], BY_FOLDER)[0].key == series[0].key
+
+
+def test_a_folder_is_still_parted_by_what_the_images_show() -> None:
+    images = by_slice("1") + by_slice("1", 4, rows=32, path=lambda k: f"/data/1/b{k}")
+    assert [(s.part, len(s.slices)) for s in partition(images, BY_FOLDER)] == [(1, 6), (2, 4)]
+    images = by_slice("1") + by_slice("1", study_uid="1.9", path=lambda k: f"/data/1/b{k}")
+    assert [i.code for s in partition(images, BY_FOLDER) for i in s.irregularities] == ["studies", "studies"]
+
+
+@pytest.mark.parametrize("start_mm", [0.0, 1.0, 1.25, 9.0])
+def test_series_of_one_folder_that_share_a_place_are_not_mixed(start_mm: float) -> None:
+    images = scan(0, 9, 1, series_uid="1.3.1") + scan(start_mm, 9, 11, series_uid="1.3.2")
+    assert found(images, BY_FOLDER) == [span(1, 9), span(11, 9)]
+
+
+def test_a_folder_of_one_series_keeps_its_uid_and_one_spread_over_folders_is_named() -> None:
+    whole = scan(0, 9, 1, folder="/data/1")
+    (series,) = partition(whole, BY_FOLDER)
+    assert (series.key, series.warnings) == ("1.3", ())
+    spread = partition(whole + scan(22.5, 9, 11, folder="/data/2"), BY_FOLDER)
+    assert [(len(s.slices), s.warnings[0].code) for s in spread] == [(9, "spread"), (9, "spread")]
+
+
+def test_a_folder_of_series_uids_is_converted_with_its_masks(tmp_path: Path) -> None:
+    stored = noise(0)
+    sops: list[str] = []
+
+    def change(ds: Dataset, k: int) -> None:
+        ds.SeriesInstanceUID = f"1.2.3.{k + 1}"
+        sops.append(str(ds.SOPInstanceUID))
+
+    for n in range(2):
+        write_series(tmp_path / "in" / f"{n}", stored, (2.5, 0.8, 0.7), change=change)
+    series = gpuprep.discover(tmp_path / "in" / "0", BY_FOLDER)[0]
+    square = [np.array([[1, 1], [4, 1], [4, 4], [1, 4]]) * 0.7 + (-100, -120)]
+    outline = [np.column_stack([square[0], np.full(4, -300 + 2.5 * k)]) for k in (1, 2)]
+    frame = series.frame_of_reference_uid
+    write_rtstruct(tmp_path / "rt.dcm", {"heart": outline}, series_uid="1.2.3.1", frame_uid=frame, sop_uids=sops[:6])
+    recipe = replace(HU, group_by="folder", masks=Masks())
+    run = gpuprep.convert(tmp_path / "in", tmp_path / "out", recipe, backend="cpu", masks=tmp_path / "rt.dcm")
+    assert run.counts == {"ok": 2}
+    assert [len(r.labels or ()) for r in run.results] == [1, 0]
+    volume = gpuprep.load(tmp_path / "in" / "0", recipe, backend="cpu")
+    np.testing.assert_array_equal(np.asarray(volume.values), stored - 1024.0)
