@@ -1,7 +1,8 @@
 """One frame of an encoded file to stored values.
 
 Decoders are asked for the integers of the code stream alone, and each is given the same bytes. What these integers
-mean, which is for *Pixel Representation* and *Bits Stored* to say, is decided here, once for all of them.
+mean, which is for *Pixel Representation* and *Bits Stored* to say, is decided here, once for all of them;
+`gpuprep.words` corrects a header that says it wrongly.
 
 GDCM is not among the decoders: what the others report as an error, it answers by ending the process. `ljpeg_decode` and
 `dicomrle_decode` of imagecodecs are not either, for the same reason, and `htj2k_decode` invents what damage took away:
@@ -315,8 +316,8 @@ def _stored(values: NDArray[Any], info: FrameInfo, header: SliceHeader, dtype: n
     """Return the integers that the header makes of those of the code stream.
 
     The lowest `info.precision` bits of whatever a decoder returns are the sample: lossless JPEG reckons modulo 65536,
-    and decoders leave what that adds above. Where they and the header differ in sign, the header is right (pydicom
-    does the same since its issues 1149 and 2009).
+    and decoders leave what that adds above. Where they and the header differ in sign, that of the header is taken (as
+    pydicom does since its issues 1149 and 2009).
     """
     stored = min(header.bits_stored or dtype.itemsize * 8, dtype.itemsize * 8)
     result = values.astype(np.uint16)

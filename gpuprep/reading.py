@@ -51,8 +51,8 @@ class SeriesReader:
     Raises
     ------
     InputError
-        As `gpuprep.stack` raises. `slab` raises DecodeError, with the file's name, where pixels cannot be read or
-        cannot be true.
+        As `gpuprep.stack` raises. This and `slab` raise IntensityError where words can be read in two ways and nothing
+        tells which is right, and DecodeError, with the file's name, where pixels cannot be read or cannot be true.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ class SeriesReader:
         except DecodeError:
             if not (is_coded(meant) and self._meaning.widen(meant)):
                 raise
-            beyond = True
+            again = True
         else:
-            beyond = beyond and self._meaning.widen(meant)
-        if beyond:
+            again = (beyond and self._meaning.widen(meant)) or self._meaning.settle_sign(meant, values)
+        if again:
             self._content.read(self._meaning.of(header), values)
 
     def _confirm(self, k: int, values: NDArray[Any], twin: SliceHeader) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,9 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.uid import RLELossless
 
-from gpuprep.errors import IntensityError
+from gpuprep.deflation import inflated
+from gpuprep.errors import DecodeError, IntensityError
+from gpuprep.headers import HEADER_BYTES
 from gpuprep.padding import circle
 from gpuprep.rules import Irregularity, Policy, SeriesWarning
 from gpuprep.series import SliceHeader
@@ -87,13 +91,21 @@ def overlay_bits(header: SliceHeader) -> int:
     DICOM PS3.3-2004, C.9.2 (Overlay Plane module): *Overlay Bits Allocated*, *Overlay Bit Position*; retired since.
     """
     allocated, position = ([(0x6000 + 2 * n) << 16 | element for n in range(16)] for element in (0x0100, 0x0102))
-    with warnings.catch_warnings(), open_frugally(header.path, header.member) as f:
-        warnings.simplefilter("ignore")
-        ds = pydicom.dcmread(f, force=True, stop_before_pixels=True, specific_tags=[*allocated, *position])
-        bits = [
-            ds[p].value for a, p in zip(allocated, position, strict=True) if p in ds and a in ds and ds[a].value > 1
-        ]
-    return sum(1 << int(bit) for bit in set(bits))
+    try:
+        with warnings.catch_warnings(), open_frugally(header.path, header.member) as f:
+            warnings.simplefilter("ignore")
+            content, _ = inflated(f, HEADER_BYTES)
+            ds = pydicom.dcmread(content, force=True, stop_before_pixels=True, specific_tags=[*allocated, *position])
+            within = [p for a, p in zip(allocated, position, strict=True) if p in ds and a in ds and ds[a].value > 1]
+            return sum({1 << int(ds[p].value) for p in within})
+    except Exception as exc:  # pydicom raises whatever a broken file provokes
+        raise DecodeError(f"{header.name} cannot be read: {' '.join(str(exc).split())}") from exc
+
+
+def _all_overlay_bits(group: list[SliceHeader]) -> int:
+    """Return the bits in which any file of some slices says that overlays lie."""
+    files = {(header.path, header.member): header for header in group}
+    return reduce(or_, map(overlay_bits, files.values()), 0)
 
 
 Pair = tuple[NDArray[np.int32], NDArray[np.int32]]
@@ -239,7 +251,7 @@ class Meaning:
         for said, group in self._groups.items():
             if not said.coded and said.high_bit >= said.stored:
                 self._decide_bits(said, group)
-            elif _sign_contradicted(said) or (_may_be_negative(said) and self._reaches_sign(said, _some(group))):
+            elif self._is_sign_doubtful(said, _some(group)):
                 self._decide_sign(said, group)
 
     def of(self, header: SliceHeader) -> SliceHeader:
@@ -254,6 +266,22 @@ class Meaning:
                 for name, value in (("padding", header.padding), ("padding_limit", header.padding_limit))
             }
         return header._replace(**changes)
+
+    def settle_sign(self, header: SliceHeader, values: NDArray[Any]) -> bool:
+        """Settle the sign of the first slice that has values below 0, where its stream denies that it has a sign.
+
+        Return whether its header now reads otherwise. Slices without such values are the same either way.
+        """
+        said = claim(header)
+        group = self._groups.get(said)
+        if group is None or not (said.signed and _sign_contradicted(said)) or ("sign", said) in self._settled:
+            return False
+        if values.min() >= 0:
+            return False
+        self._decide_sign(said, group)
+        if said in self._changes and said.stored > 15:
+            raise IntensityError(f"{self.irregularities[-1].what}: no type of 16 bits holds both", "sign")
+        return said in self._changes
 
     def check_sign(self, header: SliceHeader) -> None:
         """Raise if a slice with values that may be negative shows that the sign was taken wrongly.
@@ -280,7 +308,7 @@ class Meaning:
             return False
         self._settled.add(("beyond", said))
         found = self._survey(group, self._without_and_with_bits_beyond)
-        if not found.differ or any(overlay_bits(h) >> said.stored for h in group):
+        if not found.differ or _all_overlay_bits(group) >> said.stored:
             return False
         what = f"{_named(group)} hold more than their {said.stored} bits stored"
         if found.undisturbed or not found.possible(1):
@@ -306,7 +334,7 @@ class Meaning:
         if not look.varying:
             return
         low, high = look.above_is_constant, look.below_is_constant
-        if not low and not high and any(overlay_bits(h) & (2**shift - 1) for h in group):
+        if not low and not high and _all_overlay_bits(group) % 2**shift:
             return
         if not low and not high:
             low, high = look.above_is_graphic, look.below_is_graphic
@@ -361,8 +389,13 @@ class Meaning:
         self._read(header._replace(signed=False, bits_stored=bits, high_bit=bits - 1), words)
         return words
 
-    def _reaches_sign(self, said: Claim, group: Iterable[SliceHeader]) -> bool:
-        return any(int(self._raw(header).max()) >= 2 ** (said.allocated - 1) for header in group)
+    def _is_sign_doubtful(self, said: Claim, few: list[SliceHeader]) -> bool:
+        """Whether the sign of slices has to be settled before any of them is read, by a look at a few."""
+        if _sign_contradicted(said) and not said.signed:
+            return True
+        if not (_sign_contradicted(said) or _may_be_negative(said)):
+            return False
+        return any(bool((first != second).any()) for first, second in map(self._by_both_signs, few))
 
     def _survey(self, group: list[SliceHeader], both: Callable[[SliceHeader], Pair]) -> Readings:
         """Return how two readings compare, from a few slices if that settles it, else from all."""

@@ -482,6 +482,30 @@ def test_a_slice_without_negative_values_is_read_like_its_neighbours(tmp_path: P
     np.testing.assert_array_equal(cut, hu)
 
 
+def test_a_sign_that_a_stream_denies_is_settled_when_it_first_shows(tmp_path: Path) -> None:
+    # Values of 12 bits that need the 12th in one slice only, which is not among those that are looked at first.
+    stored = np.clip(body(12) + 1024, 0, 2047)
+    stored[1] = body(12, metal_hu=2500)[1] + 1024
+    assert (stored > 2047).any(axis=(1, 2)).sum() == 1
+    series = streamed(
+        tmp_path / "unsigned", lambda k: j2k(stored[k].astype(np.uint16), 12), 12, 48,
+        described(12, 11, signed=True), JPEG2000Lossless,
+    )  # fmt: skip
+    reader = gpuprep.reading.SeriesReader(series)
+    cut = np.concatenate([reader.slab(k, k + 1) for k in reversed(range(12))][::-1])
+    np.testing.assert_array_equal(cut, stored)
+    assert [i.code for i in reader.irregularities] == ["sign"]
+    assert told(series, tmp_path) == ("fixed", ("sign",))
+    hu = body(12) + 1024
+    hu[1] -= 1024
+    right = streamed(
+        tmp_path / "signed", lambda k: j2k(hu[k].astype(np.int16).view(np.uint16)), 12, 48,
+        described(16, 15, signed=True, intercept=0), JPEG2000Lossless,
+    )  # fmt: skip
+    np.testing.assert_array_equal(hu_of(gpuprep.read(right)), hu)
+    assert told(right, tmp_path / "right") == ("ok", ())
+
+
 def test_a_sign_that_shows_in_one_slice_only_is_refused_and_not_read_either_way(tmp_path: Path) -> None:
     hu = body(12) + 1024
     hu[1] -= 1024  # not among the slices that are looked at first
