@@ -1,9 +1,10 @@
-"""Valid CT series with damaged headers, pixels, files and containers, each of which must end in a verdict.
+"""Valid CT series made odd or damaged: headers, pixels, files, containers. Each must end in a verdict.
 
     python -m bench.fuzz [--cases 20000] [--seed 0] [--jobs 2] [--only N] [--keep DIR] [--out FILE.json]
 
-A case is one of some small valid series with one or more things broken, beside a small series that is left alone (the
-witness). `gpuprep.batch.scan` and `gpuprep.convert` are run on it in a child process. It is a violation if
+A case is one of some small valid series with one or more things broken, or odd as files of real scanners are, beside a
+small series that is left alone (the witness). `gpuprep.batch.scan` and `gpuprep.convert` are run on it in a child
+process. It is a violation if
 
 * anything but a `GpuprepError` is raised, or anything at all although the witness could have been converted;
 * a series is "failed" for another reason than its output or a dead worker: such is a bug that was caught late;
@@ -14,7 +15,8 @@ witness). `gpuprep.batch.scan` and `gpuprep.convert` are run on it in a child pr
 * a traceback is printed, whoever prints it, Python or C;
 * the child dies, is busy for longer than --limit seconds, grows by more than 1.5 GB or runs out of memory.
 
-Case n of a seed is always the same, whatever ran before it: --only repeats one and leaves its files to look at.
+Case n of a seed is always the same, whatever ran before it: --only repeats one and leaves its files to look at. A case
+that cannot be made, which is a fault of this generator, is skipped and counted.
 """
 
 from __future__ import annotations
@@ -43,13 +45,39 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import gpuprep
+from bench.elements import (
+    PIXEL_DATA,
+    SEQUENCE_END,
+    UNDEFINED,
+    VRS,
+    Element,
+    Parsed,
+    as_item,
+    built,
+    dictionary_vr,
+    encoded,
+    everywhere,
+    keyword_of,
+    parsed,
+    tag_of,
+)
+from bench.oddities import (
+    DEFLATED_FRAMES,
+    DIMENSIONS,
+    JPEG_XL,
+    ODDITIES,
+    UNCOMPRESSED_FRAMES,
+    four_dimensional,
+    reencoded,
+    values_of,
+)
 from gpuprep.batch import scan
 from gpuprep.errors import GpuprepError
 from gpuprep.recipe import Recipe
@@ -85,144 +113,6 @@ def convert_case(folder: Path, out: Path, recipe: Recipe) -> Run:
     """Scan and convert a folder, as a user would: what is under test."""
     scan([folder], recipe)
     return gpuprep.convert([folder], out, recipe, backend="cpu", jobs=None)
-
-
-# --------------------------------------------------------------------------------------------------- elements of a file
-
-LONG_VRS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
-"""VRs whose length has four bytes."""
-
-SHORT_VRS = {b"AS", b"AT", b"CS", b"DS", b"FD", b"FL", b"IS", b"LO", b"SH", b"SL", b"SS", b"UI", b"UL", b"US"}
-VRS = sorted(LONG_VRS | SHORT_VRS)
-UNDEFINED = 0xFFFF_FFFF
-PIXEL_DATA = 0x7FE0_0010
-
-
-@dataclass
-class Element:
-    """One element, with what may be wrong about it: pydicom would not write most of that."""
-
-    tag: int
-    vr: bytes
-    value: bytes = b""
-    items: list[list[Element]] | None = None
-    length: int | None = None
-    """To be announced instead of the true one."""
-    letters: bytes | None = None
-    """To be announced instead of the VR in whose form the element is written."""
-
-
-@dataclass
-class Parsed:
-    """A DICOM file taken apart."""
-
-    head: bytes
-    meta: list[Element]
-    body: list[Element]
-    implicit: bool
-    big: bool
-    deflated: bool
-    meta_length: bool = True
-    """Whether the meta group's length is made true again."""
-
-
-def parsed(data: bytes) -> Parsed:
-    """Take a valid file apart."""
-    head, meta, syntax, at = b"", [], "", 0
-    if data[128:132] == b"DICM":
-        head, at = data[:132], 132
-        end = at
-        while data[end : end + 2] == b"\x02\x00":
-            end = _element(data, end, False, False)[1]
-        meta = _elements(data[at:end], False, False)
-        at = end
-        syntax = next(e.value for e in meta if e.tag == 0x0002_0010).rstrip(b"\0").decode()
-    implicit = syntax == "1.2.840.10008.1.2" if syntax else not data[at + 4 : at + 6].isalpha()
-    big, deflated = syntax == "1.2.840.10008.1.2.2", syntax == "1.2.840.10008.1.2.1.99"
-    body = zlib.decompress(data[at:], -zlib.MAX_WBITS) if deflated else data[at:]
-    return Parsed(head, meta, _elements(body, implicit, big), implicit, big, deflated)
-
-
-def built(file: Parsed) -> bytes:
-    """Return a file put together again; of an unchanged one, the very bytes it had."""
-    if file.meta_length and file.meta and file.meta[0].tag == 0x0002_0000:
-        file.meta[0].value = struct.pack("<I", sum(len(_bytes(e, False, False)) for e in file.meta[1:]))
-    body = b"".join(_bytes(e, file.implicit, file.big) for e in file.body)
-    if file.deflated:
-        body = deflate(body)
-    return file.head + b"".join(_bytes(e, False, False) for e in file.meta) + body
-
-
-def deflate(body: bytes) -> bytes:
-    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    packed = packer.compress(body) + packer.flush()
-    return packed + b"\0" * (len(packed) % 2)
-
-
-def _elements(data: bytes, implicit: bool, big: bool) -> list[Element]:
-    elements, at = [], 0
-    while at < len(data):
-        element, at = _element(data, at, implicit, big)
-        elements.append(element)
-    return elements
-
-
-def _element(data: bytes, at: int, implicit: bool, big: bool) -> tuple[Element, int]:
-    order = ">" if big else "<"
-    group, number = struct.unpack_from(order + "HH", data, at)
-    tag = group << 16 | number
-    if implicit:
-        vr = dictionary_vr(tag)
-        (length,), at = struct.unpack_from(order + "I", data, at + 4), at + 8
-    elif (vr := data[at + 4 : at + 6]) in LONG_VRS:
-        (length,), at = struct.unpack_from(order + "I", data, at + 8), at + 12
-    else:
-        (length,), at = struct.unpack_from(order + "H", data, at + 6), at + 8
-    if length == UNDEFINED:  # encapsulated pixels, which are the last element of every file here
-        return Element(tag, vr, data[at:], length=UNDEFINED), len(data)
-    value, end = data[at : at + length], at + length
-    if vr != b"SQ":
-        return Element(tag, vr, value), end
-    items, at = [], 0
-    while at < len(value):
-        (length,) = struct.unpack_from(order + "I", value, at + 4)
-        items.append(_elements(value[at + 8 : at + 8 + length], implicit, big))
-        at += 8 + length
-    return Element(tag, vr, items=items), end
-
-
-def _bytes(element: Element, implicit: bool, big: bool) -> bytes:
-    order = ">" if big else "<"
-    value = element.value
-    if element.items is not None:
-        made = [b"".join(_bytes(e, implicit, big) for e in item) for item in element.items]
-        value = b"".join(struct.pack(order + "HHI", 0xFFFE, 0xE000, len(item)) + item for item in made)
-    length = len(value) if element.length is None else element.length
-    tag = struct.pack(order + "HH", element.tag >> 16, element.tag & 0xFFFF)
-    if implicit:
-        return tag + struct.pack(order + "I", length & UNDEFINED) + value
-    letters = element.vr if element.letters is None else element.letters
-    if element.vr in LONG_VRS:
-        return tag + letters + b"\0\0" + struct.pack(order + "I", length & UNDEFINED) + value
-    return tag + letters + struct.pack(order + "H", length & 0xFFFF) + value
-
-
-def dictionary_vr(tag: int) -> bytes:
-    from pydicom.datadict import dictionary_VR
-
-    try:
-        vr = dictionary_VR(tag)
-    except KeyError:
-        return b"UN"
-    return {"US or SS": b"US", "OB or OW": b"OW"}.get(vr, vr.encode())
-
-
-def everywhere(elements: list[Element]) -> Iterator[tuple[list[Element], int]]:
-    """Yield the list and the index of every element, sequences before what is in them."""
-    for n, element in enumerate(elements):
-        yield elements, n
-        for item in element.items or ():
-            yield from everywhere(item)
 
 
 # ---------------------------------------------------------------------------------------------------- valid base series
@@ -286,6 +176,22 @@ def bases(folder: Path) -> tuple[Base, ...]:
         made.append(Base(name, tuple(bare)))
     for name, syntax in (("enhanced", ExplicitVRLittleEndian), ("enhanced-rle", RLELossless)):
         made.append(_enhanced(folder, name, values(name, (4, 16, 16)).astype(np.int16), syntax))
+    plain = next(b for b in made if b.name == "explicit-unsigned")
+    for name, how in (
+        ("jpeg-xl", JPEG_XL),
+        ("deflated-frames", DEFLATED_FRAMES),
+        ("uncompressed-frames", UNCOMPRESSED_FRAMES),
+    ):
+        changed = []
+        for file, data in plain.files:
+            apart = parsed(data)
+            reencoded(apart, how, values_of(apart))
+            changed.append((file, built(apart)))
+        made.append(Base(name, tuple(changed)))
+    ((file, data),) = next(b for b in made if b.name == "enhanced").files
+    apart = parsed(data)
+    four_dimensional(apart, 2, DIMENSIONS[:1], interleaved=False)
+    made.append(Base("enhanced-4d", ((file, built(apart)),)))
     made.append(Base("gzip", next(b for b in made if b.name == "explicit-unsigned").files, "gzip"))
     made.append(Base("zip", next(b for b in made if b.name == "implicit").files, "zip"))
     return tuple(made)
@@ -537,26 +443,12 @@ def _again(seed: int | str) -> random.Random:
     return random.Random(seed)  # noqa: S311 - no secrets
 
 
-def _name(tag: int) -> str:
-    from pydicom.datadict import keyword_for_tag
-
-    return keyword_for_tag(tag) or f"({tag >> 16:04x},{tag & 0xFFFF:04x})"
-
-
-def _tag(keyword: str) -> int:
-    from pydicom.datadict import tag_for_keyword
-
-    tag = tag_for_keyword(keyword)
-    assert tag is not None, keyword  # noqa: S101 - a slip of the pen in FOCUS
-    return tag
-
-
 def _pick(rng: random.Random, file: Parsed) -> tuple[list[Element], int]:
     """Return the place of an element: mostly of one that matters, which is added where it is absent."""
     places = [*everywhere(file.meta), *everywhere(file.body)]
     if rng.random() < 0.15:
         return rng.choice(places)
-    tag = _tag(rng.choice(FOCUS))
+    tag = tag_of(rng.choice(FOCUS))
     found = [place for place in places if place[0][place[1]].tag == tag]
     if found:
         return rng.choice(found)
@@ -572,7 +464,7 @@ def _pick(rng: random.Random, file: Parsed) -> tuple[list[Element], int]:
 
 def _set(rng: random.Random, file: Parsed) -> str:
     home, n = _pick(rng, file)
-    return f"{_name(home[n].tag)} {hostile(rng, home[n], file.big and home is not file.meta)}"
+    return f"{keyword_of(home[n].tag)} {hostile(rng, home[n], file.big and home is not file.meta)}"
 
 
 def _set_all(rng: random.Random, file: Parsed) -> str:
@@ -583,12 +475,12 @@ def _set_all(rng: random.Random, file: Parsed) -> str:
     for place, k in [*everywhere(file.meta), *everywhere(file.body)]:
         if place[k].tag == tag:
             done = hostile(_again(seed), place[k], file.big and place is not file.meta)
-    return f"every {_name(tag)} {done}"
+    return f"every {keyword_of(tag)} {done}"
 
 
 def _delete(rng: random.Random, file: Parsed) -> str:
     home, n = _pick(rng, file)
-    return f"{_name(home.pop(n).tag)} deleted"
+    return f"{keyword_of(home.pop(n).tag)} deleted"
 
 
 def _double(rng: random.Random, file: Parsed) -> str:
@@ -597,30 +489,30 @@ def _double(rng: random.Random, file: Parsed) -> str:
     second = Element(first.tag, first.vr, first.value, first.items)
     how = hostile(rng, second, file.big) if rng.random() < 0.5 else "as it is"
     home.insert(n + rng.randrange(2), second)
-    return f"{_name(first.tag)} a second time, {how}"
+    return f"{keyword_of(first.tag)} a second time, {how}"
 
 
 def _misplace(rng: random.Random, file: Parsed) -> str:
     home, n = _pick(rng, file)
     element = home.pop(n)
     home.insert(rng.randrange(len(home) + 1), element)
-    return f"{_name(element.tag)} out of order"
+    return f"{keyword_of(element.tag)} out of order"
 
 
 def _retype(rng: random.Random, file: Parsed) -> str:
     """Write an element properly with another VR, its value left alone."""
     home, n = _pick(rng, file)
     element = home[n]
-    value = _bytes(element, file.implicit, file.big)[-len(element.value) :] if element.items else element.value
+    value = encoded(element, file.implicit, file.big)[-len(element.value) :] if element.items else element.value
     element.vr, element.value, element.items = rng.choice(VRS), value, None
-    return f"{_name(element.tag)} as {element.vr.decode()}"
+    return f"{keyword_of(element.tag)} as {element.vr.decode()}"
 
 
 def _misspell(rng: random.Random, file: Parsed) -> str:
     """Change the letters of a VR and nothing else."""
     home, n = _pick(rng, file)
     home[n].letters = rng.choice((rng.choice(VRS), rng.randbytes(2), b"\0\0", b"??", b"  ", b"ow"))
-    return f"{_name(home[n].tag)} with the VR {home[n].letters!r}"
+    return f"{keyword_of(home[n].tag)} with the VR {home[n].letters!r}"
 
 
 def _mislength(rng: random.Random, file: Parsed) -> str:
@@ -630,13 +522,13 @@ def _mislength(rng: random.Random, file: Parsed) -> str:
     near = (0, 1, 2, true + 1, true + 2, true + 8, max(0, true - 1), max(0, true - 2))
     far = (255, 0x7FFF, 0xFFFE, 0xFFFF, 0x10000, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFE, UNDEFINED)
     element.length = rng.choice(near + far)
-    return f"{_name(element.tag)} announces {element.length:#x} bytes"
+    return f"{keyword_of(element.tag)} announces {element.length:#x} bytes"
 
 
 def _nest(rng: random.Random, file: Parsed) -> str:
     """Put sequence into sequence into sequence."""
     depth = rng.choice((1, 2, 10, 100, 300, 990, 1000, 2000, 5000))
-    tag = _tag(rng.choice(("ReferencedImageSequence", "PerFrameFunctionalGroupsSequence", "ModalityLUTSequence")))
+    tag = tag_of(rng.choice(("ReferencedImageSequence", "PerFrameFunctionalGroupsSequence", "ModalityLUTSequence")))
     tag = rng.choice((tag, tag, 0x0009_1010))
     order = ">" if file.big else "<"
     opened = rng.random() < 0.6
@@ -657,7 +549,7 @@ def _nest(rng: random.Random, file: Parsed) -> str:
         length = None
     at = sum(e.tag < tag for e in file.body)
     file.body.insert(at, Element(tag, b"SQ", value, length=length))
-    return f"{_name(tag)} nested {depth} deep, lengths {'undefined' if opened else 'defined'}"
+    return f"{keyword_of(tag)} nested {depth} deep, lengths {'undefined' if opened else 'defined'}"
 
 
 AGREED: tuple[dict[str, int | str], ...] = (
@@ -705,7 +597,7 @@ AGREED: tuple[dict[str, int | str], ...] = (
 def _agree(rng: random.Random, file: Parsed) -> str:
     chosen = rng.choice(AGREED)
     for keyword, wanted in chosen.items():
-        tag = _tag(keyword)
+        tag = tag_of(keyword)
         if isinstance(wanted, int):
             value = struct.pack(">H" if file.big else "<H", wanted)
         else:
@@ -725,37 +617,37 @@ def _fragments(rng: random.Random, file: Parsed) -> str:
     pixels = next((e for e in file.body if e.tag == PIXEL_DATA), None)
     if pixels is None:
         return "no pixels"
-    item, end = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0\0\0\0\0"
     value = pixels.value
-    encoded = pixels.length == UNDEFINED
+    encapsulated = pixels.length == UNDEFINED
     kind = rng.choice(("no end", "no table", "table lies", "empty", "item too long", "split", "many", "defined length"))
-    if not encoded:
-        value = item + bytes(4) + item + struct.pack("<I", len(value)) + value + end
+    if not encapsulated:
+        value = as_item(b"") + as_item(value) + SEQUENCE_END
         pixels.length = UNDEFINED
-    table = struct.unpack_from("<I", value, 4)[0]
+    # Damage before this one may have left less than a table.
+    table = struct.unpack_from("<I", value, 4)[0] if len(value) >= 8 else 0
     rest = value[8 + table :]
     if kind == "no end":
-        value = value[:-8] if value.endswith(end) else value
+        value = value.removesuffix(SEQUENCE_END)
     elif kind == "no table":
         value = rest
     elif kind == "table lies":
         offsets = [rng.choice((0, 1, 8, 1000, UNDEFINED, 0x8000_0000)) for _ in range(rng.choice((1, 2, 5)))]
-        value = item + struct.pack("<I", 4 * len(offsets)) + struct.pack(f"<{len(offsets)}I", *offsets) + rest
+        value = as_item(struct.pack(f"<{len(offsets)}I", *offsets)) + rest
     elif kind == "empty":
-        value = item + bytes(4) + rng.choice((b"", item + bytes(4))) + end
+        value = as_item(b"") + rng.choice((b"", as_item(b""))) + SEQUENCE_END
     elif kind == "item too long":
         value = value[: 8 + table + 4] + struct.pack("<I", rng.choice((0x7FFF_FFFF, UNDEFINED, 65536))) + rest[8:]
     elif kind == "split":
         frame = rest[8:-8]
         half = len(frame) // 4 * 2
         parts = (frame[:half], frame[half:])
-        value = item + bytes(4) + b"".join(item + struct.pack("<I", len(p)) + p for p in parts) + end
+        value = as_item(b"") + b"".join(map(as_item, parts)) + SEQUENCE_END
     elif kind == "many":
-        value = item + bytes(4) + (item + b"\x02\0\0\0\xff\xd8") * rng.choice((10, 1000, 20000)) + end
+        value = as_item(b"") + as_item(b"\xff\xd8") * rng.choice((10, 1000, 20000)) + SEQUENCE_END
     else:
         pixels.length = None
     pixels.value = value
-    return f"fragments: {kind}" + ("" if encoded else ", of plain pixels")
+    return f"fragments: {kind}" + ("" if encapsulated else ", of plain pixels")
 
 
 def _codestream(rng: random.Random, file: Parsed) -> str:
@@ -874,26 +766,23 @@ def make_case(stock: tuple[Base, ...], seed: int, number: int) -> Case:
     files = [File(name, data) for name, data in base.files]
     done: list[str] = []
     rounds = rng.choice((1, 1, 1, 1, 1, 2, 2, 3, 5))
-    level = rng.choices(("elements", "bytes", "files", "container", "bomb"), (62, 24, 9, 5, 0.1))[0]
+    levels = ("oddities", "elements", "bytes", "files", "container", "bomb")
+    level = rng.choices(levels, (30, 44, 16, 6, 4, 0.1))[0]
     if base.wrap and rng.random() < 0.4:
         level = "container"
     elif level == "container" and not base.wrap:
         level = "bytes"
-    if level == "elements":
-        apart: dict[str, Parsed] = {}
-        for _ in range(rounds):
-            name, damage, _weight = rng.choices(ELEMENT_DAMAGE, [w for *_, w in ELEMENT_DAMAGE])[0]
-            sub = rng.getrandbits(32)
-            chosen = files if name == "agreed" and rng.random() < 0.9 else _chosen(rng, files)
-            what = ""
-            for file in chosen:
-                parts = apart.setdefault(file.path, parsed(dict(base.files)[file.path]))
-                parts.meta_length = parts.meta_length and sub % 5 > 0
-                what = damage(_again(sub), parts)
-            done.append(f"{name}: {what} in {len(chosen)} of {len(files)}")
-        for file in files:
-            if file.path in apart:
-                file.data = built(apart[file.path])
+    if level == "oddities":
+        first = rng.choice(ODDITIES)
+        base = rng.choice([b for b in others if first.fits(b.name)])
+        series = {name: parsed(data) for name, data in base.files}
+        fitting = [oddity for oddity in ODDITIES if oddity.fits(base.name)]
+        chosen_oddities = (first, *rng.choices(fitting, k=rng.choice((0, 0, 0, 1, 2))))
+        done += [f"{oddity.name}: {oddity.do(rng, series)}" for oddity in chosen_oddities]
+        files = [File(name, b"") for name in series]
+        _damage_elements(rng, files, series, rng.choice((0, 0, 0, 0, 1)), done)
+    elif level == "elements":
+        _damage_elements(rng, files, {name: parsed(data) for name, data in base.files}, rounds, done)
     elif level == "bytes":
         donor = rng.choice(rng.choice(others).files)[1]
         for _ in range(rounds):
@@ -918,6 +807,24 @@ def make_case(stock: tuple[Base, ...], seed: int, number: int) -> Case:
     recipe = 1 if rng.random() < 0.25 else 0
     all_files = [*kept.values(), *(File("witness/" + name, data) for name, data in witness.files)]
     return Case(number, base.name, done, all_files, recipe, shares)
+
+
+def _damage_elements(
+    rng: random.Random, files: list[File], apart: dict[str, Parsed], rounds: int, done: list[str]
+) -> None:
+    """Damage elements of files that are taken apart, and put them together again."""
+    for _ in range(rounds):
+        name, damage, _weight = rng.choices(ELEMENT_DAMAGE, [w for *_, w in ELEMENT_DAMAGE])[0]
+        sub = rng.getrandbits(32)
+        chosen = files if name == "agreed" and rng.random() < 0.9 else _chosen(rng, files)
+        what = ""
+        for file in chosen:
+            parts = apart[file.path]
+            parts.meta_length = parts.meta_length and sub % 5 > 0
+            what = damage(_again(sub), parts)
+        done.append(f"{name}: {what} in {len(chosen)} of {len(files)}")
+    for file in files:
+        file.data = built(apart[file.path])
 
 
 def _chosen(rng: random.Random, files: list[File]) -> list[File]:
@@ -986,7 +893,7 @@ def _bomb(rng: random.Random, base: Base, files: list[File]) -> str:
         if element.tag == 0x0002_0010:
             element.value = b"1.2.840.10008.1.2.1.99"
     apart.deflated = False
-    body = b"".join(_bytes(e, False, apart.big) for e in apart.body)
+    body = b"".join(encoded(e, False, apart.big) for e in apart.body)
     whole = built(Parsed(apart.head, apart.meta, [], False, False, False))
     packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     start = packer.compress(body) + packer.flush(zlib.Z_FULL_FLUSH)
@@ -1085,6 +992,8 @@ class Reply:
     peak_rss: int = 0
     shown: list[str] = field(default_factory=list)
     """Everything that was said about the case, for a person."""
+    skipped: str = ""
+    """Why the case could not be made; nothing else is said of it then."""
 
 
 @dataclass
@@ -1093,6 +1002,9 @@ class Summary:
 
     seed: int
     cases: int = 0
+    """How many ran."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Cases that could not be made, by number, and why."""
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
     damage: Counter[str] = field(default_factory=Counter)
@@ -1103,6 +1015,9 @@ class Summary:
     violations: list[Violation] = field(default_factory=list)
 
     def add(self, reply: Reply) -> None:
+        if reply.skipped:
+            self.skipped[reply.number] = reply.skipped
+            return
         self.cases += 1
         self.outcomes.update(reply.outcomes)
         self.damage.update(reply.kinds)
@@ -1118,6 +1033,7 @@ class Summary:
         return {
             "seed": self.seed,
             "cases": self.cases,
+            "skipped": {str(number): reason for number, reason in sorted(self.skipped.items())},
             "seconds": round(self.seconds, 1),
             "cases_per_second": round(self.cases / self.seconds, 1) if self.seconds else None,
             "statuses": dict(statuses.most_common()),
@@ -1231,15 +1147,22 @@ def _child(connection: Connection, stock: tuple[Base, ...], seed: int, root: Pat
     connection.send(expected)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(_run_case(make_case(stock, seed, connection.recv()), root, said, expected, subject))
+            number = connection.recv()
+            _clear(root / "in", root / "out")
+            try:
+                case = make_case(stock, seed, number)
+                write_case(case, root / "in")
+            except Exception as exc:
+                connection.send(unmade(number, exc))
+            else:
+                connection.send(_run_case(case, root, said, expected, subject))
     os._exit(0)
 
 
 def _run_case(case: Case, root: Path, said: int, expected: list[str], subject: Subject) -> Reply:
+    """Run a case whose files are there."""
     inside, out = root / "in", root / "out"
-    _clear(inside, out)
     os.ftruncate(said, 0)
-    write_case(case, inside)
     before, around = _listing(inside), set(os.listdir(root))
     usual = _memory(reset=True)
     reply = Reply(case.number)
@@ -1280,6 +1203,11 @@ def _run_case(case: Case, root: Path, said: int, expected: list[str], subject: S
         else:
             reply.notes.append(label("printed", printed.strip().splitlines()[0], []))
     return reply
+
+
+def unmade(number: int, exc: Exception) -> Reply:
+    """Return what there is to say of a case that could not be made."""
+    return Reply(number, skipped=f"{type(exc).__name__}: {exc} at {_place(exc)}")
 
 
 def _clear(*folders: Path) -> None:
@@ -1419,7 +1347,10 @@ def fuzz(
 
     def lost(child: _Child, kind: str, detail: str, seconds: float) -> Reply:
         assert child.number is not None  # noqa: S101 - or its death is none of a case's
-        case = make_case(stock, seed, child.number)
+        try:
+            case = make_case(stock, seed, child.number)
+        except Exception as exc:
+            return unmade(child.number, exc)
         reply = Reply(child.number, outcomes=[kind], kinds=[case.base, *(d.split(":")[0] for d in case.done)])
         reply.violations = [Violation(child.number, kind, detail, case.base, case.done)]
         reply.seconds, reply.peak_rss = seconds, child.peak_rss
@@ -1512,6 +1443,9 @@ def main() -> int:
     print(f"\n{summary.cases} cases in {summary.seconds:.0f} s, {result['cases_per_second']} per second")
     print(f"slowest: case {summary.slowest[1]}, {summary.slowest[0]:.2f} s")
     print(f"peak of a child: {summary.peak_rss / 1e6:.0f} MB")
+    print(f"skipped, since they could not be made: {len(summary.skipped)}")
+    for number, reason in sorted(summary.skipped.items()):
+        print(f"  case {number}: {reason}")
     print(f"violations: {len(summary.violations)}")
     for v in summary.violations:
         print(f"  case {v.case} ({v.base}; {'; '.join(v.done)}): {v.kind}: {v.detail}")
@@ -1529,7 +1463,12 @@ def main() -> int:
 def only(seed: int, number: int, keep: Path, limit_s: float) -> int:
     """Run one case, print all there is to know and leave its files."""
     with tempfile.TemporaryDirectory() as scratch:
-        case = make_case(bases(Path(scratch)), seed, number)
+        stock = bases(Path(scratch))
+    try:
+        case = make_case(stock, seed, number)
+    except Exception as exc:
+        print(f"case {number} of seed {seed} cannot be made: {unmade(number, exc).skipped}")
+        return 1
     folder = keep / f"case-{seed}-{number}"
     _clear(folder)
     write_case(case, folder)

@@ -5,15 +5,28 @@ GPUPREP_FUZZ_CASES=20000 runs more of them.
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
+import struct
 import time
+import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import imagecodecs
+import numpy as np
+import pydicom
 import pytest
+from numpy.typing import NDArray
+from pydicom.encaps import generate_frames
 
-from bench.fuzz import Base, Subject, bases, built, convert_case, fuzz, make_case, parsed
+from bench.elements import PIXEL_DATA, UNDEFINED, Element, Parsed, built, parsed
+from bench.fuzz import Base, Subject, _again, _fragments, bases, convert_case, fuzz, main, make_case, only
+from bench.oddities import ODDITIES
 from gpuprep.recipe import Recipe
 from gpuprep.runs import Run
 
@@ -27,6 +40,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, ...]:
 
 def test_damaged_series_end_in_a_verdict(tmp_path: Path) -> None:
     summary = fuzz(range(CASES), seed=1, keep=tmp_path)
+    assert summary.skipped == {}
     assert summary.cases == CASES
     assert not summary.violations, f"files are in {tmp_path}"
 
@@ -42,6 +56,147 @@ def test_a_case_is_always_the_same(stock: tuple[Base, ...], tmp_path: Path) -> N
     assert again == stock
     for number in range(100):
         assert make_case(again, 3, number) == make_case(stock, 3, number)
+    # Whatever was made before it.
+    assert make_case(stock, 3, 7) == make_case(again, 3, 7)
+
+
+def test_cases_can_be_made_and_leave_their_bases_alone(stock: tuple[Base, ...]) -> None:
+    before = [(base.name, [(name, zlib.crc32(data)) for name, data in base.files]) for base in stock]
+    done = Counter(what.split(":")[0] for n in range(700) for what in make_case(stock, 20261129, n).done)
+    assert {oddity.name for oddity in ODDITIES} <= set(done)
+    assert before == [(base.name, [(name, zlib.crc32(data)) for name, data in base.files]) for base in stock]
+
+
+@pytest.mark.parametrize("left", [b"", b"\xfe", b"\xfe\xff\x00\xe0\0\0\0"])
+def test_encoded_pixels_of_which_damage_left_next_to_nothing_can_be_damaged_further(left: bytes) -> None:
+    done = set()
+    for n in range(100):
+        pixels = Element(PIXEL_DATA, b"OB", left, length=UNDEFINED)
+        done.add(_fragments(_again(n), Parsed(b"", [], [pixels], False, False, False)))
+    assert len(done) == 8  # all there are
+
+
+def read(stock: tuple[Base, ...], name: str) -> list[pydicom.Dataset]:
+    (base,) = [base for base in stock if base.name == name]
+    return [pydicom.dcmread(io.BytesIO(data)) for _, data in base.files]
+
+
+def inflated(frame: bytes) -> bytes:
+    return zlib.decompress(frame, -zlib.MAX_WBITS)
+
+
+@pytest.mark.parametrize(
+    ("name", "syntax", "decode"),
+    [
+        ("jpeg-xl", "1.2.840.10008.1.2.4.110", imagecodecs.jpegxl_decode),
+        ("deflated-frames", "1.2.840.10008.1.2.8.1", inflated),
+        ("uncompressed-frames", "1.2.840.10008.1.2.1.98", bytes),
+    ],
+)
+def test_bases_of_unusual_encodings_hold_the_values_of_the_plain_one(
+    stock: tuple[Base, ...], name: str, syntax: str, decode: Any
+) -> None:
+    plain = read(stock, "explicit-unsigned")
+    encoded = read(stock, name)
+    assert len(encoded) == len(plain) == 3
+    for ds, expected in zip(encoded, plain, strict=True):
+        assert ds.file_meta.TransferSyntaxUID == syntax
+        (frame,) = generate_frames(ds.PixelData, number_of_frames=1)
+        assert np.asarray(decode(frame)).tobytes() == expected.PixelData
+
+
+def test_the_base_of_two_phases_has_the_same_frames_twice(stock: tuple[Base, ...]) -> None:
+    (one,), (two,) = read(stock, "enhanced"), read(stock, "enhanced-4d")
+    assert (one.NumberOfFrames, two.NumberOfFrames) == (4, 8)
+    assert two.PixelData == one.PixelData * 2
+    frames = two.PerFrameFunctionalGroupsSequence
+    z_mm = [float(frame.PlanePositionSequence[0].ImagePositionPatient[2]) for frame in frames]
+    assert z_mm == [-300, -297.5, -295, -292.5] * 2
+    phases = [frame.RespiratorySynchronizationSequence[0].NominalPercentageOfRespiratoryPhase for frame in frames]
+    assert phases == [0] * 4 + [30] * 4
+
+
+def odd(stock: tuple[Base, ...], name: str, base: str, seed: int) -> tuple[str, dict[str, bytes]]:
+    """Return what one oddity made of a base: in words, and the files."""
+    (oddity,) = [oddity for oddity in ODDITIES if oddity.name == name]
+    (of,) = [b for b in stock if b.name == base]
+    series = {file: parsed(data) for file, data in of.files}
+    return oddity.do(_again(seed), series), {file: built(apart) for file, apart in series.items()}
+
+
+def test_a_codestream_of_the_other_sign_than_the_header_is_one(stock: tuple[Base, ...]) -> None:
+    signs = set()
+    for seed in range(12):
+        _, files = odd(stock, "sign of the codestream", "explicit-unsigned", seed)
+        for data in files.values():
+            ds = pydicom.dcmread(io.BytesIO(data))
+            if ds.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.4.90":
+                (frame,) = generate_frames(ds.PixelData, number_of_frames=1)
+                decoded: NDArray[np.integer] = imagecodecs.jpeg2k_decode(frame)
+                signs.add((ds.PixelRepresentation, decoded.dtype.kind))
+    assert signs == {(0, "i"), (1, "u")}
+
+
+def test_the_reserved_bytes_of_pixel_data_are_what_they_are_said_to_be(stock: tuple[Base, ...]) -> None:
+    seen = set()
+    for seed in range(40):
+        said, files = odd(stock, "pixel VR", "explicit-signed", seed)
+        vr, reserved = said.removeprefix("pixels as ").split(", reserved ")
+        head = b"\xe0\x7f\x10\x00" + vr.encode() + bytes.fromhex(reserved)
+        assert any(head in data for data in files.values())
+        seen.add(vr)
+    assert seen == {"OB", "OW", "UN", "OF", "OL", "OD", "OV", "UT"}
+
+
+def test_passes_out_of_register_are_as_many_files_at_places_of_their_own(stock: tuple[Base, ...]) -> None:
+    for seed in range(12):
+        said, files = odd(stock, "passes", "explicit-signed", seed)
+        count, share = int(said.split()[0]), float(said.split()[2])
+        z_mm = {round(float(pydicom.dcmread(io.BytesIO(data)).ImagePositionPatient[2]), 6) for data in files.values()}
+        assert 4 < len(files) <= 4 * count
+        assert z_mm <= {round(-300 + 2.5 * (k + n * share), 6) for k in range(4) for n in range(count)}
+        uids = {pydicom.dcmread(io.BytesIO(data)).SOPInstanceUID for data in files.values()}
+        assert len(uids) == len(files)
+
+
+@pytest.fixture(scope="module")
+def broken(stock: tuple[Base, ...]) -> tuple[Base, ...]:
+    """The witness, and a series that is no DICOM: its elements cannot be damaged, but its bytes can."""
+    return stock[0], Base("explicit-signed", (("a.dcm", b"x"),))
+
+
+def test_a_case_that_cannot_be_made_is_skipped_and_counted(
+    broken: tuple[Base, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    impossible = set()
+    for number in range(12):
+        try:
+            make_case(broken, 1, number)
+        except (struct.error, IndexError):  # no elements; or no base that an oddity can be done to
+            impossible.add(number)
+    assert 0 < len(impossible) < 12
+    monkeypatch.setattr("bench.fuzz.bases", lambda _: broken)
+    argv = [
+        "fuzz",
+        "--cases",
+        "12",
+        "--seed",
+        "1",
+        "--jobs",
+        "1",
+        "--limit",
+        "60",
+        "--out",
+        str(tmp_path / "said.json"),
+    ]
+    monkeypatch.setattr("sys.argv", argv)
+    assert main() == 0
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert (said["cases"], {int(n) for n in said["skipped"]}) == (12 - len(impossible), impossible)
+    assert {reason.split(":")[0] for reason in said["skipped"].values()} <= {"error", "IndexError"}
+    assert f"\nskipped, since they could not be made: {len(impossible)}\n" in capsys.readouterr().out
+    assert only(1, min(impossible), tmp_path, 60) == 1
+    assert f"case {min(impossible)} of seed 1 cannot be made: " in capsys.readouterr().out
 
 
 # What gpuprep must not do. Children run it, so it has to be in functions of a module.
