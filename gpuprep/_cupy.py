@@ -213,6 +213,9 @@ def _opened(ordinal: int) -> str:
                 raise BackendError("a first product on the GPU came out wrong; do not use this device")
             properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
     # CUDA's errors are RuntimeErrors, a missing cuBLAS is an ImportError, what NVRTC refuses or memory lacks neither.
+    except OSError as exc:  # compiled kernels are kept on disk
+        hint = "set CUPY_CACHE_DIR to a folder that can be written"
+        raise BackendError(f"CuPy cannot keep its compiled kernels ({exc}): {hint}") from exc
     except (RuntimeError, ImportError, MemoryError, cupy.cuda.compiler.CompileException) as exc:
         if _is_lack_of_memory(exc):
             raise DeviceMemoryError(f"no memory left on the GPU to begin with: {exc}") from exc

@@ -182,6 +182,19 @@ def numba_works() -> bool:
 
 
 def compiled_loops() -> Any:
+    """Return `gpuprep.loops`, and say once if every run has to compile them anew."""
+    loops = imported_loops()
+    if loops.unkept.is_set():
+        _say_unkept()
+    return loops
+
+
+@cache
+def _say_unkept() -> None:
+    log.warning("compiling the inner loops takes ten to thirty seconds in every run: %s", imported_loops().why_unkept())
+
+
+def imported_loops() -> Any:
     """Return `gpuprep.loops`; Numba takes its time to import, and is an extra."""
     try:
         from gpuprep import loops
@@ -262,4 +275,8 @@ def open_gpus(ordinals: Sequence[int] | None = None) -> list[Backend]:
         raise BackendError(
             f"CuPy or cuCIM is not installed ({exc}): pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'"
         ) from exc
+    except OSError as exc:
+        # CuPy makes its folder of compiled kernels when it is imported.
+        hint = "set CUPY_CACHE_DIR to a folder that can be written" if exc.filename else "install CuPy and cuCIM again"
+        raise BackendError(f"CuPy cannot be imported ({exc}): {hint}") from exc
     return [CupyBackend(n) for n in (range(max(1, device_count())) if ordinals is None else dict.fromkeys(ordinals))]

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from pydicom.uid import UID
 
-from gpuprep.backend import compiled_loops, numba_works, open_gpus
+from gpuprep.backend import imported_loops, numba_works, open_gpus
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
 from gpuprep.cores import usable_cores
 from gpuprep.decoding import available_decoders
@@ -77,7 +77,9 @@ def _loops() -> Finding:
         )
         return Finding("backend", "cpu loops", False, f"{why}; without them the CPU takes twice as long")
     try:
-        compiled_loops()
+        loops = imported_loops()
     except BackendError as exc:
         return Finding("backend", "cpu loops", False, str(exc))
+    if loops.unkept.is_set():
+        return Finding("backend", "cpu loops", True, f"compiled by Numba, in every run anew: {loops.why_unkept()}")
     return Finding("backend", "cpu loops", True, "compiled by Numba")

@@ -35,9 +35,16 @@ class File(NamedTuple):
     """Device and inode: equal for a file and a link to it."""
 
 
-def default_index() -> Path:
-    """Return where the command line keeps its index: in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def default_index() -> Path | None:
+    """Return where the command line keeps its index: in the user's cache folder; None where the user has none."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # neither HOME nor an entry in the list of users, as in some containers
+        log.warning(
+            "there is no home folder, so headers are not kept and every scan reads them all: set XDG_CACHE_HOME to a "
+            "folder that can be written, or give --index FILE|none"
+        )
+        return None
     return Path(cache) / "gpuprep" / "headers.sqlite"
 
 
@@ -133,7 +140,11 @@ class HeaderIndex:
 
     def _give_up(self, what: object, exc: Exception) -> None:
         text = printable(f"{what}: {exc}")
-        log.warning("the index of headers cannot be used (%s); every header is read", text)
+        log.warning(
+            "the index of headers cannot be used (%s), so every header is read: give --index FILE|none, or set "
+            "XDG_CACHE_HOME to a folder that can be written",
+            text,
+        )
         self._let_go()
 
     def _let_go(self) -> None:

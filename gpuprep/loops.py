@@ -1,11 +1,12 @@
 """Compiled loops that resample one line after the other: what `gpuprep.lines` describes, at the speed of the cache.
 
 All of them let other threads run, and compute in float32. Inner loops run over neighbours in memory, so that compilers
-make vectors of them. Compilation takes a few seconds, once per machine: Numba keeps the result on disk.
+make vectors of them. Compilation takes a few seconds, once per machine: Numba keeps the result on disk, if it can.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Event
@@ -26,6 +27,20 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 compiling = Event()
 """Set as soon as a loop is compiled that no cache has."""
 
+unkept = Event()
+"""Set where a compiled loop cannot be kept, so that every process that needs it compiles it."""
+
+
+def why_unkept() -> str:
+    """Say which folders cannot be written, and how to name another one."""
+    places = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "__pycache__"), "this user's cache folder"]
+    if named := os.environ.get("NUMBA_CACHE_DIR"):
+        places.insert(0, named)
+    return (
+        f"compiled code cannot be kept, because neither {' nor '.join(places)} can be written: set NUMBA_CACHE_DIR to "
+        "a folder that can"
+    )
+
 
 class _Forgiving:
     """A cache of compiled loops whose damage or lack of room costs time, and nothing else."""
@@ -42,8 +57,10 @@ class _Forgiving:
         return found
 
     def save_overload(self, *args: Any) -> None:
-        with suppress(Exception):
+        try:
             self._cache.save_overload(*args)
+        except Exception:
+            unkept.set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -52,9 +69,12 @@ class _Forgiving:
 def _compiler(**options: Any) -> Callable[[Loop], Loop]:
     def compiled(function: Loop) -> Loop:
         loop: Any = numba.njit(nogil=True, error_model="numpy", **options)(function)
-        with suppress(RuntimeError):  # no folder to write to: then each run compiles anew
+        try:
             loop.enable_caching()
             loop._cache = _Forgiving(loop._cache)
+        except RuntimeError:  # no folder to write to
+            unkept.set()
+            compiling.set()
         return cast(Loop, loop)
 
     return compiled

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,6 +168,21 @@ def test_the_fused_kernels_are_parsed_by_cupy() -> None:
         assert kernel.name == getattr(kernels, name).name
     raw = [p.name for p in module.HU.in_params if p.raw]
     assert raw == ["slope", "intercept", "padding"]
+
+
+@needs_cupy
+def test_kernels_that_cannot_be_kept_are_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, ours = import_module("cupy"), import_module("gpuprep._cupy")
+    monkeypatch.delenv("CUPY_TF32", raising=False)
+    monkeypatch.setattr(cupy, "is_available", lambda: True)
+    monkeypatch.setattr(cupy.cuda, "Device", lambda _: nullcontext())
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/kernel_cache/x")
+
+    monkeypatch.setattr(cupy, "ones", refuse)  # the first kernel is written into CuPy's folder
+    with pytest.raises(BackendError, match=r"/kernel_cache/x.*set CUPY_CACHE_DIR"):
+        ours._opened(99)
 
 
 @needs_cupy

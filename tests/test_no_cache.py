@@ -1,0 +1,207 @@
+"""No home folder, or none that can be written: one line each about what is not kept, and the work goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pwd
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import gpuprep
+from gpuprep import Recipe, backend
+from gpuprep.cli import app
+from gpuprep.discovery import discover
+from gpuprep.errors import BackendError
+from gpuprep.index import default_index
+from gpuprep.recipe import Dtype
+
+CUPY = """import os
+os.makedirs(os.path.expanduser(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")), exist_ok=True)
+raise ImportError("a stand-in")
+"""
+"""What CuPy 14.2 does when it is imported."""
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> Path:
+    """A folder that cannot be made, not even by root."""
+    (tmp_path / "file").touch()
+    return tmp_path / "file" / "home"
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Undo what a quiet command before has left behind."""
+    caplog.set_level(logging.WARNING, logger="gpuprep")
+
+
+# The index of headers
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a user without a home and without an entry in the list of users."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name)
+
+    def unknown(_: int) -> Any:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_user_without_a_home_has_no_index_and_is_told_once(
+    small_series: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert default_index() is None
+    caplog.clear()
+    done = CliRunner().invoke(app, ["scan", str(small_series), "--jobs", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["series"]) == 1
+    (record,) = caplog.records
+    assert "set XDG_CACHE_HOME" in record.message
+    assert not (Path.cwd() / "~").exists()
+
+
+@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
+def test_a_cache_folder_that_cannot_be_made_is_one_warning(
+    small_series: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv(variable, str(nowhere))
+    done = CliRunner().invoke(app, ["scan", str(small_series), "--jobs", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    (record,) = caplog.records
+    assert str(nowhere) in record.message
+    assert "--index FILE|none" in record.message
+    assert "XDG_CACHE_HOME" in record.message
+
+
+def test_an_index_that_cannot_be_made_costs_nothing_but_time(small_series: Path, nowhere: Path) -> None:
+    assert discover(small_series, index=nowhere / "headers.sqlite") == discover(small_series)
+
+
+# CuPy
+
+
+@pytest.fixture
+def cupy_without_cache(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Install a CuPy whose folder of kernels cannot be made; yield the folder."""
+    (tmp_path / "site" / "cupy").mkdir(parents=True)
+    (tmp_path / "site" / "cupy" / "__init__.py").write_text(CUPY)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for name in [name for name in sys.modules if name in ("cupy", "gpuprep._cupy") or name.startswith("cupy.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(nowhere))
+    backend._gpu_or_cpu.cache_clear()
+    yield nowhere
+    backend._gpu_or_cpu.cache_clear()
+
+
+def test_cupy_that_cannot_make_its_cache_is_a_line_of_the_doctor(cupy_without_cache: Path) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    assert done.exit_code == 0, done.output
+    (gpu,) = [f for f in json.loads(done.stdout) if f["name"] == "gpu"]
+    assert not gpu["ok"]
+    assert str(cupy_without_cache) in gpu["detail"]
+    assert "set CUPY_CACHE_DIR to a folder that can be written" in gpu["detail"]
+
+
+def test_cupy_that_cannot_make_its_cache_leaves_the_cpu(
+    small_series: Path, tmp_path: Path, cupy_without_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = Recipe(spacing_mm=None, size=None)
+    assert gpuprep.load(small_series, recipe).shape == (6, 20, 24)
+    (record,) = caplog.records
+    assert str(cupy_without_cache) in record.message
+    assert "the CPU computes" in record.message
+    with pytest.raises(BackendError, match="set CUPY_CACHE_DIR"):
+        gpuprep.load(small_series, recipe, backend="gpu")
+    words = ["convert", str(small_series), "--out", str(tmp_path / "out"), "--quiet", "--backend", "gpu"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 4
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gpuprep: CuPy cannot be imported")
+
+
+@pytest.mark.usefixtures("cupy_without_cache")
+def test_with_a_folder_for_its_cache_cupy_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "kernels"))
+    with pytest.raises(BackendError, match="a stand-in"):
+        backend.open_gpus()
+
+
+# Compiled loops
+
+
+@pytest.fixture
+def loops_unkept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Import the loops where Numba finds no folder to write to; yield them."""
+    numba = pytest.importorskip("numba")
+
+    def refuse(_: Any) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(type(numba.njit(lambda: None)), "enable_caching", refuse)
+    monkeypatch.delitem(sys.modules, "gpuprep.loops", raising=False)
+    monkeypatch.delattr("gpuprep.loops", raising=False)
+    backend._say_unkept.cache_clear()
+    yield backend.imported_loops()
+    backend._say_unkept.cache_clear()
+
+
+def test_loops_that_cannot_be_kept_are_said_once(loops_unkept: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert backend.compiled_loops() is backend.compiled_loops() is loops_unkept
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "in every run" in record.message
+    assert os.path.join(os.path.dirname(gpuprep.__file__), "__pycache__") in record.message
+    assert "set NUMBA_CACHE_DIR to a folder that can" in record.message
+
+
+@pytest.mark.usefixtures("loops_unkept")
+def test_the_doctor_says_that_loops_cannot_be_kept(caplog: pytest.LogCaptureFixture) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    (found,) = [f for f in json.loads(done.stdout) if f["name"] == "cpu loops"]
+    assert found["ok"]
+    assert "set NUMBA_CACHE_DIR" in found["detail"]
+    assert not [r for r in caplog.records if "loops" in r.message]
+
+
+def test_a_loop_that_cannot_be_saved_counts_as_unkept(loops_unkept: Any) -> None:
+    loops_unkept.unkept.clear()
+
+    class Full:
+        def save_overload(self, *_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    loops_unkept._Forgiving(Full()).save_overload()
+    assert loops_unkept.unkept.is_set()
+
+
+def test_loops_that_cannot_be_kept_are_compiled_for_all_types_before_workers_are_made(
+    loops_unkept: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpuprep import warm
+
+    assert loops_unkept.unkept.is_set()
+    inputs, outputs = set(), set()
+
+    def process(volume: Any, recipe: Recipe, **_: Any) -> None:
+        inputs.add(volume.stored.dtype)
+        outputs.add(recipe.dtype)
+
+    monkeypatch.setattr(warm, "process", process)
+    monkeypatch.setattr(warm, "summary", lambda *_, **__: None)
+    warm._warm()
+    assert inputs == {np.dtype(t) for t in ("int8", "uint8", "int16", "uint16")}
+    assert outputs == set(get_args(Dtype))
