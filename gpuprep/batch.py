@@ -52,7 +52,7 @@ from gpuprep.output import Output
 from gpuprep.places import given, resolved
 from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener, Results, Run, Tally
-from gpuprep.series import Series
+from gpuprep.series import FOLDER_UID, Series
 from gpuprep.sharding import WHOLE, Shard
 from gpuprep.text import printable
 from gpuprep.work import Work, doubtful_files, patients_of, placed, task_of, work_on
@@ -422,14 +422,16 @@ def _forget_former_parts(
     Only what was made from under the paths of this run: elsewhere it may still be as it was.
     """
     parts: dict[str, list[str]] = defaultdict(list)
+    regrouped: dict[tuple[str, bool], list[str]] = defaultdict(list)  # by UID what was by folder, or the reverse
     for series in cohort:
         if series.series_uid:
             parts[series.public_uid].append(series.key)
+            regrouped[printable(series.folder), not series.public_uid.startswith(FOLDER_UID)].append(series.key)
     roots = [printable(absolute(path)) for path in paths]
     formers = list(manifest.columns("key", "series_uid", "source", "folder"))
     folders = {folder for key, _, _, folder in formers if key in done}
     for key, uid, source, folder in formers:
-        now_there = parts.get(uid, [])
+        now_there = parts.get(uid) or regrouped.get((source, uid.startswith(FOLDER_UID)), [])
         seen = any(source == root or source.startswith(root.rstrip("/") + "/") for root in roots)
         if not now_there or not seen or key in now_there:
             continue

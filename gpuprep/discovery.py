@@ -84,7 +84,8 @@ def discover(
         archives count as folders. Of a DICOMDIR, the folder it lies in is searched. URLs such as
         ``s3://bucket/folder`` are opened with fsspec.
     rules : Rules, optional
-        Whether images that share positions are split into volumes; the default where absent.
+        Whether a UID or a folder makes a series, and whether images that share positions are split into volumes; the
+        default where absent.
     exclude : path, optional
         A folder that is not entered: where outputs go.
     index : path, optional
@@ -104,8 +105,8 @@ def discover(
 
     Notes
     -----
-    Images belong together by *Series Instance UID* alone, wherever their files lie, and within one UID by matrix, pixel
-    spacing and orientation; see `gpuprep.partition`.
+    Images belong together by *Series Instance UID*, wherever their files lie (or by folder, if the rules say so), and
+    within one UID by study, patient, matrix, pixel spacing, orientation and acquisition; see `gpuprep.partition`.
 
     Examples
     --------

@@ -21,7 +21,7 @@ from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_
 from gpuprep.deflation import inflated
 from gpuprep.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
-from gpuprep.series import Image, OtherImage, SliceHeader, packed, sop_digest
+from gpuprep.series import MALFORMED, Image, OtherImage, SliceHeader, packed, sop_digest
 from gpuprep.streams import open_frugally
 from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED, EXPLICIT_VR, IMPLICIT_VR, NATIVE, UNDEFINED_LENGTH
 from gpuprep.text import printable
@@ -604,7 +604,7 @@ def _rescale_type(ds: _Frame, kinds: list[str]) -> str | None:
 def _uid(ds: _Frame | pydicom.Dataset, keyword: str) -> str:
     """Return a UID; of one that cannot be one, a hash, since a damaged length lets it swallow what follows it."""
     text = _text(ds, keyword)
-    return text if _UID.fullmatch(text) else f"malformed-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return text if _UID.fullmatch(text) else f"{MALFORMED}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 _UID = re.compile("[0-9A-Fa-f.]{0,64}")  # some write hexadecimal digits, which do no harm

@@ -216,7 +216,7 @@ def _known_before(series: Series) -> dict[str, str]:
 def patient_ids(headers: list[SliceHeader]) -> list[str | None]:
     """Return the *Patient ID* in each of some files, "" where there is none, None where that cannot be told.
 
-    Runs in a worker. Nothing else reads it, and the index of headers has none.
+    Runs in a worker. The index of headers has none, but a hash that tells the images of one series apart.
     """
     return [_patient_id(header) for header in headers]
 

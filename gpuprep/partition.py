@@ -16,7 +16,7 @@ from gpuprep.acceptance import DAMAGED, listed
 from gpuprep.errors import InputError
 from gpuprep.places import common_folder
 from gpuprep.rules import Irregularity, Rules, SeriesWarning
-from gpuprep.series import Image, Series, SliceHeader, packed, unpacked
+from gpuprep.series import FOLDER_UID, MALFORMED, Image, Series, SliceHeader, packed, unpacked
 from gpuprep.stacking import acquisition, along_normal_mm, position_tolerance_mm, same_image, stack
 
 SMALLEST_PART = 3
@@ -118,7 +118,7 @@ def _folders(groups: dict[str, list[Image]]) -> Iterator[tuple[list[Image], tupl
         if uid and not others and folders_of[uid] == 1:
             yield images, ()
             continue
-        made = f"folder-{hashlib.sha256(os.fsencode(folder[1:])).hexdigest()[:16]}"
+        made = f"{FOLDER_UID}{hashlib.sha256(os.fsencode(folder[1:])).hexdigest()[:16]}"
         spread = [uid for uid in uids[folder] if uid and folders_of[uid] > 1]
         what = "images of its Series Instance UID lie in other folders too, and --group-by folder parts them"
         notes = (SeriesWarning("spread", what),) if spread else ()
@@ -170,6 +170,10 @@ def _owners(images: list[Image]) -> tuple[list[list[Image]], list[tuple[Image, s
         groups[image.study_uid, image.patient].append(image)
     if len(groups) == 1:
         return [images], [], ()
+    for study, patient in list(groups):
+        # A damaged UID says as little as none.
+        if study.startswith(MALFORMED) and len(groups[study, patient]) < SMALLEST_PART:
+            groups["", patient] += groups.pop((study, patient))
     lost: list[tuple[Image, str]] = []
     whole = [key for key in groups if not any(_part_of(key, other) for other in groups)]
     if len(whole) > 2 and len(whole) == len(images):

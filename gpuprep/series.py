@@ -93,6 +93,13 @@ def unpacked(text: str, name: str) -> str:
     return next((part[len(name) + 1 :] for part in text.split(" ") if part.startswith(f"{name}=")), "")
 
 
+MALFORMED = "malformed-"
+"""What begins so is a hash in place of a UID that cannot be one."""
+
+FOLDER_UID = "folder-"
+"""A UID that begins so was made of the path of a folder, whose images form the series."""
+
+
 class Image(NamedTuple):
     """One CT image with what it says of its series."""
 

@@ -32,6 +32,9 @@ from gpuprep.syntaxes import NATIVE
 CT_HU = (-10240.0, 32767.0)
 """No CT number lies beyond: extended scales begin at −10240 HU and end at 30710 HU."""
 
+LOWEST_FILL_HU = -4096.0
+"""Values whose sign every header and stream denies are believed down to here: scanners fill corners with −2048, −3024."""
+
 LOOKED_AT = 5
 """Slices, at equal distances, that are looked at before all are."""
 
@@ -189,9 +192,9 @@ class Readings:
         usual[0] = 0  # fill around the circle is constant, and would make every image look odd
         return _median(self.apart) <= UNDISTURBED * max(_median(usual), 1)
 
-    def possible(self, n: int) -> bool:
+    def possible(self, n: int, lowest_hu: float = CT_HU[0]) -> bool:
         """Whether a reading stays within CT numbers."""
-        return CT_HU[0] <= self.hu[n][0] and self.hu[n][1] <= CT_HU[1]
+        return lowest_hu <= self.hu[n][0] and self.hu[n][1] <= CT_HU[1]
 
     def span(self, n: int) -> str:
         """Return what HU a reading reaches, in words."""
@@ -438,7 +441,7 @@ def _sign(said: Claim, found: Readings) -> int | None:
     """Return which sign is right: 0 for that of the header, 1 for the other, None where nothing tells."""
     favours = found.favours
     if not _sign_contradicted(said):
-        return int(favours == 1 and not found.possible(0) and found.possible(1))
+        return int(favours == 1 and not found.possible(0) and found.possible(1, LOWEST_FILL_HU))
     if favours == 0 or (favours == 1 and found.possible(1)):
         return favours
     if found.possible(0) != found.possible(1):

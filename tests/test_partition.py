@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,15 @@ from pydicom.uid import (
 )
 from segmentations import write_rtstruct
 from test_stacking import header
+from typer.testing import CliRunner, Result
 
 import gpuprep
 from gpuprep.acceptance import check
 from gpuprep.auditing import audit
+from gpuprep.cli import app
 from gpuprep.errors import InputError
 from gpuprep.headers import read_headers
+from gpuprep.manifest import Manifest, manifest_path
 from gpuprep.naming import Pseudonyms
 from gpuprep.partition import partition
 from gpuprep.phantom import write_series
@@ -218,6 +223,11 @@ def test_images_without_a_study_belong_to_that_of_their_patient_or_folder_and_el
     assert [i.code for i in volumes[0].irregularities] == ["studies", "left-out"]
 
 
+def test_a_damaged_study_uid_parts_no_series() -> None:
+    (volume,) = partition(scan(0, 12, 1, study_uid=lambda k: "malformed-0123" if k == 5 else "1.2"), Rules())
+    assert (len(volume.slices), volume.study_uid, volume.irregularities) == (12, "1.2", ())
+
+
 def test_a_study_in_each_image_says_nothing() -> None:
     # As an anonymiser makes them that forgets what it gave to the file before.
     (volume,) = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k}"), Rules())
@@ -372,3 +382,43 @@ def test_a_folder_of_series_uids_is_converted_with_its_masks(tmp_path: Path) -> 
     assert [len(r.labels or ()) for r in run.results] == [1, 0]
     volume = gpuprep.load(tmp_path / "in" / "0", recipe, backend="cpu")
     np.testing.assert_array_equal(np.asarray(volume.values), stored - 1024.0)
+
+
+def test_what_an_earlier_run_said_of_the_same_files_goes_with_the_grouping(tmp_path: Path) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        ds.SeriesInstanceUID = f"1.2.3.{k + 1}"
+
+    write_series(tmp_path / "in" / "a", noise(0), (2.5, 0.8, 0.7), change=change)
+    write_series(tmp_path / "in" / "b", noise(1), (2.5, 0.8, 0.7))
+    out = tmp_path / "out"
+
+    def statuses(group_by: Any) -> list[str]:
+        gpuprep.convert(tmp_path / "in", out, replace(HU, group_by=group_by), backend="cpu")
+        with closing(Manifest(manifest_path(out), reading=True)) as manifest:
+            return sorted(status for (status,) in manifest.columns("status"))
+
+    assert statuses("uid") == ["ok"] + ["rejected"] * 6
+    assert statuses("folder") == ["ok", "ok"]
+    assert len(list(out.rglob("volume.json"))) == 2
+
+
+def test_every_command_that_reads_dicom_takes_a_folder_for_a_series(tmp_path: Path) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        ds.SeriesInstanceUID = f"1.2.3.{k + 1}"
+
+    write_series(tmp_path / "in", noise(0), (2.5, 0.8, 0.7), change=change)
+    (tmp_path / "dot.txt").write_text("slice,x,y\n1,2,2\n1,6,2\n1,6,6\n1,2,6\n")
+    flags = ["--group-by", "folder", "--index", "none", "--jobs", "1"]
+
+    def run(*words: object) -> Result:
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    scanned = run("scan", tmp_path / "in", "--json", *flags)
+    assert [(s["action"], s["slices"]) for s in json.loads(scanned.stdout)["series"]] == [("convert", 6)]
+    assert run("show", tmp_path / "in").exit_code == 2  # which of six?
+    shown = run("show", tmp_path / "in", "--group-by", "folder")
+    assert (shown.exit_code, "6 images" in shown.stdout) == (0, True)
+    how = ["--units", "px", "--index-base", "0", "--slice-order", "stack", "--spacing", "none", "--size", "none"]
+    masked = run("mask", tmp_path / "dot.txt", "--series", tmp_path / "in", "--out", tmp_path / "out", *flags, *how)
+    assert masked.exit_code == 0, masked.stderr
+    assert len(list((tmp_path / "out").rglob("volume.json"))) == 1
