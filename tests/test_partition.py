@@ -48,14 +48,15 @@ BY_FOLDER = Rules(group_by="folder")
 
 def image(z_mm: float, number: int, **facts: Any) -> Image:
     """Return an axial image; `facts` are of the image or of its slice."""
-    facts = {"path": f"/data/{number:04}.dcm", "instance_number": number, "sop_instance_uid": f"1.5.{number}"} | facts
-    of_slice = {name: facts.pop(name) for name in list(facts) if name in SliceHeader._fields}
+    own = {"path": f"/data/{number:04}.dcm", "instance_number": number, "sop_instance_uid": f"1.5.{number}"}
+    given_: dict[str, Any] = own | facts
+    of_slice: dict[str, Any] = {name: given_.pop(name) for name in list(given_) if name in SliceHeader._fields}
     plain = Image(
         series_uid="1.3", study_uid="1.2", patient="p", frame_of_reference_uid="1.4", series_number=1, rows=16,
         columns=20, pixel_spacing_mm=(0.8, 0.7), orientation=(1.0, 0.0, 0.0, 0.0, 1.0, 0.0), folder="/data",
         header=header("", (-100.0, -120.0, z_mm))._replace(**of_slice),
     )  # fmt: skip
-    return plain._replace(**facts)
+    return plain._replace(**given_)
 
 
 def scan(start_mm: float, count: int, first: int, step_mm: float = 2.5, **facts: Any) -> list[Image]:
