@@ -137,7 +137,7 @@ def write_series(
     spacing_mm : tuple of float
         Between slices, rows, columns.
     series_uid, series_number
-        Identity; a new UID where absent.
+        Identity; a new UID where absent. Series of one UID are of one study.
     origin_mm : tuple of float
         Centre of the first voxel, (x, y, z), LPS.
     orientation : tuple of float
@@ -147,7 +147,7 @@ def write_series(
     """
     folder.mkdir(parents=True, exist_ok=True)
     series_uid = series_uid or generate_uid()
-    study_uid, frame_uid = generate_uid(), generate_uid()
+    study_uid, frame_uid = generate_uid(entropy_srcs=[series_uid]), generate_uid()  # a series belongs to one study
     normal = np.cross(orientation[:3], orientation[3:])
     files = []
     for k, pixels in enumerate(stored):

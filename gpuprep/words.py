@@ -33,7 +33,7 @@ CT_HU = (-10240.0, 32767.0)
 """No CT number lies beyond: extended scales begin at −10240 HU and end at 30710 HU."""
 
 LOWEST_FILL_HU = -4096.0
-"""Values whose sign every header and stream denies are believed down to here: scanners fill corners with −2048, −3024."""
+"""Values whose sign every header and stream denies are believed down to here: fill of scanners is −2048 or −3024 HU."""
 
 LOOKED_AT = 5
 """Slices, at equal distances, that are looked at before all are."""

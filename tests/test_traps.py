@@ -1580,8 +1580,10 @@ def test_of_two_volumes_of_one_series_uid_the_one_that_was_drawn_on_gets_the_mas
     def write(n: int) -> None:
         def change(ds: Dataset, k: int) -> None:
             ds.AcquisitionNumber = n
-            if how == "two phases":  # else each has a study and a frame of reference of its own
-                ds.StudyInstanceUID, ds.FrameOfReferenceUID = "1.2.3.6", "1.2.3.5"
+            if how == "two phases":  # else each has a frame of reference of its own too
+                ds.FrameOfReferenceUID = "1.2.3.5"
+            else:
+                ds.StudyInstanceUID = f"1.2.3.6.{n}"
             if n == 2 and k == 1:
                 drawn_on.append(ds.SOPInstanceUID)
 
