@@ -311,9 +311,20 @@ class Meaning:
             return False
         self._settled.add(("beyond", said))
         found = self._survey(group, self._without_and_with_bits_beyond)
-        if not found.differ or _all_overlay_bits(group) >> said.stored:
+        bits = said.allocated
+        changes = {"bits_stored": bits, "high_bit": bits - 1}
+        if not found.differ:  # but for declared padding, which is itself in whole words only
+            self._changes[said] = changes
+            return True
+        if _all_overlay_bits(group) >> said.stored:
             return False
         what = f"{_named(group)} hold more than their {said.stored} bits stored"
+        if not said.signed and found.undisturbed is False and not found.possible(1):
+            found = self._survey(group, self._without_and_with_sign_beyond)
+            if found.possible(1):
+                what += f": values are {found.span(0)} without the bits beyond, {found.span(1)} as signed numbers"
+                self._leave("sign", what)
+                return False
         if found.undisturbed or not found.possible(1):
             if said.coded:  # nothing but the image is in a code stream
                 return False
@@ -325,8 +336,7 @@ class Meaning:
         if found.undisturbed is None:
             self._leave("bits", what)
             return False
-        bits = said.allocated
-        return self._change(said, "bits", what, "whole words taken", {"bits_stored": bits, "high_bit": bits - 1})
+        return self._change(said, "bits", what, "whole words taken", changes)
 
     def _decide_bits(self, said: Claim, group: list[SliceHeader]) -> None:
         """Settle where values lie whose topmost bit is said to lie higher than they are long."""
@@ -427,6 +437,11 @@ class Meaning:
         self._read(whole(header), words)
         return low_bits(words, header.bits_stored or 16, bool(header.signed)), words.astype(np.int32)
 
+    def _without_and_with_sign_beyond(self, header: SliceHeader) -> Pair:
+        """Return the words of a slice as its header says, and with all their bits as signed numbers."""
+        without, words = self._without_and_with_bits_beyond(header)
+        return without, signed_from(words, header.bits_allocated or 16)
+
 
 def _sign_contradicted(said: Claim) -> bool:
     return said.stream is not None and (said.stream[0] == "i") != said.signed
@@ -451,11 +466,8 @@ def _sign(said: Claim, found: Readings) -> int | None:
 
 def _signs(said: Claim, found: Readings) -> str:
     names = ("signed", "unsigned") if said.signed else ("unsigned", "signed")
-    by = f"as their JPEG 2000 streams are {names[1]}, and " if _sign_contradicted(said) else "by their words "
-    return (
-        f"are {names[0]} by Pixel Representation and {by}may be {names[1]}: so values are {found.span(0)} or "
-        f"{found.span(1)}"
-    )
+    by = f"and {names[1]} by their JPEG 2000 streams" if _sign_contradicted(said) else f"and may be {names[1]} numbers"
+    return f"are {names[0]} by Pixel Representation {by}: so values are {found.span(0)} or {found.span(1)}"
 
 
 def _resigned(value: int, bits: int) -> int:

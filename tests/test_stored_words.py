@@ -608,6 +608,32 @@ def test_an_overlay_that_the_header_declares_is_dropped_even_along_edges(tmp_pat
     assert volume.warnings == ()
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_declared_padding_beyond_bits_stored_is_padding(tmp_path: Path, signed: bool) -> None:
+    hu = body()
+    stored = hu if signed else hu + 1024
+    fill = -3000 if signed else 5000
+    stored[:, :6, :6] = stored[:, -6:, :6] = stored[:, 20:30, 20:30] = fill
+
+    def change(ds: Dataset, k: int) -> None:
+        described(12, 11, signed=signed, intercept=0 if signed else -1024)(ds, k)
+        ds.add_new("PixelPaddingValue", "SS" if signed else "US", fill)
+
+    words = stored.astype(np.int16).view(np.uint16)
+    volume = gpuprep.read(series_of(tmp_path, words, change))
+    np.testing.assert_array_equal(volume.stored, stored)
+    assert volume.warnings == ()
+
+
+def test_negative_words_under_an_unsigned_header_of_twelve_bits_are_refused_with_both_readings(tmp_path: Path) -> None:
+    hu = body()
+    series = series_of(tmp_path, hu.astype(np.int16).view(np.uint16), described(12, 11, intercept=0))
+    with pytest.raises(IntensityError, match=r"0 to 4095 HU without .*, -10\d\d to \d+ HU as signed") as caught:
+        gpuprep.read(series)
+    assert caught.value.code == "sign"
+    np.testing.assert_array_equal(gpuprep.read(series, KEPT).stored, hu & 0xFFF)
+
+
 def test_numbers_of_twelve_bits_with_nothing_above_keep_their_sign(tmp_path: Path) -> None:
     hu = body()
     words = (hu & 0xFFF).astype(np.uint16)
