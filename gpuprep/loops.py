@@ -34,8 +34,8 @@ unkept = Event()
 def why_unkept() -> str:
     """Say which folders cannot be written, and how to name another one."""
     places = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "__pycache__"), "this user's cache folder"]
-    if numba.config.CACHE_DIR:
-        places.insert(0, numba.config.CACHE_DIR)
+    if named := os.environ.get("NUMBA_CACHE_DIR"):
+        places.insert(0, named)
     return (
         f"compiled code cannot be kept, because neither {' nor '.join(places)} can be written: set NUMBA_CACHE_DIR to "
         "a folder that can"

@@ -426,7 +426,7 @@ class _Known:
 
     def _holding(self, images: Iterable[ImageFrame], g: Glimpse) -> list[Series]:
         """Return the volumes that hold any of some images; of copies of an image, the one that a file means."""
-        holding = {}
+        holding: dict[int, Series] = {}
         for image in images:
             holders = self._by_image_frame.get(image) or self._by_sop.get(image.sop_uid, ())
             holding.update((id(s), s) for s in _likeliest(holders, g))

@@ -15,7 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom import Dataset, Sequence
-from pydicom.uid import CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage
+from pydicom.uid import UID, CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage
 from segmentations import write_rtstruct, write_seg
 from test_masks import SPACING_MM
 from test_sources import enhanced
@@ -45,7 +45,7 @@ def images(
 
     def change(ds: Dataset, k: int) -> None:
         ds.StudyInstanceUID, ds.FrameOfReferenceUID = study, frame
-        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uids[k]
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(uids[k])
         for keyword, value in tags.items():
             setattr(ds, keyword, value)
         ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
@@ -337,17 +337,16 @@ def test_what_belongs_to_a_series_of_another_modality_is_not_put_on_the_ct_of_it
     tmp_path: Path, write: Write, modality: str, how: str
 ) -> None:
     cohort_of_two(tmp_path / "in", modality)
-    named: dict[str, Any] = {
+    ways: dict[str, dict[str, Any]] = {
         "by series": {"series": "1.2.9"},
         "by images": {"series": "", "drawn_on": ["1.2.5.902"]},
         "by listed images": {"series": "1.2.77", "listed": ["1.2.5.902"]},
-    }[how]
+    }
     why = f"it refers to series 1.2.9 of modality {modality}, which is not converted"
-    path = write(tmp_path / "in" / "other" / "seg.dcm", frame="1.2.7", **named)
-    for index in (None, "first", "second"):  # the second time, the index of headers knows the images
+    path = write(tmp_path / "in" / "other" / "seg.dcm", frame="1.2.7", **ways[how])
+    for _ in range(2):  # the second time, the index of headers knows the images
         told = Told()
-        given = {} if index is None else {"index": tmp_path / "index.sqlite"}
-        found = scan(tmp_path / "in", masks="auto", listener=told, **given).outlooks  # type: ignore[arg-type]
+        found = scan(tmp_path / "in", masks="auto", listener=told, index=tmp_path / "index.sqlite").outlooks
         assert [len(o.segmentations) for o in found] == [0]
         assert (told.complaints, told.unused) == ([], [why])
     found_by_name, told = matches(tmp_path / "in", path)
