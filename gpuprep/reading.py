@@ -17,6 +17,7 @@ from gpuprep import places
 from gpuprep.acceptance import warnings as header_warnings
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
+from gpuprep.encapsulation import Encapsulated, read_fragments
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
 from gpuprep.headers import TAGS
 from gpuprep.intensity import HuStatistics
@@ -26,7 +27,7 @@ from gpuprep.rules import Irregularity, SeriesWarning, texts
 from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import Stack, stack
 from gpuprep.streams import open_frugally
-from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED
+from gpuprep.syntaxes import BIG_WORDS, DEFLATED, NATIVE
 from gpuprep.volume import StoredVolume
 
 
@@ -96,7 +97,11 @@ class SeriesReader:
     def warnings(self) -> tuple[SeriesWarning, ...]:
         """What pixels showed so far that is doubtful and was left as it is."""
         blank = SeriesWarning("blank", f"{self._blank} slices hold one value throughout")
-        return self._doubts + ((blank,) if self._blank else ())
+        odd = (
+            SeriesWarning("encapsulation", f"{fault} in {len(images)} of the images that were decoded")
+            for fault, images in sorted(self._content.faults.items())
+        )
+        return (*self._doubts, *([blank] if self._blank else ()), *odd)
 
     def slab(self, start: int, stop: int, empty: Callable[[Any, Any], NDArray[Any]] = np.empty) -> NDArray[Any]:
         """Return the stored values of slices [start, stop): array of integers, shape (stop − start, j, i).
@@ -214,7 +219,7 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _dtype(header: SliceHeader) -> np.dtype[Any]:
-    order = ">" if header.transfer_syntax == BIG_ENDIAN else "<"
+    order = ">" if header.transfer_syntax in BIG_WORDS else "<"
     return np.dtype(f"{order}{'i' if header.signed else 'u'}{(header.bits_allocated or 16) // 8}")
 
 
@@ -222,8 +227,10 @@ class Content:
     """The pixels of one image after the other; a file of many frames is unpacked and parsed once."""
 
     def __init__(self) -> None:
+        self.faults: dict[str, set[tuple[str, str | None, int]]] = {}
+        """Images so far whose pixels are not encapsulated as DICOM demands, by what is wrong, which did not matter."""
         self._key: tuple[str, str | None] | None = None
-        self._data: pydicom.Dataset | bytes | io.BytesIO | None = None
+        self._data: pydicom.Dataset | Encapsulated | io.BytesIO | None = None
 
     def read(self, header: SliceHeader, out: NDArray[Any]) -> None:
         """Fill `out` with the stored values of an image."""
@@ -233,7 +240,11 @@ class Content:
             if header.pixel_offset is not None:
                 self._read_plain(header, header.pixel_offset, out)
             else:
-                out[...] = decode_frame(self._encoded(header), header, header.frame, *out.shape)
+                faults: set[str] = set()
+                rows, columns = out.shape
+                out[...] = decode_frame(self._encoded(header), header, header.frame, rows, columns, faults)
+                for fault in faults:
+                    self.faults.setdefault(fault, set()).add((header.path, header.member, header.frame))
         except OSError as exc:
             raise DecodeError(f"{header.name} cannot be read: {exc.strerror or exc}") from exc
 
@@ -271,23 +282,21 @@ class Content:
         """Return the first `end` bytes of a packed file of many frames, which may be asked for in any order."""
         if self._key != (header.path, header.member) or not isinstance(self._data, io.BytesIO):
             with _open(header) as f:
-                content, _ = inflated(f, end)
+                content, *_ = inflated(f, end)
                 self._data = content if isinstance(content, io.BytesIO) else io.BytesIO(content.read(end))
             self._key = header.path, header.member
         return self._data
 
-    def _encoded(self, header: SliceHeader) -> pydicom.Dataset | bytes:
-        """Return the encoded pixels of a file, or all of it where the scan did not find them."""
-        if self._key != (header.path, header.member) or not isinstance(self._data, pydicom.Dataset | bytes):
+    def _encoded(self, header: SliceHeader) -> pydicom.Dataset | Encapsulated:
+        """Return the encoded pixels of a file, or all of it where pydicom is to find them."""
+        if self._key != (header.path, header.member) or not isinstance(self._data, pydicom.Dataset | Encapsulated):
             try:
                 with warnings.catch_warnings(), _open(header) as f:
                     warnings.simplefilter("ignore")
-                    if header.encoded_offset is not None:
-                        f.seek(header.encoded_offset)
-                        self._data = _items(f, header)
-                    else:
-                        self._data = pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
-            except (OSError, DecodeError):
+                    self._data = _fragments(f, header)
+            except DecodeError as exc:
+                raise DecodeError(f"{header.name} {exc}", exc.code) from exc
+            except OSError:
                 raise
             except Exception as exc:  # pydicom raises whatever a broken file provokes
                 raise DecodeError(f"{header.name} cannot be read: {' '.join(str(exc).split())}") from exc
@@ -295,34 +304,24 @@ class Content:
         return self._data
 
 
-_PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0002, 0x7FE0_0010]
-"""Everything that decoding may need: the header's facts, offset tables, pixels."""
-_ITEM, _END_OF_ITEMS = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
-"""Tags of an item and of the delimiter after the last one."""
+_PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0010]
+"""Everything that pydicom may need to find native pixels: the header's facts, and the pixels."""
+
+_ELEMENT_BYTES = 12
+"""Tag, VR and length before encapsulated pixels, which never have an implicit VR."""
 
 
-def _items(f: BinaryIO, header: SliceHeader) -> bytes:
-    """Return the items from here on, an offset table and fragments, without the delimiter that has to follow them.
-
-    References
-    ----------
-    DICOM PS3.5, A.4 (Transfer syntaxes for encapsulation of encoded pixel data).
-    """
-    pieces: list[bytes] = []
-    while (head := f.read(8))[:4] == _ITEM:
-        length = int.from_bytes(head[4:], "little")
-        value = f.read(length)
-        if len(head) < 8 or len(value) < length:
-            break
-        pieces += head, value
-    if head[:4] == _END_OF_ITEMS:
-        return b"".join(pieces)
-    if head[:4] != _ITEM and len(head) == 8:
-        raise DecodeError(
-            f"{header.name} has no fragment where one should be, {sum(map(len, pieces))} bytes into its pixels: it is "
-            "damaged, or changed since the scan"
-        )
-    raise DecodeError(f"{header.name} ends within its pixels: it is truncated, or changed since the scan", "truncated")
+def _fragments(f: BinaryIO, header: SliceHeader) -> pydicom.Dataset | Encapsulated:
+    """Return the fragments of an opened file, or its data set where its transfer syntax has none."""
+    if header.transfer_syntax in NATIVE:
+        return pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
+    if header.encoded_offset is not None:
+        f.seek(header.encoded_offset)
+        return read_fragments(f)
+    # With a table of other offsets before the pixels, or with pixels that the scan did not find.
+    ds = pydicom.dcmread(f, force=True, specific_tags=["ExtendedOffsetTable"], stop_before_pixels=True)
+    f.seek(_ELEMENT_BYTES, io.SEEK_CUR)
+    return read_fragments(f, ds.get("ExtendedOffsetTable") or b"")
 
 
 def _open(header: SliceHeader) -> BinaryIO:

@@ -64,6 +64,9 @@ class SliceHeader(NamedTuple):
     """How many bytes the file announces for the frame, when they are plain integers."""
     encoded_offset: int | None = None
     """Where offset table and fragments begin in the (unpacked) file, when its pixels are encoded."""
+    remarks: str = ""
+    """What is written in another way than DICOM asks, and was understood: "frames-0" where *Number of Frames* is 0,
+    "comma" where decimals have a comma; several are parted by blanks."""
 
     @property
     def name(self) -> str:
