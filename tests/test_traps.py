@@ -1,4 +1,4 @@
-"""The 42 traps of CT DICOM stacking, HU and resampling, one test each, by number: ``pytest tests/test_traps.py -v``.
+"""The traps of CT DICOM stacking, HU and resampling, one test each, by number: ``pytest tests/test_traps.py -v``.
 
 What is expected is worked out by hand or by pydicom, SciPy and SimpleITK alone, never by gpuprep.
 """
@@ -28,7 +28,7 @@ import tifffile
 from conftest import axial, renamed, stored_volume
 from numpy.typing import NDArray
 from pydicom import Dataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import (
     UID,
     BasicTextSRStorage,
@@ -929,6 +929,46 @@ def test_fragments_without_delimiter_are_whole_or_refused(tmp_path: Path, syntax
         result = alone(convert(tmp_path / "in", tmp_path / str(cut), recipe))
         assert (result.status, result.codes) == ("rejected", ("truncated",))
         files[2].write_bytes(content)
+
+
+def itemized(*values: bytes) -> bytes:
+    """Return items: PS3.5, A.4."""
+    return b"".join(b"\xfe\xff\x00\xe0" + len(v).to_bytes(4, "little") + v for v in values)
+
+
+@trap(54, "offset-of-each-fragment")
+@pytest.mark.parametrize("table", [[0, 108, 216], [0, 108], [8], [108, 0]], ids=str)
+def test_one_frame_is_all_fragments_whatever_the_offset_table_says(tmp_path: Path, table: list[int]) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        put(ds, JPEG2000Lossless)
+        stream = next(generate_frames(ds.PixelData, number_of_frames=1))
+        offsets = b"".join(n.to_bytes(4, "little") for n in table)
+        ds.PixelData = itemized(offsets, stream[:100], stream[100:200], stream[200:])
+        ds["PixelData"].is_undefined_length = True
+
+    stored = noise(4)
+    write_series(tmp_path / "in", stored, SPACING, change=change)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == ("ok", ("encapsulation",))
+    np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
+
+
+@trap(54, "run-lengths-go-on")
+@pytest.mark.parametrize("padding", [bytes(4), bytes(64), b"\0\x55"], ids=["4", "64", "more"])
+def test_what_follows_a_full_segment_of_run_lengths_is_no_pixel(tmp_path: Path, padding: bytes) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        put(ds, RLELossless)
+        planes = [(stored[k] >> 8).astype("u1").tobytes(), stored[k].astype("u1").tobytes()]
+        runs = [b"".join(bytes([95]) + plane[n : n + 96] for n in range(0, 480, 96)) + padding for plane in planes]
+        header = b"".join(n.to_bytes(4, "little") for n in (2, 64, 64 + len(runs[0]), *[0] * 13))
+        ds.PixelData = encapsulate([header + runs[0] + runs[1]])
+        ds["PixelData"].is_undefined_length = True
+
+    stored = noise(4)
+    write_series(tmp_path / "in", stored, SPACING, change=change)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == ("ok", ("encapsulation",))
+    np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
 
 
 @trap(54, "no-frames")
