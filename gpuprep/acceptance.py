@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gpuprep.errors import DecodeError, GeometryError, IntensityError, MissingTagError
 from gpuprep.rules import Rules, SeriesWarning
 from gpuprep.series import Series, SliceHeader
-from gpuprep.syntaxes import PLAIN, UNDEFINED_LENGTH
+from gpuprep.syntaxes import GE_BIG_WORDS, NATIVE, PLAIN, READ, UNDEFINED_LENGTH, syntax_name
 
 STEEPEST_SLOPE = 100.0
 LARGEST_INTERCEPT_HU = 65536.0
@@ -41,9 +41,10 @@ def check(series: Series, rules: Rules) -> None:
     IntensityError
         If the stored values cannot be called HU.
     DecodeError
-        If a file is too short for the pixels it announces, or the matrix is absurd.
+        If a file is too short for the pixels it announces, the matrix is absurd, or the transfer syntax is not read.
     """
     _check_kind(series)
+    _check_syntax(series)
     _check_tags(series, rules)
     _check_intensity(series, rules)
     _check_lengths(series)
@@ -56,6 +57,30 @@ def warnings(series: Series) -> tuple[SeriesWarning, ...]:
 
 def _doubts(series: Series) -> Iterator[SeriesWarning]:
     """Yield what is doubtful about what headers say of pixels."""
+    for code, text, slices in (
+        (
+            "monochrome1",
+            "Photometric Interpretation MONOCHROME1, which is for displays: HU are taken as they are",
+            [s for s in series.slices if s.photometric == "MONOCHROME1"],
+        ),
+        (
+            "encapsulation",
+            "pixels that are not encoded, although the transfer syntax says so",
+            [s for s in series.slices if s.pixel_offset is not None and s.transfer_syntax not in NATIVE],
+        ),
+        (
+            "encapsulation",
+            "Number of Frames 0, taken as 1",
+            [s for s in series.slices if "frames-0" in s.remarks],
+        ),
+        (
+            "decimal-comma",
+            "decimal commas, read as points",
+            [s for s in series.slices if "comma" in s.remarks],
+        ),
+    ):
+        if slices:
+            yield SeriesWarning(code, f"{text}, in {names(slices)}")
     if lut := [s for s in series.slices if s.modality_lut]:
         text = f"a Modality LUT Sequence beside the rescale in {names(lut)}: the rescale is applied, and no table"
         yield SeriesWarning("modality-lut", text)
@@ -81,6 +106,26 @@ def _excess_bytes(series: Series, s: SliceHeader) -> int:
     if s.pixel_bytes is None or s.pixel_bytes == UNDEFINED_LENGTH or s.frame < s.frames - 1:
         return 0
     return s.pixel_bytes - series.rows * series.columns * (s.bits_allocated or 0) // 8
+
+
+def _check_syntax(series: Series) -> None:
+    """Raise unless the pixels of every slice are encoded in a way that is read."""
+    unread = [s for s in series.slices if s.transfer_syntax not in READ]
+    if unread:
+        name = syntax_name(unread[0].transfer_syntax)
+        known = "" if name == unread[0].transfer_syntax else f" ({name})"
+        raise DecodeError(
+            f"transfer syntax {unread[0].transfer_syntax}{known} in {names(unread)} is not one of those that are read: "
+            "write the files with another, such as Explicit VR Little Endian",
+            "syntax",
+        )
+    doubtful = [s for s in series.slices if s.transfer_syntax == GE_BIG_WORDS and s.pixel_offset is None]
+    if doubtful:
+        raise DecodeError(
+            f"transfer syntax {GE_BIG_WORDS} ({syntax_name(GE_BIG_WORDS)}) in {names(doubtful)}: the data set has an "
+            "explicit VR or other than 16 bits allocated, so the order of bytes of its pixels is not known",
+            "syntax",
+        )
 
 
 def _check_kind(series: Series) -> None:
@@ -148,7 +193,8 @@ def _check_intensity(series: Series, rules: Rules) -> None:
 
     References
     ----------
-    DICOM PS3.3, C.8.2.1 (CT Image module): MONOCHROME2, one sample, Rescale Type HU unless said otherwise.
+    DICOM PS3.3, C.8.2.1 (CT Image module): one sample, Rescale Type HU unless said otherwise; C.7.6.3.1.2: MONOCHROME1
+    says that displays show the least value white, after the rescale.
     """
     slices = series.slices
     other_type = [] if rules.assume_hu else [s for s in slices if s.rescale_type not in (None, "HU")]
@@ -156,10 +202,10 @@ def _check_intensity(series: Series, rules: Rules) -> None:
         ("colour", "several samples per pixel", [s for s in slices if s.samples_per_pixel != 1]),
         (
             "photometric",
-            "Photometric Interpretation not MONOCHROME2",
-            [s for s in slices if s.photometric != "MONOCHROME2"],
+            "Photometric Interpretation not MONOCHROME2 or MONOCHROME1",
+            [s for s in slices if s.photometric not in ("MONOCHROME1", "MONOCHROME2")],
         ),
-        ("rescale-type", f"Rescale Type not HU{_units(other_type)}", other_type),
+        ("rescale-type", "Rescale Type not HU", other_type),
         ("rescale", "Rescale Slope 0", [s for s in slices if s.rescale_slope == 0]),
         ("rescale", "Rescale Slope absurd", [s for s in slices if abs(s.rescale_slope or 0) > STEEPEST_SLOPE]),
         (
@@ -175,13 +221,13 @@ def _check_intensity(series: Series, rules: Rules) -> None:
         ),
     ):
         if wrong:
-            hint = "; --assume-hu takes them as HU" if code == "rescale-type" else ""
+            hint = f"; the type is {_units(wrong)}; --assume-hu takes them as HU" if code == "rescale-type" else ""
             raise IntensityError(f"{text} in {names(wrong)}: the values cannot be called HU{hint}", code)
 
 
 def _units(slices: list[SliceHeader]) -> str:
-    """Return the units that slices say instead of HU, in parentheses."""
-    return f" ({listed(sorted({s.rescale_type or '' for s in slices}))})"
+    """Return the units that slices say instead of HU."""
+    return listed(sorted({s.rescale_type or "" for s in slices}))
 
 
 def _check_lengths(series: Series) -> None:

@@ -27,6 +27,7 @@ from gpuprep.recipe import Recipe
 from gpuprep.rules import SeriesWarning, codes, texts
 from gpuprep.series import Series
 from gpuprep.staging import DEVICE
+from gpuprep.syntaxes import syntax_name
 from gpuprep.text import printable
 
 if TYPE_CHECKING:
@@ -326,8 +327,6 @@ class _Timed:
 
 def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: SeriesResult) -> dict[str, Any]:
     """Return the content of ``volume.json``; UIDs and numbers, nothing that names a patient."""
-    from pydicom.uid import UID
-
     series = task.series
     sidecar: dict[str, Any] = {
         "key": result.key,
@@ -346,7 +345,7 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
             "shape": plan.source.shape,
             "spacing_mm": plan.source.spacing_mm,
             "affine_lps": plan.source.affine.tolist(),
-            "transfer_syntaxes": sorted({UID(s.transfer_syntax).name for s in series.slices}),
+            "transfer_syntaxes": sorted({syntax_name(s.transfer_syntax) for s in series.slices}),
         },
         "fingerprint": task.fingerprint,
         "recipe": task.recipe.to_dict(),

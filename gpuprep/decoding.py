@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.encaps import encapsulate, get_frame
+from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import JPEG2000, UID, JPEGLSNearLossless, RLELossless
+from pydicom.uid import JPEG2000, UID, JPEGLSNearLossless
 
 from gpuprep.codestream import FrameInfo, Kind, frame_info
+from gpuprep.deflation import inflated_frame
+from gpuprep.encapsulation import Encapsulated, fragments_of
 from gpuprep.errors import DecodeError
 from gpuprep.series import SliceHeader
+from gpuprep.syntaxes import ENCODINGS, NATIVE, syntax_name
 
 CONSTANT_BYTES_PER_PIXEL = 0.25
 """No constant image needs more: lossless JPEG takes 1 bit per pixel at least, the others next to nothing."""
@@ -35,6 +38,8 @@ PIXELS_PER_TILE = 256
 """At least so many: OpenJPEG takes some 10 KB for each tile, and a few bytes can announce 65535 of them."""
 MARKERS_BYTES = 1024
 """Tables and comments, which small images need as well."""
+MOST_REST_BYTES = 16
+"""More than padding after the last run of a segment is damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +69,15 @@ def _by_imagecodecs(codec: str) -> Decoder:
     return Decoder(f"imagecodecs {codec}", decode, available)
 
 
-def _segments(stream: bytes, info: FrameInfo) -> NDArray[Any]:
-    """Return the integers of run lengths: a segment for each byte of a pixel, the most significant first.
-
-    Nothing but the length of its segments tells whether such a frame is whole. So they have to fill the frame exactly,
-    save for two zeros at the end, with which some writers pad them: these are one more pixel of 0.
-
-    References
-    ----------
-    DICOM PS3.5, G.3 to G.5 (RLE segments, header).
-    """
+def _jpeg_xl(stream: bytes, info: FrameInfo) -> NDArray[Any]:
     import imagecodecs
 
-    count, *starts = np.frombuffer(stream, "<u4", 16).tolist()
-    if count != (expected := info.precision // 8):
-        raise DecodeError(f"it has {count} segments, not {expected}")
-    size = info.rows * info.columns
-    planes = np.empty((count, size + 1), np.uint8)
-    for plane, start, end in zip(planes, starts, [*starts[1:count], len(stream)], strict=False):
-        done = len(imagecodecs.packbits_decode(stream[start:end], out=memoryview(plane)))
-        if done != size and (done != size + 1 or plane[size]):
-            raise DecodeError(f"a segment holds {done} bytes, not {size}")
-    values = planes[0, :size].astype(f"u{count}")
-    for plane in planes[1:, :size]:
-        values <<= 8
-        values |= plane
-    return values.reshape(info.rows, info.columns)
+    # Into room of the size that the header announces: another one that it unpacks to is refused.
+    out = np.empty((info.rows, info.columns), np.uint8 if info.precision <= 8 else np.uint16)
+    values = np.asarray(imagecodecs.jpegxl_decode(stream, keeporientation=True, out=out))
+    if int(values.max()) >> info.precision:
+        raise DecodeError(f"{values.max()} came out of {info.precision} bits")
+    return values
 
 
 def _by_pydicom(plugin: str, syntax: UID) -> Decoder:
@@ -117,37 +105,42 @@ DECODERS: dict[Kind, tuple[Decoder, ...]] = {
     "JPEG": (_by_imagecodecs("jpeg8"), _by_imagecodecs("jpegsof3")),
     "JPEG-LS": (_by_imagecodecs("jpegls"), _by_pydicom("pyjpegls", JPEGLSNearLossless)),
     "JPEG 2000": (_by_imagecodecs("jpeg2k"), _by_pydicom("pylibjpeg", JPEG2000)),
+    "JPEG XL": (replace(_by_imagecodecs("jpegxl"), decode=_jpeg_xl),),
 }
 """What is tried for a code stream, in this order. The transfer syntax does not choose: code streams name themselves.
 
 libjpeg-turbo (`jpeg8`) knows every process of JPEG that DICOM ever had, in 8 and 12 bits and lossless in 2 to 16;
-`jpegsof3` is for builds of it that lack the odd ones of these. CharLS and OpenJPEG are behind both names of the others.
+`jpegsof3` is for builds of it that lack the odd ones of these. CharLS and OpenJPEG are behind both names of the next
+two. libjxl is the only decoder of JPEG XL.
 """
-SYNTAXES: dict[range, Kind] = {
-    range(50, 71): "JPEG",
-    range(80, 82): "JPEG-LS",
-    range(90, 92): "JPEG 2000",
-    range(201, 204): "JPEG 2000",
-}
-"""What to expect under 1.2.840.10008.1.2.4.*, the transfer syntaxes of still images; the retired of JPEG included."""
-RLE = replace(_by_imagecodecs("packbits"), decode=_segments)
+RLE = _by_imagecodecs("packbits")
+EXACT = {"RLE": (RLE.name,), "deflate": ("zlib",), "none": ("NumPy",)}
+"""What decodes the encodings that are no code streams."""
+RUN_ON = "run lengths go on after the frame is full"
 
 
 def decode_frame(
-    source: pydicom.Dataset | bytes, header: SliceHeader, frame: int, rows: int, columns: int
+    source: pydicom.Dataset | Encapsulated,
+    header: SliceHeader,
+    frame: int,
+    rows: int,
+    columns: int,
+    faults: set[str] | None = None,
 ) -> NDArray[Any]:
     """Return the stored values of one frame, without what lies in unused bits.
 
     Parameters
     ----------
-    source : pydicom.Dataset or bytes
-        The file, opened with its pixels; or, of an encapsulated syntax, its basic offset table and fragments alone.
+    source : pydicom.Dataset or Encapsulated
+        The file, opened with its pixels; or, of an encapsulated syntax, its fragments alone.
     header : SliceHeader
         What the scan found in it: transfer syntax, bits and sign are taken from here.
     frame : int
         Index of the frame, from 0.
     rows, columns : int
         The size that the frame must have.
+    faults : set of str, optional
+        Receives what is not as DICOM demands it, and did not matter.
 
     Returns
     -------
@@ -159,23 +152,23 @@ def decode_frame(
     DecodeError
         Where no decoder makes an image of it that can be true, with what each of them said.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        syntax = UID(header.transfer_syntax)
+    faults = set() if faults is None else faults
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dtype = _dtype(header)
-            if isinstance(source, pydicom.Dataset) and not syntax.is_encapsulated:
-                return _native(source, header, syntax, frame, (rows, columns), dtype)
-            if not syntax.is_transfer_syntax:
-                raise DecodeError("UID is not a transfer syntax.")
-            stream = _stream(source, header, frame)
-            if syntax == RLELossless:
-                return _run_lengths(stream, header, (rows, columns), dtype)
+            if isinstance(source, pydicom.Dataset) and header.transfer_syntax in NATIVE:
+                return _native(source, header, frame, (rows, columns), dtype)
+            stream = _stream(source, header, frame, faults)
+            encoding = ENCODINGS.get(header.transfer_syntax)
+            if encoding == "RLE":
+                return _run_lengths(stream, header, (rows, columns), dtype, faults)
+            if encoding in ("deflate", "none"):
+                return _words(stream, header, (rows, columns), dtype, deflated=encoding == "deflate")
             return _code_stream(stream, header, (rows, columns), dtype)
     except Exception as exc:  # broken files provoke whatever they like
-        raise DecodeError(f"{header.name} ({syntax.name}) cannot be decoded: {_one_line(exc)}") from exc
+        name = syntax_name(header.transfer_syntax)
+        raise DecodeError(f"{header.name} ({name}) cannot be decoded: {_one_line(exc)}") from exc
 
 
 def available_decoders(transfer_syntax: str) -> tuple[str, ...]:
@@ -191,13 +184,12 @@ def available_decoders(transfer_syntax: str) -> tuple[str, ...]:
     tuple of str
         Empty where there is none.
     """
-    if transfer_syntax == RLELossless:
-        return (RLE.name,) if RLE.available() else ()
-    family, _, number = transfer_syntax.rpartition(".")
-    if family != "1.2.840.10008.1.2.4" or not number.isdecimal():
+    encoding = ENCODINGS.get(transfer_syntax)
+    if encoding is None or (encoding == "RLE" and not RLE.available()):
         return ()
-    kind = next((kind for numbers, kind in SYNTAXES.items() if int(number) in numbers), None)
-    return tuple(d.name for d in DECODERS[kind] if d.available()) if kind else ()
+    if encoding == "RLE" or encoding == "deflate" or encoding == "none":
+        return EXACT[encoding]
+    return tuple(d.name for d in DECODERS[encoding] if d.available())
 
 
 def drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int | None) -> bool:
@@ -239,51 +231,116 @@ def _dtype(header: SliceHeader) -> np.dtype[Any]:
     return np.dtype(f"{'i' if header.signed else 'u'}{allocated // 8}")
 
 
-def _stream(source: pydicom.Dataset | bytes, header: SliceHeader, frame: int) -> bytes:
+def _stream(source: pydicom.Dataset | Encapsulated, header: SliceHeader, frame: int, faults: set[str]) -> bytes:
     """Return the bytes of one frame, fragments joined."""
-    table = None
-    if isinstance(source, bytes):
-        frames, items = header.frames, source
+    if isinstance(source, Encapsulated):
+        pixels, frames = source, header.frames
     else:
-        frames, items = int(source.get("NumberOfFrames") or 1), source.PixelData
-        offsets, lengths = source.get("ExtendedOffsetTable"), source.get("ExtendedOffsetTableLengths")
-        if offsets and (np.diff(np.frombuffer(offsets, "<u8").astype(np.int64)) <= 0).any():
-            raise DecodeError("its Extended Offset Table does not ascend")
-        table = (offsets, lengths) if offsets and lengths else None
-    if not 0 <= frame < frames:
-        raise DecodeError(f"it has no frame {frame + 1} of {frames}")
-    return get_frame(items, frame, number_of_frames=frames, extended_offsets=table)
+        pixels = fragments_of(source.PixelData, source.get("ExtendedOffsetTable") or b"")
+        frames = int(source.get("NumberOfFrames") or 1)
+    stream = pixels.frame(frame, frames)
+    faults |= pixels.faults
+    return stream
 
 
 def _native(
-    ds: pydicom.Dataset, header: SliceHeader, syntax: UID, frame: int, shape: tuple[int, int], dtype: np.dtype[Any]
+    ds: pydicom.Dataset, header: SliceHeader, frame: int, shape: tuple[int, int], dtype: np.dtype[Any]
 ) -> NDArray[Any]:
     said = (ds.Rows, ds.Columns, ds.BitsAllocated)
     if said != (*shape, dtype.itemsize * 8):  # before room is made for what it says
         raise DecodeError(f"it changed since the scan: now {said[0]} × {said[1]} in {said[2]} bits")
     options: dict[str, Any] = {"correct_unused_bits": False}
-    values, _ = get_decoder(syntax).as_array(ds, index=frame, raw=True, **options)
+    values, _ = get_decoder(UID(header.transfer_syntax)).as_array(ds, index=frame, raw=True, **options)
     _check_shape(values, shape)
     values = values.astype(dtype)
     drop_unused_bits(header, values, header.high_bit)
     return values
 
 
-def _run_lengths(stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
-    # The kind stands for nothing here; `end` neither, as run lengths have no end marker.
-    info = FrameInfo("JPEG", *shape, 1, dtype.itemsize * 8, dtype.kind == "i", 1, 0, None)
-    values = RLE.decode(stream, info).astype(dtype, copy=False)
-    _check_shape(values, shape)
+def _words(
+    stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any], *, deflated: bool
+) -> NDArray[Any]:
+    """Return the values of a frame of plain little-endian words, which may be deflated."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    data = inflated_frame(stream, size) if deflated else stream
+    if not size <= len(data) <= size + size % 2:
+        raise DecodeError(f"its frame has {len(data)} bytes, not {size}")
+    values = np.frombuffer(data, dtype.newbyteorder("<"), shape[0] * shape[1]).astype(dtype).reshape(shape)
+    drop_unused_bits(header, values, header.high_bit)
+    return values
+
+
+def _run_lengths(
+    stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any], faults: set[str]
+) -> NDArray[Any]:
+    """Return the values of run lengths: a segment for each byte of a pixel, the most significant first.
+
+    References
+    ----------
+    DICOM PS3.5, G.3 to G.5 (RLE segments, header).
+    """
+    count, *starts = np.frombuffer(stream, "<u4", 16).tolist()
+    if count != dtype.itemsize:
+        raise DecodeError(f"it has {count} segments, not {dtype.itemsize}")
+    segments = [stream[start:end] for start, end in zip(starts, [*starts[1:count], len(stream)], strict=False)]
+    planes = _planes(segments, shape[0] * shape[1], faults)
+    values: NDArray[Any] = planes[0].astype(f"u{count}")
+    for plane in planes[1:]:
+        values <<= 8
+        values |= plane
+    values = values.reshape(shape).astype(dtype, copy=False)
     drop_unused_bits(header, values, header.high_bit)  # whole words, as in native files
     _check_constant(values, len(stream))
     return values
 
 
+def _planes(segments: list[bytes], size: int, faults: set[str]) -> NDArray[np.uint8]:
+    """Return the bytes that segments of run lengths unpack to: shape (segments, size).
+
+    Nothing but the length of its segments tells whether such a frame is whole. So they have to fill the frame exactly,
+    save for two zeros at the end, with which some writers pad them: these are one more pixel of 0. More is accepted
+    where a run ends exactly with the frame, and either nothing but zeros follows, or all segments go on: damage to one
+    run moves the end of one segment alone.
+    """
+    import imagecodecs
+
+    planes = np.empty((len(segments), size + 1), np.uint8)
+    try:
+        done = [
+            len(imagecodecs.packbits_decode(segment, out=memoryview(plane.data)))
+            for segment, plane in zip(segments, planes, strict=True)
+        ]
+    except imagecodecs.PackbitsError:  # one has no room
+        done = []
+    if not done or any(n != size and (n != size + 1 or plane[size]) for n, plane in zip(done, planes, strict=True)):
+        ends = [_end_of_runs(segment, size) for segment in segments]
+        rests = [segment[end:] for segment, end in zip(segments, ends, strict=True)]
+        goes_on = len(segments) > 1 and all(rests) and max(map(len, rests)) <= MOST_REST_BYTES
+        if not goes_on and any(rest.strip(b"\0\x80") for rest in rests):
+            raise DecodeError("its segments go on after the frame is full, each in another way")
+        for segment, end, plane in zip(segments, ends, planes, strict=True):
+            imagecodecs.packbits_decode(segment[:end], out=memoryview(plane.data))
+        faults.add(RUN_ON)
+    return planes[:, :size]
+
+
+def _end_of_runs(segment: bytes, size: int) -> int:
+    """Return where the run ends that is the last of `size` bytes; `0x80` stands for nothing."""
+    at = done = 0
+    while done < size and at < len(segment):
+        code = segment[at]
+        done += code + 1 if code < 128 else 257 - code if code > 128 else 0
+        at += code + 2 if code < 128 else 2 if code > 128 else 1
+    if done != size or at > len(segment):
+        raise DecodeError(f"a segment holds {done} bytes, not {size}")
+    return at
+
+
 def _code_stream(stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return the values of a JPEG, JPEG-LS or JPEG 2000 image by the first decoder that gives plausible ones."""
+    """Return the values of a code stream by the first decoder that gives plausible ones."""
     info = frame_info(stream)
     if info is None:
-        raise DecodeError("its frame begins like no JPEG, JPEG-LS or JPEG 2000 image")
+        raise DecodeError("its frame begins like no JPEG, JPEG-LS, JPEG 2000 or JPEG XL image")
     if (info.rows, info.columns, info.samples) != (*shape, 1):
         raise DecodeError(
             f"its frame is {info.rows} × {info.columns} × {info.samples}, its header says {shape[0]} × {shape[1]}"

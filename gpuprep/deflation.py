@@ -1,6 +1,7 @@
-"""Deflated transfer syntax: everything after the meta group is one zlib stream, unpacked here within limits.
+"""Deflated data sets and deflated frames, unpacked within limits.
 
-pydicom unpacks it whole, however large it turns out to be.
+In the deflated transfer syntax, everything after the meta group is one zlib stream. pydicom unpacks it whole, however
+large it turns out to be.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import io
 import zlib
 from typing import BinaryIO
 
-from gpuprep.syntaxes import DEFLATED
+from gpuprep.errors import DecodeError
+from gpuprep.syntaxes import DEFLATED_DATA_SETS
 
 _LONG_FORM = {b"OB", b"OW", b"SQ", b"UN", b"UT", b"OF", b"OD", b"OL", b"OV", b"UC", b"UR", b"SV", b"UV"}
 _META_BYTES = 4096
@@ -17,10 +19,10 @@ _META_BYTES = 4096
 _CHUNK = 64 * 1024
 
 
-def inflated(f: BinaryIO, most_bytes: int) -> tuple[BinaryIO, str]:
-    """Return the unpacked data set of a deflated file and the SOP class its meta group announces.
+def inflated(f: BinaryIO, most_bytes: int) -> tuple[BinaryIO, str, str]:
+    """Return the unpacked data set of a deflated file, and the transfer syntax and SOP class its meta group announces.
 
-    Any other file is returned as it is, at its beginning, with "".
+    Any other file is returned as it is, at its beginning, with "" for both.
 
     Parameters
     ----------
@@ -35,9 +37,10 @@ def inflated(f: BinaryIO, most_bytes: int) -> tuple[BinaryIO, str]:
     """
     head = f.read(132 + _META_BYTES)
     meta, end = _meta(head)
-    if meta.get(0x0010, b"").strip(b" \0") != DEFLATED.encode():
+    syntax = _text(meta, 0x0010)
+    if syntax not in DEFLATED_DATA_SETS:
         f.seek(0)
-        return f, ""
+        return f, "", ""
     f.seek(end)
     unpack = zlib.decompressobj(-zlib.MAX_WBITS)
     out = io.BytesIO()
@@ -47,7 +50,41 @@ def inflated(f: BinaryIO, most_bytes: int) -> tuple[BinaryIO, str]:
         except zlib.error:  # what came before the damage may be enough
             break
     out.seek(0)
-    return out, meta.get(0x0002, b"").strip(b" \0").decode("ascii", "replace")
+    return out, syntax, _text(meta, 0x0002)
+
+
+def inflated_frame(stream: bytes, size: int) -> bytes:
+    """Return the bytes of a frame that is deflated by itself.
+
+    Parameters
+    ----------
+    stream : bytes
+        The frame, padding included.
+    size : int
+        Bytes that it must unpack to; one more for padding is accepted.
+
+    Raises
+    ------
+    DecodeError
+        Where it is damaged, cut off, or unpacks to another size.
+
+    References
+    ----------
+    DICOM PS3.5, A.4 (Deflated Image Frame Compression).
+    """
+    unpack = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        data = unpack.decompress(stream, size + 2)
+    except zlib.error as exc:
+        raise DecodeError(f"its deflated frame is damaged: {exc}") from exc
+    if not size <= len(data) <= size + 1 or not unpack.eof:
+        state = "" if unpack.eof else " and does not end there"
+        raise DecodeError(f"its deflated frame unpacks to {len(data)} bytes{state}, not {size}")
+    return data[:size]
+
+
+def _text(meta: dict[int, bytes], number: int) -> str:
+    return meta.get(number, b"").strip(b" \0").decode("ascii", "replace")
 
 
 def _meta(head: bytes) -> tuple[dict[int, bytes], int]:

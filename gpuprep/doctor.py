@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from pydicom.uid import UID
-
 from gpuprep.backend import imported_loops, numba_works, open_gpus
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
 from gpuprep.cores import usable_cores
 from gpuprep.decoding import available_decoders
 from gpuprep.errors import BackendError, RecipeError
 from gpuprep.recipe import LIBRARIES, Recipe
+from gpuprep.syntaxes import syntax_name
 
 COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.5",  # RLE Lossless
@@ -29,6 +28,11 @@ COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.4.201",  # HTJ2K Lossless
     "1.2.840.10008.1.2.4.202",  # HTJ2K Lossless RPCL
     "1.2.840.10008.1.2.4.203",  # HTJ2K
+    "1.2.840.10008.1.2.4.110",  # JPEG XL Lossless
+    "1.2.840.10008.1.2.4.111",  # JPEG XL JPEG Recompression
+    "1.2.840.10008.1.2.4.112",  # JPEG XL
+    "1.2.840.10008.1.2.8.1",  # Deflated Image Frame Compression
+    "1.2.840.10008.1.2.1.98",  # Encapsulated Uncompressed
 )
 """Encodings that CT is found in."""
 
@@ -55,7 +59,7 @@ def examine() -> list[Finding]:
     for syntax in COMPRESSED_SYNTAXES:
         decoders = available_decoders(syntax)
         detail = ", ".join(decoders) or "no decoder: reinstall gpuprep, whose dependencies bring one"
-        findings.append(Finding("decoder", UID(syntax).name, bool(decoders), detail))
+        findings.append(Finding("decoder", syntax_name(syntax), bool(decoders), detail))
     for format_ in LIBRARIES:
         try:
             Recipe.from_dict({"format": format_}).check_installed()

@@ -20,10 +20,19 @@ from gpuprep.codestream import frame_info
 from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.deflation import inflated
 from gpuprep.geometry import COARSEST_MM, FINEST_MM
+from gpuprep.numbers import BINARY, binary_numbers, with_points, written_number
 from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
 from gpuprep.series import MALFORMED, Image, OtherImage, SliceHeader, packed, sop_digest
 from gpuprep.streams import open_frugally
-from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED, EXPLICIT_VR, IMPLICIT_VR, NATIVE, UNDEFINED_LENGTH
+from gpuprep.syntaxes import (
+    BIG_ENDIAN,
+    BIG_WORDS,
+    EXPLICIT_VR,
+    GE_BIG_WORDS,
+    IMPLICIT_VR,
+    NATIVE,
+    UNDEFINED_LENGTH,
+)
 from gpuprep.text import printable
 
 if TYPE_CHECKING:
@@ -234,27 +243,28 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
     f.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd values are dealt with below, one by one
-        content, announced = inflated(f, HEADER_BYTES)
+        content, deflated, announced = inflated(f, HEADER_BYTES)
         force = bare or content is not f
         ds = pydicom.dcmread(content, stop_before_pixels=True, specific_tags=_wanted(), force=force)
         meta = _Frame(ds.file_meta)
         announced = announced or _text(meta, "MediaStorageSOPClassUID")
         _check_class(ds, announced, bare)
         if content is not f:
-            syntax = DEFLATED
+            syntax = deflated
         elif not _UID.fullmatch(syntax := _text(meta, "TransferSyntaxUID")):
             raise ValueError("the Transfer Syntax UID is none")
         elif not syntax:
             implicit, little = ds.original_encoding  # no meta group: what pydicom found by looking
             syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
         offset, length = _pixels(content, bool(ds.original_encoding[0]), syntax == BIG_ENDIAN)
+        if syntax == GE_BIG_WORDS and getattr(ds.get_item(TAGS["BitsAllocated"]), "VR", None):
+            offset = None  # an explicit VR, which it never has: the order of bytes of its pixels is doubtful as well
         encoded = stream = None
-        if syntax not in NATIVE:
+        if syntax not in NATIVE and (length == UNDEFINED_LENGTH or not _fills(ds, length)):
             if length == UNDEFINED_LENGTH and offset is not None:
                 stream = _stream(content, offset)
-            # Where a table of other offsets goes before the fragments, pydicom follows it.
-            if length == UNDEFINED_LENGTH and TAGS["ExtendedOffsetTable"] not in ds:
-                encoded = offset
+            # Where a table of other offsets goes before the fragments, it is read with them.
+            encoded = offset if TAGS["ExtendedOffsetTable"] not in ds else None
             offset = length = None
         origin = _Origin(file, member, status.st_mtime_ns, size, syntax, offset, length, encoded, stream)
         images = [_facts(frame, origin, n, count) for n, (frame, count) in enumerate(_frames(ds))]
@@ -364,6 +374,15 @@ _FLOAT_PIXELS = {
 }
 
 
+def _fills(ds: pydicom.Dataset, length: int | None) -> bool:
+    """Whether a value has the length of an image that is not encoded, of all its frames."""
+    image = _Frame(ds)
+    rows, columns, bits = (_binary(image, k) or 0 for k in ("Rows", "Columns", "BitsAllocated"))
+    samples, frames = _binary(image, "SamplesPerPixel") or 1, _integer(image, "NumberOfFrames") or 1
+    size = rows * columns * samples * frames * bits // 8
+    return size > 0 and length in (size, size + size % 2)
+
+
 @dataclass(frozen=True, slots=True)
 class _Origin:
     """Where an image comes from, and where its pixels are."""
@@ -388,6 +407,8 @@ class _Frame:
     """
 
     def __init__(self, *layers: pydicom.Dataset) -> None:
+        self.remarks: set[str] = set()
+        """What is written in another way than DICOM asks and was understood: see `SliceHeader.remarks`."""
         # By plain integers: pydicom's tags are compared in Python, forty times for every image of a cohort.
         self._elements = {
             int(tag): layer.get_item(tag)
@@ -403,10 +424,14 @@ class _Frame:
 def _frames(ds: pydicom.Dataset) -> list[tuple[_Frame, int]]:
     """Return the frames of an image, each with their number; one alone where nothing says where the others are."""
     image = _Frame(ds)
-    count = _integer(image, "NumberOfFrames") if _text(image, "NumberOfFrames") else 1
+    binary = getattr(_raw(image, "NumberOfFrames"), "VR", None) in BINARY
+    count = _integer(image, "NumberOfFrames") if binary or _text(image, "NumberOfFrames") else 1
+    shared_tag, own_tag = TAGS["SharedFunctionalGroupsSequence"], TAGS["PerFrameFunctionalGroupsSequence"]
+    if count == 0 and own_tag not in ds:
+        image.remarks.add("frames-0")
+        count = 1
     if count is None or count < 1:
         raise ValueError(f"Number of Frames is {_text(image, 'NumberOfFrames')[:20]!r}")
-    shared_tag, own_tag = TAGS["SharedFunctionalGroupsSequence"], TAGS["PerFrameFunctionalGroupsSequence"]
     if own_tag not in ds:
         # Of the sequences of a single frame, one says what was computed of several energies.
         return [(_Frame(*energies, ds) if (energies := _energies(ds)) else image, count)]
@@ -439,7 +464,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
     image_type = _text(ds, "FrameType") or _text(ds, "ImageType")
     kinds = [part.strip() for part in image_type.upper().split("\\")]
     offset, length = origin.offset, origin.length
-    if origin.syntax == BIG_ENDIAN and bits != 16:
+    if origin.syntax in BIG_WORDS and bits != 16:
         offset = None  # 8 bits may be packed two to a big-endian word: pydicom's business
     if offset is not None and length is not None and frames > 1 and length != UNDEFINED_LENGTH:
         size = rows * columns * (bits or 0) // 8
@@ -486,7 +511,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         in_stack=_binary(ds, "InStackPositionNumber"),
         other=packed((name, value) for name, value in _other(ds) if value),
     )
-    return Image(
+    image = Image(
         series_uid=_uid(ds, "SeriesInstanceUID"),
         study_uid=_uid(ds, "StudyInstanceUID"),
         patient=_hash(patient) if (patient := _text(ds, "PatientID")) else "",
@@ -501,6 +526,7 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         folder=_folder(origin.path, origin.member),
         header=header,
     )
+    return image._replace(header=header._replace(remarks=" ".join(sorted(ds.remarks)))) if ds.remarks else image
 
 
 def _folder(path: str, member: str | None) -> str:
@@ -610,12 +636,27 @@ def _uid(ds: _Frame | pydicom.Dataset, keyword: str) -> str:
 _UID = re.compile("[0-9A-Fa-f.]{0,64}")  # some write hexadecimal digits, which do no harm
 
 
+MOST_GROUPED = {
+    "RescaleSlope": 0.0,
+    "RescaleIntercept": 65536.0,
+    "PixelSpacing": 0.0,
+    "ImageOrientationPatient": 0.0,
+    "ImagePositionPatient": 10_000.0,
+}
+"""The largest number that could be meant by one with a comma before its thousands. Others have no decimals."""
+
+
 def _decimals(ds: _Frame, keyword: str, count: int) -> tuple[float, ...] | None:
     """Return `count` finite numbers, or None: half a position is none."""
-    try:
-        values = tuple(float(part.replace("_", "?")) for part in _text(ds, keyword).split("\\"))  # 1_0 is no number
-    except ValueError:
-        return None
+    values = binary_numbers(_raw(ds, keyword), short=keyword not in MOST_GROUPED)
+    if values is None:
+        text = _text(ds, keyword)
+        if "," in text and (text := with_points(text, count, MOST_GROUPED.get(keyword, math.inf))):
+            ds.remarks.add("comma")
+        try:
+            values = tuple(float(part.replace("_", "?")) for part in text.split("\\"))  # 1_0 is no number
+        except ValueError:
+            return None
     return values if len(values) == count and all(map(math.isfinite, values)) else None
 
 
@@ -663,6 +704,8 @@ def _binary(ds: _Frame, keyword: str) -> int | None:
     value = element.value if element is not None else None
     if isinstance(value, int):  # pydicom has converted it, to know the sign of padding in a functional group
         return value & 0xFFFF
+    if (number := written_number(element)) is not None:  # as text, or as floating point
+        return int(number) & 0xFFFF if number == int(number) and abs(number) < 2**16 else None
     if not isinstance(value, bytes) or len(value) < 2:
         return None
     if getattr(element, "is_little_endian", True):

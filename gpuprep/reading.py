@@ -11,14 +11,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.uid import RLELossless
 
 from gpuprep import padding as padded
 from gpuprep import places
 from gpuprep.acceptance import warnings as header_warnings
-from gpuprep.codestream import STREAM_STARTS
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
+from gpuprep.encapsulation import Encapsulated, read_fragments
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
 from gpuprep.extremes import Extremes
 from gpuprep.headers import TAGS
@@ -29,7 +28,7 @@ from gpuprep.rules import Irregularity, SeriesWarning, texts
 from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import Stack, stack
 from gpuprep.streams import open_frugally
-from gpuprep.syntaxes import BIG_ENDIAN, DEFLATED
+from gpuprep.syntaxes import BIG_WORDS, DEFLATED, NATIVE
 from gpuprep.volume import StoredVolume
 from gpuprep.words import Meaning, is_coded, whole
 
@@ -109,6 +108,10 @@ class SeriesReader:
             name, count = next(iter(sorted(excess.items())))
             text = f"more encoded images than frames in {len(excess)} files, {count} in {name}: not read"
             doubts += (SeriesWarning("excess", text),)
+        doubts += tuple(
+            SeriesWarning("encapsulation", f"{fault} in {len(images)} of the images that were decoded")
+            for fault, images in sorted(self._content.faults.items())
+        )
         return doubts + ((blank,) if self._blank else ()) + self._extremes.warnings
 
     def slab(self, start: int, stop: int, empty: Callable[[Any, Any], NDArray[Any]] = np.empty) -> NDArray[Any]:
@@ -245,7 +248,7 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _dtype(header: SliceHeader) -> np.dtype[Any]:
-    order = ">" if header.transfer_syntax == BIG_ENDIAN else "<"
+    order = ">" if header.transfer_syntax in BIG_WORDS else "<"
     return np.dtype(f"{order}{'i' if header.signed else 'u'}{(header.bits_allocated or 16) // 8}")
 
 
@@ -253,8 +256,10 @@ class Content:
     """The pixels of one image after the other; a file of many frames is unpacked and parsed once."""
 
     def __init__(self) -> None:
+        self.faults: dict[str, set[tuple[str, str | None, int]]] = {}
+        """Images so far whose pixels are not encapsulated as DICOM demands, by what is wrong, which did not matter."""
         self._key: tuple[str, str | None] | None = None
-        self._data: pydicom.Dataset | bytes | io.BytesIO | None = None
+        self._data: pydicom.Dataset | Encapsulated | io.BytesIO | None = None
         self.excess: dict[str, int] = {}
         """Files so far with more encoded frames than they announce, by name, and how many they have."""
 
@@ -267,7 +272,11 @@ class Content:
                 return self._read_plain(header, header.pixel_offset, out)
             coded = is_coded(header)
             said = header if coded else whole(header)
-            values = decode_frame(self._encoded(header), said, header.frame, *out.shape)
+            faults: set[str] = set()
+            rows, columns = out.shape
+            values = decode_frame(self._encoded(header), said, header.frame, rows, columns, faults)
+            for fault in faults:
+                self.faults.setdefault(fault, set()).add((header.path, header.member, header.frame))
             beyond = not coded and drop_unused_bits(header, values, header.high_bit)
             out[...] = values
             return beyond
@@ -309,25 +318,23 @@ class Content:
         """Return the first `end` bytes of a packed file of many frames, which may be asked for in any order."""
         if self._key != (header.path, header.member) or not isinstance(self._data, io.BytesIO):
             with _open(header) as f:
-                content, _ = inflated(f, end)
+                content, *_ = inflated(f, end)
                 self._data = content if isinstance(content, io.BytesIO) else io.BytesIO(content.read(end))
             self._key = header.path, header.member
         return self._data
 
-    def _encoded(self, header: SliceHeader) -> pydicom.Dataset | bytes:
-        """Return the encoded pixels of a file, or all of it where the scan did not find them."""
-        if self._key != (header.path, header.member) or not isinstance(self._data, pydicom.Dataset | bytes):
+    def _encoded(self, header: SliceHeader) -> pydicom.Dataset | Encapsulated:
+        """Return the encoded pixels of a file, or all of it where pydicom is to find them."""
+        if self._key != (header.path, header.member) or not isinstance(self._data, pydicom.Dataset | Encapsulated):
             try:
                 with warnings.catch_warnings(), _open(header) as f:
                     warnings.simplefilter("ignore")
-                    if header.encoded_offset is not None:
-                        f.seek(header.encoded_offset)
-                        self._data = _items(f, header)
-                        if (count := _images(self._data, header)) > header.frames:
-                            self.excess[header.name] = count
-                    else:
-                        self._data = pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
-            except (OSError, DecodeError):
+                    self._data = _fragments(f, header)
+                    if isinstance(self._data, Encapsulated) and self._data.images > header.frames:
+                        self.excess[header.name] = self._data.images
+            except DecodeError as exc:
+                raise DecodeError(f"{header.name} {exc}", exc.code) from exc
+            except OSError:
                 raise
             except Exception as exc:  # pydicom raises whatever a broken file provokes
                 raise DecodeError(f"{header.name} cannot be read: {' '.join(str(exc).split())}") from exc
@@ -335,51 +342,24 @@ class Content:
         return self._data
 
 
-_PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0002, 0x7FE0_0010]
-"""Everything that decoding may need: the header's facts, offset tables, pixels."""
-_ITEM, _END_OF_ITEMS = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
-"""Tags of an item and of the delimiter after the last one."""
+_PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0010]
+"""Everything that pydicom may need to find native pixels: the header's facts, and the pixels."""
+
+_ELEMENT_BYTES = 12
+"""Tag, VR and length before encapsulated pixels, which never have an implicit VR."""
 
 
-def _items(f: BinaryIO, header: SliceHeader) -> bytes:
-    """Return the items from here on, an offset table and fragments, without the delimiter that has to follow them.
-
-    References
-    ----------
-    DICOM PS3.5, A.4 (Transfer syntaxes for encapsulation of encoded pixel data).
-    """
-    pieces: list[bytes] = []
-    while (head := f.read(8))[:4] == _ITEM:
-        length = int.from_bytes(head[4:], "little")
-        value = f.read(length)
-        if len(head) < 8 or len(value) < length:
-            break
-        pieces += head, value
-    if head[:4] == _END_OF_ITEMS:
-        return b"".join(pieces)
-    if head[:4] != _ITEM and len(head) == 8:
-        raise DecodeError(
-            f"{header.name} has no fragment where one should be, {sum(map(len, pieces))} bytes into its pixels: it is "
-            "damaged, or changed since the scan"
-        )
-    raise DecodeError(f"{header.name} ends within its pixels: it is truncated, or changed since the scan", "truncated")
-
-
-def _images(items: bytes, header: SliceHeader) -> int:
-    """Return how many fragments begin as an image does."""
-    count, at = 0, 8 + int.from_bytes(items[4:8], "little")
-    while at + 8 <= len(items):
-        start = items[at + 8 : at + 20]
-        if header.transfer_syntax == RLELossless:
-            count += int.from_bytes(start[:4], "little") == (header.bits_allocated or 16) // 8 and start[4:8] == _AT_64
-        else:
-            count += start.startswith(STREAM_STARTS)
-        at += 8 + int.from_bytes(items[at + 4 : at + 8], "little")
-    return count
-
-
-_AT_64 = (64).to_bytes(4, "little")
-"""Where the first segment of run lengths begins: behind their table."""
+def _fragments(f: BinaryIO, header: SliceHeader) -> pydicom.Dataset | Encapsulated:
+    """Return the fragments of an opened file, or its data set where its transfer syntax has none."""
+    if header.transfer_syntax in NATIVE:
+        return pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
+    if header.encoded_offset is not None:
+        f.seek(header.encoded_offset)
+        return read_fragments(f)
+    # With a table of other offsets before the pixels, or with pixels that the scan did not find.
+    ds = pydicom.dcmread(f, force=True, specific_tags=["ExtendedOffsetTable"], stop_before_pixels=True)
+    f.seek(_ELEMENT_BYTES, io.SEEK_CUR)
+    return read_fragments(f, ds.get("ExtendedOffsetTable") or b"")
 
 
 def _open(header: SliceHeader) -> BinaryIO:

@@ -75,6 +75,9 @@ class SliceHeader(NamedTuple):
     """*In-Stack Position Number*."""
     other: str = ""
     """Hashes of *Scan Options*, series and content time, and *Dimension Index Values*, as `packed`."""
+    remarks: str = ""
+    """What is written in another way than DICOM asks, and was understood: "frames-0" where *Number of Frames* is 0,
+    "comma" where decimals have a comma; several are parted by blanks."""
 
     @property
     def name(self) -> str:

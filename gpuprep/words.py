@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.uid import RLELossless
 
 from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, IntensityError
@@ -27,7 +26,7 @@ from gpuprep.padding import circle
 from gpuprep.rules import Irregularity, Policy, SeriesWarning
 from gpuprep.series import SliceHeader
 from gpuprep.streams import open_frugally
-from gpuprep.syntaxes import NATIVE
+from gpuprep.syntaxes import ENCODINGS
 
 CT_HU = (-10240.0, 32767.0)
 """No CT number lies beyond: extended scales begin at −10240 HU and end at 30710 HU."""
@@ -76,8 +75,12 @@ def claim(header: SliceHeader) -> Claim:
 
 
 def is_coded(header: SliceHeader) -> bool:
-    """Whether the pixels of a slice are a code stream: neither integers in the file nor run lengths of their bytes."""
-    return header.transfer_syntax not in (*NATIVE, RLELossless)
+    """Whether the pixels of a slice are a code stream, and not words or their bytes, packed or not."""
+    return header.pixel_offset is None and ENCODINGS.get(header.transfer_syntax, "none") not in (
+        "none",
+        "deflate",
+        "RLE",
+    )
 
 
 def whole(header: SliceHeader) -> SliceHeader:
@@ -97,7 +100,7 @@ def overlay_bits(header: SliceHeader) -> int:
     try:
         with warnings.catch_warnings(), open_frugally(header.path, header.member) as f:
             warnings.simplefilter("ignore")
-            content, _ = inflated(f, HEADER_BYTES)
+            content, *_ = inflated(f, HEADER_BYTES)
             ds = pydicom.dcmread(content, force=True, stop_before_pixels=True, specific_tags=[*allocated, *position])
             within = [p for a, p in zip(allocated, position, strict=True) if p in ds and a in ds and ds[a].value > 1]
             return sum({1 << int(ds[p].value) for p in within})

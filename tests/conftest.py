@@ -17,6 +17,8 @@ import pydicom
 import pytest
 from numpy.typing import NDArray
 from pydicom import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
 from standin import ForeignBackend
 
@@ -107,6 +109,16 @@ def small_series(tmp_path: Path, noise: Callable[..., NDArray[np.int16]]) -> Pat
     """Write 6 slices of 20 × 24 at 2.5 × 0.8 × 0.7 mm and return their folder."""
     write_series(tmp_path / "dicom" / "ct", noise((6, 20, 24)), (2.5, 0.8, 0.7))
     return tmp_path / "dicom"
+
+
+def renamed(file: Path, syntax: str) -> None:
+    """Give a file another transfer syntax, and leave its data set as it is."""
+    meta = pydicom.dcmread(file, stop_before_pixels=True).file_meta
+    body = file.read_bytes()[144 + meta.FileMetaInformationGroupLength :]
+    meta.TransferSyntaxUID = UID(syntax)
+    head = DicomBytesIO()
+    write_file_meta_info(head, meta)
+    file.write_bytes(bytes(128) + b"DICM" + head.getvalue() + body)
 
 
 def natively(ds: Dataset, syntax: UID, *, meta: bool = True) -> bytes:

@@ -22,6 +22,7 @@ from gpuprep.segmentation.contours import Structure
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 DEFLATED_FRAMES = UID("1.2.840.10008.1.2.8.1")
+UNCOMPRESSED = UID("1.2.840.10008.1.2.1.98")
 ENCODERS = {RLELossless: "pydicom", JPEGLSLossless: "pyjpegls", JPEG2000Lossless: "pylibjpeg"}
 """What pydicom encodes with: GDCM, where it is installed, ends the process over small frames."""
 
@@ -135,7 +136,7 @@ def write_seg(
     placed : bool
         Whether frames say where they lie.
     syntax : UID
-        Transfer syntax; also RLE, JPEG-LS, JPEG 2000 and deflated frames.
+        Transfer syntax; also RLE, JPEG-LS, JPEG 2000, deflated frames and uncompressed fragments.
     change : callable, optional
         May alter the data set before it is written.
     """
@@ -212,7 +213,11 @@ def _put_pixels(ds: Dataset, stack: NDArray[Any], bits: int, syntax: UID) -> Non
 
     data = packed(stack)
     ds["PixelData"] = pydicom.DataElement(0x7FE0_0010, "OW" if bits == 16 else "OB", data + bytes(len(data) % 2))
-    if syntax == DEFLATED_FRAMES:
+    if syntax == UNCOMPRESSED:
+        ds.file_meta.TransferSyntaxUID = syntax
+        streams = [packed(plane) for plane in stack]
+        ds["PixelData"] = pydicom.DataElement(0x7FE0_0010, "OB", encapsulate(streams), is_undefined_length=True)
+    elif syntax == DEFLATED_FRAMES:
         streams = []
         for plane in stack:
             pack = zlib.compressobj(wbits=-zlib.MAX_WBITS)

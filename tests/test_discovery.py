@@ -432,11 +432,11 @@ def test_a_header_that_cannot_be_read_costs_no_other_file(tmp_path: Path) -> Non
     # Trap 42.
     def change(ds: Dataset, k: int) -> None:
         if k == 1:
-            ds.NumberOfFrames = 0
+            ds.NumberOfFrames = -1
 
     files = write(tmp_path, 5, change)
     cohort = discover(tmp_path)
-    assert cohort.unreadable == ((str(files[1]), "ValueError: Number of Frames is '0'"),)
+    assert cohort.unreadable == ((str(files[1]), "ValueError: Number of Frames is '-1'"),)
     assert paths(cohort) == sorted(str(f) for f in files if f != files[1])
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import os
+import struct
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,19 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
+from conftest import renamed
 from numpy.typing import NDArray
 from pydicom import Dataset
-from pydicom.encaps import encapsulate, encapsulate_extended, generate_frames
+from pydicom.encaps import encapsulate, encapsulate_extended, fragment_frame, generate_frames
 from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 from test_sources import enhanced
 
 import gpuprep
 from gpuprep.errors import DecodeError
+from gpuprep.headers import read_headers
 from gpuprep.phantom import write_series
-from gpuprep.series import Series
+from gpuprep.reading import Content, SeriesReader
+from gpuprep.series import Series, SliceHeader
 
 Stored = NDArray[np.int16]
 SHAPE, SPACING_MM = (5, 24, 26), (2.5, 0.8, 0.7)
@@ -182,7 +187,7 @@ FRAGMENT = 12
 
 @pytest.mark.parametrize(
     "keep",
-    [0, 5, 8, FRAGMENT - 1, FRAGMENT, FRAGMENT + 3, FRAGMENT + 7, FRAGMENT + 8, FRAGMENT + 200, -100, -8, -7, -5],
+    [0, 5, 8, FRAGMENT - 1, FRAGMENT, FRAGMENT + 3, FRAGMENT + 7, FRAGMENT + 8, FRAGMENT + 200, -100, -9],
 )
 @pytest.mark.parametrize("how", ["plain", "gzip", "zip"])
 def test_a_file_that_ends_within_its_items_is_truncated(
@@ -195,6 +200,306 @@ def test_a_file_that_ends_within_its_items_is_truncated(
     with pytest.raises(DecodeError, match=r"S1-0003.* ends within its pixels: it is truncated") as caught:
         gpuprep.read(series)
     assert caught.value.code == "truncated"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [b"", END[:1], END[:3], END[:4], END[:7], bytes(3), bytes(8), bytes(16), b"\xfe\xff\x0d\xe0\0\0\0\0",
+     b"\xfc\xff\xfc\xffOB\0\0\x02\0\0\0\0\0"],
+    ids=["nothing", "1 byte", "3 bytes", "tag alone", "7 bytes", "3 zeros", "8 zeros", "16 zeros", "end of item",
+         "next element"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("syntax", "how"), [*((s, "plain") for s in ENCODERS), (RLELossless, "gzip"), (RLELossless, "zip")]
+)
+def test_a_missing_delimiter_is_named_and_no_loss(
+    tmp_path: Path, stored: Stored, syntax: UID, end: bytes, how: str
+) -> None:
+    files = encoded(tmp_path, stored, syntax)
+    for file in files[1:3]:
+        content = file.read_bytes()
+        assert content.endswith(END)
+        file.write_bytes(content[: -len(END)] + end)
+    packed(files, how)
+    assert encapsulation(tmp_path, stored) == [
+        "no sequence delimiter follows the fragments in 2 of the images that were decoded"
+    ]
+
+
+def encapsulation(folder: Path, stored: Stored) -> list[str]:
+    """Compare what is read, and return the texts of warnings about it, all of which have one code."""
+    series = found(folder)
+    for policy in ("strict", "keep", "fix"):
+        reader = SeriesReader(series, gpuprep.Recipe(policy=policy))
+        assert np.array_equal(reader.slab(0, len(stored)), stored)
+        assert reader.irregularities == ()
+        assert {w.code for w in reader.warnings} <= {"encapsulation"}
+    return [w.text for w in reader.warnings]
+
+
+def test_something_else_in_place_of_the_delimiter_is_damage(damaged: Callable[..., Series]) -> None:
+    for tag in (b"\xe0\x7f\x11\0", b"garb", b"\xfe\xff\x01\xe0"):
+        series = damaged(lambda head, items, tag=tag: head + items[: -len(END)] + tag + bytes(4))
+        with pytest.raises(DecodeError, match=r"S1-0003.* no fragment where one should be"):
+            gpuprep.read(series)
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+@pytest.mark.parametrize("table", [True, False], ids=["table", "no table"])
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name)
+def test_without_delimiter_a_frame_that_lost_its_last_fragments_is_no_image(
+    tmp_path: Path, stored: Stored, syntax: UID, table: bool, missing: int
+) -> None:
+    fragments = list(fragment_frame(ENCODERS[syntax](stored[2]), 4))
+
+    def change(ds: Dataset, k: int) -> None:
+        put(ds, syntax, encapsulate([ENCODERS[syntax](stored[k])], fragments_per_frame=4, has_bot=table))
+
+    target = write_series(tmp_path, stored, SPACING_MM, change=change)[2]
+    lost = sum(8 + len(f) for f in fragments[-missing:])
+    target.write_bytes(target.read_bytes()[: -len(END) - lost])
+    with pytest.raises(DecodeError, match="S1-0003"):
+        gpuprep.read(found(tmp_path))
+
+
+# Offset tables
+
+
+Fragments = list[list[bytes]]
+"""Fragments of each frame."""
+
+
+def starts(fragments: Fragments) -> list[list[int]]:
+    """Return the offset of each fragment of each frame: PS3.5, A.4."""
+    ends = iter(accumulate((8 + len(f) for frame in fragments for f in frame), initial=0))
+    return [[next(ends) for _ in frame] for frame in fragments]
+
+
+def items(fragments: Fragments, table: list[int] | None) -> bytes:
+    """Return an item for the table, if there is one, and one for each fragment."""
+    values = [f for frame in fragments for f in frame]
+    if table is not None:
+        values.insert(0, struct.pack(f"<{len(table)}I", *table))
+    return b"".join(ITEM + struct.pack("<I", len(v)) + v for v in values)
+
+
+def rewritten(file: Path, value: bytes) -> None:
+    """Put items into a file byte for byte, which pydicom fills up to an even length."""
+    head = file.read_bytes().split(PIXELS)[0]
+    file.write_bytes(head + PIXELS + value + END)
+
+
+def multi(folder: Path, stored: Stored, syntax: UID, value: bytes, **attributes: Any) -> None:
+    """Write all frames into one file."""
+    files = write_series(folder.parent / "single", stored, SPACING_MM)
+    file = folder / "e.dcm"
+    enhanced(files, file)
+    ds = pydicom.dcmread(file)
+    put(ds, syntax, value)
+    for keyword, attribute in attributes.items():
+        setattr(ds, keyword, attribute)
+    ds.save_as(file)
+
+
+def parts(syntax: UID, stored: Stored, count: int) -> Fragments:
+    return [list(fragment_frame(ENCODERS[syntax](v), count)) for v in stored]
+
+
+NOT_FITTING = "the offset table does not fit the fragments in 5 of the images that were decoded"
+TABLES: dict[str, Callable[[Fragments], list[int] | None]] = {
+    "zeros": lambda fragments: [0] * len(fragments),
+    "only the first": lambda _: [0],
+    "one too few": lambda fragments: [s[0] for s in starts(fragments)][:-1],
+    "shifted by one": lambda fragments: [*[s[0] for s in starts(fragments)][1:], sum(map(len, fragments[0]))],
+    "beside the fragments": lambda fragments: [s[0] + 4 for s in starts(fragments)],
+    "of each fragment": lambda fragments: [offset for s in starts(fragments) for offset in s],
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("wrong", TABLES)
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name)
+def test_fragments_decide_where_the_table_of_several_frames_cannot_be_true(
+    tmp_path: Path, stored: Stored, syntax: UID, wrong: str, count: int
+) -> None:
+    fragments = parts(syntax, stored, count)
+    multi(tmp_path / "multi", stored, syntax, items(fragments, TABLES[wrong](fragments)))
+    right = count == 1 and wrong == "of each fragment"
+    assert encapsulation(tmp_path / "multi", stored) == ([] if right else [NOT_FITTING])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name)
+def test_frames_without_any_table_are_found(tmp_path: Path, stored: Stored, syntax: UID, count: int) -> None:
+    fragments = parts(syntax, stored, count)
+    multi(tmp_path / "empty", stored, syntax, items(fragments, []))
+    assert encapsulation(tmp_path / "empty", stored) == []
+    multi(tmp_path / "absent", stored, syntax, items(fragments, None))
+    (text,) = encapsulation(tmp_path / "absent", stored)
+    assert text.startswith("no offset table precedes the fragments")
+
+
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name)
+def test_a_table_in_another_order_than_the_fragments_is_refused(tmp_path: Path, stored: Stored, syntax: UID) -> None:
+    # Which of the two is right nothing says: pydicom follows the table, GDCM the fragments.
+    fragments = parts(syntax, stored, 1)
+    multi(tmp_path / "multi", stored, syntax, items(fragments, [s[0] for s in starts(fragments)][::-1]))
+    with pytest.raises(DecodeError, match="its offset table does not ascend"):
+        gpuprep.read(found(tmp_path / "multi"))
+
+
+@pytest.mark.parametrize("table", [True, False], ids=["table", "no table"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name)
+def test_missing_frames_are_missed(tmp_path: Path, stored: Stored, syntax: UID, count: int, table: bool) -> None:
+    fragments = parts(syntax, stored, count)
+    offsets = [s[0] for s in starts(fragments)] if table else []
+    multi(tmp_path / "multi", stored, syntax, items(fragments[:-1], offsets))
+    with pytest.raises(DecodeError, match=r"e\.dcm frame \d.* make up 4 frames, not 5"):
+        gpuprep.read(found(tmp_path / "multi"))
+
+
+@pytest.mark.parametrize("wrong", [[8], [4, 12], [2**32 - 1]], ids=str)
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name)
+def test_one_frame_needs_no_table(tmp_path: Path, stored: Stored, syntax: UID, wrong: list[int]) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        fragments = parts(syntax, stored[k : k + 1], 3)
+        table = [wrong, starts(fragments)[0], [0]][min(k, 2)]
+        put(ds, syntax, items(fragments, table))
+
+    write_series(tmp_path, stored, SPACING_MM, change=change)
+    assert encapsulation(tmp_path, stored) == [NOT_FITTING.replace("5", "2")]
+
+
+def test_an_extended_table_that_does_not_fit_is_not_followed(tmp_path: Path, stored: Stored) -> None:
+    fragments = parts(JPEG2000Lossless, stored, 1)
+    right = [s[0] for s in starts(fragments)]
+    lengths = struct.pack("<5Q", *(len(f[0]) for f in fragments))
+    for name, offsets in {"shifted": [n + right[1] for n in right], "zeros": [0] * 5, "short": right[:2]}.items():
+        table = struct.pack(f"<{len(offsets)}Q", *offsets)
+        multi(
+            tmp_path / name, stored, JPEG2000Lossless, items(fragments, []),
+            ExtendedOffsetTable=table, ExtendedOffsetTableLengths=lengths,
+        )  # fmt: skip
+        file = tmp_path / name / "e.dcm"
+        file.write_bytes(file.read_bytes()[: -len(END)])
+        texts = encapsulation(tmp_path / name, stored)
+        assert [t.split(" in 5")[0] for t in texts] == [
+            "no sequence delimiter follows the fragments", "the offset table does not fit the fragments"
+        ]  # fmt: skip
+
+
+# Lengths
+
+
+@pytest.mark.parametrize("how", ["plain", "gzip"])
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name)
+@pytest.mark.parametrize("fault", ["padding not counted", "padding counted and absent"])
+def test_a_fragment_of_odd_length_with_a_wrong_count_is_read(
+    tmp_path: Path, stored: Stored, syntax: UID, fault: str, how: str
+) -> None:
+    # PS3.5, A.4: fragments have an even length.
+    def odd(stream: bytes) -> bytes:
+        return stream if len(stream) % 2 else stream + b"\0"
+
+    files = encoded(tmp_path, stored, syntax)
+    for file, values in zip(files, stored, strict=True):
+        fragment = odd(ENCODERS[syntax](values))
+        if fault == "padding not counted":
+            item = ITEM + struct.pack("<I", len(fragment)) + fragment + b"\0"
+        else:
+            item = ITEM + struct.pack("<I", len(fragment) + 1) + fragment
+        rewritten(file, ITEM + bytes(4) + item)
+    packed(files, how)
+    assert encapsulation(tmp_path, stored) == [
+        "the length of a fragment is wrong by one byte in 5 of the images that were decoded"
+    ]
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_a_length_that_is_wrong_by_one_shifts_no_other_fragment(tmp_path: Path, stored: Stored, shift: int) -> None:
+    values = [f[0] for f in parts(JPEG2000Lossless, stored, 1)]
+    values = [v if (len(v) % 2) else v + b"\0" for v in values]
+    extra, added = (0, b"\0") if shift > 0 else (1, b"")
+    value = ITEM + bytes(4) + b"".join(ITEM + struct.pack("<I", len(v) + extra) + v + added for v in values)
+    multi(tmp_path / "multi", stored, JPEG2000Lossless, ITEM + bytes(4))
+    rewritten(tmp_path / "multi" / "e.dcm", value)
+    assert [t.split(" in 5")[0] for t in encapsulation(tmp_path / "multi", stored)] == [
+        "the length of a fragment is wrong by one byte"
+    ]
+
+
+def defined(file: Path) -> None:
+    """Give the pixels of a file the length that they have, and leave the delimiter away."""
+    head, value = file.read_bytes().split(PIXELS)
+    value = value.removesuffix(END)
+    file.write_bytes(head + PIXELS[:8] + struct.pack("<I", len(value)) + value)
+
+
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name)
+def test_fragments_in_an_element_of_defined_length_are_read(tmp_path: Path, stored: Stored, syntax: UID) -> None:
+    for file in encoded(tmp_path, stored, syntax):
+        defined(file)
+    assert encapsulation(tmp_path, stored) == [
+        "no sequence delimiter follows the fragments in 5 of the images that were decoded"
+    ]
+
+
+# Pixels that are not encoded
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("how", ["plain", "gzip"])
+@pytest.mark.parametrize(
+    "syntax", [JPEGLosslessSV1, RLELossless, UID("1.2.840.10008.1.2.4.110")], ids=lambda uid: uid.name
+)
+def test_native_pixels_under_the_name_of_an_encoding_are_read(
+    tmp_path: Path, stored: Stored, syntax: UID, how: str, frames: int
+) -> None:
+    files = write_series(tmp_path / "in", stored, SPACING_MM)
+    if frames > 1:
+        (tmp_path / "multi").mkdir()
+        enhanced(files, tmp_path / "multi" / "e.dcm")
+        files = [tmp_path / "multi" / "e.dcm"]
+    for file in files:
+        renamed(file, syntax)
+    packed(files, how)
+    series = found(files[0].parent)
+    assert np.array_equal(gpuprep.read(series).stored, stored)
+    (warning,) = gpuprep.audit(series).warnings
+    assert warning.code == "encapsulation"
+    assert warning.text.startswith("pixels that are not encoded, although the transfer syntax says so, in ")
+    assert gpuprep.audit(series, gpuprep.Rules(policy="strict")).verdict == "ok"
+
+
+@pytest.mark.parametrize("change", [-4, -2, 2, 100])
+def test_pixels_of_another_length_are_neither_native_nor_encoded(tmp_path: Path, stored: Stored, change: int) -> None:
+    def resize(ds: Dataset, _: int) -> None:
+        ds.PixelData = ds.PixelData[:change] if change < 0 else ds.PixelData + bytes(change)
+
+    file = write_series(tmp_path, stored[:1], SPACING_MM, change=resize)[0]
+    renamed(file, JPEGLSLossless)
+    with pytest.raises(DecodeError, match="no fragment where one should be"):
+        Content().read(headers_of(file), np.empty(SHAPE[1:], np.int16))
+
+
+def headers_of(file: Path) -> SliceHeader:
+    ((image,),) = (contents.images for contents in read_headers([str(file)]))
+    return image.header
+
+
+@pytest.mark.parametrize("syntax", [None, *ENCODERS], ids=lambda uid: uid.name if uid else "native")
+def test_no_frames_are_one_frame(tmp_path: Path, stored: Stored, syntax: UID | None) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        ds.NumberOfFrames = 0
+        if syntax:
+            put(ds, syntax, encapsulate([ENCODERS[syntax](stored[k])]))
+
+    write_series(tmp_path, stored, SPACING_MM, change=change)
+    series = found(tmp_path)
+    assert np.array_equal(gpuprep.read(series).stored, stored)
+    (warning,) = gpuprep.audit(series).warnings
+    assert (warning.code, warning.text.split(", in ")[0]) == ("encapsulation", "Number of Frames 0, taken as 1")
 
 
 def test_what_follows_the_delimiter_does_not_matter(damaged: Callable[..., Series], stored: Stored) -> None:
@@ -249,5 +554,5 @@ def test_an_unknown_transfer_syntax_is_refused(tmp_path: Path, stored: Stored) -
         ds = pydicom.dcmread(file)
         ds.file_meta.TransferSyntaxUID = UID("1.2.3.4.5")
         ds.save_as(file, implicit_vr=False, little_endian=True)
-    with pytest.raises(DecodeError, match="not a transfer syntax"):
+    with pytest.raises(DecodeError, match=r"transfer syntax 1\.2\.3\.4\.5 in .* is not one of those that are read"):
         gpuprep.read(found(tmp_path))

@@ -52,8 +52,8 @@ def no_pixels(ds: Dataset) -> None:
     del ds.PixelData
 
 
-def inverted(ds: Dataset) -> None:
-    ds.PhotometricInterpretation = "MONOCHROME1"
+def coloured(ds: Dataset) -> None:
+    ds.PhotometricInterpretation = "PALETTE COLOR"
 
 
 def other_type(ds: Dataset) -> None:
@@ -88,7 +88,7 @@ WAYS: dict[str, tuple[str, Callable[[list[Path]], None]]] = {
     "one-slice": ("one slice only", lose(slice(1, None))),
     "truncated": ("it is truncated", cut),
     "missing-tag": ("Pixel Data absent", rewritten(no_pixels, slice(3, 4))),
-    "photometric": ("Photometric Interpretation not MONOCHROME2", rewritten(inverted, slice(None))),
+    "photometric": ("Photometric Interpretation not MONOCHROME2", rewritten(coloured, slice(None))),
     "rescale-type": ("Rescale Type not HU", rewritten(other_type, slice(None))),
     "rescale": ("Rescale Slope absent", rewritten(no_rescale, slice(2, 3))),
     "blank": ("holds one value (0, -1024 HU) throughout", rewritten(zeros, slice(6, 7))),

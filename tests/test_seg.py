@@ -26,7 +26,7 @@ from pydicom.uid import (
     JPEGLSLossless,
     RLELossless,
 )
-from segmentations import DEFLATED_FRAMES, placed, write_seg
+from segmentations import DEFLATED_FRAMES, UNCOMPRESSED, placed, write_seg
 
 from gpuprep.errors import SegmentationError
 from gpuprep.geometry import Geometry
@@ -203,14 +203,20 @@ class TestEncodings:
 
     @pytest.mark.parametrize(("kind", "bits"), [("binary", 8), ("fractional", 8), ("labelmap", 8), ("labelmap", 16)])
     @pytest.mark.parametrize(
-        "syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless, DEFLATED_FRAMES], ids=lambda s: s.name
+        "syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless, DEFLATED_FRAMES, UNCOMPRESSED], ids=lambda s: s.name
     )
     def test_encapsulated(self, tmp_path: Path, kind: Kind, bits: int, syntax: UID) -> None:
         masks = blobs(LARGER.shape)
         check(read(write_seg(tmp_path / "s.dcm", masks, LARGER, kind=kind, bits=bits, syntax=syntax)), masks, LARGER)
 
-    def test_single_bits_in_deflated_frames(self, tmp_path: Path) -> None:
-        check(read(write_seg(tmp_path / "s.dcm", blobs(), GRID, syntax=DEFLATED_FRAMES)), blobs())
+    @pytest.mark.parametrize("syntax", [DEFLATED_FRAMES, UNCOMPRESSED], ids=lambda s: s.name)
+    def test_single_bits_of_each_frame_begin_at_a_byte(self, tmp_path: Path, syntax: UID) -> None:
+        check(read(write_seg(tmp_path / "s.dcm", blobs(), GRID, syntax=syntax)), blobs())
+
+    @pytest.mark.parametrize("syntax", [DEFLATED_FRAMES, UNCOMPRESSED], ids=lambda s: s.name)
+    def test_single_bits_that_are_too_few_are_refused(self, tmp_path: Path, syntax: UID) -> None:
+        path = write_seg(tmp_path / "s.dcm", blobs(), GRID, syntax=syntax, change=_set(Rows=4000))
+        assert "bytes, not" in refused(path) or "bytes and does not" in refused(path)
 
 
 class TestPlaces:

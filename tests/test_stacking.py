@@ -517,7 +517,7 @@ REQUIRED = {
     "RescaleSlope": (MissingTagError, "Rescale Slope absent, unreadable or impossible in"),
     "RescaleIntercept": (MissingTagError, "Rescale Intercept absent, unreadable or impossible in"),
     "PixelData": (MissingTagError, "Pixel Data absent, unreadable or impossible in"),
-    "PhotometricInterpretation": (IntensityError, "Photometric Interpretation not MONOCHROME2 in"),
+    "PhotometricInterpretation": (IntensityError, "Photometric Interpretation not MONOCHROME2 or MONOCHROME1 in"),
 }
 
 
@@ -566,8 +566,8 @@ def test_an_attribute_that_nothing_depends_on_may_be_absent(tmp_path: Path, keyw
 @pytest.mark.parametrize(
     ("keyword", "value", "text"),
     [
-        ("PhotometricInterpretation", "MONOCHROME1", "Photometric Interpretation not MONOCHROME2"),
-        ("PhotometricInterpretation", "PALETTE COLOR", "Photometric Interpretation not MONOCHROME2"),
+        ("PhotometricInterpretation", "YBR_FULL", "Photometric Interpretation not MONOCHROME2 or MONOCHROME1"),
+        ("PhotometricInterpretation", "PALETTE COLOR", "Photometric Interpretation not MONOCHROME2 or MONOCHROME1"),
         ("RescaleType", "US", r"Rescale Type not HU \(US\)"),
         ("RescaleType", "OD", r"Rescale Type not HU \(OD\)"),
         ("RescaleSlope", "0", "Rescale Slope 0"),

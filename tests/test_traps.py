@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -25,10 +26,10 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
-from conftest import axial, stored_volume
+from conftest import axial, renamed, stored_volume
 from numpy.typing import NDArray
 from pydicom import Dataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import (
     UID,
     BasicTextSRStorage,
@@ -100,7 +101,28 @@ def row(request: pytest.FixtureRequest) -> int | None:
 
 
 def test_every_row_is_tested() -> None:
-    assert sorted(set(TESTED)) == [*range(1, 43), 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 56, 57, 58, 60, 61, 62]
+    assert sorted(set(TESTED)) == [
+        *range(1, 43),
+        43,
+        44,
+        45,
+        46,
+        47,
+        48,
+        49,
+        50,
+        51,
+        52,
+        53,
+        54,
+        55,
+        56,
+        57,
+        58,
+        60,
+        61,
+        62,
+    ]
 
 
 # What tests have in common
@@ -910,6 +932,137 @@ def test_every_transfer_syntax_gives_the_same_integers(tmp_path: Path, syntax: U
     np.testing.assert_array_equal(gpuprep.read(found(tmp_path)).stored, stored)
 
 
+def other_end(file: Path, end: bytes) -> None:
+    """Put something else in the place of the sequence delimiter."""
+    content = file.read_bytes()
+    assert content.endswith(b"\xfe\xff\xdd\xe0\0\0\0\0")
+    file.write_bytes(content[:-8] + end)
+
+
+@trap(54, "encapsulation")
+@pytest.mark.parametrize("policy", ["fix", "strict", "keep"])
+@pytest.mark.parametrize("end", [b"", bytes(8), bytes(16), b"\xfe\xff\xdd\xe0"], ids=["none", "8", "16", "half"])
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless], ids=lambda uid: uid.keyword)
+def test_fragments_without_delimiter_are_whole_or_refused(tmp_path: Path, syntax: UID, end: bytes, policy: Any) -> None:
+    stored = noise(4)
+    files = write_series(tmp_path / "in", stored, SPACING, change=lambda ds, _: put(ds, syntax))
+    for file in files:
+        other_end(file, end)
+    recipe = replace(HU, policy=policy)
+    result = alone(convert(tmp_path / "in", tmp_path / "out", recipe))
+    assert (result.status, result.codes) == ("ok", ("encapsulation",))
+    np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
+    for cut in (1, 5, 100):  # within the last fragment
+        content = files[2].read_bytes()
+        files[2].write_bytes(content[: len(content) - len(end) - cut])
+        result = alone(convert(tmp_path / "in", tmp_path / str(cut), recipe))
+        assert (result.status, result.codes) == ("rejected", ("truncated",))
+        files[2].write_bytes(content)
+
+
+def itemized(*values: bytes) -> bytes:
+    """Return items: PS3.5, A.4."""
+    return b"".join(b"\xfe\xff\x00\xe0" + len(v).to_bytes(4, "little") + v for v in values)
+
+
+@trap(54, "offset-of-each-fragment")
+@pytest.mark.parametrize("table", [[0, 108, 216], [0, 108], [8], [108, 0]], ids=str)
+def test_one_frame_is_all_fragments_whatever_the_offset_table_says(tmp_path: Path, table: list[int]) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        put(ds, JPEG2000Lossless)
+        stream = next(generate_frames(ds.PixelData, number_of_frames=1))
+        offsets = b"".join(n.to_bytes(4, "little") for n in table)
+        ds.PixelData = itemized(offsets, stream[:100], stream[100:200], stream[200:])
+        ds["PixelData"].is_undefined_length = True
+
+    stored = noise(4)
+    write_series(tmp_path / "in", stored, SPACING, change=change)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == ("ok", ("encapsulation",))
+    np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
+
+
+@trap(54, "run-lengths-go-on")
+@pytest.mark.parametrize("padding", [bytes(4), bytes(64), b"\0\x55"], ids=["4", "64", "more"])
+def test_what_follows_a_full_segment_of_run_lengths_is_no_pixel(tmp_path: Path, padding: bytes) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        put(ds, RLELossless)
+        planes = [(stored[k] >> 8).astype("u1").tobytes(), stored[k].astype("u1").tobytes()]
+        runs = [b"".join(bytes([95]) + plane[n : n + 96] for n in range(0, 480, 96)) + padding for plane in planes]
+        header = b"".join(n.to_bytes(4, "little") for n in (2, 64, 64 + len(runs[0]), *[0] * 13))
+        ds.PixelData = encapsulate([header + runs[0] + runs[1]])
+        ds["PixelData"].is_undefined_length = True
+
+    stored = noise(4)
+    write_series(tmp_path / "in", stored, SPACING, change=change)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == ("ok", ("encapsulation",))
+    np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
+
+
+@trap(54, "no-frames")
+def test_number_of_frames_0_is_one_frame(tmp_path: Path) -> None:
+    def none(ds: Dataset, _: int) -> None:
+        ds.NumberOfFrames = 0
+
+    stored = noise(4)
+    write_series(tmp_path / "in", stored, SPACING, change=none)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == ("ok", ("encapsulation",))
+    np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
+
+
+NEWER: dict[str, tuple[str, Callable[[Array], bytes]]] = {
+    "1.2.840.10008.1.2.4.110": ("JPEG XL Lossless", lambda v: bytes(imagecodecs.jpegxl_encode(v, lossless=True))),
+    "1.2.840.10008.1.2.8.1": (
+        "Deflated Image Frame Compression",
+        lambda v: zlib.compress(v.tobytes(), wbits=-zlib.MAX_WBITS),
+    ),
+    "1.2.840.10008.1.2.1.98": (
+        "Encapsulated Uncompressed Explicit VR Little Endian",
+        lambda v: v.tobytes(),
+    ),
+}
+
+
+@trap(55, "newer-syntaxes")
+@pytest.mark.parametrize("syntax", NEWER)
+def test_transfer_syntaxes_that_pydicom_does_not_know_are_read_and_named(tmp_path: Path, syntax: str) -> None:
+    name, encode = NEWER[syntax]
+
+    def change(ds: Dataset, k: int) -> None:
+        put(ds, JPEGLSLossless)  # for pydicom to write it
+        ds.PixelData = encapsulate([encode(stored[k].view("u2"))])
+
+    stored = noise(4)
+    for file in write_series(tmp_path / "in", stored, SPACING, change=change):
+        renamed(file, syntax)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (result.status, result.codes) == ("ok", ())
+    np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
+    sidecar = json.loads((tmp_path / "out" / result.folder / "volume.json").read_text())
+    assert sidecar["source"]["transfer_syntaxes"] == [name]
+
+
+@trap(55, "unread-syntaxes")
+@pytest.mark.parametrize(
+    ("syntax", "name"),
+    [
+        ("1.2.840.10008.1.2.4.102", " (MPEG-4 AVC/H.264 High Profile / Level 4.1)"),
+        ("1.2.840.10008.1.2.4.94", " (JPIP Referenced)"),
+        ("1.2.3.4.5", ""),
+    ],
+)
+def test_scan_says_of_a_syntax_that_is_not_read_what_convert_says(tmp_path: Path, syntax: str, name: str) -> None:
+    for file in write_series(tmp_path / "in", noise(4), SPACING, change=lambda ds, _: put(ds, JPEGLSLossless)):
+        renamed(file, syntax)
+    _, (outlook,), _ = scan(tmp_path / "in", HU)
+    result = alone(convert(tmp_path / "in", tmp_path / "out"))
+    assert (outlook.verdict, outlook.codes) == (result.status, result.codes) == ("rejected", ("syntax",))
+    assert outlook.reason == result.reason
+    assert result.reason.startswith(f"DecodeError: transfer syntax {syntax}{name} in S1-")
+
+
 @trap(30, "decoder-fails")
 def test_the_next_decoder_takes_over_and_the_last_one_leaves_reasons(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1138,8 +1291,8 @@ def test_57_slices_are_57_slices_to_whoever_opens_them(tmp_path: Path, monkeypat
 # What is no CT, and what is broken
 
 
-def monochrome1(ds: Dataset, _: int) -> None:
-    ds.PhotometricInterpretation = "MONOCHROME1"
+def palette(ds: Dataset, _: int) -> None:
+    ds.PhotometricInterpretation = "PALETTE COLOR"
 
 
 def unspecified(ds: Dataset, _: int) -> None:
@@ -1159,12 +1312,12 @@ def magnetic(ds: Dataset, _: int) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        (monochrome1, "photometric", "Photometric Interpretation not MONOCHROME2"),
+        (palette, "photometric", "Photometric Interpretation not MONOCHROME2"),
         (unspecified, "rescale-type", "Rescale Type not HU"),
         (no_rescale, "rescale", "Rescale Slope"),
         (magnetic, "modality", "Modality is MR, not CT"),
     ],
-    ids=["MONOCHROME1", "type-US", "no-rescale", "MR"],
+    ids=["palette", "type-US", "no-rescale", "MR"],
 )
 def test_what_is_not_known_to_be_hu_is_not_called_hu(tmp_path: Path, change: Change, code: str, words: str) -> None:
     stored = noise(6)
@@ -1180,6 +1333,25 @@ def test_what_is_not_known_to_be_hu_is_not_called_hu(tmp_path: Path, change: Cha
     assert (believed.status == "rejected") == (code in ("photometric", "modality"))
     if code == "rescale-type":
         np.testing.assert_array_equal(written(tmp_path / "believed", believed), stored - 1024.0)
+
+
+@trap(41, "monochrome1")
+@pytest.mark.parametrize("policy", ["fix", "strict", "keep"])
+def test_monochrome1_has_the_same_hu_and_says_so(tmp_path: Path, policy: Any) -> None:
+    # It tells displays to show low values bright (PS3.3, C.7.6.3.1.2); HU come before that.
+    def inverted(ds: Dataset, k: int) -> None:
+        ds.PhotometricInterpretation = "MONOCHROME1" if k > 1 else "MONOCHROME2"
+
+    stored = noise()
+    files = write_series(tmp_path / "in", stored, SPACING, change=inverted)
+    series = found(tmp_path / "in")
+    hu = in_hu(series).values
+    np.testing.assert_array_equal(hu, stored - 1024.0)
+    np.testing.assert_array_equal(hu, by_pydicom(files))
+    result = alone(convert(tmp_path / "in", tmp_path / "out", replace(HU, policy=policy)))
+    assert (result.status, result.codes) == ("ok", ("monochrome1",))
+    (warning,) = result.warnings
+    assert warning.endswith("in S1-0001.dcm, S1-0002.dcm, S1-0003.dcm and 1 more")
 
 
 @trap(49, "hounsfield-spelt-otherwise")

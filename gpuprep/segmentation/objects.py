@@ -86,7 +86,7 @@ def _opened(file: BinaryIO) -> pydicom.Dataset:
     import pydicom
     from pydicom.tag import Tag
 
-    content, announced = inflated(file, MOST_INFLATED_BYTES)
+    content, _, announced = inflated(file, MOST_INFLATED_BYTES)
     if isinstance(content, io.BytesIO):
         if content.getbuffer().nbytes >= MOST_INFLATED_BYTES:
             raise SegmentationError(

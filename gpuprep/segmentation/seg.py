@@ -8,7 +8,6 @@ DICOM PS3.3, C.8.20.2 (Segmentation Image module), C.7.6.16 (Multi-frame Functio
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.deflation import inflated_frame
+from gpuprep.encapsulation import fragments_of
 from gpuprep.errors import DecodeError, SegmentationError
 from gpuprep.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
 from gpuprep.segmentation.attributes import binary, decimals, image_frames, integer, items, name, raw, text, uid
@@ -32,7 +33,7 @@ from gpuprep.segmentation.contours import (
 )
 from gpuprep.segmentation.values import FARTHEST, distinct
 from gpuprep.series import SliceHeader
-from gpuprep.syntaxes import UNDEFINED_LENGTH
+from gpuprep.syntaxes import ENCODINGS, UNDEFINED_LENGTH, syntax_name
 from gpuprep.text import quoted
 
 if TYPE_CHECKING:
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
 
 BITS = {"BINARY": (1, 8), "FRACTIONAL": (8, 16), "LABELMAP": (8, 16)}
 """*Bits Allocated* by *Segmentation Type*. The standard has 1 and 8 for the first two; the others are harmless."""
-
-RUN_LENGTHS = "1.2.840.10008.1.2.5"
-DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 
 MOST_PIXELS = 2**26
 """Of a frame: 8192 × 8192. A code stream of a few bytes can announce any number."""
@@ -207,41 +205,33 @@ class _Image:
         return np.unpackbits(packed, bitorder="little")[start % 8 :][:size].reshape(self.rows, self.columns)
 
     def _encapsulated(self, ds: pydicom.Dataset) -> Iterator[NDArray[Any]]:
-        from pydicom.encaps import encapsulate, generate_frames
-
         from gpuprep.decoding import decode_frame
 
-        offsets, lengths = raw(ds, "ExtendedOffsetTable"), raw(ds, "ExtendedOffsetTableLengths")
-        table = (offsets, lengths) if isinstance(offsets, bytes) and isinstance(lengths, bytes) else None
-        streams = generate_frames(raw(ds, "PixelData"), number_of_frames=self.frames, extended_offsets=table)
-        count = 0
-        for count, stream in enumerate(streams, 1):
-            if count > self.frames:
-                break
-            if self.syntax == DEFLATED_FRAMES:
-                yield self._inflated(stream, count)
-            elif self.bits == 1 and self.syntax == RUN_LENGTHS:
-                raise SegmentationError("its pixels are run lengths of single bits: write it with another syntax")
-            else:
-                header = self._header(count - 1)
-                try:
-                    yield decode_frame(encapsulate([stream], has_bot=False), header, 0, self.rows, self.columns)
-                except DecodeError as exc:
-                    raise SegmentationError(str(exc)) from exc
-        if count != self.frames:
-            more = "more" if count > self.frames else str(count)
-            raise SegmentationError(f"its pixels have {more} frames, its header says {self.frames}: it is damaged")
+        table = raw(ds, "ExtendedOffsetTable")
+        try:
+            pixels = fragments_of(raw(ds, "PixelData"), table if isinstance(table, bytes) else b"")
+            if (count := pixels.count(self.frames)) != self.frames:
+                raise SegmentationError(f"its pixels have {count} frames, its header says {self.frames}: it is damaged")
+            for frame in range(self.frames):
+                if self.bits == 1:
+                    yield self._bits(self._single_bits(pixels.frame(frame, self.frames)), 0)
+                else:
+                    yield decode_frame(pixels, self._header(frame), frame, self.rows, self.columns)
+        except DecodeError as exc:
+            raise SegmentationError(str(exc)) from exc
 
-    def _inflated(self, stream: bytes, count: int) -> NDArray[Any]:
-        """Return a frame of Deflated Image Frame Compression: each is one zlib stream and begins at a byte."""
-        need = -(-self.rows * self.columns * self.bits // 8)
-        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream, need + 1)
-        if len(data) < need:
-            raise SegmentationError(f"frame {count} is unpacked to {len(data)} bytes, not {need}: it is damaged")
-        if self.bits == 1:
-            return self._bits(data, 0)
-        values = np.frombuffer(data, "u1" if self.bits == 8 else "<u2", self.rows * self.columns)
-        return values.reshape(self.rows, self.columns)
+    def _single_bits(self, stream: bytes) -> bytes:
+        """Return the bytes of a frame of single bits, each of which begins at a byte."""
+        size = -(-self.rows * self.columns // 8)
+        encoding = ENCODINGS.get(self.syntax)
+        if encoding == "deflate":
+            return inflated_frame(stream, size)
+        if encoding != "none":
+            how = "run lengths" if encoding == "RLE" else syntax_name(self.syntax)
+            raise SegmentationError(f"its pixels are {how} of single bits: write it with another transfer syntax")
+        if len(stream) < size:
+            raise SegmentationError(f"a frame has {len(stream)} bytes, not {size}: it is damaged")
+        return stream
 
     def _header(self, frame: int) -> SliceHeader:
         """Return what the decoders of CT want to know."""
@@ -250,7 +240,7 @@ class _Image:
             mtime_ns=0,
             member=None,
             frame=frame,
-            frames=1,
+            frames=self.frames,
             file_bytes=0,
             sop_instance_uid="",
             instance_number=None,

@@ -1,0 +1,168 @@
+"""Transfer syntaxes: every one that is read gives the same integers, every other is refused by its name."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from conftest import natively, renamed
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.filereader import read_file_meta_info
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+import gpuprep
+from gpuprep.doctor import COMPRESSED_SYNTAXES
+from gpuprep.errors import DecodeError
+from gpuprep.phantom import write_series
+from gpuprep.series import Series
+from gpuprep.syntaxes import ENCODINGS, NATIVE, syntax_name
+
+SHAPE, SPACING_MM = (4, 11, 13), (2.5, 0.8, 0.7)
+GE = "1.2.840.113619.5.2"
+DEFLATED_FRAMES, UNCOMPRESSED = "1.2.840.10008.1.2.8.1", "1.2.840.10008.1.2.1.98"
+
+
+@pytest.fixture
+def stored(noise: Callable[..., NDArray[np.int16]]) -> NDArray[np.int16]:
+    return noise(SHAPE)
+
+
+def found(folder: Path) -> Series:
+    (series,) = gpuprep.discover(folder)
+    return series
+
+
+# Private to GE: words of pixels are big endian, all else is implicit VR little endian
+
+
+def with_big_words(folder: Path, stored: NDArray[Any], syntax: UID = ImplicitVRLittleEndian) -> None:
+    def swap(ds: Dataset, _: int) -> None:
+        ds.PixelData = np.frombuffer(ds.PixelData, "<u2").astype(">u2").tobytes()
+
+    for file in write_series(folder, stored, SPACING_MM, change=swap):
+        file.write_bytes(natively(pydicom.dcmread(file), syntax))
+        renamed(file, GE)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16])
+def test_big_endian_words_in_a_little_endian_file_are_read(
+    tmp_path: Path, stored: NDArray[np.int16], dtype: Any, packed: bool
+) -> None:
+    values = stored if dtype == np.int16 else stored.view(np.uint16) // 2
+    with_big_words(tmp_path, values)
+    for file in sorted(tmp_path.iterdir()) if packed else []:
+        file.with_suffix(".gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    series = found(tmp_path)
+    assert {s.transfer_syntax for s in series.slices} == {GE}
+    assert np.array_equal(gpuprep.read(series).stored, values)
+    assert gpuprep.audit(series).codes == ()
+
+
+def test_with_an_explicit_vr_the_order_of_bytes_is_not_guessed(tmp_path: Path, stored: NDArray[np.int16]) -> None:
+    with_big_words(tmp_path, stored, ExplicitVRLittleEndian)
+    with pytest.raises(
+        DecodeError, match=r"113619\.5\.2 \(GE Private .* order of bytes of its pixels is not known"
+    ) as caught:
+        gpuprep.read(found(tmp_path))
+    assert caught.value.code == "syntax"
+
+
+def test_words_of_one_byte_may_be_swapped_in_pairs_and_are_not_guessed(tmp_path: Path) -> None:
+    def eight(ds: Dataset, _: int) -> None:
+        ds.BitsAllocated = ds.BitsStored = 8
+        ds.HighBit = 7
+        ds.PixelData = bytes(range(12)) * 11
+
+    for file in write_series(tmp_path, np.zeros((4, 11, 12), np.int16), SPACING_MM, change=eight):
+        file.write_bytes(natively(pydicom.dcmread(file), ImplicitVRLittleEndian))
+        renamed(file, GE)
+    with pytest.raises(DecodeError, match="order of bytes") as caught:
+        gpuprep.read(found(tmp_path))
+    assert caught.value.code == "syntax"
+
+
+# Words in fragments
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("syntax", [DEFLATED_FRAMES, UNCOMPRESSED], ids=["deflated", "uncompressed"])
+def test_words_in_fragments_are_those_of_a_native_file(tmp_path: Path, syntax: str, bits: int) -> None:
+    # PS3.5, 8.1.1: bits above those stored are no part of the value.
+    rng = np.random.default_rng(bits)
+    values = rng.integers(0, 2**bits, (4, 11, 13)).astype("u1" if bits == 8 else "<u2")
+    raw = values if bits == 8 else values | (rng.integers(0, 2 ** (16 - bits), values.shape) << bits).astype("<u2")
+
+    def encoded(k: int) -> bytes:
+        data = raw[k].tobytes()
+        return zlib.compress(data, wbits=-zlib.MAX_WBITS) if syntax == DEFLATED_FRAMES else data
+
+    def change(ds: Dataset, k: int) -> None:
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = values.itemsize * 8, bits, bits - 1, 0
+        ds.RescaleIntercept = 0
+        ds.PixelData = encapsulate([encoded(k)])
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
+
+    for file in write_series(tmp_path, np.zeros(SHAPE, np.uint16), SPACING_MM, change=change):
+        renamed(file, syntax)
+    assert np.array_equal(gpuprep.read(found(tmp_path)).stored, values)
+
+
+# What is not read
+
+
+UNREAD = [
+    *(f"1.2.840.10008.1.2.4.{n}" for n in (92, 93, 94, 95, *range(100, 109), 204, 205)),
+    "1.2.840.10008.1.2.7.1", "1.2.840.10008.1.2.7.2", "1.2.840.10008.1.2.7.3",
+    "1.2.840.10008.1.2.6.1", "1.2.840.10008.1.2.6.2", "1.2.840.10008.1.2.20",
+    "1.2.840.10008.1.2.4.999", "1.2.276.0.1", "1.2.840.10008.5.1.4.1.1.2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("syntax", UNREAD)
+def test_headers_are_enough_to_refuse_a_syntax(tmp_path: Path, stored: NDArray[np.int16], syntax: str) -> None:
+    for file in write_series(tmp_path, stored, SPACING_MM):
+        renamed(file, syntax)
+        if syntax.endswith((".95", ".205")):  # deflated behind the meta group
+            length = read_file_meta_info(file).FileMetaInformationGroupLength
+            head, body = file.read_bytes()[: 144 + length], file.read_bytes()[144 + length :]
+            file.write_bytes(head + zlib.compress(body, wbits=-zlib.MAX_WBITS))
+    audit = gpuprep.audit(found(tmp_path))
+    assert (audit.verdict, audit.codes) == ("rejected", ("syntax",))
+    known = f" ({UID(syntax).name})" if UID(syntax).name != syntax else ""
+    if "Papyrus" not in audit.reason:  # of which pydicom knows no name
+        assert f"transfer syntax {syntax}{known} in S1-" in audit.reason
+
+
+def test_one_slice_in_a_syntax_that_is_not_read_rejects_the_series(tmp_path: Path, stored: NDArray[np.int16]) -> None:
+    files = write_series(tmp_path, stored, SPACING_MM)
+    renamed(files[2], "1.2.840.10008.1.2.4.102")
+    audit = gpuprep.audit(found(tmp_path))
+    assert audit.codes == ("syntax",)
+    assert "in S1-0002.dcm is not one" in audit.reason
+
+
+# Names
+
+
+def test_every_syntax_that_is_read_has_a_name() -> None:
+    for uid in (*NATIVE, *ENCODINGS):
+        assert syntax_name(uid) != uid or uid.rpartition(".")[2] in {str(n) for n in range(58, 70)}
+    assert syntax_name("1.2.840.10008.1.2.4.110") == "JPEG XL Lossless"
+    assert syntax_name("1.2.840.10008.1.2.1") == "Explicit VR Little Endian"
+    assert syntax_name("1.2.3") == "1.2.3"
+
+
+def test_doctor_examines_every_encoding() -> None:
+    assert set(COMPRESSED_SYNTAXES) <= ENCODINGS.keys()
+    assert {ENCODINGS[uid] for uid in COMPRESSED_SYNTAXES} == set(ENCODINGS.values())
