@@ -75,7 +75,8 @@ class TestWhatIsRead:
 
     @pytest.mark.parametrize("kind", ["CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR"])
     def test_closed_types(self, tmp_path: Path, kind: str) -> None:
-        assert len(read(write_rtstruct(tmp_path / "rs.dcm", {"a": [SQUARE]}, kind=kind)).structures[0].contours) == 1
+        (contour,) = read(write_rtstruct(tmp_path / "rs.dcm", {"a": [SQUARE]}, kind=kind)).structures[0].contours
+        assert contour.rule == ("even-odd" if kind == "CLOSED_PLANAR" else "xor")
 
     @pytest.mark.parametrize("kind", ["POINT", "OPEN_PLANAR", "OPEN_NONPLANAR"])
     def test_what_encloses_nothing_is_left_out_with_a_note(self, tmp_path: Path, kind: str) -> None:

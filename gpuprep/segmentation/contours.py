@@ -28,9 +28,10 @@ Frame = Literal["patient", "pixel", "corner"]
 """patient: (x, y, z) in mm, LPS. pixel: (column, row) in pixels, the centre of the first pixel at (0, 0). corner:
 (x, y) in mm from the outer corner of the first pixel, as a calibrated ImageJ writes them."""
 
-Rule = Literal["even-odd", "inside", "hole"]
-"""even-odd: with all other such contours of the structure on the slice, by parity. inside: strictly inside, the outline
-itself is not part of it. hole: taken away, the outline too."""
+Rule = Literal["even-odd", "xor", "inside", "hole"]
+"""xor: with all other such contours of the structure on the slice, by parity. even-odd: by parity too, but contours
+that overlap in part are united, and one that is there twice counts once. inside: strictly inside, the outline itself is
+not part of it. hole: taken away, the outline too."""
 
 
 class SliceKey(NamedTuple):

@@ -125,7 +125,7 @@ def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images
         if len(points) < 3:
             left_out["fewer than 3 points"] += 1
             continue
-        collector.add(structure, Contour(points, "patient"))
+        collector.add(structure, Contour(points, "patient", rule="even-odd" if kind == "CLOSED_PLANAR" else "xor"))
         images.add(item)
     notes = [f"{called}: {count} contours left out: {why}" for why, count in left_out.items()]
     if miscounted:
