@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.attributes import integer, items, name, raw, text, uid
+from gpuprep.segmentation.attributes import decimals, integer, items, name, raw, text, uid
 from gpuprep.segmentation.contours import Collector, Contour, Reading, Segmentation
 from gpuprep.segmentation.values import FARTHEST, distinct
-from gpuprep.text import quoted
+from gpuprep.text import numbered, quoted
 
 if TYPE_CHECKING:
     import pydicom
@@ -112,7 +112,7 @@ def _rois(ds: pydicom.Dataset) -> tuple[dict[int, str], dict[int, str]]:
 def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images: _Images) -> list[str]:
     """Collect the contours of one ROI; return what there is to say about them."""
     left_out: Counter[str] = Counter()
-    miscounted = 0
+    miscounted = moved = 0
     called = f"ROI {quoted(structure)}"
     for n, item in enumerate(items(roi, "ContourSequence"), 1):
         kind = text(item, "ContourGeometricType").upper()
@@ -125,9 +125,15 @@ def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images
         if len(points) < 3:
             left_out["fewer than 3 points"] += 1
             continue
+        # What was outlined lies so far from the points (C.8.8.6.2).
+        if any(offset_mm := decimals(item, "ContourOffsetVector", 3, FARTHEST) or ()):
+            points = points + offset_mm
+            moved += 1
         collector.add(structure, Contour(points, "patient", rule="even-odd" if kind == "CLOSED_PLANAR" else "xor"))
         images.add(item)
     notes = [f"{called}: {count} contours left out: {why}" for why, count in left_out.items()]
+    if moved:
+        notes.append(f"{called}: {numbered(moved, 'contour')} moved by Contour Offset Vector")
     if miscounted:
         notes.append(f"{called}: {miscounted} contours have not as many points as they say")
     return notes
