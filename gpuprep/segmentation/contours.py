@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.errors import SegmentationError
 from gpuprep.geometry import Geometry
 
 Units = Literal["px", "mm", "cm"]
@@ -99,6 +100,19 @@ class Structure:
     rasters: tuple[Raster, ...] = ()
     frame_of_reference_uid: str = ""
     """In which its points lie, where a file may hold structures of several; "" where that is not known."""
+
+
+class References(NamedTuple):
+    """What a file names, as far as it could be read."""
+
+    series_uids: tuple[str, ...] = ()
+    frame_of_reference_uid: str = ""
+    sop_uids: frozenset[str] = frozenset()
+
+    def told_by(self, error: SegmentationError) -> SegmentationError:
+        """Return an error about the file that tells them too."""
+        error.series_uids, error.frame_of_reference_uid, error.sop_uids = self
+        return error
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.attributes import decimals, integer, items, name, raw, text, uid
-from gpuprep.segmentation.contours import Collector, Contour, Reading, Segmentation
+from gpuprep.segmentation.contours import Collector, Contour, Reading, References, Segmentation
 from gpuprep.segmentation.values import FARTHEST, distinct
 from gpuprep.text import numbered, quoted
 
@@ -192,10 +193,35 @@ class _Images:
         )
 
 
+def references(ds: pydicom.Dataset) -> References:
+    """Return what a structure set names, as far as it can be read: for one that is damaged."""
+    series: dict[str, list[str]] = {}
+    images = _Images()
+    frames: list[str] = []
+    with suppress(Exception):  # what is damaged further on does not matter
+        _add_listed(ds, series, images)
+    with suppress(Exception):
+        frames.extend(uid(item, "ReferencedFrameOfReferenceUID") for item in items(ds, "StructureSetROISequence"))
+    with suppress(Exception):
+        for roi in items(ds, "ROIContourSequence"):
+            for item in items(roi, "ContourSequence"):
+                images.add(item)
+    frame = ""
+    with suppress(Exception):
+        frame = _frame_of_most(ds, frames)
+    return References(tuple(dict.fromkeys(chain.from_iterable(series.values()))), frame, frozenset(images.uids))
+
+
 def _references(ds: pydicom.Dataset) -> tuple[dict[str, list[str]], set[str]]:
     """Return the series that a structure set lists, by the frame of reference it lists them under; and their images."""
     series: dict[str, list[str]] = {}
     images = _Images()
+    _add_listed(ds, series, images)
+    return series, images.uids
+
+
+def _add_listed(ds: pydicom.Dataset, series: dict[str, list[str]], images: _Images) -> None:
+    """Add the series that a structure set lists, by frame of reference, and their images."""
     for frame in items(ds, "ReferencedFrameOfReferenceSequence"):
         under = series.setdefault(uid(frame, "FrameOfReferenceUID"), [])
         for study in items(frame, "RTReferencedStudySequence"):
@@ -203,7 +229,6 @@ def _references(ds: pydicom.Dataset) -> tuple[dict[str, list[str]], set[str]]:
                 if found := uid(item, "SeriesInstanceUID"):
                     under.append(found)
                 images.add(item)
-    return series, images.uids
 
 
 def _frame_of_most(ds: pydicom.Dataset, of_rois: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,16 @@ from numpy.typing import NDArray
 from gpuprep.errors import DecodeError, SegmentationError
 from gpuprep.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
 from gpuprep.segmentation.attributes import binary, decimals, integer, items, name, raw, text, uid
-from gpuprep.segmentation.contours import ONE_PLANE_MM, Collector, Reading, Segmentation, Slab, SliceKey, painted
+from gpuprep.segmentation.contours import (
+    ONE_PLANE_MM,
+    Collector,
+    Reading,
+    References,
+    Segmentation,
+    Slab,
+    SliceKey,
+    painted,
+)
 from gpuprep.segmentation.values import FARTHEST, distinct
 from gpuprep.series import SliceHeader
 from gpuprep.syntaxes import UNDEFINED_LENGTH
@@ -507,13 +517,35 @@ def _background(ds: pydicom.Dataset, segments: dict[int, str]) -> frozenset[int]
     return frozenset(values)
 
 
+def references(ds: pydicom.Dataset) -> References:
+    """Return what a segmentation names, as far as it can be read: for one that is damaged."""
+    series: dict[str, None] = {}
+    images: set[str] = set()
+    with suppress(Exception):  # what is damaged further on does not matter
+        _add_listed(ds, series, images)
+    with suppress(Exception):
+        for frame in items(ds, "PerFrameFunctionalGroupsSequence"):
+            for derivation in items(frame, "DerivationImageSequence"):
+                for source in items(derivation, "SourceImageSequence"):
+                    images.add(uid(source, "ReferencedSOPInstanceUID"))
+    frame_of_reference = ""
+    with suppress(Exception):
+        frame_of_reference = uid(ds, "FrameOfReferenceUID")
+    return References(tuple(series), frame_of_reference, frozenset(images - {""}))
+
+
 def _references(ds: pydicom.Dataset) -> tuple[tuple[str, ...], set[str]]:
     """Return the series that a segmentation refers to, and the images of them."""
     series: dict[str, None] = {}
     images: set[str] = set()
+    _add_listed(ds, series, images)
+    return tuple(series), images - {""}
+
+
+def _add_listed(ds: pydicom.Dataset, series: dict[str, None], images: set[str]) -> None:
+    """Add the series that a segmentation lists, and their images."""
     for item in items(ds, "ReferencedSeriesSequence"):
         if found := uid(item, "SeriesInstanceUID"):
             series[found] = None
         for image in items(item, "ReferencedInstanceSequence"):
             images.add(uid(image, "ReferencedSOPInstanceUID"))
-    return tuple(series), images - {""}
