@@ -69,9 +69,16 @@ class DecodeError(InputError):
 
 
 class SegmentationError(InputError):
-    """A segmentation file cannot be read, or not be placed on its series."""
+    """A segmentation file cannot be read, or not be placed on its series.
+
+    A file that cannot be read may still say whose it is: what it names, as far as that could be read, is in
+    `series_uids`, `frame_of_reference_uid` and `sop_uids`.
+    """
 
     code = "mask"
+    series_uids: tuple[str, ...] = ()
+    frame_of_reference_uid: str = ""
+    sop_uids: frozenset[str] = frozenset()
 
 
 class NotASegmentationError(SegmentationError):

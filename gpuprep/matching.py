@@ -97,7 +97,16 @@ def _glimpse(question: Question) -> Glimpse:
         s = read_segmentation(path, question.reading, question.plane)
         beside = tuple((other, (found := stat(other)).st_size, found.st_mtime_ns) for other in s.beside)
     except SegmentationError as exc:
-        return Glimpse(path, status.st_size, status.st_mtime_ns, error=str(exc), code=exc.code)
+        return Glimpse(
+            path,
+            status.st_size,
+            status.st_mtime_ns,
+            series_uids=exc.series_uids,
+            frame_of_reference_uid=exc.frame_of_reference_uid,
+            sop_uids=exc.sop_uids,
+            error=str(exc),
+            code=exc.code,
+        )
     except OSError as exc:
         return Glimpse(path, error=f"cannot be read: {exc.strerror}", code="mask")
     except Exception as exc:  # the boundary: a bug that one file provokes must not cost the others

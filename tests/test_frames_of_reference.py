@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ def pair(tmp_path: Path) -> tuple[Ct, Ct]:
     return Ct(tmp_path / "dicom" / "a"), Ct(tmp_path / "dicom" / "b", origin_mm=moved, series_number=2)
 
 
-def write(path: Path, ct: Ct, frames: dict[str, str], rois: dict[str, Any], series: dict[str, Sequence[str]]) -> Path:
+def write(
+    path: Path, ct: Ct, frames: dict[str, str], rois: dict[str, Any], series: Mapping[str, Sequence[str]]
+) -> Path:
     """Write a structure set whose ROIs lie in the given frames, and that lists series under the given frames."""
 
     def change(ds: Dataset) -> None:

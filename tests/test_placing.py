@@ -52,7 +52,7 @@ KEY = SliceKey("number", 1)
 
 @given(st.lists(outlines, min_size=1, max_size=3, unique_by=lambda points: points.tobytes()))
 def test_a_rectangle_holds_what_the_whole_slice_would(stacked: Stack, polygons: list[NDArray[np.float64]]) -> None:
-    structure = Structure("a", tuple(Contour(p, "pixel", KEY) for p in polygons))
+    structure = Structure("a", tuple(Contour(p, "pixel", KEY, "xor") for p in polygons))
     np.testing.assert_array_equal(on_slice(stacked, structure), filled(polygons, MATRIX))
 
 

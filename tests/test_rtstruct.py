@@ -47,6 +47,10 @@ def refused(path: Path) -> str:
     return text
 
 
+def _offset(ds: Dataset, value: bytes) -> None:
+    ds.ROIContourSequence[0].ContourSequence[0].ContourOffsetVector = value.decode().split("\\")
+
+
 class TestWhatIsRead:
     def test_contours_names_and_references(self, tmp_path: Path) -> None:
         rois: dict[str, list[Any]] = {"Lunge, rechts – groß": [SQUARE, HOLE, SQUARE], "empty": [], "GTV": [HOLE]}
@@ -75,7 +79,8 @@ class TestWhatIsRead:
 
     @pytest.mark.parametrize("kind", ["CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR"])
     def test_closed_types(self, tmp_path: Path, kind: str) -> None:
-        assert len(read(write_rtstruct(tmp_path / "rs.dcm", {"a": [SQUARE]}, kind=kind)).structures[0].contours) == 1
+        (contour,) = read(write_rtstruct(tmp_path / "rs.dcm", {"a": [SQUARE]}, kind=kind)).structures[0].contours
+        assert contour.rule == ("even-odd" if kind == "CLOSED_PLANAR" else "xor")
 
     @pytest.mark.parametrize("kind", ["POINT", "OPEN_PLANAR", "OPEN_NONPLANAR"])
     def test_what_encloses_nothing_is_left_out_with_a_note(self, tmp_path: Path, kind: str) -> None:
@@ -103,6 +108,28 @@ class TestWhatIsRead:
         found = read(write_rtstruct(tmp_path / "rs.dcm", {"a": [SQUARE, HOLE]}, change=miscount))
         assert len(found.structures[0].contours) == 2
         assert found.notes == ("ROI 'a': 1 contours have not as many points as they say",)
+
+    def test_a_contour_lies_as_far_from_its_points_as_its_offset_says(self, tmp_path: Path) -> None:
+        def offset(ds: Dataset) -> None:
+            first, second, _ = ds.ROIContourSequence[0].ContourSequence
+            first.ContourSlabThickness = "3"
+            first.ContourOffsetVector = ["0", "-0.5", "6"]
+            second.ContourOffsetVector = ["0", "0", "0"]
+
+        found = read(write_rtstruct(tmp_path / "rs.dcm", {"a": [SQUARE, SQUARE, HOLE]}, change=offset))
+        first, second, third = found.structures[0].contours
+        assert first.points.tolist() == [[x, y - 0.5, z + 6] for x, y, z in SQUARE]
+        assert [second.points.tolist(), third.points.tolist()] == [SQUARE, HOLE]
+        assert found.notes == ("ROI 'a': 1 contour moved by Contour Offset Vector",)
+
+    @pytest.mark.parametrize("value", [b"0\\6", b"0\\0\\NaN", b"0\\0\\six", b"0\\0\\1E99"])
+    def test_an_offset_that_is_none_is_damage(self, tmp_path: Path, value: bytes) -> None:
+        path = write_rtstruct(tmp_path / "rs.dcm", {"a": [SQUARE]}, change=lambda ds: _offset(ds, b"0\\0\\777777"))
+        padded = value.ljust(10)
+        content = path.read_bytes()
+        assert b"0\\0\\777777" in content
+        path.write_bytes(content.replace(b"0\\0\\777777", padded[:10]))
+        assert "Contour Offset Vector" in refused(path)
 
     def test_equal_and_missing_names(self, tmp_path: Path) -> None:
         def rename(ds: Dataset) -> None:

@@ -1679,6 +1679,29 @@ def test_a_frame_painted_on_one_of_slices_that_overlap_stays_on_it(tmp_path: Pat
     np.testing.assert_array_equal(got["a"], mask)
 
 
+@trap(59, "outlines-that-overlap")
+@pytest.mark.parametrize("kind", ["CLOSED_PLANAR", "CLOSEDPLANAR_XOR"])
+def test_outlines_that_overlap_in_part_or_repeat_are_one_area_unless_xor_is_said(tmp_path: Path, kind: str) -> None:
+    one, other, inner = rectangle(2.5, 12.5), rectangle(7.5, 17.5), rectangle(4.5, 8.5)
+    rois = {
+        "overlap": [in_patient(one, 1), in_patient(other, 1)],
+        "twice": [in_patient(one, 2), in_patient([*one[2:], *one[:2]][::-1], 2)],
+        "hole": [in_patient(one, 3), in_patient(inner, 3)],
+    }
+    write_series(tmp_path / "in", noise(6), SPACING)
+    got, result = masks(tmp_path, lambda path, s: write_rtstruct(path, rois, series_uid=s.series_uid, kind=kind))
+    notes = " | ".join(result.warnings)
+    counts = {name: int(mask.sum()) for name, mask in got.items()}
+    if kind == "CLOSED_PLANAR":
+        assert counts == {"overlap": 100 + 100 - 25, "twice": 100, "hole": 100 - 16}
+        assert "overlap: 2 outlines on 1 slice united: they overlap in part" in notes
+        assert "twice: 1 outline left out: the same as another" in notes
+        assert "hole: 1 outline inside others taken as hole" in notes
+    else:
+        assert counts == {"overlap": 100 + 100 - 2 * 25, "twice": 0, "hole": 100 - 16}
+        assert "united" not in notes
+
+
 @trap(42, "broken-neighbours")
 def test_a_broken_series_is_named_and_costs_no_other(tmp_path: Path) -> None:
     stored = noise(len(SYNTAXES))

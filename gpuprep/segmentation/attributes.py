@@ -69,6 +69,7 @@ TAGS = {
     "ROIContourSequence": 0x3006_0039,
     "ContourSequence": 0x3006_0040,
     "ContourGeometricType": 0x3006_0042,
+    "ContourOffsetVector": 0x3006_0045,
     "NumberOfContourPoints": 0x3006_0046,
     "ContourData": 0x3006_0050,
     "ReferencedROINumber": 0x3006_0084,

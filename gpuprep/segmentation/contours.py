@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.errors import SegmentationError
 from gpuprep.geometry import Geometry
 
 Units = Literal["px", "mm", "cm"]
@@ -28,9 +29,10 @@ Frame = Literal["patient", "pixel", "corner"]
 """patient: (x, y, z) in mm, LPS. pixel: (column, row) in pixels, the centre of the first pixel at (0, 0). corner:
 (x, y) in mm from the outer corner of the first pixel, as a calibrated ImageJ writes them."""
 
-Rule = Literal["even-odd", "inside", "hole"]
-"""even-odd: with all other such contours of the structure on the slice, by parity. inside: strictly inside, the outline
-itself is not part of it. hole: taken away, the outline too."""
+Rule = Literal["even-odd", "xor", "inside", "hole"]
+"""xor: with all other such contours of the structure on the slice, by parity. even-odd: by parity too, but contours
+that overlap in part are united, and one that is there twice counts once. inside: strictly inside, the outline itself is
+not part of it. hole: taken away, the outline too."""
 
 
 class ImageFrame(NamedTuple):
@@ -106,6 +108,19 @@ class Structure:
     rasters: tuple[Raster, ...] = ()
     frame_of_reference_uid: str = ""
     """In which its points lie, where a file may hold structures of several; "" where that is not known."""
+
+
+class References(NamedTuple):
+    """What a file names, as far as it could be read."""
+
+    series_uids: tuple[str, ...] = ()
+    frame_of_reference_uid: str = ""
+    sop_uids: frozenset[str] = frozenset()
+
+    def told_by(self, error: SegmentationError) -> SegmentationError:
+        """Return an error about the file that tells them too."""
+        error.series_uids, error.frame_of_reference_uid, error.sop_uids = self
+        return error
 
 
 @dataclass(frozen=True, slots=True, eq=False)

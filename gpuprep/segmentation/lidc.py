@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import Collector, Contour, Rule, Segmentation, SliceKey, Structure
+from gpuprep.segmentation.contours import Collector, Contour, References, Rule, Segmentation, SliceKey, Structure
 from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
 from gpuprep.text import quoted
 
@@ -88,6 +88,13 @@ class _XmlReader:
         self.left_out: Counter[str] = Counter()
 
     def read(self, text: str, path: str) -> Segmentation:
+        try:
+            return self._read(text, path)
+        except SegmentationError as exc:  # what it named before the damage still tells its series
+            References(tuple(self.series), "", frozenset(self.sops)).told_by(exc)
+            raise
+
+    def _read(self, text: str, path: str) -> Segmentation:
         try:
             self.parser.Parse(text.removeprefix("\ufeff").encode("utf-8", "replace"), True)
         except expat.ExpatError as exc:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import stat
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from gpuprep import places
 from gpuprep.deflation import inflated
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import attributes, rtstruct, seg
-from gpuprep.segmentation.contours import Reading, Segmentation
+from gpuprep.segmentation.contours import Reading, References, Segmentation
 from gpuprep.streams import FrugalReader
 from gpuprep.text import printable
 
@@ -29,6 +30,9 @@ RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 LABEL_MAP_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.7"
 SEGMENTATION_CLASSES = (RT_STRUCTURE_SET, SEGMENTATION, LABEL_MAP_SEGMENTATION)
+
+LAST_REFERENCE = attributes.TAGS["ReferencedFrameOfReferenceSequence"]
+"""The last element of an object that says to which series it belongs."""
 
 MOST_READS = 20_000_000
 """Some hundred thousand contours, or frames, take fewer."""
@@ -62,28 +66,48 @@ def read_object(path: str, reading: Reading) -> Segmentation:
     SegmentationError
         If the file is neither, or damaged.
     """
+    ds: pydicom.Dataset | None = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd values are dealt with one by one
-            if not stat.S_ISREG(places.stat(path).st_mode):  # opening a pipe would wait for ever
-                raise SegmentationError("not a regular file")
-            with FrugalReader(places.opened(path), most_reads=MOST_READS) as file:
-                ds = _opened(file)
+            ds = _file(path)
             return _read(ds, path, reading)
-    except SegmentationError:
+    except NotASegmentationError:
+        raise
+    except SegmentationError as exc:
+        _references(ds, path).told_by(exc)
         raise
     except RecursionError:
-        raise SegmentationError("its sequences are nested too deeply: the file is damaged") from None
+        error = SegmentationError("its sequences are nested too deeply: the file is damaged")
+        raise _references(ds, path).told_by(error) from None
     except Exception as exc:  # pydicom raises whatever a broken file provokes
         if isinstance(exc, OSError) and exc.strerror:
             raise SegmentationError(f"it cannot be read: {exc.strerror}") from exc
         what = " ".join(printable(str(exc)).split())
-        raise SegmentationError(f"it cannot be read as DICOM: {type(exc).__name__}: {what[:200]}") from exc
+        error = SegmentationError(f"it cannot be read as DICOM: {type(exc).__name__}: {what[:200]}")
+        raise _references(ds, path).told_by(error) from exc
 
 
-def _opened(file: BinaryIO) -> pydicom.Dataset:
+def _references(ds: pydicom.Dataset | None, path: str) -> References:
+    """Return what a damaged file names; of one that cannot be read as a whole, what stands before the damage."""
+    with warnings.catch_warnings(), suppress(Exception):
+        warnings.simplefilter("ignore")
+        ds = _file(path, until=LAST_REFERENCE) if ds is None else ds
+        return (rtstruct if _kind(ds) == RT_STRUCTURE_SET else seg).references(ds)
+    return References()
+
+
+def _file(path: str, until: int | None = None) -> pydicom.Dataset:
+    """Return the elements of a file, or those up to a tag."""
+    if not stat.S_ISREG(places.stat(path).st_mode):  # opening a pipe would wait for ever
+        raise SegmentationError("not a regular file")
+    with FrugalReader(places.opened(path), most_reads=MOST_READS) as file:
+        return _opened(file, until)
+
+
+def _opened(file: BinaryIO, until: int | None) -> pydicom.Dataset:
     """Return what is read of a file, as bytes where pydicom leaves it so."""
-    import pydicom
+    from pydicom.filereader import read_partial
     from pydicom.tag import Tag
 
     content, _, announced = inflated(file, MOST_INFLATED_BYTES)
@@ -94,14 +118,15 @@ def _opened(file: BinaryIO) -> pydicom.Dataset:
             )
         content = _Unpacked(content)
     wanted = [Tag(tag) for tag in attributes.TAGS.values()]
-    ds = pydicom.dcmread(content, force=True, specific_tags=wanted)
+    stop = None if until is None else lambda tag, _vr, _length: tag > until
+    ds = read_partial(content, stop, force=True, specific_tags=wanted)
     if announced:
         ds.file_meta.add_new(attributes.TAGS["MediaStorageSOPClassUID"], "UI", announced)
     return ds
 
 
 def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
-    kind = attributes.text(ds, "SOPClassUID") or attributes.text(ds.file_meta, "MediaStorageSOPClassUID")
+    kind = _kind(ds)
     if kind == RT_STRUCTURE_SET:
         return rtstruct.read(ds, path, reading)
     if kind in (SEGMENTATION, LABEL_MAP_SEGMENTATION):
@@ -114,3 +139,8 @@ def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
     known = UID(kind).name
     what = known if known != kind else "an object of an unknown SOP class"
     raise NotASegmentationError(f"{what} cannot be read as a segmentation: give an RT Structure Set or a Segmentation")
+
+
+def _kind(ds: pydicom.Dataset) -> str:
+    """Return the SOP Class UID of an object."""
+    return attributes.text(ds, "SOPClassUID") or attributes.text(ds.file_meta, "MediaStorageSOPClassUID")

@@ -88,7 +88,8 @@ def read_segmentation(
         except NotASegmentationError:
             raise
         except SegmentationError as exc:
-            raise SegmentationError(str(exc), DAMAGED_OBJECT) from exc
+            exc.code = DAMAGED_OBJECT
+            raise
     text = _text(data)
     del data
     recognised = recognise(text, os.path.basename(path), reading, plane)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation import oblique
 from gpuprep.segmentation.contours import Contour, Plane, Raster, Reading, Segmentation, Slab, SliceKey, Structure
-from gpuprep.segmentation.rasterizing import filled, on_outline
+from gpuprep.segmentation.overlaps import arranged
+from gpuprep.segmentation.rasterizing import filled, on_outline, united
 from gpuprep.stacking import Stack
 from gpuprep.text import numbered, printable
 
@@ -52,7 +54,11 @@ class _Part:
     """What a structure has on one slice."""
 
     outlines: list[NDArray[np.float64]] = field(default_factory=list)
-    """Of the even-odd rule; points as (column, row)."""
+    """By parity; points as (column, row)."""
+    nested: list[NDArray[np.float64]] = field(default_factory=list)
+    """By parity too, but for those that overlap in part: only until it is known which do."""
+    united: list[list[NDArray[np.float64]]] = field(default_factory=list)
+    """Groups of outlines that overlap in part, each of which is an area like that of one outline."""
     insides: list[NDArray[np.float64]] = field(default_factory=list)
     holes: list[NDArray[np.float64]] = field(default_factory=list)
     rasters: list[tuple[Raster, NDArray[np.float64] | None]] = field(default_factory=list)
@@ -81,8 +87,8 @@ class Placed:
         """
         part = self.parts[n]
         low, high = np.array(shape[::-1], dtype=np.float64), np.zeros(2)
-        if part.outlines or part.insides:
-            points = np.concatenate([*part.outlines, *part.insides])
+        if part.outlines or part.united or part.insides:
+            points = np.concatenate([*part.outlines, *chain.from_iterable(part.united), *part.insides])
             low, high = np.minimum(low, points.min(axis=0)), np.maximum(high, points.max(axis=0) + 1)
         for raster, to_plane in part.rasters:
             first, stop = _reach(raster, to_plane)
@@ -91,6 +97,8 @@ class Placed:
         right, bottom = np.clip(np.ceil(high), (left, top), np.maximum((left, top), shape[::-1])).astype(int).tolist()
         size, corner = (bottom - top, right - left), np.array([left, top])
         mask = filled([polygon - corner for polygon in part.outlines], size)
+        for group in part.united:
+            mask ^= united([polygon - corner for polygon in group], size)
         for polygon in part.insides:
             mask |= filled([polygon - corner], size) & ~on_outline(polygon - corner, size)
         for raster, to_plane in part.rasters:
@@ -310,8 +318,7 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
     name = printable(structure.name)
     kind = "frame" if structure.rasters else "contour"
     notes = [f"{name}: {numbered(count, kind)} left out: {why}" for why, count in left_out.items()]
-    if repeated := sum(_without_repeated(part) for part in parts.values()):
-        notes.append(f"{name}: {numbered(repeated, 'outline')} left out: the same as another, point by point")
+    notes += [f"{name}: {note}" for note in _untangled(parts.values(), slices.matrix)]
     if parts and not structure.rasters:
         between = max(parts) - min(parts) + 1 - len(parts)
         notes += (
@@ -320,16 +327,30 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
     return Placed(structure.name, source, dict(parts), len(structure.contours)), notes
 
 
-def _without_repeated(part: _Part) -> int:
-    """Take out outlines that are there already, which parity would make nothing of; return how many."""
-    once = {(points.shape, points.tobytes()): points for points in part.outlines}
-    repeated = len(part.outlines) - len(once)
-    part.outlines = list(once.values())
-    return repeated
+def _untangled(parts: Iterable[_Part], matrix: tuple[int, int]) -> list[str]:
+    """Sort the outlines of each part by how they overlap; return what there is to say about them."""
+    repeated = holes = joint = slices = 0
+    for part in parts:
+        found = arranged(part.nested, matrix)
+        part.outlines += found.alone
+        part.united = found.united
+        part.nested = []
+        repeated, holes = repeated + found.repeated, holes + found.holes
+        joint, slices = joint + sum(map(len, found.united)), slices + bool(found.united)
+    notes = []
+    if repeated:
+        notes.append(f"{numbered(repeated, 'outline')} left out: the same as another, point by point")
+    if joint:
+        notes.append(f"{numbered(joint, 'outline')} on {numbered(slices, 'slice')} united: they overlap in part")
+    if holes:
+        notes.append(f"{numbered(holes, 'outline')} inside others taken as {'hole' if holes == 1 else 'holes'}")
+    return notes
 
 
 def _add(part: _Part, contour: Contour, points: NDArray[np.float64]) -> None:
-    {"even-odd": part.outlines, "inside": part.insides, "hole": part.holes}[contour.rule].append(points)
+    {"xor": part.outlines, "even-odd": part.nested, "inside": part.insides, "hole": part.holes}[contour.rule].append(
+        points
+    )
 
 
 def _in_pixels(contour: Contour, slices: _Slices) -> NDArray[np.float64]:
@@ -343,7 +364,7 @@ def _in_pixels(contour: Contour, slices: _Slices) -> NDArray[np.float64]:
     if (
         (high < -1).any()
         or (low > (columns, rows)).any()
-        or (contour.rule != "even-odd" and ((low < -1).any() or (high > (columns, rows)).any()))
+        or (contour.rule in ("inside", "hole") and ((low < -1).any() or (high > (columns, rows)).any()))
     ):
         raise SegmentationError(
             f"a contour reaches from column {low[0]:.6g}, row {low[1]:.6g} to {high[0]:.6g}, {high[1]:.6g}, but slices "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.attributes import image_frames, integer, items, name, raw, text, uid
-from gpuprep.segmentation.contours import Collector, Contour, ImageFrame, Reading, Segmentation
+from gpuprep.segmentation.attributes import decimals, image_frames, integer, items, name, raw, text, uid
+from gpuprep.segmentation.contours import Collector, Contour, ImageFrame, Reading, References, Segmentation
 from gpuprep.segmentation.values import FARTHEST, distinct
-from gpuprep.text import quoted
+from gpuprep.text import numbered, quoted
 
 if TYPE_CHECKING:
     import pydicom
@@ -114,7 +115,7 @@ def _rois(ds: pydicom.Dataset) -> tuple[dict[int, str], dict[int, str]]:
 def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images: _Images) -> list[str]:
     """Collect the contours of one ROI; return what there is to say about them."""
     left_out: Counter[str] = Counter()
-    miscounted = 0
+    miscounted = moved = 0
     called = f"ROI {quoted(structure)}"
     for n, item in enumerate(items(roi, "ContourSequence"), 1):
         kind = text(item, "ContourGeometricType").upper()
@@ -127,9 +128,15 @@ def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images
         if len(points) < 3:
             left_out["fewer than 3 points"] += 1
             continue
-        collector.add(structure, Contour(points, "patient"))
+        # What was outlined lies so far from the points (C.8.8.6.2).
+        if any(offset_mm := decimals(item, "ContourOffsetVector", 3, FARTHEST) or ()):
+            points = points + offset_mm
+            moved += 1
+        collector.add(structure, Contour(points, "patient", rule="even-odd" if kind == "CLOSED_PLANAR" else "xor"))
         images.add(item)
     notes = [f"{called}: {count} contours left out: {why}" for why, count in left_out.items()]
+    if moved:
+        notes.append(f"{called}: {numbered(moved, 'contour')} moved by Contour Offset Vector")
     if miscounted:
         notes.append(f"{called}: {miscounted} contours have not as many points as they say")
     return notes
@@ -186,12 +193,43 @@ class _Images:
         for image in items(ds, "ContourImageSequence"):
             self.found |= image_frames(image)
 
+    @property
+    def sop_uids(self) -> frozenset[str]:
+        """Their SOP Instance UIDs."""
+        return frozenset(image.sop_uid for image in self.found)
+
+
+def references(ds: pydicom.Dataset) -> References:
+    """Return what a structure set names, as far as it can be read: for one that is damaged."""
+    series: dict[str, list[str]] = {}
+    images = _Images()
+    frames: list[str] = []
+    with suppress(Exception):  # what is damaged further on does not matter
+        _add_listed(ds, series, set(), images)
+    with suppress(Exception):
+        frames.extend(uid(item, "ReferencedFrameOfReferenceUID") for item in items(ds, "StructureSetROISequence"))
+    with suppress(Exception):
+        for roi in items(ds, "ROIContourSequence"):
+            for item in items(roi, "ContourSequence"):
+                images.add(item)
+    frame = ""
+    with suppress(Exception):
+        frame = _frame_of_most(ds, frames)
+    return References(tuple(dict.fromkeys(chain.from_iterable(series.values()))), frame, images.sop_uids)
+
 
 def _references(ds: pydicom.Dataset) -> tuple[dict[str, list[str]], frozenset[str], set[ImageFrame]]:
     """Return the series that a structure set lists by their frame of reference, their studies, and listed images."""
     series: dict[str, list[str]] = {}
     studies: set[str] = set()
     images = _Images()
+    _add_listed(ds, series, studies, images)
+    studies = studies - {""} or {uid(ds, "StudyInstanceUID")} - {""}
+    return series, frozenset(studies), images.found
+
+
+def _add_listed(ds: pydicom.Dataset, series: dict[str, list[str]], studies: set[str], images: _Images) -> None:
+    """Add the series that a structure set lists, by frame of reference, their studies, and their images."""
     for frame in items(ds, "ReferencedFrameOfReferenceSequence"):
         under = series.setdefault(uid(frame, "FrameOfReferenceUID"), [])
         for study in items(frame, "RTReferencedStudySequence"):
@@ -200,8 +238,6 @@ def _references(ds: pydicom.Dataset) -> tuple[dict[str, list[str]], frozenset[st
                 if found := uid(item, "SeriesInstanceUID"):
                     under.append(found)
                 images.add(item)
-    studies = studies - {""} or {uid(ds, "StudyInstanceUID")} - {""}
-    return series, frozenset(studies), images.found
 
 
 def _frame_of_most(ds: pydicom.Dataset, of_rois: Iterable[str]) -> str:

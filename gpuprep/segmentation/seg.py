@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from gpuprep.segmentation.contours import (
     Collector,
     ImageFrame,
     Reading,
+    References,
     Segmentation,
     Slab,
     SliceKey,
@@ -510,13 +512,35 @@ def _background(ds: pydicom.Dataset, segments: dict[int, str]) -> frozenset[int]
     return frozenset(values)
 
 
+def references(ds: pydicom.Dataset) -> References:
+    """Return what a segmentation names, as far as it can be read: for one that is damaged."""
+    series: dict[str, None] = {}
+    images: set[str] = set()
+    with suppress(Exception):  # what is damaged further on does not matter
+        _add_listed(ds, series, images)
+    with suppress(Exception):
+        for frame in items(ds, "PerFrameFunctionalGroupsSequence"):
+            for derivation in items(frame, "DerivationImageSequence"):
+                for source in items(derivation, "SourceImageSequence"):
+                    images.add(uid(source, "ReferencedSOPInstanceUID"))
+    frame_of_reference = ""
+    with suppress(Exception):
+        frame_of_reference = uid(ds, "FrameOfReferenceUID")
+    return References(tuple(series), frame_of_reference, frozenset(images - {""}))
+
+
 def _references(ds: pydicom.Dataset) -> tuple[tuple[str, ...], set[str]]:
     """Return the series that a segmentation refers to, and the images of them."""
     series: dict[str, None] = {}
     images: set[str] = set()
+    _add_listed(ds, series, images)
+    return tuple(series), images - {""}
+
+
+def _add_listed(ds: pydicom.Dataset, series: dict[str, None], images: set[str]) -> None:
+    """Add the series that a segmentation lists, and their images."""
     for item in items(ds, "ReferencedSeriesSequence"):
         if found := uid(item, "SeriesInstanceUID"):
             series[found] = None
         for image in items(item, "ReferencedInstanceSequence"):
             images.add(uid(image, "ReferencedSOPInstanceUID"))
-    return tuple(series), images - {""}
