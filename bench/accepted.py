@@ -1,11 +1,11 @@
 """Do others take what we write: nnU-Net v2 verifies a data set of ours and reads what was computed; so does MONAI.
 
-    pip install '.[nifti]' nnunetv2 monai
+    pip install '.[nifti,zarr]' nnunetv2 monai ngff-zarr
     python -m bench.accepted [DICOM_DIR...] [--roi REGEX]
 
 Phantoms with outlines, and the series under DICOM_DIR with their RTSTRUCT and SEG, are converted in both formats that
-nnU-Net is given, for MONAI also as .npy. Each value and each affine is compared with ``gpuprep.process``; the first
-that differs ends it. ``--roi`` chooses structures that do not overlap.
+nnU-Net is given, for MONAI also as .npy, for ngff-zarr as OME-Zarr. Each value and each affine is compared with
+``gpuprep.process``; the first that differs ends it. ``--roi`` chooses structures that do not overlap.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ from gpuprep.runs import Run
 
 SHAPE, SPACING_MM = (30, 128, 128), (5.0, 2.0, 2.0)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-FORMATS: tuple[tuple[Format, Compression], ...] = (("nifti", "zlib"), ("tif-stack", "zlib"), ("npy", "none"))
+FORMATS: tuple[tuple[Format, Compression], ...] = (
+    ("nifti", "zlib"),
+    ("tif-stack", "zlib"),
+    ("npy", "none"),
+    ("zarr", "zstd"),
+)
 ATOL = 1e-3
 """Millimetres, of affines that headers keep in float32."""
 
@@ -104,6 +109,30 @@ def by_monai(out: Path, run: Run, volumes: dict[str, Volume], ending: str) -> No
     print(f"MONAI {version('monai')} loads {count} volumes of {ending} as computed")
 
 
+def by_ngff_zarr(out: Path, run: Run, volumes: dict[str, Volume]) -> None:
+    """Compare each image that ngff-zarr reads, and the place it gives it unless it is oblique."""
+    from ngff_zarr import from_ngff_zarr  # type: ignore[import-not-found, unused-ignore]
+    from ngff_zarr.rfc4 import (  # type: ignore[import-not-found, unused-ignore]
+        anatomical_orientation_to_itk_direction as direction_of,
+    )
+
+    count = 0
+    for result in run.results:
+        if not result.folder:
+            continue
+        volume = volumes[result.series_uid]
+        image = from_ngff_zarr(str(out / result.folder / "volume.ome.zarr"), validate=True).images[0]
+        check(f"{result.folder}: values", np.asarray(image.data), np.asarray(volume))
+        if not any(warning.startswith("axes are up to") for warning in result.warnings):
+            words = [image.axes_orientations[axis].value for axis in "zyx"]
+            axes = np.array([direction_of(w) for w in words]).T * volume.spacing_mm
+            check(f"{result.folder}: axes", axes, volume.affine[:3, :3], ATOL)
+            origin = np.array([image.translation[axis] for axis in "xyz"])
+            check(f"{result.folder}: origin", origin, volume.affine[:3, 3], ATOL)
+        count += 1
+    print(f"ngff-zarr {version('ngff-zarr')} reads {count} volumes as computed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="DICOM_DIR")
@@ -123,11 +152,14 @@ def main() -> None:
             out = top / "nnUNet_raw" / f"Dataset{n:03d}_{format_}"
             run = gpuprep.convert(
                 inputs, out, recipe, masks=[str(top / "masks"), *args.inputs], backend="cpu",
-                layout="folders" if format_ == "npy" else "nnunet",
+                layout="folders" if format_ in ("npy", "zarr") else "nnunet",
             )  # fmt: skip
             left_out = [f"{r.source}: {r.reason}" for r in run.results if not r.folder]
             print(f"\n{format_}: {run.counts}, {run.arranged}", *left_out, sep="\n  ")
             volumes = computed(inputs, recipe)
+            if format_ == "zarr":
+                by_ngff_zarr(out, run, volumes)
+                continue
             if format_ != "npy":
                 by_nnunet(out, run, volumes, recipe.ending)
             if format_ != "tif-stack":

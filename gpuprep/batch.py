@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections import defaultdict
@@ -56,6 +57,8 @@ from gpuprep.series import FOLDER_UID, Series
 from gpuprep.sharding import WHOLE, Shard
 from gpuprep.text import printable
 from gpuprep.work import Work, doubtful_files, patients_of, placed, task_of, work_on
+
+log = logging.getLogger(__name__)
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -291,6 +294,8 @@ def convert(
     """
     recipe = recipe or Recipe()
     recipe.check_installed()
+    if recipe.advice:
+        log.warning("%s", recipe.advice)
     listener = listener or Listener()
     paths = _listed(paths)
     out = place_of(out)

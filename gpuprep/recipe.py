@@ -194,6 +194,13 @@ class Recipe:
                 )
 
     @property
+    def advice(self) -> str:
+        """What is allowed and seldom meant, and what to take instead; "" for nothing."""
+        if (self.format, self.compression) == ("tif-stack", "zstd"):
+            return "ImageJ cannot open a TIFF compressed with zstd: --compression zlib or none lets it"
+        return ""
+
+    @property
     def rules(self) -> Rules:
         """What stacking has to know of the recipe."""
         rules = Rules(**{f.name: getattr(self, f.name) for f in fields(Rules)})

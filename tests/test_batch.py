@@ -1058,3 +1058,15 @@ def test_a_broken_numba_is_a_reason_and_no_traceback(
     assert result.status == "failed"
     assert "set NUMBA_DISABLE_JIT=1 to do without it" in result.reason
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("compression", "said"), [("zstd", 1), ("zlib", 0), ("none", 0)])
+def test_a_stack_that_imagej_cannot_open_is_told_of_once(
+    tmp_path: Path, small_series: Path, caplog: pytest.LogCaptureFixture, compression: Any, said: int
+) -> None:
+    recipe = Recipe(size=(16, 16), format="tif-stack", compression=compression)
+    with caplog.at_level("WARNING", logger="gpuprep"):
+        convert(small_series, tmp_path / "out", recipe, backend="cpu")
+    assert [r.getMessage() for r in caplog.records] == [
+        "ImageJ cannot open a TIFF compressed with zstd: --compression zlib or none lets it"
+    ] * said

@@ -32,7 +32,7 @@ from gpuprep.output import is_own, retire
 from gpuprep.plan import make_plan
 from gpuprep.recipe import Recipe
 from gpuprep.upkeep import verify
-from gpuprep.writers import WRITERS, gzipping, omezarr
+from gpuprep.writers import WRITERS, gzipping, nifti, omezarr
 from gpuprep.writers.content import Content, nothing
 
 nibabel = pytest.importorskip("nibabel")
@@ -123,6 +123,18 @@ def test_oblique_voxels_lie_where_simpleitk_and_nibabel_say(
     for found in (image.affine, image.header.get_qform()):
         np.testing.assert_allclose((LPS_TO_RAS @ found @ [3, 2, 1, 1])[:3], expected, atol=1e-3)
     np.testing.assert_allclose(image.header.get_zooms(), steps[::-1], rtol=1e-5)
+
+
+@given(st.tuples(angle, angle, angle), st.tuples(step_mm, step_mm, step_mm), st.floats(0, 0.5))
+def test_voxel_sizes_of_both_affines_are_one_so_that_no_reader_has_to_choose(
+    angles: Any, steps: Any, lean: float
+) -> None:
+    # MONAI drops an sform whose column lengths differ from pixdim by 1e-5.
+    affine = np.eye(4)
+    affine[:3, :3] = rotated(angles)[:, ::-1] @ [[1, 0, 0], [lean, 1, 0], [0, 0, 1]] * steps
+    header = nifti._header(Content.image(make_plan(Geometry(SHAPE, affine), replace(RAW, format="nifti"))))
+    lengths = np.linalg.norm(header.get_sform()[:3, :3], axis=0)
+    np.testing.assert_allclose(lengths, header["pixdim"][1:4], rtol=5e-7)
 
 
 @settings(max_examples=30)

@@ -142,11 +142,13 @@ def test_a_series_whose_slices_lean_is_no_case_and_is_told_so(out: Path, format_
     files = sorted((out.parent / "dicom" / "p4").iterdir())
     for file in files:  # the table goes along z, and not along the normal: six slices of 2 mm lean by 10 sin 15° mm
         ds = pydicom.dcmread(file)
-        k = round((np.array(ds.ImagePositionPatient, float) - ORIGIN_MM) @ (0, np.sin(tilt), np.cos(tilt)) / 2)
+        along_mm = (np.array(ds.ImagePositionPatient, float) - ORIGIN_MM) @ (0, np.sin(tilt), np.cos(tilt))
+        k = round(float(along_mm) / 2)
         ds.ImagePositionPatient = [*ORIGIN_MM[:2], ORIGIN_MM[2] + 2.0 * k]
         ds.save_as(file)
-    compression = "zlib" if format_ == "nifti" else "none"
-    for policy, arranged in (("keep", (2, 1, 1)), ("fix", (2, 2, 0))):
+    compression: Any = "zlib" if format_ == "nifti" else "none"
+    policies: tuple[tuple[Any, tuple[int, int, int]], ...] = (("keep", (2, 1, 1)), ("fix", (2, 2, 0)))
+    for policy, arranged in policies:
         run = convert(out, replace(RECIPE, format=format_, compression=compression, policy=policy))
         assert run.counts == ({"ok": 4} if policy == "keep" else {"ok": 3, "fixed": 1})
         assert run.arranged == arranged

@@ -102,6 +102,27 @@ def test_integers_come_back_as_they_are_stored(tmp_path: Path, format_: Any, dty
     np.testing.assert_array_equal(image, opened.volume.values)
 
 
+@pytest.mark.parametrize("values", [2, 8])
+def test_labels_that_nibabel_wrote_again_are_whole_numbers(tmp_path: Path, values: int) -> None:
+    # Of as many bytes as before, so that only the header tells. Eight labels come back as 0.988, 2.004, 2.992 …
+    nibabel = pytest.importorskip("nibabel")
+    finished = Opened(tmp_path, replace(RAW, format="nifti")).finished
+    file = finished.folder / "labels.nii"
+    size = file.stat().st_size
+    image = nibabel.load(file)
+    edited = image.get_fdata()
+    edited[:values, 0, 0] = np.arange(values)
+    nibabel.save(nibabel.Nifti1Image(edited, image.affine, image.header), file)
+    read = nibabel.load(file)
+    assert file.stat().st_size == size
+    assert (read.get_fdata() != edited).any()
+    labels = finished.mask("labels.nii")
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, edited.transpose())
+    box = (slice(0, 1), slice(0, 1), slice(1, values))
+    np.testing.assert_array_equal(finished.mask("labels.nii", box)[0, 0], range(1, values))
+
+
 @pytest.mark.parametrize(("format_", "compression"), KINDS)
 def test_structures_may_have_volumes_of_their_own(tmp_path: Path, format_: Any, compression: Any) -> None:
     recipe = replace(RAW, format=format_, compression=compression, masks=Masks(layout="per-roi"))
