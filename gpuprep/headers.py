@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from gpuprep import places
 from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.deflation import inflated
+from gpuprep.errors import nested_too_deeply
 from gpuprep.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
 from gpuprep.series import Image, SliceHeader
@@ -168,9 +169,9 @@ def _image(f: BinaryIO, file: str, member: str | None, status: os.stat_result, s
         # Packed ones are not read as masks, and so are only counted.
         masks = [file] if exc.segmentation and member is None else []
         return Contents(passed_over={str(exc): 1}, segmentations=masks)
-    except RecursionError:
-        return Contents(unreadable=[(_name(file, member), "its sequences are nested too deeply")])
     except Exception as exc:  # pydicom raises whatever a broken file provokes
+        if nested_too_deeply(exc):
+            return Contents(unreadable=[(_name(file, member), "its sequences are nested too deeply")])
         return Contents(unreadable=[(_name(file, member), _words(exc))], lasting=not isinstance(exc, OSError))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from gpuprep import places
 from gpuprep.deflation import inflated
-from gpuprep.errors import NotASegmentationError, SegmentationError
+from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
 from gpuprep.segmentation import attributes, rtstruct, seg
 from gpuprep.segmentation.contours import Reading, Segmentation
 from gpuprep.streams import FrugalReader
@@ -72,9 +72,9 @@ def read_object(path: str, reading: Reading) -> Segmentation:
             return _read(ds, path, reading)
     except SegmentationError:
         raise
-    except RecursionError:
-        raise SegmentationError("its sequences are nested too deeply: the file is damaged") from None
     except Exception as exc:  # pydicom raises whatever a broken file provokes
+        if nested_too_deeply(exc):
+            raise SegmentationError("its sequences are nested too deeply: the file is damaged") from None
         if isinstance(exc, OSError) and exc.strerror:
             raise SegmentationError(f"it cannot be read: {exc.strerror}") from exc
         what = " ".join(printable(str(exc)).split())
