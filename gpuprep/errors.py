@@ -130,3 +130,16 @@ class DeviceMemoryError(BackendError):
 
 class DeviceLostError(BackendError):
     """The device failed, and nothing more can be computed on it in this process."""
+
+
+def nested_too_deeply(exc: BaseException | None) -> bool:
+    """Whether an error means that something is nested deeper than Python can follow.
+
+    A library may raise an error of its own in place of the RecursionError: pydicom does if it is met while the head of
+    an item is read. How deep that is depends on the version of Python and on who calls.
+    """
+    while exc is not None:
+        if isinstance(exc, RecursionError):
+            return True
+        exc = exc.__cause__ or exc.__context__
+    return False

@@ -19,6 +19,7 @@ from gpuprep import places
 from gpuprep.codestream import frame_info
 from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.deflation import inflated
+from gpuprep.errors import nested_too_deeply
 from gpuprep.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.numbers import BINARY, binary_numbers, with_points, written_number
 from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
@@ -212,9 +213,9 @@ def _image(f: BinaryIO, file: str, member: str | None, status: os.stat_result, s
         masks = [file] if exc.segmentation and member is None else []
         others = [exc.other] if exc.other else []
         return Contents(passed_over={str(exc): 1}, segmentations=masks, others=others)
-    except RecursionError:
-        return Contents(unreadable=[(_name(file, member), "its sequences are nested too deeply")])
     except Exception as exc:  # pydicom raises whatever a broken file provokes
+        if nested_too_deeply(exc):
+            return Contents(unreadable=[(_name(file, member), "its sequences are nested too deeply")])
         return Contents(unreadable=[(_name(file, member), _words(exc))], lasting=not isinstance(exc, OSError))
 
 

@@ -25,6 +25,7 @@ import gpuprep
 from gpuprep.auditing import audit
 from gpuprep.batch import convert, scan
 from gpuprep.forecast import Forecast
+from gpuprep.headers import Contents, read_headers
 from gpuprep.phantom import write_series
 from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener, Run
@@ -334,3 +335,16 @@ def test_an_unlistable_folder_leaves_a_note_on_its_series(tmp_path: Path, monkey
     (result,) = converted(tmp_path / "in", tmp_path / "out").results
     assert result.status == "ok"
     assert "a slice may be missing" in result.warnings[0]
+
+
+def test_sequences_nested_too_deeply_are_named_so_however_deep_the_caller_is(tmp_path: Path) -> None:
+    head = b"\x08\0\x16\0UI\x1a\x001.2.840.10008.5.1.4.1.1.2\0"
+    level = b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff"
+    file = tmp_path / "deep.dcm"
+    file.write_bytes(head + level * 20_000)
+
+    def found(calls: int) -> Contents:
+        return found(calls - 1) if calls else read_headers([str(file)])[0]
+
+    for calls in range(12):  # pydicom raises another error where the limit is met in some of its functions
+        assert found(calls) == Contents(unreadable=[(str(file), "its sequences are nested too deeply")])

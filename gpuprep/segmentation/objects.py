@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from gpuprep import places
 from gpuprep.deflation import inflated
-from gpuprep.errors import NotASegmentationError, SegmentationError
+from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
 from gpuprep.segmentation import attributes, rtstruct, seg
 from gpuprep.segmentation.contours import Reading, References, Segmentation
 from gpuprep.streams import FrugalReader
@@ -77,10 +77,10 @@ def read_object(path: str, reading: Reading) -> Segmentation:
     except SegmentationError as exc:
         _references(ds, path).told_by(exc)
         raise
-    except RecursionError:
-        error = SegmentationError("its sequences are nested too deeply: the file is damaged")
-        raise _references(ds, path).told_by(error) from None
     except Exception as exc:  # pydicom raises whatever a broken file provokes
+        if nested_too_deeply(exc):
+            error = SegmentationError("its sequences are nested too deeply: the file is damaged")
+            raise _references(ds, path).told_by(error) from None
         if isinstance(exc, OSError) and exc.strerror:
             raise SegmentationError(f"it cannot be read: {exc.strerror}") from exc
         what = " ".join(printable(str(exc)).split())
