@@ -717,6 +717,8 @@ def test_doctor_finds_a_decoder_for_every_encoding_of_ct() -> None:
     findings = {f["name"]: f for f in run("doctor", "--json").json}
     encodings = [f for f in findings.values() if f["topic"] == "decoder"]
     assert [f["name"] for f in encodings if not f["ok"]] == []
-    assert len(encodings) == 14  # RLE, five of JPEG, lossless JPEG by two names, and two or three of LS, 2000 and HT
+    # RLE, five of JPEG, lossless JPEG by two names, two or three of LS, 2000, HT and XL, deflated, uncompressed.
+    assert len(encodings) == 19
     assert findings["JPEG 2000 Image Compression"]["detail"]
+    assert findings["JPEG XL Lossless"]["detail"]
     assert findings["cpu"]["ok"] is True

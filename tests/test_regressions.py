@@ -92,7 +92,7 @@ def test_a_deflated_bomb_is_unpacked_no_further_than_a_header_goes(tmp_path: Pat
     assert found == [(1, "rejected"), (11, "fixed")]
 
 
-@pytest.mark.parametrize("frames", ["2147483648", "0", "-1", "3.5", "many"])
+@pytest.mark.parametrize("frames", ["2147483648", "-1", "3.5", "many"])
 def test_an_impossible_number_of_frames_is_not_taken_for_one(tmp_path: Path, frames: str) -> None:
     files = write(tmp_path)
     content = files[3].read_bytes()
