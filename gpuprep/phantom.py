@@ -147,7 +147,8 @@ def write_series(
     """
     folder.mkdir(parents=True, exist_ok=True)
     series_uid = series_uid or generate_uid()
-    study_uid, frame_uid = generate_uid(entropy_srcs=[series_uid]), generate_uid()  # a series belongs to one study
+    study_uid = generate_uid(entropy_srcs=["study of", series_uid])  # a series is part of one study
+    frame_uid = generate_uid()
     normal = np.cross(orientation[:3], orientation[3:])
     files = []
     for k, pixels in enumerate(stored):
