@@ -93,7 +93,7 @@ def _references(ds: pydicom.Dataset | None, path: str) -> References:
     with warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
         ds = _file(path, until=LAST_REFERENCE) if ds is None else ds
-        return (rtstruct if _kind(ds) == RT_STRUCTURE_SET else seg).references(ds)
+        return rtstruct.references(ds) if _kind(ds) == RT_STRUCTURE_SET else seg.references(ds)
     return References()
 
 
@@ -108,7 +108,7 @@ def _file(path: str, until: int | None = None) -> pydicom.Dataset:
 def _opened(file: BinaryIO, until: int | None) -> pydicom.Dataset:
     """Return what is read of a file, as bytes where pydicom leaves it so."""
     from pydicom.filereader import read_partial
-    from pydicom.tag import Tag
+    from pydicom.tag import BaseTag, Tag
 
     content, _, announced = inflated(file, MOST_INFLATED_BYTES)
     if isinstance(content, io.BytesIO):
@@ -117,7 +117,7 @@ def _opened(file: BinaryIO, until: int | None) -> pydicom.Dataset:
                 f"unpacked it is larger than {MOST_INFLATED_BYTES} bytes: write it with another transfer syntax"
             )
         content = _Unpacked(content)
-    wanted = [Tag(tag) for tag in attributes.TAGS.values()]
+    wanted: list[BaseTag | int] = [Tag(tag) for tag in attributes.TAGS.values()]
     stop = None if until is None else lambda tag, _vr, _length: tag > until
     ds = read_partial(content, stop, force=True, specific_tags=wanted)
     if announced:

@@ -108,7 +108,7 @@ def _volume(planes: Sequence[tuple[float, Raster]]) -> _Volume:
         np.round(offsets + reach[:, 1], DECIMALS),
         (origins @ np.linalg.inv(axes).T)[:, 1:] + [(raster.row, raster.column) for _, raster in planes],
         np.array([raster.mask.shape for _, raster in planes]),
-        np.cumsum(sizes) - sizes,
+        np.cumsum([0, *sizes[:-1]], dtype=np.int64),
         np.concatenate([raster.mask.reshape(-1) for _, raster in planes]),
     )
 

@@ -207,7 +207,7 @@ class _Edges:
         count = np.ceil(np.hypot(*step.T) / STEP_PX).astype(np.int64).clip(1)
         edge = np.repeat(np.arange(len(start)), count)
         part = (np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)) / count[edge]
-        return start[edge] + step[edge] * part[:, None]
+        return np.asarray(start[edge] + step[edge] * part[:, None])
 
     def depths(self, points: NDArray[np.float64], outlines: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return how deep each point lies inside an outline of its own, in pixels, shape (n,); negative outside."""
