@@ -176,8 +176,10 @@ def _owners(images: list[Image]) -> tuple[list[list[Image]], list[tuple[Image, s
             groups["", patient] += groups.pop((study, patient))
     lost: list[tuple[Image, str]] = []
     whole = [key for key in groups if not any(_part_of(key, other) for other in groups)]
-    if len(whole) > 2 and len(whole) == len(images):
-        what = f"each of {len(images)} images names a study or patient of its own"
+    # Some anonymisers give every file, or every few, a study of its own: then it says nothing.
+    few = len({patient for _, patient in whole}) == 1 and all(len(groups[key]) < SMALLEST_PART for key in whole)
+    if len(whole) > 2 and (few or len(whole) == len(images)):
+        what = f"{len(images)} images name {len(whole)} studies or patients"
         return [images], [], (Irregularity("studies", what, "taken for one study"),)
     for key in [key for key in groups if key not in whole]:
         fitting = [other for other in whole if _part_of(key, other)]

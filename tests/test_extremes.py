@@ -97,8 +97,7 @@ def test_one_voxel_in_a_hundred_may_be_above_ct_numbers(
 
     few = reader(Path("few"), taken)
     few.slab(0, 6)
-    (warning,) = few.warnings
-    assert warning.code == "hu-range"
+    (warning,) = [w for w in few.warnings if w.code == "hu-range"]
     assert warning.text.startswith(f"HU of {taken} voxels are above 30000, where CT numbers end: up to 58976 in ")
     # From the other end, padding is still to be read when the metal is: the answer is the same.
     for down in (False, True):

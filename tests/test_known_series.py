@@ -114,7 +114,7 @@ def test_no_ct_image_of_the_catalogue_is_overlooked(data: Path, folder: str) -> 
 
 ASSUMED: dict[str, dict[str, tuple[Any, ...]]] = {
     "rtutils-phantom": {
-        "1.2.826.0.1.3680043.2.1125.20210721.1101329": (FIXED, ["duplicate"], (3, 50, 100), (4.5, 3.5, 2.5)),
+        "1.2.826.0.1.3680043.2.1125.20210721.1101329": (FIXED, ["studies", "duplicate"], (3, 50, 100), (4.5, 3.5, 2.5)),
     },
     "dcmqi-seg": {
         "1.2.826.0.1.3680043.2.1125.1.31406211013692525450623069050794718": (OK, [], (3, 38, 23), (2.5, 0.7, 0.7)),

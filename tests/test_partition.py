@@ -233,8 +233,15 @@ def test_a_study_in_each_image_says_nothing() -> None:
     # As an anonymiser makes them that forgets what it gave to the file before.
     (volume,) = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k}"), Rules())
     assert len(volume.slices) == 12
-    assert told(volume) == ["each of 12 images names a study or patient of its own"]
+    assert told(volume) == ["12 images name 12 studies or patients"]
     assert audit(volume, Rules(policy="strict")).codes == ("studies",)
+    (volume,) = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k // 2}"), Rules())
+    assert told(volume) == ["12 images name 6 studies or patients"]
+
+
+def test_a_few_images_of_each_of_several_patients_are_not_joined() -> None:
+    volumes = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k // 2}", patient=lambda k: f"{k // 2}"), Rules())
+    assert [len(v.slices) for v in volumes] == [2] * 6
 
 
 def test_studies_of_one_series_uid_go_by_their_own_uids_and_patients(tmp_path: Path) -> None:
