@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from gpuprep import __version__
 from gpuprep.cli import app
 from gpuprep.output import open_output
-from gpuprep.phantom import thorax, write_series
+from gpuprep.phantom import outlines, thorax, write_series
 from gpuprep.recipe import Recipe
 
 COMMANDS = ["convert", "scan", "demo", "doctor"]
@@ -634,10 +634,12 @@ def test_a_dry_run_over_earlier_outputs_touches_nothing(mixed: Path, out: Path) 
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's cohort in smaller matrices and volumes, so that it is a matter of a second."""
 
-    def smaller(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], seed: int = 0) -> Any:
-        return thorax((max(24, shape[0] // 4), 16, 18), spacing_mm, seed)  # slices 8 to 13 of 24 are taken away
+    def smaller(make: Any) -> Any:
+        # Slices 8 to 13 of 24 are taken away.
+        return lambda shape, *others, **named: make((max(24, shape[0] // 4), 16, 18), *others, **named)
 
-    monkeypatch.setattr("gpuprep.demo.thorax", smaller)
+    monkeypatch.setattr("gpuprep.demo.thorax", smaller(thorax))
+    monkeypatch.setattr("gpuprep.demo.outlines", smaller(outlines))
     monkeypatch.setattr("gpuprep.demo.Recipe", lambda: Recipe(size=(8, 8)))
 
 
