@@ -500,8 +500,8 @@ def _facts(ds: _Frame, origin: _Origin, frame: int, frames: int) -> Image:
         bits_stored=_binary(ds, "BitsStored"),
         high_bit=_binary(ds, "HighBit"),
         signed=signed,
-        padding=_pixel_value(_binary(ds, "PixelPaddingValue"), bits, signed),
-        padding_limit=_pixel_value(_binary(ds, "PixelPaddingRangeLimit"), bits, signed),
+        padding=pixel_value(_binary(ds, "PixelPaddingValue"), bits, signed),
+        padding_limit=pixel_value(_binary(ds, "PixelPaddingRangeLimit"), bits, signed),
         transfer_syntax=origin.syntax,
         pixel_offset=offset,
         pixel_bytes=length,
@@ -714,7 +714,7 @@ def _binary(ds: _Frame, keyword: str) -> int | None:
     return int.from_bytes(value[-2:], "big")
 
 
-def _pixel_value(value: int | None, bits: int | None, signed: bool | None) -> int | None:
+def pixel_value(value: int | None, bits: int | None, signed: bool | None) -> int | None:
     """Return a padding value with the sign of the pixels, whatever VR it was written with: 63536 may mean −2000."""
     if value is None or bits not in (8, 16):
         return None

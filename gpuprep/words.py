@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, IntensityError
-from gpuprep.headers import HEADER_BYTES
+from gpuprep.headers import HEADER_BYTES, pixel_value
 from gpuprep.padding import circle
 from gpuprep.rules import Irregularity, Policy, SeriesWarning
 from gpuprep.series import SliceHeader
@@ -266,10 +266,10 @@ class Meaning:
         if not changes:
             return header
         if "signed" in changes:
-            bits = header.bits_allocated or 16
+            bits, signed = header.bits_allocated or 16, changes["signed"]
             changes = changes | {
-                name: None if value is None else value % 2**bits if not changes["signed"] else _resigned(value, bits)
-                for name, value in (("padding", header.padding), ("padding_limit", header.padding_limit))
+                "padding": pixel_value(header.padding, bits, signed),
+                "padding_limit": pixel_value(header.padding_limit, bits, signed),
             }
         return header._replace(**changes)
 
@@ -471,11 +471,6 @@ def _signs(said: Claim, found: Readings) -> str:
     names = ("signed", "unsigned") if said.signed else ("unsigned", "signed")
     by = f"and {names[1]} by their JPEG 2000 streams" if _sign_contradicted(said) else f"and may be {names[1]} numbers"
     return f"are {names[0]} by Pixel Representation {by}: so values are {found.span(0)} or {found.span(1)}"
-
-
-def _resigned(value: int, bits: int) -> int:
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if value >> (bits - 1) else value
 
 
 def _some(group: list[SliceHeader]) -> list[SliceHeader]:
