@@ -153,6 +153,7 @@ class Cluster:
         self._client: Any | None = None
         self._keeper: subprocess.Popen[str] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._news: _News | None = None
         self._address = ""
         self._flying: dict[int, _Flight] = {}
         self._workers: dict[str, dict[str, Any]] = {}
@@ -182,13 +183,15 @@ class Cluster:
                 "too long: start workers without --no-nanny, or set no limit of time"
             )
         self._flying = {}
+        self._close_news()
         with _understood(self._address):
-            news = _News(client, self._flying)
+            self._news = _News(client, self._flying)
         try:
             # Whoever takes the outcomes may take time, and may not come back for the next: no error of his is ours.
-            yield from self._outcomes(client, news, function, iter(tasks), limit_s, stopped)
+            yield from self._outcomes(client, self._news, function, iter(tasks), limit_s, stopped)
         finally:
-            news.close()
+            if not self._flying:  # else `stop` has to know what of it began after all
+                self._close_news()
 
     def stop(self) -> None:
         client, self._client = self._client, None
@@ -202,6 +205,7 @@ class Cluster:
                     for flight in flying:
                         if flight.begun_s is not None:
                             self._end_worker(client, flight.worker, flight.pid)
+            self._close_news()
             with contextlib.suppress(*_LOST):
                 client.close(timeout=2)
         if self._keeper is not None:
@@ -210,6 +214,11 @@ class Cluster:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+    def _close_news(self) -> None:
+        news, self._news = self._news, None
+        if news is not None:
+            news.close()
 
     def _outcomes(
         self,

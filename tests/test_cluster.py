@@ -354,7 +354,7 @@ def test_a_cluster_that_is_not_ours_lives_on_and_its_workers_are_freed(
     (tmp_path / "scheduler.json").write_text(f'{{"address": "{address}"}}')
     first = Cluster(str(tmp_path / "scheduler.json"))
     short = partial(abs, -3)
-    assert next(begun(first, [short, partial(sleep_in, str(tmp_path))])) == (short, 3)
+    assert next(begun(first, [short, partial(sleep_in, str(tmp_path))])) == (short, 3)  # and the run is left
     wait_until((tmp_path / "pid").exists)
     first.stop()
     wait_until(lambda: not is_running(int((tmp_path / "pid").read_text())))
