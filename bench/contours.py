@@ -1,7 +1,8 @@
 """Outlines to pixels against what people use: ``python -m bench.contours [--out bench/results/contours-….json]``.
 
 A structure set of 300 slices of 512 × 512 with 200 outlines of 60 points each in every slice, half of them discs with a
-hole in each, all of one region. No two discs overlap: there the programs mean the same pixels. Timed is the way from points in memory, in patient coordinates, to one mask volume:
+hole in each, all of one region. No two discs overlap: there the programs mean the same pixels. Timed is the way from
+points in memory, in patient coordinates, to one mask volume:
 
 * gpuprep: `place`, then `Placed.paint` of every slice;
 * dcmrtstruct2nii: its ``DcmPatientCoords2Mask.convert``;

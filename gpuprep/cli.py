@@ -183,7 +183,7 @@ def convert(
         int | None, typer.Option(min=1, help="Convert at most so many series now.", rich_help_panel=RUN)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would happen, and write nothing.", rich_help_panel=RUN)
+        bool, typer.Option("--dry-run", help="Show what would happen, and write nothing to OUT.", rich_help_panel=RUN)
     ] = False,
     no_room_check: NoRoomCheck = False,
     index: Index = None,

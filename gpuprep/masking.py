@@ -114,7 +114,7 @@ def read_placed(
             if placed
             else "nothing is drawn on it"
         )
-        masked.notes.append(f"{what}: masks are empty")
+        masked.notes.append(f"{what}: no masks are written")
     return wanted, masked
 
 

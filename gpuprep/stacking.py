@@ -14,6 +14,7 @@ from gpuprep.errors import GeometryError, InputError, MissingTagError
 from gpuprep.geometry import Geometry, Placement, directions, facing
 from gpuprep.rules import Irregularity, Rules
 from gpuprep.series import Series, SliceHeader
+from gpuprep.text import numbered
 
 PLACE_TOLERANCE = 0.1
 """A slice may lie this share of the spacing away from its place in the regular grid."""
@@ -280,7 +281,7 @@ def _without_doubles(
     found.append(
         Irregularity(
             "duplicate",
-            f"{len(doubles)} images repeat another one: {names([slices[b] for _, b in doubles])}",
+            f"{numbered(len(doubles), 'repeated image')}: {names([slices[b] for _, b in doubles])}",
             "dropped, if their pixels are equal",
         )
     )

@@ -196,7 +196,7 @@ def test_a_header_beside_a_pinnacle_plan_is_part_of_it(tmp_path: Path, ct: Ct) -
 
 def test_a_roi_that_matches_no_structure_is_reported(tmp_path: Path, ct: Ct) -> None:
     run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct), replace(RAW, masks=Masks(roi="^lung$")))
-    words = "none of the 2 structures drawn on it has a name that --roi matches: masks are empty"
+    words = "none of the 2 structures drawn on it has a name that --roi matches: no masks are written"
     assert words in run.results[0].warnings
 
 

@@ -348,7 +348,7 @@ class TestNothingIsNoBackground:
         path = write_rtstruct(tmp_path / "rs.dcm", {"a": []}, series_uid=ct.uid, frame_uid=ct.frame_uid)
         result = self.convert(tmp_path, path)
         assert (result.status, result.labels) == ("ok", ())
-        assert "nothing is drawn on it: masks are empty" in " ".join(result.warnings)
+        assert "nothing is drawn on it: no masks are written" in " ".join(result.warnings)
 
     def test_what_resampling_loses_altogether_rejects_the_series(self, tmp_path: Path) -> None:
         ct = Ct(tmp_path / "dicom" / "p")

@@ -293,7 +293,7 @@ def doubled(folder: Path, change: Change | None = None) -> Series:
 def test_an_image_given_twice_is_dropped_and_named(tmp_path: Path) -> None:
     # Trap 6.
     found = doubled(tmp_path)
-    with pytest.raises(GeometryError, match=r"1 images repeat another one: S1-000[13]\.dcm") as caught:
+    with pytest.raises(GeometryError, match=r"1 repeated image: S1-000[13]\.dcm") as caught:
         stack(found, STRICT)
     assert caught.value.code == "duplicate"
     stacked = stack(found)
