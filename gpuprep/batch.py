@@ -28,6 +28,7 @@ from gpuprep.executors import (
     WorkerDiedError,
     answers,
 )
+from gpuprep.files.filesystem import given, resolved
 from gpuprep.forecast import Experience, Forecast, experience
 from gpuprep.headers import Contents
 from gpuprep.interruption import Stop
@@ -50,7 +51,6 @@ from gpuprep.naming import Pseudonyms, crosswalk_row, planned_row
 from gpuprep.nnunet import Layout, arrange, check
 from gpuprep.outlook import DONE, Outlook, outlooks
 from gpuprep.output import Output
-from gpuprep.places import given, resolved
 from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener, Results, Run, Tally
 from gpuprep.series import FOLDER_UID, Series

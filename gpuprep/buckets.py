@@ -34,8 +34,9 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from gpuprep import output, places
+from gpuprep import output
 from gpuprep.errors import OutputError, RequestError
+from gpuprep.files import filesystem
 from gpuprep.layout import WORKSHOP
 from gpuprep.manifest import manifest_path, now, this_host
 from gpuprep.output import (
@@ -87,7 +88,7 @@ class Bucket(Output):
         object is there whole or not at all.
         """
         try:
-            text = places.read_bytes(f"{self.url}/{folder}/{SIDECAR}")
+            text = filesystem.read_bytes(f"{self.url}/{folder}/{SIDECAR}")
             sidecar = json.loads(text)
             listed = {name: file["bytes"] for name, file in sidecar["outputs"].items()} | {SIDECAR: len(text)}
             there = self.sizes(folder)
@@ -100,7 +101,7 @@ class Bucket(Output):
     def torn(self, folder: str, sha256: str) -> list[str]:
         place = f"{self.url}/{folder}"
         try:
-            text = places.read_bytes(f"{place}/{SIDECAR}")
+            text = filesystem.read_bytes(f"{place}/{SIDECAR}")
             listed: dict[str, Any] = json.loads(text)["outputs"]
             if sha256 and hashlib.sha256(text).hexdigest() != sha256:
                 return [SIDECAR]
@@ -122,19 +123,19 @@ class Bucket(Output):
 
     def preview(self, folder: str) -> bytes | None:
         try:
-            return places.read_bytes(f"{self.url}/{inside(folder)}/{PREVIEW}")
+            return filesystem.read_bytes(f"{self.url}/{inside(folder)}/{PREVIEW}")
         except (OSError, OutputError):
             return None
 
     def retire(self, folder: str, key: str) -> None:
         there = self.sizes(inside(folder))
         place = f"{self.url}/{folder}"
-        if SIDECAR in there and json.loads(places.read_bytes(f"{place}/{SIDECAR}")).get("key") == key:
-            places.remove(f"{place}/{SIDECAR}")  # first, so that what is left does not look complete
-            _each(places.remove, (f"{place}/{name}" for name in there if is_own(name)))
+        if SIDECAR in there and json.loads(filesystem.read_bytes(f"{place}/{SIDECAR}")).get("key") == key:
+            filesystem.remove(f"{place}/{SIDECAR}")  # first, so that what is left does not look complete
+            _each(filesystem.remove, (f"{place}/{name}" for name in there if is_own(name)))
 
     def write_text(self, name: str, text: str) -> None:
-        places.write_bytes(f"{self.url}/{name}", text.encode())
+        filesystem.write_bytes(f"{self.url}/{name}", text.encode())
 
     def lasting(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -146,7 +147,7 @@ class Bucket(Output):
         """Return the size of every object in a folder, by its name from there on."""
         place = f"{self.url}/{folder}"
         try:
-            files = [file for _, files in places.walk(place) for file in files]
+            files = [file for _, files in filesystem.walk(place) for file in files]
         except FileNotFoundError:
             return {}
         return {path[len(place) + 1 :]: status.st_size for path, status in files if path != place}
@@ -172,15 +173,15 @@ class _PendingObjects(PendingFolder):
             check_replaceable(place, _former_key(place, there), key, known, _strangers(there))
         files = sorted(f.relative_to(self.path).as_posix() for f in self.path.rglob("*") if f.is_file())
         files.remove(SIDECAR)
-        places.write_bytes(f"{place}/{UNFINISHED}", json.dumps({"key": key}).encode())
+        filesystem.write_bytes(f"{place}/{UNFINISHED}", json.dumps({"key": key}).encode())
         if SIDECAR in there:
-            places.remove(f"{place}/{SIDECAR}")
-        _each(lambda name: places.upload(self.path / name, f"{place}/{name}"), files)
+            filesystem.remove(f"{place}/{SIDECAR}")
+        _each(lambda name: filesystem.upload(self.path / name, f"{place}/{name}"), files)
         gone = {name for name in there if is_own(name)} - set(files)
-        _each(places.remove, (f"{place}/{name}" for name in gone))
-        places.upload(self.path / SIDECAR, f"{place}/{SIDECAR}")
+        _each(filesystem.remove, (f"{place}/{name}" for name in gone))
+        filesystem.upload(self.path / SIDECAR, f"{place}/{SIDECAR}")
         with suppress(OSError):  # the output is there, whatever becomes of the note
-            places.remove(f"{place}/{UNFINISHED}")
+            filesystem.remove(f"{place}/{UNFINISHED}")
 
 
 def _former_key(place: str, there: dict[str, int]) -> str | None:
@@ -188,7 +189,7 @@ def _former_key(place: str, there: dict[str, int]) -> str | None:
     for name in (SIDECAR, UNFINISHED):
         if name in there:
             with suppress(ValueError, KeyError, TypeError):
-                return str(json.loads(places.read_bytes(f"{place}/{name}"))["key"])
+                return str(json.loads(filesystem.read_bytes(f"{place}/{name}"))["key"])
     return None
 
 
@@ -205,8 +206,8 @@ def _each(function: Callable[[str], None], names: Iterable[str]) -> None:
 
 def place_of(out: str | os.PathLike[str]) -> str | Path:
     """Return OUT as it is used from here on: the URL of a folder in a store, or an absolute path."""
-    out = places.given(out)
-    return out if places.is_url(out) else Path(os.path.abspath(out))
+    out = filesystem.given(out)
+    return out if filesystem.is_url(out) else Path(os.path.abspath(out))
 
 
 def output_at(out: str | os.PathLike[str]) -> Output:
@@ -245,14 +246,14 @@ def at_hand(out: str | os.PathLike[str], *names: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="gpuprep-") as folder:
         for name in _top(place):
             if name in names or (not names and _is_manifest(name)):
-                places.download(f"{place}/{name}", Path(folder, name))
+                filesystem.download(f"{place}/{name}", Path(folder, name))
         yield Path(folder)
 
 
 def _top(url: str) -> list[str]:
     """Return the names right in a folder of a store, which need not be there yet."""
     try:
-        return places.listed(url)
+        return filesystem.listed(url)
     except FileNotFoundError:
         return []
 
@@ -304,9 +305,9 @@ class _Keeper:
         self._kept: object = None
         for name in _top(bucket.url):
             if name in ("recipe.toml", self._manifest.name, manifest_path(bucket.root).name):
-                places.download(f"{bucket.url}/{name}", bucket.root / name)
+                filesystem.download(f"{bucket.url}/{name}", bucket.root / name)
             elif _is_manifest(name) and shard == WHOLE:
-                places.download(f"{bucket.url}/{name}", bucket.root / name)
+                filesystem.download(f"{bucket.url}/{name}", bucket.root / name)
                 self._merging.append(name)
             elif _is_manifest(name):
                 (bucket.root / name).touch()  # that there is such a shard is all that another one looks at
@@ -325,7 +326,7 @@ class _Keeper:
             self._put_back()
             table = self._manifest.with_suffix(".csv")
             if table.is_file():
-                places.upload(table, f"{self._url}/{table.name}")
+                filesystem.upload(table, f"{self._url}/{table.name}")
 
     def _go_on(self, ended: Event) -> None:
         pause_s = KEEPING_S / 10  # at first, so that those who ask soon find one
@@ -349,11 +350,11 @@ class _Keeper:
         with closing(sqlite3.connect(self._manifest)) as one, closing(sqlite3.connect(copy)) as other:
             one.backup(other)
             other.execute("PRAGMA journal_mode = DELETE")
-        places.upload(copy, f"{self._url}/{copy.name}")
+        filesystem.upload(copy, f"{self._url}/{copy.name}")
         self._kept = changed
         for name in [name for name in self._merging if not (self._root / name).exists()]:
-            places.remove(f"{self._url}/{name}")
-            places.remove(f"{self._url}/{Path(name).with_suffix('.csv')}")
+            filesystem.remove(f"{self._url}/{name}")
+            filesystem.remove(f"{self._url}/{Path(name).with_suffix('.csv')}")
             self._merging.remove(name)
 
 
@@ -390,7 +391,7 @@ class _Lock:
         if _alive(former):  # not left to the condition, which some stores pass over
             raise RequestError(self._taken(self.url, former))
         if former is not None:
-            places.remove(self.url)
+            filesystem.remove(self.url)
         with suppress(OSError):
             self._write(new=True)
         there = _note(self.url)
@@ -423,10 +424,10 @@ class _Lock:
         """Let others in."""
         with suppress(OSError):
             if self._is_ours(_note(self.url)):
-                places.remove(self.url)
+                filesystem.remove(self.url)
 
     def _write(self, *, new: bool = False) -> None:
-        places.write_bytes(self.url, json.dumps(self._content | {"renewed": now()}).encode(), new=new)
+        filesystem.write_bytes(self.url, json.dumps(self._content | {"renewed": now()}).encode(), new=new)
 
     def _is_ours(self, note: dict[str, Any] | None) -> bool:
         return note is not None and note.get("token") == self._content["token"]
@@ -435,7 +436,7 @@ class _Lock:
         """Return the locks that must not be held beside this one: shards go together, and nothing else does."""
         if self._shard != WHOLE:
             return [_lock_url(self._out, WHOLE)]
-        found = places.walk(f"{self._out}/{WORKSHOP}")
+        found = filesystem.walk(f"{self._out}/{WORKSHOP}")
         return [path for _, files in found for path, _ in files if path.endswith("/lock") and path != self.url]
 
     def _taken(self, url: str, note: dict[str, Any] | None) -> str:
@@ -454,7 +455,7 @@ def _lock_url(url: str, shard: Shard) -> str:
 def _note(url: str) -> dict[str, Any] | None:
     """Return what a lock says; None where there is none."""
     try:
-        note = json.loads(places.read_bytes(url))
+        note = json.loads(filesystem.read_bytes(url))
     except FileNotFoundError:
         return None
     except ValueError:

@@ -12,11 +12,11 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import overload
 
+from gpuprep.files.filesystem import given, is_requested_folder, is_url, resolved, stat, walk
 from gpuprep.headers import Contents, read_headers
 from gpuprep.index import File, HeaderIndex
 from gpuprep.layout import absolute
 from gpuprep.partition import partition
-from gpuprep.places import given, is_requested_folder, is_url, resolved, stat, walk
 from gpuprep.rules import Rules
 from gpuprep.series import Image, Series
 from gpuprep.text import printable

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gpuprep import places
 from gpuprep.codestream import frame_info
-from gpuprep.containers import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.deflation import inflated
 from gpuprep.errors import nested_too_deeply
+from gpuprep.files import filesystem
+from gpuprep.files.archives import GZIP_MEMBER, ContainerError, kind, members, safe_parts
+from gpuprep.files.bounded_reader import open_frugally
 from gpuprep.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.numbers import BINARY, binary_numbers, with_points, written_number
 from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
 from gpuprep.series import MALFORMED, Image, OtherImage, SliceHeader, packed, sop_digest
-from gpuprep.streams import open_frugally
 from gpuprep.syntaxes import (
     BIG_ENDIAN,
     BIG_WORDS,
@@ -157,7 +157,7 @@ def read_headers(files: list[str]) -> list[Contents]:
 
 def _contents(file: str) -> Contents:
     try:
-        status = places.stat(file)
+        status = filesystem.stat(file)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return Contents(passed_over={"not a regular file": 1}, lasting=False)
         with open_frugally(file, None, HEADER_BYTES) as f:

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from gpuprep.places import given, is_url, isfile, rooted
+from gpuprep.files.filesystem import given, is_url, isfile, rooted
 from gpuprep.series import Series
 
 WORKSHOP = ".gpuprep"

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from gpuprep.discovery import Cohort, OtherSeries
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
 from gpuprep.executors import Executor, WorkerDiedError, answers
+from gpuprep.files.filesystem import is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
 from gpuprep.layout import absolute
-from gpuprep.places import is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
 from gpuprep.rules import SeriesWarning
 from gpuprep.segmentation.contours import ImageFrame, Plane, Reading
 from gpuprep.segmentation.names import UID

@@ -27,9 +27,9 @@ from typing import Any, Self
 from filelock import FileLock
 
 from gpuprep.errors import OutputError, RequestError
+from gpuprep.files.filesystem import given, is_url
 from gpuprep.manifest import SeriesResult
 from gpuprep.output import flush
-from gpuprep.places import given, is_url
 from gpuprep.series import Series, SliceHeader
 
 DIGITS = 20
@@ -226,8 +226,8 @@ def _patient_id(header: SliceHeader) -> str | None:
 
     import pydicom
 
+    from gpuprep.files.bounded_reader import open_frugally
     from gpuprep.headers import HEADER_BYTES
-    from gpuprep.streams import open_frugally
 
     try:
         with warnings.catch_warnings(), closing(open_frugally(header.path, header.member, HEADER_BYTES)) as f:

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from gpuprep.errors import OutputError, RequestError
+from gpuprep.files.filesystem import opened
 from gpuprep.layout import WORKSHOP
-from gpuprep.places import opened
 from gpuprep.sharding import WHOLE, Shard
 
 SIDECAR = "volume.json"

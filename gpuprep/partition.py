@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gpuprep.acceptance import DAMAGED, listed
 from gpuprep.errors import InputError
-from gpuprep.places import common_folder
+from gpuprep.files.filesystem import common_folder
 from gpuprep.rules import Irregularity, Rules, SeriesWarning
 from gpuprep.series import FOLDER_UID, MALFORMED, Image, Series, SliceHeader, packed, unpacked
 from gpuprep.stacking import acquisition, along_normal_mm, position_tolerance_mm, same_image, stack

@@ -13,13 +13,14 @@ import pydicom
 from numpy.typing import NDArray
 
 from gpuprep import padding as padded
-from gpuprep import places
 from gpuprep.acceptance import warnings as header_warnings
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
 from gpuprep.encapsulation import Encapsulated, read_fragments
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
 from gpuprep.extremes import Extremes
+from gpuprep.files import filesystem
+from gpuprep.files.bounded_reader import open_frugally
 from gpuprep.headers import TAGS
 from gpuprep.intensity import HuStatistics
 from gpuprep.quality import Histogram, sampled
@@ -27,7 +28,6 @@ from gpuprep.recipe import Recipe
 from gpuprep.rules import Irregularity, SeriesWarning, texts
 from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import Stack, stack
-from gpuprep.streams import open_frugally
 from gpuprep.syntaxes import BIG_WORDS, DEFLATED, NATIVE
 from gpuprep.volume import StoredVolume
 from gpuprep.words import Meaning, is_coded, whole
@@ -266,7 +266,7 @@ class Content:
     def read(self, header: SliceHeader, out: NDArray[Any]) -> bool:
         """Fill `out` with the stored values of an image; return whether its words hold more, above the bits stored."""
         try:
-            if places.stat(header.path).st_mtime_ns != header.mtime_ns:
+            if filesystem.stat(header.path).st_mtime_ns != header.mtime_ns:
                 raise DecodeError(f"{header.name} changed since the scan: run the same command again", "changed")
             if header.pixel_offset is not None:
                 return self._read_plain(header, header.pixel_offset, out)
@@ -290,8 +290,8 @@ class Content:
         values = out if direct else np.empty(out.shape, dtype=dtype)
         view = memoryview(values.data).cast("B")
         if header.member is None and header.transfer_syntax != DEFLATED:
-            if places.is_url(header.path):
-                data = places.fetched(header.path, offset, offset + len(view))
+            if filesystem.is_url(header.path):
+                data = filesystem.fetched(header.path, offset, offset + len(view))
                 done = len(data)
                 view[:done] = data
             else:

@@ -14,12 +14,12 @@ from typing import Any, Literal
 from gpuprep.buckets import UNFINISHED, Bucket, at_hand, is_open, output_at, place_of
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import Executor, WorkerDiedError
+from gpuprep.files.filesystem import walk
 from gpuprep.layout import RESERVED, WORKSHOP, folders_above
 from gpuprep.manifest import Manifest, RunRecord, SeriesResult, State, manifest_path, shards_of
 from gpuprep.nnunet import made
 from gpuprep.outlook import DONE
 from gpuprep.output import SIDECAR, Output, is_own
-from gpuprep.places import walk
 from gpuprep.sharding import WHOLE, Shard
 from gpuprep.text import printable
 

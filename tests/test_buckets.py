@@ -21,12 +21,13 @@ from test_urls import SMALL, SPACING_MM, put
 from typer.testing import CliRunner
 
 import gpuprep
-from gpuprep import Recipe, buckets, places
+from gpuprep import Recipe, buckets
 from gpuprep.batch import scan
 from gpuprep.buckets import Bucket, open_bucket
 from gpuprep.cli import app
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import Here
+from gpuprep.files import filesystem
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.phantom import write_series
 from gpuprep.runs import Listener
@@ -49,13 +50,13 @@ def dicom(tmp_path: Path, noise: Callable[..., NDArray[np.int16]]) -> Path:
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The URLs that files are uploaded to by this process."""
     urls: list[str] = []
-    upload = places.upload
+    upload = filesystem.upload
 
     def counted(file: str | Path, url: str) -> None:
         urls.append(url)
         upload(file, url)
 
-    monkeypatch.setattr(places, "upload", counted)
+    monkeypatch.setattr(filesystem, "upload", counted)
     return urls
 
 
@@ -301,13 +302,13 @@ def test_a_store_without_conditions(memory: Any, monkeypatch: pytest.MonkeyPatch
     with open_bucket(OUT), pytest.raises(RequestError, match="another gpuprep is writing"):
         open_bucket(OUT).__enter__()
     # Two that have both seen none: the one that wrote last has it.
-    note = places.read_bytes
+    note = filesystem.read_bytes
 
     def beaten(url: str) -> bytes:
         content = json.loads(note(url))
         return json.dumps(content | {"token": "other"}).encode()
 
-    monkeypatch.setattr(places, "read_bytes", beaten)
+    monkeypatch.setattr(filesystem, "read_bytes", beaten)
     with pytest.raises(RequestError, match="another gpuprep is writing"):
         open_bucket(OUT).__enter__()
 
@@ -463,7 +464,7 @@ def test_locks_and_refusals_on_s3(dicom: Path, s3: Any, monkeypatch: pytest.Monk
             open_bucket("s3://bucket/locked").__enter__()
         # Even without a look before: the store itself refuses a second one.
         with pytest.raises(OSError, match="condition"):
-            places.write_bytes("s3://bucket/locked/.gpuprep/lock", b"", new=True)
+            filesystem.write_bytes("s3://bucket/locked/.gpuprep/lock", b"", new=True)
     with open_bucket("s3://bucket/locked"):
         pass
     with pytest.raises(RequestError, match=r"^cannot write into s3://no-such/x: there is no such bucket$"):

@@ -23,8 +23,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuprep import containers
-from gpuprep.containers import GZIP_MEMBER, ContainerError, Member, kind, members, open_member, safe_parts
+from gpuprep.files import archives
+from gpuprep.files.archives import GZIP_MEMBER, ContainerError, Member, kind, members, open_member, safe_parts
 from gpuprep.phantom import write_series
 
 METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
@@ -35,7 +35,7 @@ MB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _empty_cache() -> None:
-    containers._parsed.cache_clear()
+    archives._parsed.cache_clear()
 
 
 def archive(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> str:
@@ -84,18 +84,18 @@ def watched(act: Callable[[], object]) -> int:
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """A list that grows by one for each chunk that is unpacked."""
     seen: list[bool] = []
-    real = containers._Stream._advance
+    real = archives._Stream._advance
 
     def counting(stream: Any) -> bool:
         seen.append(real(stream))
         return seen[-1]
 
-    monkeypatch.setattr(containers._Stream, "_advance", counting)
+    monkeypatch.setattr(archives._Stream, "_advance", counting)
     return seen
 
 
 def parses() -> int:
-    return containers._parsed.cache_info().misses
+    return archives._parsed.cache_info().misses
 
 
 # What is sound
@@ -263,7 +263,7 @@ def test_only_what_is_read_is_unpacked(tmp_path: Path, chunks: list[bool], metho
         while len(piece := f.read(1000)) == 1000:
             f.seek(-20, os.SEEK_CUR)
         assert piece == data[-len(piece) :]
-    assert len(chunks) < 4 * MB // containers.CHUNK_BYTES + 10  # small steps back do not begin again
+    assert len(chunks) < 4 * MB // archives.CHUNK_BYTES + 10  # small steps back do not begin again
 
 
 def test_memory_does_not_grow_with_the_member(tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_failures_of_the_disk_keep_their_number(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.EIO, "Input/output error")
 
     with open_member(path, "x") as f:
-        monkeypatch.setattr(containers._ArchiveFile, "read", broken)
+        monkeypatch.setattr(archives._ArchiveFile, "read", broken)
         with pytest.raises(OSError, match="Input") as info:
             f.read()
     assert info.value.errno == errno.EIO
@@ -442,7 +442,7 @@ def zip_of(path: Path, packed: bytes, size: int) -> str:
 
 
 def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "RATIO_FREE_BYTES", 10 * MB)
+    monkeypatch.setattr(archives, "RATIO_FREE_BYTES", 10 * MB)
     bomb = zeros(50)
     assert len(bomb) < 100_000
     honest = zip_of(tmp_path / "honest.zip", bomb, 50 * MB)
@@ -466,9 +466,9 @@ def test_largest_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path = archive(tmp_path / "a.zip", {"x": NOISE})
     packed = tmp_path / "a.gz"
     packed.write_bytes(gzip.compress(NOISE))
-    monkeypatch.setattr(containers, "LARGEST_MEMBER_BYTES", len(NOISE))
+    monkeypatch.setattr(archives, "LARGEST_MEMBER_BYTES", len(NOISE))
     assert content(path, "x") == content(str(packed), GZIP_MEMBER) == NOISE
-    monkeypatch.setattr(containers, "LARGEST_MEMBER_BYTES", len(NOISE) - 1)
+    monkeypatch.setattr(archives, "LARGEST_MEMBER_BYTES", len(NOISE) - 1)
     refused(path, "x", "announces 300000 bytes, more than the limit of 299999")
     refused(str(packed), GZIP_MEMBER, "more than 299999")
 
@@ -497,7 +497,7 @@ def test_huge_directories_are_not_loaded(tmp_path: Path, wide: bool) -> None:
 
 def test_most_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = archive(tmp_path / "a.zip", {f"{n}": b"" for n in range(20)})
-    monkeypatch.setattr(containers, "MOST_MEMBERS", 19)
+    monkeypatch.setattr(archives, "MOST_MEMBERS", 19)
     for claim in (20, 1):
         patched(path, (-14, struct.pack("<2H", claim, claim)))
         with pytest.raises(ContainerError, match="more members than the limit of 19"):
@@ -568,7 +568,7 @@ def test_streams_outlive_the_cache_and_then_nothing_stays_open(tmp_path: Path) -
                 open_member(path, "absent")
             content(path, "x")
         assert held.read(10) == MIXED[:10]
-        containers._parsed.cache_clear()
+        archives._parsed.cache_clear()
         assert held.read() == MIXED[10:]
     Path(paths[0]).write_bytes(b"PK")
     with pytest.raises(ContainerError):

@@ -21,10 +21,11 @@ from test_sources import wrapped
 from typer.testing import CliRunner
 
 import gpuprep
-from gpuprep import Recipe, places
+from gpuprep import Recipe
 from gpuprep.batch import scan
 from gpuprep.cli import app
 from gpuprep.errors import DecodeError, RequestError
+from gpuprep.files import filesystem
 from gpuprep.phantom import write_series
 from gpuprep.runs import Listener
 from gpuprep.segmentation import pinnacle
@@ -82,7 +83,7 @@ def outputs(out: Path) -> dict[str, bytes]:
     ],
 )
 def test_urls_are_told_from_paths(path: str | Path, url: bool, used: str) -> None:
-    assert (places.is_url(str(path)), places.given(path)) == (url, used)
+    assert (filesystem.is_url(str(path)), filesystem.given(path)) == (url, used)
 
 
 @pytest.mark.parametrize("url", ["s3://key:hush@bucket/a", "https://host/a?Signature=hush", "file://host/a"])
@@ -105,7 +106,7 @@ def test_urls_that_cannot_be_used_are_refused(url: str) -> None:
     ],
 )
 def test_common_folders(folders: list[str], common: str) -> None:
-    assert places.common_folder(folders) == common
+    assert filesystem.common_folder(folders) == common
 
 
 def test_without_urls_fsspec_is_not_imported(plain: list[Path]) -> None:
@@ -188,7 +189,7 @@ def test_every_wrapping_is_read(
 ) -> None:
     if large:  # no object comes whole, nor any header at once
         for name, size in {"WHOLE_BYTES": 300, "HEAD_BYTES": 200, "BLOCK_BYTES": 700}.items():
-            monkeypatch.setattr(places, name, size)
+            monkeypatch.setattr(filesystem, name, size)
     given = wrapped(plain, tmp_path / "wrapped", how)
     put(tmp_path / "wrapped", "memory://wrapped")
     (series,) = gpuprep.discover(f"memory://{given.relative_to(tmp_path)}")
@@ -200,15 +201,15 @@ def test_every_wrapping_is_read(
 def test_odd_seeks(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe_file("/a", bytes(range(100)))
     memory.pipe_file("/empty", b"")
-    monkeypatch.setattr(places, "HEAD_BYTES", 10)
-    with places.opened("memory://a", head=True) as f:
+    monkeypatch.setattr(filesystem, "HEAD_BYTES", 10)
+    with filesystem.opened("memory://a", head=True) as f:
         assert (f.read(3), f.read(20), f.read(4)) == (bytes(range(3)), bytes(range(3, 10)), bytes(range(10, 14)))
         assert (f.seek(-2, 2), f.read(9), f.read(9), f.seek(200), f.read(1)) == (98, b"bc", b"", 200, b"")
         with pytest.raises(ValueError, match="negative"):
             f.seek(-1)
     with pytest.raises(ValueError, match="closed"):
         f.seek(0)
-    with places.opened("memory://empty") as f:
+    with filesystem.opened("memory://empty") as f:
         assert (f.seek(0, 2), f.read()) == (0, b"")
 
 
@@ -232,13 +233,13 @@ def test_an_unchanged_tree_is_scanned_again_without_opening_a_file(
     put(tmp_path / "b.zip", "memory://p/b.zip")
     memory.pipe_file("/p/notes.txt", b"not DICOM")
     opened: list[str] = []
-    whole = places.fetched
+    whole = filesystem.fetched
 
     def fetched(url: str, start: int, stop: int) -> bytes:
         opened.append(url)
         return whole(url, start, stop)
 
-    monkeypatch.setattr(places, "fetched", fetched)
+    monkeypatch.setattr(filesystem, "fetched", fetched)
     index = tmp_path / "headers.sqlite"
     first = gpuprep.discover("memory://p", index=index)
     assert len(set(opened)) == 9
@@ -252,7 +253,7 @@ def test_an_unchanged_tree_is_scanned_again_without_opening_a_file(
 
 def test_an_etag_is_part_of_the_time_of_change() -> None:
     def changed(etag: str, second: float, **more: Any) -> int:
-        return places._changed_ns({"type": "file", "LastModified": second, "ETag": etag, **more})
+        return filesystem._changed_ns({"type": "file", "LastModified": second, "ETag": etag, **more})
 
     # A listing has the time to the millisecond, the object itself to the second; some leave the quotes away.
     assert changed('"one"', 1_700_000_000.123) == changed("one", 1_700_000_000)

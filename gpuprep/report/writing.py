@@ -19,9 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from gpuprep import __version__, places
+from gpuprep import __version__
 from gpuprep.buckets import output_at, place_of
 from gpuprep.errors import OutputError, RequestError
+from gpuprep.files import filesystem
 from gpuprep.layout import REPORT
 from gpuprep.manifest import SeriesResult, now
 from gpuprep.output import Output, flush
@@ -71,7 +72,7 @@ def write_report(out: str | Path, to: Path | None = None) -> str:
             return str(to)
         with tempfile.TemporaryDirectory(prefix="gpuprep-") as scratch:
             _write(out, Path(scratch, REPORT))
-            places.upload(Path(scratch, REPORT), f"{place}/{REPORT}")
+            filesystem.upload(Path(scratch, REPORT), f"{place}/{REPORT}")
         return f"{place}/{REPORT}"
     except OSError as exc:
         raise OutputError(f"cannot write the report of {out}: {exc}") from exc

@@ -13,12 +13,12 @@ import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from gpuprep import places
 from gpuprep.deflation import inflated
 from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
+from gpuprep.files import filesystem
+from gpuprep.files.bounded_reader import FrugalReader
 from gpuprep.segmentation import attributes, rtstruct, seg
 from gpuprep.segmentation.contours import Reading, References, Segmentation
-from gpuprep.streams import FrugalReader
 from gpuprep.text import printable
 
 if TYPE_CHECKING:
@@ -99,9 +99,9 @@ def _references(ds: pydicom.Dataset | None, path: str) -> References:
 
 def _file(path: str, until: int | None = None) -> pydicom.Dataset:
     """Return the elements of a file, or those up to a tag."""
-    if not stat.S_ISREG(places.stat(path).st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(filesystem.stat(path).st_mode):  # opening a pipe would wait for ever
         raise SegmentationError("not a regular file")
-    with FrugalReader(places.opened(path), most_reads=MOST_READS) as file:
+    with FrugalReader(filesystem.opened(path), most_reads=MOST_READS) as file:
         return _opened(file, until)
 
 

@@ -8,9 +8,9 @@ import re
 import stat
 from collections.abc import Iterable
 
-from gpuprep import places
-from gpuprep.containers import kind
 from gpuprep.errors import NotASegmentationError, SegmentationError
+from gpuprep.files import filesystem
+from gpuprep.files.archives import kind
 from gpuprep.segmentation import tables
 from gpuprep.segmentation.contours import Plane, Reading, Segmentation
 from gpuprep.segmentation.names import path_names
@@ -77,7 +77,7 @@ def read_segmentation(
     >>> [(s.name, len(s.contours)) for s in found.structures]
     [('heart', 1)]
     """
-    path = places.given(path)
+    path = filesystem.given(path)
     reading = reading or Reading()
     data = _content(path)
     if data[128:132] == b"DICM" or _BARE_DICOM.match(data):
@@ -106,12 +106,12 @@ def names_by_path(files: Iterable[tuple[str, str]]) -> set[str]:
 
 def _content(path: str) -> bytes:
     try:
-        status = places.stat(path)
+        status = filesystem.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             raise SegmentationError("is not a regular file")
         if status.st_size > LARGEST_BYTES:
             raise SegmentationError(f"has {status.st_size / 2**30:.1f} GiB: no segmentation is that large")
-        with io.BufferedReader(places.opened(path)) as f:
+        with io.BufferedReader(filesystem.opened(path)) as f:
             return f.read(LARGEST_BYTES + 1)
     except (OSError, ValueError) as exc:  # a name with a NUL
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)

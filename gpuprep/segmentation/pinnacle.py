@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep import places
 from gpuprep.errors import SegmentationError
+from gpuprep.files import filesystem
 from gpuprep.segmentation.contours import Contour, Segmentation, Structure
 from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
 from gpuprep.text import quoted
@@ -198,16 +198,16 @@ def _agree(announced: tuple[int, int] | None, found: int, what: str) -> None:
 
 def _header(path: str) -> tuple[dict[str, str], list[str], tuple[str, ...]]:
     """Return what the header of the image set says, notes on why it was not read, and its path."""
-    folder = os.path.dirname(path if places.is_url(path) else os.path.abspath(path))
+    folder = os.path.dirname(path if filesystem.is_url(path) else os.path.abspath(path))
     around = [folder, os.path.dirname(folder)] if os.path.basename(folder).startswith("Plan_") else [folder]
     for place in around:
         try:
-            names = [name for name in places.listed(place) if _HEADER_NAME.fullmatch(name)]
-            found = [file for name in names if places.isfile(file := os.path.join(place, name))]
+            names = [name for name in filesystem.listed(place) if _HEADER_NAME.fullmatch(name)]
+            found = [file for name in names if filesystem.isfile(file := os.path.join(place, name))]
             if len(found) > 1:
                 return {}, ["there are several ImageSet_….header; leave beside plan.roi the one it was drawn on"], ()
             if found:
-                with io.BufferedReader(places.opened(found[0])) as f:
+                with io.BufferedReader(filesystem.opened(found[0])) as f:
                     return _keys(f.read(_HEADER_BYTES).decode("utf-8", "replace")), [], (found[0],)
         except OSError as exc:
             return {}, [f"the header of the image set cannot be read ({exc.strerror})"], ()

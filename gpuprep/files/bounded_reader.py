@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import BinaryIO, cast
 
-from gpuprep.containers import open_member
-from gpuprep.places import opened
+from gpuprep.files.archives import open_member
+from gpuprep.files.filesystem import opened
 
 LARGE_BYTES = 2**20
 """More is read piece by piece: memory is taken for what is there, not for what a damaged length announces."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, BinaryIO, Literal
 
-from gpuprep import places
+from gpuprep.files import filesystem
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -103,7 +103,7 @@ def members(path: str) -> Iterator[Member]:
         If the archive is damaged or beyond the limits of this module.
     """
     if _is_gzip(path):
-        yield Member(GZIP_MEMBER, places.stat(path).st_size)
+        yield Member(GZIP_MEMBER, filesystem.stat(path).st_size)
         return
     archive = _archive(path)
     for info in archive.infolist():
@@ -137,7 +137,7 @@ def open_member(path: str, member: str) -> BinaryIO:
         than announced, or beyond the limits of this module.
     """
     if member == GZIP_MEMBER:
-        packed = places.opened(path)
+        packed = filesystem.opened(path)
         if kind(packed.read(4) or b"") != "gzip":
             packed.close()
             raise ContainerError("not a gzip'd file")
@@ -170,7 +170,7 @@ def _one_line() -> Iterator[None]:
 
 
 def _is_gzip(path: str) -> bool:
-    with places.opened(path, head=True) as file:
+    with filesystem.opened(path, head=True) as file:
         return kind(file.read(4) or b"") == "gzip"
 
 
@@ -197,7 +197,7 @@ class _ArchiveFile(io.BufferedReader):
 
 
 def _archive(path: str) -> zipfile.ZipFile:
-    status = places.stat(path)
+    status = filesystem.stat(path)
     # Processes must not share a file, for each would move the other's position; threads may, zipfile has a lock.
     return _parsed(path, status.st_ino, status.st_size, status.st_mtime_ns, os.getpid())
 
@@ -205,7 +205,7 @@ def _archive(path: str) -> zipfile.ZipFile:
 @lru_cache(CACHED_ARCHIVES)
 def _parsed(path: str, *_: int) -> zipfile.ZipFile:
     """Open an archive, once for all of its members. It is closed when neither the cache nor a stream refers to it."""
-    file = _ArchiveFile(places.opened(path))
+    file = _ArchiveFile(filesystem.opened(path))
     try:
         with _one_line():
             return zipfile.ZipFile(file)

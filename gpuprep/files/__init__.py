@@ -1,0 +1,1 @@
+"""Bytes, wherever they lie: on disk, in an archive, at a URL."""
