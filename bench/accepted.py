@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 import gpuprep
 from gpuprep import Masks, Recipe, Volume
+from gpuprep.core.recipe import Compression, Format
 from gpuprep.phantom import outlines, thorax, write_series
-from gpuprep.recipe import Compression, Format
 from gpuprep.runs import Run
 
 SHAPE, SPACING_MM = (30, 128, 128), (5.0, 2.0, 2.0)

@@ -20,9 +20,9 @@ import psutil
 
 import gpuprep
 from bench.measure import save, tree
+from gpuprep.core.recipe import Recipe
 from gpuprep.manifest import SeriesResult
 from gpuprep.phantom import thorax, write_series
-from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener
 
 SHAPE, SPACING_MM = (40, 128, 128), (3.0, 2.7, 2.7)

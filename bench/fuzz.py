@@ -79,8 +79,8 @@ from bench.oddities import (
     values_of,
 )
 from gpuprep.batch import scan
+from gpuprep.core.recipe import Recipe
 from gpuprep.errors import GpuprepError
-from gpuprep.recipe import Recipe
 from gpuprep.runs import Run
 
 LIMIT_S = 10.0

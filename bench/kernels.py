@@ -23,16 +23,16 @@ import numpy as np
 
 from gpuprep.backend import Engine, get_backend
 from gpuprep.conversion import versions
+from gpuprep.core.geometry import Geometry
+from gpuprep.core.hounsfield import HuStatistics
+from gpuprep.core.plan import Plan, make_plan
+from gpuprep.core.recipe import Dtype, Recipe
+from gpuprep.core.volume import StoredVolume
 from gpuprep.cores import usable_cores
 from gpuprep.errors import BackendError
-from gpuprep.geometry import Geometry
-from gpuprep.intensity import HuStatistics
 from gpuprep.memory import device_bytes
 from gpuprep.phantom import thorax
-from gpuprep.plan import Plan, make_plan
 from gpuprep.processing import host_chunks
-from gpuprep.recipe import Dtype, Recipe
-from gpuprep.volume import StoredVolume
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 DTYPES: tuple[Dtype, ...] = ("float32", "uint16", "uint8")

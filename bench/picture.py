@@ -20,14 +20,14 @@ from PIL import Image, ImageDraw
 from pydicom import Dataset
 
 import gpuprep
+from gpuprep.core.geometry import Geometry
+from gpuprep.core.hounsfield import HuStatistics
+from gpuprep.core.volume import StoredVolume
 from gpuprep.demo import write_cohort, write_outlines
 from gpuprep.drawing import montage
-from gpuprep.geometry import Geometry
 from gpuprep.glance import glance
-from gpuprep.intensity import HuStatistics
 from gpuprep.phantom import outlines, thorax, write_series
 from gpuprep.report.writing import write_report
-from gpuprep.volume import StoredVolume
 
 SHAPE, SPACING_MM = (70, 512, 512), (4.5, 0.6816, 0.6816)
 PANEL = 330

@@ -28,12 +28,12 @@ from bench.measure import save
 from gpuprep.auditing import audit
 from gpuprep.batch import convert
 from gpuprep.conversion import Task
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import Series, SliceHeader
 from gpuprep.cores import usable_cores
 from gpuprep.discovery import Cohort
 from gpuprep.manifest import SeriesResult, now
-from gpuprep.plan import make_plan
-from gpuprep.recipe import Recipe
-from gpuprep.series import Series, SliceHeader
 from gpuprep.upkeep import status
 
 

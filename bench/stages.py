@@ -22,14 +22,14 @@ import numpy as np
 from bench.measure import save
 from gpuprep import loops
 from gpuprep.backend import NumpyBackend
-from gpuprep.geometry import Geometry
-from gpuprep.intensity import HuStatistics
+from gpuprep.core.geometry import Geometry
+from gpuprep.core.hounsfield import HuStatistics
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.volume import StoredVolume
 from gpuprep.padding import summary
 from gpuprep.phantom import thorax
-from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
-from gpuprep.recipe import Recipe
-from gpuprep.volume import StoredVolume
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 ROUNDS = 9

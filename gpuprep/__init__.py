@@ -22,37 +22,37 @@ if TYPE_CHECKING:
     from gpuprep.auditing import Audit as Audit
     from gpuprep.auditing import audit as audit
     from gpuprep.batch import convert as convert
+    from gpuprep.core.geometry import Geometry as Geometry
+    from gpuprep.core.mask_options import Masks as Masks
+    from gpuprep.core.recipe import Recipe as Recipe
+    from gpuprep.core.series import Series as Series
+    from gpuprep.core.stacking_rules import Rules as Rules
+    from gpuprep.core.volume import StoredVolume as StoredVolume
+    from gpuprep.core.volume import Volume as Volume
     from gpuprep.discovery import discover as discover
-    from gpuprep.geometry import Geometry as Geometry
     from gpuprep.loading import load as load
     from gpuprep.processing import process as process
     from gpuprep.reading import read as read
-    from gpuprep.recipe import Recipe as Recipe
-    from gpuprep.rules import Rules as Rules
     from gpuprep.segmentation.opening import read_segmentation as read_segmentation
-    from gpuprep.segmentation.wishes import Masks as Masks
-    from gpuprep.series import Series as Series
     from gpuprep.stacking import stack as stack
-    from gpuprep.volume import StoredVolume as StoredVolume
-    from gpuprep.volume import Volume as Volume
 
 _HOMES = {
     "Audit": "auditing",
     "audit": "auditing",
     "convert": "batch",
     "discover": "discovery",
-    "Geometry": "geometry",
+    "Geometry": "core.geometry",
     "load": "loading",
-    "Masks": "segmentation.wishes",
+    "Masks": "core.mask_options",
     "process": "processing",
     "read": "reading",
     "read_segmentation": "segmentation.opening",
-    "Recipe": "recipe",
-    "Rules": "rules",
-    "Series": "series",
+    "Recipe": "core.recipe",
+    "Rules": "core.stacking_rules",
+    "Series": "core.series",
     "stack": "stacking",
-    "StoredVolume": "volume",
-    "Volume": "volume",
+    "StoredVolume": "core.volume",
+    "Volume": "core.volume",
 }
 
 __all__ = ["__version__", *_HOMES]

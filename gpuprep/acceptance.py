@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gpuprep.core.series import Series, SliceHeader
+from gpuprep.core.stacking_rules import Rules, SeriesWarning
 from gpuprep.errors import DecodeError, GeometryError, IntensityError, MissingTagError
-from gpuprep.rules import Rules, SeriesWarning
-from gpuprep.series import Series, SliceHeader
 from gpuprep.syntaxes import GE_BIG_WORDS, NATIVE, PLAIN, READ, UNDEFINED_LENGTH, syntax_name
 
 STEEPEST_SLOPE = 100.0

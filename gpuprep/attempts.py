@@ -7,11 +7,11 @@ from copy import copy
 from dataclasses import replace
 
 from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
+from gpuprep.core.formatting import sized
 from gpuprep.executors import Executor, OverdueError, WorkerDiedError
 from gpuprep.interruption import Stop
 from gpuprep.manifest import SeriesResult, now
 from gpuprep.output import Output
-from gpuprep.text import sized
 
 DEATHS_ALLOWED = 2
 """Workers that a series may cost before it is set aside."""

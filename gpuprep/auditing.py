@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gpuprep.acceptance import warnings
+from gpuprep.core.series import Series
+from gpuprep.core.stacking_rules import Irregularity, Rules, SeriesWarning, codes
 from gpuprep.errors import InputError
-from gpuprep.rules import Irregularity, Rules, SeriesWarning, codes
-from gpuprep.series import Series
 from gpuprep.stacking import Measures, Stack, stack
 
 Verdict = Literal["ok", "fixed", "rejected"]

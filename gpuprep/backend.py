@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, Self, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep import intensity
+from gpuprep.core import hounsfield
 from gpuprep.errors import BackendError, RequestError
 
 log = logging.getLogger(__name__)
@@ -84,11 +84,11 @@ class Backend(Protocol):
         ...
 
     def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
-        """Return `gpuprep.intensity.to_hu`, or the same in one pass."""
+        """Return `gpuprep.core.hounsfield.to_hu`, or the same in one pass."""
         ...
 
     def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
-        """Return `gpuprep.intensity.finish`, or the same in one pass."""
+        """Return `gpuprep.core.hounsfield.finish`, or the same in one pass."""
         ...
 
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
@@ -147,7 +147,7 @@ class NumpyBackend:
 
     def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
         if self.body == "matmul" or rule != "air":
-            return intensity.to_hu(stored, slope, intercept, padding, rule)
+            return hounsfield.to_hu(stored, slope, intercept, padding, rule)
         hu = np.empty(stored.shape, dtype=np.float32)
         limits = np.iinfo(stored.dtype)
         nothing = np.array([[limits.max, limits.min]] * len(stored), dtype=stored.dtype)
@@ -155,7 +155,7 @@ class NumpyBackend:
         return hu
 
     def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
-        return intensity.finish(values, window, dtype)
+        return hounsfield.finish(values, window, dtype)
 
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
         from scipy import ndimage

@@ -20,6 +20,10 @@ from gpuprep.auditing import audit
 from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.buckets import at_hand, open_out, output_at, place_of
 from gpuprep.conversion import Task, convert_series
+from gpuprep.core.formatting import printable
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import FOLDER_UID, Series
+from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.discovery import Cohort, discover
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import (
@@ -51,11 +55,7 @@ from gpuprep.naming import Pseudonyms, crosswalk_row, planned_row
 from gpuprep.nnunet import Layout, arrange, check
 from gpuprep.outlook import DONE, Outlook, outlooks
 from gpuprep.output import Output
-from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener, Results, Run, Tally
-from gpuprep.series import FOLDER_UID, Series
-from gpuprep.sharding import WHOLE, Shard
-from gpuprep.text import printable
 from gpuprep.work import Work, doubtful_files, patients_of, placed, task_of, work_on
 
 log = logging.getLogger(__name__)

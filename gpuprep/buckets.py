@@ -35,6 +35,7 @@ from threading import Event, Thread
 from typing import Any
 
 from gpuprep import output
+from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.layout import WORKSHOP
@@ -51,7 +52,6 @@ from gpuprep.output import (
     is_own,
     open_output,
 )
-from gpuprep.sharding import WHOLE, Shard
 
 UNFINISHED = f"{SIDECAR}.part"
 """Says whose output is being uploaded; gone when it is there."""

@@ -15,6 +15,9 @@ import typer
 from typer.core import TyperCommand
 
 from gpuprep import __version__
+from gpuprep.core.formatting import printable
+from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.stacking_rules import texts
 from gpuprep.errors import GpuprepError, RecipeError, RequestError
 from gpuprep.flags import (
     MASKS,
@@ -73,16 +76,13 @@ from gpuprep.interruption import held_back
 from gpuprep.keeping import KEEPING
 from gpuprep.logs import quiet_libraries
 from gpuprep.looking import LOOKING
-from gpuprep.rules import texts
 from gpuprep.running import gpu_numbers, jobs_or_cores, run_conversion
-from gpuprep.sharding import WHOLE, Shard
 from gpuprep.shell import complain, errors_to_exit_codes, header_index, print_csv, print_json
-from gpuprep.text import printable
 
 if TYPE_CHECKING:
+    from gpuprep.core.recipe import Recipe
     from gpuprep.naming import Pseudonyms
     from gpuprep.outlook import Outlook
-    from gpuprep.recipe import Recipe
 
 # Everything else is imported where it is used: `--help` must not wait for NumPy.
 
@@ -331,8 +331,8 @@ def demo(
         with held_back():
             from gpuprep.backend import get_backend
             from gpuprep.console import Monitor, say, show_recipe, show_run
+            from gpuprep.core.recipe import Recipe
             from gpuprep.demo import run_demo
-            from gpuprep.recipe import Recipe
 
         started = time.perf_counter()
         chosen = get_backend(backend)
@@ -480,7 +480,7 @@ def _outlook(o: Outlook) -> dict[str, Any]:
 def _recipe(name: str, **flags: Any) -> Recipe:
     """Return the named recipe with the flags that were given."""
     with held_back():
-        from gpuprep.recipe import PRESETS, Recipe
+        from gpuprep.core.recipe import PRESETS, Recipe
 
     base = (
         Recipe.load(name)

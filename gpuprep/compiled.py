@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from gpuprep import lines, loops
 from gpuprep.buffers import Scratch, SlidingWindow
-from gpuprep.intensity import quantise
-from gpuprep.plan import Plan, Step
+from gpuprep.core.hounsfield import quantise
+from gpuprep.core.plan import Plan, Step
 
 
 def chunks(hu: Iterator[NDArray[np.float32]], count: int, plan: Plan) -> Iterator[NDArray[Any]]:

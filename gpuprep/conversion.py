@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 import gpuprep
 from gpuprep.auditing import Audit, audit
 from gpuprep.backend import Backend, Engine
+from gpuprep.core.formatting import printable
+from gpuprep.core.plan import Plan, make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import Series
+from gpuprep.core.stacking_rules import SeriesWarning, codes, texts
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors import last_task
 from gpuprep.manifest import SeriesResult, Status, now, this_host
 from gpuprep.memory import needed_bytes
 from gpuprep.output import PREVIEW, Output, PendingFolder, Written
 from gpuprep.pictures import Planes, jpeg, picture
-from gpuprep.plan import Plan, make_plan
-from gpuprep.recipe import Recipe
-from gpuprep.rules import SeriesWarning, codes, texts
-from gpuprep.series import Series
 from gpuprep.staging import DEVICE
 from gpuprep.syntaxes import syntax_name
-from gpuprep.text import printable
 
 if TYPE_CHECKING:
     from gpuprep.masking import Masked

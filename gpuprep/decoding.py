@@ -24,10 +24,10 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import JPEG2000, UID, JPEGLSNearLossless
 
 from gpuprep.codestream import FrameInfo, Kind, frame_info
+from gpuprep.core.series import SliceHeader
 from gpuprep.deflation import inflated_frame
 from gpuprep.encapsulation import Encapsulated, fragments_of
 from gpuprep.errors import DecodeError
-from gpuprep.series import SliceHeader
 from gpuprep.syntaxes import ENCODINGS, NATIVE, syntax_name
 
 CONSTANT_BYTES_PER_PIXEL = 0.25

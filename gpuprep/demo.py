@@ -8,9 +8,9 @@ from pathlib import Path
 
 from gpuprep.backend import BackendName, NumpyBackend, get_backend
 from gpuprep.batch import convert
+from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
 from gpuprep.phantom import outlines, thorax, write_series
-from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener, Run
 
 THIN, THICK = (3.0, 1.6, 1.6), (5.0, 1.5, 1.5)

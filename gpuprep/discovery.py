@@ -12,14 +12,14 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import overload
 
+from gpuprep.core.formatting import printable
+from gpuprep.core.series import Image, Series
+from gpuprep.core.stacking_rules import Rules
 from gpuprep.files.filesystem import given, is_requested_folder, is_url, resolved, stat, walk
 from gpuprep.headers import Contents, read_headers
 from gpuprep.index import File, HeaderIndex
 from gpuprep.layout import absolute
 from gpuprep.partition import partition
-from gpuprep.rules import Rules
-from gpuprep.series import Image, Series
-from gpuprep.text import printable
 
 FILES_PER_TASK = 64
 
@@ -33,7 +33,7 @@ class OtherSeries:
     modality: str
     """As `OtherImage.modality`."""
     sop_digests: array[int]
-    """Of its images: see `gpuprep.series.sop_digest`."""
+    """Of its images: see `gpuprep.core.series.sop_digest`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 
 from gpuprep.backend import imported_loops, numba_works, open_gpus
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
+from gpuprep.core.recipe import LIBRARIES, Recipe
 from gpuprep.cores import usable_cores
 from gpuprep.decoding import available_decoders
 from gpuprep.errors import BackendError, RecipeError
-from gpuprep.recipe import LIBRARIES, Recipe
 from gpuprep.syntaxes import syntax_name
 
 COMPRESSED_SYNTAXES = (

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import numbered
+from gpuprep.core.hounsfield import HIGHEST_HU, held_hu
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.errors import IntensityError
-from gpuprep.intensity import HIGHEST_HU, held_hu
-from gpuprep.recipe import Recipe
-from gpuprep.rules import SeriesWarning
-from gpuprep.text import numbered
 
 MOST_FALSE = 0.01
 """A series with a larger share of its voxels above `HIGHEST_HU`, padding aside, does not hold HU."""

@@ -21,7 +21,7 @@ Paths = Annotated[
 
 def preset_names(begun: str) -> Iterator[tuple[str, str]]:
     """Yield the presets that begin so, each with its reason, for the shell to complete."""
-    from gpuprep.recipe import PRESETS  # not by `--help`
+    from gpuprep.core.recipe import PRESETS  # not by `--help`
 
     return ((name, preset.why) for name, preset in PRESETS.items() if name.startswith(begun))
 

@@ -9,11 +9,11 @@ from math import prod
 from typing import Self
 
 import gpuprep
+from gpuprep.core.formatting import sized
+from gpuprep.core.plan import BYTES
+from gpuprep.core.recipe import Recipe
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.outlook import Needs, Outlook
-from gpuprep.plan import BYTES
-from gpuprep.recipe import Recipe
-from gpuprep.text import sized
 
 REMEMBERED = 1000
 """Series of the manifest's history that are looked at."""

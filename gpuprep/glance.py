@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 
 from gpuprep.auditing import audit
 from gpuprep.backend import NumpyBackend
+from gpuprep.core.formatting import printable
+from gpuprep.core.geometry import Geometry
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import Series
+from gpuprep.core.stacking_rules import GroupBy, codes, texts
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.geometry import Geometry
 from gpuprep.loading import one_series
 from gpuprep.manifest import Manifest, manifest_path
 from gpuprep.opening import Finished
 from gpuprep.output import PREVIEW, SIDECAR
 from gpuprep.pictures import Planes, picture
-from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
 from gpuprep.reading import SeriesReader
-from gpuprep.recipe import Recipe
-from gpuprep.rules import GroupBy, codes, texts
-from gpuprep.series import Series
-from gpuprep.text import printable
 
 AS_ACQUIRED = Recipe(spacing_mm=None, size=None, dtype="uint8")
 """Put right where it has to be, shown in the default window, and nothing else."""

@@ -16,15 +16,16 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpuprep.codestream import frame_info
+from gpuprep.core.formatting import printable
+from gpuprep.core.geometry import COARSEST_MM, FINEST_MM
+from gpuprep.core.series import MALFORMED, Image, OtherImage, SliceHeader, packed, sop_digest
 from gpuprep.deflation import inflated
 from gpuprep.errors import nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.archives import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.files.bounded_reader import open_frugally
-from gpuprep.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.numbers import BINARY, binary_numbers, with_points, written_number
 from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
-from gpuprep.series import MALFORMED, Image, OtherImage, SliceHeader, packed, sop_digest
 from gpuprep.syntaxes import (
     BIG_ENDIAN,
     BIG_WORDS,
@@ -34,7 +35,6 @@ from gpuprep.syntaxes import (
     NATIVE,
     UNDEFINED_LENGTH,
 )
-from gpuprep.text import printable
 
 if TYPE_CHECKING:
     import pydicom

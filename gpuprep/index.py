@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpuprep import __version__
+from gpuprep.core.formatting import printable
+from gpuprep.core.series import Image, OtherImage, SliceHeader
 from gpuprep.headers import TAGS, Contents
-from gpuprep.series import Image, OtherImage, SliceHeader
-from gpuprep.text import printable
 
 log = logging.getLogger(__name__)
 

@@ -121,9 +121,9 @@ def merge(out: OutArgument) -> None:
         with held_back():
             from gpuprep.buckets import open_out, place_of
             from gpuprep.console import say
+            from gpuprep.core.formatting import numbered
             from gpuprep.manifest import Manifest, manifest_path, shards_of
             from gpuprep.manifest import merge as merge_manifests
-            from gpuprep.text import numbered
 
         place = place_of(out)
         if isinstance(place, Path) and not place.is_dir():
@@ -162,8 +162,8 @@ def retry(
         with held_back():
             from gpuprep.buckets import open_out
             from gpuprep.console import say
+            from gpuprep.core.recipe import Recipe
             from gpuprep.manifest import open_manifest
-            from gpuprep.recipe import Recipe
             from gpuprep.upkeep import Records
 
         states = ("failed", "rejected") if rejected else ("failed",)

@@ -1,7 +1,7 @@
 """The two passes over voxels that a GPU fuses into one kernel each, as CUDA source for CuPy's `ElementwiseKernel`.
 
 Text only, so that it can be compiled for the host and tried without a GPU. No shape is in it: a kernel is compiled
-once per type of voxel. Each one computes to the bit what `gpuprep.intensity` does in several passes, which is why
+once per type of voxel. Each one computes to the bit what `gpuprep.core.hounsfield` does in several passes, which is why
 the product and the sum are kept apart: a compiler may contract them into one operation, which rounds once.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpuprep.intensity import AIR_HU, LOWEST_HU
+from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU
 
 
 @dataclass(frozen=True, slots=True)

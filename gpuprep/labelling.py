@@ -18,9 +18,9 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from gpuprep.backend import Backend
-from gpuprep.geometry import Placement
-from gpuprep.plan import Plan
-from gpuprep.segmentation.wishes import Resampling
+from gpuprep.core.geometry import Placement
+from gpuprep.core.mask_options import Resampling
+from gpuprep.core.plan import Plan
 
 PARTS = 256
 """A place between two voxels is rounded to so many parts: the shares of three axes together then fill 24 bits."""

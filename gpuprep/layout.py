@@ -7,8 +7,8 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from gpuprep.core.series import Series
 from gpuprep.files.filesystem import given, is_url, isfile, rooted
-from gpuprep.series import Series
 
 WORKSHOP = ".gpuprep"
 """Folder inside OUT for what is not finished; no series is ever put there."""

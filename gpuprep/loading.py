@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 
 from gpuprep.backend import Backend, BackendName, Engine
+from gpuprep.core.formatting import printable
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import Series
+from gpuprep.core.stacking_rules import Rules
+from gpuprep.core.volume import Volume
 from gpuprep.discovery import discover
 from gpuprep.errors import NothingFoundError, RequestError
 from gpuprep.processing import process
 from gpuprep.reading import read
-from gpuprep.recipe import Recipe
-from gpuprep.rules import Rules
-from gpuprep.series import Series
-from gpuprep.text import printable
-from gpuprep.volume import Volume
 
 NAMED = 5
 """Series that are named where there are too many."""

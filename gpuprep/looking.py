@@ -26,8 +26,8 @@ def recipes(
     with errors_to_exit_codes():
         with held_back():
             from gpuprep.console import show_presets
-            from gpuprep.recipe import PRESETS, Recipe
-            from gpuprep.schema import recipe_schema
+            from gpuprep.core.recipe import PRESETS, Recipe
+            from gpuprep.core.recipe_schema import recipe_schema
 
         if schema and name is not None:
             raise RequestError("--schema is that of every recipe: give it alone, or a name")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 
-from gpuprep.intensity import AIR_HU, LOWEST_HU
+from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU
 from gpuprep.lines import INVERSE, REACH
 
 STRIP = 128

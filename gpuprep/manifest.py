@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.output import flush
-from gpuprep.sharding import WHOLE, Shard
 
 Status = Literal["ok", "fixed", "skipped", "rejected", "failed"]
 """ok: converted. fixed: converted, and what was irregular put right. skipped: complete and unchanged since an earlier

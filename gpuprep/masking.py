@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.backend import Backend
+from gpuprep.core.formatting import numbered, printable
+from gpuprep.core.mask_options import Hide, Masks
+from gpuprep.core.plan import Plan
 from gpuprep.errors import SegmentationError
 from gpuprep.labelling import LABELS, label_chunks, slice_volumes_ml
 from gpuprep.layout import LONGEST_NAME, harmless
 from gpuprep.pictures import Planes
-from gpuprep.plan import Plan
 from gpuprep.segmentation.contours import Segmentation
 from gpuprep.segmentation.frames import in_frame_of
 from gpuprep.segmentation.opening import names_by_path, read_segmentation
 from gpuprep.segmentation.placing import Placed, joined, place, plane_of
-from gpuprep.segmentation.wishes import Hide, Masks
 from gpuprep.stacking import Stack
-from gpuprep.text import numbered, printable
 from gpuprep.writers import WRITERS
 from gpuprep.writers.content import Content, Settle, nothing
 from gpuprep.writers.omezarr import LABELS_GROUP, list_labels

@@ -12,20 +12,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from gpuprep.core.formatting import printable
+from gpuprep.core.mask_options import Hide, Masks
+from gpuprep.core.series import Series, sop_digest
+from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.discovery import Cohort, OtherSeries
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
 from gpuprep.executors import Executor, WorkerDiedError, answers
 from gpuprep.files.filesystem import is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
 from gpuprep.layout import absolute
-from gpuprep.rules import SeriesWarning
 from gpuprep.segmentation.contours import ImageFrame, Plane, Reading
 from gpuprep.segmentation.names import UID
 from gpuprep.segmentation.opening import DAMAGED_OBJECT, names_by_path, read_segmentation
 from gpuprep.segmentation.placing import group_paths
 from gpuprep.segmentation.recognition import UNKNOWN
-from gpuprep.segmentation.wishes import Hide, Masks
-from gpuprep.series import Series, sop_digest
-from gpuprep.text import printable
 
 log = logging.getLogger(__name__)
 

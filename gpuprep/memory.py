@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpuprep import lines
 from gpuprep.backend import Backend, Body, Engine
-from gpuprep.plan import BYTES, Plan, Step
+from gpuprep.core.plan import BYTES, Plan, Step
 
 CONTEXT_BYTES = 600 * 2**20
 """What a process takes before its first volume: CUDA's context, loaded kernels, cuBLAS and its workspace."""

@@ -23,13 +23,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from gpuprep.core.plan import LEANING
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.layout import WORKSHOP
 from gpuprep.manifest import Manifest
 from gpuprep.output import Output, inside, write_text
-from gpuprep.plan import LEANING
-from gpuprep.recipe import Recipe
-from gpuprep.sharding import WHOLE, Shard
 
 Layout = Literal["folders", "nnunet"]
 """How OUT is laid out: a folder for each series, or these and the view for nnU-Net."""

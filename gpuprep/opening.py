@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import printable
+from gpuprep.core.geometry import Geometry, Shape3
+from gpuprep.core.recipe import Recipe
 from gpuprep.errors import GpuprepError, OutputError, RequestError
-from gpuprep.geometry import Geometry, Shape3
 from gpuprep.output import SIDECAR
-from gpuprep.recipe import Recipe
-from gpuprep.text import printable
 
 _T = TypeVar("_T")
 

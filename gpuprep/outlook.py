@@ -12,6 +12,11 @@ from typing import Literal, NamedTuple
 import gpuprep
 from gpuprep.auditing import Audit, Verdict, audit
 from gpuprep.backend import Backend, Engine
+from gpuprep.core.formatting import printable
+from gpuprep.core.plan import Plan, make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import Series
+from gpuprep.core.stacking_rules import SeriesWarning, codes
 from gpuprep.discovery import Cohort
 from gpuprep.errors import PlanError
 from gpuprep.layout import layout
@@ -20,11 +25,6 @@ from gpuprep.matching import Glimpse, Matched, fingerprint, used_names
 from gpuprep.memory import WRITING_BYTES, mask_bytes, needed_bytes
 from gpuprep.naming import Pseudonyms
 from gpuprep.output import Output
-from gpuprep.plan import Plan, make_plan
-from gpuprep.recipe import Recipe
-from gpuprep.rules import SeriesWarning, codes
-from gpuprep.series import Series
-from gpuprep.text import printable
 
 DONE = ("ok", "fixed", "skipped")
 """Of a series whose output is there."""

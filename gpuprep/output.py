@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.filesystem import opened
 from gpuprep.layout import WORKSHOP
-from gpuprep.sharding import WHOLE, Shard
 
 SIDECAR = "volume.json"
 

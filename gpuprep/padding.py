@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.backend import compiled_loops
-from gpuprep.intensity import AIR_HU, LOWEST_HU, TISSUE_HU
-from gpuprep.rules import SeriesWarning
-from gpuprep.series import SliceHeader
+from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU, TISSUE_HU
+from gpuprep.core.series import SliceHeader
+from gpuprep.core.stacking_rules import SeriesWarning
 
 AIRLIKE_HU = 50.0
 """Fill this close to air needs no replacing."""

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.acceptance import DAMAGED, listed
+from gpuprep.core.series import FOLDER_UID, MALFORMED, Image, Series, SliceHeader, packed, unpacked
+from gpuprep.core.stacking_rules import Irregularity, Rules, SeriesWarning
 from gpuprep.errors import InputError
 from gpuprep.files.filesystem import common_folder
-from gpuprep.rules import Irregularity, Rules, SeriesWarning
-from gpuprep.series import FOLDER_UID, MALFORMED, Image, Series, SliceHeader, packed, unpacked
 from gpuprep.stacking import acquisition, along_normal_mm, position_tolerance_mm, same_image, stack
 
 SMALLEST_PART = 3

@@ -12,7 +12,7 @@ from pydicom import Dataset, FileDataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from gpuprep.geometry import Vector3
+from gpuprep.core.geometry import Vector3
 
 OUTSIDE_CIRCLE = -2000
 """Stored value of what lies outside the scanner's circle; −3024 HU with the usual intercept."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.geometry import Geometry
+from gpuprep.core.geometry import Geometry
 
 HEIGHT, WIDTH = 128, 160
 """Of the picture, and of a plane in it at most, in pixels."""

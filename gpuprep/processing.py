@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from gpuprep import operators
 from gpuprep.backend import Backend, BackendName, Engine, Lane, checked_engine, compiled_loops, get_backend
 from gpuprep.buffers import Scratch, SlidingWindow
-from gpuprep.geometry import Geometry, Placement
-from gpuprep.intensity import AIR_HU
-from gpuprep.plan import Plan, Step, make_plan
-from gpuprep.recipe import Recipe
-from gpuprep.volume import StoredVolume, Volume
+from gpuprep.core.geometry import Geometry, Placement
+from gpuprep.core.hounsfield import AIR_HU
+from gpuprep.core.plan import Plan, Step, make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.volume import StoredVolume, Volume
 
 
 def process(

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.intensity import AIR_HU, LOWEST_HU
-from gpuprep.text import numbered
+from gpuprep.core.formatting import numbered
+from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU
 
 if TYPE_CHECKING:
     from gpuprep.manifest import SeriesResult

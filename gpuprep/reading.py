@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 
 from gpuprep import padding as padded
 from gpuprep.acceptance import warnings as header_warnings
+from gpuprep.core.hounsfield import HuStatistics
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import Series, SliceHeader
+from gpuprep.core.stacking_rules import Irregularity, SeriesWarning, texts
+from gpuprep.core.volume import StoredVolume
 from gpuprep.decoding import decode_frame, drop_unused_bits
 from gpuprep.deflation import inflated
 from gpuprep.encapsulation import Encapsulated, read_fragments
@@ -22,14 +27,9 @@ from gpuprep.extremes import Extremes
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import open_frugally
 from gpuprep.headers import TAGS
-from gpuprep.intensity import HuStatistics
 from gpuprep.quality import Histogram, sampled
-from gpuprep.recipe import Recipe
-from gpuprep.rules import Irregularity, SeriesWarning, texts
-from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import Stack, stack
 from gpuprep.syntaxes import BIG_WORDS, DEFLATED, NATIVE
-from gpuprep.volume import StoredVolume
 from gpuprep.words import Meaning, is_coded, whole
 
 

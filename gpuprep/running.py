@@ -15,7 +15,7 @@ from gpuprep.interruption import Stop, held_back
 from gpuprep.shell import INTERRUPTED, complain, header_index, print_json
 
 if TYPE_CHECKING:
-    from gpuprep.recipe import Recipe
+    from gpuprep.core.recipe import Recipe
 
 
 def run_conversion(

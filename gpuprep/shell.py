@@ -13,9 +13,9 @@ from typing import Any
 
 import typer
 
+from gpuprep.core.formatting import printable
 from gpuprep.errors import GpuprepError, RequestError
 from gpuprep.interruption import Stop
-from gpuprep.text import printable
 
 
 @contextmanager

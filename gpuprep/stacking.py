@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.acceptance import check, listed, names
+from gpuprep.core.formatting import numbered
+from gpuprep.core.geometry import Geometry, Placement, directions, facing
+from gpuprep.core.series import Series, SliceHeader
+from gpuprep.core.stacking_rules import Irregularity, Rules
 from gpuprep.errors import GeometryError, InputError, MissingTagError
-from gpuprep.geometry import Geometry, Placement, directions, facing
-from gpuprep.rules import Irregularity, Rules
-from gpuprep.series import Series, SliceHeader
-from gpuprep.text import numbered
 
 PLACE_TOLERANCE = 0.1
 """A slice may lie this share of the spacing away from its place in the regular grid."""

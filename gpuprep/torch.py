@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.buckets import place_of
+from gpuprep.core.geometry import Shape3
+from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
-from gpuprep.geometry import Shape3
 from gpuprep.opening import Box, Finished, whole
 from gpuprep.outlook import DONE
-from gpuprep.recipe import Recipe
 from gpuprep.upkeep import Records
 
 try:

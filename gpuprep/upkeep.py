@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpuprep.buckets import UNFINISHED, Bucket, at_hand, is_open, output_at, place_of
+from gpuprep.core.formatting import printable
+from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import Executor, WorkerDiedError
 from gpuprep.files.filesystem import walk
@@ -20,8 +22,6 @@ from gpuprep.manifest import Manifest, RunRecord, SeriesResult, State, manifest_
 from gpuprep.nnunet import made
 from gpuprep.outlook import DONE
 from gpuprep.output import SIDECAR, Output, is_own
-from gpuprep.sharding import WHOLE, Shard
-from gpuprep.text import printable
 
 EXAMPLES = 3
 """Series of one reason that are named."""

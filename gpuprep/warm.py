@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from gpuprep.backend import NumpyBackend, compiled_loops
-from gpuprep.geometry import Geometry
-from gpuprep.intensity import HuStatistics
+from gpuprep.core.geometry import Geometry
+from gpuprep.core.hounsfield import HuStatistics
+from gpuprep.core.recipe import Dtype, Recipe
+from gpuprep.core.volume import StoredVolume
 from gpuprep.padding import summary
 from gpuprep.processing import process
-from gpuprep.recipe import Dtype, Recipe
-from gpuprep.volume import StoredVolume
 
 PATIENCE_S = 1.5
 """Before compiling deserves a word."""

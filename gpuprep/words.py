@@ -19,13 +19,13 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
+from gpuprep.core.series import SliceHeader
+from gpuprep.core.stacking_rules import Irregularity, Policy, SeriesWarning
 from gpuprep.deflation import inflated
 from gpuprep.errors import DecodeError, IntensityError
 from gpuprep.files.bounded_reader import open_frugally
 from gpuprep.headers import HEADER_BYTES, pixel_value
 from gpuprep.padding import circle
-from gpuprep.rules import Irregularity, Policy, SeriesWarning
-from gpuprep.series import SliceHeader
 from gpuprep.syntaxes import ENCODINGS
 
 CT_HU = (-10240.0, 32767.0)

@@ -10,15 +10,15 @@ from typing import Literal
 
 from gpuprep.backend import Backend, Engine
 from gpuprep.conversion import Task
+from gpuprep.core.formatting import printable
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import Series
+from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.discovery import FILES_PER_TASK, Cohort
 from gpuprep.executors import Executor, answers
 from gpuprep.naming import Pseudonyms, patient_ids
 from gpuprep.outlook import Needs, Outlook
 from gpuprep.output import Output
-from gpuprep.recipe import Recipe
-from gpuprep.rules import SeriesWarning
-from gpuprep.series import Series
-from gpuprep.text import printable
 
 
 @dataclass(frozen=True, slots=True)

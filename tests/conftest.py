@@ -24,11 +24,11 @@ from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
 from standin import ForeignBackend
 
 from gpuprep.backend import Backend, NumpyBackend, get_backend
+from gpuprep.core.geometry import Geometry
+from gpuprep.core.hounsfield import HuStatistics
+from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import BackendError
-from gpuprep.geometry import Geometry
-from gpuprep.intensity import HuStatistics
 from gpuprep.phantom import write_series
-from gpuprep.volume import StoredVolume
 
 hypothesis.settings.register_profile("gpuprep", deadline=None)  # a deadline would be a timing assertion
 hypothesis.settings.load_profile("gpuprep")

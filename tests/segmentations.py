@@ -17,7 +17,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 from pydicom.valuerep import format_number_as_ds
 
-from gpuprep.geometry import Geometry
+from gpuprep.core.geometry import Geometry
 from gpuprep.segmentation.contours import Structure
 
 CT = "1.2.840.10008.5.1.4.1.1.2"

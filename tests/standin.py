@@ -19,8 +19,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep import intensity
 from gpuprep.backend import Body, NumpyBackend
+from gpuprep.core import hounsfield
 from gpuprep.errors import DeviceLostError, DeviceMemoryError
 from gpuprep.staging import Empty, Lane
 
@@ -107,12 +107,12 @@ class ForeignBackend:
         _take(slope), _take(intercept)  # they too must be here
         self.allocate(4 * stored.size)
         self.now += KERNEL_S
-        return self._known(intensity.to_hu(stored, slope, intercept, padding, rule))
+        return self._known(hounsfield.to_hu(stored, slope, intercept, padding, rule))
 
     def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
         self.allocate(np.dtype(dtype).itemsize * values.size)
         self.now += KERNEL_S
-        return intensity.finish(values, window, dtype)
+        return hounsfield.finish(values, window, dtype)
 
     def zoom(self, values: Any, factors: Sequence[float], **options: Any) -> Any:
         return self.put(NumpyBackend().zoom(_take(values), factors, **options))

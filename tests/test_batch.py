@@ -31,6 +31,7 @@ from pydicom.uid import JPEG2000Lossless
 
 from gpuprep.backend import NumpyBackend
 from gpuprep.batch import convert, scan
+from gpuprep.core.recipe import Recipe
 from gpuprep.discovery import Cohort
 from gpuprep.errors import BackendError, OutputError, RequestError
 from gpuprep.forecast import Forecast
@@ -38,7 +39,6 @@ from gpuprep.headers import Contents, read_headers
 from gpuprep.manifest import SeriesResult
 from gpuprep.output import open_output
 from gpuprep.phantom import write_series
-from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener, Run
 
 SPACING = (2.5, 0.8, 0.7)

@@ -14,12 +14,12 @@ from standin import ForeignBackend
 from gpuprep import batch, means
 from gpuprep.backend import NumpyBackend
 from gpuprep.batch import convert
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError
 from gpuprep.executors import Here, Place
 from gpuprep.memory import CONTEXT_BYTES, device_bytes
 from gpuprep.phantom import write_series
-from gpuprep.plan import make_plan
-from gpuprep.recipe import Recipe
 from gpuprep.runs import Run
 
 RECIPE = Recipe(spacing_mm=(1.0, 2.0, 2.0), size=(12, 10), dtype="uint8")

@@ -25,13 +25,13 @@ from gpuprep import Recipe, buckets
 from gpuprep.batch import scan
 from gpuprep.buckets import Bucket, open_bucket
 from gpuprep.cli import app
+from gpuprep.core.shard import Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import Here
 from gpuprep.files import filesystem
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.phantom import write_series
 from gpuprep.runs import Listener
-from gpuprep.sharding import Shard
 from gpuprep.upkeep import Records, status, verify
 
 OUT = "memory://out/x"

@@ -28,9 +28,9 @@ from typer.testing import CliRunner
 
 from gpuprep import __version__
 from gpuprep.cli import app
+from gpuprep.core.recipe import Recipe
 from gpuprep.output import open_output
 from gpuprep.phantom import outlines, thorax, write_series
-from gpuprep.recipe import Recipe
 
 COMMANDS = ["convert", "scan", "demo", "doctor"]
 SMALL = ["--spacing", "5,2,2", "--size", "6,5", "--jobs", "1", "--backend", "cpu"]

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gpuprep.cli import app
-from gpuprep.recipe import PRESETS
+from gpuprep.core.recipe import PRESETS
 
 
 def asked(shell: str, line: str) -> str:

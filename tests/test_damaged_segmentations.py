@@ -13,8 +13,8 @@ from segmentations import write_rtstruct, write_seg
 from test_masks import LEFT, LEFT_BOX, ORIGIN_MM, RAW, SHAPE, SPACING_MM, Ct
 
 import gpuprep
+from gpuprep.core.geometry import Geometry
 from gpuprep.errors import SegmentationError
-from gpuprep.geometry import Geometry
 from gpuprep.segmentation.contours import Reading
 from gpuprep.segmentation.objects import read_object
 

@@ -39,9 +39,9 @@ from pydicom.uid import (
 )
 
 from gpuprep.codestream import FrameInfo, Kind, frame_info
+from gpuprep.core.series import SliceHeader
 from gpuprep.decoding import DECODERS, Decoder, available_decoders, decode_frame
 from gpuprep.errors import DecodeError
-from gpuprep.series import SliceHeader
 
 Stored = NDArray[Any]
 ROWS, COLUMNS = 34, 41

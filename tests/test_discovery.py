@@ -31,12 +31,12 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from gpuprep.core.series import Series, SliceHeader
+from gpuprep.core.stacking_rules import Rules
 from gpuprep.discovery import Cohort, discover
 from gpuprep.errors import InputError, RequestError
 from gpuprep.phantom import write_series
 from gpuprep.reading import read
-from gpuprep.rules import Rules
-from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import stack
 
 Change = Callable[[Dataset, int], None]

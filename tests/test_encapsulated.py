@@ -24,11 +24,11 @@ from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, 
 from test_sources import enhanced
 
 import gpuprep
+from gpuprep.core.series import Series, SliceHeader
 from gpuprep.errors import DecodeError
 from gpuprep.headers import read_headers
 from gpuprep.phantom import write_series
 from gpuprep.reading import Content, SeriesReader
-from gpuprep.series import Series, SliceHeader
 
 Stored = NDArray[np.int16]
 SHAPE, SPACING_MM = (5, 24, 26), (2.5, 0.8, 0.7)

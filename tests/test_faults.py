@@ -39,13 +39,13 @@ from cohort import (
 
 from gpuprep.backend import NumpyBackend
 from gpuprep.batch import convert
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.output import Output, PendingFolder, open_output
-from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener, Run
-from gpuprep.sharding import WHOLE, Shard
 
 SMALL = Recipe(size=(24, 24))
 MISFIT = re.compile(

@@ -14,11 +14,11 @@ from test_manifest import OK
 
 from gpuprep.backend import NumpyBackend
 from gpuprep.batch import convert, scan
+from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
 from gpuprep.forecast import Experience, Forecast
 from gpuprep.outlook import Needs
 from gpuprep.phantom import write_series
-from gpuprep.recipe import Recipe
 
 RECIPE = Recipe(spacing_mm=None, size=None, dtype="uint16")
 

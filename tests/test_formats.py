@@ -24,13 +24,13 @@ from test_tiff import some_values
 
 import gpuprep
 from gpuprep import Masks
-from gpuprep import recipe as recipes
+from gpuprep.core import recipe as recipes
+from gpuprep.core.geometry import Geometry
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RecipeError
 from gpuprep.executors import Here
-from gpuprep.geometry import Geometry
 from gpuprep.output import is_own, retire
-from gpuprep.plan import make_plan
-from gpuprep.recipe import Recipe
 from gpuprep.upkeep import verify
 from gpuprep.writers import WRITERS, gzipping, nifti, omezarr
 from gpuprep.writers.content import Content, nothing

@@ -16,7 +16,7 @@ from test_masks import LEFT, LEFT_BOX, ORIGIN_MM, RAW, RIGHT, RIGHT_BOX, SHAPE, 
 
 import gpuprep
 from gpuprep import Masks
-from gpuprep.geometry import Geometry
+from gpuprep.core.geometry import Geometry
 from gpuprep.manifest import SeriesResult
 
 APART = replace(RAW, masks=Masks(layout="per-roi"))

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from gpuprep.core.geometry import Geometry, Shape3
 from gpuprep.errors import GeometryError
-from gpuprep.geometry import Geometry, Shape3
 
 Floats = NDArray[np.float64]
 

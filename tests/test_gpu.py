@@ -22,13 +22,13 @@ from skimage.transform import resize as skimage_resize
 
 from gpuprep.backend import Engine, NumpyBackend, get_backend
 from gpuprep.batch import convert
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import BackendError, DeviceMemoryError
 from gpuprep.memory import device_bytes
 from gpuprep.phantom import thorax, write_series
-from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
-from gpuprep.recipe import Recipe
-from gpuprep.volume import StoredVolume
 
 pytestmark = pytest.mark.gpu
 

@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 
 from gpuprep.batch import convert
+from gpuprep.core.recipe import Recipe
 from gpuprep.interruption import held_back
 from gpuprep.layout import WORKSHOP
 from gpuprep.phantom import write_series
-from gpuprep.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and process groups")
 

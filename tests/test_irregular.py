@@ -19,12 +19,12 @@ from standin import to_numpy
 import gpuprep
 from gpuprep.auditing import audit
 from gpuprep.backend import Backend, NumpyBackend
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.stacking_rules import Rules
+from gpuprep.core.volume import StoredVolume, Volume
 from gpuprep.phantom import write_series
-from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
-from gpuprep.recipe import Recipe
-from gpuprep.rules import Rules
-from gpuprep.volume import StoredVolume, Volume
 
 HU_ONLY = Recipe(window_hu=None, size=None)
 AS_ACQUIRED = Recipe(window_hu=None, size=None, spacing_mm=None)
@@ -351,8 +351,8 @@ def test_memory_of_a_long_tilted_series_does_not_grow_with_it() -> None:
             asked.append((start, stop))
             return np.zeros((stop - start, 8, 9), dtype=np.int16)
 
-    from gpuprep.geometry import Geometry, Placement
-    from gpuprep.intensity import HuStatistics
+    from gpuprep.core.geometry import Geometry, Placement
+    from gpuprep.core.hounsfield import HuStatistics
 
     shift = np.stack([np.linspace(0, 5, count), np.zeros(count)], axis=1)
     placement = Placement(np.arange(count, dtype=float), shift, (8, 9))

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpuprep import intensity, kernels
+from gpuprep import kernels
+from gpuprep.core import hounsfield
 from gpuprep.kernels import Kernel
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -96,7 +97,7 @@ def test_stored_values_become_hu_to_the_bit(tmp_path: Path, dtype: str, rule: st
     padding = np.array([[1, 0], [0, 5], [-20 if low else 20, 500], [32767, 32767], [1, 0]]).astype(dtype)
     run = compiled(kernels.HU, dtype, tmp_path)
     for declared in (None, padding) if rule == "air" else (None,):
-        expected = intensity.to_hu(stored, slope, intercept, declared, rule)
+        expected = hounsfield.to_hu(stored, slope, intercept, declared, rule)
         table = stored if declared is None else declared
         zero = rule == "minus2000-to-0" and dtype != "uint16"
         hu = run(stored, slope, intercept, table, 17 * 13, zero, rule == "air", declared is not None)
@@ -127,7 +128,7 @@ def test_window_and_output_types_are_the_same_to_the_bit(
     if window and top:
         scale, shift_hu = top / (window[1] - window[0]), -window[0]
     arguments = (*(window or (-np.inf, np.inf)), shift_hu, scale)
-    expected = intensity.finish(values, None if window is None else (*window, scale, shift_hu), dtype)
+    expected = hounsfield.finish(values, None if window is None else (*window, scale, shift_hu), dtype)
     if dtype == "float32":
         out = compiled(kernels.WINDOW, dtype, tmp_path)(values, *arguments)
     else:

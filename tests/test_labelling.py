@@ -15,10 +15,10 @@ from scipy import ndimage
 from standin import ForeignBackend, to_numpy
 
 from gpuprep.backend import Backend, NumpyBackend
-from gpuprep.geometry import Geometry, Placement
+from gpuprep.core.geometry import Geometry, Placement
+from gpuprep.core.plan import Plan, make_plan
+from gpuprep.core.recipe import Recipe
 from gpuprep.labelling import label_chunks, slice_volumes_ml
-from gpuprep.plan import Plan, make_plan
-from gpuprep.recipe import Recipe
 
 How = Literal["nearest", "smooth"]
 

@@ -18,13 +18,13 @@ from scipy import ndimage
 
 from gpuprep import lines, operators
 from gpuprep.backend import NumpyBackend
-from gpuprep.geometry import Placement
-from gpuprep.intensity import HuStatistics
+from gpuprep.core.geometry import Placement
+from gpuprep.core.hounsfield import HuStatistics
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.volume import StoredVolume
 from gpuprep.padding import Summary, summary
-from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
-from gpuprep.recipe import Recipe
-from gpuprep.volume import StoredVolume
 
 RULES = [("nearest", True), ("constant", False), ("mirror", True)]
 

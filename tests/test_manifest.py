@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError
 from gpuprep.headers import Contents
 from gpuprep.index import File, HeaderIndex
 from gpuprep.manifest import Manifest, SeriesResult, open_manifest
-from gpuprep.sharding import WHOLE, Shard
 from gpuprep.upkeep import Records
 
 OK = SeriesResult(

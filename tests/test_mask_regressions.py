@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 import gpuprep
 from gpuprep import Masks
 from gpuprep.cli import app
+from gpuprep.core.geometry import Geometry
 from gpuprep.errors import RequestError
-from gpuprep.geometry import Geometry
 
 COUNTED = replace(RAW, masks=Masks(index_base=0, slice_order="stack"))
 OUTLINE = "4\t4\n10\t4\n10\t10\n4\t10\n"

@@ -23,8 +23,8 @@ import gpuprep
 from gpuprep import Masks, Recipe
 from gpuprep.batch import scan
 from gpuprep.cli import app
+from gpuprep.core.geometry import Geometry
 from gpuprep.errors import RequestError
-from gpuprep.geometry import Geometry
 from gpuprep.phantom import write_series
 from gpuprep.runs import Run
 

@@ -25,8 +25,8 @@ import gpuprep
 from gpuprep import Recipe
 from gpuprep.batch import scan
 from gpuprep.cli import app
+from gpuprep.core.geometry import Geometry
 from gpuprep.discovery import discover
-from gpuprep.geometry import Geometry
 from gpuprep.phantom import write_series
 from gpuprep.runs import Listener
 

@@ -12,11 +12,11 @@ import pytest
 from conftest import axial, stored_volume
 
 from gpuprep.backend import Engine, NumpyBackend
-from gpuprep.geometry import Placement
+from gpuprep.core.geometry import Placement
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
 from gpuprep.memory import CONTEXT_BYTES, device_bytes, for_volumes, host_bytes, host_bytes_free, workers
-from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
-from gpuprep.recipe import Recipe
 
 
 class Fused(NumpyBackend):

@@ -29,15 +29,15 @@ import gpuprep
 from gpuprep import batch, work
 from gpuprep.auditing import audit
 from gpuprep.cli import app
+from gpuprep.core.mask_options import Masks
+from gpuprep.core.recipe import Recipe
 from gpuprep.discovery import discover
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.masking import Label
 from gpuprep.naming import PUBLIC_OF_AUDIT, PUBLIC_OF_LABELS, Pseudonyms
 from gpuprep.phantom import write_series
-from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener
-from gpuprep.segmentation.wishes import Masks
 
 SPACING = (2.5, 0.8, 0.7)
 PATH = "MRN-00471199 Zauberfrau"

@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 import gpuprep
 from gpuprep import Masks, Recipe
 from gpuprep.cli import app
+from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError
 from gpuprep.executors import Here
 from gpuprep.nnunet import case_names
 from gpuprep.runs import Run
-from gpuprep.sharding import Shard
 from gpuprep.upkeep import verify
 
 RECIPE = Recipe(spacing_mm=None, size=None, dtype="int16", window_hu=None, format="tif-stack")

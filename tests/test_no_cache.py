@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 import gpuprep
 from gpuprep import Recipe, backend
 from gpuprep.cli import app
+from gpuprep.core.recipe import Dtype
 from gpuprep.discovery import discover
 from gpuprep.errors import BackendError
 from gpuprep.index import default_index
-from gpuprep.recipe import Dtype
 
 CUPY = """import os
 os.makedirs(os.path.expanduser(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")), exist_ok=True)

@@ -23,9 +23,9 @@ from test_masks import LEFT, RAW, Ct, square
 
 import gpuprep
 from gpuprep import Masks
-from gpuprep.geometry import Geometry
+from gpuprep.core.geometry import Geometry
+from gpuprep.core.stacking_rules import Rules
 from gpuprep.phantom import write_series
-from gpuprep.rules import Rules
 from gpuprep.segmentation.contours import Reading
 from gpuprep.segmentation.objects import read_object
 from gpuprep.segmentation.placing import place

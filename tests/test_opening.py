@@ -23,11 +23,11 @@ from test_masks import LEFT_BOX, RIGHT_BOX, Ct, rtstruct
 
 import gpuprep
 from gpuprep import Masks
+from gpuprep.core.geometry import Geometry
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import ENDINGS, Recipe
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.geometry import Geometry
 from gpuprep.opening import Box, Finished, whole
-from gpuprep.plan import make_plan
-from gpuprep.recipe import ENDINGS, Recipe
 from gpuprep.writers import WRITERS
 from gpuprep.writers.content import Content, nothing
 

@@ -31,16 +31,16 @@ import gpuprep
 from gpuprep.acceptance import check
 from gpuprep.auditing import audit
 from gpuprep.cli import app
+from gpuprep.core.mask_options import Masks
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import Image, Series, SliceHeader, packed
+from gpuprep.core.stacking_rules import Rules
 from gpuprep.errors import InputError
 from gpuprep.headers import read_headers
 from gpuprep.manifest import Manifest, manifest_path
 from gpuprep.naming import Pseudonyms
 from gpuprep.partition import partition
 from gpuprep.phantom import write_series
-from gpuprep.recipe import Recipe
-from gpuprep.rules import Rules
-from gpuprep.segmentation.wishes import Masks
-from gpuprep.series import Image, Series, SliceHeader, packed
 
 HU = Recipe(spacing_mm=None, size=None, window_hu=None)
 BY_FOLDER = Rules(group_by="folder")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import gpuprep
+from gpuprep.core.geometry import Geometry
 from gpuprep.errors import SegmentationError
-from gpuprep.geometry import Geometry
 from gpuprep.phantom import write_series
 from gpuprep.segmentation.contours import Contour, Raster, Reading, Segmentation, SliceKey, Structure, painted
 from gpuprep.segmentation.placing import joined, place

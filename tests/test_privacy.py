@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from gpuprep.batch import convert
 from gpuprep.cli import app
+from gpuprep.core.recipe import Recipe
 from gpuprep.discovery import discover
 from gpuprep.phantom import write_series
-from gpuprep.recipe import Recipe
 
 IDENTITY = {
     "PatientName": "Zauberfrau^Ottilie^Q",

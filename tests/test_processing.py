@@ -14,12 +14,12 @@ from skimage.transform import resize as skimage_resize
 from standin import ForeignBackend
 
 from gpuprep.backend import Backend, Engine, NumpyBackend
+from gpuprep.core.hounsfield import HuStatistics
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import PlanError, RequestError
-from gpuprep.intensity import HuStatistics
-from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks, process
-from gpuprep.recipe import Recipe
-from gpuprep.volume import StoredVolume
 
 ENGINES = ["operators", "ndimage"]
 SPACING = (3.0, 0.6816, 0.7)

@@ -33,14 +33,14 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from gpuprep.core.hounsfield import padding_to_air, stored_to_hu
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import Series
+from gpuprep.core.volume import StoredVolume
 from gpuprep.discovery import discover
 from gpuprep.errors import DecodeError, MissingTagError
-from gpuprep.intensity import padding_to_air, stored_to_hu
 from gpuprep.phantom import write_series
 from gpuprep.reading import SeriesReader, read
-from gpuprep.recipe import Recipe
-from gpuprep.series import Series
-from gpuprep.volume import StoredVolume
 
 Stored = NDArray[Any]
 Change = Callable[[Dataset, int], None]

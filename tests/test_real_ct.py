@@ -19,9 +19,9 @@ import tifffile
 import gpuprep
 from bench import classic
 from gpuprep.backend import Engine, NumpyBackend
-from gpuprep.plan import make_plan
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
 from gpuprep.processing import host_chunks
-from gpuprep.recipe import Recipe
 
 CHESTS = ("lidc-0001-jls", "lungdx-a0002", "4dlung-113-crop")
 SOME_SLICES = 8

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import gpuprep
 from gpuprep import Masks, Recipe
-from gpuprep.segmentation.wishes import Layout
+from gpuprep.core.mask_options import Layout
 
 IMAGEJ = Path("/usr/share/java/ij.jar")
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuprep.core.mask_options import Masks
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.stacking_rules import Rules
 from gpuprep.errors import RecipeError, RequestError
-from gpuprep.recipe import Recipe
-from gpuprep.rules import Rules
-from gpuprep.segmentation.wishes import Masks
 
 SPACINGS = st.none() | st.tuples(*[st.floats(0.01, 16384)] * 3)
 SIZES = st.none() | st.tuples(*[st.integers(1, 16384)] * 2)

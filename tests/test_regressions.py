@@ -24,10 +24,10 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, RLE
 import gpuprep
 from gpuprep.auditing import audit
 from gpuprep.batch import convert, scan
+from gpuprep.core.recipe import Recipe
 from gpuprep.forecast import Forecast
 from gpuprep.headers import Contents, read_headers
 from gpuprep.phantom import write_series
-from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener, Run
 
 SMALL = Recipe(spacing_mm=None, size=(8, 8))

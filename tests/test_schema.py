@@ -16,10 +16,10 @@ from test_recipe import BAD, RECIPES
 from typer.testing import CliRunner
 
 from gpuprep.cli import app
+from gpuprep.core.mask_options import Masks
+from gpuprep.core.recipe import PRESETS, Recipe
+from gpuprep.core.recipe_schema import recipe_schema
 from gpuprep.errors import RecipeError
-from gpuprep.recipe import PRESETS, Recipe
-from gpuprep.schema import recipe_schema
-from gpuprep.segmentation.wishes import Masks
 
 SCHEMA = recipe_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

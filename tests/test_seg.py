@@ -28,8 +28,8 @@ from pydicom.uid import (
 )
 from segmentations import DEFLATED_FRAMES, UNCOMPRESSED, placed, write_seg
 
+from gpuprep.core.geometry import Geometry
 from gpuprep.errors import SegmentationError
-from gpuprep.geometry import Geometry
 from gpuprep.segmentation import objects, seg
 from gpuprep.segmentation.contours import Reading, Segmentation, SliceKey
 from gpuprep.segmentation.objects import read_object

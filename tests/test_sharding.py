@@ -32,10 +32,10 @@ from cohort import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import RequestError
 from gpuprep.manifest import Manifest, manifest_path
 from gpuprep.output import open_output
-from gpuprep.sharding import WHOLE, Shard
 
 SERIES = 24
 SHARDS = 4

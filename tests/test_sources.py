@@ -30,10 +30,10 @@ from pydicom.uid import (
 import gpuprep
 from gpuprep.auditing import audit
 from gpuprep.batch import scan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.stacking_rules import Rules
 from gpuprep.index import HeaderIndex
 from gpuprep.phantom import write_series
-from gpuprep.recipe import Recipe
-from gpuprep.rules import Rules
 
 SHAPE, SPACING_MM = (7, 18, 22), (2.5, 0.8, 0.7)
 UID = "1.2.3.4"

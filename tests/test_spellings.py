@@ -19,11 +19,11 @@ from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 import gpuprep
+from gpuprep.core.series import Image, Series
 from gpuprep.errors import InputError, IntensityError
 from gpuprep.headers import read_headers
 from gpuprep.numbers import with_points
 from gpuprep.phantom import write_series
-from gpuprep.series import Image, Series
 
 SPACING_MM = (2.5, 0.8, 0.7)
 STORED = np.random.default_rng(0).integers(0, 3000, (4, 12, 14)).astype(np.int16)

@@ -16,12 +16,12 @@ from pydicom import Dataset
 from pydicom.uid import UID
 from scipy.spatial.transform import Rotation
 
+from gpuprep.core.series import Series, SliceHeader
+from gpuprep.core.stacking_rules import Rules
 from gpuprep.discovery import discover
 from gpuprep.errors import GeometryError, InputError, IntensityError, MissingTagError
 from gpuprep.phantom import write_series
 from gpuprep.reading import read
-from gpuprep.rules import Rules
-from gpuprep.series import Series, SliceHeader
 from gpuprep.stacking import Stack, stack
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)

@@ -16,11 +16,11 @@ from standin import DOWNLOAD_S, KERNEL_S, UPLOAD_S, ForeignBackend
 
 from gpuprep import staging
 from gpuprep.backend import Engine, NumpyBackend
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import DecodeError, DeviceLostError, DeviceMemoryError
-from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
-from gpuprep.recipe import Recipe
-from gpuprep.volume import StoredVolume
 
 SPACING = (3.0, 0.7, 0.8)
 

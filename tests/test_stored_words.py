@@ -31,9 +31,9 @@ from test_sources import enhanced, wrapped
 
 import gpuprep
 from gpuprep.batch import scan
+from gpuprep.core.recipe import Recipe
 from gpuprep.errors import IntensityError
 from gpuprep.phantom import write_series
-from gpuprep.recipe import Recipe
 
 Stored = NDArray[Any]
 Change = Callable[[Dataset, int], None]

@@ -19,10 +19,10 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 import gpuprep
+from gpuprep.core.series import Series
 from gpuprep.doctor import COMPRESSED_SYNTAXES
 from gpuprep.errors import DecodeError
 from gpuprep.phantom import write_series
-from gpuprep.series import Series
 from gpuprep.syntaxes import ENCODINGS, NATIVE, syntax_name
 
 SHAPE, SPACING_MM = (4, 11, 13), (2.5, 0.8, 0.7)

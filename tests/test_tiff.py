@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import gpuprep
-from gpuprep.plan import Plan, make_plan
-from gpuprep.recipe import Recipe
+from gpuprep.core.plan import Plan, make_plan
+from gpuprep.core.recipe import Recipe
 from gpuprep.writers import WRITERS, tiff
 from gpuprep.writers.content import Content, nothing
 

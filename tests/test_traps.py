@@ -54,21 +54,21 @@ from gpuprep import decoding
 from gpuprep.auditing import audit
 from gpuprep.backend import Backend, Engine, NumpyBackend
 from gpuprep.batch import scan
+from gpuprep.core.geometry import Geometry, Placement
+from gpuprep.core.plan import make_plan
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.stacking_rules import Rules
+from gpuprep.core.volume import Volume
 from gpuprep.errors import GeometryError, InputError, OutputError
 from gpuprep.executors import Here
-from gpuprep.geometry import Geometry, Placement
 from gpuprep.headers import read_headers
 from gpuprep.manifest import SeriesResult
 from gpuprep.opening import Finished
 from gpuprep.phantom import write_series
-from gpuprep.plan import make_plan
 from gpuprep.processing import host_chunks
-from gpuprep.recipe import Recipe
 from gpuprep.report.writing import write_report
-from gpuprep.rules import Rules
 from gpuprep.runs import Run
 from gpuprep.upkeep import verify
-from gpuprep.volume import Volume
 from gpuprep.writers import tiff
 
 sitk: Any = pytest.importorskip("SimpleITK")

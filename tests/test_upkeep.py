@@ -18,14 +18,14 @@ from test_batch import SMALL, add, go, truncate
 from typer.testing import CliRunner, Result
 
 from gpuprep.cli import app
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError
 from gpuprep.executors import Here
 from gpuprep.layout import WORKSHOP
 from gpuprep.manifest import Manifest, RunRecord
 from gpuprep.naming import Pseudonyms
 from gpuprep.output import open_output
-from gpuprep.recipe import Recipe
-from gpuprep.sharding import Shard
 from gpuprep.upkeep import Finding, status, verify
 
 

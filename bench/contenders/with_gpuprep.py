@@ -10,10 +10,10 @@ from typing import Any
 import gpuprep
 from bench.contenders import AbsentError
 from gpuprep.backend import Engine
+from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError
 from gpuprep.forecast import Forecast
 from gpuprep.outlook import DONE
-from gpuprep.recipe import Recipe
 from gpuprep.runs import Listener, Run
 
 STAGES = ("read", "process", "write", "upload", "kernels", "download")

@@ -11,10 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import ImageFrame
 from gpuprep.syntaxes import UNDEFINED_LENGTH
-from gpuprep.text import quoted
 
 if TYPE_CHECKING:
     import pydicom

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import Plane, Reading, Units
 from gpuprep.segmentation.numbers import Table
-from gpuprep.text import quoted
 
 ROLES = {
     "x": ("x", "xcoord", "col", "column"),

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.geometry import Geometry
 from gpuprep.errors import SegmentationError
-from gpuprep.geometry import Geometry
 
 Units = Literal["px", "mm", "cm"]
 SliceFrom = Literal["name", "column", "z", "uid"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import Contour, Segmentation, Structure
 from gpuprep.segmentation.values import distinct, is_uid, lines, numbers, refusal
-from gpuprep.text import quoted
 
 FORMAT = "plastimatch CXT"
 

@@ -16,10 +16,10 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import Collector, Contour, References, Rule, Segmentation, SliceKey, Structure
 from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
-from gpuprep.text import quoted
 
 XML_FORMAT = "LIDC-IDRI XML"
 TABLE_FORMAT = "pylidc contours"

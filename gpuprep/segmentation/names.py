@@ -7,10 +7,10 @@ import re
 from contextlib import suppress
 from typing import get_args
 
+from gpuprep.core.formatting import printable, quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import SliceFrom, SliceKey
 from gpuprep.segmentation.values import FARTHEST
-from gpuprep.text import printable, quoted
 
 UID = re.compile(r"(?<![0-9.])[0-2](?:\.(?:0|[1-9][0-9]*)){4,}(?![0-9])")
 """Anywhere in a name or a path."""

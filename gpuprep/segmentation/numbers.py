@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import numbered, quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.values import FARTHEST, NUMBER
-from gpuprep.text import numbered, quoted
 
 MOST_CHARACTERS = 2**27
 """Numbers and their places take some twenty times that while they are read."""

@@ -13,13 +13,13 @@ import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from gpuprep.core.formatting import printable
 from gpuprep.deflation import inflated
 from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import FrugalReader
 from gpuprep.segmentation import attributes, rtstruct, seg
 from gpuprep.segmentation.contours import Reading, References, Segmentation
-from gpuprep.text import printable
 
 if TYPE_CHECKING:
     import pydicom

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterable
 
+from gpuprep.core.formatting import printable
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.files import filesystem
 from gpuprep.files.archives import kind
@@ -15,7 +16,6 @@ from gpuprep.segmentation import tables
 from gpuprep.segmentation.contours import Plane, Reading, Segmentation
 from gpuprep.segmentation.names import path_names
 from gpuprep.segmentation.recognition import FORMATS, UNKNOWN, recognise
-from gpuprep.text import printable
 
 LARGEST_BYTES = 1 << 30
 """A larger file is no segmentation."""

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.files import filesystem
 from gpuprep.segmentation.contours import Contour, Segmentation, Structure
 from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
-from gpuprep.text import quoted
 
 FORMAT = "Pinnacle plan.roi"
 

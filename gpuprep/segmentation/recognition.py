@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from gpuprep.core.formatting import numbered, quoted
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.segmentation import columns
 from gpuprep.segmentation.columns import HEADER_HINT, Columns
 from gpuprep.segmentation.contours import Plane, Reading, Segmentation
 from gpuprep.segmentation.numbers import Table, parse
 from gpuprep.segmentation.values import NUMBER
-from gpuprep.text import numbered, quoted
 
 
 @dataclass(frozen=True, slots=True)

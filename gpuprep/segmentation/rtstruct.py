@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import numbered, quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.attributes import decimals, image_frames, integer, items, name, raw, text, uid
 from gpuprep.segmentation.contours import Collector, Contour, ImageFrame, Reading, References, Segmentation
 from gpuprep.segmentation.values import FARTHEST, distinct
-from gpuprep.text import numbered, quoted
 
 if TYPE_CHECKING:
     import pydicom

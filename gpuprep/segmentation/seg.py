@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import quoted
+from gpuprep.core.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
+from gpuprep.core.series import SliceHeader
 from gpuprep.deflation import inflated_frame
 from gpuprep.encapsulation import fragments_of
 from gpuprep.errors import DecodeError, SegmentationError
-from gpuprep.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
 from gpuprep.segmentation.attributes import binary, decimals, image_frames, integer, items, name, raw, text, uid
 from gpuprep.segmentation.contours import (
     ONE_PLANE_MM,
@@ -34,9 +36,7 @@ from gpuprep.segmentation.contours import (
     painted,
 )
 from gpuprep.segmentation.values import FARTHEST, distinct
-from gpuprep.series import SliceHeader
 from gpuprep.syntaxes import ENCODINGS, UNDEFINED_LENGTH, syntax_name
-from gpuprep.text import quoted
 
 if TYPE_CHECKING:
     import pydicom

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.acceptance import LARGEST_SIDE
+from gpuprep.core.formatting import numbered, printable
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation import units
 from gpuprep.segmentation.columns import LONGEST_LIST, Columns, is_scan, is_whole
@@ -33,7 +34,6 @@ from gpuprep.segmentation.names import slice_and_structure, stem
 from gpuprep.segmentation.numbers import Table
 from gpuprep.segmentation.recognition import FORMATS, MOST_LABELS, Recognised
 from gpuprep.segmentation.values import FARTHEST
-from gpuprep.text import numbered, printable
 
 MOST_CELLS = 2**30
 """Pixels of all rectangles around the pixels of one list. More come from pixels strewn about."""

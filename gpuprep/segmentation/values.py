@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
-from gpuprep.text import quoted
 
 FARTHEST = 1e6
 """Coordinates beyond it, in mm or pixels, are damage."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpuprep.geometry import Geometry, Shape3, Vector3
-from gpuprep.plan import BYTES, Plan
-from gpuprep.recipe import Compression
+from gpuprep.core.geometry import Geometry, Shape3, Vector3
+from gpuprep.core.plan import BYTES, Plan
+from gpuprep.core.recipe import Compression
 
 Settle = Callable[[Path], None]
 """Is told of a file that is finished, so that it gets on disk while others are being made."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.geometry import UNSEEN_MM
+from gpuprep.core.geometry import UNSEEN_MM
 from gpuprep.writers.content import Content, Settle, nothing
 from gpuprep.writers.gzipping import gzipped
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.geometry import UNSEEN_MM, Geometry, Shape3
+from gpuprep.core.geometry import UNSEEN_MM, Geometry, Shape3
 from gpuprep.writers.content import Content, Settle, nothing
 
 CHUNK = (32, 64, 64)

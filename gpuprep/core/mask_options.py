@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from gpuprep.core.formatting import printable
 from gpuprep.errors import RecipeError, SegmentationError
 from gpuprep.segmentation.contours import TEXT_FORMATS, Reading, SliceFrom, SliceOrder, Units
-from gpuprep.text import printable
 
 Layout = Literal["labels", "per-roi"]
 Resampling = Literal["nearest", "smooth"]

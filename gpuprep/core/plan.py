@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from gpuprep import lines
+from gpuprep.core.geometry import UNSEEN_MM, Geometry, Placement, Shape3, Turn
+from gpuprep.core.hounsfield import AIR_HU
+from gpuprep.core.recipe import LARGEST_AXIS, Recipe
+from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.errors import PlanError
-from gpuprep.geometry import UNSEEN_MM, Geometry, Placement, Shape3, Turn
-from gpuprep.intensity import AIR_HU
-from gpuprep.recipe import LARGEST_AXIS, Recipe
-from gpuprep.rules import SeriesWarning
 
 LEANING = "leaning"
 """Code of the warning about a volume whose affine has a shear."""

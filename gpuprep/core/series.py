@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from gpuprep.geometry import Vector3
-from gpuprep.rules import Irregularity, SeriesWarning
-from gpuprep.text import printable
+from gpuprep.core.formatting import printable
+from gpuprep.core.geometry import Vector3
+from gpuprep.core.stacking_rules import Irregularity, SeriesWarning
 
 
 class SliceHeader(NamedTuple):

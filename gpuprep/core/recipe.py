@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 
 import tomli_w
 
+from gpuprep.core.mask_options import Masks
+from gpuprep.core.stacking_rules import GroupBy, Policy, Rules
 from gpuprep.errors import RecipeError
-from gpuprep.rules import GroupBy, Policy, Rules
-from gpuprep.segmentation.wishes import Masks
 
 Orient = Literal["native", "LPS"]
 Padding = Literal["air", "minus2000-to-0", "keep"]

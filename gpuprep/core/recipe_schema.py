@@ -9,12 +9,12 @@ from dataclasses import fields
 from itertools import pairwise
 from typing import Any, cast, get_args
 
-from gpuprep import recipe as recipes
-from gpuprep.recipe import PRESETS, Recipe
-from gpuprep.rules import Rules
-from gpuprep.segmentation import wishes
+from gpuprep.core import mask_options
+from gpuprep.core import recipe as recipes
+from gpuprep.core.mask_options import Masks
+from gpuprep.core.recipe import PRESETS, Recipe
+from gpuprep.core.stacking_rules import Rules
 from gpuprep.segmentation.contours import Reading
-from gpuprep.segmentation.wishes import Masks
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -91,8 +91,8 @@ def _of_recipe(name: str) -> dict[str, Any]:
 
 def _of_masks(name: str) -> dict[str, Any]:
     """Return the schema of a field of the table ``[masks]``."""
-    if name in wishes.CHOICES:
-        return {"enum": [*wishes.CHOICES[name], *(["none"] if name in wishes.OPTIONAL else [])]}
+    if name in mask_options.CHOICES:
+        return {"enum": [*mask_options.CHOICES[name], *(["none"] if name in mask_options.OPTIONAL else [])]}
     if name == "threshold":
         return {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
     if name == "aliases":

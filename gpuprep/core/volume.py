@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.geometry import Geometry, Placement, Vector3
+from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.errors import GeometryError
-from gpuprep.geometry import Geometry, Placement, Vector3
-from gpuprep.intensity import HuStatistics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
