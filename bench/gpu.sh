@@ -37,7 +37,7 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader ||
 python3 - <<'PYTHON'
 import sys
 
-from gpuprep.backend import get_backend
+from gpuprep.compute.backend import get_backend
 from gpuprep.conversion import versions
 from gpuprep.errors import BackendError
 

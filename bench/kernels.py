@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from gpuprep.backend import Engine, get_backend
+from gpuprep.compute.backend import Engine, get_backend
+from gpuprep.compute.memory_estimate import device_bytes
+from gpuprep.compute.process import host_chunks
 from gpuprep.conversion import versions
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
@@ -30,9 +32,7 @@ from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.cores import usable_cores
 from gpuprep.errors import BackendError
-from gpuprep.memory import device_bytes
 from gpuprep.phantom import thorax
-from gpuprep.processing import host_chunks
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 DTYPES: tuple[Dtype, ...] = ("float32", "uint16", "uint8")

@@ -27,11 +27,11 @@ import numpy as np
 import gpuprep
 from bench.measure import save
 from gpuprep import conversion, reading
+from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.phantom import thorax, write_series
 from gpuprep.pictures import Planes
-from gpuprep.quality import Histogram
 from gpuprep.report.writing import write_report
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)

@@ -20,8 +20,9 @@ import numba
 import numpy as np
 
 from bench.measure import save
-from gpuprep import loops
-from gpuprep.backend import NumpyBackend
+from gpuprep.compute import numba_kernels
+from gpuprep.compute.backend import NumpyBackend
+from gpuprep.compute.process import host_chunks
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.plan import make_plan
@@ -29,7 +30,6 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.padding import summary
 from gpuprep.phantom import thorax
-from gpuprep.processing import host_chunks
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 ROUNDS = 9
@@ -91,9 +91,9 @@ def stages_s(volume: StoredVolume) -> dict[str, float]:
             pass
 
     convert()
-    originals = {name: getattr(loops, name) for name in STAGES}
+    originals = {name: getattr(numba_kernels, name) for name in STAGES}
     for name, function in originals.items():
-        setattr(loops, name, timed(name, function))
+        setattr(numba_kernels, name, timed(name, function))
     best: dict[str, float] = {}
     for _ in range(ROUNDS):
         spent.clear()
@@ -102,7 +102,7 @@ def stages_s(volume: StoredVolume) -> dict[str, float]:
         spent["between them"] = time.perf_counter() - started - sum(spent.values())
         best = {name: min(best.get(name, np.inf), s) for name, s in spent.items()}
     for name, function in originals.items():
-        setattr(loops, name, function)
+        setattr(numba_kernels, name, function)
     return best
 
 

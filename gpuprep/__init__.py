@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gpuprep.auditing import Audit as Audit
     from gpuprep.auditing import audit as audit
     from gpuprep.batch import convert as convert
+    from gpuprep.compute.process import process as process
     from gpuprep.core.geometry import Geometry as Geometry
     from gpuprep.core.mask_options import Masks as Masks
     from gpuprep.core.recipe import Recipe as Recipe
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from gpuprep.core.volume import Volume as Volume
     from gpuprep.discovery import discover as discover
     from gpuprep.loading import load as load
-    from gpuprep.processing import process as process
     from gpuprep.reading import read as read
     from gpuprep.segmentation.opening import read_segmentation as read_segmentation
     from gpuprep.stacking import stack as stack
@@ -44,7 +44,7 @@ _HOMES = {
     "Geometry": "core.geometry",
     "load": "loading",
     "Masks": "core.mask_options",
-    "process": "processing",
+    "process": "compute.process",
     "read": "reading",
     "read_segmentation": "segmentation.opening",
     "Recipe": "core.recipe",

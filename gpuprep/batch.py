@@ -17,8 +17,9 @@ from typing import NamedTuple, get_args
 from gpuprep import __version__
 from gpuprep.attempts import Attempts
 from gpuprep.auditing import audit
-from gpuprep.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.buckets import at_hand, open_out, output_at, place_of
+from gpuprep.compute.backend import Backend, BackendName, Engine, checked_engine, get_backend
+from gpuprep.compute.memory_estimate import USABLE
 from gpuprep.conversion import Task, convert_series
 from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
@@ -50,7 +51,6 @@ from gpuprep.manifest import (
 )
 from gpuprep.matching import Matched, matched, used_names
 from gpuprep.means import Means, chosen_means, means_of
-from gpuprep.memory import USABLE
 from gpuprep.naming import Pseudonyms, crosswalk_row, planned_row
 from gpuprep.nnunet import Layout, arrange, check
 from gpuprep.outlook import DONE, Outlook, outlooks

@@ -329,7 +329,7 @@ def demo(
     """Write a small synthetic cohort as DICOM, convert it, and say where to look."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.backend import get_backend
+            from gpuprep.compute.backend import get_backend
             from gpuprep.console import Monitor, say, show_recipe, show_run
             from gpuprep.core.recipe import Recipe
             from gpuprep.demo import run_demo

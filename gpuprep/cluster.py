@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from gpuprep import __version__, executors
-from gpuprep.backend import Backend, BackendName, Body, get_backend
+from gpuprep.compute.backend import Backend, BackendName, Body, get_backend
 from gpuprep.cores import usable_cores
 from gpuprep.errors import BackendError, GpuprepError, RequestError
 from gpuprep.executors import FOR_VOLUMES, OverdueError, WorkerDiedError, never

@@ -23,13 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gpuprep.batch import Scan
+from gpuprep.compute.hu_histogram import BANDS
 from gpuprep.core.formatting import numbered, printable, sized
 from gpuprep.core.recipe import Preset, Recipe
 from gpuprep.discovery import Cohort
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import SeriesResult
 from gpuprep.matching import Matched
-from gpuprep.quality import BANDS
 from gpuprep.runs import Listener, Run
 from gpuprep.upkeep import Finding as Damage
 from gpuprep.upkeep import Status

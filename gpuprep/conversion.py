@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import gpuprep
 from gpuprep.auditing import Audit, audit
-from gpuprep.backend import Backend, Engine
+from gpuprep.compute.backend import Backend, Engine
+from gpuprep.compute.memory_estimate import needed_bytes
+from gpuprep.compute.pinned_transfer import DEVICE
 from gpuprep.core.formatting import printable
 from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Recipe
@@ -24,10 +26,8 @@ from gpuprep.core.stacking_rules import SeriesWarning, codes, texts
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors import last_task
 from gpuprep.manifest import SeriesResult, Status, now, this_host
-from gpuprep.memory import needed_bytes
 from gpuprep.output import PREVIEW, Output, PendingFolder, Written
 from gpuprep.pictures import Planes, jpeg, picture
-from gpuprep.staging import DEVICE
 from gpuprep.syntaxes import syntax_name
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _write_image(
     task: Task, source: SeriesReader, plan: Plan, pending: PendingFolder, result: SeriesResult, planes: Planes
 ) -> SeriesResult:
     """Write the image of a series into a folder, and return what is known of it then; its middle planes are kept."""
-    from gpuprep.processing import host_chunks
+    from gpuprep.compute.process import host_chunks
     from gpuprep.writers import WRITERS
     from gpuprep.writers.content import Content
 

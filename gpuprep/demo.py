@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuprep.backend import BackendName, NumpyBackend, get_backend
 from gpuprep.batch import convert
+from gpuprep.compute.backend import BackendName, NumpyBackend, get_backend
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
 from gpuprep.phantom import outlines, thorax, write_series

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from gpuprep.backend import imported_loops, numba_works, open_gpus
+from gpuprep.compute.backend import imported_loops, numba_works, open_gpus
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
 from gpuprep.core.recipe import LIBRARIES, Recipe
 from gpuprep.cores import usable_cores

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from gpuprep.compute.hu_histogram import BANDS, stored_edges
 from gpuprep.glance import Glance
-from gpuprep.quality import BANDS, stored_edges
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
@@ -48,7 +48,7 @@ def shares(quality: dict[str, Any], count: int) -> NDArray[np.float64]:
     Parameters
     ----------
     quality : dict
-        From `gpuprep.quality.Histogram.to_dict`.
+        From `gpuprep.compute.hu_histogram.Histogram.to_dict`.
     count : int
         Number of ranges.
 

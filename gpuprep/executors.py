@@ -27,8 +27,8 @@ from gpuprep.errors import BackendError, GpuprepError
 from gpuprep.interruption import held_back
 
 FOR_HEADERS = ("gpuprep.headers", "pydicom")
-FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.processing", "gpuprep.reading", "gpuprep.writers")
-FOR_LOOPS = (*FOR_VOLUMES, "gpuprep.warm")
+FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.compute.process", "gpuprep.reading", "gpuprep.writers")
+FOR_LOOPS = (*FOR_VOLUMES, "gpuprep.compute.numba_warmup")
 """What workers need, imported once by the fork server, so that they share its pages."""
 
 HAVE_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.auditing import audit
-from gpuprep.backend import NumpyBackend
+from gpuprep.compute.backend import NumpyBackend
+from gpuprep.compute.process import host_chunks
 from gpuprep.core.formatting import printable
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.plan import make_plan
@@ -26,7 +27,6 @@ from gpuprep.manifest import Manifest, manifest_path
 from gpuprep.opening import Finished
 from gpuprep.output import PREVIEW, SIDECAR
 from gpuprep.pictures import Planes, picture
-from gpuprep.processing import host_chunks
 from gpuprep.reading import SeriesReader
 
 AS_ACQUIRED = Recipe(spacing_mm=None, size=None, dtype="uint8")
@@ -57,7 +57,7 @@ class Glance:
     """Lowest, mean and highest of the stack, padding included."""
     padding_share: float | None = None
     quality: dict[str, Any] | None = None
-    """See `gpuprep.quality.Histogram.to_dict`."""
+    """See `gpuprep.compute.hu_histogram.Histogram.to_dict`."""
     structures: tuple[str, ...] = ()
     planes: NDArray[np.uint8] | None = None
     """See `gpuprep.pictures.picture`; shape (rows, columns, 3)."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from gpuprep.backend import Backend, BackendName, Engine
+from gpuprep.compute.backend import Backend, BackendName, Engine
+from gpuprep.compute.process import process
 from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
@@ -12,7 +13,6 @@ from gpuprep.core.stacking_rules import Rules
 from gpuprep.core.volume import Volume
 from gpuprep.discovery import discover
 from gpuprep.errors import NothingFoundError, RequestError
-from gpuprep.processing import process
 from gpuprep.reading import read
 
 NAMED = 5

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.backend import Backend
+from gpuprep.compute.backend import Backend
+from gpuprep.compute.resample_labels import LABELS, label_chunks, slice_volumes_ml
 from gpuprep.core.formatting import numbered, printable
 from gpuprep.core.mask_options import Hide, Masks
 from gpuprep.core.plan import Plan
 from gpuprep.errors import SegmentationError
-from gpuprep.labelling import LABELS, label_chunks, slice_volumes_ml
 from gpuprep.layout import LONGEST_NAME, harmless
 from gpuprep.pictures import Planes
 from gpuprep.segmentation.contours import Segmentation

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpuprep.backend import Backend, BackendName, get_backend, get_backends
+from gpuprep.compute.backend import Backend, BackendName, get_backend, get_backends
+from gpuprep.compute.memory_estimate import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, workers
 from gpuprep.cores import usable_cores
 from gpuprep.errors import RequestError
 from gpuprep.executors import FOR_LOOPS, FOR_VOLUMES, Executor, Here, Place, Processes
 from gpuprep.logs import quiet_libraries
-from gpuprep.memory import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, workers
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 
 import gpuprep
 from gpuprep.auditing import Audit, Verdict, audit
-from gpuprep.backend import Backend, Engine
+from gpuprep.compute.backend import Backend, Engine
+from gpuprep.compute.memory_estimate import WRITING_BYTES, mask_bytes, needed_bytes
 from gpuprep.core.formatting import printable
 from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Recipe
@@ -22,7 +23,6 @@ from gpuprep.errors import PlanError
 from gpuprep.layout import layout
 from gpuprep.manifest import Entry, Manifest
 from gpuprep.matching import Glimpse, Matched, fingerprint, used_names
-from gpuprep.memory import WRITING_BYTES, mask_bytes, needed_bytes
 from gpuprep.naming import Pseudonyms
 from gpuprep.output import Output
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.backend import compiled_loops
+from gpuprep.compute.backend import compiled_loops
 from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU, TISSUE_HU
 from gpuprep.core.series import SliceHeader
 from gpuprep.core.stacking_rules import SeriesWarning

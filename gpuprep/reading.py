@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gpuprep import padding as padded
 from gpuprep.acceptance import warnings as header_warnings
+from gpuprep.compute.hu_histogram import Histogram, sampled
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series, SliceHeader
@@ -27,7 +28,6 @@ from gpuprep.extremes import Extremes
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import open_frugally
 from gpuprep.headers import TAGS
-from gpuprep.quality import Histogram, sampled
 from gpuprep.stacking import Stack, stack
 from gpuprep.syntaxes import BIG_WORDS, DEFLATED, NATIVE
 from gpuprep.words import Meaning, is_coded, whole

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gpuprep.backend import Backend, Engine
+from gpuprep.compute.backend import Backend, Engine
 from gpuprep.conversion import Task
 from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe

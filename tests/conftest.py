@@ -23,7 +23,7 @@ from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
 from standin import ForeignBackend
 
-from gpuprep.backend import Backend, NumpyBackend, get_backend
+from gpuprep.compute.backend import Backend, NumpyBackend, get_backend
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.volume import StoredVolume

@@ -19,10 +19,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.backend import Body, NumpyBackend
+from gpuprep.compute.backend import Body, NumpyBackend
+from gpuprep.compute.pinned_transfer import Empty, Lane
 from gpuprep.core import hounsfield
 from gpuprep.errors import DeviceLostError, DeviceMemoryError
-from gpuprep.staging import Empty, Lane
 
 UPLOAD_S, KERNEL_S, DOWNLOAD_S = 1.0, 0.25, 16.0
 """What each copy and each of the two fused kernels takes on the stand-in's clock."""

@@ -29,8 +29,8 @@ from pydicom.encaps import encapsulate
 from pydicom.tag import Tag
 from pydicom.uid import JPEG2000Lossless
 
-from gpuprep.backend import NumpyBackend
 from gpuprep.batch import convert, scan
+from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
 from gpuprep.discovery import Cohort
 from gpuprep.errors import BackendError, OutputError, RequestError
@@ -1052,8 +1052,8 @@ def test_the_first_run_on_a_machine_says_that_it_compiles(tmp_path: Path, small_
 def test_a_broken_numba_is_a_reason_and_no_traceback(
     tmp_path: Path, small_series: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delattr("gpuprep.loops", raising=False)
-    monkeypatch.setitem(sys.modules, "gpuprep.loops", None)  # its import then fails, as Numba's may
+    monkeypatch.delattr("gpuprep.compute.numba_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "gpuprep.compute.numba_kernels", None)  # its import then fails, as Numba's may
     (result,) = convert(small_series, tmp_path / "out", backend="cpu").results
     assert result.status == "failed"
     assert "set NUMBA_DISABLE_JIT=1 to do without it" in result.reason

@@ -12,13 +12,13 @@ import tifffile
 from standin import ForeignBackend
 
 from gpuprep import batch, means
-from gpuprep.backend import NumpyBackend
 from gpuprep.batch import convert
+from gpuprep.compute.backend import NumpyBackend
+from gpuprep.compute.memory_estimate import CONTEXT_BYTES, device_bytes
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError
 from gpuprep.executors import Here, Place
-from gpuprep.memory import CONTEXT_BYTES, device_bytes
 from gpuprep.phantom import write_series
 from gpuprep.runs import Run
 
@@ -190,7 +190,7 @@ def test_a_gpu_by_name_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     def broken(_: object) -> None:
         raise BackendError("the GPU does not work")
 
-    monkeypatch.setattr("gpuprep.backend.open_gpus", broken)
+    monkeypatch.setattr("gpuprep.compute.backend.open_gpus", broken)
     with pytest.raises(BackendError, match="does not work"):
         convert(tmp_path / "dicom", tmp_path / "out", RECIPE, backend="gpu")
     assert not (tmp_path / "out").exists()

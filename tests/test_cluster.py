@@ -22,8 +22,8 @@ import pytest
 from numpy.typing import NDArray
 
 import gpuprep
-from gpuprep.backend import NumpyBackend
 from gpuprep.cluster import Cluster, Elsewhere, elsewhere
+from gpuprep.compute.backend import NumpyBackend
 from gpuprep.conversion import Task, convert_series
 from gpuprep.errors import BackendError, RequestError
 from gpuprep.executors import Here, OverdueError, WorkerDiedError, last_task

@@ -37,8 +37,8 @@ from cohort import (
     write_cohort,
 )
 
-from gpuprep.backend import NumpyBackend
 from gpuprep.batch import convert
+from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError

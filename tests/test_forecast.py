@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from test_manifest import OK
 
-from gpuprep.backend import NumpyBackend
 from gpuprep.batch import convert, scan
+from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
 from gpuprep.forecast import Experience, Forecast

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.transform import resize as skimage_resize
 
-from gpuprep.backend import Engine, NumpyBackend, get_backend
 from gpuprep.batch import convert
+from gpuprep.compute.backend import Engine, NumpyBackend, get_backend
+from gpuprep.compute.memory_estimate import device_bytes
+from gpuprep.compute.process import host_chunks
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import BackendError, DeviceMemoryError
-from gpuprep.memory import device_bytes
 from gpuprep.phantom import thorax, write_series
-from gpuprep.processing import host_chunks
 
 pytestmark = pytest.mark.gpu
 

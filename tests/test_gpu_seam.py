@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import gpuprep.backend
-from gpuprep import kernels
-from gpuprep.backend import NumpyBackend, _gpu_or_cpu, get_backend
+import gpuprep.compute.backend
+from gpuprep.compute import cuda_kernels
+from gpuprep.compute.backend import NumpyBackend, _gpu_or_cpu, get_backend
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 from gpuprep.executors import FOR_VOLUMES
 
@@ -79,7 +79,7 @@ def test_tensor_float_32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_cupy
 def test_the_library_calls_take_the_arguments_they_are_given() -> None:
-    module: Any = import_module("gpuprep._cupy")
+    module: Any = import_module("gpuprep.compute.cupy_backend")
     volume = np.zeros((2, 2, 2), dtype=np.float32)
     zoom = inspect.signature(module.cupy_ndimage.zoom)
     zoom.bind(volume, [1.0, 2.0, 2.0], order=3, mode="nearest", grid_mode=True)
@@ -97,7 +97,7 @@ def test_a_worker_is_shown_one_gpu_and_takes_the_first_it_sees(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    module: Any = import_module("gpuprep._cupy")
+    module: Any = import_module("gpuprep.compute.cupy_backend")
     backend = module.CupyBackend.__new__(module.CupyBackend)  # one that opens no device
     backend._ordinal, backend.device = 1, "H200 (device 1)"
     assert backend.environment() == {"CUDA_VISIBLE_DEVICES": name, "GPUPREP_DEVICE": "H200 (device 1)"}
@@ -105,7 +105,7 @@ def test_a_worker_is_shown_one_gpu_and_takes_the_first_it_sees(
 
 
 def test_both_backends_offer_the_same_methods() -> None:
-    file = Path(gpuprep.backend.__file__).with_name("_cupy.py")
+    file = Path(gpuprep.compute.backend.__file__).with_name("_cupy.py")
     (cupys,) = (
         node
         for node in ast.parse(file.read_text("utf-8")).body
@@ -127,7 +127,7 @@ def test_copies_and_events_are_asked_for_in_words_that_cupy_knows() -> None:
     if gpu_works():
         pytest.skip("a GPU works here")
     cupy: Any = import_module("cupy")
-    module: Any = import_module("gpuprep._cupy")
+    module: Any = import_module("gpuprep.compute.cupy_backend")
     missing = cupy.cuda.runtime.CUDARuntimeError
     copies = module._Copies()
     calls: list[Callable[[], Any]] = [
@@ -146,7 +146,7 @@ def test_copies_and_events_are_asked_for_in_words_that_cupy_knows() -> None:
 
 
 @needs_cupy
-@pytest.mark.parametrize("file", ["gpuprep/_cupy.py", "bench/kernels.py", "tests/test_gpu.py"])
+@pytest.mark.parametrize("file", ["gpuprep/compute/cupy_backend.py", "bench/kernels.py", "tests/test_gpu.py"])
 def test_every_name_of_cupy_that_is_used_is_there(file: str) -> None:
     tree = ast.parse((Path(__file__).parents[1] / file).read_text("utf-8"))
     used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -160,19 +160,19 @@ def test_every_name_of_cupy_that_is_used_is_there(file: str) -> None:
 
 @needs_cupy
 def test_the_fused_kernels_are_parsed_by_cupy() -> None:
-    module: Any = import_module("gpuprep._cupy")
+    module: Any = import_module("gpuprep.compute.cupy_backend")
     counts = {"HU": (8, 1), "WINDOW": (5, 1), "QUANTISE": (7, 1)}
     for name, (inputs, outputs) in counts.items():
         kernel = getattr(module, name)
         assert (kernel.nin, kernel.nout) == (inputs, outputs)
-        assert kernel.name == getattr(kernels, name).name
+        assert kernel.name == getattr(cuda_kernels, name).name
     raw = [p.name for p in module.HU.in_params if p.raw]
     assert raw == ["slope", "intercept", "padding"]
 
 
 @needs_cupy
 def test_kernels_that_cannot_be_kept_are_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy, ours = import_module("cupy"), import_module("gpuprep._cupy")
+    cupy, ours = import_module("cupy"), import_module("gpuprep.compute.cupy_backend")
     monkeypatch.delenv("CUPY_TF32", raising=False)
     monkeypatch.setattr(cupy, "is_available", lambda: True)
     monkeypatch.setattr(cupy.cuda, "Device", lambda _: nullcontext())
@@ -187,7 +187,7 @@ def test_kernels_that_cannot_be_kept_are_an_error_of_ours(monkeypatch: pytest.Mo
 
 @needs_cupy
 def test_a_backend_travels_without_a_handle_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = import_module("gpuprep._cupy")
+    module: Any = import_module("gpuprep.compute.cupy_backend")
     asked: list[int] = []
 
     def opened(ordinal: int) -> str:
@@ -216,7 +216,7 @@ def test_a_backend_travels_without_a_handle_of_the_device(monkeypatch: pytest.Mo
     ],
 )
 def test_errors_of_cupy_become_ours(raised: tuple[str, str, Any], expected: Any) -> None:
-    module: Any = import_module("gpuprep._cupy")
+    module: Any = import_module("gpuprep.compute.cupy_backend")
     where, name, args = raised
     backend = object.__new__(module.CupyBackend)
     backend._ordinal, backend.device = 0, "imaginary"
@@ -231,7 +231,7 @@ def test_errors_of_cupy_become_ours(raised: tuple[str, str, Any], expected: Any)
 @needs_cupy
 def test_importing_the_backend_loads_no_driver() -> None:
     # A process that has talked to the driver cannot be forked, and the fork server must stay one that can.
-    code = "import gpuprep._cupy; print(any('libcuda.so' in line for line in open('/proc/self/maps')))"
+    code = "import gpuprep.compute.cupy_backend; print(any('libcuda.so' in line for line in open('/proc/self/maps')))"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "False"
 
@@ -239,6 +239,6 @@ def test_importing_the_backend_loads_no_driver() -> None:
 @needs_cupy
 def test_the_fork_server_does_not_even_import_it() -> None:
     assert not any("cupy" in module or "cucim" in module for module in FOR_VOLUMES)
-    code = "import gpuprep.processing, gpuprep.reading, gpuprep.writers, sys; print('cupy' in sys.modules)"
+    code = "import gpuprep.compute.process, gpuprep.reading, gpuprep.writers, sys; print('cupy' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "False"

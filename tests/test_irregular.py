@@ -18,13 +18,13 @@ from standin import to_numpy
 
 import gpuprep
 from gpuprep.auditing import audit
-from gpuprep.backend import Backend, NumpyBackend
+from gpuprep.compute.backend import Backend, NumpyBackend
+from gpuprep.compute.process import host_chunks
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.core.volume import StoredVolume, Volume
 from gpuprep.phantom import write_series
-from gpuprep.processing import host_chunks
 
 HU_ONLY = Recipe(window_hu=None, size=None)
 AS_ACQUIRED = Recipe(window_hu=None, size=None, spacing_mm=None)

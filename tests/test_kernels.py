@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gpuprep import kernels
+from gpuprep.compute import cuda_kernels
+from gpuprep.compute.cuda_kernels import Kernel
 from gpuprep.core import hounsfield
-from gpuprep.kernels import Kernel
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -95,7 +95,7 @@ def test_stored_values_become_hu_to_the_bit(tmp_path: Path, dtype: str, rule: st
     slope = np.array([1, 0.7310585, 2.5, -1, 1.0000001], np.float32)
     intercept = np.array([-1024, -1000.1, 0.3, 0, -8192], np.float32)
     padding = np.array([[1, 0], [0, 5], [-20 if low else 20, 500], [32767, 32767], [1, 0]]).astype(dtype)
-    run = compiled(kernels.HU, dtype, tmp_path)
+    run = compiled(cuda_kernels.HU, dtype, tmp_path)
     for declared in (None, padding) if rule == "air" else (None,):
         expected = hounsfield.to_hu(stored, slope, intercept, declared, rule)
         table = stored if declared is None else declared
@@ -130,10 +130,10 @@ def test_window_and_output_types_are_the_same_to_the_bit(
     arguments = (*(window or (-np.inf, np.inf)), shift_hu, scale)
     expected = hounsfield.finish(values, None if window is None else (*window, scale, shift_hu), dtype)
     if dtype == "float32":
-        out = compiled(kernels.WINDOW, dtype, tmp_path)(values, *arguments)
+        out = compiled(cuda_kernels.WINDOW, dtype, tmp_path)(values, *arguments)
     else:
         limits = np.iinfo(dtype)
-        run = compiled(kernels.QUANTISE, dtype, tmp_path)
+        run = compiled(cuda_kernels.QUANTISE, dtype, tmp_path)
         out = run(values, *arguments, float(limits.min), float(limits.max))
     assert out.dtype == np.dtype(dtype)
     np.testing.assert_array_equal(out, expected)
@@ -141,6 +141,6 @@ def test_window_and_output_types_are_the_same_to_the_bit(
 
 def test_no_number_in_a_kernel_comes_from_a_series() -> None:
     # Whatever differs between series is an argument: a kernel is compiled per type, not per shape or recipe.
-    for kernel in (kernels.HU, kernels.WINDOW, kernels.QUANTISE):
+    for kernel in (cuda_kernels.HU, cuda_kernels.WINDOW, cuda_kernels.QUANTISE):
         numbers = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", kernel.operation))
         assert numbers <= {"0", "1", "2", "2000", "1000.0", "1024.0"}

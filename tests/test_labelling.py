@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from standin import ForeignBackend, to_numpy
 
-from gpuprep.backend import Backend, NumpyBackend
+from gpuprep.compute.backend import Backend, NumpyBackend
+from gpuprep.compute.resample_labels import label_chunks, slice_volumes_ml
 from gpuprep.core.geometry import Geometry, Placement
 from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Recipe
-from gpuprep.labelling import label_chunks, slice_volumes_ml
 
 How = Literal["nearest", "smooth"]
 

@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from gpuprep import lines, operators
-from gpuprep.backend import NumpyBackend
+from gpuprep.compute import resample_matrix, resample_taps
+from gpuprep.compute.backend import NumpyBackend
+from gpuprep.compute.process import host_chunks
 from gpuprep.core.geometry import Placement
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.padding import Summary, summary
-from gpuprep.processing import host_chunks
 
 RULES = [("nearest", True), ("constant", False), ("mirror", True)]
 
 
-def dense(line: lines.Line, samples: int) -> NDArray[np.float64]:
+def dense(line: resample_taps.Line, samples: int) -> NDArray[np.float64]:
     """Return the matrix that a line stands for, by following its own description on unit vectors."""
     values = np.eye(samples)
     if line.solve.shape[1]:
@@ -51,9 +51,9 @@ def test_lost_outputs_are_those_that_scipy_leaves_at_zero(n: int, m: int) -> Non
     # Of a line of ones, by SciPy alone. An output lies outside for every order or for none.
     ones = np.ones((1, n))
     zoomed = ndimage.zoom(ones, (1, m / n), order=1)[0]
-    assert lines.lost(n, m, "constant", False).tolist() == np.flatnonzero(zoomed == 0).tolist()
-    assert not lines.lost(n, m, "nearest", True).size
-    assert not lines.lost(n, m, "mirror", True).size
+    assert resample_taps.lost(n, m, "constant", False).tolist() == np.flatnonzero(zoomed == 0).tolist()
+    assert not resample_taps.lost(n, m, "nearest", True).size
+    assert not resample_taps.lost(n, m, "mirror", True).size
 
 
 @settings(max_examples=150)
@@ -69,8 +69,8 @@ def test_a_line_is_the_matrix_that_scipy_makes(
 ) -> None:
     mode, grid_mode = rule
     options: dict[str, Any] = {"order": order, "mode": mode, "grid_mode": grid_mode, "sigma": sigma}
-    expected = operators.matrix(n, m, along=None, blur_mode="nearest", **options)
-    line = lines.build(n, m, along=None, blur_mode="nearest", **options)
+    expected = resample_matrix.matrix(n, m, along=None, blur_mode="nearest", **options)
+    line = resample_taps.build(n, m, along=None, blur_mode="nearest", **options)
     # 3e-7 of 4000 HU is a thousandth of one.
     assert np.abs(dense(line, n) - expected).max() < 3e-7
     assert (np.diff(line.start.astype(int)) >= 0).all()  # or slices that are gone would be asked for
@@ -78,9 +78,9 @@ def test_a_line_is_the_matrix_that_scipy_makes(
 
 def test_cubic_lines_take_four_weights_and_others_what_their_matrix_has() -> None:
     options: dict[str, Any] = {"mode": "nearest", "grid_mode": True, "blur_mode": "nearest", "along": None}
-    assert lines.build(512, 349, order=3, sigma=0.0, **options).taps == 4
-    assert lines.build(349, 512, order=1, sigma=0.0, **options).taps == 2
-    assert lines.build(512, 349, order=3, sigma=0.5, **options).taps > 20
+    assert resample_taps.build(512, 349, order=3, sigma=0.0, **options).taps == 4
+    assert resample_taps.build(349, 512, order=1, sigma=0.0, **options).taps == 2
+    assert resample_taps.build(512, 349, order=3, sigma=0.5, **options).taps > 20
 
 
 @st.composite
@@ -155,7 +155,7 @@ def test_the_summary_of_a_slice_is_what_counting_gives(
 
 
 def test_without_numba_matrix_products_serve() -> None:
-    code = "from gpuprep.backend import get_backend; print(get_backend('cpu').body)"
+    code = "from gpuprep.compute.backend import get_backend; print(get_backend('cpu').body)"
     for switch, body in (("0", "loops"), ("1", "matmul")):
         run = subprocess.run(
             [sys.executable, "-c", code],

@@ -17,7 +17,7 @@ from segmentations import write_rtstruct
 
 import gpuprep
 from gpuprep import Masks, Recipe
-from gpuprep.backend import Backend
+from gpuprep.compute.backend import Backend
 from gpuprep.phantom import write_series
 
 SHAPE = (20, 100, 110)

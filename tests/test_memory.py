@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 from conftest import axial, stored_volume
 
-from gpuprep.backend import Engine, NumpyBackend
+from gpuprep.compute.backend import Engine, NumpyBackend
+from gpuprep.compute.memory_estimate import (
+    CONTEXT_BYTES,
+    device_bytes,
+    for_volumes,
+    host_bytes,
+    host_bytes_free,
+    workers,
+)
+from gpuprep.compute.process import host_chunks
 from gpuprep.core.geometry import Placement
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
-from gpuprep.memory import CONTEXT_BYTES, device_bytes, for_volumes, host_bytes, host_bytes_free, workers
-from gpuprep.processing import host_chunks
 
 
 class Fused(NumpyBackend):

@@ -16,8 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 import gpuprep
-from gpuprep import Recipe, backend
+from gpuprep import Recipe
 from gpuprep.cli import app
+from gpuprep.compute import backend
 from gpuprep.core.recipe import Dtype
 from gpuprep.discovery import discover
 from gpuprep.errors import BackendError
@@ -99,7 +100,9 @@ def cupy_without_cache(tmp_path: Path, nowhere: Path, monkeypatch: pytest.Monkey
     (tmp_path / "site" / "cupy").mkdir(parents=True)
     (tmp_path / "site" / "cupy" / "__init__.py").write_text(CUPY)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    for name in [name for name in sys.modules if name in ("cupy", "gpuprep._cupy") or name.startswith("cupy.")]:
+    for name in [
+        name for name in sys.modules if name in ("cupy", "gpuprep.compute.cupy_backend") or name.startswith("cupy.")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(nowhere))
     backend._gpu_or_cpu.cache_clear()
@@ -152,8 +155,8 @@ def loops_unkept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         raise RuntimeError("cannot cache function: no locator available")
 
     monkeypatch.setattr(type(numba.njit(lambda: None)), "enable_caching", refuse)
-    monkeypatch.delitem(sys.modules, "gpuprep.loops", raising=False)
-    monkeypatch.delattr("gpuprep.loops", raising=False)
+    monkeypatch.delitem(sys.modules, "gpuprep.compute.numba_kernels", raising=False)
+    monkeypatch.delattr("gpuprep.compute.numba_kernels", raising=False)
     backend._say_unkept.cache_clear()
     yield backend.imported_loops()
     backend._say_unkept.cache_clear()
@@ -191,7 +194,7 @@ def test_a_loop_that_cannot_be_saved_counts_as_unkept(loops_unkept: Any) -> None
 def test_loops_that_cannot_be_kept_are_compiled_for_all_types_before_workers_are_made(
     loops_unkept: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpuprep import warm
+    from gpuprep.compute import numba_warmup
 
     assert loops_unkept.unkept.is_set()
     inputs, outputs = set(), set()
@@ -200,8 +203,8 @@ def test_loops_that_cannot_be_kept_are_compiled_for_all_types_before_workers_are
         inputs.add(volume.stored.dtype)
         outputs.add(recipe.dtype)
 
-    monkeypatch.setattr(warm, "process", process)
-    monkeypatch.setattr(warm, "summary", lambda *_, **__: None)
-    warm._warm()
+    monkeypatch.setattr(numba_warmup, "process", process)
+    monkeypatch.setattr(numba_warmup, "summary", lambda *_, **__: None)
+    numba_warmup._warm()
     assert inputs == {np.dtype(t) for t in ("int8", "uint8", "int16", "uint16")}
     assert outputs == set(get_args(Dtype))

@@ -13,13 +13,13 @@ from scipy import ndimage
 from skimage.transform import resize as skimage_resize
 from standin import ForeignBackend
 
-from gpuprep.backend import Backend, Engine, NumpyBackend
+from gpuprep.compute.backend import Backend, Engine, NumpyBackend
+from gpuprep.compute.process import host_chunks, process
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import PlanError, RequestError
-from gpuprep.processing import host_chunks, process
 
 ENGINES = ["operators", "ndimage"]
 SPACING = (3.0, 0.6816, 0.7)

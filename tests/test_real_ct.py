@@ -18,10 +18,10 @@ import tifffile
 
 import gpuprep
 from bench import classic
-from gpuprep.backend import Engine, NumpyBackend
+from gpuprep.compute.backend import Engine, NumpyBackend
+from gpuprep.compute.process import host_chunks
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
-from gpuprep.processing import host_chunks
 
 CHESTS = ("lidc-0001-jls", "lungdx-a0002", "4dlung-113-crop")
 SOME_SLICES = 8

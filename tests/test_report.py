@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from cohort import findings, gpuprep
 
+from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.errors import RequestError
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.phantom import write_series
 from gpuprep.pictures import jpeg
-from gpuprep.quality import Histogram
 from gpuprep.report.writing import write_report
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"

@@ -12,12 +12,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import gpuprep
-from gpuprep.backend import NumpyBackend
 from gpuprep.cli import app
+from gpuprep.compute.backend import NumpyBackend
+from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.drawing import montage, shares, text_histogram
 from gpuprep.glance import glance, spread
 from gpuprep.phantom import write_series
-from gpuprep.quality import Histogram
 
 LEFT_HU, RIGHT_HU = -100, 200
 COLUMNS = 24

@@ -14,13 +14,13 @@ from conftest import stored_volume
 from numpy.typing import NDArray
 from standin import DOWNLOAD_S, KERNEL_S, UPLOAD_S, ForeignBackend
 
-from gpuprep import staging
-from gpuprep.backend import Engine, NumpyBackend
+from gpuprep.compute import pinned_transfer
+from gpuprep.compute.backend import Engine, NumpyBackend
+from gpuprep.compute.process import host_chunks
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import DecodeError, DeviceLostError, DeviceMemoryError
-from gpuprep.processing import host_chunks
 
 SPACING = (3.0, 0.7, 0.8)
 
@@ -94,9 +94,9 @@ def test_without_waiting_for_copies_the_stand_in_gives_something_else(
     foreign = ForeignBackend()
     expected = run(volume, RECIPES[0], NumpyBackend("matmul"))
     with monkeypatch.context() as patched:
-        patched.setattr(staging, "_landed", lambda _, host: host)
+        patched.setattr(pinned_transfer, "_landed", lambda _, host: host)
         assert not np.array_equal(run(volume, RECIPES[0], foreign), expected)
-    monkeypatch.setattr(staging._Buffer, "wait", lambda _: None)
+    monkeypatch.setattr(pinned_transfer._Buffer, "wait", lambda _: None)
     with pytest.raises(AssertionError, match="overwritten while it was copied up"):
         run(volume, RECIPES[0], foreign)
 

@@ -52,8 +52,9 @@ from standin import ForeignBackend
 import gpuprep
 from gpuprep import decoding
 from gpuprep.auditing import audit
-from gpuprep.backend import Backend, Engine, NumpyBackend
 from gpuprep.batch import scan
+from gpuprep.compute.backend import Backend, Engine, NumpyBackend
+from gpuprep.compute.process import host_chunks
 from gpuprep.core.geometry import Geometry, Placement
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
@@ -65,7 +66,6 @@ from gpuprep.headers import read_headers
 from gpuprep.manifest import SeriesResult
 from gpuprep.opening import Finished
 from gpuprep.phantom import write_series
-from gpuprep.processing import host_chunks
 from gpuprep.report.writing import write_report
 from gpuprep.runs import Run
 from gpuprep.upkeep import verify

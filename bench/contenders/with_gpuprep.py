@@ -9,7 +9,7 @@ from typing import Any
 
 import gpuprep
 from bench.contenders import AbsentError
-from gpuprep.backend import Engine
+from gpuprep.compute.backend import Engine
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError
 from gpuprep.forecast import Forecast

@@ -49,7 +49,7 @@ class Masks(Reading):
     """"labels": one volume, each structure a value of its own; structures that overlap are refused. "per-roi": one
     volume of 0 and 1 for each."""
     resampling: Resampling = "nearest"
-    """Of labels: see `gpuprep.labelling`."""
+    """Of labels: see `gpuprep.compute.resample_labels`."""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

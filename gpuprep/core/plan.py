@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuprep import lines
+from gpuprep.compute import resample_taps
 from gpuprep.core.geometry import UNSEEN_MM, Geometry, Placement, Shape3, Turn
 from gpuprep.core.hounsfield import AIR_HU
 from gpuprep.core.recipe import LARGEST_AXIS, Recipe
@@ -55,13 +55,13 @@ class Step:
 
     @property
     def lost(self) -> tuple[tuple[int, int], ...]:
-        """Planes of the output, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `gpuprep.lines.lost`."""
+        """Planes of the output, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `gpuprep.compute.resample_taps.lost`."""
         zoomed = [a for a in range(3) if self.moves(a) and (self.along[a] is None or self.sigma[a] > 0)]
-        found = ((a, lines.lost(self.source[a], self.target[a], self.mode, self.grid_mode)) for a in zoomed)
+        found = ((a, resample_taps.lost(self.source[a], self.target[a], self.mode, self.grid_mode)) for a in zoomed)
         return tuple((axis, int(index)) for axis, indices in found for index in indices)
 
     def arguments(self, axis: int) -> dict[str, Any]:
-        """Return what `gpuprep.operators.matrix` wants to know of an axis."""
+        """Return what `gpuprep.compute.resample_matrix.matrix` wants to know of an axis."""
         return {
             "n_in": self.source[axis],
             "n_out": self.target[axis],

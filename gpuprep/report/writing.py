@@ -21,13 +21,13 @@ from typing import Any, TextIO
 
 from gpuprep import __version__
 from gpuprep.buckets import output_at, place_of
+from gpuprep.compute.hu_histogram import BANDS, FLAGS, SOURCES, flags
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.layout import REPORT
 from gpuprep.manifest import SeriesResult, now
 from gpuprep.output import Output, flush
 from gpuprep.pictures import COLOURS
-from gpuprep.quality import BANDS, FLAGS, SOURCES, flags
 from gpuprep.upkeep import Records
 
 MOST_PICTURES = 10_000

@@ -1,6 +1,6 @@
 """One series through the plan: stored integers up once, a few slices at a time, and each finished chunk down once.
 
-Two engines give the same volume. ``operators`` multiplies with one banded matrix per axis (`gpuprep.operators`);
+Two engines give the same volume. ``operators`` multiplies with one banded matrix per axis (`gpuprep.compute.resample_matrix`);
 ``ndimage`` makes the literal library calls: `scipy.ndimage.zoom` and `skimage.transform.resize`, or on a GPU
 `cupyx.scipy.ndimage.zoom` and `cucim.skimage.transform.resize`.
 """
@@ -14,9 +14,9 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from gpuprep import operators
-from gpuprep.backend import Backend, BackendName, Engine, Lane, checked_engine, compiled_loops, get_backend
-from gpuprep.buffers import Scratch, SlidingWindow
+from gpuprep.compute import resample_matrix
+from gpuprep.compute.backend import Backend, BackendName, Engine, Lane, checked_engine, compiled_loops, get_backend
+from gpuprep.compute.scratch import Scratch, SlidingWindow
 from gpuprep.core.geometry import Geometry, Placement
 from gpuprep.core.hounsfield import AIR_HU
 from gpuprep.core.plan import Plan, Step, make_plan
@@ -149,10 +149,10 @@ def device_chunks(source: Source, plan: Plan, backend: Backend, engine: Engine, 
 
 def _compiled_chunks(source: Source, plan: Plan, backend: Backend, lane: Lane) -> Iterator[Any]:
     compiled_loops()  # or it says why there are none
-    from gpuprep import compiled
+    from gpuprep.compute import numba_engine
 
     hu = _Hu(source, plan, backend, lane)
-    return compiled.chunks(hu.slabs(), hu.count, plan)
+    return numba_engine.chunks(hu.slabs(), hu.count, plan)
 
 
 def _operator_chunks(source: Source, plan: Plan, backend: Backend, lane: Lane) -> Iterator[Any]:
@@ -163,12 +163,12 @@ def _operator_chunks(source: Source, plan: Plan, backend: Backend, lane: Lane) -
     resize = [(axis, op) for axis, op in enumerate(_operators(plan.resize, backend)) if op is not None]
     scratch = Scratch()
 
-    def in_plane_by(todo: list[tuple[int, operators.Operator]], name: str) -> Callable[[Any], Any]:
+    def in_plane_by(todo: list[tuple[int, resample_matrix.Operator]], name: str) -> Callable[[Any], Any]:
         def apply(values: Any) -> Any:
             for axis, op in todo:
                 shape = list(values.shape)
                 shape[axis] = op.n_out
-                values = operators.apply_in_plane(op, values, axis, scratch.like(values, shape, (name, axis)))
+                values = resample_matrix.apply_in_plane(op, values, axis, scratch.like(values, shape, (name, axis)))
             return values
 
         return apply
@@ -282,9 +282,9 @@ class _Hu:
             shape[axis] = want
             out = xp.empty(tuple(shape), dtype=hu.dtype, device=device(hu))
             for n in range(shape[0]):
-                operator, outside = operators.shifted(have, want, shift[start + n, axis - 1], order=self._order)
+                operator, outside = resample_matrix.shifted(have, want, shift[start + n, axis - 1], order=self._order)
                 moved = out[n : n + 1, :, :]
-                operators.apply_in_plane(operator.on(self._backend.to_device), hu[n : n + 1, :, :], axis, moved)
+                resample_matrix.apply_in_plane(operator.on(self._backend.to_device), hu[n : n + 1, :, :], axis, moved)
                 for low, high in _runs(outside):
                     if axis == 1:
                         moved[:, low:high, :] = AIR_HU
@@ -300,28 +300,28 @@ def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(low), int(high)) for low, high in edges.reshape(-1, 2)]
 
 
-def _operators(step: Step, backend: Backend) -> list[operators.Operator | None]:
+def _operators(step: Step, backend: Backend) -> list[resample_matrix.Operator | None]:
     """Return one operator per axis; None where the axis is left alone."""
-    found: list[operators.Operator | None] = []
+    found: list[resample_matrix.Operator | None] = []
     for axis in range(3):
         operator = None
         if step.moves(axis):
             rows = backend.block_rows if axis else backend.chunk_slices
-            operator = operators.build(**step.arguments(axis), block_rows=rows).on(backend.to_device)
+            operator = resample_matrix.build(**step.arguments(axis), block_rows=rows).on(backend.to_device)
         found.append(operator)
     return found
 
 
-def _resampled(values: Any, axis: int, operator: operators.Operator) -> Any:
+def _resampled(values: Any, axis: int, operator: resample_matrix.Operator) -> Any:
     """Return a whole volume with an operator applied along one axis."""
     xp = array_namespace(values)
     shape = list(values.shape)
     shape[axis] = operator.n_out
     out = xp.empty(tuple(shape), dtype=values.dtype, device=device(values))
     if axis:
-        return operators.apply_in_plane(operator, values, axis, out)
+        return resample_matrix.apply_in_plane(operator, values, axis, out)
     for b in operator.blocks:
-        operators.apply_block(b, values[b.low : b.high, :, :], out[b.start : b.stop, :, :])
+        resample_matrix.apply_block(b, values[b.low : b.high, :, :], out[b.start : b.stop, :, :])
     return out
 
 
@@ -331,7 +331,7 @@ def _pieces(count: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _along_z(
-    window: SlidingWindow, along_z: operators.Operator | None, chunk_slices: int, scratch: Scratch
+    window: SlidingWindow, along_z: resample_matrix.Operator | None, chunk_slices: int, scratch: Scratch
 ) -> Iterator[Any]:
     """Yield the output slices in chunks; each block of the z operator is one chunk."""
     if along_z is None:
@@ -342,7 +342,7 @@ def _along_z(
     window.reserve(max(b.high - b.low for b in along_z.blocks))
     for block in along_z.blocks:
         band = window.get(block.low, block.high)
-        yield operators.apply_block(
+        yield resample_matrix.apply_block(
             block, band, scratch.like(band, (block.stop - block.start, *band.shape[1:]), "chunk")
         )
     window.get(window.count, window.count)  # the rest counts in the statistics even where no output needs it

@@ -1,7 +1,7 @@
 """Resampling of a line as few weights per sample.
 
 The cubic spline through samples takes two steps: samples become coefficients, which solve a tridiagonal system, and
-four coefficients give a value. Together they are the matrix of `gpuprep.operators`, in a seventh of the
+four coefficients give a value. Together they are the matrix of `gpuprep.compute.resample_matrix`, in a seventh of the
 multiplications. Anything else is taken from that matrix, as the narrow band that it is.
 
 References
@@ -68,15 +68,15 @@ def build(
     sigma: float,
     blur_mode: str,
 ) -> Line:
-    """Return how to resample a line; the arguments are those of `gpuprep.operators.matrix`."""
+    """Return how to resample a line; the arguments are those of `gpuprep.compute.resample_matrix.matrix`."""
     places = _places(n_in, n_out, mode, grid_mode) if order in (1, 3) and along is None and not sigma else None
     if places is None or n_in < 4:
-        from gpuprep import operators  # and SciPy, which most lines do without
+        from gpuprep.compute import resample_matrix  # and SciPy, which most lines do without
 
-        matrix = operators.matrix(
+        matrix = resample_matrix.matrix(
             n_in, n_out, along=along, order=order, mode=mode, grid_mode=grid_mode, sigma=sigma, blur_mode=blur_mode
         )
-        return _line(matrix.shape[1], *_band(matrix, operators.NEGLIGIBLE))
+        return _line(matrix.shape[1], *_band(matrix, resample_matrix.NEGLIGIBLE))
     if order == 1:
         start = np.clip(np.floor(places), 0, n_in - 2)
         part = np.clip(places, 0, n_in - 1) - start

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from gpuprep.backend import NumpyBackend, compiled_loops
+from gpuprep.compute.backend import NumpyBackend, compiled_loops
+from gpuprep.compute.process import process
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.padding import summary
-from gpuprep.processing import process
 
 PATIENCE_S = 1.5
 """Before compiling deserves a word."""
@@ -50,7 +50,7 @@ def _say() -> None:
     """Say so if it is compiling that takes its time: a busy machine may be as slow to load what it has."""
     while not _done.wait(PATIENCE_S):
         with contextlib.suppress(Exception):  # as below
-            from gpuprep.loops import compiling, unkept
+            from gpuprep.compute.numba_kernels import compiling, unkept
 
             if unkept.is_set():  # said already, and for longer than once
                 return

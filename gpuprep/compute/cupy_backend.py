@@ -19,16 +19,16 @@ from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-i
 )
 from numpy.typing import NDArray
 
-from gpuprep import kernels, lines
+from gpuprep.compute import cuda_kernels, resample_taps
+from gpuprep.compute.pinned_transfer import DEVICE, Empty, Lane
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
-from gpuprep.staging import DEVICE, Empty, Lane
 
 
-def _elementwise(kernel: kernels.Kernel) -> Any:
+def _elementwise(kernel: cuda_kernels.Kernel) -> Any:
     return cupy.ElementwiseKernel(kernel.inputs, kernel.outputs, kernel.operation, kernel.name)
 
 
-HU, WINDOW, QUANTISE = (_elementwise(k) for k in (kernels.HU, kernels.WINDOW, kernels.QUANTISE))
+HU, WINDOW, QUANTISE = (_elementwise(k) for k in (cuda_kernels.HU, cuda_kernels.WINDOW, cuda_kernels.QUANTISE))
 
 
 class CupyBackend:
@@ -122,7 +122,7 @@ class CupyBackend:
         # planes that SciPy leaves at 0 are then put there.
         zoomed = cupy_ndimage.zoom(values, factors, order=order, mode="mirror", grid_mode=grid_mode)
         for axis, samples in enumerate(values.shape):
-            for index in lines.lost(samples, zoomed.shape[axis], mode, grid_mode):
+            for index in resample_taps.lost(samples, zoomed.shape[axis], mode, grid_mode):
                 cupy.moveaxis(zoomed, axis, 0)[int(index)] = 0
         return zoomed
 
@@ -137,7 +137,7 @@ class CupyBackend:
 
 
 class _Copies:
-    """Copies in the current stream: see `gpuprep.staging.Device`."""
+    """Copies in the current stream: see `gpuprep.compute.pinned_transfer.Device`."""
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
         # From CuPy's pool, which keeps it for the next series: page-locking takes as long as reading a slab.

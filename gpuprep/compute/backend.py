@@ -2,7 +2,7 @@
 
 Kernels take their namespace from the array they are given. What a backend adds is the way there and back, the passes
 over voxels that a GPU fuses, and the library calls of the ``ndimage`` engine, which have other names on each side.
-`gpuprep._cupy` is imported only when a GPU is asked for.
+`gpuprep.compute.cupy_backend` is imported only when a GPU is asked for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Body = Literal["matmul", "loops"]
 
 
 class Lane(Protocol):
-    """The way of one series to where it is computed and back: see `gpuprep.staging`."""
+    """The way of one series to where it is computed and back: see `gpuprep.compute.pinned_transfer`."""
 
     def uploads(self, read: Callable[..., NDArray[Any]], spans: Sequence[tuple[int, int]]) -> Iterator[Any]:
         """Yield ``read(start, stop)`` of each span as an array of the backend."""
@@ -182,7 +182,7 @@ def numba_works() -> bool:
 
 
 def compiled_loops() -> Any:
-    """Return `gpuprep.loops`, and say once if every run has to compile them anew."""
+    """Return `gpuprep.compute.numba_kernels`, and say once if every run has to compile them anew."""
     loops = imported_loops()
     if loops.unkept.is_set():
         _say_unkept()
@@ -195,15 +195,15 @@ def _say_unkept() -> None:
 
 
 def imported_loops() -> Any:
-    """Return `gpuprep.loops`; Numba takes its time to import, and is an extra."""
+    """Return `gpuprep.compute.numba_kernels`; Numba takes its time to import, and is an extra."""
     try:
-        from gpuprep import loops
+        from gpuprep.compute import numba_kernels
     except Exception as exc:  # Numba checks its surroundings when it is imported, and raises what it likes
         raise BackendError(
             f"Numba is installed and does not work ({exc}): pip install 'gpuprep[fast]' again, or set "
             "NUMBA_DISABLE_JIT=1 to do without it"
         ) from exc
-    return loops
+    return numba_kernels
 
 
 def checked_engine(name: str) -> Engine:
@@ -270,7 +270,7 @@ def open_gpus(ordinals: Sequence[int] | None = None) -> list[Backend]:
         If CuPy or cuCIM is missing, or one of the GPUs cannot be used, with the reason and the remedy.
     """
     try:
-        from gpuprep._cupy import CupyBackend, device_count
+        from gpuprep.compute.cupy_backend import CupyBackend, device_count
     except ImportError as exc:
         raise BackendError(
             f"CuPy or cuCIM is not installed ({exc}): pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'"

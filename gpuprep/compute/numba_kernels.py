@@ -1,4 +1,4 @@
-"""Compiled loops that resample one line after the other: what `gpuprep.lines` describes, at the speed of the cache.
+"""Compiled loops that resample one line after the other: what `gpuprep.compute.resample_taps` describes, at the speed of the cache.
 
 All of them let other threads run, and compute in float32. Inner loops run over neighbours in memory, so that compilers
 make vectors of them. Compilation takes a few seconds, once per machine: Numba keeps the result on disk, if it can.
@@ -15,8 +15,8 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 
+from gpuprep.compute.resample_taps import INVERSE, REACH
 from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU
-from gpuprep.lines import INVERSE, REACH
 
 STRIP = 128
 """Columns taken at a time where lines run down the rows: few enough that a strip of a slice stays in the cache."""

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep import lines, loops
-from gpuprep.buffers import Scratch, SlidingWindow
+from gpuprep.compute import numba_kernels, resample_taps
+from gpuprep.compute.scratch import Scratch, SlidingWindow
 from gpuprep.core.hounsfield import quantise
 from gpuprep.core.plan import Plan, Step
 
@@ -43,7 +43,7 @@ def chunks(hu: Iterator[NDArray[np.float32]], count: int, plan: Plan) -> Iterato
         for k in range(count):
             yield finish(window.get(k, k + 1), _ONE)
         return
-    ahead = lines.REACH if across.solve.shape[1] else 0
+    ahead = resample_taps.REACH if across.solve.shape[1] else 0
     window.reserve(max(min(high + ahead, count) - low for _, _, low, high in groups))
     for first, last, low, high in groups:
         slices = window.get(low, min(high + ahead, count))
@@ -58,14 +58,14 @@ def chunks(hu: Iterator[NDArray[np.float32]], count: int, plan: Plan) -> Iterato
 _ONE = np.ones(1, dtype=np.float32)
 
 
-def _lines(step: Step) -> list[lines.Line | None]:
+def _lines(step: Step) -> list[resample_taps.Line | None]:
     """Return how to resample each axis; None where it is left alone."""
-    return [lines.build(**step.arguments(axis)) if step.moves(axis) else None for axis in range(3)]
+    return [resample_taps.build(**step.arguments(axis)) if step.moves(axis) else None for axis in range(3)]
 
 
-def _groups(across: lines.Line) -> Iterator[tuple[int, int, int, int]]:
+def _groups(across: resample_taps.Line) -> Iterator[tuple[int, int, int, int]]:
     """Yield output slices [first, last) with the filtered slices [low, high) that they need."""
-    step = max(1, round(lines.GROUP * across.n_out / across.n_in))
+    step = max(1, round(resample_taps.GROUP * across.n_out / across.n_in))
     for first in range(0, across.n_out, step):
         last = min(first + step, across.n_out)
         start = across.start[first:last]
@@ -75,7 +75,9 @@ def _groups(across: lines.Line) -> Iterator[tuple[int, int, int, int]]:
 class _Planes:
     """Source slices resampled within their planes, and filtered across them."""
 
-    def __init__(self, across: lines.Line | None, within: list[lines.Line | None], scratch: Scratch, most: int) -> None:
+    def __init__(
+        self, across: resample_taps.Line | None, within: list[resample_taps.Line | None], scratch: Scratch, most: int
+    ) -> None:
         self._most = most
         self._across = across if across is not None and across.solve.shape[1] else None
         self._rows, self._columns = within
@@ -94,7 +96,7 @@ class _Planes:
                 values = self._along_columns(values, self._columns)
             if self._across is not None:
                 p, q, _ = self._across.solve[:, k]
-                loops.forwards(values, values if former is None else former, p, q)
+                numba_kernels.forwards(values, values if former is None else former, p, q)
                 former = values
             yield values
 
@@ -103,20 +105,20 @@ class _Planes:
         assert self._across is not None  # noqa: S101 - only called where there is a filter
         out = self._scratch.like(slices, (self._most, *slices.shape[1:]), "filtered")[: high - low]
         line = self._scratch.like(slices, slices.shape[2:], "line across")
-        loops.backwards(slices, self._across.solve[2, low:], line, out)
+        numba_kernels.backwards(slices, self._across.solve[2, low:], line, out)
         return np.asarray(out)
 
-    def _along_rows(self, values: NDArray[np.float32], line: lines.Line) -> NDArray[np.float32]:
+    def _along_rows(self, values: NDArray[np.float32], line: resample_taps.Line) -> NDArray[np.float32]:
         out = self._output(values, (line.n_out, values.shape[2]), "rows")
-        strip = self._scratch.like(values, (line.n_in, loops.STRIP), "strip")
-        loops.along_rows(values[0], line.solve, line.start, line.weights, strip, out[0])
+        strip = self._scratch.like(values, (line.n_in, numba_kernels.STRIP), "strip")
+        numba_kernels.along_rows(values[0], line.solve, line.start, line.weights, strip, out[0])
         return out
 
-    def _along_columns(self, values: NDArray[np.float32], line: lines.Line) -> NDArray[np.float32]:
+    def _along_columns(self, values: NDArray[np.float32], line: resample_taps.Line) -> NDArray[np.float32]:
         out = self._output(values, (values.shape[1], line.n_out), "columns")
-        row = self._scratch.like(values, (line.n_in + 2 * lines.REACH,), "line")
+        row = self._scratch.like(values, (line.n_in + 2 * resample_taps.REACH,), "line")
         solved = self._scratch.like(values, (line.n_in,), "solved")
-        loops.along_columns(values[0], line.beyond, line.start, line.columns, row, solved, out[0])
+        numba_kernels.along_columns(values[0], line.beyond, line.start, line.columns, row, solved, out[0])
         return out
 
     def _output(self, values: NDArray[np.float32], plane: tuple[int, int], name: str) -> NDArray[np.float32]:
@@ -141,7 +143,7 @@ class _Finish:
         cut = zip(plan.offset, have, want, strict=True)
         used = [min(n, o + m) - max(0, o) for o, n, m in cut] if plan.resize.idle else have
         resize = zip(_lines(plan.resize)[1:], used, strict=True)
-        self._rows, self._columns = (line or lines.unchanged(n) for line, n in resize)
+        self._rows, self._columns = (line or resample_taps.unchanged(n) for line, n in resize)
         self._line = np.empty(self._columns.n_in, dtype=np.float32)
         self._wide = np.empty((self._rows.n_in, self._columns.n_out), dtype=np.float32)
         self._row = np.empty((1, self._columns.n_out), dtype=np.float32)
@@ -149,7 +151,7 @@ class _Finish:
     def __call__(self, slices: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[Any]:
         """Return the weighted sum of some slices as output: array of shape (1, j, i)."""
         columns, rows = self._columns, self._rows
-        loops.finish(
+        numba_kernels.finish(
             slices,
             weights,
             self._top,
@@ -162,7 +164,7 @@ class _Finish:
         )
         into = self._slice, self._below, self._right
         if self._limits is None:
-            loops.combine(self._wide, rows.start, rows.weights, *into, columns.n_out)
+            numba_kernels.combine(self._wide, rows.start, rows.weights, *into, columns.n_out)
         else:
-            loops.combine_rounded(self._wide, rows.start, rows.weights, *self._limits, self._row, *into)
+            numba_kernels.combine_rounded(self._wide, rows.start, rows.weights, *self._limits, self._row, *into)
         return np.asarray(self._slice[None])

@@ -6,8 +6,8 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
-from gpuprep import lines
-from gpuprep.backend import Backend, Body, Engine
+from gpuprep.compute import resample_taps
+from gpuprep.compute.backend import Backend, Body, Engine
 from gpuprep.core.plan import BYTES, Plan, Step
 
 CONTEXT_BYTES = 600 * 2**20
@@ -81,8 +81,12 @@ def host_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
     rows, columns = step.target[1:]
     window = 1
     if step.moves(0):
-        ahead = lines.REACH if step.order == 3 and step.along[0] is None and not step.sigma[0] else 0
-        span = _band(step, 0, round(lines.GROUP * step.target[0] / step.source[0])) if not ahead else lines.GROUP + 4
+        ahead = resample_taps.REACH if step.order == 3 and step.along[0] is None and not step.sigma[0] else 0
+        span = (
+            _band(step, 0, round(resample_taps.GROUP * step.target[0] / step.source[0]))
+            if not ahead
+            else resample_taps.GROUP + 4
+        )
         slices = min(step.source[0], span + ahead)
         window = min(step.source[0], slices + slices // 2) + (min(step.source[0], span) if ahead else 0)
     voxels = whole + source * 3 // 2  # the slice that is read, as integers and as HU

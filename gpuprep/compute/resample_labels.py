@@ -17,7 +17,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from gpuprep.backend import Backend
+from gpuprep.compute.backend import Backend
 from gpuprep.core.geometry import Placement
 from gpuprep.core.mask_options import Resampling
 from gpuprep.core.plan import Plan
