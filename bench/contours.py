@@ -34,12 +34,12 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from bench.measure import save
-from gpuprep.discovery import discover
+from gpuprep.dicom.discover import discover
+from gpuprep.dicom.stack import Stack, stack
 from gpuprep.phantom import write_series
 from gpuprep.segmentation.contours import Contour, Reading, Segmentation, Structure
 from gpuprep.segmentation.opening import read_segmentation
 from gpuprep.segmentation.placing import place
-from gpuprep.stacking import Stack, stack
 
 SPACING_MM = (3.0, 0.7, 0.7)
 MATRIX = 512

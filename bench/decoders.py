@@ -41,10 +41,10 @@ from pydicom.uid import (
 import gpuprep
 from bench.measure import machine
 from bench.rescan import lengthen
-from gpuprep import decoding
 from gpuprep.conversion import versions
+from gpuprep.dicom import decode
+from gpuprep.dicom.read import SeriesReader
 from gpuprep.phantom import thorax, write_series
-from gpuprep.reading import SeriesReader
 
 SPACING_MM = (3.0, 0.6816, 0.6816)
 SLAB = 8
@@ -91,8 +91,8 @@ def _join(barrier: Barrier) -> None:
 def _seconds(task: tuple[str, str | None, int]) -> list[tuple[float, float]]:
     """Read a series some times with one decoder alone, as the other processes do; return seconds by clock and CPU."""
     folder, name, rounds = task
-    for kind, decoders in decoding.DECODERS.items():
-        decoding.DECODERS[kind] = tuple(d for d in decoders if d.name == name) or decoders
+    for kind, decoders in decode.DECODERS.items():
+        decode.DECODERS[kind] = tuple(d for d in decoders if d.name == name) or decoders
     (series,) = gpuprep.discover(folder)
     SeriesReader(series).slab(0, 1)
     taken = []
@@ -135,7 +135,7 @@ def main() -> None:
             folder = Path(scratch) / str(syntax)
             files = write(folder, stored, syntax)
             size = sum(f.stat().st_size for f in files) // len(files)
-            for n, name in enumerate(decoding.available_decoders(syntax) or (None,)):
+            for n, name in enumerate(decode.available_decoders(syntax) or (None,)):
                 by_processes = {
                     str(p): measure(folder, name, p, stored.shape, options.rounds)
                     for p in sorted({1, options.processes})

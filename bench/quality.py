@@ -26,9 +26,10 @@ import numpy as np
 
 import gpuprep
 from bench.measure import save
-from gpuprep import conversion, reading
+from gpuprep import conversion
 from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.core.recipe import Dtype, Recipe
+from gpuprep.dicom import read
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.phantom import thorax, write_series
 from gpuprep.pictures import Planes
@@ -36,7 +37,7 @@ from gpuprep.report.writing import write_report
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 COLLECTING: tuple[tuple[Any, str, Any], ...] = (
-    (reading, "sampled", np.empty(0)), (Histogram, "add", None), (Histogram, "to_dict", None), (Planes, "take", None),
+    (read, "sampled", np.empty(0)), (Histogram, "add", None), (Histogram, "to_dict", None), (Planes, "take", None),
     (conversion, "_write_preview", None),
 )  # fmt: skip
 """The functions that collect, by who has them, and what stands for what they return where nothing is collected."""

@@ -25,14 +25,14 @@ from typing import Any
 import gpuprep.attempts
 import gpuprep.batch
 from bench.measure import save
-from gpuprep.auditing import audit
 from gpuprep.batch import convert
 from gpuprep.conversion import Task
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.cores import usable_cores
-from gpuprep.discovery import Cohort
+from gpuprep.dicom.audit import audit
+from gpuprep.dicom.discover import Cohort
 from gpuprep.manifest import SeriesResult, now
 from gpuprep.upkeep import status
 

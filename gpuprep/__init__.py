@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gpuprep.auditing import Audit as Audit
-    from gpuprep.auditing import audit as audit
     from gpuprep.batch import convert as convert
     from gpuprep.compute.process import process as process
     from gpuprep.core.geometry import Geometry as Geometry
@@ -30,27 +28,29 @@ if TYPE_CHECKING:
     from gpuprep.core.stacking_rules import Rules as Rules
     from gpuprep.core.volume import StoredVolume as StoredVolume
     from gpuprep.core.volume import Volume as Volume
-    from gpuprep.discovery import discover as discover
+    from gpuprep.dicom.audit import Audit as Audit
+    from gpuprep.dicom.audit import audit as audit
+    from gpuprep.dicom.discover import discover as discover
+    from gpuprep.dicom.read import read as read
+    from gpuprep.dicom.stack import stack as stack
     from gpuprep.loading import load as load
-    from gpuprep.reading import read as read
     from gpuprep.segmentation.opening import read_segmentation as read_segmentation
-    from gpuprep.stacking import stack as stack
 
 _HOMES = {
-    "Audit": "auditing",
-    "audit": "auditing",
+    "Audit": "dicom.audit",
+    "audit": "dicom.audit",
     "convert": "batch",
-    "discover": "discovery",
+    "discover": "dicom.discover",
     "Geometry": "core.geometry",
     "load": "loading",
     "Masks": "core.mask_options",
     "process": "compute.process",
-    "read": "reading",
+    "read": "dicom.read",
     "read_segmentation": "segmentation.opening",
     "Recipe": "core.recipe",
     "Rules": "core.stacking_rules",
     "Series": "core.series",
-    "stack": "stacking",
+    "stack": "dicom.stack",
     "StoredVolume": "core.volume",
     "Volume": "core.volume",
 }

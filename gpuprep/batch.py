@@ -16,7 +16,6 @@ from typing import NamedTuple, get_args
 
 from gpuprep import __version__
 from gpuprep.attempts import Attempts
-from gpuprep.auditing import audit
 from gpuprep.buckets import at_hand, open_out, output_at, place_of
 from gpuprep.compute.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.compute.memory_estimate import USABLE
@@ -25,7 +24,9 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import FOLDER_UID, Series
 from gpuprep.core.shard import WHOLE, Shard
-from gpuprep.discovery import Cohort, discover
+from gpuprep.dicom.audit import audit
+from gpuprep.dicom.discover import Cohort, discover
+from gpuprep.dicom.headers import Contents
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors import (
     FOR_HEADERS,
@@ -35,7 +36,6 @@ from gpuprep.executors import (
 )
 from gpuprep.files.filesystem import given, resolved
 from gpuprep.forecast import Experience, Forecast, experience
-from gpuprep.headers import Contents
 from gpuprep.interruption import Stop
 from gpuprep.layout import absolute
 from gpuprep.manifest import (

@@ -26,7 +26,7 @@ from gpuprep.batch import Scan
 from gpuprep.compute.hu_histogram import BANDS
 from gpuprep.core.formatting import numbered, printable, sized
 from gpuprep.core.recipe import Preset, Recipe
-from gpuprep.discovery import Cohort
+from gpuprep.dicom.discover import Cohort
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import SeriesResult
 from gpuprep.matching import Matched

@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import gpuprep
-from gpuprep.auditing import Audit, audit
 from gpuprep.compute.backend import Backend, Engine
 from gpuprep.compute.memory_estimate import needed_bytes
 from gpuprep.compute.pinned_transfer import DEVICE
@@ -23,18 +22,19 @@ from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import SeriesWarning, codes, texts
+from gpuprep.dicom.audit import Audit, audit
+from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors import last_task
 from gpuprep.manifest import SeriesResult, Status, now, this_host
 from gpuprep.output import PREVIEW, Output, PendingFolder, Written
 from gpuprep.pictures import Planes, jpeg, picture
-from gpuprep.syntaxes import syntax_name
 
 if TYPE_CHECKING:
+    from gpuprep.dicom.read import SeriesReader
+    from gpuprep.dicom.stack import Stack
     from gpuprep.masking import Masked
     from gpuprep.naming import Pseudonyms
-    from gpuprep.reading import SeriesReader
-    from gpuprep.stacking import Stack
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def _in_place(result: SeriesResult, task: Task, written: Written) -> SeriesResul
 
 def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
     # Imported here, in the worker: the parent of a cohort only hands out tasks, and stays small.
-    from gpuprep.reading import SeriesReader
+    from gpuprep.dicom.read import SeriesReader
 
     if audited.stack is None:
         raise audited.error or AssertionError("neither stack nor reason")

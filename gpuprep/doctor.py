@@ -9,9 +9,9 @@ from gpuprep.compute.backend import imported_loops, numba_works, open_gpus
 from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
 from gpuprep.core.recipe import LIBRARIES, Recipe
 from gpuprep.cores import usable_cores
-from gpuprep.decoding import available_decoders
+from gpuprep.dicom.decode import available_decoders
+from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, RecipeError
-from gpuprep.syntaxes import syntax_name
 
 COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.5",  # RLE Lossless

@@ -26,8 +26,8 @@ from typing import Any, Protocol, TypeVar
 from gpuprep.errors import BackendError, GpuprepError
 from gpuprep.interruption import held_back
 
-FOR_HEADERS = ("gpuprep.headers", "pydicom")
-FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.compute.process", "gpuprep.reading", "gpuprep.writers")
+FOR_HEADERS = ("gpuprep.dicom.headers", "pydicom")
+FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.compute.process", "gpuprep.dicom.read", "gpuprep.writers")
 FOR_LOOPS = (*FOR_VOLUMES, "gpuprep.compute.numba_warmup")
 """What workers need, imported once by the fork server, so that they share its pages."""
 

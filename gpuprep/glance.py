@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.auditing import audit
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.process import host_chunks
 from gpuprep.core.formatting import printable
@@ -21,13 +20,14 @@ from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import GroupBy, codes, texts
+from gpuprep.dicom.audit import audit
+from gpuprep.dicom.read import SeriesReader
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.loading import one_series
 from gpuprep.manifest import Manifest, manifest_path
 from gpuprep.opening import Finished
 from gpuprep.output import PREVIEW, SIDECAR
 from gpuprep.pictures import Planes, picture
-from gpuprep.reading import SeriesReader
 
 AS_ACQUIRED = Recipe(spacing_mm=None, size=None, dtype="uint8")
 """Put right where it has to be, shown in the default window, and nothing else."""

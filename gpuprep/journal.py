@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
-from gpuprep.discovery import Cohort
+from gpuprep.dicom.discover import Cohort
 from gpuprep.errors import RequestError
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import SeriesResult, now

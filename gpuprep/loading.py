@@ -11,9 +11,9 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.core.volume import Volume
-from gpuprep.discovery import discover
+from gpuprep.dicom.discover import discover
+from gpuprep.dicom.read import read
 from gpuprep.errors import NothingFoundError, RequestError
-from gpuprep.reading import read
 
 NAMED = 5
 """Series that are named where there are too many."""

@@ -18,6 +18,7 @@ from gpuprep.compute.resample_labels import LABELS, label_chunks, slice_volumes_
 from gpuprep.core.formatting import numbered, printable
 from gpuprep.core.mask_options import Hide, Masks
 from gpuprep.core.plan import Plan
+from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
 from gpuprep.layout import LONGEST_NAME, harmless
 from gpuprep.pictures import Planes
@@ -25,7 +26,6 @@ from gpuprep.segmentation.contours import Segmentation
 from gpuprep.segmentation.frames import in_frame_of
 from gpuprep.segmentation.opening import names_by_path, read_segmentation
 from gpuprep.segmentation.placing import Placed, joined, place, plane_of
-from gpuprep.stacking import Stack
 from gpuprep.writers import WRITERS
 from gpuprep.writers.content import Content, Settle, nothing
 from gpuprep.writers.omezarr import LABELS_GROUP, list_labels

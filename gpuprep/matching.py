@@ -16,7 +16,7 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.mask_options import Hide, Masks
 from gpuprep.core.series import Series, sop_digest
 from gpuprep.core.stacking_rules import SeriesWarning
-from gpuprep.discovery import Cohort, OtherSeries
+from gpuprep.dicom.discover import Cohort, OtherSeries
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
 from gpuprep.executors import Executor, WorkerDiedError, answers
 from gpuprep.files.filesystem import is_requested_folder, is_url, isdir, isfile, resolved, stat, walk

@@ -226,8 +226,8 @@ def _patient_id(header: SliceHeader) -> str | None:
 
     import pydicom
 
+    from gpuprep.dicom.headers import HEADER_BYTES
     from gpuprep.files.bounded_reader import open_frugally
-    from gpuprep.headers import HEADER_BYTES
 
     try:
         with warnings.catch_warnings(), closing(open_frugally(header.path, header.member, HEADER_BYTES)) as f:

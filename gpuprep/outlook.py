@@ -10,7 +10,6 @@ from os.path import basename
 from typing import Literal, NamedTuple
 
 import gpuprep
-from gpuprep.auditing import Audit, Verdict, audit
 from gpuprep.compute.backend import Backend, Engine
 from gpuprep.compute.memory_estimate import WRITING_BYTES, mask_bytes, needed_bytes
 from gpuprep.core.formatting import printable
@@ -18,7 +17,8 @@ from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import SeriesWarning, codes
-from gpuprep.discovery import Cohort
+from gpuprep.dicom.audit import Audit, Verdict, audit
+from gpuprep.dicom.discover import Cohort
 from gpuprep.errors import PlanError
 from gpuprep.layout import layout
 from gpuprep.manifest import Entry, Manifest

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import overload
 
 from gpuprep.buckets import at_hand
-from gpuprep.discovery import Cohort
+from gpuprep.dicom.discover import Cohort
 from gpuprep.forecast import Forecast
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.matching import Matched

@@ -96,6 +96,6 @@ def header_index(given: str | None) -> Path | None:
         return None
     if given is not None:
         return Path(given)
-    from gpuprep.index import default_index
+    from gpuprep.dicom.header_cache import default_index
 
     return default_index()

@@ -14,7 +14,7 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import SeriesWarning
-from gpuprep.discovery import FILES_PER_TASK, Cohort
+from gpuprep.dicom.discover import FILES_PER_TASK, Cohort
 from gpuprep.executors import Executor, answers
 from gpuprep.naming import Pseudonyms, patient_ids
 from gpuprep.outlook import Needs, Outlook

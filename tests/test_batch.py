@@ -32,10 +32,10 @@ from pydicom.uid import JPEG2000Lossless
 from gpuprep.batch import convert, scan
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
-from gpuprep.discovery import Cohort
+from gpuprep.dicom.discover import Cohort
+from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.errors import BackendError, OutputError, RequestError
 from gpuprep.forecast import Forecast
-from gpuprep.headers import Contents, read_headers
 from gpuprep.manifest import SeriesResult
 from gpuprep.output import open_output
 from gpuprep.phantom import write_series
@@ -206,7 +206,7 @@ def test_a_header_that_kills_its_reader_is_an_unreadable_file(
     dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Trap 42. Both series are read in one task.
-    monkeypatch.setattr("gpuprep.discovery.read_headers", read_or_die)
+    monkeypatch.setattr("gpuprep.dicom.discover.read_headers", read_or_die)
     run = go(dicom, out, jobs=2)
     ((path, reason),) = run.unreadable
     assert path == str(dicom / "p2" / "S1-0003.dcm")

@@ -607,7 +607,7 @@ def test_looking_writes_nothing_and_reads_no_pixels(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_series(mixed / "garbled", np.zeros((3, 4, 4), np.int16), (2.5, 0.8, 0.7), change=garble)
-    monkeypatch.setitem(sys.modules, "gpuprep.reading", None)  # whoever imports it gets an ImportError
+    monkeypatch.setitem(sys.modules, "gpuprep.dicom.read", None)  # whoever imports it gets an ImportError
     files = everything(tmp_path)
     args: list[str | Path] = ["scan", mixed] if command == "scan" else ["convert", "--dry-run", mixed, "--out", out]
     result = run(*args, "--json")

@@ -38,9 +38,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from gpuprep.codestream import FrameInfo, Kind, frame_info
 from gpuprep.core.series import SliceHeader
-from gpuprep.decoding import DECODERS, Decoder, available_decoders, decode_frame
+from gpuprep.dicom.decode import DECODERS, Decoder, available_decoders, decode_frame
+from gpuprep.dicom.jpeg_markers import FrameInfo, Kind, frame_info
 from gpuprep.errors import DecodeError
 
 Stored = NDArray[Any]
@@ -859,7 +859,7 @@ def test_no_decoder_is_named_for_what_cannot_be_decoded() -> None:
 
 
 def test_decoders_are_imported_when_they_are_needed() -> None:
-    check = "import sys, gpuprep.decoding; print({'imagecodecs', 'jpeg_ls', '_openjpeg'} & set(sys.modules))"
+    check = "import sys, gpuprep.dicom.decode; print({'imagecodecs', 'jpeg_ls', '_openjpeg'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert "imagecodecs" not in run.stdout
 

@@ -33,11 +33,11 @@ from pydicom.uid import (
 
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.core.stacking_rules import Rules
-from gpuprep.discovery import Cohort, discover
+from gpuprep.dicom.discover import Cohort, discover
+from gpuprep.dicom.read import read
+from gpuprep.dicom.stack import stack
 from gpuprep.errors import InputError, RequestError
 from gpuprep.phantom import write_series
-from gpuprep.reading import read
-from gpuprep.stacking import stack
 
 Change = Callable[[Dataset, int], None]
 
@@ -899,7 +899,7 @@ def test_nothing_depends_on_the_order_in_which_headers_come(tmp_path: Path, monk
             ds.ImageOrientationPatient = ["1", "0.0001", "0", "-0.0001", "1", "0"]
 
     write(tmp_path, 6, change)
-    monkeypatch.setattr("gpuprep.discovery.FILES_PER_TASK", 1)
+    monkeypatch.setattr("gpuprep.dicom.discover.FILES_PER_TASK", 1)
     seen = []
     for order in (list, lambda tasks: tasks[::-1], lambda tasks: tasks[3:] + tasks[:3]):
         cohort = discover(tmp_path, map_=in_order(order))
@@ -914,7 +914,7 @@ def test_the_account_does_not_depend_on_the_order_either(tmp_path: Path, monkeyp
     for n in range(3):
         (tmp_path / f"{n}.txt").write_text("text")
         (tmp_path / f"link{n}").symlink_to(f"nowhere{n}")
-    monkeypatch.setattr("gpuprep.discovery.FILES_PER_TASK", 2)
+    monkeypatch.setattr("gpuprep.dicom.discover.FILES_PER_TASK", 2)
     one, two = (discover(tmp_path, map_=in_order(order)) for order in (list, reversed))
     assert one.passed_over == two.passed_over == {"MR Image Storage": 2, "not DICOM": 3}
     assert list(one.passed_over) == list(two.passed_over)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pydicom import Dataset
 
 from gpuprep import Recipe
-from gpuprep.discovery import discover
+from gpuprep.dicom.discover import discover
+from gpuprep.dicom.hu_range import Extremes
+from gpuprep.dicom.read import SeriesReader
 from gpuprep.errors import IntensityError
-from gpuprep.extremes import Extremes
 from gpuprep.phantom import write_series
-from gpuprep.reading import SeriesReader
 
 INT16 = Recipe(window_hu=None, size=None, dtype="int16", policy="keep")
 

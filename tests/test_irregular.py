@@ -17,13 +17,13 @@ from scipy.interpolate import CubicSpline
 from standin import to_numpy
 
 import gpuprep
-from gpuprep.auditing import audit
 from gpuprep.compute.backend import Backend, NumpyBackend
 from gpuprep.compute.process import host_chunks
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.core.volume import StoredVolume, Volume
+from gpuprep.dicom.audit import audit
 from gpuprep.phantom import write_series
 
 HU_ONLY = Recipe(window_hu=None, size=None)

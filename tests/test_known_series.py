@@ -13,11 +13,11 @@ import pydicom
 import pytest
 
 import gpuprep
-from gpuprep.auditing import Audit, audit
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import Rules
-from gpuprep.reading import Content
+from gpuprep.dicom.audit import Audit, audit
+from gpuprep.dicom.read import Content
 
 OK, FIXED, REJECTED = "ok", "fixed", "rejected"
 CT1, CT2 = "1.3.6.1.4.1.5962.1.3.1.1.20040826185059.5457", "1.3.6.1.4.1.5962.1.3.2.1.20040826185059.5457"

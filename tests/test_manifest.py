@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.dicom.header_cache import File, HeaderIndex
+from gpuprep.dicom.headers import Contents
 from gpuprep.errors import OutputError
-from gpuprep.headers import Contents
-from gpuprep.index import File, HeaderIndex
 from gpuprep.manifest import Manifest, SeriesResult, open_manifest
 from gpuprep.upkeep import Records
 

@@ -26,7 +26,7 @@ from gpuprep import Recipe
 from gpuprep.batch import scan
 from gpuprep.cli import app
 from gpuprep.core.geometry import Geometry
-from gpuprep.discovery import discover
+from gpuprep.dicom.discover import discover
 from gpuprep.phantom import write_series
 from gpuprep.runs import Listener
 

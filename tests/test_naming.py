@@ -27,11 +27,11 @@ from typer.testing import CliRunner, Result
 
 import gpuprep
 from gpuprep import batch, work
-from gpuprep.auditing import audit
 from gpuprep.cli import app
 from gpuprep.core.mask_options import Masks
 from gpuprep.core.recipe import Recipe
-from gpuprep.discovery import discover
+from gpuprep.dicom.audit import audit
+from gpuprep.dicom.discover import discover
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.masking import Label

@@ -20,9 +20,9 @@ from gpuprep import Recipe
 from gpuprep.cli import app
 from gpuprep.compute import backend
 from gpuprep.core.recipe import Dtype
-from gpuprep.discovery import discover
+from gpuprep.dicom.discover import discover
+from gpuprep.dicom.header_cache import default_index
 from gpuprep.errors import BackendError
-from gpuprep.index import default_index
 
 CUPY = """import os
 os.makedirs(os.path.expanduser(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")), exist_ok=True)

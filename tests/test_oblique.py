@@ -25,11 +25,11 @@ import gpuprep
 from gpuprep import Masks
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.stacking_rules import Rules
+from gpuprep.dicom.stack import Stack, stack
 from gpuprep.phantom import write_series
 from gpuprep.segmentation.contours import Reading
 from gpuprep.segmentation.objects import read_object
 from gpuprep.segmentation.placing import place
-from gpuprep.stacking import Stack, stack
 
 SHAPE = (9, 22, 20)
 SPACING = (2.5, 0.9, 0.8)

@@ -28,18 +28,18 @@ from test_stacking import header
 from typer.testing import CliRunner, Result
 
 import gpuprep
-from gpuprep.acceptance import check
-from gpuprep.auditing import audit
 from gpuprep.cli import app
 from gpuprep.core.mask_options import Masks
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Image, Series, SliceHeader, packed
 from gpuprep.core.stacking_rules import Rules
+from gpuprep.dicom.audit import audit
+from gpuprep.dicom.header_checks import check
+from gpuprep.dicom.headers import read_headers
+from gpuprep.dicom.split_volumes import partition
 from gpuprep.errors import InputError
-from gpuprep.headers import read_headers
 from gpuprep.manifest import Manifest, manifest_path
 from gpuprep.naming import Pseudonyms
-from gpuprep.partition import partition
 from gpuprep.phantom import write_series
 
 HU = Recipe(spacing_mm=None, size=None, window_hu=None)

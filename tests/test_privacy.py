@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from gpuprep.batch import convert
 from gpuprep.cli import app
 from gpuprep.core.recipe import Recipe
-from gpuprep.discovery import discover
+from gpuprep.dicom.discover import discover
 from gpuprep.phantom import write_series
 
 IDENTITY = {

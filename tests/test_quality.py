@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 import gpuprep
 from gpuprep.compute.hu_histogram import FLAGS, Histogram, flags, sampled
 from gpuprep.core.recipe import Recipe
-from gpuprep.discovery import discover
+from gpuprep.dicom.discover import discover
+from gpuprep.dicom.read import SeriesReader
 from gpuprep.manifest import SeriesResult
 from gpuprep.output import checksum
 from gpuprep.phantom import write_series
 from gpuprep.pictures import COLOURS, GAP, HEIGHT, WIDTH, Planes, jpeg, picture
-from gpuprep.reading import SeriesReader
 
 QUALITY: dict[str, Any] = {"air_peak_hu": -1000, "tissue_peak_hu": 50, "clipped_share": 0.01}
 USUAL = SeriesResult(

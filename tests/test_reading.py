@@ -37,10 +37,10 @@ from gpuprep.core.hounsfield import padding_to_air, stored_to_hu
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.volume import StoredVolume
-from gpuprep.discovery import discover
+from gpuprep.dicom.discover import discover
+from gpuprep.dicom.read import SeriesReader, read
 from gpuprep.errors import DecodeError, MissingTagError
 from gpuprep.phantom import write_series
-from gpuprep.reading import SeriesReader, read
 
 Stored = NDArray[Any]
 Change = Callable[[Dataset, int], None]
@@ -550,7 +550,7 @@ READ = """
 import sys
 from gpuprep import discover
 from gpuprep.errors import DecodeError
-from gpuprep.reading import read
+from gpuprep.dicom.read import read
 try:
     read(discover(sys.argv[1])[0])
 except DecodeError as exc:

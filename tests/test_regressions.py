@@ -22,11 +22,11 @@ from pydicom import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless, generate_uid
 
 import gpuprep
-from gpuprep.auditing import audit
 from gpuprep.batch import convert, scan
 from gpuprep.core.recipe import Recipe
+from gpuprep.dicom.audit import audit
+from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.forecast import Forecast
-from gpuprep.headers import Contents, read_headers
 from gpuprep.phantom import write_series
 from gpuprep.runs import Listener, Run
 

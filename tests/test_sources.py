@@ -28,11 +28,11 @@ from pydicom.uid import (
 )
 
 import gpuprep
-from gpuprep.auditing import audit
 from gpuprep.batch import scan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.stacking_rules import Rules
-from gpuprep.index import HeaderIndex
+from gpuprep.dicom.audit import audit
+from gpuprep.dicom.header_cache import HeaderIndex
 from gpuprep.phantom import write_series
 
 SHAPE, SPACING_MM = (7, 18, 22), (2.5, 0.8, 0.7)

@@ -20,9 +20,9 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 import gpuprep
 from gpuprep.core.series import Image, Series
+from gpuprep.dicom.headers import read_headers
+from gpuprep.dicom.odd_numbers import with_points
 from gpuprep.errors import InputError, IntensityError
-from gpuprep.headers import read_headers
-from gpuprep.numbers import with_points
 from gpuprep.phantom import write_series
 
 SPACING_MM = (2.5, 0.8, 0.7)

@@ -18,11 +18,11 @@ from scipy.spatial.transform import Rotation
 
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.core.stacking_rules import Rules
-from gpuprep.discovery import discover
+from gpuprep.dicom.discover import discover
+from gpuprep.dicom.read import read
+from gpuprep.dicom.stack import Stack, stack
 from gpuprep.errors import GeometryError, InputError, IntensityError, MissingTagError
 from gpuprep.phantom import write_series
-from gpuprep.reading import read
-from gpuprep.stacking import Stack, stack
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 STRICT = Rules(policy="strict")

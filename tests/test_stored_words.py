@@ -300,7 +300,7 @@ def test_slices_without_high_values_are_read_like_their_neighbours_however_slabs
     series = series_of(tmp_path, values << 4, described(12, 15))
     np.testing.assert_array_equal(gpuprep.read(series).stored, values)
     low = series_of(tmp_path / "low", values, described(12, 15))
-    reader = gpuprep.reading.SeriesReader(low)
+    reader = gpuprep.dicom.read.SeriesReader(low)
     cut = np.concatenate([reader.slab(k, k + 1) for k in reversed(range(6))][::-1])
     np.testing.assert_array_equal(cut, values)
     np.testing.assert_array_equal(gpuprep.read(low).stored, values)
@@ -477,7 +477,7 @@ def test_a_slice_without_negative_values_is_read_like_its_neighbours(tmp_path: P
     streams = [j2k(h.astype(np.int16)) for h in hu]
     series = streamed(tmp_path, lambda k: streams[k], 9, 48, change, JPEG2000Lossless)
     np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)
-    reader = gpuprep.reading.SeriesReader(series)
+    reader = gpuprep.dicom.read.SeriesReader(series)
     cut = np.concatenate([reader.slab(k, k + 1) for k in reversed(range(9))][::-1])
     np.testing.assert_array_equal(cut, hu)
 
@@ -491,7 +491,7 @@ def test_a_sign_that_a_stream_denies_is_settled_when_it_first_shows(tmp_path: Pa
         tmp_path / "unsigned", lambda k: j2k(stored[k].astype(np.uint16), 12), 12, 48,
         described(12, 11, signed=True), JPEG2000Lossless,
     )  # fmt: skip
-    reader = gpuprep.reading.SeriesReader(series)
+    reader = gpuprep.dicom.read.SeriesReader(series)
     cut = np.concatenate([reader.slab(k, k + 1) for k in reversed(range(12))][::-1])
     np.testing.assert_array_equal(cut, stored)
     assert [i.code for i in reader.irregularities] == ["sign"]
@@ -573,7 +573,7 @@ def test_a_piece_of_metal_in_one_slice_does_not_change_how_others_are_read(tmp_p
     hu = body(12)
     hu[7] = body(12, metal_hu=4500)[7]
     series = series_of(tmp_path, (hu + 1024).astype(np.uint16), described(12, 11))
-    reader = gpuprep.reading.SeriesReader(series)
+    reader = gpuprep.dicom.read.SeriesReader(series)
     cut = np.concatenate([reader.slab(k, k + 1) for k in reversed(range(12))][::-1])
     np.testing.assert_array_equal(cut - 1024.0, hu)
     np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)

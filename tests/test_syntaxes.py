@@ -20,10 +20,10 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 import gpuprep
 from gpuprep.core.series import Series
+from gpuprep.dicom.uids import ENCODINGS, NATIVE, syntax_name
 from gpuprep.doctor import COMPRESSED_SYNTAXES
 from gpuprep.errors import DecodeError
 from gpuprep.phantom import write_series
-from gpuprep.syntaxes import ENCODINGS, NATIVE, syntax_name
 
 SHAPE, SPACING_MM = (4, 11, 13), (2.5, 0.8, 0.7)
 GE = "1.2.840.113619.5.2"

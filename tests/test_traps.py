@@ -50,8 +50,6 @@ from segmentations import write_rtstruct, write_seg
 from standin import ForeignBackend
 
 import gpuprep
-from gpuprep import decoding
-from gpuprep.auditing import audit
 from gpuprep.batch import scan
 from gpuprep.compute.backend import Backend, Engine, NumpyBackend
 from gpuprep.compute.process import host_chunks
@@ -60,9 +58,11 @@ from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.core.volume import Volume
+from gpuprep.dicom import decode
+from gpuprep.dicom.audit import audit
+from gpuprep.dicom.headers import read_headers
 from gpuprep.errors import GeometryError, InputError, OutputError
 from gpuprep.executors import Here
-from gpuprep.headers import read_headers
 from gpuprep.manifest import SeriesResult
 from gpuprep.opening import Finished
 from gpuprep.phantom import write_series
@@ -1050,23 +1050,23 @@ def test_the_next_decoder_takes_over_and_the_last_one_leaves_reasons(
     write_series(tmp_path / "in" / "ls", stored, SPACING, change=lambda ds, _: put(ds, JPEGLSLossless))
     write_series(tmp_path / "in" / "plain", stored, SPACING)
 
-    def failing(decoder: decoding.Decoder, words: str) -> decoding.Decoder:
+    def failing(decoder: decode.Decoder, words: str) -> decode.Decoder:
         def decode(*_: Any) -> Any:
             raise RuntimeError(words)
 
         return replace(decoder, decode=decode)
 
-    first, *others = decoding.DECODERS["JPEG-LS"]
+    first, *others = decode.DECODERS["JPEG-LS"]
     assert others
     broken = (failing(first, "library is missing"), *others)
-    monkeypatch.setitem(decoding.DECODERS, "JPEG-LS", broken)
+    monkeypatch.setitem(decode.DECODERS, "JPEG-LS", broken)
     run = convert(tmp_path / "in", tmp_path / "out")
     assert run.counts == {"ok": 2}
     for result in run.results:
         np.testing.assert_array_equal(written(tmp_path / "out", result), stored - 1024.0)
 
     broken = tuple(failing(d, f"no {n}") for n, d in enumerate((first, *others)))
-    monkeypatch.setitem(decoding.DECODERS, "JPEG-LS", broken)
+    monkeypatch.setitem(decode.DECODERS, "JPEG-LS", broken)
     bad, good = convert(tmp_path / "in", tmp_path / "out2").results
     assert (bad.status, good.status) == ("rejected", "ok")
     assert JPEGLSLossless.name in bad.reason

@@ -19,7 +19,7 @@ from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.core.volume import StoredVolume
-from gpuprep.padding import summary
+from gpuprep.dicom.pixel_padding import summary
 
 PATIENCE_S = 1.5
 """Before compiling deserves a word."""

@@ -45,7 +45,7 @@ class StoredVolume:
     """Of all voxels in HU, padding included."""
     warnings: tuple[str, ...] = ()
     placement: Placement | None = None
-    """Where the slices lie in that grid, if not one in each layer: see `gpuprep.stacking`."""
+    """Where the slices lie in that grid, if not one in each layer: see `gpuprep.dicom.stack`."""
 
     def __post_init__(self) -> None:
         p = self.placement

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpuprep.core.formatting import quoted
+from gpuprep.dicom.uids import UNDEFINED_LENGTH
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation.contours import ImageFrame
-from gpuprep.syntaxes import UNDEFINED_LENGTH
 
 if TYPE_CHECKING:
     import pydicom

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from gpuprep.core.formatting import printable
-from gpuprep.deflation import inflated
+from gpuprep.dicom.deflate import inflated
 from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import FrugalReader

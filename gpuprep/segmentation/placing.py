@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.formatting import numbered, printable
+from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation import oblique
 from gpuprep.segmentation.contours import Contour, Plane, Raster, Reading, Segmentation, Slab, SliceKey, Structure
 from gpuprep.segmentation.overlaps import arranged
 from gpuprep.segmentation.rasterizing import filled, on_outline, united
-from gpuprep.stacking import Stack
 
 ROUNDED = 1e-3
 """Layers by which positions in files may be off."""

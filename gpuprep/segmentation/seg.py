@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from gpuprep.core.formatting import quoted
 from gpuprep.core.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
 from gpuprep.core.series import SliceHeader
-from gpuprep.deflation import inflated_frame
-from gpuprep.encapsulation import fragments_of
+from gpuprep.dicom.deflate import inflated_frame
+from gpuprep.dicom.encapsulation import fragments_of
+from gpuprep.dicom.uids import ENCODINGS, UNDEFINED_LENGTH, syntax_name
 from gpuprep.errors import DecodeError, SegmentationError
 from gpuprep.segmentation.attributes import binary, decimals, image_frames, integer, items, name, raw, text, uid
 from gpuprep.segmentation.contours import (
@@ -36,12 +37,11 @@ from gpuprep.segmentation.contours import (
     painted,
 )
 from gpuprep.segmentation.values import FARTHEST, distinct
-from gpuprep.syntaxes import ENCODINGS, UNDEFINED_LENGTH, syntax_name
 
 if TYPE_CHECKING:
     import pydicom
 
-# gpuprep.decoding, which imports pydicom, is imported where frames are encoded.
+# gpuprep.dicom.decode, which imports pydicom, is imported where frames are encoded.
 
 BITS = {"BINARY": (1, 8), "FRACTIONAL": (8, 16), "LABELMAP": (8, 16)}
 """*Bits Allocated* by *Segmentation Type*. The standard has 1 and 8 for the first two; the others are harmless."""
@@ -207,7 +207,7 @@ class _Image:
         return np.unpackbits(packed, bitorder="little")[start % 8 :][:size].reshape(self.rows, self.columns)
 
     def _encapsulated(self, ds: pydicom.Dataset) -> Iterator[NDArray[Any]]:
-        from gpuprep.decoding import decode_frame
+        from gpuprep.dicom.decode import decode_frame
 
         table = raw(ds, "ExtendedOffsetTable")
         try:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.acceptance import LARGEST_SIDE
 from gpuprep.core.formatting import numbered, printable
+from gpuprep.dicom.header_checks import LARGEST_SIDE
 from gpuprep.errors import SegmentationError
 from gpuprep.segmentation import units
 from gpuprep.segmentation.columns import LONGEST_LIST, Columns, is_scan, is_whole

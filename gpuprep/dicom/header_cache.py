@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from gpuprep import __version__
 from gpuprep.core.formatting import printable
 from gpuprep.core.series import Image, OtherImage, SliceHeader
-from gpuprep.headers import TAGS, Contents
+from gpuprep.dicom.headers import TAGS, Contents
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 Decoders are asked for the integers of the code stream alone, and each is given the same bytes. What these integers
 mean, which is for *Pixel Representation* and *Bits Stored* to say, is decided here, once for all of them;
-`gpuprep.words` corrects a header that says it wrongly.
+`gpuprep.dicom.stored_words` corrects a header that says it wrongly.
 
 GDCM is not among the decoders: what the others report as an error, it answers by ending the process. `ljpeg_decode` and
 `dicomrle_decode` of imagecodecs are not either, for the same reason, and `htj2k_decode` invents what damage took away:
@@ -23,12 +23,12 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import JPEG2000, UID, JPEGLSNearLossless
 
-from gpuprep.codestream import FrameInfo, Kind, frame_info
 from gpuprep.core.series import SliceHeader
-from gpuprep.deflation import inflated_frame
-from gpuprep.encapsulation import Encapsulated, fragments_of
+from gpuprep.dicom.deflate import inflated_frame
+from gpuprep.dicom.encapsulation import Encapsulated, fragments_of
+from gpuprep.dicom.jpeg_markers import FrameInfo, Kind, frame_info
+from gpuprep.dicom.uids import ENCODINGS, NATIVE, syntax_name
 from gpuprep.errors import DecodeError
-from gpuprep.syntaxes import ENCODINGS, NATIVE, syntax_name
 
 CONSTANT_BYTES_PER_PIXEL = 0.25
 """No constant image needs more: lossless JPEG takes 1 bit per pixel at least, the others next to nothing."""

@@ -12,25 +12,25 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
-from gpuprep import padding as padded
-from gpuprep.acceptance import warnings as header_warnings
 from gpuprep.compute.hu_histogram import Histogram, sampled
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, SeriesWarning, texts
 from gpuprep.core.volume import StoredVolume
-from gpuprep.decoding import decode_frame, drop_unused_bits
-from gpuprep.deflation import inflated
-from gpuprep.encapsulation import Encapsulated, read_fragments
+from gpuprep.dicom import pixel_padding as padded
+from gpuprep.dicom.decode import decode_frame, drop_unused_bits
+from gpuprep.dicom.deflate import inflated
+from gpuprep.dicom.encapsulation import Encapsulated, read_fragments
+from gpuprep.dicom.header_checks import warnings as header_warnings
+from gpuprep.dicom.headers import TAGS
+from gpuprep.dicom.hu_range import Extremes
+from gpuprep.dicom.stack import Stack, stack
+from gpuprep.dicom.stored_words import Meaning, is_coded, whole
+from gpuprep.dicom.uids import BIG_WORDS, DEFLATED, NATIVE
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
-from gpuprep.extremes import Extremes
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import open_frugally
-from gpuprep.headers import TAGS
-from gpuprep.stacking import Stack, stack
-from gpuprep.syntaxes import BIG_WORDS, DEFLATED, NATIVE
-from gpuprep.words import Meaning, is_coded, whole
 
 
 class SeriesReader:

@@ -15,18 +15,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gpuprep.codestream import frame_info
 from gpuprep.core.formatting import printable
 from gpuprep.core.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.core.series import MALFORMED, Image, OtherImage, SliceHeader, packed, sop_digest
-from gpuprep.deflation import inflated
-from gpuprep.errors import nested_too_deeply
-from gpuprep.files import filesystem
-from gpuprep.files.archives import GZIP_MEMBER, ContainerError, kind, members, safe_parts
-from gpuprep.files.bounded_reader import open_frugally
-from gpuprep.numbers import BINARY, binary_numbers, with_points, written_number
-from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
-from gpuprep.syntaxes import (
+from gpuprep.dicom.deflate import inflated
+from gpuprep.dicom.jpeg_markers import frame_info
+from gpuprep.dicom.odd_numbers import BINARY, binary_numbers, with_points, written_number
+from gpuprep.dicom.uids import (
     BIG_ENDIAN,
     BIG_WORDS,
     EXPLICIT_VR,
@@ -35,6 +30,11 @@ from gpuprep.syntaxes import (
     NATIVE,
     UNDEFINED_LENGTH,
 )
+from gpuprep.errors import nested_too_deeply
+from gpuprep.files import filesystem
+from gpuprep.files.archives import GZIP_MEMBER, ContainerError, kind, members, safe_parts
+from gpuprep.files.bounded_reader import open_frugally
+from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
 
 if TYPE_CHECKING:
     import pydicom

@@ -10,8 +10,8 @@ import io
 import zlib
 from typing import BinaryIO
 
+from gpuprep.dicom.uids import DEFLATED_DATA_SETS
 from gpuprep.errors import DecodeError
-from gpuprep.syntaxes import DEFLATED_DATA_SETS
 
 _LONG_FORM = {b"OB", b"OW", b"SQ", b"UN", b"UT", b"OF", b"OD", b"OL", b"OV", b"UC", b"UR", b"SV", b"UV"}
 _META_BYTES = 4096

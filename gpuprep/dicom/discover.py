@@ -15,11 +15,11 @@ from typing import overload
 from gpuprep.core.formatting import printable
 from gpuprep.core.series import Image, Series
 from gpuprep.core.stacking_rules import Rules
+from gpuprep.dicom.header_cache import File, HeaderIndex
+from gpuprep.dicom.headers import Contents, read_headers
+from gpuprep.dicom.split_volumes import partition
 from gpuprep.files.filesystem import given, is_requested_folder, is_url, resolved, stat, walk
-from gpuprep.headers import Contents, read_headers
-from gpuprep.index import File, HeaderIndex
 from gpuprep.layout import absolute
-from gpuprep.partition import partition
 
 FILES_PER_TASK = 64
 
@@ -106,7 +106,7 @@ def discover(
     Notes
     -----
     Images belong together by *Series Instance UID*, wherever their files lie (or by folder, if the rules say so), and
-    within one UID by study, patient, matrix, pixel spacing, orientation and acquisition; see `gpuprep.partition`.
+    within one UID by study, patient, matrix, pixel spacing, orientation and acquisition; see `gpuprep.dicom.split_volumes`.
 
     Examples
     --------

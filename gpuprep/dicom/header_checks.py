@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.core.stacking_rules import Rules, SeriesWarning
+from gpuprep.dicom.uids import GE_BIG_WORDS, NATIVE, PLAIN, READ, UNDEFINED_LENGTH, syntax_name
 from gpuprep.errors import DecodeError, GeometryError, IntensityError, MissingTagError
-from gpuprep.syntaxes import GE_BIG_WORDS, NATIVE, PLAIN, READ, UNDEFINED_LENGTH, syntax_name
 
 STEEPEST_SLOPE = 100.0
 LARGEST_INTERCEPT_HU = 65536.0

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gpuprep.acceptance import warnings
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import Irregularity, Rules, SeriesWarning, codes
+from gpuprep.dicom.header_checks import warnings
+from gpuprep.dicom.stack import Measures, Stack, stack
 from gpuprep.errors import InputError
-from gpuprep.stacking import Measures, Stack, stack
 
 Verdict = Literal["ok", "fixed", "rejected"]
 

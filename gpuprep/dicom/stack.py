@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.acceptance import check, listed, names
 from gpuprep.core.formatting import numbered
 from gpuprep.core.geometry import Geometry, Placement, directions, facing
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, Rules
+from gpuprep.dicom.header_checks import check, listed, names
 from gpuprep.errors import GeometryError, InputError, MissingTagError
 
 PLACE_TOLERANCE = 0.1
@@ -129,7 +129,7 @@ def stack(series: Series, rules: Rules | None = None, measures: Measures | None 
     Raises
     ------
     InputError
-        As `gpuprep.acceptance.check` raises; and GeometryError if the slices do not form a regular grid and the rules
+        As `gpuprep.dicom.header_checks.check` raises; and GeometryError if the slices do not form a regular grid and the rules
         do not allow to make one of them.
 
     References

@@ -12,12 +12,12 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.acceptance import DAMAGED, listed
 from gpuprep.core.series import FOLDER_UID, MALFORMED, Image, Series, SliceHeader, packed, unpacked
 from gpuprep.core.stacking_rules import Irregularity, Rules, SeriesWarning
+from gpuprep.dicom.header_checks import DAMAGED, listed
+from gpuprep.dicom.stack import acquisition, along_normal_mm, position_tolerance_mm, same_image, stack
 from gpuprep.errors import InputError
 from gpuprep.files.filesystem import common_folder
-from gpuprep.stacking import acquisition, along_normal_mm, position_tolerance_mm, same_image, stack
 
 SMALLEST_PART = 3
 """Fewer slices of another matrix, spacing or orientation are strays, and no volume of their own."""

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from gpuprep.core.series import SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, Policy, SeriesWarning
-from gpuprep.deflation import inflated
+from gpuprep.dicom.deflate import inflated
+from gpuprep.dicom.headers import HEADER_BYTES, pixel_value
+from gpuprep.dicom.pixel_padding import circle
+from gpuprep.dicom.uids import ENCODINGS
 from gpuprep.errors import DecodeError, IntensityError
 from gpuprep.files.bounded_reader import open_frugally
-from gpuprep.headers import HEADER_BYTES, pixel_value
-from gpuprep.padding import circle
-from gpuprep.syntaxes import ENCODINGS
 
 CT_HU = (-10240.0, 32767.0)
 """No CT number lies beyond: extended scales begin at −10240 HU and end at 30710 HU."""
