@@ -36,10 +36,10 @@ from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_
 from bench.measure import save
 from gpuprep.dicom.discover import discover
 from gpuprep.dicom.stack import Stack, stack
+from gpuprep.masks.model import Contour, Reading, Segmentation, Structure
+from gpuprep.masks.place_on_slices import place
+from gpuprep.masks.read import read_segmentation
 from gpuprep.phantom import write_series
-from gpuprep.segmentation.contours import Contour, Reading, Segmentation, Structure
-from gpuprep.segmentation.opening import read_segmentation
-from gpuprep.segmentation.placing import place
 
 SPACING_MM = (3.0, 0.7, 0.7)
 MATRIX = 512

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gpuprep.dicom.read import read as read
     from gpuprep.dicom.stack import stack as stack
     from gpuprep.loading import load as load
-    from gpuprep.segmentation.opening import read_segmentation as read_segmentation
+    from gpuprep.masks.read import read_segmentation as read_segmentation
 
 _HOMES = {
     "Audit": "dicom.audit",
@@ -46,7 +46,7 @@ _HOMES = {
     "Masks": "core.mask_options",
     "process": "compute.process",
     "read": "dicom.read",
-    "read_segmentation": "segmentation.opening",
+    "read_segmentation": "masks.read",
     "Recipe": "core.recipe",
     "Rules": "core.stacking_rules",
     "Series": "core.series",

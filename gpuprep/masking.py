@@ -21,11 +21,11 @@ from gpuprep.core.plan import Plan
 from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
 from gpuprep.layout import LONGEST_NAME, harmless
+from gpuprep.masks.frames_of_reference import in_frame_of
+from gpuprep.masks.model import Segmentation
+from gpuprep.masks.place_on_slices import Placed, joined, place, plane_of
+from gpuprep.masks.read import names_by_path, read_segmentation
 from gpuprep.pictures import Planes
-from gpuprep.segmentation.contours import Segmentation
-from gpuprep.segmentation.frames import in_frame_of
-from gpuprep.segmentation.opening import names_by_path, read_segmentation
-from gpuprep.segmentation.placing import Placed, joined, place, plane_of
 from gpuprep.writers import WRITERS
 from gpuprep.writers.content import Content, Settle, nothing
 from gpuprep.writers.omezarr import LABELS_GROUP, list_labels

@@ -21,11 +21,11 @@ from gpuprep.errors import NotASegmentationError, RequestError, SegmentationErro
 from gpuprep.executors import Executor, WorkerDiedError, answers
 from gpuprep.files.filesystem import is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
 from gpuprep.layout import absolute
-from gpuprep.segmentation.contours import ImageFrame, Plane, Reading
-from gpuprep.segmentation.names import UID
-from gpuprep.segmentation.opening import DAMAGED_OBJECT, names_by_path, read_segmentation
-from gpuprep.segmentation.placing import group_paths
-from gpuprep.segmentation.recognition import UNKNOWN
+from gpuprep.masks.detect_format import UNKNOWN
+from gpuprep.masks.filename_hints import UID
+from gpuprep.masks.model import ImageFrame, Plane, Reading
+from gpuprep.masks.place_on_slices import group_paths
+from gpuprep.masks.read import DAMAGED_OBJECT, names_by_path, read_segmentation
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLos
 from pydicom.valuerep import format_number_as_ds
 
 from gpuprep.core.geometry import Geometry
-from gpuprep.segmentation.contours import Structure
+from gpuprep.masks.model import Structure
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 DEFLATED_FRAMES = UID("1.2.840.10008.1.2.8.1")

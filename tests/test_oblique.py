@@ -26,10 +26,10 @@ from gpuprep import Masks
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.dicom.stack import Stack, stack
+from gpuprep.masks.formats.dicom_objects import read_object
+from gpuprep.masks.model import Reading
+from gpuprep.masks.place_on_slices import place
 from gpuprep.phantom import write_series
-from gpuprep.segmentation.contours import Reading
-from gpuprep.segmentation.objects import read_object
-from gpuprep.segmentation.placing import place
 
 SHAPE = (9, 22, 20)
 SPACING = (2.5, 0.9, 0.8)

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gpuprep.segmentation.overlaps import Arranged, arranged
-from gpuprep.segmentation.rasterizing import filled, united
+from gpuprep.masks.overlapping_outlines import Arranged, arranged
+from gpuprep.masks.rasterize import filled, united
 
 SHAPE = (40, 44)
 
@@ -214,6 +214,6 @@ def test_outlines_that_reach_beyond_the_slice() -> None:
 
 @pytest.mark.parametrize("count", [2, 40])
 def test_many_edges_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("gpuprep.segmentation.overlaps.MOST_AT_ONCE", 100)
+    monkeypatch.setattr("gpuprep.masks.overlapping_outlines.MOST_AT_ONCE", 100)
     found = [disc(15.3, 20.3, 9, count + 60), disc(24.3, 20.3, 9, count + 50)]
     np.testing.assert_array_equal(mask(found), inside(found[0]) | inside(found[1]))

@@ -15,10 +15,10 @@ import gpuprep
 from gpuprep.core.geometry import Geometry
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.errors import SegmentationError
+from gpuprep.masks.model import Contour, Raster, Reading, Segmentation, SliceKey, Structure, painted
+from gpuprep.masks.place_on_slices import joined, place
+from gpuprep.masks.rasterize import filled, on_outline
 from gpuprep.phantom import write_series
-from gpuprep.segmentation.contours import Contour, Raster, Reading, Segmentation, SliceKey, Structure, painted
-from gpuprep.segmentation.placing import joined, place
-from gpuprep.segmentation.rasterizing import filled, on_outline
 
 MATRIX = (12, 15)
 IN_ORDER = Reading(slice_order="stack", index_base=0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gpuprep.segmentation.rasterizing import filled, on_outline
+from gpuprep.masks.rasterize import filled, on_outline
 
 Points = list[tuple[float, float]]
 

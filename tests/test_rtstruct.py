@@ -26,9 +26,9 @@ from pydicom.uid import (
 from segmentations import write_rtstruct
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import Reading, Segmentation
-from gpuprep.segmentation.objects import read_object
-from gpuprep.segmentation.rasterizing import filled
+from gpuprep.masks.formats.dicom_objects import read_object
+from gpuprep.masks.model import Reading, Segmentation
+from gpuprep.masks.rasterize import filled
 
 SQUARE = [[0.5, 0.25, -3], [10.5, 0.25, -3], [10.5, 8.25, -3], [0.5, 8.25, -3]]
 HOLE = [[3, 3, -3], [6, 3, -3], [6, 6, -3]]
@@ -192,7 +192,7 @@ class TestWhatIsRead:
         assert [s.contours[0].points.tolist() for s in found.structures] == [SQUARE, HOLE]
 
     def test_importing_the_module_is_cheap(self) -> None:
-        code = "import sys, gpuprep.segmentation.objects; sys.exit('pydicom' in sys.modules)"
+        code = "import sys, gpuprep.masks.formats.dicom_objects; sys.exit('pydicom' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -30,9 +30,9 @@ from segmentations import DEFLATED_FRAMES, UNCOMPRESSED, placed, write_seg
 
 from gpuprep.core.geometry import Geometry
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation import objects, seg
-from gpuprep.segmentation.contours import Reading, Segmentation, SliceKey
-from gpuprep.segmentation.objects import read_object
+from gpuprep.masks.formats import dicom_objects, seg
+from gpuprep.masks.formats.dicom_objects import read_object
+from gpuprep.masks.model import Reading, Segmentation, SliceKey
 
 Kind = Literal["binary", "fractional", "labelmap"]
 KINDS: list[Kind] = ["binary", "fractional", "labelmap"]
@@ -438,11 +438,11 @@ class TestLimits:
 
     def test_of_deflated_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write_seg(tmp_path / "s.dcm", blobs(), GRID, syntax=DeflatedExplicitVRLittleEndian)
-        monkeypatch.setattr(objects, "MOST_INFLATED_BYTES", 1000)
+        monkeypatch.setattr(dicom_objects, "MOST_INFLATED_BYTES", 1000)
         assert "larger than 1000 bytes" in refused(path)
 
     def test_of_elements(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(objects, "MOST_READS", 1000)
+        monkeypatch.setattr(dicom_objects, "MOST_READS", 1000)
         (tmp_path / "zeros").write_bytes(bytes(100_000))
         assert "more than 1000 elements" in refused(tmp_path / "zeros")
 

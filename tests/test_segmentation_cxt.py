@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation import cxt
-from gpuprep.segmentation.values import distinct, numbers
+from gpuprep.masks.formats import cxt
+from gpuprep.masks.text_parsing import distinct, numbers
 
 HEADER = "CT_SERIES_UID 1.2.3\nPATIENT_NAME Doe^Jane\nROI_NAMES\n1|255 0 0|Lung\n2|0 0 255|Heart\nEND_OF_ROI_NAMES\n"
 TRIANGLE = "0\\0\\5\\3\\0\\5\\0\\4\\5"

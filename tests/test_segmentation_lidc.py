@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation import lidc
-from gpuprep.segmentation.contours import Segmentation, SliceKey
-from gpuprep.segmentation.rasterizing import filled, on_outline
+from gpuprep.masks.formats import lidc
+from gpuprep.masks.model import Segmentation, SliceKey
+from gpuprep.masks.rasterize import filled, on_outline
 
 Outline = tuple[list[tuple[int, int]], bool, float]
 """Points, whether they include, z."""

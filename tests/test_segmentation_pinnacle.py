@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation import pinnacle
-from gpuprep.segmentation.contours import Segmentation
+from gpuprep.masks.formats import pinnacle
+from gpuprep.masks.model import Segmentation
 
 Polygon = list[tuple[float, float, float]]
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import TEXT_FORMATS, Plane, Raster, Reading, Segmentation, SliceKey
-from gpuprep.segmentation.names import slice_and_structure
-from gpuprep.segmentation.numbers import parse
-from gpuprep.segmentation.opening import read_segmentation
-from gpuprep.segmentation.rasterizing import filled
-from gpuprep.segmentation.recognition import FORMATS, recognise
-from gpuprep.segmentation.values import NUMBER
+from gpuprep.masks.detect_format import FORMATS, recognise
+from gpuprep.masks.filename_hints import slice_and_structure
+from gpuprep.masks.formats.parse_numbers import parse
+from gpuprep.masks.model import TEXT_FORMATS, Plane, Raster, Reading, Segmentation, SliceKey
+from gpuprep.masks.rasterize import filled
+from gpuprep.masks.read import read_segmentation
+from gpuprep.masks.text_parsing import NUMBER
 
 Open = Callable[..., Segmentation]
 

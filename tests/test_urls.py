@@ -26,9 +26,9 @@ from gpuprep.batch import scan
 from gpuprep.cli import app
 from gpuprep.errors import DecodeError, RequestError
 from gpuprep.files import filesystem
+from gpuprep.masks.formats import pinnacle
 from gpuprep.phantom import write_series
 from gpuprep.runs import Listener
-from gpuprep.segmentation import pinnacle
 
 fsspec = pytest.importorskip("fsspec")
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from gpuprep.core.formatting import printable
 from gpuprep.errors import RecipeError, SegmentationError
-from gpuprep.segmentation.contours import TEXT_FORMATS, Reading, SliceFrom, SliceOrder, Units
+from gpuprep.masks.model import TEXT_FORMATS, Reading, SliceFrom, SliceOrder, Units
 
 Layout = Literal["labels", "per-roi"]
 Resampling = Literal["nearest", "smooth"]

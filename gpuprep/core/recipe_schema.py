@@ -14,7 +14,7 @@ from gpuprep.core import recipe as recipes
 from gpuprep.core.mask_options import Masks
 from gpuprep.core.recipe import PRESETS, Recipe
 from gpuprep.core.stacking_rules import Rules
-from gpuprep.segmentation.contours import Reading
+from gpuprep.masks.model import Reading
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 

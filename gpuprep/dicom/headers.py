@@ -34,7 +34,7 @@ from gpuprep.errors import nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.archives import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.files.bounded_reader import open_frugally
-from gpuprep.segmentation.objects import SEGMENTATION_CLASSES
+from gpuprep.masks.formats.dicom_objects import SEGMENTATION_CLASSES
 
 if TYPE_CHECKING:
     import pydicom

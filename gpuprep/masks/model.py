@@ -1,7 +1,7 @@
 """What a segmentation file holds, in its own terms: named structures, made of outlines and of painted pixels.
 
 Nothing here knows the series. Where a point lies is said in one of three frames, and on which slice by a key; what a
-key means, and whether there is such a slice, `gpuprep.segmentation.placing` finds out.
+key means, and whether there is such a slice, `gpuprep.masks.place_on_slices` finds out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SliceOrder = Literal["stack", "instance"]
 TEXT_FORMATS = (
     "imagej-xy", "imagej-text-image", "imagej-values", "points", "polygons", "cxt", "pinnacle", "lidc-xml", "pylidc",
 )  # fmt: skip
-"""Formats of text files by name: see `gpuprep.segmentation.recognition`."""
+"""Formats of text files by name: see `gpuprep.masks.detect_format`."""
 
 Frame = Literal["patient", "pixel", "corner"]
 """patient: (x, y, z) in mm, LPS. pixel: (column, row) in pixels, the centre of the first pixel at (0, 0). corner:

@@ -12,10 +12,10 @@ from gpuprep.core.formatting import printable
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.files import filesystem
 from gpuprep.files.archives import kind
-from gpuprep.segmentation import tables
-from gpuprep.segmentation.contours import Plane, Reading, Segmentation
-from gpuprep.segmentation.names import path_names
-from gpuprep.segmentation.recognition import FORMATS, UNKNOWN, recognise
+from gpuprep.masks.detect_format import FORMATS, UNKNOWN, recognise
+from gpuprep.masks.filename_hints import path_names
+from gpuprep.masks.formats import number_tables
+from gpuprep.masks.model import Plane, Reading, Segmentation
 
 LARGEST_BYTES = 1 << 30
 """A larger file is no segmentation."""
@@ -55,7 +55,7 @@ def read_segmentation(
     Parameters
     ----------
     path : str or path
-        DICOM (RTSTRUCT or SEG), or text of any format of `gpuprep.segmentation.recognition.FORMATS`. What it is its
+        DICOM (RTSTRUCT or SEG), or text of any format of `gpuprep.masks.detect_format.FORMATS`. What it is its
         content says, not its name; the name says slice and structure of text that does not.
     reading : Reading, optional
         What the file does not say itself.
@@ -81,7 +81,7 @@ def read_segmentation(
     reading = reading or Reading()
     data = _content(path)
     if data[128:132] == b"DICM" or _BARE_DICOM.match(data):
-        from gpuprep.segmentation.objects import read_object
+        from gpuprep.masks.formats.dicom_objects import read_object
 
         try:
             return read_object(path, reading)
@@ -94,7 +94,7 @@ def read_segmentation(
     del data
     recognised = recognise(text, os.path.basename(path), reading, plane)
     if recognised.table is not None:
-        return tables.read(path, recognised.table, recognised, reading, plane)
+        return number_tables.read(path, recognised.table, recognised, reading, plane)
     return FORMATS[recognised.format].reader(text, path)
 
 

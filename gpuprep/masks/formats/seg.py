@@ -24,8 +24,8 @@ from gpuprep.dicom.deflate import inflated_frame
 from gpuprep.dicom.encapsulation import fragments_of
 from gpuprep.dicom.uids import ENCODINGS, UNDEFINED_LENGTH, syntax_name
 from gpuprep.errors import DecodeError, SegmentationError
-from gpuprep.segmentation.attributes import binary, decimals, image_frames, integer, items, name, raw, text, uid
-from gpuprep.segmentation.contours import (
+from gpuprep.masks.formats.dicom_elements import binary, decimals, image_frames, integer, items, name, raw, text, uid
+from gpuprep.masks.model import (
     ONE_PLANE_MM,
     Collector,
     ImageFrame,
@@ -36,7 +36,7 @@ from gpuprep.segmentation.contours import (
     SliceKey,
     painted,
 )
-from gpuprep.segmentation.values import FARTHEST, distinct
+from gpuprep.masks.text_parsing import FARTHEST, distinct
 
 if TYPE_CHECKING:
     import pydicom

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gpuprep.core.formatting import quoted
 from gpuprep.dicom.uids import UNDEFINED_LENGTH
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import ImageFrame
+from gpuprep.masks.model import ImageFrame
 
 if TYPE_CHECKING:
     import pydicom

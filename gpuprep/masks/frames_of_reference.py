@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from gpuprep.core.formatting import numbered, printable
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import Segmentation, Structure
+from gpuprep.masks.model import Segmentation, Structure
 
 OTHER_FRAME = "mask-frame"
 """Code of the error where no frame of reference of a structure set is that of the series, and several might be."""

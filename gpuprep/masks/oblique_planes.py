@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.segmentation.contours import ONE_PLANE_MM, Raster, painted
+from gpuprep.masks.model import ONE_PLANE_MM, Raster, painted
 
 DECIMALS = 6
 """Of millimetres and pixels, to which places are rounded, so that noise decides nothing half-way between two."""

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import Plane, Reading, Units
-from gpuprep.segmentation.numbers import Table
+from gpuprep.masks.formats.parse_numbers import Table
+from gpuprep.masks.model import Plane, Reading, Units
 
 ROLES = {
     "x": ("x", "xcoord", "col", "column"),

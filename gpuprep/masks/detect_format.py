@@ -11,11 +11,11 @@ import numpy as np
 
 from gpuprep.core.formatting import numbered, quoted
 from gpuprep.errors import NotASegmentationError, SegmentationError
-from gpuprep.segmentation import columns
-from gpuprep.segmentation.columns import HEADER_HINT, Columns
-from gpuprep.segmentation.contours import Plane, Reading, Segmentation
-from gpuprep.segmentation.numbers import Table, parse
-from gpuprep.segmentation.values import NUMBER
+from gpuprep.masks.formats import column_roles
+from gpuprep.masks.formats.column_roles import HEADER_HINT, Columns
+from gpuprep.masks.formats.parse_numbers import Table, parse
+from gpuprep.masks.model import Plane, Reading, Segmentation
+from gpuprep.masks.text_parsing import NUMBER
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,12 @@ FORMATS = {
     "imagej-values": Format("ImageJ pixel list"),
     "points": Format("list of points"),
     "polygons": Format("polygon per line"),
-    "cxt": Format(module="gpuprep.segmentation.cxt", recognised="recognised", read="read"),
-    "pinnacle": Format(module="gpuprep.segmentation.pinnacle", recognised="recognised", read="read"),
-    "lidc-xml": Format(module="gpuprep.segmentation.lidc", recognised="recognised_xml", read="read_xml"),
-    "pylidc": Format(module="gpuprep.segmentation.lidc", recognised="recognised_table", read="read_table"),
+    "cxt": Format(module="gpuprep.masks.formats.cxt", recognised="recognised", read="read"),
+    "pinnacle": Format(module="gpuprep.masks.formats.pinnacle", recognised="recognised", read="read"),
+    "lidc-xml": Format(module="gpuprep.masks.formats.lidc", recognised="recognised_xml", read="read_xml"),
+    "pylidc": Format(module="gpuprep.masks.formats.lidc", recognised="recognised_table", read="read_table"),
 }
-"""All that can be read, by what ``--text-format`` calls them: `gpuprep.segmentation.contours.TEXT_FORMATS`."""
+"""All that can be read, by what ``--text-format`` calls them: `gpuprep.masks.model.TEXT_FORMATS`."""
 
 UNKNOWN = "mask-unknown"
 """Code of the error for files that may be anything, also what was meant to be a segmentation."""
@@ -91,7 +91,7 @@ class Recognised:
     why: str
     table: Table | None = None
     """Of a table of numbers."""
-    columns: Columns = NO_ROLES
+    column_roles: Columns = NO_ROLES
 
 
 def recognise(text: str, name: str, reading: Reading, plane: Plane | None) -> Recognised:
@@ -176,7 +176,7 @@ def _check_first_line(text: str, name: str) -> None:
 
 def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognised:
     if table.header:
-        found = columns.named(table.header, table.labels is not None)
+        found = column_roles.named(table.header, table.labels is not None)
         _check_width(table, found)
         if "value" in found.roles:
             return Recognised("imagej-values", found.why, table, found)
@@ -191,14 +191,14 @@ def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognis
     if not table.labels:
         if width == 1:
             raise SegmentationError("one number in every line: coordinates take two at least")
-        if width in (3, 4) and columns.is_scan(grid, width - 1):
+        if width in (3, 4) and column_roles.is_scan(grid, width - 1):
             return Recognised("imagej-values", "pixels with values, row by row", table, _pixels(width))
-        columns.check_outlines(grid)
+        column_roles.check_outlines(grid)
         if width == 2:
             return Recognised("imagej-xy", "two numbers in every line", table, Columns(("x", "y"), ""))
-        if width == 5 and columns.is_whole(grid[:, 0]) and grid[:, 1:].min() >= 0 and grid[:, 1:].max() <= 1:
+        if width == 5 and column_roles.is_whole(grid[:, 0]) and grid[:, 1:].min() >= 0 and grid[:, 1:].max() <= 1:
             raise NotASegmentationError("holds YOLO detections (class, centre and size): boxes, not contours")
-    if found_points := columns.of_points(table, reading, plane):
+    if found_points := column_roles.of_points(table, reading, plane):
         return Recognised("points", found_points.why, table, found_points)
     if width == 4 and bool((grid[:, :2] < grid[:, 2:]).all()):
         raise NotASegmentationError("four numbers in every line, two smaller and two larger: boxes, not contours")
@@ -225,8 +225,8 @@ def _wide(table: Table, plane: Plane | None) -> Recognised:
     grid = table.grid()
     rows, width = grid.shape
     is_plane = plane is not None and (plane.rows, plane.columns) == grid.shape
-    whole = columns.is_whole(grid)
-    first_whole = columns.is_whole(grid[:, 0])
+    whole = column_roles.is_whole(grid)
+    first_whole = column_roles.is_whole(grid[:, 0])
     if not whole and first_whole and grid[:, 1:].min() >= 0 and grid[:, 1:].max() <= 1 and not is_plane:
         return Recognised("polygons", "fractions of the slice after a class in every line", table)
     size = f"{numbered(rows, 'line')} of {numbered(width)} each"
@@ -249,14 +249,14 @@ MOST_LABELS = 256
 
 def _like_mask(table: Table) -> bool:
     values = table.values
-    if not columns.is_whole(values) or values.min() < 0:
+    if not column_roles.is_whole(values) or values.min() < 0:
         return False
     return bool(2 * np.count_nonzero(values) <= len(values)) or _distinct(values) <= 2
 
 
 def _distinct(values: Any) -> int:
     """Return how many different values there are, or one more than makes a mask."""
-    if values.max() - values.min() <= 65536 and columns.is_whole(values):
+    if values.max() - values.min() <= 65536 and column_roles.is_whole(values):
         return int(np.count_nonzero(np.bincount((values.ravel() - values.min()).astype(np.int64))))
     return len(np.unique(values))
 
@@ -276,7 +276,7 @@ def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None
             raise SegmentationError(f"its header names columns, which --text-format {forced} has none of")
         return NO_ROLES
     if table.header:
-        found = columns.named(table.header, table.labels is not None)
+        found = column_roles.named(table.header, table.labels is not None)
         _check_width(table, found)
     else:
         width = table.grid().shape[1]
@@ -287,7 +287,7 @@ def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None
             fits["imagej-values"] = _pixels(width)
         if forced == "points":
             bare = width == 2 and table.labels is None
-            fits["points"] = Columns(("x", "y"), "") if bare else columns.of_points(table, reading, plane)
+            fits["points"] = Columns(("x", "y"), "") if bare else column_roles.of_points(table, reading, plane)
         chosen = fits[forced]
         if chosen is None:
             raise SegmentationError(

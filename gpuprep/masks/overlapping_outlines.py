@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.segmentation.rasterizing import crossings
+from gpuprep.masks.rasterize import crossings
 
 TOUCHING_PX = 0.25
 """Pixels by which an outline may pass beyond another one and still lie inside, or beside it: coordinates are rounded in

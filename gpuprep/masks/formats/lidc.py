@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import Collector, Contour, References, Rule, Segmentation, SliceKey, Structure
-from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
+from gpuprep.masks.model import Collector, Contour, References, Rule, Segmentation, SliceKey, Structure
+from gpuprep.masks.text_parsing import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
 
 XML_FORMAT = "LIDC-IDRI XML"
 TABLE_FORMAT = "pylidc contours"

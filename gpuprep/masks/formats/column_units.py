@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.columns import Columns, in_patient, is_whole
-from gpuprep.segmentation.contours import Plane, Reading, Units
+from gpuprep.masks.formats.column_roles import Columns, in_patient, is_whole
+from gpuprep.masks.model import Plane, Reading, Units
 
 ROUNDING_PX = 2e-3
 """How far from a whole number of pixels a length may be that was written in mm, with four decimals."""

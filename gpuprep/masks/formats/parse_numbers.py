@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gpuprep.core.formatting import numbered, quoted
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.values import FARTHEST, NUMBER
+from gpuprep.masks.text_parsing import FARTHEST, NUMBER
 
 MOST_CHARACTERS = 2**27
 """Numbers and their places take some twenty times that while they are read."""

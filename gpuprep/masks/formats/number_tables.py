@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from gpuprep.core.formatting import numbered, printable
 from gpuprep.dicom.header_checks import LARGEST_SIDE
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation import units
-from gpuprep.segmentation.columns import LONGEST_LIST, Columns, is_scan, is_whole
-from gpuprep.segmentation.contours import (
+from gpuprep.masks.detect_format import FORMATS, MOST_LABELS, Recognised
+from gpuprep.masks.filename_hints import slice_and_structure, stem
+from gpuprep.masks.formats import column_units
+from gpuprep.masks.formats.column_roles import LONGEST_LIST, Columns, is_scan, is_whole
+from gpuprep.masks.formats.parse_numbers import Table
+from gpuprep.masks.model import (
     Collector,
     Contour,
     Frame,
@@ -30,10 +33,7 @@ from gpuprep.segmentation.contours import (
     Units,
     painted,
 )
-from gpuprep.segmentation.names import slice_and_structure, stem
-from gpuprep.segmentation.numbers import Table
-from gpuprep.segmentation.recognition import FORMATS, MOST_LABELS, Recognised
-from gpuprep.segmentation.values import FARTHEST
+from gpuprep.masks.text_parsing import FARTHEST
 
 MOST_CELLS = 2**30
 """Pixels of all rectangles around the pixels of one list. More come from pixels strewn about."""
@@ -88,9 +88,9 @@ def _outline(source: _Source) -> _Result:
     table, reading = source.table, source.reading
     roles = source.columns.roles
     points = table.grid()[:, [roles.index("x"), roles.index("y")]]
-    said = units.said(reading, source.columns)
+    said = column_units.said(reading, source.columns)
     _check_not_patient(points, said)
-    unit = said or units.of_outline(points, table.pointed, source.plane)
+    unit = said or column_units.of_outline(points, table.pointed, source.plane)
     frame: Frame = "pixel" if unit == "px" else "corner"
     points = _in_mm(points, unit) if frame == "corner" else points - 0.5
     key, name = slice_and_structure(source.path, reading.slice_from)
@@ -101,7 +101,7 @@ def _points(source: _Source) -> _Result:
     table, reading, columns = source.table, source.reading, source.columns
     grid = table.grid()
     of = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
-    unit = units.said(reading, columns)
+    unit = column_units.said(reading, columns)
     xy = np.stack([of["x"], of["y"]], axis=1)
     base = reading.pixel_base
     keys: NDArray[np.float64] | None = of.get("slice", of.get("z"))
@@ -110,7 +110,7 @@ def _points(source: _Source) -> _Result:
     points = xy - base
     if "z" in of:
         xyz = np.stack([of["x"], of["y"], of["z"]], axis=1)
-        if (unit or units.of_points(xyz, source.plane)) != "px":
+        if (unit or column_units.of_points(xyz, source.plane)) != "px":
             frame, points, keys = "patient", _in_mm(xyz, unit), None
         elif reading.slice_from == "z":
             by = "z"
@@ -288,7 +288,7 @@ def _pixel_list(source: _Source) -> _Result:
     x, y = ((of[role] - reading.pixel_base).astype(np.int64) for role in ("x", "y"))
     if min(x.min(), y.min()) < 0:
         raise SegmentationError("--pixel-base 1, but it counts from 0")
-    if units.said(reading, columns) not in (None, "px"):
+    if column_units.said(reading, columns) not in (None, "px"):
         raise SegmentationError("a list of pixels counts pixels: leave --units out")
     order = ["x", "y", depth] if depth in of else ["x", "y"]
     if is_scan(np.stack([of[role] for role in order], axis=1), len(order)) and _upwards(of, depth):

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.files import filesystem
-from gpuprep.segmentation.contours import Contour, Segmentation, Structure
-from gpuprep.segmentation.values import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
+from gpuprep.masks.model import Contour, Segmentation, Structure
+from gpuprep.masks.text_parsing import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
 
 FORMAT = "Pinnacle plan.roi"
 

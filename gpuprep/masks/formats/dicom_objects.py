@@ -18,8 +18,8 @@ from gpuprep.dicom.deflate import inflated
 from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import FrugalReader
-from gpuprep.segmentation import attributes, rtstruct, seg
-from gpuprep.segmentation.contours import Reading, References, Segmentation
+from gpuprep.masks.formats import dicom_elements, rtstruct, seg
+from gpuprep.masks.model import Reading, References, Segmentation
 
 if TYPE_CHECKING:
     import pydicom
@@ -31,7 +31,7 @@ SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 LABEL_MAP_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.7"
 SEGMENTATION_CLASSES = (RT_STRUCTURE_SET, SEGMENTATION, LABEL_MAP_SEGMENTATION)
 
-LAST_REFERENCE = attributes.TAGS["ReferencedFrameOfReferenceSequence"]
+LAST_REFERENCE = dicom_elements.TAGS["ReferencedFrameOfReferenceSequence"]
 """The last element of an object that says to which series it belongs."""
 
 MOST_READS = 20_000_000
@@ -117,11 +117,11 @@ def _opened(file: BinaryIO, until: int | None) -> pydicom.Dataset:
                 f"unpacked it is larger than {MOST_INFLATED_BYTES} bytes: write it with another transfer syntax"
             )
         content = _Unpacked(content)
-    wanted: list[BaseTag | int] = [Tag(tag) for tag in attributes.TAGS.values()]
+    wanted: list[BaseTag | int] = [Tag(tag) for tag in dicom_elements.TAGS.values()]
     stop = None if until is None else lambda tag, _vr, _length: tag > until
     ds = read_partial(content, stop, force=True, specific_tags=wanted)
     if announced:
-        ds.file_meta.add_new(attributes.TAGS["MediaStorageSOPClassUID"], "UI", announced)
+        ds.file_meta.add_new(dicom_elements.TAGS["MediaStorageSOPClassUID"], "UI", announced)
     return ds
 
 
@@ -143,4 +143,4 @@ def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
 
 def _kind(ds: pydicom.Dataset) -> str:
     """Return the SOP Class UID of an object."""
-    return attributes.text(ds, "SOPClassUID") or attributes.text(ds.file_meta, "MediaStorageSOPClassUID")
+    return dicom_elements.text(ds, "SOPClassUID") or dicom_elements.text(ds.file_meta, "MediaStorageSOPClassUID")

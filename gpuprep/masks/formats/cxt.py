@@ -6,8 +6,8 @@ import re
 
 from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import Contour, Segmentation, Structure
-from gpuprep.segmentation.values import distinct, is_uid, lines, numbers, refusal
+from gpuprep.masks.model import Contour, Segmentation, Structure
+from gpuprep.masks.text_parsing import distinct, is_uid, lines, numbers, refusal
 
 FORMAT = "plastimatch CXT"
 

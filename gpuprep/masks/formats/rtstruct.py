@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from gpuprep.core.formatting import numbered, quoted
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.attributes import decimals, image_frames, integer, items, name, raw, text, uid
-from gpuprep.segmentation.contours import Collector, Contour, ImageFrame, Reading, References, Segmentation
-from gpuprep.segmentation.values import FARTHEST, distinct
+from gpuprep.masks.formats.dicom_elements import decimals, image_frames, integer, items, name, raw, text, uid
+from gpuprep.masks.model import Collector, Contour, ImageFrame, Reading, References, Segmentation
+from gpuprep.masks.text_parsing import FARTHEST, distinct
 
 if TYPE_CHECKING:
     import pydicom

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from gpuprep.core.formatting import numbered, printable
 from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation import oblique
-from gpuprep.segmentation.contours import Contour, Plane, Raster, Reading, Segmentation, Slab, SliceKey, Structure
-from gpuprep.segmentation.overlaps import arranged
-from gpuprep.segmentation.rasterizing import filled, on_outline, united
+from gpuprep.masks import oblique_planes
+from gpuprep.masks.model import Contour, Plane, Raster, Reading, Segmentation, Slab, SliceKey, Structure
+from gpuprep.masks.overlapping_outlines import arranged
+from gpuprep.masks.rasterize import filled, on_outline, united
 
 ROUNDED = 1e-3
 """Layers by which positions in files may be off."""
@@ -121,7 +121,7 @@ def place(segmentation: Segmentation, stack: Stack, reading: Reading) -> tuple[l
     Parameters
     ----------
     segmentation : Segmentation
-        From `gpuprep.segmentation.opening.read_segmentation`.
+        From `gpuprep.masks.read.read_segmentation`.
     stack : Stack
         Of the series.
     reading : Reading
@@ -168,7 +168,7 @@ class _Slices:
         named = segmentation.sop_uids
         self.are_named = not named or not named.isdisjoint(self._by_uid)
         """Whether the images that the segmentation names, if it names any, are among them."""
-        self.oblique = oblique.Slices(stack.geometry.affine, self.along, self.shift, self.matrix)
+        self.oblique = oblique_planes.Slices(stack.geometry.affine, self.along, self.shift, self.matrix)
         self._z = np.array([header.position_mm[2] for header in stack.slices if header.position_mm])
         self._by_number = _numbering(segmentation, stack, reading)
 
@@ -302,7 +302,7 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
             left_out["on no slice of the series"] += 1
         else:
             parts[n].rasters.append((raster, None))
-    for n, cut in oblique.cut(slanting, slices.oblique):
+    for n, cut in oblique_planes.cut(slanting, slices.oblique):
         parts[n].rasters.append((cut, None))
     for n, found in candidates.items():
         nearest = min(abs(c.distance) for c in found)

@@ -9,8 +9,8 @@ from typing import get_args
 
 from gpuprep.core.formatting import printable, quoted
 from gpuprep.errors import SegmentationError
-from gpuprep.segmentation.contours import SliceFrom, SliceKey
-from gpuprep.segmentation.values import FARTHEST
+from gpuprep.masks.model import SliceFrom, SliceKey
+from gpuprep.masks.text_parsing import FARTHEST
 
 UID = re.compile(r"(?<![0-9.])[0-2](?:\.(?:0|[1-9][0-9]*)){4,}(?![0-9])")
 """Anywhere in a name or a path."""

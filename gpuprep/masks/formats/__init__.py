@@ -1,0 +1,1 @@
+"""Readers of segmentation files, one module for each format."""
