@@ -36,7 +36,7 @@ from bench.driver import Driver
 from bench.measure import MemoryWatch, machine
 from bench.summary import summarise, without_paths
 from gpuprep.conversion import versions
-from gpuprep.cores import usable_cores
+from gpuprep.executors.cores import usable_cores
 
 RIVALS = ("numba", "SimpleITK", "monai", "torch", "torchio", "dcm2niix", "dicom2nifti")
 

@@ -30,8 +30,8 @@ from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.core.volume import StoredVolume
-from gpuprep.cores import usable_cores
 from gpuprep.errors import BackendError
+from gpuprep.executors.cores import usable_cores
 from gpuprep.phantom import thorax
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)

@@ -43,7 +43,7 @@ def lengthen(ds: Dataset, k: int) -> None:
 SCAN = """
 import sys, time
 from gpuprep.batch import scan
-from gpuprep.cores import usable_cores
+from gpuprep.executors.cores import usable_cores
 started = time.perf_counter()
 cohort, outlooks, _ = scan(sys.argv[1], index=sys.argv[2], jobs=usable_cores())
 print(time.perf_counter() - started)

@@ -30,9 +30,9 @@ from gpuprep.conversion import Task
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series, SliceHeader
-from gpuprep.cores import usable_cores
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import Cohort
+from gpuprep.executors.cores import usable_cores
 from gpuprep.manifest import SeriesResult, now
 from gpuprep.upkeep import status
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
 from gpuprep.core.formatting import sized
-from gpuprep.executors import Executor, OverdueError, WorkerDiedError
-from gpuprep.interruption import Stop
+from gpuprep.executors.processes import Executor, OverdueError, WorkerDiedError
+from gpuprep.executors.signals import Stop
 from gpuprep.manifest import SeriesResult, now
 from gpuprep.output import Output
 

@@ -28,15 +28,16 @@ from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import Cohort, discover
 from gpuprep.dicom.headers import Contents
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.executors import (
+from gpuprep.executors.processes import (
     FOR_HEADERS,
     Executor,
     WorkerDiedError,
     answers,
 )
+from gpuprep.executors.resources import Means, chosen_means, means_of
+from gpuprep.executors.signals import Stop
 from gpuprep.files.filesystem import given, resolved
 from gpuprep.forecast import Experience, Forecast, experience
-from gpuprep.interruption import Stop
 from gpuprep.layout import absolute
 from gpuprep.manifest import (
     Manifest,
@@ -50,7 +51,6 @@ from gpuprep.manifest import (
     this_host,
 )
 from gpuprep.matching import Matched, matched, used_names
-from gpuprep.means import Means, chosen_means, means_of
 from gpuprep.naming import Pseudonyms, crosswalk_row, planned_row
 from gpuprep.nnunet import Layout, arrange, check
 from gpuprep.outlook import DONE, Outlook, outlooks

@@ -19,6 +19,8 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.core.stacking_rules import texts
 from gpuprep.errors import GpuprepError, RecipeError, RequestError
+from gpuprep.executors.logs import quiet_libraries
+from gpuprep.executors.signals import held_back
 from gpuprep.flags import (
     MASKS,
     RUN,
@@ -72,9 +74,7 @@ from gpuprep.flags import (
     UnitsOption,
     Window,
 )
-from gpuprep.interruption import held_back
 from gpuprep.keeping import KEEPING
-from gpuprep.logs import quiet_libraries
 from gpuprep.looking import LOOKING
 from gpuprep.running import gpu_numbers, jobs_or_cores, run_conversion
 from gpuprep.shell import complain, errors_to_exit_codes, header_index, print_csv, print_json

@@ -25,7 +25,7 @@ from gpuprep.core.stacking_rules import SeriesWarning, codes, texts
 from gpuprep.dicom.audit import Audit, audit
 from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
-from gpuprep.executors import last_task
+from gpuprep.executors.processes import last_task
 from gpuprep.manifest import SeriesResult, Status, now, this_host
 from gpuprep.output import PREVIEW, Output, PendingFolder, Written
 from gpuprep.pictures import Planes, jpeg, picture

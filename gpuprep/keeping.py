@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gpuprep.errors import RequestError
+from gpuprep.executors.signals import held_back
 from gpuprep.flags import RUN, BackendOption, Gpus, Index, Jobs, Json, Log, LogFormat, MemoryShare, Quiet, TimeLimit
-from gpuprep.interruption import held_back
 from gpuprep.running import gpu_numbers, run_conversion
 from gpuprep.shell import errors_to_exit_codes, print_json
 
@@ -51,8 +51,8 @@ def verify(
         with held_back():
             from gpuprep.buckets import open_out
             from gpuprep.console import Counting, show_damage
-            from gpuprep.cores import usable_cores
-            from gpuprep.executors import Processes
+            from gpuprep.executors.cores import usable_cores
+            from gpuprep.executors.processes import Processes
             from gpuprep.manifest import open_manifest
             from gpuprep.upkeep import mark as mark_damaged
             from gpuprep.upkeep import verify as findings_of

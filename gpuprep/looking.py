@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from gpuprep.errors import RequestError
+from gpuprep.executors.signals import held_back
 from gpuprep.flags import GroupBy, preset_names
-from gpuprep.interruption import held_back
 from gpuprep.shell import errors_to_exit_codes, print_json
 
 

@@ -18,7 +18,7 @@ from gpuprep.core.series import Series, sop_digest
 from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.dicom.discover import Cohort, OtherSeries
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
-from gpuprep.executors import Executor, WorkerDiedError, answers
+from gpuprep.executors.processes import Executor, WorkerDiedError, answers
 from gpuprep.files.filesystem import is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
 from gpuprep.layout import absolute
 from gpuprep.masks.detect_format import UNKNOWN

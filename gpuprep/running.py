@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from gpuprep.errors import RequestError
-from gpuprep.interruption import Stop, held_back
+from gpuprep.executors.signals import Stop, held_back
 from gpuprep.shell import INTERRUPTED, complain, header_index, print_json
 
 if TYPE_CHECKING:
@@ -93,6 +93,6 @@ def gpu_numbers(text: str | None) -> list[int] | None:
 
 def jobs_or_cores(jobs: int | None, backend: str) -> int | None:
     """Return one worker per core that this process may use; on a GPU, leave it to `batch`."""
-    from gpuprep.cores import usable_cores
+    from gpuprep.executors.cores import usable_cores
 
     return jobs if jobs is not None or backend == "gpu" else usable_cores()

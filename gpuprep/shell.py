@@ -15,7 +15,7 @@ import typer
 
 from gpuprep.core.formatting import printable
 from gpuprep.errors import GpuprepError, RequestError
-from gpuprep.interruption import Stop
+from gpuprep.executors.signals import Stop
 
 
 @contextmanager

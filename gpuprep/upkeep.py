@@ -15,7 +15,7 @@ from gpuprep.buckets import UNFINISHED, Bucket, at_hand, is_open, output_at, pla
 from gpuprep.core.formatting import printable
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.executors import Executor, WorkerDiedError
+from gpuprep.executors.processes import Executor, WorkerDiedError
 from gpuprep.files.filesystem import walk
 from gpuprep.layout import RESERVED, WORKSHOP, folders_above
 from gpuprep.manifest import Manifest, RunRecord, SeriesResult, State, manifest_path, shards_of

@@ -15,7 +15,7 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.dicom.discover import FILES_PER_TASK, Cohort
-from gpuprep.executors import Executor, answers
+from gpuprep.executors.processes import Executor, answers
 from gpuprep.naming import Pseudonyms, patient_ids
 from gpuprep.outlook import Needs, Outlook
 from gpuprep.output import Output

@@ -161,7 +161,7 @@ def test_bad_series_never_stop_the_others(
     dicom: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Traps 4, 42.
-    monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [DeadlyBackend()])
+    monkeypatch.setattr("gpuprep.executors.resources.get_backends", lambda *_: [DeadlyBackend()])
     # 1 of 8 is more than a tenth. What is left has 7 slices, but is rejected before anyone counts.
     add(dicom / "gap", slices=8)[3].unlink()
     truncate(add(dicom / "short")[2])
@@ -278,7 +278,7 @@ def test_a_bug_in_one_series_is_a_failure_of_that_series(
                 raise ZeroDivisionError("a bug")
             return host
 
-    monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [BuggyBackend()])
+    monkeypatch.setattr("gpuprep.executors.resources.get_backends", lambda *_: [BuggyBackend()])
     run = go(dicom, out)
     assert statuses(run) == {"p1": "ok", "p2": "ok", "p3": "failed"}
     assert rows(out)["p3"]["reason"] == "ZeroDivisionError: a bug"

@@ -11,14 +11,15 @@ import pytest
 import tifffile
 from standin import ForeignBackend
 
-from gpuprep import batch, means
+from gpuprep import batch
 from gpuprep.batch import convert
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.memory_estimate import CONTEXT_BYTES, device_bytes
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError
-from gpuprep.executors import Here, Place
+from gpuprep.executors import resources
+from gpuprep.executors.processes import Here, Place
 from gpuprep.phantom import write_series
 from gpuprep.runs import Run
 
@@ -68,13 +69,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
         executor.places = places
         return executor
 
-    monkeypatch.setattr(means, "Processes", processes)
+    monkeypatch.setattr(resources, "Processes", processes)
     return executor
 
 
 def on(backend: ForeignBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "get_backend", lambda _: backend)
-    monkeypatch.setattr(means, "get_backends", lambda *_: [backend])
+    monkeypatch.setattr(resources, "get_backends", lambda *_: [backend])
 
 
 def test_worker_processes_on_a_device_give_what_the_cpu_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

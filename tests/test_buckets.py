@@ -27,7 +27,7 @@ from gpuprep.buckets import Bucket, open_bucket
 from gpuprep.cli import app
 from gpuprep.core.shard import Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.executors import Here
+from gpuprep.executors.processes import Here
 from gpuprep.files import filesystem
 from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.phantom import write_series

@@ -160,7 +160,7 @@ def test_a_run_that_loses_worker_after_worker_goes_on(
 
 def dask_workers_of(run: Running) -> list[int]:
     """The workers of a local Dask cluster: what its nannies, threads of the keeper, have started."""
-    keepers = [child for child in children(run.pid) if "gpuprep.cluster" in words_of(child)]
+    keepers = [child for child in children(run.pid) if "gpuprep.executors.dask" in words_of(child)]
     started = [pid for keeper in keepers for pid in descendants(keeper)]
     return [pid for pid in started if "spawn_main" in words_of(pid)]
 

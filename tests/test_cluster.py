@@ -22,11 +22,11 @@ import pytest
 from numpy.typing import NDArray
 
 import gpuprep
-from gpuprep.cluster import Cluster, Elsewhere, elsewhere
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.conversion import Task, convert_series
 from gpuprep.errors import BackendError, RequestError
-from gpuprep.executors import Here, OverdueError, WorkerDiedError, last_task
+from gpuprep.executors.dask import Cluster, Elsewhere, elsewhere
+from gpuprep.executors.processes import Here, OverdueError, WorkerDiedError, last_task
 from gpuprep.output import Output
 from gpuprep.phantom import write_series
 
@@ -368,7 +368,7 @@ def test_a_cluster_that_is_not_ours_lives_on_and_its_workers_are_freed(
 def test_workers_of_another_version_are_refused(shared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(shared, [partial(abs, -1)]) == [1]
     other = Cluster(shared._address)
-    monkeypatch.setattr("gpuprep.cluster.__version__", "99.1")
+    monkeypatch.setattr("gpuprep.executors.dask.__version__", "99.1")
     words = rf"worker at tcp://127.* has gpuprep {gpuprep.__version__}, and here is gpuprep 99\.1"
     with pytest.raises(RequestError, match=words):
         list(other.run(abs, [1]))
@@ -401,7 +401,7 @@ def test_without_dask_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 UNGUARDED = """
 import sys
-from gpuprep.cluster import Cluster
+from gpuprep.executors.dask import Cluster
 assert "distributed" not in sys.modules
 print("the script runs")
 executor = Cluster("local", 2)
@@ -425,7 +425,7 @@ def test_a_script_needs_no_guard_and_workers_import_no_strangers(tmp_path: Path)
 ORPHANS = """
 import sys
 from test_cluster import sleep_in
-from gpuprep.cluster import Cluster
+from gpuprep.executors.dask import Cluster
 list(Cluster("local", 1).run(sleep_in, [sys.argv[1]]))
 """
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from gpuprep.executors import (
+from gpuprep.executors.processes import (
     HAVE_FORK_SERVER,
     Executor,
     Here,
@@ -262,7 +262,7 @@ def test_a_worker_that_cannot_even_start_costs_its_task_only(
     processes: Processes, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     # A small task fits into the buffer of the pipe; the end of a large one finds nobody there.
-    monkeypatch.setattr("gpuprep.executors._work", die_at_once)
+    monkeypatch.setattr("gpuprep.executors.processes._work", die_at_once)
     ((_, outcome),) = processes.run(len, ["x" * size])
     assert isinstance(outcome, WorkerDiedError)
 
@@ -390,7 +390,7 @@ def test_once_it_is_stopped_no_more_tasks_begin_and_those_in_flight_are_finished
 ORPHANS = """
 import sys
 from test_executors import sleep_in
-from gpuprep.executors import Processes
+from gpuprep.executors.processes import Processes
 if __name__ == "__main__":
     list(Processes(1).run(sleep_in, [sys.argv[1]]))
 """
@@ -414,7 +414,7 @@ def test_a_worker_ends_with_its_parent_in_the_middle_of_a_task(tmp_path: Path) -
 
 
 UNGUARDED = """
-from gpuprep.executors import Processes
+from gpuprep.executors.processes import Processes
 print("the script runs")
 executor = Processes(2)
 print(dict(executor.run(len, ["a", "bb"])))

@@ -598,7 +598,7 @@ def test_a_series_that_takes_too_long_fails_and_the_others_do_not(
     dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_cohort(dicom, 1, slices=7, first=4)
-    monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [SleepyBackend()])
+    monkeypatch.setattr("gpuprep.executors.resources.get_backends", lambda *_: [SleepyBackend()])
     run = go(dicom, out, jobs=2, limit_s=20)
     assert run.exit_code == 1
     assert statuses(out) == {**dict.fromkeys(names(4), "ok"), "s004": "failed"}
@@ -622,11 +622,11 @@ def test_a_series_that_always_kills_its_worker_is_tried_twice_and_set_aside(
 ) -> None:
     write_cohort(dicom, 1, slices=7, first=4)
     deaths = tmp_path / "deaths"
-    monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [DeadlyBackend()])
+    monkeypatch.setattr("gpuprep.executors.resources.get_backends", lambda *_: [DeadlyBackend()])
     script = (
         "import sys, os; sys.path.insert(0, os.environ['GPUPREP_TESTS'])\n"
-        "import gpuprep.means, gpuprep.batch, test_faults\n"
-        "gpuprep.means.get_backends = lambda *_: [test_faults.DeadlyBackend()]\n"
+        "import gpuprep.executors.resources, gpuprep.batch, test_faults\n"
+        "gpuprep.executors.resources.get_backends = lambda *_: [test_faults.DeadlyBackend()]\n"
         "from gpuprep import Recipe\n"
         "run = gpuprep.batch.convert(sys.argv[1], sys.argv[2], Recipe(size=(24, 24)), backend='cpu', jobs=2)\n"
         "raise SystemExit(run.exit_code)"

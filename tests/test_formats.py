@@ -29,7 +29,7 @@ from gpuprep.core.geometry import Geometry
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RecipeError
-from gpuprep.executors import Here
+from gpuprep.executors.processes import Here
 from gpuprep.output import is_own, retire
 from gpuprep.upkeep import verify
 from gpuprep.writers import WRITERS, gzipping, nifti, omezarr

@@ -23,7 +23,7 @@ import gpuprep.compute.backend
 from gpuprep.compute import cuda_kernels
 from gpuprep.compute.backend import NumpyBackend, _gpu_or_cpu, get_backend
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
-from gpuprep.executors import FOR_VOLUMES
+from gpuprep.executors.processes import FOR_VOLUMES
 
 HAVE_CUPY = find_spec("cupy") is not None and find_spec("cucim") is not None
 needs_cupy = pytest.mark.skipif(not HAVE_CUPY, reason="CuPy or cuCIM is not installed")

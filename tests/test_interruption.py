@@ -24,7 +24,7 @@ import pytest
 
 from gpuprep.batch import convert
 from gpuprep.core.recipe import Recipe
-from gpuprep.interruption import held_back
+from gpuprep.executors.signals import held_back
 from gpuprep.layout import WORKSHOP
 from gpuprep.phantom import write_series
 

@@ -25,7 +25,7 @@ from gpuprep import Masks, Recipe
 from gpuprep.cli import app
 from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError
-from gpuprep.executors import Here
+from gpuprep.executors.processes import Here
 from gpuprep.nnunet import case_names
 from gpuprep.runs import Run
 from gpuprep.upkeep import verify

@@ -62,7 +62,7 @@ from gpuprep.dicom import decode
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.headers import read_headers
 from gpuprep.errors import GeometryError, InputError, OutputError
-from gpuprep.executors import Here
+from gpuprep.executors.processes import Here
 from gpuprep.manifest import SeriesResult
 from gpuprep.opening import Finished
 from gpuprep.phantom import write_series
@@ -1213,7 +1213,7 @@ def test_a_partial_output_is_never_taken_for_a_whole_one(tmp_path: Path, monkeyp
 
         chunk_slices = 2
 
-    monkeypatch.setattr("gpuprep.means.get_backends", lambda *_: [Interrupted("matmul")])
+    monkeypatch.setattr("gpuprep.executors.resources.get_backends", lambda *_: [Interrupted("matmul")])
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "new")
     monkeypatch.undo()

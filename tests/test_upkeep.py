@@ -21,7 +21,7 @@ from gpuprep.cli import app
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError
-from gpuprep.executors import Here
+from gpuprep.executors.processes import Here
 from gpuprep.layout import WORKSHOP
 from gpuprep.manifest import Manifest, RunRecord
 from gpuprep.naming import Pseudonyms

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpuprep.cores import usable_cores
+from gpuprep.executors.cores import usable_cores
 
 BLOCK_BYTES = 2**20
 """Long enough that what each block lacks, the 32 kB before it, costs less than 0.1 %."""

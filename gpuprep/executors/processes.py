@@ -2,7 +2,7 @@
 
 Each has ``run(function, tasks)``, which yields ``(task, outcome)`` as tasks finish, with no more tasks in flight than
 workers; the outcome is what the function returned, or `WorkerDiedError`. `stop` ends whatever runs. Dask is a third
-way: see `gpuprep.cluster`.
+way: see `gpuprep.executors.dask`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from gpuprep.errors import BackendError, GpuprepError
-from gpuprep.interruption import held_back
+from gpuprep.executors.signals import held_back
 
 FOR_HEADERS = ("gpuprep.dicom.headers", "pydicom")
 FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.compute.process", "gpuprep.dicom.read", "gpuprep.writers")

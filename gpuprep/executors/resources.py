@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from gpuprep.compute.backend import Backend, BackendName, get_backend, get_backends
 from gpuprep.compute.memory_estimate import AT_REST_BYTES, CONTEXT_BYTES, for_volumes, host_bytes_free, workers
-from gpuprep.cores import usable_cores
 from gpuprep.errors import RequestError
-from gpuprep.executors import FOR_LOOPS, FOR_VOLUMES, Executor, Here, Place, Processes
-from gpuprep.logs import quiet_libraries
+from gpuprep.executors.cores import usable_cores
+from gpuprep.executors.logs import quiet_libraries
+from gpuprep.executors.processes import FOR_LOOPS, FOR_VOLUMES, Executor, Here, Place, Processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ def chosen_means(
 ) -> Means:
     """Return what runs the tasks."""
     if scheduler is not None:
-        from gpuprep.cluster import Cluster, elsewhere
+        from gpuprep.executors.dask import Cluster, elsewhere
 
         if not isinstance(backend, str):
             raise RequestError("the workers of a scheduler open their backend themselves: give its name")

@@ -25,12 +25,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from gpuprep import __version__, executors
+from gpuprep import __version__
 from gpuprep.compute.backend import Backend, BackendName, Body, get_backend
-from gpuprep.cores import usable_cores
 from gpuprep.errors import BackendError, GpuprepError, RequestError
-from gpuprep.executors import FOR_VOLUMES, OverdueError, WorkerDiedError, never
-from gpuprep.logs import quiet_libraries
+from gpuprep.executors import processes
+from gpuprep.executors.cores import usable_cores
+from gpuprep.executors.logs import quiet_libraries
+from gpuprep.executors.processes import FOR_VOLUMES, OverdueError, WorkerDiedError, never
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -359,7 +360,14 @@ class Cluster:
         ignored = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]))
         path = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *filter(None, sys.path)]
         self._keeper = subprocess.Popen(  # noqa: S603 - our own Python
-            [sys.executable, "-P", "-c", "from gpuprep.cluster import keep; keep()", str(self.jobs), self._folder.name],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                "from gpuprep.executors.dask import keep; keep()",
+                str(self.jobs),
+                self._folder.name,
+            ],
             env=os.environ
             | {
                 "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
@@ -614,8 +622,8 @@ def _work(run: str, ticket: int, payload: bytes) -> _Answer:
     """Do a task; runs in the worker."""
     distributed = _distributed()
     worker, client = distributed.get_worker().address, distributed.get_client()
-    if executors._ending or distributed.Event(run, client=client).is_set():
-        return _Answer("not begun", worker, os.getpid(), last=executors._ending)
+    if processes._ending or distributed.Event(run, client=client).is_set():
+        return _Answer("not begun", worker, os.getpid(), last=processes._ending)
     _prepare()
     # Returns when the scheduler has it, so that no task ends its worker before it is known to have begun.
     client.log_event(run, (ticket, worker, os.getpid()))
@@ -630,5 +638,5 @@ def _work(run: str, ticket: int, payload: bytes) -> _Answer:
         outcome = pickle.dumps(function(task))
     except BaseException as exc:  # SystemExit too: what it ends is a task, as it would be in a worker of ours
         log.exception("a task raised an exception")
-        return _Answer("raised", worker, os.getpid(), f"{type(exc).__name__}: {exc}", executors._ending)
-    return _Answer("done", worker, os.getpid(), outcome, executors._ending)
+        return _Answer("raised", worker, os.getpid(), f"{type(exc).__name__}: {exc}", processes._ending)
+    return _Answer("done", worker, os.getpid(), outcome, processes._ending)

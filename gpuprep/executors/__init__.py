@@ -1,0 +1,1 @@
+"""Processes, GPUs and clusters that tasks run on."""
