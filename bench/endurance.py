@@ -21,7 +21,7 @@ import psutil
 import gpuprep
 from bench.measure import save, tree
 from gpuprep.core.recipe import Recipe
-from gpuprep.manifest import SeriesResult
+from gpuprep.output.manifest import SeriesResult
 from gpuprep.phantom import thorax, write_series
 from gpuprep.runs import Listener
 

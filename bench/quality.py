@@ -30,9 +30,9 @@ from gpuprep import conversion
 from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.dicom import read
-from gpuprep.manifest import Manifest, SeriesResult
+from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.preview import Planes
 from gpuprep.phantom import thorax, write_series
-from gpuprep.pictures import Planes
 from gpuprep.report.writing import write_report
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)

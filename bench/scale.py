@@ -33,8 +33,8 @@ from gpuprep.core.series import Series, SliceHeader
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import Cohort
 from gpuprep.executors.cores import usable_cores
-from gpuprep.manifest import SeriesResult, now
-from gpuprep.upkeep import status
+from gpuprep.output.manifest import SeriesResult, now
+from gpuprep.output.verify import status
 
 
 def made_up(number: int, slices: int) -> Series:

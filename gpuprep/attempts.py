@@ -10,8 +10,8 @@ from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
 from gpuprep.core.formatting import sized
 from gpuprep.executors.processes import Executor, OverdueError, WorkerDiedError
 from gpuprep.executors.signals import Stop
-from gpuprep.manifest import SeriesResult, now
-from gpuprep.output import Output
+from gpuprep.output.folder_store import Output
+from gpuprep.output.manifest import SeriesResult, now
 
 DEATHS_ALLOWED = 2
 """Workers that a series may cost before it is set aside."""

@@ -16,7 +16,6 @@ from typing import NamedTuple, get_args
 
 from gpuprep import __version__
 from gpuprep.attempts import Attempts
-from gpuprep.buckets import at_hand, open_out, output_at, place_of
 from gpuprep.compute.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.compute.memory_estimate import USABLE
 from gpuprep.conversion import Task, convert_series
@@ -38,8 +37,11 @@ from gpuprep.executors.resources import Means, chosen_means, means_of
 from gpuprep.executors.signals import Stop
 from gpuprep.files.filesystem import given, resolved
 from gpuprep.forecast import Experience, Forecast, experience
-from gpuprep.layout import absolute
-from gpuprep.manifest import (
+from gpuprep.matching import Matched, matched, used_names
+from gpuprep.naming import Pseudonyms, crosswalk_row, planned_row
+from gpuprep.outlook import DONE, Outlook, outlooks
+from gpuprep.output.folder_store import Output
+from gpuprep.output.manifest import (
     Manifest,
     RunRecord,
     SeriesResult,
@@ -50,11 +52,9 @@ from gpuprep.manifest import (
     shards_of,
     this_host,
 )
-from gpuprep.matching import Matched, matched, used_names
-from gpuprep.naming import Pseudonyms, crosswalk_row, planned_row
-from gpuprep.nnunet import Layout, arrange, check
-from gpuprep.outlook import DONE, Outlook, outlooks
-from gpuprep.output import Output
+from gpuprep.output.nnunet import Layout, arrange, check
+from gpuprep.output.object_store import at_hand, open_out, output_at, place_of
+from gpuprep.output.paths import absolute
 from gpuprep.runs import Listener, Results, Run, Tally
 from gpuprep.work import Work, doubtful_files, patients_of, placed, task_of, work_on
 
@@ -217,7 +217,7 @@ def convert(
         Folders, searched to any depth, or files; as for `gpuprep.discover`.
     out : path
         Where outputs and the manifest go; made if need be. May be the URL of a folder in an object store, such as
-        ``s3://bucket/folder``: see `gpuprep.buckets`.
+        ``s3://bucket/folder``: see `gpuprep.output.object_store`.
     recipe : Recipe, optional
         The default recipe where absent. With ``image=False`` only masks are made.
     masks : path, iterable of paths or "auto", optional
@@ -240,7 +240,7 @@ def convert(
         The manifest is that shard's until all are merged.
     layout : {"folders", "nnunet"}
         "nnunet": at its end, unless it is stopped, the run also arranges all that this recipe has made in `out` as
-        nnU-Net v2 wants to find it: see `gpuprep.nnunet`.
+        nnU-Net v2 wants to find it: see `gpuprep.output.nnunet`.
     names : Pseudonyms, optional
         What stands for UIDs, patients and paths in `out`; the crosswalk is written beside its key. Absent: folders are
         named as those of the input, and the manifest has UIDs and paths.

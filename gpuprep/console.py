@@ -28,11 +28,11 @@ from gpuprep.core.formatting import numbered, printable, sized
 from gpuprep.core.recipe import Preset, Recipe
 from gpuprep.dicom.discover import Cohort
 from gpuprep.forecast import Forecast
-from gpuprep.manifest import SeriesResult
 from gpuprep.matching import Matched
+from gpuprep.output.manifest import SeriesResult
+from gpuprep.output.verify import Finding as Damage
+from gpuprep.output.verify import Status
 from gpuprep.runs import Listener, Run
-from gpuprep.upkeep import Finding as Damage
-from gpuprep.upkeep import Status
 
 if TYPE_CHECKING:
     from gpuprep.doctor import Finding

@@ -26,9 +26,9 @@ from gpuprep.dicom.audit import Audit, audit
 from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors.processes import last_task
-from gpuprep.manifest import SeriesResult, Status, now, this_host
-from gpuprep.output import PREVIEW, Output, PendingFolder, Written
-from gpuprep.pictures import Planes, jpeg, picture
+from gpuprep.output.folder_store import PREVIEW, Output, PendingFolder, Written
+from gpuprep.output.manifest import SeriesResult, Status, now, this_host
+from gpuprep.output.preview import Planes, jpeg, picture
 
 if TYPE_CHECKING:
     from gpuprep.dicom.read import SeriesReader
@@ -245,8 +245,8 @@ def _write_image(
 ) -> SeriesResult:
     """Write the image of a series into a folder, and return what is known of it then; its middle planes are kept."""
     from gpuprep.compute.process import host_chunks
-    from gpuprep.writers import WRITERS
-    from gpuprep.writers.content import Content
+    from gpuprep.output.writers import WRITERS
+    from gpuprep.output.writers.content import Content
 
     started = time.perf_counter()
     on_device: dict[str, Any] = {}
@@ -286,7 +286,7 @@ def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder)
 
 def _write_preview(plan: Plan, pending: PendingFolder, image: Planes | None, labels: list[Planes]) -> None:
     """Write the small picture of a series into a folder."""
-    from gpuprep.writers.content import Content
+    from gpuprep.output.writers.content import Content
 
     file = pending.path / PREVIEW
     file.write_bytes(jpeg(picture(image, plan.target, *Content.image(plan).display, labels)))

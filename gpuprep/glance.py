@@ -24,10 +24,10 @@ from gpuprep.dicom.audit import audit
 from gpuprep.dicom.read import SeriesReader
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.loading import one_series
-from gpuprep.manifest import Manifest, manifest_path
-from gpuprep.opening import Finished
-from gpuprep.output import PREVIEW, SIDECAR
-from gpuprep.pictures import Planes, picture
+from gpuprep.output.folder_store import PREVIEW, SIDECAR
+from gpuprep.output.manifest import Manifest, manifest_path
+from gpuprep.output.preview import Planes, picture
+from gpuprep.output.read_volume import Finished
 
 AS_ACQUIRED = Recipe(spacing_mm=None, size=None, dtype="uint8")
 """Put right where it has to be, shown in the default window, and nothing else."""
@@ -60,7 +60,7 @@ class Glance:
     """See `gpuprep.compute.hu_histogram.Histogram.to_dict`."""
     structures: tuple[str, ...] = ()
     planes: NDArray[np.uint8] | None = None
-    """See `gpuprep.pictures.picture`; shape (rows, columns, 3)."""
+    """See `gpuprep.output.preview.picture`; shape (rows, columns, 3)."""
     slices: tuple[tuple[int, NDArray[np.uint8]], ...] = ()
     """Number of each slice, and what it shows, shape (j, i)."""
 

@@ -14,8 +14,8 @@ from typing import IO, Any, Literal, Self
 from gpuprep.dicom.discover import Cohort
 from gpuprep.errors import RequestError
 from gpuprep.forecast import Forecast
-from gpuprep.manifest import SeriesResult, now
 from gpuprep.matching import Matched
+from gpuprep.output.manifest import SeriesResult, now
 from gpuprep.runs import Listener, Run
 
 Format = Literal["text", "json"]

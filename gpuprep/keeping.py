@@ -19,7 +19,7 @@ from gpuprep.running import gpu_numbers, run_conversion
 from gpuprep.shell import errors_to_exit_codes, print_json
 
 if TYPE_CHECKING:
-    from gpuprep.manifest import RunRecord
+    from gpuprep.output.manifest import RunRecord
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The --out of a run.")]
 
@@ -29,7 +29,7 @@ def status(out: OutArgument, json_: Json = False) -> None:
     with errors_to_exit_codes():
         with held_back():
             from gpuprep.console import show_status
-            from gpuprep.upkeep import status as status_of
+            from gpuprep.output.verify import status as status_of
 
         found = status_of(out)
         if json_:
@@ -49,15 +49,15 @@ def verify(
     """Read every output again and compare checksums; name what is damaged, missing, unfinished or of no output."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.buckets import open_out
             from gpuprep.console import Counting, show_damage
             from gpuprep.executors.cores import usable_cores
             from gpuprep.executors.processes import Processes
-            from gpuprep.manifest import open_manifest
-            from gpuprep.upkeep import mark as mark_damaged
-            from gpuprep.upkeep import verify as findings_of
+            from gpuprep.output.manifest import open_manifest
+            from gpuprep.output.object_store import open_out
+            from gpuprep.output.verify import mark as mark_damaged
+            from gpuprep.output.verify import verify as findings_of
 
-        executor = Processes(jobs or usable_cores(), preload=("gpuprep.upkeep",))
+        executor = Processes(jobs or usable_cores(), preload=("gpuprep.output.verify",))
         try:
             with Counting("outputs") as counting:
                 found = list(findings_of(out, executor, counting.one_more))
@@ -84,9 +84,9 @@ def manifest(
     """Print the manifest, one row per series; shards that are not merged yet are in it."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.buckets import place_of
-            from gpuprep.exports import write_csv, write_json_lines, write_parquet
-            from gpuprep.upkeep import Records
+            from gpuprep.output.export import write_csv, write_json_lines, write_parquet
+            from gpuprep.output.object_store import place_of
+            from gpuprep.output.verify import Records
 
         if csv + json_ + parquet > 1:
             raise RequestError("--csv, --json and --parquet: give one of them")
@@ -119,11 +119,11 @@ def merge(out: OutArgument) -> None:
     """Merge the manifests of shards into that of OUT. Shards that ran elsewhere are first copied into OUT."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.buckets import open_out, place_of
             from gpuprep.console import say
             from gpuprep.core.formatting import numbered
-            from gpuprep.manifest import Manifest, manifest_path, shards_of
-            from gpuprep.manifest import merge as merge_manifests
+            from gpuprep.output.manifest import Manifest, manifest_path, shards_of
+            from gpuprep.output.manifest import merge as merge_manifests
+            from gpuprep.output.object_store import open_out, place_of
 
         place = place_of(out)
         if isinstance(place, Path) and not place.is_dir():
@@ -160,11 +160,11 @@ def retry(
     """Convert again what failed, with the inputs, masks and recipe of the last run."""
     with errors_to_exit_codes() as stop:
         with held_back():
-            from gpuprep.buckets import open_out
             from gpuprep.console import say
             from gpuprep.core.recipe import Recipe
-            from gpuprep.manifest import open_manifest
-            from gpuprep.upkeep import Records
+            from gpuprep.output.manifest import open_manifest
+            from gpuprep.output.object_store import open_out
+            from gpuprep.output.verify import Records
 
         states = ("failed", "rejected") if rejected else ("failed",)
         with closing(Records(out)) as records:  # is there anything?

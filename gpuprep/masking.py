@@ -20,15 +20,15 @@ from gpuprep.core.mask_options import Hide, Masks
 from gpuprep.core.plan import Plan
 from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
-from gpuprep.layout import LONGEST_NAME, harmless
 from gpuprep.masks.frames_of_reference import in_frame_of
 from gpuprep.masks.model import Segmentation
 from gpuprep.masks.place_on_slices import Placed, joined, place, plane_of
 from gpuprep.masks.read import names_by_path, read_segmentation
-from gpuprep.pictures import Planes
-from gpuprep.writers import WRITERS
-from gpuprep.writers.content import Content, Settle, nothing
-from gpuprep.writers.omezarr import LABELS_GROUP, list_labels
+from gpuprep.output.paths import LONGEST_NAME, harmless
+from gpuprep.output.preview import Planes
+from gpuprep.output.writers import WRITERS
+from gpuprep.output.writers.content import Content, Settle, nothing
+from gpuprep.output.writers.omezarr import LABELS_GROUP, list_labels
 
 OVERLAPS_NAMED = 3
 """Pairs of overlapping structures that a message names."""

@@ -29,8 +29,8 @@ from filelock import FileLock
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.filesystem import given, is_url
-from gpuprep.manifest import SeriesResult
-from gpuprep.output import flush
+from gpuprep.output.folder_store import flush
+from gpuprep.output.manifest import SeriesResult
 
 DIGITS = 20
 """Of a pseudonym: 80 bits, so that no two of a million series share one."""

@@ -8,12 +8,12 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import overload
 
-from gpuprep.buckets import at_hand
 from gpuprep.dicom.discover import Cohort
 from gpuprep.forecast import Forecast
-from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.matching import Matched
-from gpuprep.nnunet import Arranged
+from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.nnunet import Arranged
+from gpuprep.output.object_store import at_hand
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.buckets import place_of
 from gpuprep.core.geometry import Shape3
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
-from gpuprep.opening import Box, Finished, whole
 from gpuprep.outlook import DONE
-from gpuprep.upkeep import Records
+from gpuprep.output.object_store import place_of
+from gpuprep.output.read_volume import Box, Finished, whole
+from gpuprep.output.verify import Records
 
 try:
     import torch

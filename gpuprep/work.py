@@ -18,7 +18,7 @@ from gpuprep.dicom.discover import FILES_PER_TASK, Cohort
 from gpuprep.executors.processes import Executor, answers
 from gpuprep.naming import Pseudonyms, patient_ids
 from gpuprep.outlook import Needs, Outlook
-from gpuprep.output import Output
+from gpuprep.output.folder_store import Output
 
 
 @dataclass(frozen=True, slots=True)

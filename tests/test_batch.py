@@ -36,8 +36,8 @@ from gpuprep.dicom.discover import Cohort
 from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.errors import BackendError, OutputError, RequestError
 from gpuprep.forecast import Forecast
-from gpuprep.manifest import SeriesResult
-from gpuprep.output import open_output
+from gpuprep.output.folder_store import open_output
+from gpuprep.output.manifest import SeriesResult
 from gpuprep.phantom import write_series
 from gpuprep.runs import Listener, Run
 

@@ -21,18 +21,19 @@ from test_urls import SMALL, SPACING_MM, put
 from typer.testing import CliRunner
 
 import gpuprep
-from gpuprep import Recipe, buckets
+from gpuprep import Recipe
 from gpuprep.batch import scan
-from gpuprep.buckets import Bucket, open_bucket
 from gpuprep.cli import app
 from gpuprep.core.shard import Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors.processes import Here
 from gpuprep.files import filesystem
-from gpuprep.manifest import Manifest, SeriesResult
+from gpuprep.output import object_store
+from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.object_store import Bucket, open_bucket
+from gpuprep.output.verify import Records, status, verify
 from gpuprep.phantom import write_series
 from gpuprep.runs import Listener
-from gpuprep.upkeep import Records, status, verify
 
 OUT = "memory://out/x"
 
@@ -275,17 +276,17 @@ def test_shards_have_manifests_of_their_own(dicom: Path, memory: Any) -> None:
 def test_one_run_at_a_time(memory: Any) -> None:
     one, other = Shard(1, 2), Shard(2, 2)
     with open_bucket(OUT) as bucket:
-        assert buckets.is_open(OUT)
+        assert object_store.is_open(OUT)
         for shard in (Shard(1, 1), one):
             with pytest.raises(RequestError, match=r"another gpuprep is writing into .* process \d+ on .* remove memo"):
                 open_bucket(OUT, shard).__enter__()
         assert isinstance(bucket, Bucket)
-    assert not buckets.is_open(OUT)
+    assert not object_store.is_open(OUT)
     with open_bucket(OUT, one), open_bucket(OUT, other):
         for shard in (Shard(1, 1), one):
             with pytest.raises(RequestError, match="another gpuprep is writing"):
                 open_bucket(OUT, shard).__enter__()
-        assert (buckets.is_open(OUT), buckets.is_open(OUT, one)) == (False, True)
+        assert (object_store.is_open(OUT), object_store.is_open(OUT, one)) == (False, True)
     assert memory.find("/out/x") == []
 
 
@@ -322,13 +323,13 @@ def test_a_lock_of_a_process_that_is_dead(memory: Any, monkeypatch: pytest.Monke
         note["renewed"] = datetime.now(UTC).isoformat()
         memory.pipe_file("/out/x/.gpuprep/lock", json.dumps(note).encode())
 
-    monkeypatch.setattr(buckets, "_home", lambda: "here")
+    monkeypatch.setattr(object_store, "_home", lambda: "here")
     left("there")
     with pytest.raises(RequestError, match=f"process {process.pid} on h, since s"):
         open_bucket(OUT).__enter__()
     left("here")
     with open_bucket(OUT):
-        assert buckets.is_open(OUT)
+        assert object_store.is_open(OUT)
 
 
 def test_a_lock_that_was_left_behind_is_taken_over(memory: Any) -> None:
@@ -337,10 +338,10 @@ def test_a_lock_that_was_left_behind_is_taken_over(memory: Any) -> None:
         note = {"host": "h", "pid": 7, "since": "s", "token": "t", "renewed": renewed}
         memory.pipe_file("/out/x/.gpuprep/lock", json.dumps(note).encode())
 
-    left(buckets.LEASE_S - 60)
+    left(object_store.LEASE_S - 60)
     with pytest.raises(RequestError, match="process 7 on h, since s"):
         open_bucket(OUT).__enter__()
-    left(buckets.LEASE_S + 60)
+    left(object_store.LEASE_S + 60)
     with open_bucket(OUT, Shard(1, 2)):
         pass
     with open_bucket(OUT):
@@ -358,7 +359,7 @@ def row(key: str) -> SeriesResult:
 
 
 def test_the_manifest_is_put_back_now_and_then(memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(buckets, "KEEPING_S", 0.02)
+    monkeypatch.setattr(object_store, "KEEPING_S", 0.02)
 
     def rows() -> int:
         if not memory.exists("/out/x/manifest.sqlite"):

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from gpuprep import __version__
 from gpuprep.cli import app
 from gpuprep.core.recipe import Recipe
-from gpuprep.output import open_output
+from gpuprep.output.folder_store import open_output
 from gpuprep.phantom import outlines, thorax, write_series
 
 COMMANDS = ["convert", "scan", "demo", "doctor"]

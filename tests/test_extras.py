@@ -16,7 +16,7 @@ from fsspec.registry import _registry
 from typer.testing import CliRunner
 
 from gpuprep.cli import app
-from gpuprep.manifest import Manifest, manifest_path
+from gpuprep.output.manifest import Manifest, manifest_path
 
 FOR_DEVELOPERS = {"test", "lint", "bench"}
 with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as _file:

@@ -43,8 +43,8 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.forecast import Forecast
-from gpuprep.manifest import Manifest, SeriesResult
-from gpuprep.output import Output, PendingFolder, open_output
+from gpuprep.output.folder_store import Output, PendingFolder, open_output
+from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.runs import Listener, Run
 
 SMALL = Recipe(size=(24, 24))
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_costs_the_series_that_found_it_full(
     dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    pending, flush = Output.pending, sys.modules["gpuprep.output"].flush
+    pending, flush = Output.pending, sys.modules["gpuprep.output.folder_store"].flush
     current = ""
 
     def noted(output: Output, folder: str) -> PendingFolder:
@@ -210,7 +210,7 @@ def test_a_disk_that_fills_costs_the_series_that_found_it_full(
 
     with monkeypatch.context() as patch:
         patch.setattr(Output, "pending", noted)
-        patch.setattr("gpuprep.output.flush", filling)
+        patch.setattr("gpuprep.output.folder_store.flush", filling)
         run = go(dicom, out)
     assert run.exit_code == 1
     assert statuses(out) == {"s000": "ok", "s001": "failed", "s002": "ok", "s003": "ok"}
@@ -483,7 +483,7 @@ def test_shards_run_beside_each_other_and_nothing_else_beside_them(
     counts["first"] = len(go(dicom, out, shard=Shard(1, 2), listener=Planned(beside_a_shard)).results)
     assert counts["first"] + counts["second"] == 12
     before = marks(out)
-    monkeypatch.setattr("gpuprep.output.OTHER_SHARD_S", 0.1)
+    monkeypatch.setattr("gpuprep.output.folder_store.OTHER_SHARD_S", 0.1)
 
     def beside_everything() -> None:
         for shard in (Shard(1, 2), WHOLE):
@@ -500,7 +500,7 @@ def test_whoever_only_asks_does_not_get_in_the_way(dicom: Path, out: Path) -> No
     with closing(sqlite3.connect(out / "manifest.sqlite")) as db, db:
         db.execute("UPDATE runs SET state = 'running'")
     asking = (
-        "import sys, time\nfrom pathlib import Path\nfrom gpuprep.output import is_open\n"
+        "import sys, time\nfrom pathlib import Path\nfrom gpuprep.output.folder_store import is_open\n"
         "print(flush=True)\nwhile True: is_open(Path(sys.argv[1])), time.sleep(0.005)"
     )
     asker = subprocess.Popen([sys.executable, "-c", asking, str(out)], stdout=subprocess.PIPE)
@@ -656,8 +656,8 @@ def test_a_series_that_always_kills_its_worker_is_tried_twice_and_set_aside(
 
 KILLED_BETWEEN = """
 import os, pathlib, sys
-import gpuprep, gpuprep.output
-gpuprep.output._exchanged = lambda *_: False
+import gpuprep, gpuprep.output.folder_store
+gpuprep.output.folder_store._exchanged = lambda *_: False
 rename = pathlib.Path.rename
 def ends(path, target):
     if pathlib.Path(target).name == "s001":
@@ -701,7 +701,7 @@ def test_a_former_output_comes_back_if_it_cannot_be_replaced(
 
     other = Recipe(size=(26, 26))
     with monkeypatch.context() as patch:
-        patch.setattr("gpuprep.output._exchanged", lambda *_: False)
+        patch.setattr("gpuprep.output.folder_store._exchanged", lambda *_: False)
         patch.setattr(Path, "rename", fails_once)
         if isinstance(exc, KeyboardInterrupt):
             with pytest.raises(KeyboardInterrupt):

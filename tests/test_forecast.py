@@ -118,7 +118,7 @@ def test_replaced_outputs_count_as_room(dicom: Path, tmp_path: Path) -> None:
 def test_a_run_that_cannot_fit_begins_only_if_told(
     dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpuprep.output.Output.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("gpuprep.output.folder_store.Output.free_bytes", lambda _: 1000)
     with pytest.raises(RequestError, match=r"the outputs need 2\.4 kB and 1 kB are free: free some, choose"):
         convert(dicom, tmp_path / "out", RECIPE, backend=NumpyBackend("matmul"))
     assert not list((tmp_path / "out").rglob("*.tif"))

@@ -30,10 +30,10 @@ from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RecipeError
 from gpuprep.executors.processes import Here
-from gpuprep.output import is_own, retire
-from gpuprep.upkeep import verify
-from gpuprep.writers import WRITERS, gzipping, nifti, omezarr
-from gpuprep.writers.content import Content, nothing
+from gpuprep.output.folder_store import is_own, retire
+from gpuprep.output.verify import verify
+from gpuprep.output.writers import WRITERS, gzipping, nifti, omezarr
+from gpuprep.output.writers.content import Content, nothing
 
 nibabel = pytest.importorskip("nibabel")
 

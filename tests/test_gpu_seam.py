@@ -239,6 +239,8 @@ def test_importing_the_backend_loads_no_driver() -> None:
 @needs_cupy
 def test_the_fork_server_does_not_even_import_it() -> None:
     assert not any("cupy" in module or "cucim" in module for module in FOR_VOLUMES)
-    code = "import gpuprep.compute.process, gpuprep.dicom.read, gpuprep.writers, sys; print('cupy' in sys.modules)"
+    code = (
+        "import gpuprep.compute.process, gpuprep.dicom.read, gpuprep.output.writers, sys; print('cupy' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "False"

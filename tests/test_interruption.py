@@ -25,7 +25,7 @@ import pytest
 from gpuprep.batch import convert
 from gpuprep.core.recipe import Recipe
 from gpuprep.executors.signals import held_back
-from gpuprep.layout import WORKSHOP
+from gpuprep.output.paths import WORKSHOP
 from gpuprep.phantom import write_series
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and process groups")

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpuprep.core.series import Series
-from gpuprep.layout import layout
+from gpuprep.output.paths import layout
 
 
 def series(folder: str, uid: str = "1.2.3", *, number: int | None = 1, part: int = 0) -> Series:

@@ -21,8 +21,8 @@ from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.dicom.header_cache import File, HeaderIndex
 from gpuprep.dicom.headers import Contents
 from gpuprep.errors import OutputError
-from gpuprep.manifest import Manifest, SeriesResult, open_manifest
-from gpuprep.upkeep import Records
+from gpuprep.output.manifest import Manifest, SeriesResult, open_manifest
+from gpuprep.output.verify import Records
 
 OK = SeriesResult(
     key="1.2.3",
@@ -249,7 +249,7 @@ def test_csv_is_replaced_whole_or_not_at_all(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("gpuprep.manifest.flush", break_off)
+        patch.setattr("gpuprep.output.manifest.flush", break_off)
         with pytest.raises(KeyboardInterrupt):
             manifest.write_csv()
     assert (tmp_path / "manifest.csv").read_bytes() == before

@@ -33,9 +33,9 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import discover
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.manifest import Manifest, SeriesResult
 from gpuprep.masking import Label
 from gpuprep.naming import PUBLIC_OF_AUDIT, PUBLIC_OF_LABELS, Pseudonyms
+from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.phantom import write_series
 from gpuprep.runs import Listener
 

@@ -26,9 +26,9 @@ from gpuprep.cli import app
 from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError
 from gpuprep.executors.processes import Here
-from gpuprep.nnunet import case_names
+from gpuprep.output.nnunet import case_names
+from gpuprep.output.verify import verify
 from gpuprep.runs import Run
-from gpuprep.upkeep import verify
 
 RECIPE = Recipe(spacing_mm=None, size=None, dtype="int16", window_hu=None, format="tif-stack")
 """Of what every installation can write."""
@@ -254,7 +254,7 @@ def test_a_view_that_breaks_off_has_no_dataset_json_and_is_finished_by_the_next_
         os.symlink(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gpuprep.nnunet.os.link", link)
+        patch.setattr("gpuprep.output.nnunet.os.link", link)
         with pytest.raises(KeyboardInterrupt):
             convert(out, replace(RECIPE, dtype="float32"))
     assert not (out / "dataset.json").exists()
@@ -270,9 +270,9 @@ def test_where_there_are_no_hard_links_others_or_copies_serve(
     def refused(*_: Any) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("gpuprep.nnunet.os.link", refused)
+    monkeypatch.setattr("gpuprep.output.nnunet.os.link", refused)
     if not symlinks:
-        monkeypatch.setattr("gpuprep.nnunet.Path.symlink_to", refused)
+        monkeypatch.setattr("gpuprep.output.nnunet.Path.symlink_to", refused)
     for _ in range(2):
         convert(out)
     moved = out.with_name("moved")

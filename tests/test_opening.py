@@ -27,9 +27,9 @@ from gpuprep.core.geometry import Geometry
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import ENDINGS, Recipe
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.opening import Box, Finished, whole
-from gpuprep.writers import WRITERS
-from gpuprep.writers.content import Content, nothing
+from gpuprep.output.read_volume import Box, Finished, whole
+from gpuprep.output.writers import WRITERS
+from gpuprep.output.writers.content import Content, nothing
 
 nibabel = pytest.importorskip("nibabel")
 

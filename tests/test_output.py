@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.layout import WORKSHOP
-from gpuprep.output import Output, PendingFolder, Written, contents, open_output, retire, write_text
+from gpuprep.output.folder_store import Output, PendingFolder, Written, contents, open_output, retire, write_text
+from gpuprep.output.paths import WORKSHOP
 
 HOLDER = """
 import sys
 from pathlib import Path
-from gpuprep.output import open_output
+from gpuprep.output.folder_store import open_output
 with open_output(Path(sys.argv[1])):
     print("inside", flush=True)
     sys.stdin.read()

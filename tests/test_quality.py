@@ -24,10 +24,10 @@ from gpuprep.compute.hu_histogram import FLAGS, Histogram, flags, sampled
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import discover
 from gpuprep.dicom.read import SeriesReader
-from gpuprep.manifest import SeriesResult
-from gpuprep.output import checksum
+from gpuprep.output.folder_store import checksum
+from gpuprep.output.manifest import SeriesResult
+from gpuprep.output.preview import COLOURS, GAP, HEIGHT, WIDTH, Planes, jpeg, picture
 from gpuprep.phantom import write_series
-from gpuprep.pictures import COLOURS, GAP, HEIGHT, WIDTH, Planes, jpeg, picture
 
 QUALITY: dict[str, Any] = {"air_peak_hu": -1000, "tissue_peak_hu": 50, "clipped_share": 0.01}
 USUAL = SeriesResult(

@@ -21,9 +21,9 @@ from cohort import findings, gpuprep
 
 from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.errors import RequestError
-from gpuprep.manifest import Manifest, SeriesResult
+from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.preview import jpeg
 from gpuprep.phantom import write_series
-from gpuprep.pictures import jpeg
 from gpuprep.report.writing import write_report
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"

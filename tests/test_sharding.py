@@ -34,8 +34,8 @@ from hypothesis import strategies as st
 
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import RequestError
-from gpuprep.manifest import Manifest, manifest_path
-from gpuprep.output import open_output
+from gpuprep.output.folder_store import open_output
+from gpuprep.output.manifest import Manifest, manifest_path
 
 SERIES = 24
 SHARDS = 4

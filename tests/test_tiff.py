@@ -19,8 +19,8 @@ from PIL import Image
 import gpuprep
 from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Recipe
-from gpuprep.writers import WRITERS, tiff
-from gpuprep.writers.content import Content, nothing
+from gpuprep.output.writers import WRITERS, tiff
+from gpuprep.output.writers.content import Content, nothing
 
 DTYPES = ["float32", "uint8", "uint16", "int16"]
 IMAGEJ = Path("/usr/share/java/ij.jar")

@@ -63,13 +63,13 @@ from gpuprep.dicom.audit import audit
 from gpuprep.dicom.headers import read_headers
 from gpuprep.errors import GeometryError, InputError, OutputError
 from gpuprep.executors.processes import Here
-from gpuprep.manifest import SeriesResult
-from gpuprep.opening import Finished
+from gpuprep.output.manifest import SeriesResult
+from gpuprep.output.read_volume import Finished
+from gpuprep.output.verify import verify
+from gpuprep.output.writers import tiff
 from gpuprep.phantom import write_series
 from gpuprep.report.writing import write_report
 from gpuprep.runs import Run
-from gpuprep.upkeep import verify
-from gpuprep.writers import tiff
 
 sitk: Any = pytest.importorskip("SimpleITK")
 

@@ -19,7 +19,7 @@ from gpuprep.dicom.header_cache import File, HeaderIndex
 from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.dicom.split_volumes import partition
 from gpuprep.files.filesystem import given, is_requested_folder, is_url, resolved, stat, walk
-from gpuprep.layout import absolute
+from gpuprep.output.paths import absolute
 
 FILES_PER_TASK = 64
 

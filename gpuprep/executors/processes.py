@@ -27,7 +27,7 @@ from gpuprep.errors import BackendError, GpuprepError
 from gpuprep.executors.signals import held_back
 
 FOR_HEADERS = ("gpuprep.dicom.headers", "pydicom")
-FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.compute.process", "gpuprep.dicom.read", "gpuprep.writers")
+FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.compute.process", "gpuprep.dicom.read", "gpuprep.output.writers")
 FOR_LOOPS = (*FOR_VOLUMES, "gpuprep.compute.numba_warmup")
 """What workers need, imported once by the fork server, so that they share its pages."""
 

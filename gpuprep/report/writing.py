@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gpuprep import __version__
-from gpuprep.buckets import output_at, place_of
 from gpuprep.compute.hu_histogram import BANDS, FLAGS, SOURCES, flags
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
-from gpuprep.layout import REPORT
-from gpuprep.manifest import SeriesResult, now
-from gpuprep.output import Output, flush
-from gpuprep.pictures import COLOURS
-from gpuprep.upkeep import Records
+from gpuprep.output.folder_store import Output, flush
+from gpuprep.output.manifest import SeriesResult, now
+from gpuprep.output.object_store import output_at, place_of
+from gpuprep.output.paths import REPORT
+from gpuprep.output.preview import COLOURS
+from gpuprep.output.verify import Records
 
 MOST_PICTURES = 10_000
 """In one page, those of the first series: some 120 MB then, and browsers do not open much more."""

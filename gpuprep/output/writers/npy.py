@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from gpuprep.writers.content import Content, Settle, nothing
+from gpuprep.output.writers.content import Content, Settle, nothing
 
 
 def write_npy(

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.geometry import UNSEEN_MM
-from gpuprep.writers.content import Content, Settle, nothing
-from gpuprep.writers.gzipping import gzipped
+from gpuprep.output.writers.content import Content, Settle, nothing
+from gpuprep.output.writers.gzipping import gzipped
 
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From LPS."""

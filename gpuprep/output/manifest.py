@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.output import flush
+from gpuprep.output.folder_store import flush
 
 Status = Literal["ok", "fixed", "skipped", "rejected", "failed"]
 """ok: converted. fixed: converted, and what was irregular put right. skipped: complete and unchanged since an earlier

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from gpuprep.console import mute
 from gpuprep.errors import RequestError
-from gpuprep.manifest import SeriesResult
+from gpuprep.output.manifest import SeriesResult
 
 ROWS_AT_A_TIME = 1000
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gpuprep.writers.content import Content, Settle
-from gpuprep.writers.nifti import write_nifti
-from gpuprep.writers.npy import write_npy
-from gpuprep.writers.omezarr import write_omezarr
-from gpuprep.writers.tiff import write_slices, write_stack
+from gpuprep.output.writers.content import Content, Settle
+from gpuprep.output.writers.nifti import write_nifti
+from gpuprep.output.writers.npy import write_npy
+from gpuprep.output.writers.omezarr import write_omezarr
+from gpuprep.output.writers.tiff import write_slices, write_stack
 
 Writer = Callable[[Path, Iterator[NDArray[Any]], Content, Settle], tuple[str, ...]]
 """``write(path, chunks, content, settle)`` makes a file or folder at `path`, whose name has the ending of the recipe,

@@ -19,7 +19,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from gpuprep.writers.content import Content, Settle, nothing
+from gpuprep.output.writers.content import Content, Settle, nothing
 
 BIGTIFF_BYTES = 2**32 - 2**25
 """Offsets of a classic TIFF have 32 bits; this leaves room for its directories."""

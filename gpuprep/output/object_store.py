@@ -1,4 +1,4 @@
-"""Outputs in an object store, at a URL that fsspec can open: what `gpuprep.output` does on disk, with objects.
+"""Outputs in an object store, at a URL that fsspec can open: what `gpuprep.output.folder_store` does on disk, with objects.
 
 A store has no rename, so ``volume.json`` is what makes an output: it is put when all other objects of a folder are
 there, and taken away before any of them changes. Since it has the size and the CRC-32 of each, an upload that broke off
@@ -34,13 +34,11 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from gpuprep import output
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
-from gpuprep.layout import WORKSHOP
-from gpuprep.manifest import manifest_path, now, this_host
-from gpuprep.output import (
+from gpuprep.output import folder_store
+from gpuprep.output.folder_store import (
     PREVIEW,
     SIDECAR,
     Output,
@@ -52,6 +50,8 @@ from gpuprep.output import (
     is_own,
     open_output,
 )
+from gpuprep.output.manifest import manifest_path, now, this_host
+from gpuprep.output.paths import WORKSHOP
 
 UNFINISHED = f"{SIDECAR}.part"
 """Says whose output is being uploaded; gone when it is there."""
@@ -217,7 +217,7 @@ def output_at(out: str | os.PathLike[str]) -> Output:
 
 
 def open_out(out: str | os.PathLike[str], shard: Shard = WHOLE) -> AbstractContextManager[Output]:
-    """Open OUT for a run, on disk or in a store: see `gpuprep.output.open_output`."""
+    """Open OUT for a run, on disk or in a store: see `gpuprep.output.folder_store.open_output`."""
     place = place_of(out)
     return open_output(place, shard) if isinstance(place, Path) else open_bucket(place, shard)
 
@@ -225,7 +225,7 @@ def open_out(out: str | os.PathLike[str], shard: Shard = WHOLE) -> AbstractConte
 def is_open(out: str | os.PathLike[str], shard: Shard = WHOLE) -> bool:
     """Whether a run is writing into OUT at this moment; for a shard, whether that one is."""
     place = place_of(out)
-    return output.is_open(place, shard) if isinstance(place, Path) else _alive(_note(_lock_url(place, shard)))
+    return folder_store.is_open(place, shard) if isinstance(place, Path) else _alive(_note(_lock_url(place, shard)))
 
 
 @contextmanager

@@ -11,17 +11,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from gpuprep.buckets import UNFINISHED, Bucket, at_hand, is_open, output_at, place_of
 from gpuprep.core.formatting import printable
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors.processes import Executor, WorkerDiedError
 from gpuprep.files.filesystem import walk
-from gpuprep.layout import RESERVED, WORKSHOP, folders_above
-from gpuprep.manifest import Manifest, RunRecord, SeriesResult, State, manifest_path, shards_of
-from gpuprep.nnunet import made
 from gpuprep.outlook import DONE
-from gpuprep.output import SIDECAR, Output, is_own
+from gpuprep.output.folder_store import SIDECAR, Output, is_own
+from gpuprep.output.manifest import Manifest, RunRecord, SeriesResult, State, manifest_path, shards_of
+from gpuprep.output.nnunet import made
+from gpuprep.output.object_store import UNFINISHED, Bucket, at_hand, is_open, output_at, place_of
+from gpuprep.output.paths import RESERVED, WORKSHOP, folders_above
 
 EXAMPLES = 3
 """Series of one reason that are named."""

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.geometry import UNSEEN_MM, Geometry, Shape3
-from gpuprep.writers.content import Content, Settle, nothing
+from gpuprep.output.writers.content import Content, Settle, nothing
 
 CHUNK = (32, 64, 64)
 """About; each axis is divided evenly, so that little is padded at its end."""

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.filesystem import opened
-from gpuprep.layout import WORKSHOP
+from gpuprep.output.paths import WORKSHOP
 
 SIDECAR = "volume.json"
 

@@ -27,9 +27,9 @@ from gpuprep.core.plan import LEANING
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.layout import WORKSHOP
-from gpuprep.manifest import Manifest
-from gpuprep.output import Output, inside, write_text
+from gpuprep.output.folder_store import Output, inside, write_text
+from gpuprep.output.manifest import Manifest
+from gpuprep.output.paths import WORKSHOP
 
 Layout = Literal["folders", "nnunet"]
 """How OUT is laid out: a folder for each series, or these and the view for nnU-Net."""

@@ -1,0 +1,1 @@
+"""Finished volumes and the manifest: written, verified, read again."""
