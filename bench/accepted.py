@@ -24,7 +24,7 @@ import gpuprep
 from gpuprep import Masks, Recipe, Volume
 from gpuprep.core.recipe import Compression, Format
 from gpuprep.phantom import outlines, thorax, write_series
-from gpuprep.runs import Run
+from gpuprep.pipeline.events import Run
 
 SHAPE, SPACING_MM = (30, 128, 128), (5.0, 2.0, 2.0)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

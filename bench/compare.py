@@ -35,8 +35,8 @@ from bench.contenders import Contender, contenders, floors
 from bench.driver import Driver
 from bench.measure import MemoryWatch, machine
 from bench.summary import summarise, without_paths
-from gpuprep.conversion import versions
 from gpuprep.executors.cores import usable_cores
+from gpuprep.pipeline.convert_series import versions
 
 RIVALS = ("numba", "SimpleITK", "monai", "torch", "torchio", "dcm2niix", "dicom2nifti")
 

@@ -41,10 +41,10 @@ from pydicom.uid import (
 import gpuprep
 from bench.measure import machine
 from bench.rescan import lengthen
-from gpuprep.conversion import versions
 from gpuprep.dicom import decode
 from gpuprep.dicom.read import SeriesReader
 from gpuprep.phantom import thorax, write_series
+from gpuprep.pipeline.convert_series import versions
 
 SPACING_MM = (3.0, 0.6816, 0.6816)
 SLAB = 8

@@ -3,7 +3,7 @@
     python -m bench.fuzz [--cases 20000] [--seed 0] [--jobs 2] [--only N] [--keep DIR] [--out FILE.json]
 
 A case is one of some small valid series with one or more things broken, or odd as files of real scanners are, beside a
-small series that is left alone (the witness). `gpuprep.batch.scan` and `gpuprep.convert` are run on it in a child
+small series that is left alone (the witness). `gpuprep.pipeline.cohort.scan` and `gpuprep.convert` are run on it in a child
 process. It is a violation if
 
 * anything but a `GpuprepError` is raised, or anything at all although the witness could have been converted;
@@ -78,10 +78,10 @@ from bench.oddities import (
     reencoded,
     values_of,
 )
-from gpuprep.batch import scan
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import GpuprepError
-from gpuprep.runs import Run
+from gpuprep.pipeline.cohort import scan
+from gpuprep.pipeline.events import Run
 
 LIMIT_S = 10.0
 """A case may take so long."""
@@ -1451,7 +1451,7 @@ def main() -> int:
         print(f"  case {v.case} ({v.base}; {'; '.join(v.done)}): {v.kind}: {v.detail}")
     if args.out:
         from bench.measure import machine
-        from gpuprep.conversion import versions
+        from gpuprep.pipeline.convert_series import versions
 
         command = "python -m bench.fuzz " + " ".join(sys.argv[1:])
         head = {"command": command, "machine": machine(), "versions": versions()}

@@ -38,7 +38,7 @@ python3 - <<'PYTHON'
 import sys
 
 from gpuprep.compute.backend import get_backend
-from gpuprep.conversion import versions
+from gpuprep.pipeline.convert_series import versions
 from gpuprep.errors import BackendError
 
 try:

@@ -24,7 +24,6 @@ import numpy as np
 from gpuprep.compute.backend import Engine, get_backend
 from gpuprep.compute.memory_estimate import device_bytes
 from gpuprep.compute.process import host_chunks
-from gpuprep.conversion import versions
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.plan import Plan, make_plan
@@ -33,6 +32,7 @@ from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import BackendError
 from gpuprep.executors.cores import usable_cores
 from gpuprep.phantom import thorax
+from gpuprep.pipeline.convert_series import versions
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 DTYPES: tuple[Dtype, ...] = ("float32", "uint16", "uint8")

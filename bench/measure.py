@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import tifffile
 
-from gpuprep.conversion import versions
+from gpuprep.pipeline.convert_series import versions
 
 SAMPLING_S = 0.02
 

@@ -26,19 +26,19 @@ import numpy as np
 
 import gpuprep
 from bench.measure import save
-from gpuprep import conversion
 from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.dicom import read
 from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.output.preview import Planes
 from gpuprep.phantom import thorax, write_series
+from gpuprep.pipeline import convert_series
 from gpuprep.report.writing import write_report
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 COLLECTING: tuple[tuple[Any, str, Any], ...] = (
     (read, "sampled", np.empty(0)), (Histogram, "add", None), (Histogram, "to_dict", None), (Planes, "take", None),
-    (conversion, "_write_preview", None),
+    (convert_series, "_write_preview", None),
 )  # fmt: skip
 """The functions that collect, by who has them, and what stands for what they return where nothing is collected."""
 

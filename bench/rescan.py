@@ -20,8 +20,8 @@ import numpy as np
 from pydicom import Dataset
 
 from bench.measure import machine
-from gpuprep.conversion import versions
 from gpuprep.phantom import write_series
+from gpuprep.pipeline.convert_series import versions
 
 SLICES = 200
 
@@ -42,7 +42,7 @@ def lengthen(ds: Dataset, k: int) -> None:
 
 SCAN = """
 import sys, time
-from gpuprep.batch import scan
+from gpuprep.pipeline.cohort import scan
 from gpuprep.executors.cores import usable_cores
 started = time.perf_counter()
 cohort, outlooks, _ = scan(sys.argv[1], index=sys.argv[2], jobs=usable_cores())

@@ -22,11 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gpuprep.attempts
-import gpuprep.batch
+import gpuprep.pipeline.cohort
+import gpuprep.pipeline.retry
 from bench.measure import save
-from gpuprep.batch import convert
-from gpuprep.conversion import Task
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series, SliceHeader
@@ -35,6 +33,8 @@ from gpuprep.dicom.discover import Cohort
 from gpuprep.executors.cores import usable_cores
 from gpuprep.output.manifest import SeriesResult, now
 from gpuprep.output.verify import status
+from gpuprep.pipeline.cohort import convert
+from gpuprep.pipeline.convert_series import Task
 
 
 def made_up(number: int, slices: int) -> Series:
@@ -73,8 +73,8 @@ def run(out: Path, series: int, slices: int) -> dict[str, Any]:
     """Run once in this process; return time and memory of the parent."""
     cohort = Cohort(tuple(made_up(n, slices) for n in range(series)), {}, ())
     headers_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    gpuprep.batch.discover = lambda *_, **__: cohort  # type: ignore[attr-defined]
-    gpuprep.attempts.convert_series = pretend  # type: ignore[attr-defined]
+    gpuprep.pipeline.cohort.discover = lambda *_, **__: cohort  # type: ignore[attr-defined]
+    gpuprep.pipeline.retry.convert_series = pretend  # type: ignore[attr-defined]
     recipe = Recipe(dtype="uint8")
     processor_s = time.process_time()
     for one in cohort:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gpuprep.batch import convert as convert
     from gpuprep.compute.process import process as process
     from gpuprep.core.geometry import Geometry as Geometry
     from gpuprep.core.mask_options import Masks as Masks
@@ -33,16 +32,17 @@ if TYPE_CHECKING:
     from gpuprep.dicom.discover import discover as discover
     from gpuprep.dicom.read import read as read
     from gpuprep.dicom.stack import stack as stack
-    from gpuprep.loading import load as load
     from gpuprep.masks.read import read_segmentation as read_segmentation
+    from gpuprep.pipeline.cohort import convert as convert
+    from gpuprep.pipeline.load import load as load
 
 _HOMES = {
     "Audit": "dicom.audit",
     "audit": "dicom.audit",
-    "convert": "batch",
+    "convert": "pipeline.cohort",
     "discover": "dicom.discover",
     "Geometry": "core.geometry",
-    "load": "loading",
+    "load": "pipeline.load",
     "Masks": "core.mask_options",
     "process": "compute.process",
     "read": "dicom.read",

@@ -81,8 +81,8 @@ from gpuprep.shell import complain, errors_to_exit_codes, header_index, print_cs
 
 if TYPE_CHECKING:
     from gpuprep.core.recipe import Recipe
-    from gpuprep.naming import Pseudonyms
-    from gpuprep.outlook import Outlook
+    from gpuprep.pipeline.decide import Outlook
+    from gpuprep.pipeline.pseudonyms import Pseudonyms
 
 # Everything else is imported where it is used: `--help` must not wait for NumPy.
 
@@ -389,7 +389,7 @@ def _pseudonyms(names: str, key: Path | None, out: str) -> Pseudonyms | None:
         raise RequestError("--key is for --names hash: give both")
     if key is None:
         return None
-    from gpuprep.naming import Pseudonyms
+    from gpuprep.pipeline.pseudonyms import Pseudonyms
 
     return Pseudonyms.load(key, out)
 
@@ -408,10 +408,10 @@ def _show_scan(
     how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None, **means: Any,
 ) -> None:  # fmt: skip
     with held_back():
-        from gpuprep.batch import scan as run_scan
         from gpuprep.console import show_scan
-        from gpuprep.matching import Matched
-        from gpuprep.runs import Listener
+        from gpuprep.pipeline.cohort import scan as run_scan
+        from gpuprep.pipeline.events import Listener
+        from gpuprep.pipeline.match_masks import Matched
 
     unmatched: list[tuple[str, str]] = []
     unused: list[tuple[str, str]] = []

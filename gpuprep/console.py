@@ -22,17 +22,17 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from gpuprep.batch import Scan
 from gpuprep.compute.hu_histogram import BANDS
 from gpuprep.core.formatting import numbered, printable, sized
 from gpuprep.core.recipe import Preset, Recipe
 from gpuprep.dicom.discover import Cohort
-from gpuprep.forecast import Forecast
-from gpuprep.matching import Matched
 from gpuprep.output.manifest import SeriesResult
 from gpuprep.output.verify import Finding as Damage
 from gpuprep.output.verify import Status
-from gpuprep.runs import Listener, Run
+from gpuprep.pipeline.cohort import Scan
+from gpuprep.pipeline.estimate import Forecast
+from gpuprep.pipeline.events import Listener, Run
+from gpuprep.pipeline.match_masks import Matched
 
 if TYPE_CHECKING:
     from gpuprep.doctor import Finding

@@ -6,12 +6,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpuprep.batch import convert
 from gpuprep.compute.backend import BackendName, NumpyBackend, get_backend
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
 from gpuprep.phantom import outlines, thorax, write_series
-from gpuprep.runs import Listener, Run
+from gpuprep.pipeline.cohort import convert
+from gpuprep.pipeline.events import Listener, Run
 
 THIN, THICK = (3.0, 1.6, 1.6), (5.0, 1.5, 1.5)
 """Spacings in mm: coarse, so that the demo is a matter of seconds."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from gpuprep.compute.backend import imported_loops, numba_works, open_gpus
-from gpuprep.conversion import RECORDED_GPU_PACKAGES, versions
 from gpuprep.core.recipe import LIBRARIES, Recipe
 from gpuprep.dicom.decode import available_decoders
 from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, RecipeError
 from gpuprep.executors.cores import usable_cores
+from gpuprep.pipeline.convert_series import RECORDED_GPU_PACKAGES, versions
 
 COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.5",  # RLE Lossless

@@ -23,11 +23,11 @@ from gpuprep.core.stacking_rules import GroupBy, codes, texts
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.read import SeriesReader
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.loading import one_series
 from gpuprep.output.folder_store import PREVIEW, SIDECAR
 from gpuprep.output.manifest import Manifest, manifest_path
 from gpuprep.output.preview import Planes, picture
 from gpuprep.output.read_volume import Finished
+from gpuprep.pipeline.load import one_series
 
 AS_ACQUIRED = Recipe(spacing_mm=None, size=None, dtype="uint8")
 """Put right where it has to be, shown in the default window, and nothing else."""

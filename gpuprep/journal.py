@@ -13,10 +13,10 @@ from typing import IO, Any, Literal, Self
 
 from gpuprep.dicom.discover import Cohort
 from gpuprep.errors import RequestError
-from gpuprep.forecast import Forecast
-from gpuprep.matching import Matched
 from gpuprep.output.manifest import SeriesResult, now
-from gpuprep.runs import Listener, Run
+from gpuprep.pipeline.estimate import Forecast
+from gpuprep.pipeline.events import Listener, Run
+from gpuprep.pipeline.match_masks import Matched
 
 Format = Literal["text", "json"]
 

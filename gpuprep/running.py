@@ -26,13 +26,13 @@ def run_conversion(
 ) -> None:  # fmt: skip
     """Convert, show what happens as was asked for, and leave with the exit code."""
     with held_back():
-        from gpuprep.batch import convert
         from gpuprep.compute.backend import get_backend
         from gpuprep.compute.memory_estimate import USABLE
         from gpuprep.console import Complaints, Monitor, say, show_recipe, show_run
         from gpuprep.journal import Journal, Together
+        from gpuprep.pipeline.cohort import convert
+        from gpuprep.pipeline.events import Listener
         from gpuprep.report.writing import write_report
-        from gpuprep.runs import Listener
 
     if quiet or json_:
         logging.getLogger("gpuprep").setLevel(logging.ERROR)

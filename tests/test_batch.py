@@ -29,17 +29,17 @@ from pydicom.encaps import encapsulate
 from pydicom.tag import Tag
 from pydicom.uid import JPEG2000Lossless
 
-from gpuprep.batch import convert, scan
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import Cohort
 from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.errors import BackendError, OutputError, RequestError
-from gpuprep.forecast import Forecast
 from gpuprep.output.folder_store import open_output
 from gpuprep.output.manifest import SeriesResult
 from gpuprep.phantom import write_series
-from gpuprep.runs import Listener, Run
+from gpuprep.pipeline.cohort import convert, scan
+from gpuprep.pipeline.estimate import Forecast
+from gpuprep.pipeline.events import Listener, Run
 
 SPACING = (2.5, 0.8, 0.7)
 SMALL = Recipe(spacing_mm=(5.0, 2.0, 2.0), size=(6, 5), order=1)

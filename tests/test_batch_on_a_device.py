@@ -11,8 +11,6 @@ import pytest
 import tifffile
 from standin import ForeignBackend
 
-from gpuprep import batch
-from gpuprep.batch import convert
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.memory_estimate import CONTEXT_BYTES, device_bytes
 from gpuprep.core.plan import make_plan
@@ -21,7 +19,9 @@ from gpuprep.errors import BackendError
 from gpuprep.executors import resources
 from gpuprep.executors.processes import Here, Place
 from gpuprep.phantom import write_series
-from gpuprep.runs import Run
+from gpuprep.pipeline import cohort
+from gpuprep.pipeline.cohort import convert
+from gpuprep.pipeline.events import Run
 
 RECIPE = Recipe(spacing_mm=(1.0, 2.0, 2.0), size=(12, 10), dtype="uint8")
 SPACING = (2.5, 0.8, 0.7)
@@ -74,7 +74,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 def on(backend: ForeignBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "get_backend", lambda _: backend)
+    monkeypatch.setattr(cohort, "get_backend", lambda _: backend)
     monkeypatch.setattr(resources, "get_backends", lambda *_: [backend])
 
 
@@ -198,7 +198,7 @@ def test_a_gpu_by_name_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def outlooks(folder: Path) -> Any:
-    return batch.scan(folder, RECIPE, backend=NumpyBackend())[1]
+    return cohort.scan(folder, RECIPE, backend=NumpyBackend())[1]
 
 
 def planned(folder: Path) -> Any:

@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Recipe
-from gpuprep.batch import scan
 from gpuprep.cli import app
 from gpuprep.core.shard import Shard
 from gpuprep.errors import OutputError, RequestError
@@ -33,7 +32,8 @@ from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.output.object_store import Bucket, open_bucket
 from gpuprep.output.verify import Records, status, verify
 from gpuprep.phantom import write_series
-from gpuprep.runs import Listener
+from gpuprep.pipeline.cohort import scan
+from gpuprep.pipeline.events import Listener
 
 OUT = "memory://out/x"
 

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 import gpuprep
 from gpuprep.compute.backend import NumpyBackend
-from gpuprep.conversion import Task, convert_series
 from gpuprep.errors import BackendError, RequestError
 from gpuprep.executors.dask import Cluster, Elsewhere, elsewhere
 from gpuprep.executors.processes import Here, OverdueError, WorkerDiedError, last_task
 from gpuprep.output.folder_store import Output
 from gpuprep.phantom import write_series
+from gpuprep.pipeline.convert_series import Task, convert_series
 
 pytest.importorskip("distributed", reason="Dask is not installed: pip install 'gpuprep[dask]'")
 

@@ -37,15 +37,15 @@ from cohort import (
     write_cohort,
 )
 
-from gpuprep.batch import convert
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.forecast import Forecast
 from gpuprep.output.folder_store import Output, PendingFolder, open_output
 from gpuprep.output.manifest import Manifest, SeriesResult
-from gpuprep.runs import Listener, Run
+from gpuprep.pipeline.cohort import convert
+from gpuprep.pipeline.estimate import Forecast
+from gpuprep.pipeline.events import Listener, Run
 
 SMALL = Recipe(size=(24, 24))
 MISFIT = re.compile(
@@ -318,9 +318,9 @@ def test_a_manifest_that_can_no_longer_be_written_ends_the_run(
         def finished(self, result: SeriesResult) -> None:  # noqa: ARG002
             opened[0]._db.execute("PRAGMA query_only = 1")
 
-    real = sys.modules["gpuprep.batch"].open_manifest
+    real = sys.modules["gpuprep.pipeline.cohort"].open_manifest
     with monkeypatch.context() as patch:
-        patch.setattr("gpuprep.batch.open_manifest", noted)
+        patch.setattr("gpuprep.pipeline.cohort.open_manifest", noted)
         with pytest.raises(OutputError, match=f"^cannot write into {out}: attempt to write a readonly database$"):
             go(dicom, out, listener=ReadOnlyFromTheSecondOn())
     assert len(done(out)) == 2
@@ -625,10 +625,10 @@ def test_a_series_that_always_kills_its_worker_is_tried_twice_and_set_aside(
     monkeypatch.setattr("gpuprep.executors.resources.get_backends", lambda *_: [DeadlyBackend()])
     script = (
         "import sys, os; sys.path.insert(0, os.environ['GPUPREP_TESTS'])\n"
-        "import gpuprep.executors.resources, gpuprep.batch, test_faults\n"
+        "import gpuprep.executors.resources, gpuprep.pipeline.cohort, test_faults\n"
         "gpuprep.executors.resources.get_backends = lambda *_: [test_faults.DeadlyBackend()]\n"
         "from gpuprep import Recipe\n"
-        "run = gpuprep.batch.convert(sys.argv[1], sys.argv[2], Recipe(size=(24, 24)), backend='cpu', jobs=2)\n"
+        "run = gpuprep.pipeline.cohort.convert(sys.argv[1], sys.argv[2], Recipe(size=(24, 24)), backend='cpu', jobs=2)\n"
         "raise SystemExit(run.exit_code)"
     )
     tests = os.path.dirname(__file__)

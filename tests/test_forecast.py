@@ -12,13 +12,13 @@ import pytest
 from numpy.typing import NDArray
 from test_manifest import OK
 
-from gpuprep.batch import convert, scan
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
-from gpuprep.forecast import Experience, Forecast
-from gpuprep.outlook import Needs
 from gpuprep.phantom import write_series
+from gpuprep.pipeline.cohort import convert, scan
+from gpuprep.pipeline.decide import Needs
+from gpuprep.pipeline.estimate import Experience, Forecast
 
 RECIPE = Recipe(spacing_mm=None, size=None, dtype="uint16")
 

@@ -28,7 +28,7 @@ from bench.elements import PIXEL_DATA, UNDEFINED, Element, Parsed, built, parsed
 from bench.fuzz import Base, Subject, _again, _fragments, bases, convert_case, fuzz, main, make_case, only
 from bench.oddities import ODDITIES
 from gpuprep.core.recipe import Recipe
-from gpuprep.runs import Run
+from gpuprep.pipeline.events import Run
 
 CASES = int(os.environ.get("GPUPREP_FUZZ_CASES", "150"))
 

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.transform import resize as skimage_resize
 
-from gpuprep.batch import convert
 from gpuprep.compute.backend import Engine, NumpyBackend, get_backend
 from gpuprep.compute.memory_estimate import device_bytes
 from gpuprep.compute.process import host_chunks
@@ -29,6 +28,7 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import BackendError, DeviceMemoryError
 from gpuprep.phantom import thorax, write_series
+from gpuprep.pipeline.cohort import convert
 
 pytestmark = pytest.mark.gpu
 

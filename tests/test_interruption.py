@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpuprep.batch import convert
 from gpuprep.core.recipe import Recipe
 from gpuprep.executors.signals import held_back
 from gpuprep.output.paths import WORKSHOP
 from gpuprep.phantom import write_series
+from gpuprep.pipeline.cohort import convert
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and process groups")
 

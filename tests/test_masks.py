@@ -21,12 +21,12 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Masks, Recipe
-from gpuprep.batch import scan
 from gpuprep.cli import app
 from gpuprep.core.geometry import Geometry
 from gpuprep.errors import RequestError
 from gpuprep.phantom import write_series
-from gpuprep.runs import Run
+from gpuprep.pipeline.cohort import scan
+from gpuprep.pipeline.events import Run
 
 SHAPE = (6, 20, 24)
 SPACING_MM = (2.0, 1.0, 1.0)

@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Recipe
-from gpuprep.batch import scan
 from gpuprep.cli import app
 from gpuprep.core.geometry import Geometry
 from gpuprep.dicom.discover import discover
 from gpuprep.phantom import write_series
-from gpuprep.runs import Listener
+from gpuprep.pipeline.cohort import scan
+from gpuprep.pipeline.events import Listener
 
 ORIGIN_MM = (-10.0, -20.0, 30.0)
 FEW = (4, 8, 10)

@@ -26,18 +26,18 @@ from test_privacy import IDENTITY, identify
 from typer.testing import CliRunner, Result
 
 import gpuprep
-from gpuprep import batch, work
 from gpuprep.cli import app
 from gpuprep.core.mask_options import Masks
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import discover
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.masking import Label
-from gpuprep.naming import PUBLIC_OF_AUDIT, PUBLIC_OF_LABELS, Pseudonyms
 from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.phantom import write_series
-from gpuprep.runs import Listener
+from gpuprep.pipeline import cohort, job
+from gpuprep.pipeline.convert_masks import Label
+from gpuprep.pipeline.events import Listener
+from gpuprep.pipeline.pseudonyms import PUBLIC_OF_AUDIT, PUBLIC_OF_LABELS, Pseudonyms
 
 SPACING = (2.5, 0.8, 0.7)
 PATH = "MRN-00471199 Zauberfrau"
@@ -323,7 +323,7 @@ def test_names_that_a_path_gives_to_structures_are_hidden_unless_aliases_have_th
         spacing_mm=None, size=None, masks=Masks(units="px", text_format="imagej-xy", aliases=(("heart", ("herz",)),))
     )
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
-    run = batch.convert(small_series, tmp_path / "out", recipe, masks=masks, backend="cpu", names=names)
+    run = cohort.convert(small_series, tmp_path / "out", recipe, masks=masks, backend="cpu", names=names)
     (result,) = run.results
     assert (result.status, run.unmatched) == ("ok", ())
     assert result.labels is not None
@@ -331,16 +331,16 @@ def test_names_that_a_path_gives_to_structures_are_hidden_unless_aliases_have_th
     assert {label["name"] for label in result.labels} == expected
     assert set(json.loads((tmp_path / "out" / "labels.json").read_text())) == expected
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file() and b"Zauberfrau" in p.read_bytes()] == []
-    again = batch.convert(small_series, tmp_path / "out", recipe, masks=masks, backend="cpu", names=names)
+    again = cohort.convert(small_series, tmp_path / "out", recipe, masks=masks, backend="cpu", names=names)
     assert again.counts == {"skipped": 1}
 
 
 def test_an_output_is_recognised_without_its_manifest(small_series: Path, tmp_path: Path) -> None:
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
     recipe = Recipe(spacing_mm=None, size=None)
-    (first,) = batch.convert(small_series, tmp_path / "out", recipe, backend="cpu", names=names).results
+    (first,) = cohort.convert(small_series, tmp_path / "out", recipe, backend="cpu", names=names).results
     (tmp_path / "out" / "manifest.sqlite").unlink()
-    (again,) = batch.convert(small_series, tmp_path / "out", recipe, backend="cpu", names=names).results
+    (again,) = cohort.convert(small_series, tmp_path / "out", recipe, backend="cpu", names=names).results
     assert (again.status, again.sha256, again.read_s) == ("ok", first.sha256, 0.0)
 
 
@@ -348,9 +348,9 @@ def test_a_refused_run_with_plain_names_leaves_no_path_to_a_later_one(small_seri
     # What it wrote into the manifest before it was refused would stay in there.
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
     with pytest.raises(RequestError, match="does not exist"):
-        batch.convert([small_series], tmp_path / "out", masks=tmp_path / "Zauberfrau", backend="cpu")
+        cohort.convert([small_series], tmp_path / "out", masks=tmp_path / "Zauberfrau", backend="cpu")
     with pytest.raises(RequestError, match="was made without --names hash"):
-        batch.convert(small_series, tmp_path / "out", backend="cpu", names=names)
+        cohort.convert(small_series, tmp_path / "out", backend="cpu", names=names)
 
 
 @pytest.mark.parametrize("packed", ["gz", "zip"])
@@ -369,7 +369,7 @@ def test_the_patient_is_found_in_packed_files_too(small_series: Path, tmp_path: 
                 archive.write(file, file.name)
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
     recipe = Recipe(spacing_mm=None, size=None)
-    (result,) = batch.convert(tmp_path / "packed", tmp_path / "out", recipe, backend="cpu", names=names).results
+    (result,) = cohort.convert(tmp_path / "packed", tmp_path / "out", recipe, backend="cpu", names=names).results
     assert result.folder.partition("/")[0] == names.of("patient", "Müller-17")
     assert ",Müller-17," in (tmp_path / "key.crosswalk.csv").read_text("utf-8")
 
@@ -386,7 +386,7 @@ def test_a_series_that_names_no_patient_goes_by_its_study_or_alone(
         ds.save_as(file)
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
     recipe = Recipe(spacing_mm=None, size=None)
-    (result,) = batch.convert(small_series, tmp_path / "out", recipe, backend="cpu", names=names).results
+    (result,) = cohort.convert(small_series, tmp_path / "out", recipe, backend="cpu", names=names).results
     patient = names.of("study", str(ds.StudyInstanceUID)) if study else names.of("patient of", result.key)
     assert result.folder == f"{patient}/{result.key}"
     assert bool(result.study_uid) == study
@@ -395,9 +395,9 @@ def test_a_series_that_names_no_patient_goes_by_its_study_or_alone(
 def test_a_patient_that_cannot_be_read_is_nobody_else(
     small_series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "patient_ids", lambda headers: [None for _ in headers])
+    monkeypatch.setattr(job, "patient_ids", lambda headers: [None for _ in headers])
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
-    (result,) = batch.convert(small_series, tmp_path / "out", backend="cpu", names=names).results
+    (result,) = cohort.convert(small_series, tmp_path / "out", backend="cpu", names=names).results
     assert (result.status, result.codes, result.folder) == ("rejected", ("changed",), "")
     assert "its Patient ID cannot be read" in (tmp_path / "key.crosswalk.csv").read_text()
 
@@ -409,7 +409,7 @@ def test_a_run_that_is_killed_has_said_who_is_who(small_series: Path, tmp_path: 
 
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
     with pytest.raises(MemoryError):
-        batch.convert(small_series, tmp_path / "out", backend="cpu", names=names, listener=Killed())
+        cohort.convert(small_series, tmp_path / "out", backend="cpu", names=names, listener=Killed())
     with (tmp_path / "key.crosswalk.csv").open(newline="") as f:
         (row,) = csv.DictReader(f)
     assert (row["patient_id"], row["status"], row["source"]) == ("PHANTOM", "", str(small_series / "ct"))

@@ -28,7 +28,7 @@ from gpuprep.errors import RequestError
 from gpuprep.executors.processes import Here
 from gpuprep.output.nnunet import case_names
 from gpuprep.output.verify import verify
-from gpuprep.runs import Run
+from gpuprep.pipeline.events import Run
 
 RECIPE = Recipe(spacing_mm=None, size=None, dtype="int16", window_hu=None, format="tif-stack")
 """Of what every installation can write."""

@@ -16,11 +16,11 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLSLossless, RLELossless
 from typer.testing import CliRunner
 
-from gpuprep.batch import convert
 from gpuprep.cli import app
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import discover
 from gpuprep.phantom import write_series
+from gpuprep.pipeline.cohort import convert
 
 IDENTITY = {
     "PatientName": "Zauberfrau^Ottilie^Q",

@@ -22,13 +22,13 @@ from pydicom import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless, generate_uid
 
 import gpuprep
-from gpuprep.batch import convert, scan
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.headers import Contents, read_headers
-from gpuprep.forecast import Forecast
 from gpuprep.phantom import write_series
-from gpuprep.runs import Listener, Run
+from gpuprep.pipeline.cohort import convert, scan
+from gpuprep.pipeline.estimate import Forecast
+from gpuprep.pipeline.events import Listener, Run
 
 SMALL = Recipe(spacing_mm=None, size=(8, 8))
 SPACING_MM = (2.5, 0.8, 0.7)

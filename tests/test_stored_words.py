@@ -30,10 +30,10 @@ from scipy import ndimage
 from test_sources import enhanced, wrapped
 
 import gpuprep
-from gpuprep.batch import scan
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import IntensityError
 from gpuprep.phantom import write_series
+from gpuprep.pipeline.cohort import scan
 
 Stored = NDArray[Any]
 Change = Callable[[Dataset, int], None]

@@ -50,7 +50,6 @@ from segmentations import write_rtstruct, write_seg
 from standin import ForeignBackend
 
 import gpuprep
-from gpuprep.batch import scan
 from gpuprep.compute.backend import Backend, Engine, NumpyBackend
 from gpuprep.compute.process import host_chunks
 from gpuprep.core.geometry import Geometry, Placement
@@ -68,8 +67,9 @@ from gpuprep.output.read_volume import Finished
 from gpuprep.output.verify import verify
 from gpuprep.output.writers import tiff
 from gpuprep.phantom import write_series
+from gpuprep.pipeline.cohort import scan
+from gpuprep.pipeline.events import Run
 from gpuprep.report.writing import write_report
-from gpuprep.runs import Run
 
 sitk: Any = pytest.importorskip("SimpleITK")
 

@@ -22,11 +22,11 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError
 from gpuprep.executors.processes import Here
-from gpuprep.naming import Pseudonyms
 from gpuprep.output.folder_store import open_output
 from gpuprep.output.manifest import Manifest, RunRecord
 from gpuprep.output.paths import WORKSHOP
 from gpuprep.output.verify import Finding, status, verify
+from gpuprep.pipeline.pseudonyms import Pseudonyms
 
 
 @pytest.fixture

@@ -22,13 +22,13 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Recipe
-from gpuprep.batch import scan
 from gpuprep.cli import app
 from gpuprep.errors import DecodeError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.masks.formats import pinnacle
 from gpuprep.phantom import write_series
-from gpuprep.runs import Listener
+from gpuprep.pipeline.cohort import scan
+from gpuprep.pipeline.events import Listener
 
 fsspec = pytest.importorskip("fsspec")
 

@@ -12,9 +12,9 @@ from bench.contenders import AbsentError
 from gpuprep.compute.backend import Engine
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError
-from gpuprep.forecast import Forecast
-from gpuprep.outlook import DONE
-from gpuprep.runs import Listener, Run
+from gpuprep.pipeline.decide import DONE
+from gpuprep.pipeline.estimate import Forecast
+from gpuprep.pipeline.events import Listener, Run
 
 STAGES = ("read", "process", "write", "upload", "kernels", "download")
 """Of one series, as its `SeriesResult` has them in `<stage>_s`; the last three are of a device, beside the others."""

@@ -174,7 +174,7 @@ class Series:
     alone: int = 0
     """Of a series of one image: how many such series lie in its folder."""
     alias: str = ""
-    """By what it goes where its UID must not be known: see `gpuprep.naming`."""
+    """By what it goes where its UID must not be known: see `gpuprep.pipeline.pseudonyms`."""
 
     @property
     def public_uid(self) -> str:

@@ -33,8 +33,8 @@ from gpuprep.output.preview import Planes, jpeg, picture
 if TYPE_CHECKING:
     from gpuprep.dicom.read import SeriesReader
     from gpuprep.dicom.stack import Stack
-    from gpuprep.masking import Masked
-    from gpuprep.naming import Pseudonyms
+    from gpuprep.pipeline.convert_masks import Masked
+    from gpuprep.pipeline.pseudonyms import Pseudonyms
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +272,7 @@ def _write_image(
 
 def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder) -> tuple[Masked, list[Planes]]:
     """Write the masks of a series into a folder."""
-    from gpuprep.masking import read_placed, write_masks
+    from gpuprep.pipeline.convert_masks import read_placed, write_masks
 
     series = task.series
     hide = task.names.of if task.names else None

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from gpuprep import __version__
-from gpuprep.attempts import Attempts
 from gpuprep.compute.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.compute.memory_estimate import USABLE
-from gpuprep.conversion import Task, convert_series
 from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import FOLDER_UID, Series
@@ -36,10 +34,6 @@ from gpuprep.executors.processes import (
 from gpuprep.executors.resources import Means, chosen_means, means_of
 from gpuprep.executors.signals import Stop
 from gpuprep.files.filesystem import given, resolved
-from gpuprep.forecast import Experience, Forecast, experience
-from gpuprep.matching import Matched, matched, used_names
-from gpuprep.naming import Pseudonyms, crosswalk_row, planned_row
-from gpuprep.outlook import DONE, Outlook, outlooks
 from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import (
     Manifest,
@@ -55,8 +49,14 @@ from gpuprep.output.manifest import (
 from gpuprep.output.nnunet import Layout, arrange, check
 from gpuprep.output.object_store import at_hand, open_out, output_at, place_of
 from gpuprep.output.paths import absolute
-from gpuprep.runs import Listener, Results, Run, Tally
-from gpuprep.work import Work, doubtful_files, patients_of, placed, task_of, work_on
+from gpuprep.pipeline.convert_series import Task, convert_series
+from gpuprep.pipeline.decide import DONE, Outlook, outlooks
+from gpuprep.pipeline.estimate import Experience, Forecast, experience
+from gpuprep.pipeline.events import Listener, Results, Run, Tally
+from gpuprep.pipeline.job import Work, doubtful_files, patients_of, placed, task_of, work_on
+from gpuprep.pipeline.match_masks import Matched, matched, used_names
+from gpuprep.pipeline.pseudonyms import Pseudonyms, crosswalk_row, planned_row
+from gpuprep.pipeline.retry import Attempts
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import overload
 
 from gpuprep.dicom.discover import Cohort
-from gpuprep.forecast import Forecast
-from gpuprep.matching import Matched
 from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.output.nnunet import Arranged
 from gpuprep.output.object_store import at_hand
+from gpuprep.pipeline.estimate import Forecast
+from gpuprep.pipeline.match_masks import Matched
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import replace
 
-from gpuprep.conversion import DEVICE_MEMORY, Task, convert_series, left_out
 from gpuprep.core.formatting import sized
 from gpuprep.executors.processes import Executor, OverdueError, WorkerDiedError
 from gpuprep.executors.signals import Stop
 from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import SeriesResult, now
+from gpuprep.pipeline.convert_series import DEVICE_MEMORY, Task, convert_series, left_out
 
 DEATHS_ALLOWED = 2
 """Workers that a series may cost before it is set aside."""

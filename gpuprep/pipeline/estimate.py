@@ -12,8 +12,8 @@ import gpuprep
 from gpuprep.core.formatting import sized
 from gpuprep.core.plan import BYTES
 from gpuprep.core.recipe import Recipe
-from gpuprep.outlook import Needs, Outlook
 from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.pipeline.decide import Needs, Outlook
 
 REMEMBERED = 1000
 """Series of the manifest's history that are looked at."""

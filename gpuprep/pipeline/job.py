@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gpuprep.compute.backend import Backend, Engine
-from gpuprep.conversion import Task
 from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.dicom.discover import FILES_PER_TASK, Cohort
 from gpuprep.executors.processes import Executor, answers
-from gpuprep.naming import Pseudonyms, patient_ids
-from gpuprep.outlook import Needs, Outlook
 from gpuprep.output.folder_store import Output
+from gpuprep.pipeline.convert_series import Task
+from gpuprep.pipeline.decide import Needs, Outlook
+from gpuprep.pipeline.pseudonyms import Pseudonyms, patient_ids
 
 
 @dataclass(frozen=True, slots=True)
