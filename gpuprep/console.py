@@ -36,7 +36,7 @@ from gpuprep.pipeline.match_masks import Matched
 
 if TYPE_CHECKING:
     from gpuprep.doctor import Finding
-    from gpuprep.glance import Glance
+    from gpuprep.report.inspect_series import Glance
 
 STATES = {"running": "green", "finished": "", "interrupted": "yellow", "killed": "red"}
 STYLES = {"ok": "green", "fixed": "cyan", "skipped": "dim", "rejected": "yellow"}
@@ -255,7 +255,7 @@ def show_presets(presets: Mapping[str, Preset]) -> None:
 
 def show_glance(seen: Glance) -> None:
     """Print what can be seen of one series; pictures where the terminal has colours."""
-    from gpuprep.drawing import LETTERS, grid_lines, text_histogram
+    from gpuprep.report.montage import LETTERS, grid_lines, text_histogram
 
     console = _console(stderr=False)
     console.print(seen.title, soft_wrap=True)

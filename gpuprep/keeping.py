@@ -110,7 +110,7 @@ def report(
     with errors_to_exit_codes():
         with held_back():
             from gpuprep.console import say
-            from gpuprep.report.writing import write_report
+            from gpuprep.report.html import write_report
 
         say(f"report in {write_report(out, to)}")
 

@@ -54,8 +54,8 @@ def show(
     with errors_to_exit_codes():
         with held_back():
             from gpuprep.console import say, show_glance
-            from gpuprep.drawing import montage
-            from gpuprep.glance import glance
+            from gpuprep.report.inspect_series import glance
+            from gpuprep.report.montage import montage
 
         seen = glance(series, series_uid, group_by or "uid")
         show_glance(seen)

@@ -32,7 +32,7 @@ def run_conversion(
         from gpuprep.journal import Journal, Together
         from gpuprep.pipeline.cohort import convert
         from gpuprep.pipeline.events import Listener
-        from gpuprep.report.writing import write_report
+        from gpuprep.report.html import write_report
 
     if quiet or json_:
         logging.getLogger("gpuprep").setLevel(logging.ERROR)

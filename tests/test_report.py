@@ -24,7 +24,7 @@ from gpuprep.errors import RequestError
 from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.output.preview import jpeg
 from gpuprep.phantom import write_series
-from gpuprep.report.writing import write_report
+from gpuprep.report.html import write_report
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 JPEG = jpeg(np.full((128, 392, 3), 90, dtype=np.uint8))
@@ -202,7 +202,7 @@ def test_a_series_without_picture_or_metrics_is_listed_too(tmp_path: Path) -> No
 
 
 def test_a_page_holds_so_many_pictures_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuprep.report.writing.MOST_PICTURES", 2)
+    monkeypatch.setattr("gpuprep.report.html.MOST_PICTURES", 2)
     out = output(tmp_path / "out", [result(n) for n in range(3)])
     page = Page(Path(write_report(out)))
     assert [page.json(f"s{n}")["picture"] is None for n in range(3)] == [False, False, True]

@@ -69,7 +69,7 @@ from gpuprep.output.writers import tiff
 from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Run
-from gpuprep.report.writing import write_report
+from gpuprep.report.html import write_report
 
 sitk: Any = pytest.importorskip("SimpleITK")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from gpuprep.compute.hu_histogram import BANDS, stored_edges
-from gpuprep.glance import Glance
+from gpuprep.report.inspect_series import Glance
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
