@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw
 from pydicom import Dataset
 
 import gpuprep
+from gpuprep.cli.demo import write_cohort, write_outlines
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.volume import StoredVolume
-from gpuprep.demo import write_cohort, write_outlines
 from gpuprep.phantom import outlines, thorax, write_series
 from gpuprep.report.html import write_report
 from gpuprep.report.inspect_series import glance

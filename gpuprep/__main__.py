@@ -1,6 +1,6 @@
 """``python -m gpuprep``."""
 
-from gpuprep.cli import main
+from gpuprep.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.phantom import write_series
 
 SIZE = 24

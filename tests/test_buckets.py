@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Recipe
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.shard import Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors.processes import Here

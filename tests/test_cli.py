@@ -27,7 +27,7 @@ from pydicom.uid import JPEGLSLossless
 from typer.testing import CliRunner
 
 from gpuprep import __version__
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.recipe import Recipe
 from gpuprep.output.folder_store import open_output
 from gpuprep.phantom import outlines, thorax, write_series
@@ -145,7 +145,7 @@ def test_help_names_everything_there_is(command: tuple[str, ...], words: list[st
 
 def test_help_does_not_wait_for_numpy() -> None:
     slow = ["numpy", "scipy", "skimage", "pydicom", "tifffile", "cupy", "cucim"]
-    code = f"import sys, gpuprep.cli; print([m for m in {slow} if m in sys.modules])"
+    code = f"import sys, gpuprep.cli.app; print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -318,7 +318,7 @@ def test_an_interruption_while_libraries_load_is_one_line_and_exit_code_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Recipe, "preset", interrupt)
-    monkeypatch.setitem(sys.modules, "gpuprep.console", None)
+    monkeypatch.setitem(sys.modules, "gpuprep.cli.console", None)
     result = run("convert", small_series, "--out", out)
     assert result.code == 130
     assert "interrupted" in result.complaint
@@ -501,7 +501,7 @@ def test_quiet_does_not_speak_of_a_gpu_that_nobody_asked_for(tmp_path: Path) -> 
 
 
 def test_the_table_of_scan_names_each_series_and_reason(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuprep.console.PIPE_WIDTH", 400)  # temporary folders have long names
+    monkeypatch.setattr("gpuprep.cli.console.PIPE_WIDTH", 400)  # temporary folders have long names
     result = run("scan", mixed, "--recipe", "classic")
     text = plain(result.stdout)
     assert result.code == 1
@@ -638,9 +638,9 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         # Slices 8 to 13 of 24 are taken away.
         return lambda shape, *others, **named: make((max(24, shape[0] // 4), 16, 18), *others, **named)
 
-    monkeypatch.setattr("gpuprep.demo.thorax", smaller(thorax))
-    monkeypatch.setattr("gpuprep.demo.outlines", smaller(outlines))
-    monkeypatch.setattr("gpuprep.demo.Recipe", lambda: Recipe(size=(8, 8)))
+    monkeypatch.setattr("gpuprep.cli.demo.thorax", smaller(thorax))
+    monkeypatch.setattr("gpuprep.cli.demo.outlines", smaller(outlines))
+    monkeypatch.setattr("gpuprep.cli.demo.Recipe", lambda: Recipe(size=(8, 8)))
 
 
 def test_the_demo_converts_four_series_one_of_them_mended_and_rejects_one(tmp_path: Path) -> None:
@@ -681,7 +681,7 @@ def test_a_demo_that_was_interrupted_goes_on_from_there(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return write_series(*args, **options)
 
-    monkeypatch.setattr("gpuprep.demo.write_series", interrupted)
+    monkeypatch.setattr("gpuprep.cli.demo.write_series", interrupted)
     result = run("demo", tmp_path, "--jobs", "1")
     assert result.code == 130
     assert "the same command goes on from there" in result.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.recipe import PRESETS
 
 
@@ -81,7 +81,7 @@ def test_a_real_bash_completes(tmp_path: Path) -> None:
     if bash is None:
         pytest.skip("no bash here")
     program = tmp_path / "gpuprep"
-    program.write_text(f"#!{sys.executable}\nfrom gpuprep.cli import main\nmain()\n")
+    program.write_text(f"#!{sys.executable}\nfrom gpuprep.cli.app import main\nmain()\n")
     program.chmod(0o755)
     script = """
         eval "$(_GPUPREP_COMPLETE=source_bash gpuprep)"

@@ -15,7 +15,7 @@ import pytest
 from fsspec.registry import _registry
 from typer.testing import CliRunner
 
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.output.manifest import Manifest, manifest_path
 
 FOR_DEVELOPERS = {"test", "lint", "bench"}

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Masks
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.geometry import Geometry
 from gpuprep.errors import RequestError
 

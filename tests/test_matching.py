@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Recipe
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.geometry import Geometry
 from gpuprep.dicom.discover import discover
 from gpuprep.phantom import write_series

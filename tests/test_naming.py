@@ -26,7 +26,7 @@ from test_privacy import IDENTITY, identify
 from typer.testing import CliRunner, Result
 
 import gpuprep
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.mask_options import Masks
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.audit import audit

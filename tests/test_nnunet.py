@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Masks, Recipe
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError
 from gpuprep.executors.processes import Here

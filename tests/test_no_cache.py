@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Recipe
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.compute import backend
 from gpuprep.core.recipe import Dtype
 from gpuprep.dicom.discover import discover

@@ -28,7 +28,7 @@ from test_stacking import header
 from typer.testing import CliRunner, Result
 
 import gpuprep
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.mask_options import Masks
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Image, Series, SliceHeader, packed

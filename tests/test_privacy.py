@@ -16,7 +16,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLSLossless, RLELossless
 from typer.testing import CliRunner
 
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import discover
 from gpuprep.phantom import write_series

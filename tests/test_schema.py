@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_recipe import BAD, RECIPES
 from typer.testing import CliRunner
 
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.mask_options import Masks
 from gpuprep.core.recipe import PRESETS, Recipe
 from gpuprep.core.recipe_schema import recipe_schema

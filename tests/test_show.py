@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import gpuprep
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.phantom import write_series

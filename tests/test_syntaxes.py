@@ -19,9 +19,9 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 import gpuprep
+from gpuprep.cli.doctor import COMPRESSED_SYNTAXES
 from gpuprep.core.series import Series
 from gpuprep.dicom.uids import ENCODINGS, NATIVE, syntax_name
-from gpuprep.doctor import COMPRESSED_SYNTAXES
 from gpuprep.errors import DecodeError
 from gpuprep.phantom import write_series
 

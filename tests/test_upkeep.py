@@ -17,7 +17,7 @@ import pytest
 from test_batch import SMALL, add, go, truncate
 from typer.testing import CliRunner, Result
 
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError

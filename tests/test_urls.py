@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import gpuprep
 from gpuprep import Recipe
-from gpuprep.cli import app
+from gpuprep.cli.app import app
 from gpuprep.errors import DecodeError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.masks.formats import pinnacle

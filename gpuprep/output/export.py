@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from gpuprep.console import mute
+from gpuprep.cli.console import mute
 from gpuprep.errors import RequestError
 from gpuprep.output.manifest import SeriesResult
 

@@ -62,7 +62,7 @@ def complain(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
-    from gpuprep.console import mute
+    from gpuprep.cli.console import mute
 
     try:
         print(json.dumps(value, indent=1), flush=True)  # noqa: T201
@@ -74,7 +74,7 @@ def print_csv(rows: list[dict[str, Any]]) -> None:
     """Print dicts as lines of a table; what they hold within becomes columns of its own, and lists JSON."""
     import csv
 
-    from gpuprep.console import mute
+    from gpuprep.cli.console import mute
 
     flat = [
         {k: v for k, v in row.items() if k != "audit"} | {f"audit_{k}": v for k, v in (row["audit"] or {}).items()}

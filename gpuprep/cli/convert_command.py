@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from gpuprep.cli.exit_codes import INTERRUPTED, complain, header_index, print_json
 from gpuprep.errors import RequestError
 from gpuprep.executors.signals import Stop, held_back
-from gpuprep.shell import INTERRUPTED, complain, header_index, print_json
 
 if TYPE_CHECKING:
     from gpuprep.core.recipe import Recipe
@@ -26,10 +26,10 @@ def run_conversion(
 ) -> None:  # fmt: skip
     """Convert, show what happens as was asked for, and leave with the exit code."""
     with held_back():
+        from gpuprep.cli.console import Complaints, Monitor, say, show_recipe, show_run
+        from gpuprep.cli.run_log import Journal, Together
         from gpuprep.compute.backend import get_backend
         from gpuprep.compute.memory_estimate import USABLE
-        from gpuprep.console import Complaints, Monitor, say, show_recipe, show_run
-        from gpuprep.journal import Journal, Together
         from gpuprep.pipeline.cohort import convert
         from gpuprep.pipeline.events import Listener
         from gpuprep.report.html import write_report

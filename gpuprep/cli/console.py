@@ -35,7 +35,7 @@ from gpuprep.pipeline.events import Listener, Run
 from gpuprep.pipeline.match_masks import Matched
 
 if TYPE_CHECKING:
-    from gpuprep.doctor import Finding
+    from gpuprep.cli.doctor import Finding
     from gpuprep.report.inspect_series import Glance
 
 STATES = {"running": "green", "finished": "", "interrupted": "yellow", "killed": "red"}

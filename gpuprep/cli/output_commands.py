@@ -12,11 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gpuprep.cli.convert_command import gpu_numbers, run_conversion
+from gpuprep.cli.exit_codes import errors_to_exit_codes, print_json
+from gpuprep.cli.options import (
+    RUN,
+    BackendOption,
+    Gpus,
+    Index,
+    Jobs,
+    Json,
+    Log,
+    LogFormat,
+    MemoryShare,
+    Quiet,
+    TimeLimit,
+)
 from gpuprep.errors import RequestError
 from gpuprep.executors.signals import held_back
-from gpuprep.flags import RUN, BackendOption, Gpus, Index, Jobs, Json, Log, LogFormat, MemoryShare, Quiet, TimeLimit
-from gpuprep.running import gpu_numbers, run_conversion
-from gpuprep.shell import errors_to_exit_codes, print_json
 
 if TYPE_CHECKING:
     from gpuprep.output.manifest import RunRecord
@@ -28,7 +40,7 @@ def status(out: OutArgument, json_: Json = False) -> None:
     """Show how far a run is, or how the last one ended: counts, rate, time left, what was left out and why."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.console import show_status
+            from gpuprep.cli.console import show_status
             from gpuprep.output.verify import status as status_of
 
         found = status_of(out)
@@ -49,7 +61,7 @@ def verify(
     """Read every output again and compare checksums; name what is damaged, missing, unfinished or of no output."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.console import Counting, show_damage
+            from gpuprep.cli.console import Counting, show_damage
             from gpuprep.executors.cores import usable_cores
             from gpuprep.executors.processes import Processes
             from gpuprep.output.manifest import open_manifest
@@ -109,7 +121,7 @@ def report(
     """Write one HTML page of all series: a table, a picture of each, distributions, and what stands out."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.console import say
+            from gpuprep.cli.console import say
             from gpuprep.report.html import write_report
 
         say(f"report in {write_report(out, to)}")
@@ -119,7 +131,7 @@ def merge(out: OutArgument) -> None:
     """Merge the manifests of shards into that of OUT. Shards that ran elsewhere are first copied into OUT."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.console import say
+            from gpuprep.cli.console import say
             from gpuprep.core.formatting import numbered
             from gpuprep.output.manifest import Manifest, manifest_path, shards_of
             from gpuprep.output.manifest import merge as merge_manifests
@@ -160,7 +172,7 @@ def retry(
     """Convert again what failed, with the inputs, masks and recipe of the last run."""
     with errors_to_exit_codes() as stop:
         with held_back():
-            from gpuprep.console import say
+            from gpuprep.cli.console import say
             from gpuprep.core.recipe import Recipe
             from gpuprep.output.manifest import open_manifest
             from gpuprep.output.object_store import open_out

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
+from gpuprep.cli.exit_codes import errors_to_exit_codes, print_json
+from gpuprep.cli.options import GroupBy, preset_names
 from gpuprep.errors import RequestError
 from gpuprep.executors.signals import held_back
-from gpuprep.flags import GroupBy, preset_names
-from gpuprep.shell import errors_to_exit_codes, print_json
 
 
 def recipes(
@@ -25,7 +25,7 @@ def recipes(
     """List recipes that have names; print one, to start a file from; or the schema by which editors check files."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.console import show_presets
+            from gpuprep.cli.console import show_presets
             from gpuprep.core.recipe import PRESETS, Recipe
             from gpuprep.core.recipe_schema import recipe_schema
 
@@ -53,7 +53,7 @@ def show(
     """Look at one series: verdict, grid, HU, a histogram with the bands of tissues, and three planes."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.console import say, show_glance
+            from gpuprep.cli.console import say, show_glance
             from gpuprep.report.inspect_series import glance
             from gpuprep.report.montage import montage
 

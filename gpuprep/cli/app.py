@@ -15,13 +15,10 @@ import typer
 from typer.core import TyperCommand
 
 from gpuprep import __version__
-from gpuprep.core.formatting import printable
-from gpuprep.core.shard import WHOLE, Shard
-from gpuprep.core.stacking_rules import texts
-from gpuprep.errors import GpuprepError, RecipeError, RequestError
-from gpuprep.executors.logs import quiet_libraries
-from gpuprep.executors.signals import held_back
-from gpuprep.flags import (
+from gpuprep.cli.convert_command import gpu_numbers, jobs_or_cores, run_conversion
+from gpuprep.cli.exit_codes import complain, errors_to_exit_codes, header_index, print_csv, print_json
+from gpuprep.cli.inspect_commands import LOOKING
+from gpuprep.cli.options import (
     MASKS,
     RUN,
     AntiAlias,
@@ -74,10 +71,13 @@ from gpuprep.flags import (
     UnitsOption,
     Window,
 )
-from gpuprep.keeping import KEEPING
-from gpuprep.looking import LOOKING
-from gpuprep.running import gpu_numbers, jobs_or_cores, run_conversion
-from gpuprep.shell import complain, errors_to_exit_codes, header_index, print_csv, print_json
+from gpuprep.cli.output_commands import KEEPING
+from gpuprep.core.formatting import printable
+from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.stacking_rules import texts
+from gpuprep.errors import GpuprepError, RecipeError, RequestError
+from gpuprep.executors.logs import quiet_libraries
+from gpuprep.executors.signals import held_back
 
 if TYPE_CHECKING:
     from gpuprep.core.recipe import Recipe
@@ -329,10 +329,10 @@ def demo(
     """Write a small synthetic cohort as DICOM, convert it, and say where to look."""
     with errors_to_exit_codes():
         with held_back():
+            from gpuprep.cli.console import Monitor, say, show_recipe, show_run
+            from gpuprep.cli.demo import run_demo
             from gpuprep.compute.backend import get_backend
-            from gpuprep.console import Monitor, say, show_recipe, show_run
             from gpuprep.core.recipe import Recipe
-            from gpuprep.demo import run_demo
 
         started = time.perf_counter()
         chosen = get_backend(backend)
@@ -356,8 +356,8 @@ def doctor(json_: Json = False) -> None:
     """Show backends, devices, decoders and versions; why something is missing and what to install."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.console import show_findings
-            from gpuprep.doctor import examine
+            from gpuprep.cli.console import show_findings
+            from gpuprep.cli.doctor import examine
 
         findings = examine()
         if json_:
@@ -408,7 +408,7 @@ def _show_scan(
     how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None, **means: Any,
 ) -> None:  # fmt: skip
     with held_back():
-        from gpuprep.console import show_scan
+        from gpuprep.cli.console import show_scan
         from gpuprep.pipeline.cohort import scan as run_scan
         from gpuprep.pipeline.events import Listener
         from gpuprep.pipeline.match_masks import Matched
