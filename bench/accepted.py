@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 import gpuprep
 from gpuprep import Masks, Recipe, Volume
 from gpuprep.core.recipe import Compression, Format
-from gpuprep.phantom import outlines, thorax, write_series
 from gpuprep.pipeline.events import Run
+from gpuprep.testing import outlines, thorax, write_series
 
 SHAPE, SPACING_MM = (30, 128, 128), (5.0, 2.0, 2.0)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import gpuprep
-from gpuprep.phantom import thorax, write_series
+from gpuprep.testing import thorax, write_series
 
 SPACING_MM = (3.0, 0.6816, 0.6816)
 

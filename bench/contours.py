@@ -39,7 +39,7 @@ from gpuprep.dicom.stack import Stack, stack
 from gpuprep.masks.model import Contour, Reading, Segmentation, Structure
 from gpuprep.masks.place_on_slices import place
 from gpuprep.masks.read import read_segmentation
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 SPACING_MM = (3.0, 0.7, 0.7)
 MATRIX = 512

@@ -43,8 +43,8 @@ from bench.measure import machine
 from bench.rescan import lengthen
 from gpuprep.dicom import decode
 from gpuprep.dicom.read import SeriesReader
-from gpuprep.phantom import thorax, write_series
 from gpuprep.pipeline.convert_series import versions
+from gpuprep.testing import thorax, write_series
 
 SPACING_MM = (3.0, 0.6816, 0.6816)
 SLAB = 8

@@ -22,8 +22,8 @@ import gpuprep
 from bench.measure import save, tree
 from gpuprep.core.recipe import Recipe
 from gpuprep.output.manifest import SeriesResult
-from gpuprep.phantom import thorax, write_series
 from gpuprep.pipeline.events import Listener
+from gpuprep.testing import thorax, write_series
 
 SHAPE, SPACING_MM = (40, 128, 128), (3.0, 2.7, 2.7)
 

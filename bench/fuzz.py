@@ -208,7 +208,7 @@ def _series(folder: Path, name: str, stored: Any, syntax: Any) -> Base:
     from pydicom import Dataset
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
-    from gpuprep.phantom import write_series
+    from gpuprep.testing import write_series
 
     big = syntax == ExplicitVRBigEndian
 

@@ -31,8 +31,8 @@ from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import BackendError
 from gpuprep.executors.cores import usable_cores
-from gpuprep.phantom import thorax
 from gpuprep.pipeline.convert_series import versions
+from gpuprep.testing import thorax
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 DTYPES: tuple[Dtype, ...] = ("float32", "uint16", "uint8")

@@ -24,10 +24,10 @@ from gpuprep.cli.demo import write_cohort, write_outlines
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.volume import StoredVolume
-from gpuprep.phantom import outlines, thorax, write_series
 from gpuprep.report.html import write_report
 from gpuprep.report.inspect_series import glance
 from gpuprep.report.montage import montage
+from gpuprep.testing import outlines, thorax, write_series
 
 SHAPE, SPACING_MM = (70, 512, 512), (4.5, 0.6816, 0.6816)
 PANEL = 330

@@ -31,9 +31,9 @@ from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.dicom import read
 from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.output.preview import Planes
-from gpuprep.phantom import thorax, write_series
 from gpuprep.pipeline import convert_series
 from gpuprep.report.html import write_report
+from gpuprep.testing import thorax, write_series
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 COLLECTING: tuple[tuple[Any, str, Any], ...] = (

@@ -20,8 +20,8 @@ import numpy as np
 from pydicom import Dataset
 
 from bench.measure import machine
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.convert_series import versions
+from gpuprep.testing import write_series
 
 SLICES = 200
 

@@ -29,7 +29,7 @@ from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.dicom.pixel_padding import summary
-from gpuprep.phantom import thorax
+from gpuprep.testing import thorax
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 ROUNDS = 9

@@ -1,7 +1,7 @@
 """Cohorts of CT DICOM to training-ready volumes, on a GPU or without one.
 
 >>> from pathlib import Path
->>> from gpuprep.phantom import thorax, write_series
+>>> from gpuprep.testing import thorax, write_series
 >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
 
 >>> import gpuprep

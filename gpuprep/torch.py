@@ -84,7 +84,7 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
     >>> from pathlib import Path
     >>> from torch.utils.data import DataLoader
     >>> import gpuprep
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> from gpuprep.torch import CohortDataset
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     dicom, out = Path(folder, "dicom"), Path(folder, "out")

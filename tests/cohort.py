@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gpuprep.cli.app import app
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 SIZE = 24
 RECIPE = ("--size", str(SIZE))

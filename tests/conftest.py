@@ -28,7 +28,7 @@ from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import BackendError
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 hypothesis.settings.register_profile("gpuprep", deadline=None)  # a deadline would be a timing assertion
 hypothesis.settings.load_profile("gpuprep")

@@ -36,10 +36,10 @@ from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.errors import BackendError, OutputError, RequestError
 from gpuprep.output.folder_store import open_output
 from gpuprep.output.manifest import SeriesResult
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import convert, scan
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Run
+from gpuprep.testing import write_series
 
 SPACING = (2.5, 0.8, 0.7)
 SMALL = Recipe(spacing_mm=(5.0, 2.0, 2.0), size=(6, 5), order=1)

@@ -18,10 +18,10 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError
 from gpuprep.executors import resources
 from gpuprep.executors.processes import Here, Place
-from gpuprep.phantom import write_series
 from gpuprep.pipeline import cohort
 from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.events import Run
+from gpuprep.testing import write_series
 
 RECIPE = Recipe(spacing_mm=(1.0, 2.0, 2.0), size=(12, 10), dtype="uint8")
 SPACING = (2.5, 0.8, 0.7)

@@ -31,9 +31,9 @@ from gpuprep.output import object_store
 from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.output.object_store import Bucket, open_bucket
 from gpuprep.output.verify import Records, status, verify
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Listener
+from gpuprep.testing import write_series
 
 OUT = "memory://out/x"
 

@@ -30,7 +30,7 @@ from gpuprep import __version__
 from gpuprep.cli.app import app
 from gpuprep.core.recipe import Recipe
 from gpuprep.output.folder_store import open_output
-from gpuprep.phantom import outlines, thorax, write_series
+from gpuprep.testing import outlines, thorax, write_series
 
 COMMANDS = ["convert", "scan", "demo", "doctor"]
 SMALL = ["--spacing", "5,2,2", "--size", "6,5", "--jobs", "1", "--backend", "cpu"]

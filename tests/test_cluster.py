@@ -27,8 +27,8 @@ from gpuprep.errors import BackendError, RequestError
 from gpuprep.executors.dask import Cluster, Elsewhere, elsewhere
 from gpuprep.executors.processes import Here, OverdueError, WorkerDiedError, last_task
 from gpuprep.output.folder_store import Output
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.convert_series import Task, convert_series
+from gpuprep.testing import write_series
 
 pytest.importorskip("distributed", reason="Dask is not installed: pip install 'gpuprep[dask]'")
 

@@ -12,7 +12,7 @@ from bench import agreement, report
 from bench.contenders import Contender, contenders, floor, with_gpuprep
 from bench.run_contender import answer
 from bench.summary import summarise, without_paths
-from gpuprep.phantom import thorax, write_series
+from gpuprep.testing import thorax, write_series
 
 SPACING_MM = (3.0, 2.0, 2.0)
 

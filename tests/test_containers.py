@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from gpuprep.files import archives
 from gpuprep.files.archives import GZIP_MEMBER, ContainerError, Member, kind, members, open_member, safe_parts
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
 NOISE = np.random.default_rng(0).bytes(300_000)

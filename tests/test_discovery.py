@@ -37,7 +37,7 @@ from gpuprep.dicom.discover import Cohort, discover
 from gpuprep.dicom.read import read
 from gpuprep.dicom.stack import stack
 from gpuprep.errors import InputError, RequestError
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 Change = Callable[[Dataset, int], None]
 

@@ -28,7 +28,7 @@ from gpuprep.core.series import Series, SliceHeader
 from gpuprep.dicom.headers import read_headers
 from gpuprep.dicom.read import Content, SeriesReader
 from gpuprep.errors import DecodeError
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 Stored = NDArray[np.int16]
 SHAPE, SPACING_MM = (5, 24, 26), (2.5, 0.8, 0.7)

@@ -16,7 +16,7 @@ from gpuprep.dicom.discover import discover
 from gpuprep.dicom.hu_range import Extremes
 from gpuprep.dicom.read import SeriesReader
 from gpuprep.errors import IntensityError
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 INT16 = Recipe(window_hu=None, size=None, dtype="int16", policy="keep")
 

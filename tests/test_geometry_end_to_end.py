@@ -12,7 +12,7 @@ from pydicom import Dataset
 
 import gpuprep
 from gpuprep.core.recipe import Recipe
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 ORIGIN = (-12.5, 33.25, -101.75)
 OBLIQUE = (0.9541666, -0.2080757, 0.2151061, 0.2785886, 0.880128, -0.3843997)

@@ -27,8 +27,8 @@ from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import BackendError, DeviceMemoryError
-from gpuprep.phantom import thorax, write_series
 from gpuprep.pipeline.cohort import convert
+from gpuprep.testing import thorax, write_series
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,7 @@ from pydicom import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLSLossless, generate_uid
 
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 SERIES = 200
 SPACING_MM = (2.0, 0.9, 0.8)

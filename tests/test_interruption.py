@@ -25,8 +25,8 @@ import pytest
 from gpuprep.core.recipe import Recipe
 from gpuprep.executors.signals import held_back
 from gpuprep.output.paths import WORKSHOP
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import convert
+from gpuprep.testing import write_series
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and process groups")
 

@@ -24,7 +24,7 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.core.volume import StoredVolume, Volume
 from gpuprep.dicom.audit import audit
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 HU_ONLY = Recipe(window_hu=None, size=None)
 AS_ACQUIRED = Recipe(window_hu=None, size=None, spacing_mm=None)

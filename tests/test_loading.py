@@ -10,7 +10,7 @@ from standin import ForeignBackend
 
 import gpuprep
 from gpuprep.errors import GeometryError, RequestError
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 RECIPE = gpuprep.Recipe(size=(30, 30))
 

@@ -18,7 +18,7 @@ from segmentations import write_rtstruct
 import gpuprep
 from gpuprep import Masks, Recipe
 from gpuprep.compute.backend import Backend
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 SHAPE = (20, 100, 110)
 SPACING_MM = (3.0, 0.8, 0.7)

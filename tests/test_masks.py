@@ -24,9 +24,9 @@ from gpuprep import Masks, Recipe
 from gpuprep.cli.app import app
 from gpuprep.core.geometry import Geometry
 from gpuprep.errors import RequestError
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Run
+from gpuprep.testing import write_series
 
 SHAPE = (6, 20, 24)
 SPACING_MM = (2.0, 1.0, 1.0)

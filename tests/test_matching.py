@@ -26,9 +26,9 @@ from gpuprep import Recipe
 from gpuprep.cli.app import app
 from gpuprep.core.geometry import Geometry
 from gpuprep.dicom.discover import discover
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Listener
+from gpuprep.testing import write_series
 
 ORIGIN_MM = (-10.0, -20.0, 30.0)
 FEW = (4, 8, 10)

@@ -33,11 +33,11 @@ from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import discover
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.output.manifest import Manifest, SeriesResult
-from gpuprep.phantom import write_series
 from gpuprep.pipeline import cohort, job
 from gpuprep.pipeline.convert_masks import Label
 from gpuprep.pipeline.events import Listener
 from gpuprep.pipeline.pseudonyms import PUBLIC_OF_AUDIT, PUBLIC_OF_LABELS, Pseudonyms
+from gpuprep.testing import write_series
 
 SPACING = (2.5, 0.8, 0.7)
 PATH = "MRN-00471199 Zauberfrau"

@@ -29,7 +29,7 @@ from gpuprep.dicom.stack import Stack, stack
 from gpuprep.masks.formats.dicom_objects import read_object
 from gpuprep.masks.model import Reading
 from gpuprep.masks.place_on_slices import place
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 SHAPE = (9, 22, 20)
 SPACING = (2.5, 0.9, 0.8)

@@ -39,8 +39,8 @@ from gpuprep.dicom.headers import read_headers
 from gpuprep.dicom.split_volumes import partition
 from gpuprep.errors import InputError
 from gpuprep.output.manifest import Manifest, manifest_path
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.pseudonyms import Pseudonyms
+from gpuprep.testing import write_series
 
 HU = Recipe(spacing_mm=None, size=None, window_hu=None)
 BY_FOLDER = Rules(group_by="folder")

@@ -18,7 +18,7 @@ from gpuprep.errors import SegmentationError
 from gpuprep.masks.model import Contour, Raster, Reading, Segmentation, SliceKey, Structure, painted
 from gpuprep.masks.place_on_slices import joined, place
 from gpuprep.masks.rasterize import filled, on_outline
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 MATRIX = (12, 15)
 IN_ORDER = Reading(slice_order="stack", index_base=0)

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from gpuprep.cli.app import app
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import discover
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import convert
+from gpuprep.testing import write_series
 
 IDENTITY = {
     "PatientName": "Zauberfrau^Ottilie^Q",

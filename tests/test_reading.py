@@ -40,7 +40,7 @@ from gpuprep.core.volume import StoredVolume
 from gpuprep.dicom.discover import discover
 from gpuprep.dicom.read import SeriesReader, read
 from gpuprep.errors import DecodeError, MissingTagError
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 Stored = NDArray[Any]
 Change = Callable[[Dataset, int], None]

@@ -25,10 +25,10 @@ import gpuprep
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.headers import Contents, read_headers
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import convert, scan
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Run
+from gpuprep.testing import write_series
 
 SMALL = Recipe(spacing_mm=None, size=(8, 8))
 SPACING_MM = (2.5, 0.8, 0.7)

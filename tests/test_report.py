@@ -23,8 +23,8 @@ from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.errors import RequestError
 from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.output.preview import jpeg
-from gpuprep.phantom import write_series
 from gpuprep.report.html import write_report
+from gpuprep.testing import write_series
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 JPEG = jpeg(np.full((128, 392, 3), 90, dtype=np.uint8))

@@ -15,9 +15,9 @@ import gpuprep
 from gpuprep.cli.app import app
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.hu_histogram import Histogram
-from gpuprep.phantom import write_series
 from gpuprep.report.inspect_series import glance, spread
 from gpuprep.report.montage import montage, shares, text_histogram
+from gpuprep.testing import write_series
 
 LEFT_HU, RIGHT_HU = -100, 200
 COLUMNS = 24

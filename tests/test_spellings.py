@@ -23,7 +23,7 @@ from gpuprep.core.series import Image, Series
 from gpuprep.dicom.headers import read_headers
 from gpuprep.dicom.odd_numbers import with_points
 from gpuprep.errors import InputError, IntensityError
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 SPACING_MM = (2.5, 0.8, 0.7)
 STORED = np.random.default_rng(0).integers(0, 3000, (4, 12, 14)).astype(np.int16)

@@ -22,7 +22,7 @@ from gpuprep.dicom.discover import discover
 from gpuprep.dicom.read import read
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.errors import GeometryError, InputError, IntensityError, MissingTagError
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 STRICT = Rules(policy="strict")

@@ -32,8 +32,8 @@ from test_sources import enhanced, wrapped
 import gpuprep
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import IntensityError
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import scan
+from gpuprep.testing import write_series
 
 Stored = NDArray[Any]
 Change = Callable[[Dataset, int], None]

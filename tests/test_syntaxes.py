@@ -23,7 +23,7 @@ from gpuprep.cli.doctor import COMPRESSED_SYNTAXES
 from gpuprep.core.series import Series
 from gpuprep.dicom.uids import ENCODINGS, NATIVE, syntax_name
 from gpuprep.errors import DecodeError
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 SHAPE, SPACING_MM = (4, 11, 13), (2.5, 0.8, 0.7)
 GE = "1.2.840.113619.5.2"

@@ -17,7 +17,7 @@ from test_masks import LEFT_BOX, RIGHT_BOX, Ct, rtstruct
 import gpuprep
 from gpuprep import Masks, Recipe
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.phantom import write_series
+from gpuprep.testing import write_series
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'gpuprep[torch]'")
 

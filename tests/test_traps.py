@@ -66,10 +66,10 @@ from gpuprep.output.manifest import SeriesResult
 from gpuprep.output.read_volume import Finished
 from gpuprep.output.verify import verify
 from gpuprep.output.writers import tiff
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Run
 from gpuprep.report.html import write_report
+from gpuprep.testing import write_series
 
 sitk: Any = pytest.importorskip("SimpleITK")
 

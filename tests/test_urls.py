@@ -26,9 +26,9 @@ from gpuprep.cli.app import app
 from gpuprep.errors import DecodeError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.masks.formats import pinnacle
-from gpuprep.phantom import write_series
 from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Listener
+from gpuprep.testing import write_series
 
 fsspec = pytest.importorskip("fsspec")
 

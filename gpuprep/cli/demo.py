@@ -9,9 +9,9 @@ from pathlib import Path
 from gpuprep.compute.backend import BackendName, NumpyBackend, get_backend
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
-from gpuprep.phantom import outlines, thorax, write_series
 from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.events import Listener, Run
+from gpuprep.testing import outlines, thorax, write_series
 
 THIN, THICK = (3.0, 1.6, 1.6), (5.0, 1.5, 1.5)
 """Spacings in mm: coarse, so that the demo is a matter of seconds."""

@@ -59,7 +59,7 @@ def process(
     Examples
     --------
     >>> from pathlib import Path
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
     >>> stored = gpuprep.read(gpuprep.discover("dicom")[0])
     >>> volume = gpuprep.process(stored, gpuprep.Recipe(size=None), backend="cpu")

@@ -143,7 +143,7 @@ class Series:
     Examples
     --------
     >>> from pathlib import Path
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
     >>> (series,) = gpuprep.discover("dicom")
     >>> series.series_number, len(series.slices), series.label.startswith("series-1-")

@@ -21,7 +21,7 @@ class StoredVolume:
     Examples
     --------
     >>> from pathlib import Path
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
     >>> volume = gpuprep.read(gpuprep.discover("dicom")[0])
     >>> volume.stored.shape, float(volume.slope[0]), float(volume.intercept[0])
@@ -72,7 +72,7 @@ class Volume:
     Examples
     --------
     >>> from pathlib import Path
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
     >>> recipe = gpuprep.Recipe(size=(64, 64))
     >>> volume = gpuprep.process(gpuprep.read(gpuprep.discover("dicom")[0]), recipe, backend="cpu")

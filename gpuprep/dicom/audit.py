@@ -24,7 +24,7 @@ class Audit:
     Examples
     --------
     >>> from pathlib import Path
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
     >>> files[4].unlink()
     >>> audited = gpuprep.audit(gpuprep.discover("dicom")[0])
@@ -105,7 +105,7 @@ def audit(series: Series, rules: Rules | None = None) -> Audit:
     Examples
     --------
     >>> from pathlib import Path
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
     >>> audited = gpuprep.audit(gpuprep.discover("dicom")[0])
     >>> audited.verdict, audited.measures.spacing_mm, audited.measures.orientation

@@ -111,7 +111,7 @@ def discover(
     Examples
     --------
     >>> from pathlib import Path
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
     >>> cohort = gpuprep.discover("dicom")
     >>> len(cohort), len(cohort[0].slices), cohort.passed_over

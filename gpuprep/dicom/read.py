@@ -223,7 +223,7 @@ def read(series: Series, recipe: Recipe | None = None) -> StoredVolume:
     Examples
     --------
     >>> from pathlib import Path
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
     >>> stored = gpuprep.read(gpuprep.discover("dicom")[0])
     >>> stored.stored.shape, stored.stored.dtype.name, stored.geometry.spacing_mm

@@ -139,7 +139,7 @@ def stack(series: Series, rules: Rules | None = None, measures: Measures | None 
     Examples
     --------
     >>> from pathlib import Path
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
     >>> stacked = gpuprep.stack(gpuprep.discover("dicom")[0])
     >>> stacked.geometry.shape, stacked.geometry.spacing_mm

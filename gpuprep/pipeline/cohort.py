@@ -281,7 +281,7 @@ def convert(
     Examples
     --------
     >>> from pathlib import Path
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
     >>> recipe = gpuprep.Recipe(size=(64, 64), dtype="uint8", format="tif-stack")
     >>> run = gpuprep.convert("dicom", "out", recipe, backend="cpu")

@@ -63,7 +63,7 @@ def load(
     >>> import tempfile
     >>> from pathlib import Path
     >>> import gpuprep
-    >>> from gpuprep.phantom import thorax, write_series
+    >>> from gpuprep.testing import thorax, write_series
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = write_series(Path(folder), thorax((8, 64, 64), (3.0, 5.0, 5.0)), (3.0, 5.0, 5.0))
     ...     volume = gpuprep.load(folder, gpuprep.Recipe(size=(128, 128)), backend="cpu")
