@@ -3,8 +3,8 @@
     python -m bench.fuzz [--cases 20000] [--seed 0] [--jobs 2] [--only N] [--keep DIR] [--out FILE.json]
 
 A case is one of some small valid series with one or more things broken, or odd as files of real scanners are, beside a
-small series that is left alone (the witness). `gpuprep.pipeline.cohort.scan` and `gpuprep.convert` are run on it in a child
-process. It is a violation if
+small series that is left alone (the witness). `gpuprep.pipeline.cohort.scan` and `gpuprep.convert` are run on it in a
+child process. It is a violation if
 
 * anything but a `GpuprepError` is raised, or anything at all although the witness could have been converted;
 * a series is "failed" for another reason than its output or a dead worker: such is a bug that was caught late;

@@ -16,8 +16,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from gpuprep.compute.process import process as process
     from gpuprep.core.geometry import Geometry as Geometry

@@ -628,7 +628,8 @@ def test_a_series_that_always_kills_its_worker_is_tried_twice_and_set_aside(
         "import gpuprep.executors.resources, gpuprep.pipeline.cohort, test_faults\n"
         "gpuprep.executors.resources.get_backends = lambda *_: [test_faults.DeadlyBackend()]\n"
         "from gpuprep import Recipe\n"
-        "run = gpuprep.pipeline.cohort.convert(sys.argv[1], sys.argv[2], Recipe(size=(24, 24)), backend='cpu', jobs=2)\n"
+        "convert = gpuprep.pipeline.cohort.convert\n"
+        "run = convert(sys.argv[1], sys.argv[2], Recipe(size=(24, 24)), backend='cpu', jobs=2)\n"
         "raise SystemExit(run.exit_code)"
     )
     tests = os.path.dirname(__file__)

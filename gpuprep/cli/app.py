@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from gpuprep import __version__
+from gpuprep._version import __version__
 from gpuprep.cli.convert_command import gpu_numbers, jobs_or_cores, run_conversion
 from gpuprep.cli.exit_codes import complain, errors_to_exit_codes, header_index, print_csv, print_json
 from gpuprep.cli.inspect_commands import LOOKING

@@ -1,4 +1,4 @@
-"""Compiled loops that resample one line after the other: what `gpuprep.compute.resample_taps` describes, at the speed of the cache.
+"""Compiled loops that resample one line after the other, with the tables of `gpuprep.compute.resample_taps`.
 
 All of them let other threads run, and compute in float32. Inner loops run over neighbours in memory, so that compilers
 make vectors of them. Compilation takes a few seconds, once per machine: Numba keeps the result on disk, if it can.

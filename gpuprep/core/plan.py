@@ -55,7 +55,7 @@ class Step:
 
     @property
     def lost(self) -> tuple[tuple[int, int], ...]:
-        """Planes of the output, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `gpuprep.compute.resample_taps.lost`."""
+        """Planes of the output, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `lost_samples`."""
         zoomed = [a for a in range(3) if self.moves(a) and (self.along[a] is None or self.sigma[a] > 0)]
         found = ((a, resample_taps.lost(self.source[a], self.target[a], self.mode, self.grid_mode)) for a in zoomed)
         return tuple((axis, int(index)) for axis, indices in found for index in indices)

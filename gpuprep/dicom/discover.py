@@ -106,7 +106,8 @@ def discover(
     Notes
     -----
     Images belong together by *Series Instance UID*, wherever their files lie (or by folder, if the rules say so), and
-    within one UID by study, patient, matrix, pixel spacing, orientation and acquisition; see `gpuprep.dicom.split_volumes`.
+    within one UID by study, patient, matrix, pixel spacing, orientation and acquisition: see
+    `gpuprep.dicom.split_volumes`.
 
     Examples
     --------

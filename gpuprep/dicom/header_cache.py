@@ -17,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpuprep import __version__
+from gpuprep._version import __version__
 from gpuprep.core.formatting import printable
 from gpuprep.core.series import Image, OtherImage, SliceHeader
 from gpuprep.dicom.headers import TAGS, Contents

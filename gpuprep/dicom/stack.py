@@ -129,8 +129,8 @@ def stack(series: Series, rules: Rules | None = None, measures: Measures | None 
     Raises
     ------
     InputError
-        As `gpuprep.dicom.header_checks.check` raises; and GeometryError if the slices do not form a regular grid and the rules
-        do not allow to make one of them.
+        As `gpuprep.dicom.header_checks.check` raises; and GeometryError if the slices do not form a regular grid and
+        the rules do not allow to make one of them.
 
     References
     ----------

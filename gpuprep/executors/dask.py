@@ -25,7 +25,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from gpuprep import __version__
+from gpuprep._version import __version__
 from gpuprep.compute.backend import Backend, BackendName, Body, get_backend
 from gpuprep.errors import BackendError, GpuprepError, RequestError
 from gpuprep.executors import processes

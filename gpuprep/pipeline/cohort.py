@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from gpuprep import __version__
+from gpuprep._version import __version__
 from gpuprep.compute.backend import Backend, BackendName, Engine, checked_engine, get_backend
 from gpuprep.compute.memory_estimate import USABLE
 from gpuprep.core.formatting import printable

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-import gpuprep
+from gpuprep._version import __version__
 from gpuprep.compute.backend import Backend, Engine
 from gpuprep.compute.memory_estimate import needed_bytes
 from gpuprep.compute.pinned_transfer import DEVICE
@@ -110,7 +110,7 @@ class Task:
             device=os.environ.get(DEVICE, self.backend.device),
             fingerprint=self.fingerprint,
             recipe_sha256=self.recipe.sha256,
-            version=gpuprep.__version__,
+            version=__version__,
             host=this_host(),
         )
 
@@ -158,7 +158,7 @@ def _recognised(task: Task, blank: SeriesResult) -> SeriesResult | None:
     sidecar, written = found
     try:
         same = (sidecar["key"], sidecar["fingerprint"], sidecar["recipe_sha256"], sidecar["versions"]["gpuprep"])
-        if same != (blank.key, task.fingerprint, task.recipe.sha256, gpuprep.__version__):
+        if same != (blank.key, task.fingerprint, task.recipe.sha256, __version__):
             return None
         source = sidecar["source"]
         made = {k: sidecar[k] for k in ("codes", "irregularities", "warnings", "shape", "spacing_mm")}
@@ -385,7 +385,7 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
 @cache
 def versions(gpu: bool = False) -> dict[str, str]:
     """Return the versions of gpuprep, Python and what the result depends on."""
-    found = {"gpuprep": gpuprep.__version__, "python": platform.python_version()}
+    found = {"gpuprep": __version__, "python": platform.python_version()}
     for package in RECORDED_PACKAGES + (RECORDED_GPU_PACKAGES if gpu else ()):
         try:
             found[package] = version(package)

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from gpuprep import __version__
+from gpuprep._version import __version__
 from gpuprep.compute.hu_histogram import BANDS, FLAGS, SOURCES, flags
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
