@@ -18,8 +18,7 @@ from gpuprep.core.stacking_rules import Rules
 from gpuprep.dicom.header_cache import File, HeaderIndex
 from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.dicom.split_volumes import partition
-from gpuprep.files.filesystem import given, is_requested_folder, is_url, resolved, stat, walk
-from gpuprep.output.paths import absolute
+from gpuprep.files.filesystem import absolute, given, is_requested_folder, is_url, resolved, stat, walk
 
 FILES_PER_TASK = 64
 

@@ -90,6 +90,14 @@ def isdir(path: str) -> bool:
     return modes.S_ISDIR(_mode(path)) if is_url(path) else os.path.isdir(path)
 
 
+def absolute(path: str | os.PathLike[str]) -> str:
+    """Return a path from the root on, as the system would go: up from a link's target, but links otherwise kept."""
+    path = given(path)
+    if is_url(path):
+        return path
+    return os.path.realpath(path) if os.pardir in path.split(os.sep) else os.path.abspath(path)
+
+
 def isfile(path: str) -> bool:
     """Whether a path is a file."""
     return modes.S_ISREG(_mode(path)) if is_url(path) else os.path.isfile(path)

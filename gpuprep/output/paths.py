@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from gpuprep.core.series import Series
-from gpuprep.files.filesystem import given, is_url, isfile, rooted
+from gpuprep.files.filesystem import absolute, isfile, rooted
 
 WORKSHOP = ".gpuprep"
 """Folder inside OUT for what is not finished; no series is ever put there."""
@@ -62,14 +62,6 @@ def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, 
         folders[s.key] = next(name for name in names if used.free(name, s.key))
         used.give(folders[s.key], s.key)
     return folders
-
-
-def absolute(path: str | os.PathLike[str]) -> str:
-    """Return a path from the root on, as the system would go: up from a link's target, but links otherwise kept."""
-    path = given(path)
-    if is_url(path):
-        return path
-    return os.path.realpath(path) if os.pardir in path.split(os.sep) else os.path.abspath(path)
 
 
 class _Used:

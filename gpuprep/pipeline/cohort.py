@@ -33,7 +33,7 @@ from gpuprep.executors.processes import (
 )
 from gpuprep.executors.resources import Means, chosen_means, means_of
 from gpuprep.executors.signals import Stop
-from gpuprep.files.filesystem import given, resolved
+from gpuprep.files.filesystem import absolute, given, resolved
 from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import (
     Manifest,
@@ -48,7 +48,6 @@ from gpuprep.output.manifest import (
 )
 from gpuprep.output.nnunet import Layout, arrange, check
 from gpuprep.output.object_store import at_hand, open_out, output_at, place_of
-from gpuprep.output.paths import absolute
 from gpuprep.pipeline.convert_series import Task, convert_series
 from gpuprep.pipeline.decide import DONE, Outlook, outlooks
 from gpuprep.pipeline.estimate import Experience, Forecast, experience

@@ -19,13 +19,12 @@ from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.dicom.discover import Cohort, OtherSeries
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
 from gpuprep.executors.processes import Executor, WorkerDiedError, answers
-from gpuprep.files.filesystem import is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
+from gpuprep.files.filesystem import absolute, is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
 from gpuprep.masks.detect_format import UNKNOWN
 from gpuprep.masks.filename_hints import UID
 from gpuprep.masks.model import ImageFrame, Plane, Reading
 from gpuprep.masks.place_on_slices import group_paths
 from gpuprep.masks.read import DAMAGED_OBJECT, names_by_path, read_segmentation
-from gpuprep.output.paths import absolute
 
 log = logging.getLogger(__name__)
 
