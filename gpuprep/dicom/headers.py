@@ -28,13 +28,13 @@ from gpuprep.dicom.uids import (
     GE_BIG_WORDS,
     IMPLICIT_VR,
     NATIVE,
+    SEGMENTATION_CLASSES,
     UNDEFINED_LENGTH,
 )
 from gpuprep.errors import nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.archives import GZIP_MEMBER, ContainerError, kind, members, safe_parts
 from gpuprep.files.bounded_reader import open_frugally
-from gpuprep.masks.formats.dicom_objects import SEGMENTATION_CLASSES
 
 if TYPE_CHECKING:
     import pydicom

@@ -1,4 +1,4 @@
-"""Transfer syntaxes: how the pixels of each are encoded, and what it is called.
+"""UIDs of transfer syntaxes, and how the pixels of each are encoded; UIDs of segmentation objects.
 
 References
 ----------
@@ -46,6 +46,12 @@ ENCODINGS: dict[str, Encoding] = {
 
 READ = frozenset({*NATIVE, *ENCODINGS})
 """Every transfer syntax that is read."""
+
+RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
+SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+LABEL_MAP_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.7"
+SEGMENTATION_CLASSES = (RT_STRUCTURE_SET, SEGMENTATION, LABEL_MAP_SEGMENTATION)
+"""SOP classes of segmentations."""
 
 _NAMES = {
     "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 from gpuprep.core.formatting import printable
 from gpuprep.dicom.deflate import inflated
+from gpuprep.dicom.uids import LABEL_MAP_SEGMENTATION, RT_STRUCTURE_SET, SEGMENTATION
 from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import FrugalReader
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 
 # pydicom is imported where a file is read.
 
-RT_STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
-SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
-LABEL_MAP_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.7"
-SEGMENTATION_CLASSES = (RT_STRUCTURE_SET, SEGMENTATION, LABEL_MAP_SEGMENTATION)
 
 LAST_REFERENCE = dicom_elements.TAGS["ReferencedFrameOfReferenceSequence"]
 """The last element of an object that says to which series it belongs."""
