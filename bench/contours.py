@@ -34,9 +34,10 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from bench.measure import save
+from gpuprep.core.mask_options import Reading
 from gpuprep.dicom.discover import discover
 from gpuprep.dicom.stack import Stack, stack
-from gpuprep.masks.model import Contour, Reading, Segmentation, Structure
+from gpuprep.masks.model import Contour, Segmentation, Structure
 from gpuprep.masks.place_on_slices import place
 from gpuprep.masks.read import read_segmentation
 from gpuprep.testing import write_series

@@ -14,9 +14,9 @@ from test_masks import LEFT, LEFT_BOX, ORIGIN_MM, RAW, SHAPE, SPACING_MM, Ct
 
 import gpuprep
 from gpuprep.core.geometry import Geometry
+from gpuprep.core.mask_options import Reading
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.dicom_objects import read_object
-from gpuprep.masks.model import Reading
 
 MARK = b"7777.77"
 """Stands in Contour Data where the damage is going to be; as long as each of `DAMAGE`."""

@@ -24,10 +24,10 @@ from test_masks import LEFT, RAW, Ct, square
 import gpuprep
 from gpuprep import Masks
 from gpuprep.core.geometry import Geometry
+from gpuprep.core.mask_options import Reading
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.masks.formats.dicom_objects import read_object
-from gpuprep.masks.model import Reading
 from gpuprep.masks.place_on_slices import place
 from gpuprep.testing import write_series
 

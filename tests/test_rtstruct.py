@@ -25,9 +25,10 @@ from pydicom.uid import (
 )
 from segmentations import write_rtstruct
 
+from gpuprep.core.mask_options import Reading
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.dicom_objects import read_object
-from gpuprep.masks.model import Reading, Segmentation
+from gpuprep.masks.model import Segmentation
 from gpuprep.masks.rasterize import filled
 
 SQUARE = [[0.5, 0.25, -3], [10.5, 0.25, -3], [10.5, 8.25, -3], [0.5, 8.25, -3]]

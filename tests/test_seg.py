@@ -29,10 +29,11 @@ from pydicom.uid import (
 from segmentations import DEFLATED_FRAMES, UNCOMPRESSED, placed, write_seg
 
 from gpuprep.core.geometry import Geometry
+from gpuprep.core.mask_options import Reading
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats import dicom_objects, seg
 from gpuprep.masks.formats.dicom_objects import read_object
-from gpuprep.masks.model import Reading, Segmentation, SliceKey
+from gpuprep.masks.model import Segmentation, SliceKey
 
 Kind = Literal["binary", "fractional", "labelmap"]
 KINDS: list[Kind] = ["binary", "fractional", "labelmap"]

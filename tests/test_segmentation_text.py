@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from gpuprep.core.mask_options import TEXT_FORMATS, Reading
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.detect_format import FORMATS, recognise
 from gpuprep.masks.filename_hints import slice_and_structure
 from gpuprep.masks.formats.parse_numbers import parse
-from gpuprep.masks.model import TEXT_FORMATS, Plane, Raster, Reading, Segmentation, SliceKey
+from gpuprep.masks.model import Plane, Raster, Segmentation, SliceKey
 from gpuprep.masks.rasterize import filled
 from gpuprep.masks.read import read_segmentation
 from gpuprep.masks.text_parsing import NUMBER

@@ -12,7 +12,15 @@ from typing import Any, Literal, get_args
 
 from gpuprep.core.formatting import printable
 from gpuprep.errors import RecipeError, SegmentationError
-from gpuprep.masks.model import TEXT_FORMATS, Reading, SliceFrom, SliceOrder, Units
+
+Units = Literal["px", "mm", "cm"]
+SliceFrom = Literal["name", "column", "z", "uid"]
+SliceOrder = Literal["stack", "instance"]
+
+TEXT_FORMATS = (
+    "imagej-xy", "imagej-text-image", "imagej-values", "points", "polygons", "cxt", "pinnacle", "lidc-xml", "pylidc",
+)  # fmt: skip
+"""Formats of text files by name: see `gpuprep.masks.detect_format`."""
 
 Layout = Literal["labels", "per-roi"]
 Resampling = Literal["nearest", "smooth"]
@@ -21,6 +29,26 @@ Aliases = tuple[tuple[str, tuple[str, ...]], ...]
 
 Hide = Callable[[str, str], str]
 """Kind of thing and its name to what stands for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What people say about a text file that does not say it itself. None: find it out, or refuse."""
+
+    text_format: str | None = None
+    """One of `TEXT_FORMATS`."""
+    units: Units | None = None
+    """Of coordinates in a slice."""
+    index_base: Literal[0, 1] | None = None
+    """Whether slices are counted from 0 or from 1."""
+    pixel_base: Literal[0, 1] = 0
+    """Coordinates of the centre of the first pixel, where pixels are meant; ImageJ's outlines count from its corner."""
+    slice_from: SliceFrom | None = None
+    """What tells the slice: the name of the file, a column of numbers or of UIDs, or z."""
+    slice_order: SliceOrder | None = None
+    """What numbers of slices count: slices along the normal, or *Instance Number*."""
+    threshold: float = 0.5
+    """From which share on a voxel of a fractional SEG belongs to its segment."""
 
 
 @dataclass(frozen=True, kw_only=True)

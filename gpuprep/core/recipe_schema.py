@@ -11,10 +11,9 @@ from typing import Any, cast, get_args
 
 from gpuprep.core import mask_options
 from gpuprep.core import recipe as recipes
-from gpuprep.core.mask_options import Masks
+from gpuprep.core.mask_options import Masks, Reading
 from gpuprep.core.recipe import PRESETS, Recipe
 from gpuprep.core.stacking_rules import Rules
-from gpuprep.masks.model import Reading
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 

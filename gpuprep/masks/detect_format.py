@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from gpuprep.core.formatting import numbered, quoted
+from gpuprep.core.mask_options import Reading
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.masks.formats import column_roles
 from gpuprep.masks.formats.column_roles import HEADER_HINT, Columns
 from gpuprep.masks.formats.parse_numbers import Table, parse
-from gpuprep.masks.model import Plane, Reading, Segmentation
+from gpuprep.masks.model import Plane, Segmentation
 from gpuprep.masks.text_parsing import NUMBER
 
 

@@ -8,8 +8,9 @@ from contextlib import suppress
 from typing import get_args
 
 from gpuprep.core.formatting import printable, quoted
+from gpuprep.core.mask_options import SliceFrom
 from gpuprep.errors import SegmentationError
-from gpuprep.masks.model import SliceFrom, SliceKey
+from gpuprep.masks.model import SliceKey
 from gpuprep.masks.text_parsing import FARTHEST
 
 UID = re.compile(r"(?<![0-9.])[0-2](?:\.(?:0|[1-9][0-9]*)){4,}(?![0-9])")

@@ -16,15 +16,6 @@ from numpy.typing import NDArray
 from gpuprep.core.geometry import Geometry
 from gpuprep.errors import SegmentationError
 
-Units = Literal["px", "mm", "cm"]
-SliceFrom = Literal["name", "column", "z", "uid"]
-SliceOrder = Literal["stack", "instance"]
-
-TEXT_FORMATS = (
-    "imagej-xy", "imagej-text-image", "imagej-values", "points", "polygons", "cxt", "pinnacle", "lidc-xml", "pylidc",
-)  # fmt: skip
-"""Formats of text files by name: see `gpuprep.masks.detect_format`."""
-
 Frame = Literal["patient", "pixel", "corner"]
 """patient: (x, y, z) in mm, LPS. pixel: (column, row) in pixels, the centre of the first pixel at (0, 0). corner:
 (x, y) in mm from the outer corner of the first pixel, as a calibrated ImageJ writes them."""
@@ -153,26 +144,6 @@ class Segmentation:
     """What was left out of it, and why."""
     beside: tuple[str, ...] = ()
     """Other files that were read to understand it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """What people say about a text file that does not say it itself. None: find it out, or refuse."""
-
-    text_format: str | None = None
-    """One of `TEXT_FORMATS`."""
-    units: Units | None = None
-    """Of coordinates in a slice."""
-    index_base: Literal[0, 1] | None = None
-    """Whether slices are counted from 0 or from 1."""
-    pixel_base: Literal[0, 1] = 0
-    """Coordinates of the centre of the first pixel, where pixels are meant; ImageJ's outlines count from its corner."""
-    slice_from: SliceFrom | None = None
-    """What tells the slice: the name of the file, a column of numbers or of UIDs, or z."""
-    slice_order: SliceOrder | None = None
-    """What numbers of slices count: slices along the normal, or *Instance Number*."""
-    threshold: float = 0.5
-    """From which share on a voxel of a fractional SEG belongs to its segment."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.formatting import numbered, printable
+from gpuprep.core.mask_options import Reading
 from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
 from gpuprep.masks import oblique_planes
-from gpuprep.masks.model import Contour, Plane, Raster, Reading, Segmentation, Slab, SliceKey, Structure
+from gpuprep.masks.model import Contour, Plane, Raster, Segmentation, Slab, SliceKey, Structure
 from gpuprep.masks.overlapping_outlines import arranged
 from gpuprep.masks.rasterize import filled, on_outline, united
 

@@ -9,13 +9,14 @@ import stat
 from collections.abc import Iterable
 
 from gpuprep.core.formatting import printable
+from gpuprep.core.mask_options import Reading
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.files import filesystem
 from gpuprep.files.archives import kind
 from gpuprep.masks.detect_format import FORMATS, UNKNOWN, recognise
 from gpuprep.masks.filename_hints import path_names
 from gpuprep.masks.formats import number_tables
-from gpuprep.masks.model import Plane, Reading, Segmentation
+from gpuprep.masks.model import Plane, Segmentation
 
 LARGEST_BYTES = 1 << 30
 """A larger file is no segmentation."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from gpuprep.core.formatting import printable
-from gpuprep.core.mask_options import Hide, Masks
+from gpuprep.core.mask_options import Hide, Masks, Reading
 from gpuprep.core.series import Series, sop_digest
 from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.dicom.discover import Cohort, OtherSeries
@@ -22,7 +22,7 @@ from gpuprep.executors.processes import Executor, WorkerDiedError, answers
 from gpuprep.files.filesystem import absolute, is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
 from gpuprep.masks.detect_format import UNKNOWN
 from gpuprep.masks.filename_hints import UID
-from gpuprep.masks.model import ImageFrame, Plane, Reading
+from gpuprep.masks.model import ImageFrame, Plane
 from gpuprep.masks.place_on_slices import group_paths
 from gpuprep.masks.read import DAMAGED_OBJECT, names_by_path, read_segmentation
 

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.formatting import quoted
+from gpuprep.core.mask_options import Reading, Units
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.parse_numbers import Table
-from gpuprep.masks.model import Plane, Reading, Units
+from gpuprep.masks.model import Plane
 
 ROLES = {
     "x": ("x", "xcoord", "col", "column"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.mask_options import Reading, Units
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.column_roles import Columns, in_patient, is_whole
-from gpuprep.masks.model import Plane, Reading, Units
+from gpuprep.masks.model import Plane
 
 ROUNDING_PX = 2e-3
 """How far from a whole number of pixels a length may be that was written in mm, with four decimals."""

@@ -14,13 +14,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from gpuprep.core.formatting import printable
+from gpuprep.core.mask_options import Reading
 from gpuprep.dicom.deflate import inflated
 from gpuprep.dicom.uids import LABEL_MAP_SEGMENTATION, RT_STRUCTURE_SET, SEGMENTATION
 from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import FrugalReader
 from gpuprep.masks.formats import dicom_elements, rtstruct, seg
-from gpuprep.masks.model import Reading, References, Segmentation
+from gpuprep.masks.model import References, Segmentation
 
 if TYPE_CHECKING:
     import pydicom

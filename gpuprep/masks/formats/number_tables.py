@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.formatting import numbered, printable
+from gpuprep.core.mask_options import Reading, Units
 from gpuprep.dicom.header_checks import LARGEST_SIDE
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.detect_format import FORMATS, MOST_LABELS, Recognised
@@ -21,18 +22,7 @@ from gpuprep.masks.filename_hints import slice_and_structure, stem
 from gpuprep.masks.formats import column_units
 from gpuprep.masks.formats.column_roles import LONGEST_LIST, Columns, is_scan, is_whole
 from gpuprep.masks.formats.parse_numbers import Table
-from gpuprep.masks.model import (
-    Collector,
-    Contour,
-    Frame,
-    Plane,
-    Raster,
-    Reading,
-    Segmentation,
-    SliceKey,
-    Units,
-    painted,
-)
+from gpuprep.masks.model import Collector, Contour, Frame, Plane, Raster, Segmentation, SliceKey, painted
 from gpuprep.masks.text_parsing import FARTHEST
 
 MOST_CELLS = 2**30

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.formatting import numbered, quoted
+from gpuprep.core.mask_options import Reading
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.dicom_elements import decimals, image_frames, integer, items, name, raw, text, uid
-from gpuprep.masks.model import Collector, Contour, ImageFrame, Reading, References, Segmentation
+from gpuprep.masks.model import Collector, Contour, ImageFrame, References, Segmentation
 from gpuprep.masks.text_parsing import FARTHEST, distinct
 
 if TYPE_CHECKING:

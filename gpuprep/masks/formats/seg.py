@@ -19,23 +19,14 @@ from numpy.typing import NDArray
 
 from gpuprep.core.formatting import quoted
 from gpuprep.core.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
+from gpuprep.core.mask_options import Reading
 from gpuprep.core.series import SliceHeader
 from gpuprep.dicom.deflate import inflated_frame
 from gpuprep.dicom.encapsulation import fragments_of
 from gpuprep.dicom.uids import ENCODINGS, UNDEFINED_LENGTH, syntax_name
 from gpuprep.errors import DecodeError, SegmentationError
 from gpuprep.masks.formats.dicom_elements import binary, decimals, image_frames, integer, items, name, raw, text, uid
-from gpuprep.masks.model import (
-    ONE_PLANE_MM,
-    Collector,
-    ImageFrame,
-    Reading,
-    References,
-    Segmentation,
-    Slab,
-    SliceKey,
-    painted,
-)
+from gpuprep.masks.model import ONE_PLANE_MM, Collector, ImageFrame, References, Segmentation, Slab, SliceKey, painted
 from gpuprep.masks.text_parsing import FARTHEST, distinct
 
 if TYPE_CHECKING:
