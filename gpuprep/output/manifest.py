@@ -23,6 +23,9 @@ Status = Literal["ok", "fixed", "skipped", "rejected", "failed"]
 """ok: converted. fixed: converted, and what was irregular put right. skipped: complete and unchanged since an earlier
 run. rejected: what is on disk cannot be converted truthfully. failed: something went wrong on the way."""
 
+DONE = ("ok", "fixed", "skipped")
+"""Of a series whose output is there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeriesResult:

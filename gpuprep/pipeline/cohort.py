@@ -36,6 +36,7 @@ from gpuprep.executors.signals import Stop
 from gpuprep.files.filesystem import absolute, given, resolved
 from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import (
+    DONE,
     Manifest,
     RunRecord,
     SeriesResult,
@@ -49,7 +50,7 @@ from gpuprep.output.manifest import (
 from gpuprep.output.nnunet import Layout, arrange, check
 from gpuprep.output.object_store import at_hand, open_out, output_at, place_of
 from gpuprep.pipeline.convert_series import Task, convert_series
-from gpuprep.pipeline.decide import DONE, Outlook, outlooks
+from gpuprep.pipeline.decide import Outlook, outlooks
 from gpuprep.pipeline.estimate import Experience, Forecast, experience
 from gpuprep.pipeline.events import Listener, Results, Run, Tally
 from gpuprep.pipeline.job import Work, doubtful_files, patients_of, placed, task_of, work_on
