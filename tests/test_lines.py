@@ -19,12 +19,12 @@ from scipy import ndimage
 from gpuprep.compute import resample_matrix, resample_taps
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.process import host_chunks
+from gpuprep.compute.slice_summary import Summary, summary
 from gpuprep.core.geometry import Placement
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
-from gpuprep.dicom.pixel_padding import Summary, summary
 
 RULES = [("nearest", True), ("constant", False), ("mirror", True)]
 
@@ -169,7 +169,7 @@ def test_without_numba_matrix_products_serve() -> None:
 
 def test_a_damaged_cache_of_loops_costs_time_only(tmp_path: Path) -> None:
     code = (
-        "import numpy as np; from gpuprep.dicom.pixel_padding import summary; "
+        "import numpy as np; from gpuprep.compute.slice_summary import summary; "
         "print(summary(np.full((2, 3), 7, np.int16), 1.0, 0.0, None, loops=True))"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}

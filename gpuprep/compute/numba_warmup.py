@@ -15,11 +15,11 @@ import numpy as np
 
 from gpuprep.compute.backend import NumpyBackend, compiled_loops
 from gpuprep.compute.process import process
+from gpuprep.compute.slice_summary import summary
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.core.volume import StoredVolume
-from gpuprep.dicom.pixel_padding import summary
 
 PATIENCE_S = 1.5
 """Before compiling deserves a word."""

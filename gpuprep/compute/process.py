@@ -1,8 +1,8 @@
 """One series through the plan: stored integers up once, a few slices at a time, and each finished chunk down once.
 
 Two engines give the same volume. ``operators`` multiplies with one banded matrix per axis
-(`gpuprep.compute.resample_matrix`); ``ndimage`` makes the literal library calls: `scipy.ndimage.zoom` and `skimage.transform.resize`, or on a GPU
-`cupyx.scipy.ndimage.zoom` and `cucim.skimage.transform.resize`.
+(`gpuprep.compute.resample_matrix`); ``ndimage`` makes the literal library calls: `scipy.ndimage.zoom` and
+`skimage.transform.resize`, or on a GPU `cupyx.scipy.ndimage.zoom` and `cucim.skimage.transform.resize`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import pydicom
 from numpy.typing import NDArray
 
 from gpuprep.compute.hu_histogram import Histogram, sampled
+from gpuprep.compute.slice_summary import summary
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series, SliceHeader
@@ -160,7 +161,7 @@ class SeriesReader:
         """Raise unless the pixels of a slice can be an image; count its padding, and clear what nobody declared."""
         slope, intercept = float(self.slope[k]), float(self.intercept[k])
         declared = None if self.padding is None else self.padding[k]
-        low, high, total, padding_voxels = padded.summary(values, slope, intercept, declared, loops=self._loops)
+        low, high, total, padding_voxels = summary(values, slope, intercept, declared, loops=self._loops)
         self.statistics.add(low, high, total, values.size, slope, intercept)
         self.padding_voxels += padding_voxels
         if high > np.iinfo(np.int16).max:
