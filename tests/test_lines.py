@@ -24,6 +24,7 @@ from gpuprep.core.geometry import Placement
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
+from gpuprep.core.sampling import lost_samples
 from gpuprep.core.volume import StoredVolume
 
 RULES = [("nearest", True), ("constant", False), ("mirror", True)]
@@ -51,9 +52,9 @@ def test_lost_outputs_are_those_that_scipy_leaves_at_zero(n: int, m: int) -> Non
     # Of a line of ones, by SciPy alone. An output lies outside for every order or for none.
     ones = np.ones((1, n))
     zoomed = ndimage.zoom(ones, (1, m / n), order=1)[0]
-    assert resample_taps.lost(n, m, "constant", False).tolist() == np.flatnonzero(zoomed == 0).tolist()
-    assert not resample_taps.lost(n, m, "nearest", True).size
-    assert not resample_taps.lost(n, m, "mirror", True).size
+    assert lost_samples(n, m, "constant", False).tolist() == np.flatnonzero(zoomed == 0).tolist()
+    assert not lost_samples(n, m, "nearest", True).size
+    assert not lost_samples(n, m, "mirror", True).size
 
 
 @settings(max_examples=150)

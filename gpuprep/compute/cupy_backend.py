@@ -19,8 +19,9 @@ from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-i
 )
 from numpy.typing import NDArray
 
-from gpuprep.compute import cuda_kernels, resample_taps
+from gpuprep.compute import cuda_kernels
 from gpuprep.compute.pinned_transfer import DEVICE, Empty, Lane
+from gpuprep.core.sampling import lost_samples
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 
 
@@ -122,7 +123,7 @@ class CupyBackend:
         # planes that SciPy leaves at 0 are then put there.
         zoomed = cupy_ndimage.zoom(values, factors, order=order, mode="mirror", grid_mode=grid_mode)
         for axis, samples in enumerate(values.shape):
-            for index in resample_taps.lost(samples, zoomed.shape[axis], mode, grid_mode):
+            for index in lost_samples(samples, zoomed.shape[axis], mode, grid_mode):
                 cupy.moveaxis(zoomed, axis, 0)[int(index)] = 0
         return zoomed
 

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.sampling import lost_samples, sample_positions
+
 POLE = math.sqrt(3) - 2
 """Of the cubic spline: what one sample does to coefficients falls by this per sample."""
 
@@ -69,7 +71,7 @@ def build(
     blur_mode: str,
 ) -> Line:
     """Return how to resample a line; the arguments are those of `gpuprep.compute.resample_matrix.matrix`."""
-    places = _places(n_in, n_out, mode, grid_mode) if order in (1, 3) and along is None and not sigma else None
+    places = sample_positions(n_in, n_out, mode, grid_mode) if order in (1, 3) and along is None and not sigma else None
     if places is None or n_in < 4:
         from gpuprep.compute import resample_matrix  # and SciPy, which most lines do without
 
@@ -109,31 +111,9 @@ def _line(
     )
 
 
-def _places(n_in: int, n_out: int, mode: str, grid_mode: bool) -> NDArray[Any] | None:
-    """Return where among the input samples each output lies, as `scipy.ndimage.zoom` reckons; None for other rules."""
-    q = np.arange(n_out)
-    if (mode, grid_mode) == ("nearest", True):
-        return (q + 0.5) * (n_in / n_out) - 0.5
-    if (mode, grid_mode) == ("mirror", True):
-        return np.asarray((n_in - 1) - np.abs((n_in - 1) - np.abs((q + 0.5) * (n_in / n_out) - 0.5)))
-    if (mode, grid_mode) == ("constant", False):
-        return q * ((n_in - 1) / max(1, n_out - 1))
-    return None
-
-
-def lost(n_in: int, n_out: int, mode: str, grid_mode: bool) -> NDArray[np.intp]:
-    """Return the outputs that `scipy.ndimage.zoom` leaves at 0: indices, ascending.
-
-    With ``mode="constant"`` the last output lies on the last input sample. For some sizes it comes to lie beyond it by
-    rounding in float64, and SciPy then takes it for one outside.
-    """
-    places = _places(n_in, n_out, mode, grid_mode) if mode == "constant" else None
-    return np.zeros(0, dtype=np.intp) if places is None else np.flatnonzero(places > n_in - 1)
-
-
 def _blank(weights: NDArray[Any], n_in: int, mode: str, grid_mode: bool) -> NDArray[Any]:
     """Return the weights, with zeros for the outputs that SciPy leaves at 0."""
-    weights[lost(n_in, len(weights), mode, grid_mode)] = 0
+    weights[lost_samples(n_in, len(weights), mode, grid_mode)] = 0
     return weights
 
 

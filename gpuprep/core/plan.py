@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from gpuprep.compute import resample_taps
 from gpuprep.core.geometry import UNSEEN_MM, Geometry, Placement, Shape3, Turn
 from gpuprep.core.hounsfield import AIR_HU
 from gpuprep.core.recipe import LARGEST_AXIS, Recipe
+from gpuprep.core.sampling import lost_samples
 from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.errors import PlanError
 
@@ -57,7 +57,7 @@ class Step:
     def lost(self) -> tuple[tuple[int, int], ...]:
         """Planes of the output, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `lost_samples`."""
         zoomed = [a for a in range(3) if self.moves(a) and (self.along[a] is None or self.sigma[a] > 0)]
-        found = ((a, resample_taps.lost(self.source[a], self.target[a], self.mode, self.grid_mode)) for a in zoomed)
+        found = ((a, lost_samples(self.source[a], self.target[a], self.mode, self.grid_mode)) for a in zoomed)
         return tuple((axis, int(index)) for axis, indices in found for index in indices)
 
     def arguments(self, axis: int) -> dict[str, Any]:
