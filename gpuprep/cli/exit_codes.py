@@ -60,34 +60,37 @@ def complain(text: str) -> None:
         print(f"gpuprep: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def print_json(value: Any) -> None:
-    """Print a value as JSON."""
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """Have it be no error if whoever reads standard output has seen enough."""
     from gpuprep.cli.console import mute
 
     try:
-        print(json.dumps(value, indent=1), flush=True)  # noqa: T201
-    except BrokenPipeError:  # the reader has seen enough
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
         mute(sys.stdout)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    with readers_may_leave():
+        print(json.dumps(value, indent=1))  # noqa: T201
 
 
 def print_csv(rows: list[dict[str, Any]]) -> None:
     """Print dicts as lines of a table; what they hold within becomes columns of its own, and lists JSON."""
     import csv
 
-    from gpuprep.cli.console import mute
-
     flat = [
         {k: v for k, v in row.items() if k != "audit"} | {f"audit_{k}": v for k, v in (row["audit"] or {}).items()}
         for row in rows
     ]
-    try:
+    with readers_may_leave():
         writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(k for row in flat for k in row)))
         writer.writeheader()
         for row in flat:
             writer.writerow({k: json.dumps(v) if isinstance(v, list | tuple | dict) else v for k, v in row.items()})
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        mute(sys.stdout)
 
 
 def header_index(given: str | None) -> Path | None:

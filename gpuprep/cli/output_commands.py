@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gpuprep.cli.convert_command import gpu_numbers, run_conversion
-from gpuprep.cli.exit_codes import errors_to_exit_codes, print_json
+from gpuprep.cli.exit_codes import errors_to_exit_codes, print_json, readers_may_leave
 from gpuprep.cli.options import (
     RUN,
     BackendOption,
@@ -108,7 +108,7 @@ def manifest(
         if to is not None and isinstance(place, Path) and to.resolve().is_relative_to(place.resolve()):
             raise RequestError(f"{to} lies in {out}: choose a place outside of it")
         write: Callable[..., None] = write_parquet if parquet else write_json_lines if json_ else write_csv
-        with closing(Records(out)) as records:
+        with closing(Records(out)) as records, readers_may_leave():
             write(records, to)
 
 

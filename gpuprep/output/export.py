@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from gpuprep.cli.console import mute
 from gpuprep.errors import RequestError
 from gpuprep.output.manifest import SeriesResult
 
@@ -82,13 +81,9 @@ def _flat(name: str, value: Any, schema: Any, pyarrow: Any) -> Any:
 
 @contextmanager
 def _opened(to: Path | None, mode: str) -> Iterator[IO[Any]]:
-    """Open a file, or standard output, whose reader may have seen enough at any time."""
+    """Open a file, or give standard output."""
     if to is None:
-        try:
-            yield sys.stdout if mode == "w" else sys.stdout.buffer
-            sys.stdout.flush()
-        except BrokenPipeError:
-            mute(sys.stdout)
+        yield sys.stdout if mode == "w" else sys.stdout.buffer
         return
     try:
         text: dict[str, Any] = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
