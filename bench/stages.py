@@ -23,12 +23,12 @@ from bench.measure import save
 from gpuprep.compute import numba_kernels
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.process import host_chunks
+from gpuprep.compute.slice_summary import summary
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
-from gpuprep.dicom.pixel_padding import summary
 from gpuprep.testing import thorax
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)

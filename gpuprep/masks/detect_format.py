@@ -92,7 +92,7 @@ class Recognised:
     why: str
     table: Table | None = None
     """Of a table of numbers."""
-    column_roles: Columns = NO_ROLES
+    columns: Columns = NO_ROLES
 
 
 def recognise(text: str, name: str, reading: Reading, plane: Plane | None) -> Recognised:
