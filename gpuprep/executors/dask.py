@@ -358,7 +358,7 @@ class Cluster:
         self._folder = tempfile.TemporaryDirectory(prefix="gpuprep-dask-", ignore_cleanup_errors=True)
         # What it leaves behind when it is ended is tidied up, with a warning.
         ignored = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]))
-        path = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *filter(None, sys.path)]
+        path = [str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)]
         self._keeper = subprocess.Popen(  # noqa: S603 - our own Python
             [
                 sys.executable,

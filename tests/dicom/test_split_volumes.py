@@ -24,7 +24,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 from segmentations import write_rtstruct
-from test_stacking import header
+from test_stack import header
 from typer.testing import CliRunner, Result
 
 import gpuprep

@@ -17,7 +17,7 @@ import pytest
 from pydicom import Dataset, Sequence
 from pydicom.uid import UID, CTImageStorage, MRImageStorage, PositronEmissionTomographyImageStorage
 from segmentations import write_rtstruct, write_seg
-from test_masks import SPACING_MM
+from test_convert_masks import SPACING_MM
 from test_sources import enhanced
 from typer.testing import CliRunner
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_urls import SMALL, SPACING_MM, put
+from test_filesystem import SMALL, SPACING_MM, put
 from typer.testing import CliRunner
 
 import gpuprep

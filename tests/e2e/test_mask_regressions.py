@@ -12,7 +12,20 @@ import numpy as np
 import pytest
 from pydicom import Dataset
 from segmentations import write_rtstruct, write_seg
-from test_masks import LEFT, LEFT_BOX, RAW, RIGHT, RIGHT_BOX, SHAPE, Ct, convert, rtstruct, sidecar, square, volume
+from test_convert_masks import (
+    LEFT,
+    LEFT_BOX,
+    RAW,
+    RIGHT,
+    RIGHT_BOX,
+    SHAPE,
+    Ct,
+    convert,
+    rtstruct,
+    sidecar,
+    square,
+    volume,
+)
 from typer.testing import CliRunner
 
 import gpuprep

@@ -19,7 +19,7 @@ from conftest import axial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_masks import LEFT, LEFT_BOX, RIGHT, RIGHT_BOX, Ct, rtstruct
+from test_convert_masks import LEFT, LEFT_BOX, RIGHT, RIGHT_BOX, Ct, rtstruct
 from test_tiff import some_values
 
 import gpuprep

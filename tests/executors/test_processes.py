@@ -389,7 +389,7 @@ def test_once_it_is_stopped_no_more_tasks_begin_and_those_in_flight_are_finished
 
 ORPHANS = """
 import sys
-from test_executors import sleep_in
+from test_processes import sleep_in
 from gpuprep.executors.processes import Processes
 if __name__ == "__main__":
     list(Processes(1).run(sleep_in, [sys.argv[1]]))

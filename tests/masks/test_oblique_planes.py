@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydicom import Dataset
 from segmentations import write_rtstruct, write_seg
-from test_masks import LEFT, RAW, Ct, square
+from test_convert_masks import LEFT, RAW, Ct, square
 
 import gpuprep
 from gpuprep import Masks

@@ -105,7 +105,7 @@ def test_a_worker_is_shown_one_gpu_and_takes_the_first_it_sees(
 
 
 def test_both_backends_offer_the_same_methods() -> None:
-    file = Path(gpuprep.compute.backend.__file__).with_name("_cupy.py")
+    file = Path(gpuprep.compute.backend.__file__).with_name("cupy_backend.py")
     (cupys,) = (
         node
         for node in ast.parse(file.read_text("utf-8")).body
@@ -146,9 +146,9 @@ def test_copies_and_events_are_asked_for_in_words_that_cupy_knows() -> None:
 
 
 @needs_cupy
-@pytest.mark.parametrize("file", ["gpuprep/compute/cupy_backend.py", "bench/kernels.py", "tests/test_gpu.py"])
+@pytest.mark.parametrize("file", ["gpuprep/compute/cupy_backend.py", "bench/kernels.py", "tests/gpu/test_gpu.py"])
 def test_every_name_of_cupy_that_is_used_is_there(file: str) -> None:
-    tree = ast.parse((Path(__file__).parents[1] / file).read_text("utf-8"))
+    tree = ast.parse((Path(__file__).parents[2] / file).read_text("utf-8"))
     used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     dotted = {name for name in used if re.fullmatch(r"(cupy|cupyx)(\.\w+)+", name)}
     assert len(dotted) >= 3

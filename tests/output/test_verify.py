@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_batch import SMALL, add, go, truncate
+from test_cohort import SMALL, add, go, truncate
 from typer.testing import CliRunner, Result
 
 from gpuprep.cli.app import app

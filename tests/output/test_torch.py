@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_masks import LEFT_BOX, RIGHT_BOX, Ct, rtstruct
+from test_convert_masks import LEFT_BOX, RIGHT_BOX, Ct, rtstruct
 
 import gpuprep
 from gpuprep import Masks, Recipe

@@ -10,7 +10,7 @@ import pytest
 from pydicom import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 from segmentations import write_rtstruct, write_seg
-from test_masks import LEFT, LEFT_BOX, ORIGIN_MM, RAW, SHAPE, SPACING_MM, Ct
+from test_convert_masks import LEFT, LEFT_BOX, ORIGIN_MM, RAW, SHAPE, SPACING_MM, Ct
 
 import gpuprep
 from gpuprep.core.geometry import Geometry

@@ -1,4 +1,4 @@
-"""The traps of CT DICOM stacking, HU and resampling, one test each, by number: ``pytest tests/test_traps.py -v``.
+"""The traps of CT DICOM stacking, HU and resampling, one test each, by number: ``pytest tests/e2e/test_traps.py -v``.
 
 What is expected is worked out by hand or by pydicom, SciPy and SimpleITK alone, never by gpuprep.
 """

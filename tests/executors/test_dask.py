@@ -424,7 +424,7 @@ def test_a_script_needs_no_guard_and_workers_import_no_strangers(tmp_path: Path)
 
 ORPHANS = """
 import sys
-from test_cluster import sleep_in
+from test_dask import sleep_in
 from gpuprep.executors.dask import Cluster
 list(Cluster("local", 1).run(sleep_in, [sys.argv[1]]))
 """

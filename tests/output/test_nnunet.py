@@ -17,7 +17,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from segmentations import write_rtstruct
-from test_masks import LEFT, LEFT_BOX, ORIGIN_MM, RIGHT, RIGHT_BOX, SHAPE, Ct
+from test_convert_masks import LEFT, LEFT_BOX, ORIGIN_MM, RIGHT, RIGHT_BOX, SHAPE, Ct
 from typer.testing import CliRunner
 
 import gpuprep

@@ -19,7 +19,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_masks import LEFT_BOX, RIGHT_BOX, Ct, rtstruct
+from test_convert_masks import LEFT_BOX, RIGHT_BOX, Ct, rtstruct
 
 import gpuprep
 from gpuprep import Masks

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from pydicom import Dataset
 from segmentations import write_rtstruct, write_seg
-from test_masks import LEFT, LEFT_BOX, ORIGIN_MM, RAW, RIGHT, RIGHT_BOX, SHAPE, SPACING_MM, Ct, volume
+from test_convert_masks import LEFT, LEFT_BOX, ORIGIN_MM, RAW, RIGHT, RIGHT_BOX, SHAPE, SPACING_MM, Ct, volume
 
 import gpuprep
 from gpuprep import Masks

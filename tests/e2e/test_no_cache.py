@@ -167,7 +167,7 @@ def test_loops_that_cannot_be_kept_are_said_once(loops_unkept: Any, caplog: pyte
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "in every run" in record.message
-    assert os.path.join(os.path.dirname(gpuprep.__file__), "__pycache__") in record.message
+    assert os.path.join(os.path.dirname(gpuprep.__file__), "compute", "__pycache__") in record.message
     assert "set NUMBA_CACHE_DIR to a folder that can" in record.message
 
 

@@ -19,7 +19,7 @@ from gpuprep.cli.app import app
 from gpuprep.output.manifest import Manifest, manifest_path
 
 FOR_DEVELOPERS = {"test", "lint", "bench"}
-with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as _file:
+with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as _file:
     EXTRAS = {
         extra: [re.match(r"[\w.-]+", requirement)[0] for requirement in requirements]  # type: ignore[index]
         for extra, requirements in tomllib.load(_file)["project"]["optional-dependencies"].items()

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from segmentations import write_rtstruct
-from test_masks import LEFT, LEFT_BOX, RAW, Ct, volume
-from test_segmentation_pinnacle import TRIANGLE, image, written
+from test_convert_masks import LEFT, LEFT_BOX, RAW, Ct, volume
+from test_pinnacle import TRIANGLE, image, written
 from test_sources import wrapped
 from typer.testing import CliRunner
 
