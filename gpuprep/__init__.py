@@ -16,6 +16,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gpuprep._version import __version__
+
 if TYPE_CHECKING:
     from gpuprep.compute.process import process as process
     from gpuprep.core.geometry import Geometry as Geometry
