@@ -52,6 +52,6 @@ failed=0
 # By name, so that nothing is imported that only other tests need; other versions may warn of other things.
 tests=(tests/gpu/test_gpu.py tests/gpu/test_gpu_seam.py tests/compute/test_process.py tests/dicom/test_irregular.py)
 python3 -m pytest -m gpu -W default -p no:cacheprovider "${tests[@]}" 2>&1 | tee "$out/tests-gpu.txt" || failed=1
-python3 -m bench.kernels --out "$out/kernels-gpu.json" || failed=1
+python3 -m bench.micro.kernels --out "$out/kernels-gpu.json" || failed=1
 python3 -m bench.compare --backend gpu --out "$out/compare-gpu.json" || failed=1
 exit "$failed"

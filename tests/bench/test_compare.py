@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tifffile
 
-from bench import agreement, report
-from bench.contenders import Contender, contenders, floor, with_gpuprep
-from bench.run_contender import answer
-from bench.summary import summarise, without_paths
+from bench.compare import agreement, report
+from bench.compare.contenders import Contender, contenders, floor, with_gpuprep
+from bench.compare.run_contender import answer
+from bench.compare.summary import summarise, without_paths
 from gpuprep.testing import thorax, write_series
 
 SPACING_MM = (3.0, 2.0, 2.0)

@@ -17,7 +17,7 @@ import pytest
 import tifffile
 
 import gpuprep
-from bench import classic
+from bench.compare import classic
 from gpuprep.compute.backend import Engine, NumpyBackend
 from gpuprep.compute.process import host_chunks
 from gpuprep.core.plan import make_plan

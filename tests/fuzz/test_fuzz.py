@@ -1,4 +1,4 @@
-"""Damaged series through gpuprep: a small part of ``python -m bench.fuzz``, and whether that sees what it looks for.
+"""Damaged series through gpuprep: a small part of what ``fuzzing.py`` does, and whether that sees what it looks for.
 
 GPUPREP_FUZZ_CASES=20000 runs more of them.
 """
@@ -21,12 +21,12 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
+from elements import PIXEL_DATA, UNDEFINED, Element, Parsed, built, parsed
+from fuzzing import Base, Subject, _again, _fragments, bases, convert_case, fuzz, main, make_case, only
 from numpy.typing import NDArray
+from oddities import ODDITIES
 from pydicom.encaps import generate_frames
 
-from bench.elements import PIXEL_DATA, UNDEFINED, Element, Parsed, built, parsed
-from bench.fuzz import Base, Subject, _again, _fragments, bases, convert_case, fuzz, main, make_case, only
-from bench.oddities import ODDITIES
 from gpuprep.core.recipe import Recipe
 from gpuprep.pipeline.events import Run
 
@@ -175,7 +175,7 @@ def test_a_case_that_cannot_be_made_is_skipped_and_counted(
         except (struct.error, IndexError):  # no elements; or no base that an oddity can be done to
             impossible.add(number)
     assert 0 < len(impossible) < 12
-    monkeypatch.setattr("bench.fuzz.bases", lambda _: broken)
+    monkeypatch.setattr("fuzzing.bases", lambda _: broken)
     argv = [
         "fuzz",
         "--cases",

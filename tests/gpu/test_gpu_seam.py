@@ -146,7 +146,7 @@ def test_copies_and_events_are_asked_for_in_words_that_cupy_knows() -> None:
 
 
 @needs_cupy
-@pytest.mark.parametrize("file", ["gpuprep/compute/cupy_backend.py", "bench/kernels.py", "tests/gpu/test_gpu.py"])
+@pytest.mark.parametrize("file", ["gpuprep/compute/cupy_backend.py", "bench/micro/kernels.py", "tests/gpu/test_gpu.py"])
 def test_every_name_of_cupy_that_is_used_is_there(file: str) -> None:
     tree = ast.parse((Path(__file__).parents[2] / file).read_text("utf-8"))
     used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

@@ -163,7 +163,7 @@ def tag_of(keyword: str) -> int:
     from pydicom.datadict import tag_for_keyword
 
     tag = tag_for_keyword(keyword)
-    assert tag is not None, keyword  # noqa: S101 - a slip of the pen
+    assert tag is not None, keyword
     return tag
 
 
@@ -218,7 +218,7 @@ def element_of(elements: list[Element], keyword: str) -> Element | None:
 def number_of(file: Parsed, keyword: str) -> int:
     """Return an attribute with the VR US of a file."""
     element = element_of(file.body, keyword)
-    assert element is not None, keyword  # noqa: S101 - every valid image has those that are asked for
+    assert element is not None, keyword
     return int(struct.unpack(">H" if file.big else "<H", element.value)[0])
 
 

@@ -1,10 +1,10 @@
-"""The widely copied notebook, `bench/classic.py`."""
+"""The widely copied notebook, `bench/compare/classic.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bench import classic
+from bench.compare import classic
 
 
 def convert(folder: Path, out: Path) -> None:

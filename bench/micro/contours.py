@@ -1,4 +1,4 @@
-"""Outlines to pixels against what people use: ``python -m bench.contours [--out bench/results/contours-….json]``.
+"""Outlines to pixels against what people use: ``python -m bench.micro.contours [--out bench/results/contours-….json]``.
 
 A structure set of 300 slices of 512 × 512 with 200 outlines of 60 points each in every slice, half of them discs with a
 hole in each, all of one region. No two discs overlap: there the programs mean the same pixels. Timed is the way from
@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = compared(args, Path(folder))
-    save(args.out, "bench.contours", figures)
+    save(args.out, "bench.micro.contours", figures)
 
 
 def compared(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

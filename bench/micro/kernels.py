@@ -1,6 +1,6 @@
 """What the table's series takes on a GPU alone: kernels, copies, and the least that its bytes could take.
 
-    python -m bench.kernels [--out bench/results/kernels-….json]
+    python -m bench.micro.kernels [--out bench/results/kernels-….json]
 
 The series is a phantom of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm, in memory, by the default recipe. Its kernels
 are timed by CUDA events in the stream in which they run, and not while it waits for the host. The floor is the stored
@@ -126,7 +126,7 @@ def main() -> None:
                 flush=True,
             )
     result = {
-        "command": "python -m bench.kernels " + " ".join(sys.argv[1:]),
+        "command": "python -m bench.micro.kernels " + " ".join(sys.argv[1:]),
         "device": gpu.device,
         "cores": usable_cores(),
         "versions": versions(gpu=True),

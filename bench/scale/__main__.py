@@ -105,7 +105,7 @@ def look(out: Path) -> dict[str, Any]:
 STAGE = """
 import json, sys
 from pathlib import Path
-from bench.scale import look, run
+from bench.scale.__main__ import look, run
 out = Path(sys.argv[1])
 print(json.dumps({}))
 """

@@ -149,7 +149,7 @@ def _rivals() -> list[Contender]:
         )
 
     return [
-        Contender(name="bench/classic.py, float32", module="notebook", dtype="float32", claim="classic", **SLOW),
+        Contender(name="compare/classic.py, float32", module="notebook", dtype="float32", claim="classic", **SLOW),
         itk("cubic", "float32", border=MIRRORED_VOXELS, **SLOW),
         itk("cubic", "uint8", border=MIRRORED_VOXELS, **SLOW),
         itk("linear", "uint8", **MEDIUM),

@@ -1,6 +1,6 @@
 """What the report costs: collecting its figures and pictures during conversion, and opening it with many series.
 
-    python -m bench.quality [--series 5000] [--repeats 9] [--out bench/results/quality-….json]
+    python -m bench.micro.quality [--series 5000] [--repeats 9] [--out bench/results/quality-….json]
 
 One series of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm is converted in this process by the default recipe, in turns
 with collecting and without it, so that both see the same machine; and the time of what collects is added up.
@@ -194,7 +194,7 @@ def main() -> None:
         "report": report,
         "browser": seen,
     }
-    save(args.out, "bench.quality", figures)
+    save(args.out, "bench.micro.quality", figures)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reading speed by transfer syntax and decoder: ``python -m bench.decoders [--out bench/results/decoders-….json]``.
+"""Reading speed by transfer syntax and decoder: ``python -m bench.micro.decoders [--out FILE.json]``.
 
 A phantom of 512 × 512 pixels, 12 bits in words of 16, is written in each syntax, with headers as long as a scanner's.
 What is timed is the whole way from files to stored values in spatial order (`SeriesReader.slab`), after the scan and a
@@ -40,7 +40,7 @@ from pydicom.uid import (
 
 import gpuprep
 from bench.measure import machine
-from bench.rescan import lengthen
+from bench.scale.rescan import lengthen
 from gpuprep.dicom import decode
 from gpuprep.dicom.read import SeriesReader
 from gpuprep.pipeline.convert_series import versions
@@ -156,7 +156,7 @@ def main() -> None:
     if options.out:
         packages = ("pyjpegls", "pylibjpeg", "pylibjpeg-openjpeg")
         result = {
-            "command": "python -m bench.decoders " + " ".join(sys.argv[1:]),
+            "command": "python -m bench.micro.decoders " + " ".join(sys.argv[1:]),
             "machine": machine(),
             "versions": versions() | {package: version(package) for package in packages},
             "shape": stored.shape,

@@ -1,6 +1,7 @@
 """Valid CT series made odd or damaged: headers, pixels, files, containers. Each must end in a verdict.
 
-    python -m bench.fuzz [--cases 20000] [--seed 0] [--jobs 2] [--only N] [--keep DIR] [--out FILE.json]
+    PYTHONPATH=. python tests/fuzz/fuzzing.py [--cases 20000] [--seed 0] [--jobs 2] [--only N] [--keep DIR]
+        [--out FILE.json]
 
 A case is one of some small valid series with one or more things broken, or odd as files of real scanners are, beside a
 small series that is left alone (the witness). `gpuprep.pipeline.cohort.scan` and `gpuprep.convert` are run on it in a
@@ -51,8 +52,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import gpuprep
-from bench.elements import (
+from elements import (
     PIXEL_DATA,
     SEQUENCE_END,
     UNDEFINED,
@@ -68,7 +68,7 @@ from bench.elements import (
     parsed,
     tag_of,
 )
-from bench.oddities import (
+from oddities import (
     DEFLATED_FRAMES,
     DIMENSIONS,
     JPEG_XL,
@@ -78,6 +78,8 @@ from bench.oddities import (
     reencoded,
     values_of,
 )
+
+import gpuprep
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import GpuprepError
 from gpuprep.pipeline.cohort import scan
@@ -1346,7 +1348,7 @@ def fuzz(
             heard(summary, reply)
 
     def lost(child: _Child, kind: str, detail: str, seconds: float) -> Reply:
-        assert child.number is not None  # noqa: S101 - or its death is none of a case's
+        assert child.number is not None
         try:
             case = make_case(stock, seed, child.number)
         except Exception as exc:
@@ -1453,7 +1455,7 @@ def main() -> int:
         from bench.measure import machine
         from gpuprep.pipeline.convert_series import versions
 
-        command = "python -m bench.fuzz " + " ".join(sys.argv[1:])
+        command = "PYTHONPATH=. python tests/fuzz/fuzzing.py " + " ".join(sys.argv[1:])
         head = {"command": command, "machine": machine(), "versions": versions()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(head | result, indent=1) + "\n")

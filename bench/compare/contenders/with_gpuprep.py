@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import gpuprep
-from bench.contenders import AbsentError
+from bench.compare.contenders import AbsentError
 from gpuprep.compute.backend import Engine
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError

@@ -3,7 +3,7 @@
 It shares no code with gpuprep, so it is both the rival to be timed and the answer that the ``classic`` recipe is
 checked against. It computes in float64 and writes float32.
 
-    python bench/classic.py DICOM_DIR... --out OUT
+    python bench/compare/classic.py DICOM_DIR... --out OUT
 """
 
 import argparse

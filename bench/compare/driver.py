@@ -14,10 +14,10 @@ from typing import Any
 
 import psutil
 
-from bench.contenders import Contender
+from bench.compare.contenders import Contender
 from bench.measure import cpu_s, tree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TIME_LIMIT_S = 900
 
 
@@ -28,7 +28,7 @@ class Driver:
         self._options = dict(contender.options)
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.run_contender", contender.module],
+            [sys.executable, "-m", "bench.compare.run_contender", contender.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -13,8 +13,8 @@ import monai.transforms as mt
 import numpy as np
 import torch
 
-from bench.contenders import AbsentError
-from bench.contenders.slices import write_slices
+from bench.compare.contenders import AbsentError
+from bench.compare.contenders.slices import write_slices
 
 
 def convert(folder: Path, out: Path, *, device: str, dtype: str) -> None:

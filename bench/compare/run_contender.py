@@ -1,4 +1,4 @@
-"""Runs one contender in a process of its own: ``python -m bench.run_contender MODULE``.
+"""Runs one contender in a process of its own: ``python -m bench.compare.run_contender MODULE``.
 
 Each line on stdin asks for a job, ``{"folders": [...], "out": "...", "options": {...}}``, and is answered by a line on
 stdout: ``{"seconds": ...}`` with what else the contender tells, ``{"absent": reason}`` or ``{"failed": reason}``. The
@@ -17,14 +17,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from bench.contenders import AbsentError
+from bench.compare.contenders import AbsentError
 
 
 def answer(module: str, options: dict[str, Any], folders: list[Path], out: Path) -> dict[str, Any]:
     """Do a job and return what to say of it."""
     started = time.perf_counter()
     try:
-        contender = importlib.import_module(f"bench.contenders.{module}")
+        contender = importlib.import_module(f"bench.compare.contenders.{module}")
         if hasattr(contender, "convert_all"):
             told = contender.convert_all(folders, out, **options) or {}
         else:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.elements import (
+from elements import (
     ITEM,
     SEQUENCE_END,
     UNDEFINED,

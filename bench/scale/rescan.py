@@ -1,4 +1,4 @@
-"""A first scan of a tree against a second one: ``python -m bench.rescan [--files N] [--out FILE]``.
+"""A first scan of a tree against a second one: ``python -m bench.scale.rescan [--files N] [--out FILE]``.
 
 Files carry as many header elements as a scanner writes, and few pixels: it is headers that count. Each scan is a fresh
 process; its time is given without and with the start of Python. The operating system has the files in its cache every
@@ -74,7 +74,7 @@ def main() -> None:
             raise SystemExit("a second scan says something else than the first")
         again = runs[1:]
         result = {
-            "command": "python -m bench.rescan " + " ".join(sys.argv[1:]),
+            "command": "python -m bench.scale.rescan " + " ".join(sys.argv[1:]),
             "machine": machine(),
             "versions": versions(),
             "files": options.files // SLICES * SLICES,

@@ -6,7 +6,7 @@ import re
 import statistics
 from typing import Any
 
-from bench.contenders import Contender
+from bench.compare.contenders import Contender
 
 
 def summarise(records: dict[str, dict[str, Any]], all_: list[Contender]) -> None:

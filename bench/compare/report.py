@@ -1,4 +1,4 @@
-"""What a comparison found, as a table and as a chart: ``python -m bench.report RESULT.json`` makes both again.
+"""What a comparison found, as a table and as a chart: ``python -m bench.compare.report RESULT.json`` makes both again.
 
 Prints the table in Markdown and draws the chart beside the result.
 """

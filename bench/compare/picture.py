@@ -1,6 +1,6 @@
 """Draw the README's pictures: a phantom before and after; a tilted one, kept and fixed; masks; a look; a report.
 
-    python -m bench.picture bench/results
+    python -m bench.compare.picture bench/results
 
 The report is drawn by Chromium, which has to be there.
 """

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torchio as tio
 
-from bench.contenders.slices import write_slices
+from bench.compare.contenders.slices import write_slices
 
 
 def convert(folder: Path, out: Path, *, dtype: str) -> None:

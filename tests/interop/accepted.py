@@ -1,7 +1,7 @@
 """Do others take what we write: nnU-Net v2 verifies a data set of ours and reads what was computed; so does MONAI.
 
     pip install '.[nifti,zarr]' nnunetv2 monai ngff-zarr
-    python -m bench.accepted [DICOM_DIR...] [--roi REGEX]
+    python tests/interop/accepted.py [DICOM_DIR...] [--roi REGEX]
 
 Phantoms with outlines, and the series under DICOM_DIR with their RTSTRUCT and SEG, are converted in both formats that
 nnU-Net is given, for MONAI also as .npy, for ngff-zarr as OME-Zarr. Each value and each affine is compared with

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import agreement, cohort, report
-from bench.contenders import Contender, contenders, floors
-from bench.driver import Driver
+from bench.compare import agreement, cohort, report
+from bench.compare.contenders import Contender, contenders, floors
+from bench.compare.driver import Driver
+from bench.compare.summary import summarise, without_paths
 from bench.measure import MemoryWatch, machine
-from bench.summary import summarise, without_paths
 from gpuprep.executors.cores import usable_cores
 from gpuprep.pipeline.convert_series import versions
 

@@ -1,6 +1,6 @@
 """Memory over a long run: nothing may grow with the number of series done.
 
-    python -m bench.endurance [--series 500] [--out bench/results/endurance-….json]
+    python -m bench.scale.endurance [--series 500] [--out bench/results/endurance-….json]
 
 Converts many small series in one run, and notes after each tenth of them how much memory (PSS) the parent and the
 workers hold.
@@ -76,7 +76,7 @@ def main() -> None:
         "weights": scales.weights,
         "growth": growth,
     }
-    save(args.out, "bench.endurance", figures)
+    save(args.out, "bench.scale.endurance", figures)
 
 
 if __name__ == "__main__":

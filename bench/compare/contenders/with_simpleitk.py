@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - as everybody calls it
 
-from bench.contenders.slices import write_slices
+from bench.compare.contenders.slices import write_slices
 
 INTERPOLATORS = {"cubic": sitk.sitkBSpline, "linear": sitk.sitkLinear}
 

@@ -1,6 +1,6 @@
 """The compiled loops, one by one, against what the machine allows: bytes over bandwidth, and products over arithmetic.
 
-    python -m bench.stages [--out bench/results/stages-….json]
+    python -m bench.micro.stages [--out bench/results/stages-….json]
 
 One core, one series of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm, to uint8. Each stage has two floors: the bytes it has
 to move in or out of the process or of the planes between the passes, at the speed of a copy measured in the same run,
@@ -148,7 +148,7 @@ def main() -> None:
         far = f"{spent / max(floors):.1f}" if max(floors) else ""
         print(f"| {name} | {spent:.1f} | {floors[0]:.1f} | {floors[1]:.1f} | {far} |")
     figures = {"copy_bytes_per_s": bandwidth, "products_per_s": rate, "stages": table}
-    save(args.out, "bench.stages", figures)
+    save(args.out, "bench.micro.stages", figures)
 
 
 if __name__ == "__main__":

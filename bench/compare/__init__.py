@@ -1,0 +1,1 @@
+"""gpuprep against what people use instead, disk to disk."""

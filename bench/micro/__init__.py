@@ -1,0 +1,1 @@
+"""Parts of gpuprep by themselves: kernels, stages, decoders, contours."""

@@ -1,0 +1,1 @@
+"""Large cohorts, long runs, and scans of what is known."""
