@@ -42,7 +42,7 @@ def lengthen(ds: Dataset, k: int) -> None:
 
 SCAN = """
 import sys, time
-from gpuprep.pipeline.cohort import scan
+from gpuprep.pipeline.scan import scan
 from gpuprep.executors.cores import usable_cores
 started = time.perf_counter()
 cohort, outlooks, _ = scan(sys.argv[1], index=sys.argv[2], jobs=usable_cores())

@@ -409,9 +409,9 @@ def _show_scan(
 ) -> None:  # fmt: skip
     with held_back():
         from gpuprep.cli.console import show_scan
-        from gpuprep.pipeline.cohort import scan as run_scan
         from gpuprep.pipeline.events import Listener
         from gpuprep.pipeline.match_masks import Matched
+        from gpuprep.pipeline.scan import scan as run_scan
 
     unmatched: list[tuple[str, str]] = []
     unused: list[tuple[str, str]] = []

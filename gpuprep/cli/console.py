@@ -29,10 +29,10 @@ from gpuprep.dicom.discover import Cohort
 from gpuprep.output.manifest import SeriesResult
 from gpuprep.output.verify import Finding as Damage
 from gpuprep.output.verify import Status
-from gpuprep.pipeline.cohort import Scan
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Run
 from gpuprep.pipeline.match_masks import Matched
+from gpuprep.pipeline.scan import Scan
 
 if TYPE_CHECKING:
     from gpuprep.cli.doctor import Finding

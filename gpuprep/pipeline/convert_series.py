@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from gpuprep._version import __version__
+from gpuprep import _version
 from gpuprep.compute.backend import Backend, Engine
 from gpuprep.compute.memory_estimate import needed_bytes
 from gpuprep.compute.pinned_transfer import DEVICE
@@ -79,12 +79,17 @@ class Task:
     """What stands for UIDs and patients in the output; None: they may be known."""
     fingerprint: str
     """Of everything that the output depends on beside the recipe."""
-    known: bool
-    """Whether the manifest has an earlier output of this series in that folder."""
+    former_folder: str = ""
+    """Where the manifest has an earlier output of this series."""
     needed_bytes: int = 0
     """What it is predicted to need of the memory in which it is computed …"""
     output_bytes: int = 0
     """… and of the disk, uncompressed."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the manifest has an earlier output of this series in this folder."""
+        return self.folder == self.former_folder != ""
 
     def public(self, result: SeriesResult) -> SeriesResult:
         """Return a result as it may stand in OUT."""
@@ -110,7 +115,7 @@ class Task:
             device=os.environ.get(DEVICE, self.backend.device),
             fingerprint=self.fingerprint,
             recipe_sha256=self.recipe.sha256,
-            version=__version__,
+            version=_version.__version__,
             host=this_host(),
         )
 
@@ -158,7 +163,7 @@ def _recognised(task: Task, blank: SeriesResult) -> SeriesResult | None:
     sidecar, written = found
     try:
         same = (sidecar["key"], sidecar["fingerprint"], sidecar["recipe_sha256"], sidecar["versions"]["gpuprep"])
-        if same != (blank.key, task.fingerprint, task.recipe.sha256, __version__):
+        if same != (blank.key, task.fingerprint, task.recipe.sha256, _version.__version__):
             return None
         source = sidecar["source"]
         made = {k: sidecar[k] for k in ("codes", "irregularities", "warnings", "shape", "spacing_mm")}
@@ -385,7 +390,7 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
 @cache
 def versions(gpu: bool = False) -> dict[str, str]:
     """Return the versions of gpuprep, Python and what the result depends on."""
-    found = {"gpuprep": __version__, "python": platform.python_version()}
+    found = {"gpuprep": _version.__version__, "python": platform.python_version()}
     for package in RECORDED_PACKAGES + (RECORDED_GPU_PACKAGES if gpu else ()):
         try:
             found[package] = version(package)

@@ -9,7 +9,7 @@ from math import prod
 from os.path import basename
 from typing import Literal, NamedTuple
 
-from gpuprep._version import __version__
+from gpuprep import _version
 from gpuprep.compute.backend import Backend, Engine
 from gpuprep.compute.memory_estimate import WRITING_BYTES, mask_bytes, needed_bytes
 from gpuprep.core.formatting import printable
@@ -153,7 +153,7 @@ def outlooks(
             segmentations=found,
             structures=structures,
         )
-        if former and output and _complete((now, recipe_sha256, __version__), output, former):
+        if former and output and _complete((now, recipe_sha256, _version.__version__), output, former):
             yield outlook("skip", former.folder, None)
             continue
         audited = audit(series, recipe.rules)

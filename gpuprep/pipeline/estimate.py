@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Self
 
-from gpuprep._version import __version__
+from gpuprep import _version
 from gpuprep.core.formatting import sized
 from gpuprep.core.plan import BYTES
 from gpuprep.core.recipe import Recipe
@@ -48,7 +48,7 @@ def experience(manifest: Manifest | None, recipe: Recipe, backend: str) -> Exper
     """Return what the manifest's history shows; None if there is none."""
     if manifest is None:
         return None
-    return Experience.of(manifest.examples(recipe.sha256, __version__, backend, REMEMBERED), recipe)
+    return Experience.of(manifest.examples(recipe.sha256, _version.__version__, backend, REMEMBERED), recipe)
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.header_cache import HeaderIndex
-from gpuprep.pipeline.cohort import scan
+from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
 SHAPE, SPACING_MM = (7, 18, 22), (2.5, 0.8, 0.7)

@@ -32,7 +32,7 @@ from test_sources import enhanced, wrapped
 import gpuprep
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import IntensityError
-from gpuprep.pipeline.cohort import scan
+from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
 Stored = NDArray[Any]

@@ -25,9 +25,10 @@ import gpuprep
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.headers import Contents, read_headers
-from gpuprep.pipeline.cohort import convert, scan
+from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Run
+from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
 SMALL = Recipe(spacing_mm=None, size=(8, 8))

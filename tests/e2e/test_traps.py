@@ -66,8 +66,8 @@ from gpuprep.output.manifest import SeriesResult
 from gpuprep.output.read_volume import Finished
 from gpuprep.output.verify import verify
 from gpuprep.output.writers import tiff
-from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Run
+from gpuprep.pipeline.scan import scan
 from gpuprep.report.html import write_report
 from gpuprep.testing import write_series
 

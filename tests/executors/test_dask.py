@@ -458,7 +458,6 @@ def test_series_become_the_same_volumes_as_here(
             output=Output(tmp_path / "there", tmp_path / "there" / ".gpuprep"),
             folder=folders[series.key],
             fingerprint=series.fingerprint,
-            known=False,
         )
         for series in gpuprep.discover(tmp_path / "dicom")
     ]

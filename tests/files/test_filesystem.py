@@ -26,8 +26,8 @@ from gpuprep.cli.app import app
 from gpuprep.errors import DecodeError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.masks.formats import pinnacle
-from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Listener
+from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
 fsspec = pytest.importorskip("fsspec")

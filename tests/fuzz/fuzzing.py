@@ -4,7 +4,7 @@
         [--out FILE.json]
 
 A case is one of some small valid series with one or more things broken, or odd as files of real scanners are, beside a
-small series that is left alone (the witness). `gpuprep.pipeline.cohort.scan` and `gpuprep.convert` are run on it in a
+small series that is left alone (the witness). `gpuprep.pipeline.scan.scan` and `gpuprep.convert` are run on it in a
 child process. It is a violation if
 
 * anything but a `GpuprepError` is raised, or anything at all although the witness could have been converted;
@@ -82,8 +82,8 @@ from oddities import (
 import gpuprep
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import GpuprepError
-from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Run
+from gpuprep.pipeline.scan import scan
 
 LIMIT_S = 10.0
 """A case may take so long."""

@@ -31,8 +31,8 @@ from gpuprep.output import object_store
 from gpuprep.output.manifest import Manifest, SeriesResult
 from gpuprep.output.object_store import Bucket, open_bucket
 from gpuprep.output.verify import Records, status, verify
-from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Listener
+from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
 OUT = "memory://out/x"

@@ -36,9 +36,10 @@ from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.errors import BackendError, OutputError, RequestError
 from gpuprep.output.folder_store import open_output
 from gpuprep.output.manifest import SeriesResult
-from gpuprep.pipeline.cohort import convert, scan
+from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Run
+from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
 SPACING = (2.5, 0.8, 0.7)
@@ -447,7 +448,7 @@ def test_another_recipe_converts_everything_again(dicom: Path, out: Path) -> Non
 
 def test_another_version_converts_everything_again(dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go(dicom, out)
-    monkeypatch.setattr("gpuprep.__version__", "99")
+    monkeypatch.setattr("gpuprep._version.__version__", "99")
     assert statuses(go(dicom, out)) == {"p1": "ok", "p2": "ok"}
 
 

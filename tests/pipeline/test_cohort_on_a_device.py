@@ -18,9 +18,9 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError
 from gpuprep.executors import resources
 from gpuprep.executors.processes import Here, Place
-from gpuprep.pipeline import cohort
 from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.events import Run
+from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
 RECIPE = Recipe(spacing_mm=(1.0, 2.0, 2.0), size=(12, 10), dtype="uint8")
@@ -74,7 +74,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 def on(backend: ForeignBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cohort, "get_backend", lambda _: backend)
+    monkeypatch.setattr("gpuprep.pipeline.scan.get_backend", lambda _: backend)
     monkeypatch.setattr(resources, "get_backends", lambda *_: [backend])
 
 
@@ -198,7 +198,7 @@ def test_a_gpu_by_name_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def outlooks(folder: Path) -> Any:
-    return cohort.scan(folder, RECIPE, backend=NumpyBackend())[1]
+    return scan(folder, RECIPE, backend=NumpyBackend())[1]
 
 
 def planned(folder: Path) -> Any:

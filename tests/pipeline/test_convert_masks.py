@@ -24,8 +24,8 @@ from gpuprep import Masks, Recipe
 from gpuprep.cli.app import app
 from gpuprep.core.geometry import Geometry
 from gpuprep.errors import RequestError
-from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Run
+from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
 SHAPE = (6, 20, 24)

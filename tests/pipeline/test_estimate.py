@@ -15,9 +15,10 @@ from test_manifest import OK
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
-from gpuprep.pipeline.cohort import convert, scan
+from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.decide import Needs
 from gpuprep.pipeline.estimate import Experience, Forecast
+from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
 RECIPE = Recipe(spacing_mm=None, size=None, dtype="uint16")

@@ -26,8 +26,8 @@ from gpuprep import Recipe
 from gpuprep.cli.app import app
 from gpuprep.core.geometry import Geometry
 from gpuprep.dicom.discover import discover
-from gpuprep.pipeline.cohort import scan
 from gpuprep.pipeline.events import Listener
+from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
 ORIGIN_MM = (-10.0, -20.0, 30.0)

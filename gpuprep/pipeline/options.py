@@ -1,0 +1,93 @@
+"""What a run is asked for: the recipe, the segmentations, where it computes, and how much of the cohort it converts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from gpuprep.compute.backend import Backend, BackendName, Engine, checked_engine
+from gpuprep.compute.memory_estimate import USABLE
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.errors import RequestError
+from gpuprep.files.filesystem import given
+from gpuprep.output.manifest import Status
+from gpuprep.output.nnunet import Layout
+from gpuprep.pipeline.pseudonyms import Pseudonyms
+
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+def listed(paths: Paths) -> list[str]:
+    """Return one path, or several, as a list of text."""
+    return [given(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What a run is asked for, beside its inputs and its output folder.
+
+    Raises
+    ------
+    RequestError
+        If a value is impossible, or a package is not installed that the recipe needs.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    """With ``image=False`` only masks are made."""
+    masks: Sequence[str] | Literal["auto"] | None = None
+    """Segmentation files, or folders of them, to make masks of; "auto": what DICOM objects and LIDC XML there are among
+    the inputs. None: no masks."""
+    backend: BackendName | Backend = "auto"
+    """Where to compute: "auto", "cpu", "gpu", or a backend that is open."""
+    engine: Engine = "operators"
+    """How to compute: "operators" or "ndimage"."""
+    jobs: int | None = None
+    """Series at a time, in a process each. None: on the CPU one after the other in this process, on a GPU as many as
+    its memory and the cores allow. Few of them work on the GPU at any one time; the others read and write."""
+    gpus: Sequence[int] | None = None
+    """GPUs to use; None: all. A process sees one of them."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler whose workers convert, or "local" for `jobs` workers of Dask on this machine. They
+    must see the same paths."""
+    shard: Shard = WHOLE
+    """The part of the cohort that this run converts; others may convert theirs at the same time into the same output
+    folder. The manifest is that shard's until all are merged."""
+    layout: Layout = "folders"
+    """"nnunet": at its end, unless it is stopped, the run also arranges all that this recipe has made as nnU-Net v2
+    wants to find it: see `gpuprep.output.nnunet`."""
+    names: Pseudonyms | None = None
+    """What stands for UIDs, patients and paths in the output folder; the crosswalk is written beside its key. None:
+    folders are named as those of the input, and the manifest has UIDs and paths."""
+    only: Collection[Status] | None = None
+    """Only series with such a status in the manifest."""
+    limit: int | None = None
+    """At most so many series are converted in this run."""
+    limit_s: float | None = None
+    """A series that takes longer fails. Needs `jobs`."""
+    memory_share: float = USABLE
+    """Share of the free memory that concurrent series may be predicted to take."""
+    room_check: bool = True
+    """Whether to begin only if the disk seems to have room for all outputs."""
+    index: str | os.PathLike[str] | None = None
+    """File in which headers are kept, as for `gpuprep.discover`."""
+
+    def __post_init__(self) -> None:
+        self.recipe.check_installed()
+        if self.layout not in get_args(Layout):
+            raise RequestError(f"layout = {self.layout!r}: choose one of {', '.join(get_args(Layout))}")
+        if self.limit is not None and self.limit < 1:
+            raise RequestError(f"limit = {self.limit}: give at least 1")
+        if self.jobs is not None and self.jobs < 1:
+            raise RequestError(f"jobs = {self.jobs}: give at least 1")
+        if self.limit_s is not None and not 0 < self.limit_s < float("inf"):
+            raise RequestError(f"time limit = {self.limit_s:g} s: give more than 0, and no infinity")
+        if self.limit_s is not None and self.jobs is None and self.scheduler is None:
+            raise RequestError("a time limit needs jobs: nothing can end a series in this process")
+        if not 0 < self.memory_share <= 1:
+            raise RequestError(f"memory share = {self.memory_share:g}: give more than 0, and at most 1")
+        checked_engine(self.engine)
+        if self.masks is not None and self.masks != "auto":
+            object.__setattr__(self, "masks", tuple(listed(self.masks)))

@@ -1,0 +1,259 @@
+"""Before a run converts anything: series found, segmentations matched, tasks made, and a forecast of what they take."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from gpuprep.core.formatting import printable
+from gpuprep.core.recipe import Recipe
+from gpuprep.core.series import Series
+from gpuprep.core.shard import Shard
+from gpuprep.dicom.audit import audit
+from gpuprep.dicom.discover import Cohort, discover
+from gpuprep.dicom.headers import Contents
+from gpuprep.errors import OutputError, RequestError
+from gpuprep.executors.processes import Executor, WorkerDiedError, answers
+from gpuprep.executors.resources import Means
+from gpuprep.files.filesystem import resolved
+from gpuprep.output.folder_store import Output
+from gpuprep.output.manifest import Manifest, SeriesResult, Status, now, shards_of
+from gpuprep.output.nnunet import Layout, check
+from gpuprep.output.object_store import place_of
+from gpuprep.pipeline.convert_series import Task
+from gpuprep.pipeline.decide import Outlook, outlooks
+from gpuprep.pipeline.estimate import Forecast, experience
+from gpuprep.pipeline.events import Listener
+from gpuprep.pipeline.job import doubtful_files, patients_of, placed, task_of
+from gpuprep.pipeline.match_masks import Matched, matched, used_names
+from gpuprep.pipeline.options import ConvertOptions
+from gpuprep.pipeline.pseudonyms import Pseudonyms, planned_row
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """What a run works with from its beginning to its end."""
+
+    paths: list[str]
+    out: str | Path
+    options: ConvertOptions
+    means: Means
+    output: Output
+    manifest: Manifest
+    listener: Listener
+
+
+class Rejected(NamedTuple):
+    """A series that is not converted."""
+
+    task: Task
+    reason: str
+    codes: tuple[str, ...]
+
+    def result(self) -> SeriesResult:
+        """Return the result that says so."""
+        blank = self.task.blank(audit(self.task.series, self.task.recipe.rules))
+        return replace(blank, status="rejected", reason=self.reason, codes=self.codes, finished=now())
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What a run has to do."""
+
+    cohort: Cohort
+    matches: Matched | None
+    """Which segmentation goes to which series; None: no masks are asked for."""
+    forecast: Forecast
+    tasks: list[Task] = field(default_factory=list)
+    """Of the series that are to be converted."""
+    skipped: list[str] = field(default_factory=list)
+    """Keys of series whose outputs are complete and unchanged."""
+    rejected: list[Rejected] = field(default_factory=list)
+    """Series that cannot be converted, as their headers or segmentations show."""
+    postponed: int = 0
+    """Series left for later by the limit of the options."""
+
+    @property
+    def series(self) -> int:
+        """Number of series that get a result."""
+        return len(self.tasks) + len(self.skipped) + len(self.rejected)
+
+
+def prepare(context: RunContext) -> Prepared:
+    """Return what a run has to do, after it was written down where the output folder keeps it.
+
+    Raises
+    ------
+    RequestError
+        If the output folder holds what the options contradict, or the disk has too little room.
+    """
+    options, means, output, manifest = context.options, context.means, context.output, context.manifest
+    names, recipe = options.names, options.recipe
+    check_names(names, manifest, context.out)
+    manifest.settle_naming(names.check if names else "")
+    cohort = series_under(context.paths, options, context.out, means.executor)
+    context.listener.scanned(cohort)
+    matches = matches_of(cohort, context.paths, options, means.executor, context.out)
+    _check_both_stay(recipe, matches, manifest, context.out)
+    output.write_text("recipe.toml", recipe.to_toml())
+    manifest.account(cohort.passed_over, names.paths(cohort.unreadable) if names else cohort.unreadable)
+    if matches is not None:
+        manifest.account_segmentations(() if names else matches.rows)
+        context.listener.matched(matches)
+    values = _label_values(matches, recipe, manifest, names)
+    if values:
+        output.write_text("labels.json", json.dumps(values, indent=1, ensure_ascii=False))
+    prepared = Prepared(cohort, matches, blank_forecast(means, recipe, manifest, output))
+    chosen = [s for s in cohort if options.shard.has(s.public_uid) and _wanted(s, options.only, manifest)]
+    doubtful = doubtful_files(cohort)
+    for outlook in outlooks(cohort, chosen, context.paths, recipe, matches, values, output, manifest, names=names):
+        _add(outlook, context, doubtful, prepared)
+    if names is not None:
+        _name_folders(prepared, names, means.executor)
+    if options.room_check and prepared.forecast.misfit:
+        raise RequestError(f"{context.out}: {prepared.forecast.misfit}")
+    return prepared
+
+
+def _add(outlook: Outlook, context: RunContext, doubtful: dict[str, int], prepared: Prepared) -> None:
+    """Add what has to be done about one series."""
+    options, forecast = context.options, prepared.forecast
+    if outlook.action == "convert" and options.limit is not None and len(prepared.tasks) >= options.limit:
+        prepared.postponed += 1
+        return
+    needs = outlook.needs(context.means.backend, options.engine)
+    forecast.add(outlook, needs)
+    if outlook.action == "skip":
+        prepared.skipped.append(outlook.series.key)
+        return
+    if outlook.action == "convert":
+        prepared.tasks.append(task_of(outlook, needs, options, context.means.backend, context.output, doubtful))
+        return
+    task = task_of(outlook, needs, options, context.means.backend, context.output)
+    prepared.rejected.append(Rejected(task, outlook.reason, outlook.codes))
+
+
+def _name_folders(prepared: Prepared, names: Pseudonyms, executor: Executor) -> None:
+    """Give each task the folder of its patient, and write the crosswalk of what is planned."""
+    patients = patients_of(prepared.tasks, executor)
+    tasks, prepared.tasks = prepared.tasks, []
+    for task in tasks:
+        patient = patients[task.series.key]
+        if patient is not None:
+            prepared.tasks.append(placed(task, names, patient))
+        else:  # among those of somebody else it would be worse than missing
+            prepared.rejected.append(Rejected(task, "InputError: its Patient ID cannot be read", ("changed",)))
+    names.write_crosswalk(
+        {t.series.key: planned_row(t.series, t.folder, patients[t.series.key] or "") for t in prepared.tasks}
+    )
+
+
+def _wanted(series: Series, only: Collection[Status] | None, manifest: Manifest) -> bool:
+    """Whether the manifest has a series with such a status."""
+    if only is None:
+        return True
+    former = manifest.entry(series.key)
+    return former is not None and former.status in only
+
+
+def _label_values(
+    matches: Matched | None, recipe: Recipe, manifest: Manifest, pseudonyms: Pseudonyms | None
+) -> dict[str, int]:
+    """Return the label value of every structure of the cohort, where structures share volumes."""
+    if matches is None or recipe.masks.layout != "labels" or not any(matches.by_key.values()):
+        return {}
+    hide = pseudonyms.of if pseudonyms else None
+    names = {name for found in matches.by_key.values() for name in used_names(found, recipe.masks, hide)}
+    return manifest.label_values([*recipe.masks.first_names, *sorted(names)])
+
+
+def matches_of(
+    cohort: Cohort,
+    paths: list[str],
+    options: ConvertOptions,
+    executor: Executor,
+    out: str | os.PathLike[str] | None,
+) -> Matched | None:
+    """Return which segmentation goes to which series; None where masks are not asked for."""
+    if options.masks is None:
+        return None
+    roots = None if options.masks == "auto" else list(options.masks)
+    recipe = options.recipe
+    return matched(cohort, paths, roots, recipe.masks, executor, exclude=out, alone=not recipe.image)
+
+
+def check_names(names: Pseudonyms | None, manifest: Manifest, out: str | os.PathLike[str]) -> None:
+    """Raise if `out` was made with other names: every series would be converted again, under two names."""
+    manifests = [manifest.naming()]
+    for path in shards_of(manifest.path.parent).values():
+        # One that is just being made is none yet; whoever merges them looks again.
+        with suppress(OutputError), closing(Manifest(path, reading=True)) as other:
+            manifests.append(other.naming())
+    own = names.check if names else ""
+    former = next((mark for mark in manifests if mark not in (None, own)), own)
+    if former == own:
+        return
+    if not former:
+        raise RequestError(f"{out} was made without --names hash: choose another --out, or leave it out")
+    if names is None:
+        raise RequestError(f"{out} was made with --names hash: give it again with its --key, or choose another --out")
+    raise RequestError(f"{out} was made with another --key than {names.file}: give that, or choose another --out")
+
+
+def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest, out: str | Path) -> None:
+    """Raise if masks alone would replace volumes that hold images, or images alone such that hold masks."""
+    if not recipe.image and any(manifest.columns("key", where="WHERE folder != '' AND hu_mean IS NOT NULL")):
+        raise RequestError(
+            f"{out} holds images, which masks alone would replace: choose another --out, or run gpuprep convert "
+            "--masks into this one"
+        )
+    if matches is None and any(manifest.columns("key", where="WHERE folder != '' AND labels != '[]'")):
+        raise RequestError(f"{out} holds masks, which would go: give --masks again, or choose another --out")
+
+
+def check_layout(layout: Layout, out: str | os.PathLike[str], recipe: Recipe, shard: Shard) -> None:
+    """Raise if nnU-Net could not train on what a run makes."""
+    if layout == "nnunet":
+        check(place_of(out), recipe, shard)
+
+
+def check_apart(paths: list[str], out: str | Path) -> None:
+    """Raise if volumes would be written among the input: OUT may lie inside an input, but no input inside OUT."""
+    for path in paths:
+        if f"{resolved(path)}/".startswith(f"{resolved(out).rstrip('/')}/"):
+            raise RequestError(f"the input {path} lies in the output folder {out}: choose another --out")
+
+
+def blank_forecast(means: Means, recipe: Recipe, manifest: Manifest | None, output: Output | None) -> Forecast:
+    """Return a forecast without series."""
+    return Forecast(
+        workers=means.workers,
+        room=means.room,
+        at_rest_bytes=means.at_rest_bytes,
+        free_disk_bytes=output.free_bytes() if output else None,
+        experience=experience(manifest, recipe, means.backend.name),
+        compressed=recipe.compression != "none",
+    )
+
+
+def series_under(
+    paths: list[str], options: ConvertOptions, out: str | os.PathLike[str] | None, executor: Executor
+) -> Cohort:
+    """Return the cohort under some paths, read by an executor, with pseudonyms where the options have them."""
+
+    def map_(
+        function: Callable[[list[str]], list[Contents]], tasks: list[list[str]]
+    ) -> Iterator[tuple[list[str], list[Contents]]]:
+        def unreadable(file: str, exc: WorkerDiedError) -> Contents:
+            return Contents(unreadable=[(printable(file), str(exc))], lasting=False)
+
+        return answers(executor, function, tasks, unreadable)
+
+    cohort = discover(paths, options.recipe.rules, exclude=out, index=options.index, map_=map_)
+    names = options.names
+    return cohort if names is None else replace(cohort, series=tuple(names.series(s) for s in cohort))
