@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -15,74 +14,34 @@ import typer
 from typer.core import TyperCommand
 
 from gpuprep._version import __version__
-from gpuprep.cli.convert_command import gpu_numbers, jobs_or_cores, run_conversion
-from gpuprep.cli.exit_codes import complain, errors_to_exit_codes, header_index, print_csv, print_json
+from gpuprep.cli.asked import asked_options, asked_recipe, jobs_or_cores, shown
+from gpuprep.cli.convert_command import run_conversion
+from gpuprep.cli.exit_codes import complain, errors_to_exit_codes, print_csv, print_json
 from gpuprep.cli.inspect_commands import LOOKING
 from gpuprep.cli.options import (
+    MASK_FLAGS,
     MASKS,
+    OUTPUT_FLAGS,
+    RECIPE_FLAGS,
     RUN,
-    AntiAlias,
-    AssumeHu,
-    BackendOption,
-    Compression,
-    Dtype,
-    EngineOption,
-    Fit,
-    Format,
-    Gpus,
-    GroupBy,
-    Index,
-    IndexBase,
-    Jobs,
-    Json,
-    Key,
-    LayoutOption,
-    LeanTolerance,
-    Log,
-    LogFormat,
-    MaskLayout,
-    MaskResampling,
-    MaxMissing,
-    MaxMissingShare,
-    MemoryShare,
-    NamesOption,
-    NoRoomCheck,
-    Order,
-    Orient,
+    RUN_FLAGS,
+    STACKING_FLAGS,
     Out,
     Paths,
-    PixelBase,
-    Policy,
-    PositionTolerance,
-    Quiet,
     RecipeOption,
-    Report,
-    Roi,
-    Scheduler,
-    ShardOption,
-    Size,
-    SliceFromOption,
-    SliceOrderOption,
-    Spacing,
-    SpacingTolerance,
-    TextFormat,
-    Threshold,
-    TimeLimit,
-    UnitsOption,
-    Window,
+    some,
+    takes,
 )
 from gpuprep.cli.output_commands import KEEPING
 from gpuprep.core.formatting import printable
-from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.core.stacking_rules import texts
-from gpuprep.errors import GpuprepError, RecipeError, RequestError
+from gpuprep.errors import GpuprepError, RequestError
 from gpuprep.executors.logs import quiet_libraries
 from gpuprep.executors.signals import held_back
 
 if TYPE_CHECKING:
-    from gpuprep.core.recipe import Recipe
     from gpuprep.pipeline.decide import Outlook
-    from gpuprep.pipeline.pseudonyms import Pseudonyms
+    from gpuprep.pipeline.options import ConvertOptions
 
 # Everything else is imported where it is used: `--help` must not wait for NumPy.
 
@@ -127,6 +86,7 @@ class _WithMasks(TyperCommand):
 
 
 @app.command(cls=_WithMasks)
+@takes(RECIPE_FLAGS, STACKING_FLAGS, MASK_FLAGS, RUN_FLAGS, OUTPUT_FLAGS)
 def convert(
     paths: Paths,
     out: Out,
@@ -140,58 +100,10 @@ def convert(
         ),
     ] = None,
     recipe: RecipeOption = "default",
-    spacing: Spacing = None,
-    order: Order = None,
-    anti_alias: AntiAlias = None,
-    window: Window = None,
-    size: Size = None,
-    fit: Fit = None,
-    dtype: Dtype = None,
-    format_: Format = None,
-    compression: Compression = None,
-    group_by: GroupBy = None,
-    policy: Policy = None,
-    orient: Orient = None,
-    spacing_tolerance: SpacingTolerance = None,
-    position_tolerance_mm: PositionTolerance = None,
-    lean_tolerance_mm: LeanTolerance = None,
-    max_missing: MaxMissing = None,
-    max_missing_share: MaxMissingShare = None,
-    assume_hu: AssumeHu = None,
-    roi: Roi = None,
-    mask_layout: MaskLayout = None,
-    mask_resampling: MaskResampling = None,
-    text_format: TextFormat = None,
-    units: UnitsOption = None,
-    index_base: IndexBase = None,
-    pixel_base: PixelBase = None,
-    slice_from: SliceFromOption = None,
-    slice_order: SliceOrderOption = None,
-    seg_threshold: Threshold = None,
-    backend: BackendOption = "auto",
-    engine: EngineOption = "operators",
-    jobs: Jobs = None,
-    gpus: Gpus = None,
-    memory_share: MemoryShare = None,
-    time_limit: TimeLimit = None,
-    shard: ShardOption = None,
-    layout: LayoutOption = "folders",
-    names: NamesOption = "source",
-    key: Key = None,
-    scheduler: Scheduler = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Convert at most so many series now.", rich_help_panel=RUN)
-    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would happen, and write nothing to OUT.", rich_help_panel=RUN)
     ] = False,
-    no_room_check: NoRoomCheck = False,
-    index: Index = None,
-    log: Log = None,
-    log_format: LogFormat = "text",
-    report: Report = False,
-    quiet: Quiet = False,
-    json_: Json = False,
+    **flags: Any,
 ) -> None:
     """Convert every CT series under DICOM_DIR into a folder of its own under OUT.
 
@@ -199,36 +111,22 @@ def convert(
     reason, on the screen and in OUT/manifest.csv.
     """
     with errors_to_exit_codes() as stop:
-        wanted = _recipe(
-            recipe, spacing_mm=spacing, order=order, anti_alias=anti_alias, window_hu=window, size=size, fit=fit,
-            dtype=dtype, format=format_, compression=compression, group_by=group_by, policy=policy, orient=orient,
-            spacing_tolerance=spacing_tolerance, position_tolerance_mm=position_tolerance_mm,
-            lean_tolerance_mm=lean_tolerance_mm, max_missing=max_missing, max_missing_share=max_missing_share,
-            assume_hu=assume_hu, image=True, masks=_masks(
-                roi=roi, layout=mask_layout, resampling=mask_resampling, text_format=text_format, units=units,
-                index_base=index_base, pixel_base=pixel_base, slice_from=slice_from, slice_order=slice_order,
-                threshold=seg_threshold,
-            ),
-        )  # fmt: skip
-        given = _one_or_all(masks)
-        part = WHOLE if shard is None else Shard.parse(shard)
+        wanted = asked_recipe(recipe, flags, image=True)
+        options = asked_options(flags, out, recipe=wanted, masks=_one_or_all(masks))
         if dry_run:
-            _show_scan(
-                paths, wanted, out, jobs, index, "json" if json_ else "table", given,
-                backend=backend, engine=engine, shard=part, layout=layout, names=_pseudonyms(names, key, out),
-                calibrate=True,
-            )  # fmt: skip
+            _show_scan(paths, options, "json" if flags["json_"] else "table", out=out, calibrate=True)
         else:
-            run_conversion(
-                paths, out, wanted, given, stop, backend=backend, engine=engine, jobs=jobs, gpus=gpu_numbers(gpus),
-                memory_share=memory_share, limit_s=time_limit, shard=part, scheduler=scheduler, limit=limit,
-                layout=layout, names=_pseudonyms(names, key, out),
-                room_check=not no_room_check, index=index, log=log, log_format=log_format, report=report, quiet=quiet,
-                json_=json_,
-            )  # fmt: skip
+            run_conversion(paths, out, options, stop, **shown(flags))
 
 
 @app.command()
+@takes(
+    some(RECIPE_FLAGS, "spacing_mm", "size", "fit", "format", "compression"),
+    some(STACKING_FLAGS, "group_by", "policy", "orient"),
+    MASK_FLAGS,
+    some(RUN_FLAGS, "backend", "jobs", "names", "key", "index"),
+    some(OUTPUT_FLAGS, "log", "log_format", "quiet", "json_"),
+)
 def mask(
     segmentations: Annotated[
         list[str],
@@ -240,80 +138,32 @@ def mask(
     ],
     out: Out,
     recipe: RecipeOption = "default",
-    spacing: Spacing = None,
-    size: Size = None,
-    fit: Fit = None,
-    format_: Format = None,
-    compression: Compression = None,
-    group_by: GroupBy = None,
-    policy: Policy = None,
-    orient: Orient = None,
-    roi: Roi = None,
-    mask_layout: MaskLayout = None,
-    mask_resampling: MaskResampling = None,
-    text_format: TextFormat = None,
-    units: UnitsOption = None,
-    index_base: IndexBase = None,
-    pixel_base: PixelBase = None,
-    slice_from: SliceFromOption = None,
-    slice_order: SliceOrderOption = None,
-    seg_threshold: Threshold = None,
-    backend: BackendOption = "auto",
-    jobs: Jobs = None,
-    names: NamesOption = "source",
-    key: Key = None,
-    index: Index = None,
-    log: Log = None,
-    log_format: LogFormat = "text",
-    quiet: Quiet = False,
-    json_: Json = False,
+    **flags: Any,
 ) -> None:
     """Make masks alone: on the grid that `convert` with the same flags gives the images."""
     with errors_to_exit_codes() as stop:
-        wanted = _recipe(
-            recipe, spacing_mm=spacing, size=size, fit=fit, format=format_, compression=compression, group_by=group_by,
-            policy=policy, orient=orient, image=False, masks=_masks(
-                roi=roi, layout=mask_layout, resampling=mask_resampling, text_format=text_format, units=units,
-                index_base=index_base, pixel_base=pixel_base, slice_from=slice_from, slice_order=slice_order,
-                threshold=seg_threshold,
-            ),
-        )  # fmt: skip
-        run_conversion(
-            series, out, wanted, segmentations, stop, backend=backend, jobs=jobs, index=index, log=log,
-            log_format=log_format, quiet=quiet, json_=json_, names=_pseudonyms(names, key, out),
-        )  # fmt: skip
+        wanted = asked_recipe(recipe, flags, image=False)
+        options = asked_options(flags, out, recipe=wanted, masks=segmentations)
+        run_conversion(series, out, options, stop, **shown(flags))
 
 
 @app.command()
+@takes(STACKING_FLAGS, some(RUN_FLAGS, "jobs", "index"), some(OUTPUT_FLAGS, "json_"))
 def scan(
     paths: Paths,
     recipe: RecipeOption = "default",
-    group_by: GroupBy = None,
-    policy: Policy = None,
-    orient: Orient = None,
-    spacing_tolerance: SpacingTolerance = None,
-    position_tolerance_mm: PositionTolerance = None,
-    lean_tolerance_mm: LeanTolerance = None,
-    max_missing: MaxMissing = None,
-    max_missing_share: MaxMissingShare = None,
-    assume_hu: AssumeHu = None,
-    jobs: Jobs = None,
-    index: Index = None,
     csv: Annotated[
         bool, typer.Option("--csv", help="Print a line per series instead of tables.", rich_help_panel=RUN)
     ] = False,
-    json_: Json = False,
+    **flags: Any,
 ) -> None:
     """Show what is there, what is irregular about it and what would happen to it; reads headers, never pixels."""
     with errors_to_exit_codes():
-        wanted = _recipe(
-            recipe, group_by=group_by, policy=policy, orient=orient, spacing_tolerance=spacing_tolerance,
-            position_tolerance_mm=position_tolerance_mm, lean_tolerance_mm=lean_tolerance_mm, max_missing=max_missing,
-            max_missing_share=max_missing_share, assume_hu=assume_hu,
-        )  # fmt: skip
-        if csv and json_:
+        wanted = asked_recipe(recipe, flags)
+        if csv and flags["json_"]:
             raise RequestError("--csv and --json: give one of them")
-        _show_scan(paths, wanted, None, jobs, index, "csv" if csv else "json" if json_ else "table")
+        options = asked_options(flags | {"backend": "cpu"}, None, recipe=wanted)
+        _show_scan(paths, options, "csv" if csv else "json" if flags["json_"] else "table")
 
 
 for _command in KEEPING + LOOKING:
@@ -321,10 +171,9 @@ for _command in KEEPING + LOOKING:
 
 
 @app.command()
+@takes(some(RUN_FLAGS, "backend", "jobs"))
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for the demo; made if need be.")],
-    backend: BackendOption = "auto",
-    jobs: Jobs = None,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for the demo; made if need be.")], **flags: Any
 ) -> None:
     """Write a small synthetic cohort as DICOM, convert it, and say where to look."""
     with errors_to_exit_codes():
@@ -335,24 +184,26 @@ def demo(
             from gpuprep.core.recipe import Recipe
 
         started = time.perf_counter()
-        chosen = get_backend(backend)
+        chosen = get_backend(flags["backend"])
         show_recipe(Recipe(), chosen.device, "operators")
         with Monitor() as monitor:
-            shown = run_demo(out, backend=chosen.name, jobs=jobs_or_cores(jobs, chosen.name), listener=monitor)  # type: ignore[arg-type]
-        show_run(shown.run, str(shown.volumes), time.perf_counter() - started)
-        if shown.run.counts not in ({"ok": 3, "fixed": 1, "rejected": 1}, {"skipped": 4, "rejected": 1}):
-            raise GpuprepError(f"the demo should convert 4 series and reject 1, but gave {shown.run.counts}")
-        first = shown.volumes / min(r.folder for r in shown.run.results if r.folder)
-        say(f"DICOM in    {shown.dicom}  (on purpose, patient-3 lacks a slice, which is filled, and patient-4 six)")
-        say(f"outlines in {shown.masks}  (heart and spine of patient-1, as text)")
+            jobs = jobs_or_cores(flags["jobs"], chosen.name)
+            made = run_demo(out, backend=chosen.name, jobs=jobs, listener=monitor)  # type: ignore[arg-type]
+        show_run(made.run, str(made.volumes), time.perf_counter() - started)
+        if made.run.counts not in ({"ok": 3, "fixed": 1, "rejected": 1}, {"skipped": 4, "rejected": 1}):
+            raise GpuprepError(f"the demo should convert 4 series and reject 1, but gave {made.run.counts}")
+        first = made.volumes / min(r.folder for r in made.run.results if r.folder)
+        say(f"DICOM in    {made.dicom}  (on purpose, patient-3 lacks a slice, which is filled, and patient-4 six)")
+        say(f"outlines in {made.masks}  (heart and spine of patient-1, as text)")
         say(f"look at     {first / '0100.tif'}  (float32 in [0, 1]: ImageJ shows it)")
         say(f"            {first / 'labels' / '0100.tif'}  (heart 1, spine 2, elsewhere 0, on the same pixels)")
         say(f"            {first / 'volume.json'}")
-        say(f"            {shown.volumes / 'manifest.csv'}")
+        say(f"            {made.volumes / 'manifest.csv'}")
 
 
 @app.command()
-def doctor(json_: Json = False) -> None:
+@takes(some(OUTPUT_FLAGS, "json_"))
+def doctor(**flags: Any) -> None:
     """Show backends, devices, decoders and versions; why something is missing and what to install."""
     with errors_to_exit_codes():
         with held_back():
@@ -360,7 +211,7 @@ def doctor(json_: Json = False) -> None:
             from gpuprep.cli.doctor import examine
 
         findings = examine()
-        if json_:
+        if flags["json_"]:
             print_json([asdict(f) for f in findings])
         else:
             show_findings(findings)
@@ -376,24 +227,6 @@ def main() -> None:
     app()
 
 
-def _masks(**flags: Any) -> dict[str, Any]:
-    """Return the table ``[masks]`` of the flags that were given."""
-    return {k: v for k, v in flags.items() if v is not None}
-
-
-def _pseudonyms(names: str, key: Path | None, out: str) -> Pseudonyms | None:
-    """Return what stands for names in OUT, if anything does."""
-    if names == "hash" and key is None:
-        raise RequestError("--names hash needs --key FILE, which is made if it is not there; keep it outside of --out")
-    if names != "hash" and key is not None:
-        raise RequestError("--key is for --names hash: give both")
-    if key is None:
-        return None
-    from gpuprep.pipeline.pseudonyms import Pseudonyms
-
-    return Pseudonyms.load(key, out)
-
-
 def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
     """Return the words after --masks as `gpuprep.convert` takes them."""
     if masks is None or masks == ["auto"]:
@@ -404,14 +237,18 @@ def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
 
 
 def _show_scan(
-    paths: list[str], recipe: Recipe, out: str | None, jobs: int | None, index: str | None,
-    how: Literal["table", "csv", "json"], masks: list[str] | Literal["auto"] | None = None, **means: Any,
-) -> None:  # fmt: skip
+    paths: list[str],
+    options: ConvertOptions,
+    how: Literal["table", "csv", "json"],
+    *,
+    out: str | None = None,
+    calibrate: bool = False,
+) -> None:
     with held_back():
         from gpuprep.cli.console import show_scan
         from gpuprep.pipeline.events import Listener
         from gpuprep.pipeline.match_masks import Matched
-        from gpuprep.pipeline.scan import scan as run_scan
+        from gpuprep.pipeline.scan import scan_cohort
 
     unmatched: list[tuple[str, str]] = []
     unused: list[tuple[str, str]] = []
@@ -421,10 +258,7 @@ def _show_scan(
             unmatched.extend(matched.complaints)
             unused.extend(matched.unused)
 
-    found = run_scan(
-        paths, recipe, masks=masks, out=out, index=header_index(index), jobs=jobs_or_cores(jobs, "cpu"),
-        listener=Unmatched(), **means,
-    )  # fmt: skip
+    found = scan_cohort(paths, options, out, Unmatched(), calibrate=calibrate)
     cohort, outlooks = found.cohort, found.outlooks
     if how == "csv":
         print_csv([_outlook(o) for o in outlooks])
@@ -475,31 +309,3 @@ def _outlook(o: Outlook) -> dict[str, Any]:
         "structures": o.structures,
         "audit": o.audit and o.audit.to_dict(),
     }
-
-
-def _recipe(name: str, **flags: Any) -> Recipe:
-    """Return the named recipe with the flags that were given."""
-    with held_back():
-        from gpuprep.core.recipe import PRESETS, Recipe
-
-    base = (
-        Recipe.load(name)
-        if name not in PRESETS and (name.endswith(".toml") or os.path.exists(name))
-        else Recipe.preset(name)
-    )
-    given = {k: _parsed(k, v) for k, v in flags.items() if v is not None}
-    known = base.to_dict()
-    if "masks" in given:
-        given["masks"] = known["masks"] | given["masks"]
-    return Recipe.from_dict(known | given)
-
-
-def _parsed(name: str, value: Any) -> Any:
-    """Return the value of a flag as a recipe holds it: "1" and "3,1,1" are numbers, "none" stays."""
-    if not isinstance(value, str) or name not in ("spacing_mm", "window_hu", "size") or value == "none":
-        return value
-    try:
-        numbers = [int(part) if name == "size" else float(part) for part in value.split(",")]
-    except ValueError:
-        raise RecipeError(f"{name} = {value!r}: give numbers separated by commas, or none") from None
-    return numbers[0] if len(numbers) == 1 else numbers

@@ -5,54 +5,57 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import typer
 
-from gpuprep.cli.exit_codes import INTERRUPTED, complain, header_index, print_json
-from gpuprep.errors import RequestError
+from gpuprep.cli.exit_codes import INTERRUPTED, complain, print_json
 from gpuprep.executors.signals import Stop, held_back
 
 if TYPE_CHECKING:
-    from gpuprep.core.recipe import Recipe
+    from gpuprep.compute.backend import BackendName
+    from gpuprep.pipeline.options import ConvertOptions
 
 
 def run_conversion(
-    paths: list[str], out: str, recipe: Recipe, masks: list[str] | Literal["auto"] | None, stop: Stop, *,
-    backend: Any, jobs: int | None, index: str | None, log: Path | None, log_format: Literal["text", "json"],
-    quiet: bool, json_: bool, memory_share: float | None = None, scheduler: str | None = None,
-    report: bool = False, **how: Any,
-) -> None:  # fmt: skip
+    paths: list[str],
+    out: str,
+    options: ConvertOptions,
+    stop: Stop,
+    *,
+    log: Path | None,
+    log_format: Literal["text", "json"],
+    quiet: bool,
+    json_: bool,
+    report: bool = False,
+) -> None:
     """Convert, show what happens as was asked for, and leave with the exit code."""
     with held_back():
         from gpuprep.cli.console import Complaints, Monitor, say, show_recipe, show_run
         from gpuprep.cli.run_log import Journal, Together
         from gpuprep.compute.backend import get_backend
-        from gpuprep.compute.memory_estimate import USABLE
-        from gpuprep.pipeline.cohort import convert
+        from gpuprep.pipeline.cohort import run_cohort
         from gpuprep.pipeline.events import Listener
         from gpuprep.report.html import write_report
 
     if quiet or json_:
         logging.getLogger("gpuprep").setLevel(logging.ERROR)
     started = time.perf_counter()
-    if scheduler is None:
-        chosen = get_backend(backend)
-        backend, device = chosen.name, chosen.device
+    if options.scheduler is None and isinstance(options.backend, str):
+        chosen = get_backend(options.backend)
+        options = replace(options, backend=cast("BackendName", chosen.name))
+        device = chosen.device
     else:
-        device = f"whatever the workers of {scheduler} have"
+        device = f"whatever the workers of {options.scheduler} have"
     monitor: Any = nullcontext(Complaints() if quiet else Listener())
     if not (quiet or json_):
-        show_recipe(recipe, device, how.get("engine", "operators"))
+        show_recipe(options.recipe, device, options.engine)
         monitor = Monitor()
     journal: Any = nullcontext(Listener()) if log is None else Journal.appending(log, log_format)
     with monitor as shown, journal as written:
-        run = convert(
-            paths, out, recipe, masks=masks, backend=backend,
-            jobs=jobs_or_cores(jobs, backend), memory_share=USABLE if memory_share is None else memory_share,
-            scheduler=scheduler, index=header_index(index), listener=Together(shown, written), stop=stop, **how,
-        )  # fmt: skip
+        run = run_cohort(paths, out, options, Together(shown, written), stop)
     page = write_report(out) if report else None
     if json_:
         print_json(
@@ -74,25 +77,8 @@ def run_conversion(
         if page is not None:
             say(f"report in {page}")
     if run.exit_code == 3:
-        what = "no CT series" if recipe.image else "no segmentation of a CT series"
+        what = "no CT series" if options.recipe.image else "no segmentation of a CT series"
         complain(f"{what} under {', '.join(paths)}")
     if run.stopped is not None:
         complain(INTERRUPTED)
     raise typer.Exit(run.exit_code)
-
-
-def gpu_numbers(text: str | None) -> list[int] | None:
-    """Return the GPUs that ``0,1`` means."""
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(f"--gpus {text!r}: give numbers separated by commas, such as 0,1") from None
-
-
-def jobs_or_cores(jobs: int | None, backend: str) -> int | None:
-    """Return one worker per core that this process may use; on a GPU, leave it to `batch`."""
-    from gpuprep.executors.cores import usable_cores
-
-    return jobs if jobs is not None or backend == "gpu" else usable_cores()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gpuprep.cli.exit_codes import errors_to_exit_codes, print_json
-from gpuprep.cli.options import GroupBy, preset_names
+from gpuprep.cli.options import STACKING_FLAGS, preset_names, some, takes
 from gpuprep.errors import RequestError
 from gpuprep.executors.signals import held_back
 
@@ -40,15 +40,16 @@ def recipes(
             sys.stdout.write(PRESETS[name].to_toml())
 
 
+@takes(some(STACKING_FLAGS, "group_by"))
 def show(
     series: Annotated[
         str, typer.Argument(metavar="SERIES", help="DICOM of one series, or the folder of a finished output.")
     ],
     series_uid: Annotated[str | None, typer.Option(metavar="UID", help="This one, where there are several.")] = None,
-    group_by: GroupBy = None,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a montage of slices and the histogram, as PNG.")
     ] = None,
+    **flags: Any,
 ) -> None:
     """Look at one series: verdict, grid, HU, a histogram with the bands of tissues, and three planes."""
     with errors_to_exit_codes():
@@ -57,7 +58,7 @@ def show(
             from gpuprep.report.inspect_series import glance
             from gpuprep.report.montage import montage
 
-        seen = glance(series, series_uid, group_by or "uid")
+        seen = glance(series, series_uid, flags["group_by"] or "uid")
         show_glance(seen)
         if png is not None:
             try:

@@ -12,21 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpuprep.cli.convert_command import gpu_numbers, run_conversion
+from gpuprep.cli.asked import asked_options, shown
+from gpuprep.cli.convert_command import run_conversion
 from gpuprep.cli.exit_codes import errors_to_exit_codes, print_json, readers_may_leave
-from gpuprep.cli.options import (
-    RUN,
-    BackendOption,
-    Gpus,
-    Index,
-    Jobs,
-    Json,
-    Log,
-    LogFormat,
-    MemoryShare,
-    Quiet,
-    TimeLimit,
-)
+from gpuprep.cli.options import OUTPUT_FLAGS, RUN, RUN_FLAGS, some, takes
 from gpuprep.errors import RequestError
 from gpuprep.executors.signals import held_back
 
@@ -36,7 +25,8 @@ if TYPE_CHECKING:
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The --out of a run.")]
 
 
-def status(out: OutArgument, json_: Json = False) -> None:
+@takes(some(OUTPUT_FLAGS, "json_"))
+def status(out: OutArgument, **flags: Any) -> None:
     """Show how far a run is, or how the last one ended: counts, rate, time left, what was left out and why."""
     with errors_to_exit_codes():
         with held_back():
@@ -44,19 +34,19 @@ def status(out: OutArgument, json_: Json = False) -> None:
             from gpuprep.output.verify import status as status_of
 
         found = status_of(out)
-        if json_:
+        if flags["json_"]:
             print_json(asdict(found))
         else:
             show_status(found, out)
 
 
+@takes(some(RUN_FLAGS, "jobs"), some(OUTPUT_FLAGS, "json_"))
 def verify(
     out: OutArgument,
     mark: Annotated[
         bool, typer.Option("--mark", help="Record damaged outputs as failed: retry, or a run, makes them again.")
     ] = False,
-    jobs: Jobs = None,
-    json_: Json = False,
+    **flags: Any,
 ) -> None:
     """Read every output again and compare checksums; name what is damaged, missing, unfinished or of no output."""
     with errors_to_exit_codes():
@@ -69,7 +59,7 @@ def verify(
             from gpuprep.output.verify import mark as mark_damaged
             from gpuprep.output.verify import verify as findings_of
 
-        executor = Processes(jobs or usable_cores(), preload=("gpuprep.output.verify",))
+        executor = Processes(flags["jobs"] or usable_cores(), preload=("gpuprep.output.verify",))
         try:
             with Counting("outputs") as counting:
                 found = list(findings_of(out, executor, counting.one_more))
@@ -79,7 +69,7 @@ def verify(
             with open_out(out) as output, closing(open_manifest(output.root)) as manifest:
                 mark_damaged(manifest, found)
                 manifest.write_csv()
-        if json_:
+        if flags["json_"]:
             print_json([asdict(f) for f in found])
         else:
             show_damage(found, counting.count)
@@ -153,21 +143,16 @@ def merge(out: OutArgument) -> None:
                 say(f"not among them: {numbers}; merge again when they are there")
 
 
+@takes(
+    some(RUN_FLAGS, "backend", "jobs", "gpus", "memory_share", "limit_s", "index"),
+    some(OUTPUT_FLAGS, "log", "log_format", "quiet", "json_"),
+)
 def retry(
     out: OutArgument,
-    backend: BackendOption = "auto",
-    jobs: Jobs = None,
-    gpus: Gpus = None,
-    memory_share: MemoryShare = None,
-    time_limit: TimeLimit = None,
     rejected: Annotated[
         bool, typer.Option("--rejected", help="Those that were rejected too.", rich_help_panel=RUN)
     ] = False,
-    index: Index = None,
-    log: Log = None,
-    log_format: LogFormat = "text",
-    quiet: Quiet = False,
-    json_: Json = False,
+    **flags: Any,
 ) -> None:
     """Convert again what failed, with the inputs, masks and recipe of the last run."""
     with errors_to_exit_codes() as stop:
@@ -197,12 +182,16 @@ def retry(
             if recipe.sha256 != run.recipe_sha256:
                 raise RequestError(f"{out}/recipe.toml is not what the last run did: use gpuprep convert --recipe")
         asked = _request(run, out)
-        run_conversion(
-            asked["paths"], out, recipe, asked["masks"], stop, backend=backend,
-            engine=asked["engine"], jobs=jobs, gpus=gpu_numbers(gpus), memory_share=memory_share, limit_s=time_limit,
-            only=states, layout=asked.get("layout", "folders"), index=index, log=log, log_format=log_format,
-            quiet=quiet, json_=json_,
-        )  # fmt: skip
+        options = asked_options(
+            flags,
+            out,
+            recipe=recipe,
+            masks=asked["masks"],
+            engine=asked["engine"],
+            layout=asked.get("layout", "folders"),
+            only=states,
+        )
+        run_conversion(asked["paths"], out, options, stop, **shown(flags))
 
 
 def _request(run: RunRecord, out: str) -> dict[str, Any]:

@@ -70,19 +70,30 @@ def scan(
         As `convert` raises.
     """
     asked = ConvertOptions(recipe=recipe or Recipe(), backend=backend, **options)
-    paths = listed(paths)
+    return scan_cohort(listed(paths), asked, out, listener or Listener(), calibrate=calibrate)
+
+
+def scan_cohort(
+    paths: list[str],
+    options: ConvertOptions,
+    out: str | os.PathLike[str] | None,
+    listener: Listener,
+    *,
+    calibrate: bool = False,
+) -> Scan:
+    """Look at a cohort as `scan` does."""
     if out is not None:
         check_apart(paths, place_of(out))
-        check_layout(asked.layout, out, asked.recipe, asked.shard)
-    chosen = get_backend(backend) if isinstance(backend, str) else backend
-    means = means_of([chosen], asked.jobs, USABLE, None if calibrate else FOR_HEADERS)
+        check_layout(options.layout, out, options.recipe, options.shard)
+    chosen = get_backend(options.backend) if isinstance(options.backend, str) else options.backend
+    means = means_of([chosen], options.jobs, USABLE, None if calibrate else FOR_HEADERS)
     try:
-        cohort = series_under(paths, asked, out, means.executor)
-        matches = matches_of(cohort, paths, asked, means.executor, out)
-        if matches is not None and listener is not None:
+        cohort = series_under(paths, options, out, means.executor)
+        matches = matches_of(cohort, paths, options, means.executor, out)
+        if matches is not None:
             listener.matched(matches)
-        expected, forecast = _expected(cohort, matches, means, paths, asked, out)
-        _count(expected, forecast, means, asked, calibrate=calibrate)
+        expected, forecast = _expected(cohort, matches, means, paths, options, out)
+        _count(expected, forecast, means, options, calibrate=calibrate)
     finally:
         means.executor.stop()
     return Scan(cohort, expected, forecast)
