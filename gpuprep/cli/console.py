@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpuprep.compute.hu_histogram import BANDS
-from gpuprep.core.formatting import numbered, printable, sized
+from gpuprep.core.formatting import first_few, numbered, printable, sized
 from gpuprep.core.recipe import Preset, Recipe
 from gpuprep.dicom.discover import Cohort
 from gpuprep.output.manifest import SeriesResult
@@ -425,4 +425,4 @@ def _beside(passed_over: Mapping[str, int]) -> str:
 def _names(names: Iterable[str]) -> str:
     """Return the first names of structures."""
     shown = [printable(name) for name in names]
-    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") or "nothing"
+    return first_few(shown, 8) or "nothing"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """Return text with everything escaped that a terminal, a table or UTF-8 cannot hold."""
@@ -22,6 +24,12 @@ def quoted(text: str) -> str:
 def numbered(count: int, what: str = "number") -> str:
     """Return a count with its noun."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def first_few(parts: Sequence[str], most: int = 3, what: str = "") -> str:
+    """Return the first few of some texts, and how many more there are."""
+    more = len(parts) - most
+    return ", ".join(parts[:most]) + (f" and {more} more {what}".rstrip() if more > 0 else "")
 
 
 def sized(count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gpuprep.core.formatting import first_few
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.core.stacking_rules import Rules, SeriesWarning
 from gpuprep.dicom.uids import GE_BIG_WORDS, NATIVE, PLAIN, READ, UNDEFINED_LENGTH, syntax_name
@@ -24,9 +25,6 @@ HARMLESS = ("localizer", "colour", "secondary image", "material map")
 
 PADDING_BYTES = 16
 """So many bytes after the last pixel are padding; more may be pixels that no header announces."""
-
-NAMED = 3
-"""Slices named in a message before it says how many more there are."""
 
 
 def check(series: Series, rules: Rules) -> None:
@@ -142,12 +140,14 @@ def _check_kind(series: Series) -> None:
         raise GeometryError(f"localizers (scouts) only: {names(series.slices)}", "localizer")
     for lack in DAMAGED:
         if damaged := [name for name, why in series.left_out if why == lack]:
-            raise MissingTagError(f"{lack.removeprefix('no ')} absent, unreadable or impossible in {listed(damaged)}")
+            raise MissingTagError(
+                f"{lack.removeprefix('no ')} absent, unreadable or impossible in {first_few(damaged)}"
+            )
     lost = [name for name, why in series.left_out if why not in HARMLESS]
     if len(lost) >= len(series.slices):
         raise GeometryError(
             f"only {len(series.slices)} images form the largest stack, and {len(lost)} do not belong to it: "
-            + listed(lost),
+            + first_few(lost),
             "left-out",
         )
     multi = [s for s in series.slices if s.frames > 1 and s.position_mm is None]
@@ -227,7 +227,7 @@ def _check_intensity(series: Series, rules: Rules) -> None:
 
 def _units(slices: list[SliceHeader]) -> str:
     """Return the units that slices say instead of HU."""
-    return listed(sorted({s.rescale_type or "" for s in slices}))
+    return first_few(sorted({s.rescale_type or "" for s in slices}))
 
 
 def _check_lengths(series: Series) -> None:
@@ -250,10 +250,4 @@ def _check_lengths(series: Series) -> None:
 
 def names(slices: tuple[SliceHeader, ...] | list[SliceHeader]) -> str:
     """Return the names of a few slices and the number of the others."""
-    return listed([s.name for s in slices])
-
-
-def listed(parts: list[str]) -> str:
-    """Return the first few of some texts and the number of the others."""
-    more = len(parts) - NAMED
-    return ", ".join(parts[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    return first_few([s.name for s in slices])

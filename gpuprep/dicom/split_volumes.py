@@ -12,9 +12,10 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import first_few
 from gpuprep.core.series import FOLDER_UID, MALFORMED, Image, Series, SliceHeader, packed, unpacked
 from gpuprep.core.stacking_rules import Irregularity, Rules, SeriesWarning
-from gpuprep.dicom.header_checks import DAMAGED, listed
+from gpuprep.dicom.header_checks import DAMAGED
 from gpuprep.dicom.stack import acquisition, along_normal_mm, position_tolerance_mm, same_image, stack
 from gpuprep.errors import InputError
 from gpuprep.files.filesystem import common_folder
@@ -254,7 +255,7 @@ def _mixed(volume: Series, count: int, numbered: bool) -> Series:
 def _without(volume: Series, strays: list[tuple[Image, str]]) -> Series:
     """Return a volume with the images named that were left out of it."""
     left_out = tuple((image.header.name, why) for image, why in strays)
-    what = f"{len(left_out)} images are no slices: " + listed([f"{name} ({why})" for name, why in left_out])
+    what = f"{len(left_out)} images are no slices: " + first_few([f"{name} ({why})" for name, why in left_out])
     note = Irregularity("left-out", what, "left out of the volume")
     return replace(volume, left_out=(*volume.left_out, *left_out), irregularities=(*volume.irregularities, note))
 

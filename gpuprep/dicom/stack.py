@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.formatting import numbered
+from gpuprep.core.formatting import first_few, numbered
 from gpuprep.core.geometry import Geometry, Placement, directions, facing
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, Rules
-from gpuprep.dicom.header_checks import check, listed, names
+from gpuprep.dicom.header_checks import check, names
 from gpuprep.errors import GeometryError, InputError, MissingTagError
 
 PLACE_TOLERANCE = 0.1
@@ -269,7 +269,9 @@ def _without_doubles(
     ]
     measures.identical, measures.different = len(doubles) - len(unlike), len(unlike)
     if unlike:
-        pairs = listed([f"{slices[a].name} and {slices[b].name} at {near.mm(places.along[a])} mm" for a, b in unlike])
+        pairs = first_few(
+            [f"{slices[a].name} and {slices[b].name} at {near.mm(places.along[a])} mm" for a, b in unlike]
+        )
         raise GeometryError(
             f"different images share a position, {len(unlike)} times, and cannot be told apart as regular stacks "
             f"by acquisition, time or reconstruction: {pairs}",
@@ -493,13 +495,13 @@ def _gaps(places: _Places, gaps: NDArray[np.float64], missing: NDArray[np.int_],
         f"{places.slices[n + 1].name}"
         for n in np.flatnonzero(missing)
     ]
-    return listed(where)
+    return first_few(where)
 
 
 def _spacings(
     places: _Places, gaps: NDArray[np.float64], typical: float, tolerance_mm: float, near: _Tolerances
 ) -> str:
     odd = np.flatnonzero(np.abs(gaps - typical) > tolerance_mm)
-    return f"slices are {near.mm(typical, 3)} mm apart (median), but not all: " + listed(
+    return f"slices are {near.mm(typical, 3)} mm apart (median), but not all: " + first_few(
         [f"{near.mm(gaps[n], 3)} mm between {places.slices[n].name} and {places.slices[n + 1].name}" for n in odd]
     )

@@ -19,6 +19,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
+from gpuprep.core.formatting import first_few
 from gpuprep.core.series import SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, Policy, SeriesWarning
 from gpuprep.dicom.deflate import inflated
@@ -480,8 +481,7 @@ def _some(group: list[SliceHeader]) -> list[SliceHeader]:
 
 
 def _named(group: list[SliceHeader]) -> str:
-    more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-    return f"{group[0].name}{more}"
+    return first_few([header.name for header in group], 1)
 
 
 class _Bits:

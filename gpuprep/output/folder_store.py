@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.filesystem import opened
+from gpuprep.files.replacing import flush, replacing
 from gpuprep.output.paths import WORKSHOP
 
 SIDECAR = "volume.json"
@@ -232,13 +233,8 @@ def _sweep(output: Output) -> None:
 
 def write_text(file: Path, text: str, workshop: Path | None = None) -> None:
     """Write a small text file at the top of OUT, complete or not at all; made in a workshop, which no other run has."""
-    part = (workshop or file.parent) / f"{file.name}.part"
-    try:
-        part.write_text(text, "utf-8")
-        flush(part)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(file, within=workshop) as f:
+        f.write(text)
 
 
 class PendingFolder:
@@ -328,18 +324,6 @@ def _crc32() -> Callable[[bytes, int], int]:
     from imagecodecs import deflate_crc32  # 25 times as fast as the one of zlib
 
     return deflate_crc32  # type: ignore[no-any-return, unused-ignore]
-
-
-def flush(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on disk: what loss of power must not take."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems know no such thing
-            raise
-    finally:
-        os.close(file)
 
 
 def _swap(new: Path, place: Path, root: Path) -> None:

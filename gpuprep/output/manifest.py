@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.output.folder_store import flush
+from gpuprep.files.replacing import replacing
 
 Status = Literal["ok", "fixed", "skipped", "rejected", "failed"]
 """ok: converted. fixed: converted, and what was irregular put right. skipped: complete and unchanged since an earlier
@@ -417,18 +417,10 @@ class Manifest:
 
     def write_csv(self) -> None:
         """Write ``manifest.csv`` beside the manifest, complete or not at all."""
-        file = self.path.with_suffix(".csv")
-        part = file.with_name(f"{file.name}.part")
-        with self._writing():
-            try:
-                with part.open("w", encoding="utf-8", newline="") as f:
-                    writer = csv.writer(f)
-                    writer.writerow(_COLUMNS)
-                    writer.writerows(self._db.execute(f"SELECT {self._selected(_COLUMNS)} FROM series {_BY_SOURCE}"))  # noqa: S608
-                flush(part)
-                part.replace(file)
-            finally:
-                part.unlink(missing_ok=True)
+        with self._writing(), replacing(self.path.with_suffix(".csv")) as f:
+            writer = csv.writer(f)
+            writer.writerow(_COLUMNS)
+            writer.writerows(self._db.execute(f"SELECT {self._selected(_COLUMNS)} FROM series {_BY_SOURCE}"))  # noqa: S608
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from gpuprep.output.object_store import open_out, place_of
 from gpuprep.pipeline.convert_series import Task
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Results, Run, Tally
-from gpuprep.pipeline.options import ConvertOptions, Paths, listed
+from gpuprep.pipeline.options import ConvertOptions, Paths, as_list
 from gpuprep.pipeline.prepare import Prepared, RunContext, check_apart, check_layout, prepare
 from gpuprep.pipeline.pseudonyms import crosswalk_row
 from gpuprep.pipeline.retry import Attempts
@@ -95,7 +95,7 @@ def convert(
     {'skipped': 1}
     """
     asked = ConvertOptions(recipe=recipe or Recipe(), **options)
-    return run_cohort(listed(paths), out, asked, listener or Listener(), stop or Stop())
+    return run_cohort(as_list(paths), out, asked, listener or Listener(), stop or Stop())
 
 
 def run_cohort(

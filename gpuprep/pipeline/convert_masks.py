@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gpuprep.compute.backend import Backend
 from gpuprep.compute.resample_labels import LABELS, label_chunks, slice_volumes_ml
-from gpuprep.core.formatting import numbered, printable
+from gpuprep.core.formatting import first_few, numbered, printable
 from gpuprep.core.mask_options import Hide, Masks
 from gpuprep.core.plan import Plan
 from gpuprep.dicom.stack import Stack
@@ -237,9 +237,8 @@ def _check_not_empty(labels: Sequence[Label]) -> None:
 
 def _enumerated(labels: Sequence[Label]) -> str:
     """Return "none of the N structures …", with the names of some."""
-    names = ", ".join(printable(label.name) for label in labels[:STRUCTURES_NAMED])
-    more = f" and {len(labels) - STRUCTURES_NAMED} more" if len(labels) > STRUCTURES_NAMED else ""
-    return f"none of {numbered(len(labels), 'structure')} ({names}{more})"
+    names = first_few([printable(label.name) for label in labels], STRUCTURES_NAMED)
+    return f"none of {numbered(len(labels), 'structure')} ({names})"
 
 
 def _files(names: Sequence[str], ending: str) -> list[str]:
@@ -283,14 +282,11 @@ def _painted(members: Sequence[tuple[Placed, int]], labels: Sequence[Label], sta
                     overlaps[names[int(other)], structure.name] += int(count)
             there[mask] = value
     if overlaps:
-        pairs = [
-            f"{printable(a)} and {printable(b)} ({numbered(n, 'voxel')})"
-            for (a, b), n in overlaps.most_common(OVERLAPS_NAMED)
-        ]
-        more = f" and {len(overlaps) - OVERLAPS_NAMED} more pairs" if len(overlaps) > OVERLAPS_NAMED else ""
+        pairs = [f"{printable(a)} and {printable(b)} ({numbered(n, 'voxel')})" for (a, b), n in overlaps.most_common()]
+        found = first_few(pairs, OVERLAPS_NAMED, "pairs")
         raise SegmentationError(
-            f"structures overlap, which one label volume cannot hold: {', '.join(pairs)}{more}; choose some with "
-            "--roi, or use --mask-layout per-roi",
+            f"structures overlap, which one label volume cannot hold: {found}; choose some with --roi, or use "
+            "--mask-layout per-roi",
             "mask-overlap",
         )
     return painted

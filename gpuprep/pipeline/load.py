@@ -6,7 +6,7 @@ import os
 
 from gpuprep.compute.backend import Backend, BackendName, Engine
 from gpuprep.compute.process import process
-from gpuprep.core.formatting import printable
+from gpuprep.core.formatting import first_few, printable
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import Rules
@@ -90,10 +90,9 @@ def one_series(path: str | os.PathLike[str], rules: Rules, series_uid: str | Non
         what = f"series {series_uid}" if series_uid else "CT series"
         raise NothingFoundError(f"there is no {what} in {path}{_beside(len(cohort), len(cohort.unreadable))}")
     if len(found) > 1:
-        keys = ", ".join(f"{printable(s.key)} ({len(s.slices)} slices)" for s in found[:NAMED])
-        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        keys = first_few([f"{printable(s.key)} ({len(s.slices)} slices)" for s in found], NAMED)
         raise RequestError(
-            f"there are {len(found)} CT series in {path}: choose one by series_uid (--series-uid): {keys}{more}"
+            f"there are {len(found)} CT series in {path}: choose one by series_uid (--series-uid): {keys}"
         )
     return found[0]
 

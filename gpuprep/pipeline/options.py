@@ -20,7 +20,7 @@ from gpuprep.pipeline.pseudonyms import Pseudonyms
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
-def listed(paths: Paths) -> list[str]:
+def as_list(paths: Paths) -> list[str]:
     """Return one path, or several, as a list of text."""
     return [given(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
 
@@ -90,4 +90,4 @@ class ConvertOptions:
             raise RequestError(f"memory share = {self.memory_share:g}: give more than 0, and at most 1")
         checked_engine(self.engine)
         if self.masks is not None and self.masks != "auto":
-            object.__setattr__(self, "masks", tuple(listed(self.masks)))
+            object.__setattr__(self, "masks", tuple(as_list(self.masks)))

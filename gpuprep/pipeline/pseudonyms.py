@@ -29,7 +29,7 @@ from filelock import FileLock
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.filesystem import given, is_url
-from gpuprep.output.folder_store import flush
+from gpuprep.files.replacing import flush, replacing
 from gpuprep.output.manifest import SeriesResult
 
 DIGITS = 20
@@ -150,19 +150,15 @@ class Pseudonyms:
             If it cannot be written, or what is there is none.
         """
         file = self.file.with_name(f"{self.file.name}.crosswalk.csv")
-        part = file.with_name(f"{file.name}.part")
         try:
             with FileLock(file.with_name(f"{file.name}.lock"), mode=0o600):  # shards share it
                 known = _crosswalk(file)
                 for key, row in rows.items():
                     known[key] = {**known.get(key, {}), **row}
-                part.unlink(missing_ok=True)
-                with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", **_AS_CSV) as f:
+                with replacing(file, private=True, errors="surrogateescape") as f:
                     writer = csv.DictWriter(f, CROSSWALK)
                     writer.writeheader()
                     writer.writerows(known.values())
-                flush(part)
-                part.replace(file)
         except (OSError, ValueError) as exc:
             raise OutputError(f"cannot write the crosswalk {file}: {exc}") from exc
         return file

@@ -23,7 +23,7 @@ from gpuprep.pipeline.estimate import Experience, Forecast
 from gpuprep.pipeline.events import Listener
 from gpuprep.pipeline.job import task_of
 from gpuprep.pipeline.match_masks import Matched
-from gpuprep.pipeline.options import ConvertOptions, Paths, listed
+from gpuprep.pipeline.options import ConvertOptions, Paths, as_list
 from gpuprep.pipeline.prepare import blank_forecast, check_apart, check_layout, check_names, matches_of, series_under
 
 
@@ -70,7 +70,7 @@ def scan(
         As `convert` raises.
     """
     asked = ConvertOptions(recipe=recipe or Recipe(), backend=backend, **options)
-    return scan_cohort(listed(paths), asked, out, listener or Listener(), calibrate=calibrate)
+    return scan_cohort(as_list(paths), asked, out, listener or Listener(), calibrate=calibrate)
 
 
 def scan_cohort(

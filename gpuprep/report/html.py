@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,8 @@ from gpuprep._version import __version__
 from gpuprep.compute.hu_histogram import BANDS, FLAGS, SOURCES, flags
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
-from gpuprep.output.folder_store import Output, flush
+from gpuprep.files.replacing import replacing
+from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import SeriesResult, now
 from gpuprep.output.object_store import output_at, place_of
 from gpuprep.output.paths import REPORT
@@ -79,18 +80,11 @@ def write_report(out: str | Path, to: Path | None = None) -> str:
 
 
 def _write(out: str | Path, file: Path) -> None:
-    part = file.with_name(f"{file.name}.part")
-    try:
-        with closing(Records(out)) as records:
-            if not file.parent.is_dir():
-                raise RequestError(f"cannot write {file}: there is no such folder")
-            with part.open("w", encoding="utf-8", newline="\n") as page:
-                _write_page(page, records, output_at(out))
-        flush(part)
-        part.replace(file)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+    with closing(Records(out)) as records:
+        if not file.parent.is_dir():
+            raise RequestError(f"cannot write {file}: there is no such folder")
+        with replacing(file) as page:
+            _write_page(page, records, output_at(out))
 
 
 def _write_page(page: TextIO, records: Records, output: Output) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.process import host_chunks
-from gpuprep.core.formatting import printable
+from gpuprep.core.formatting import first_few, printable
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
@@ -100,8 +100,7 @@ def glance(path: str, series_uid: str | None = None, group_by: GroupBy = "uid") 
 
 
 def _listed(things: Sequence[str]) -> str:
-    more = f" and {len(things) - NAMED} more" if len(things) > NAMED else ""
-    return (", ".join(map(printable, things[:NAMED])) or "nothing") + more
+    return first_few([printable(t) for t in things], NAMED) or "nothing"
 
 
 def _of_series(series: Series) -> Glance:

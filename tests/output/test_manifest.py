@@ -249,7 +249,7 @@ def test_csv_is_replaced_whole_or_not_at_all(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("gpuprep.output.manifest.flush", break_off)
+        patch.setattr("gpuprep.files.replacing.flush", break_off)
         with pytest.raises(KeyboardInterrupt):
             manifest.write_csv()
     assert (tmp_path / "manifest.csv").read_bytes() == before
