@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gpuprep.core.mask_options import Masks as Masks
     from gpuprep.core.recipe import Recipe as Recipe
     from gpuprep.core.series import Series as Series
+    from gpuprep.core.shard import Shard as Shard
     from gpuprep.core.stacking_rules import Rules as Rules
     from gpuprep.core.volume import StoredVolume as StoredVolume
     from gpuprep.core.volume import Volume as Volume
@@ -34,22 +35,35 @@ if TYPE_CHECKING:
     from gpuprep.dicom.stack import stack as stack
     from gpuprep.masks.read import read_segmentation as read_segmentation
     from gpuprep.pipeline.cohort import convert as convert
+    from gpuprep.pipeline.events import Listener as Listener
+    from gpuprep.pipeline.events import Run as Run
     from gpuprep.pipeline.load import load as load
+    from gpuprep.pipeline.options import ConvertOptions as ConvertOptions
+    from gpuprep.pipeline.pseudonyms import Pseudonyms as Pseudonyms
+    from gpuprep.pipeline.scan import Scan as Scan
+    from gpuprep.pipeline.scan import scan as scan
 
 _HOMES = {
     "Audit": "dicom.audit",
     "audit": "dicom.audit",
     "convert": "pipeline.cohort",
+    "ConvertOptions": "pipeline.options",
     "discover": "dicom.discover",
     "Geometry": "core.geometry",
+    "Listener": "pipeline.events",
     "load": "pipeline.load",
     "Masks": "core.mask_options",
     "process": "compute.process",
+    "Pseudonyms": "pipeline.pseudonyms",
     "read": "dicom.read",
     "read_segmentation": "masks.read",
     "Recipe": "core.recipe",
     "Rules": "core.stacking_rules",
+    "Run": "pipeline.events",
+    "Scan": "pipeline.scan",
+    "scan": "pipeline.scan",
     "Series": "core.series",
+    "Shard": "core.shard",
     "stack": "dicom.stack",
     "StoredVolume": "core.volume",
     "Volume": "core.volume",

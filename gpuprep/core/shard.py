@@ -12,7 +12,14 @@ from gpuprep.errors import RequestError
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shard:
-    """Share `number` of `count`, counted from 1."""
+    """Share `number` of `count`, counted from 1.
+
+    Examples
+    --------
+    >>> first, second = gpuprep.Shard(1, 2), gpuprep.Shard.parse("2/2")
+    >>> first.has("1.2.3"), second.has("1.2.3")
+    (True, False)
+    """
 
     number: int
     count: int

@@ -62,7 +62,17 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run did."""
+    """What a run did.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.testing import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> run = gpuprep.convert("dicom", "out", gpuprep.Recipe(size=(64, 64)), backend="cpu")
+    >>> run.exit_code, [(result.status, result.shape) for result in run.results]
+    (0, [('ok', (36, 64, 64))])
+    """
 
     results: Sequence[SeriesResult]
     """Of every series, read from the manifest when asked for."""
@@ -100,7 +110,19 @@ class Run:
 
 
 class Listener:
-    """Hears what a run does; every method may be overridden, none has to be."""
+    """Hears what a run does; every method may be overridden, none has to be.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.testing import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> class Told(gpuprep.Listener):
+    ...     def finished(self, result):
+    ...         print(result.status, result.slices)
+    >>> run = gpuprep.convert("dicom", "out", gpuprep.Recipe(size=(64, 64)), backend="cpu", listener=Told())
+    ok 12
+    """
 
     def scanned(self, cohort: Cohort) -> None:
         """All headers are read."""

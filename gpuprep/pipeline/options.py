@@ -33,6 +33,12 @@ class ConvertOptions:
     ------
     RequestError
         If a value is impossible, or a package is not installed that the recipe needs.
+
+    Examples
+    --------
+    >>> options = gpuprep.ConvertOptions(recipe=gpuprep.Recipe(dtype="uint8"), jobs=2)
+    >>> options.backend, options.engine, options.masks
+    ('auto', 'operators', None)
     """
 
     recipe: Recipe = field(default_factory=Recipe)

@@ -56,7 +56,15 @@ PUBLIC_OF_LABELS = ("name", "contours", "slices", "value", "file", "source_voxel
 
 @dataclass(frozen=True, slots=True)
 class Pseudonyms:
-    """Keyed hashes of what identifies a patient."""
+    """Keyed hashes of what identifies a patient.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> names = gpuprep.Pseudonyms.load(Path("study.key"), "out")  # made if it is not there
+    >>> names.of("patient", "4711") == gpuprep.Pseudonyms.load(Path("study.key"), "out").of("patient", "4711")
+    True
+    """
 
     key: bytes
     file: Path

@@ -28,7 +28,14 @@ from gpuprep.pipeline.prepare import blank_forecast, check_apart, check_layout, 
 
 
 class Scan(NamedTuple):
-    """What is under some paths, and what a run would make of it."""
+    """What is under some paths, and what a run would make of it.
+
+    Examples
+    --------
+    >>> cohort, outlooks, forecast = gpuprep.scan(".")  # an empty folder
+    >>> len(cohort), outlooks, forecast.output_bytes
+    (0, [], 0)
+    """
 
     cohort: Cohort
     outlooks: list[Outlook]
@@ -68,6 +75,15 @@ def scan(
     ------
     RequestError
         As `convert` raises.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from gpuprep.testing import thorax, write_series
+    >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
+    >>> for outlook in gpuprep.scan("dicom").outlooks:
+    ...     print(outlook.verdict, outlook.action, outlook.plan.target.shape)
+    ok convert (36, 512, 512)
     """
     asked = ConvertOptions(recipe=recipe or Recipe(), backend=backend, **options)
     return scan_cohort(as_list(paths), asked, out, listener or Listener(), calibrate=calibrate)
