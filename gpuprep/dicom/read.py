@@ -164,8 +164,7 @@ class SeriesReader:
         low, high, total, padding_voxels = summary(values, slope, intercept, declared, loops=self._loops)
         self.statistics.add(low, high, total, values.size, slope, intercept)
         self.padding_voxels += padding_voxels
-        if high > np.iinfo(np.int16).max:
-            self._meaning.check_sign(self._slices[k])
+        self._meaning.check_sign(self._slices[k], low, high)
         measured = sampled(values).flatten()
         if low == high:
             if self._policy != "keep" and self._beside_an_image(k, low):

@@ -48,6 +48,14 @@ MAJORITY = 2 / 3
 UNDISTURBED = 4.0
 """Differences between neighbours are ordinary up to so many times the median of the others."""
 
+FEW_VALUES = 16
+"""Fewer distinct values that are air or lower are fill."""
+
+NO_AIR_HU = -500.0
+"""A header whose lowest value lies above this HU leaves no room for lung and air."""
+MUCH_AIR = 0.1
+"""Values that are air with the other sign are air, and not metal, if they are at least this share of all."""
+
 GRAPHIC = 0.5
 """Bits that change less than so many times as often between neighbours as the lowest bit of an image are graphics."""
 
@@ -141,10 +149,16 @@ class Readings:
     """Number of the other pairs by their difference."""
     hu: list[list[float]] = field(default_factory=lambda: [[np.inf, -np.inf], [np.inf, -np.inf]])
     """Lowest and highest of each reading within the scanner's circle; outside there is fill."""
-    differ: bool = False
-    """Whether any pixel does."""
     top: int = 0
     """Largest magnitude of the second reading."""
+    values: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(2**16, np.bool_))
+    """Which words differ between the readings."""
+    pixels: int = 0
+    """Number of all pixels so far but declared padding."""
+    air: int = 0
+    """Number of these that are air in the second reading, and not in the first."""
+    extended: bool = False
+    """Whether a negative number of the first reading is the same number in the second."""
 
     def add(self, header: SliceHeader, first: NDArray[np.int32], second: NDArray[np.int32]) -> None:
         """Take in a slice. Declared padding, by either reading, tells nothing."""
@@ -155,14 +169,19 @@ class Readings:
             measured = ((first < low) | (first > high)) & ((second < low) | (second > high))
         if not measured.any():
             return
-        self.differ |= bool((first != second)[measured].any())
-        slope, intercept = header.rescale_slope or 1.0, header.rescale_intercept or 0.0
+        slope, intercept = _rescale(header)
+        other = second[measured & (first != second)]
+        self.values[other & 0xFFFF] = True
+        self.pixels += int(np.count_nonzero(measured))
+        hu = other * slope + intercept
+        self.air += int(np.count_nonzero((hu >= LOWEST_HU) & (hu <= TISSUE_HU[0])))
+        self.extended |= bool(((first == second) & (first < 0) & measured).any())
         inside = measured & circle(*first.shape)
         for ends, values in zip(self.hu, (first[inside], second[inside]), strict=True):
             if not values.size:
                 continue
-            hu = [int(v) * slope + intercept for v in (values.min(), values.max())]
-            ends[:] = min(ends[0], *hu), max(ends[1], *hu)
+            reached = [int(v) * slope + intercept for v in (values.min(), values.max())]
+            ends[:] = min(ends[0], *reached), max(ends[1], *reached)
         self.top = max(self.top, int(np.abs(second[measured]).max()))
         for axis in (0, 1):
             both = np.logical_and(*_neighbours(measured, axis))
@@ -183,9 +202,20 @@ class Readings:
         return next((n for n in (0, 1) if self.pairs[n] >= MAJORITY * total), None)
 
     @property
+    def differ(self) -> bool:
+        """Whether any pixel does."""
+        return bool(self.values.any())
+
+    @property
+    def agreed(self) -> int | None:
+        """The reading in which nearly all neighbours differ less; None where the pairs are few or do not agree."""
+        favours = self.favours
+        return favours if max(self.pairs) >= NEARLY_ALL * sum(self.pairs) else None
+
+    @property
     def settled(self) -> bool:
         """Whether no look at more slices is needed."""
-        return sum(self.pairs) >= ENOUGH_PAIRS and max(self.pairs) >= NEARLY_ALL * sum(self.pairs)
+        return sum(self.pairs) >= ENOUGH_PAIRS and self.agreed is not None
 
     @property
     def undisturbed(self) -> bool | None:
@@ -200,6 +230,21 @@ class Readings:
         """Whether a reading stays within CT numbers."""
         return lowest_hu <= self.hu[n][0] and self.hu[n][1] <= CT_HU[1]
 
+    @property
+    def airy(self) -> bool:
+        """Whether much is air in the second reading only."""
+        return self.air >= MUCH_AIR * self.pixels
+
+    @property
+    def varied(self) -> bool:
+        """Whether the words that differ are more than the few values of fill."""
+        return bool(np.count_nonzero(self.values) >= FEW_VALUES)
+
+    def is_one_plane_above(self, stored: int) -> bool:
+        """Whether the words that differ are alike above the bits stored, and hold something there."""
+        above = np.unique(np.flatnonzero(self.values) >> stored)
+        return bool(above.size == 1 and above[0] > 0)
+
     def span(self, n: int) -> str:
         """Return what HU a reading reaches, in words."""
         return f"{self.hu[n][0]:g} to {self.hu[n][1]:g} HU"
@@ -207,6 +252,16 @@ class Readings:
 
 def _neighbours(values: NDArray[Any], axis: int) -> tuple[NDArray[Any], NDArray[Any]]:
     return (values[:-1], values[1:]) if axis == 0 else (values[:, :-1], values[:, 1:])
+
+
+def _has_no_negative_tissue(header: SliceHeader) -> bool:
+    """Whether all negative values of a slice would be air or lower."""
+    slope, intercept = _rescale(header)
+    return slope > 0 and intercept - slope < TISSUE_HU[0]
+
+
+def _rescale(header: SliceHeader) -> tuple[float, float]:
+    return header.rescale_slope or 1.0, header.rescale_intercept or 0.0
 
 
 def _median(counts: NDArray[np.int64]) -> int:
@@ -258,7 +313,7 @@ class Meaning:
         for said, group in self._groups.items():
             if not said.coded and said.high_bit >= said.stored:
                 self._decide_bits(said, group)
-            elif self._is_sign_doubtful(said, _some(group)):
+            elif self._is_sign_doubtful(said, group):
                 self._decide_sign(said, group)
 
     def of(self, header: SliceHeader) -> SliceHeader:
@@ -290,19 +345,25 @@ class Meaning:
             raise IntensityError(f"{self.irregularities[-1].what}: no type of 16 bits holds both", "sign")
         return said in self._changes
 
-    def check_sign(self, header: SliceHeader) -> None:
-        """Raise if a slice with values that may be negative shows that the sign was taken wrongly.
+    def check_sign(self, header: SliceHeader, low: int, high: int) -> None:
+        """Raise if a slice, of these ends, shows that the sign was taken wrongly.
 
-        Its neighbours, which may have been read before it, had none.
+        Its neighbours, which may have been read before it, had no value that the sign changes.
         """
+        if low >= 0 and high < 2 ** ((header.bits_stored or 16) - 1):
+            return
         said = claim(header)
         group = self._groups.get(said)
-        if group is None or not _may_be_negative(said) or ("sign", said) in self._settled:
+        if group is None or _sign_contradicted(said) or ("sign", said) in self._settled:
+            return
+        if not (_sign_deniable(said, header) and _speaks(said, *self._by_both_signs(header))):
             return
         self._settled.add(("sign", said))
         found = self._survey(group, self._by_both_signs)
-        if self._policy != "keep" and _sign(said, found) == 1:
-            raise IntensityError(f"{_named(group)} {_signs(said, found)}: the first is no CT", "sign")
+        if self._policy != "keep" and _sign(said, found) != 0:
+            raise IntensityError(
+                f"{_named(group)} {_signs(said, found)}, as a few slices show and others do not", "sign"
+            )
 
     def widen(self, header: SliceHeader) -> bool:
         """Settle what lies beyond *Bits Stored* in a slice; return whether its header now reads otherwise.
@@ -329,15 +390,20 @@ class Meaning:
                 what += f": values are {found.span(0)} without the bits beyond, {found.span(1)} as signed numbers"
                 self._leave("sign", what)
                 return False
-        if found.undisturbed or not found.possible(1):
+        unextended = said.signed and found.top < 2**said.stored and not found.extended
+        if unextended:  # as DICOM allows
+            against = found.agreed != 1 and not (found.varied and all(map(_has_no_negative_tissue, group)))
+        else:
+            against = found.agreed == 0 and not (found.extended and not found.is_one_plane_above(said.stored))
+        if found.undisturbed or not found.possible(1) or (against and (unextended or found.settled)):
             if said.coded:  # nothing but the image is in a code stream
                 return False
-            if found.top >= 2**said.stored or not said.signed:
+            if not unextended:
                 text = f"{what}, in bits that do not continue the image, as an overlay: they are dropped"
                 self.warnings.append(SeriesWarning("bits", text))
             return False
         what += f": without the bits beyond, values are {found.span(0)}, with them {found.span(1)}"
-        if found.undisturbed is None:
+        if found.undisturbed is None or against:
             self._leave("bits", what)
             return False
         return self._change(said, "bits", what, "whole words taken", changes)
@@ -378,7 +444,7 @@ class Meaning:
         elif taken == 1:
             done = "read as signed" if not said.signed else "read as unsigned"
             self._change(said, "sign", what, done, {"signed": not said.signed})
-        elif not _sign_contradicted(said) and not found.possible(0) and found.favours is None:
+        elif not _sign_contradicted(said) and _is_strange(said, found):
             self.warnings.append(SeriesWarning("sign", f"{what}; read as the header says"))
 
     def _change(self, said: Claim, code: str, what: str, done: str, changes: dict[str, Any]) -> bool:
@@ -406,13 +472,14 @@ class Meaning:
         self._read(header._replace(signed=False, bits_stored=bits, high_bit=bits - 1), words)
         return words
 
-    def _is_sign_doubtful(self, said: Claim, few: list[SliceHeader]) -> bool:
+    def _is_sign_doubtful(self, said: Claim, group: list[SliceHeader]) -> bool:
         """Whether the sign of slices has to be settled before any of them is read, by a look at a few."""
-        if _sign_contradicted(said) and not said.signed:
-            return True
-        if not (_sign_contradicted(said) or _may_be_negative(said)):
+        if _sign_contradicted(said):
+            if not said.signed:
+                return True
+        elif not any(_sign_deniable(said, header) for header in group):
             return False
-        return any(bool((first != second).any()) for first, second in map(self._by_both_signs, few))
+        return any(_speaks(said, *both) for both in map(self._by_both_signs, _some(group)))
 
     def _survey(self, group: list[SliceHeader], both: Callable[[SliceHeader], Pair]) -> Readings:
         """Return how two readings compare, from a few slices if that settles it, else from all."""
@@ -451,21 +518,57 @@ def _sign_contradicted(said: Claim) -> bool:
     return said.stream is not None and (said.stream[0] == "i") != said.signed
 
 
-def _may_be_negative(said: Claim) -> bool:
-    """Whether whole words may be negative numbers, which their header denies."""
-    return not said.signed and said.stored == said.allocated == 16 and not _sign_contradicted(said)
+def _sign_deniable(said: Claim, header: SliceHeader) -> bool:
+    """Whether the pixels of a slice may show that its sign is wrong, which no code stream denies.
+
+    Negative values that would be air or lower may be large ones, if those are CT numbers. Large values may be negative
+    ones, if they fill the words or if the header leaves no room for air.
+    """
+    slope, intercept = _rescale(header)
+    if said.signed:
+        # Other words hold more than their bits stored, if they are wrong.
+        whole = said.stream is None and (said.coded or said.stored == said.allocated)
+        return whole and _has_no_negative_tissue(header) and 2 ** (said.stored - 1) * slope + intercept <= HIGHEST_HU
+    lowest_hu = min(intercept, (2**said.stored - 1) * slope + intercept)
+    return said.stored == said.allocated == 16 or lowest_hu > NO_AIR_HU
+
+
+def _speaks(said: Claim, first: NDArray[np.int32], second: NDArray[np.int32]) -> bool:
+    """Whether a slice holds values that differ by the sign, and are more than fill or saturated metal."""
+    differ = first != second
+    if _sign_contradicted(said):
+        return bool(differ.any())
+    words = first[differ]
+    if said.signed:
+        return np.unique(words).size >= FEW_VALUES
+    fits = said.coded or said.stored == said.allocated or int(first.max()) < 2**said.stored
+    return bool(fits and (words != 2**said.stored - 1).any())
 
 
 def _sign(said: Claim, found: Readings) -> int | None:
     """Return which sign is right: 0 for that of the header, 1 for the other, None where nothing tells."""
     favours = found.favours
-    if not _sign_contradicted(said):
-        return int(favours == 1 and not found.possible(0) and found.possible(1, LOWEST_FILL_HU))
-    if favours == 0 or (favours == 1 and found.possible(1)):
-        return favours
-    if found.possible(0) != found.possible(1):
-        return int(found.possible(1))
-    return None
+    if _sign_contradicted(said):
+        if favours == 0 or (favours == 1 and found.possible(1)):
+            return favours
+        if found.possible(0) != found.possible(1):
+            return int(found.possible(1))
+        return None
+    if not found.possible(1, LOWEST_FILL_HU):
+        return 0
+    if said.signed:
+        return 0 if found.undisturbed or favours is None else favours or None
+    if not found.possible(0):
+        return int(favours == 1)
+    if favours == 1 and found.airy:
+        return 1 if found.settled else None
+    return 0
+
+
+def _is_strange(said: Claim, found: Readings) -> bool:
+    """Whether values are doubtful with the sign of the header, though not so much as to take the other or to refuse."""
+    unsettled = found.favours is None and (said.signed or not found.possible(0))
+    return unsettled or (not said.signed and found.airy and not found.undisturbed and found.possible(1, LOWEST_FILL_HU))
 
 
 def _signs(said: Claim, found: Readings) -> str:

@@ -191,6 +191,7 @@ def test_float_pixels_are_refused_by_name(tmp_path: Path, keyword: str, dtype: s
 
 
 NATIVE = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
+ENDS = [ExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless]
 KEPT, STRICT = Recipe(policy="keep"), Recipe(policy="strict")
 
 
@@ -205,7 +206,18 @@ def body(slices: int = 6, size: int = 48, metal_hu: int = 900) -> NDArray[np.int
     return np.asarray(np.clip(np.rint(hu), -1024, None), dtype=np.int32)
 
 
-def described(bits: int, high: int, *, signed: bool = False, intercept: int = -1024, slope: int = 1) -> Change:
+def chest(slices: int = 6, size: int = 96, metal_hu: int = 900, soft: float = 0, noise_hu: float = 8) -> Stored:
+    """Return HU of a body in air with sharp edges, an order of magnitude above the noise, if `soft` is 0."""
+    y, x = (np.mgrid[:size, :size] - (size - 1) / 2) / (size / 2)
+    hu = np.full((slices, size, size), -1000.0)
+    hu[:, (x / 0.85) ** 2 + (y / 0.7) ** 2 < 1] = 40
+    hu[:, ((np.abs(x) - 0.4) / 0.25) ** 2 + (y / 0.4) ** 2 < 1] = -850
+    hu[:, x**2 + (y - 0.4) ** 2 < 0.05] = metal_hu
+    hu = ndimage.gaussian_filter(hu, (0, soft, soft)) + np.random.default_rng(0).normal(0, noise_hu, hu.shape)
+    return np.asarray(np.clip(np.rint(hu), -1024, None), dtype=np.int32)
+
+
+def described(bits: int, high: int, *, signed: bool = False, intercept: int = -1024, slope: float = 1) -> Change:
     """Return a change to what headers say of words."""
 
     def change(ds: Dataset, _: int) -> None:
@@ -514,6 +526,15 @@ def test_a_sign_that_shows_in_one_slice_only_is_refused_and_not_read_either_way(
         gpuprep.read(series)
 
 
+def test_bone_in_one_slice_only_that_shows_its_sign_is_refused(tmp_path: Path) -> None:
+    hu = chest(12).clip(None, -1)
+    hu[1] = chest(12)[1]  # not among the slices that are looked at first
+    change = described(16, 15, signed=True, intercept=-32768)
+    series = series_of(tmp_path, (hu + 32768).astype(np.uint16), change)
+    with pytest.raises(IntensityError, match="signed by Pixel Representation"):
+        gpuprep.read(series)
+
+
 def test_padding_that_is_declared_without_sign_becomes_signed_with_the_pixels(tmp_path: Path) -> None:
     hu = body()
     hu[:, :4, :4] = hu[:, -4:, :4] = hu[:, :4, -4:] = hu[:, -4:, -4:] = -2000
@@ -540,6 +561,182 @@ def test_unsigned_values_of_sixteen_bits_stay_what_they_are(tmp_path: Path) -> N
     volume = gpuprep.read(series_of(tmp_path, stored, change))
     np.testing.assert_array_equal(volume.stored, stored)
     assert volume.warnings == ()
+
+
+@pytest.mark.parametrize("syntax", ENDS, ids=lambda uid: uid.keyword)
+def test_unsigned_words_under_a_signed_header_are_read_as_unsigned_where_that_alone_is_ct(
+    tmp_path: Path, syntax: UID
+) -> None:
+    hu = chest()
+    change = described(16, 15, signed=True, intercept=-32768)
+    series = series_of(tmp_path / "in", (hu + 32768).astype(np.uint16), change, syntax)
+    volume = gpuprep.read(series)
+    assert volume.stored.dtype == np.uint16
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    (note,) = volume.warnings
+    assert note.endswith("read as unsigned")
+    assert told(series, tmp_path) == ("fixed", ("sign",))
+    assert told(series, tmp_path, "strict") == ("rejected", ("sign",))
+    assert told(series, tmp_path, "keep")[1] == ("sign",)
+
+
+@pytest.mark.parametrize("syntax", SIGNLESS, ids=lambda uid: uid.keyword)
+@pytest.mark.parametrize("kind", ["offset", "fine", "air"])
+def test_streams_without_sign_are_read_with_the_other_sign_where_that_alone_is_ct(
+    tmp_path: Path, kind: str, syntax: UID
+) -> None:
+    hu = chest(soft=1, metal_hu=2800 if kind == "fine" else 900)
+    bits, signed, slope, intercept = {
+        "offset": (16, True, 1, -32768),
+        "fine": (16, True, 0.0625, -1024),
+        "air": (12, False, 1, 0),
+    }[kind]
+    words = (((hu - intercept) / slope).astype(np.int64) & (2**bits - 1)).astype(np.uint16)
+    change = described(bits, bits - 1, signed=signed, intercept=intercept, slope=slope)
+    series = streamed(tmp_path, lambda k: SIGNLESS[syntax](words[k]), 6, 96, change, syntax)
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)
+
+
+@pytest.mark.parametrize("intercept", [-1024, -1000])
+@pytest.mark.parametrize(("bits", "slope"), [(16, 0.0625), (16, 0.125), (8, 16)])
+def test_bone_that_a_signed_header_would_put_below_air_is_bone(
+    tmp_path: Path, bits: int, slope: float, intercept: int
+) -> None:
+    bits_of_hu = round(2**bits * slope)
+    hu = chest(10, metal_hu=min(round(0.8 * bits_of_hu), 6000) + intercept, soft=1)
+    stored = np.rint((hu.clip(intercept) - intercept) / slope).astype(np.int64)
+    assert 2 ** (bits - 1) < stored.max() < 2**bits
+
+    def change(ds: Dataset, k: int) -> None:
+        described(bits, bits - 1, signed=True, intercept=intercept, slope=slope)(ds, k)
+
+    words = stored.astype(np.uint8 if bits == 8 else np.uint16)
+    series = series_of(tmp_path / "in", words, change)
+    np.testing.assert_array_equal(gpuprep.read(series).stored, stored)
+    assert told(series, tmp_path) == ("fixed", ("sign",))
+
+
+def test_sharp_bone_below_air_is_refused_where_neighbours_do_not_tell_the_sign(tmp_path: Path) -> None:
+    # From lung, bone is 2690 HU away if unsigned, and 1406 HU if signed; neither is a difference of neighbours.
+    hu = chest(metal_hu=40)
+    hu[:, 38:58, 24:34] += 1840 + 850  # within a lung
+    stored = (hu + 1024) * 16
+    change = described(16, 15, signed=True, slope=0.0625)
+    series = series_of(tmp_path / "in", stored.astype(np.uint16), change)
+    with pytest.raises(IntensityError, match=r"HU or -10\d\d to \d+ HU; nothing tells which") as caught:
+        gpuprep.read(series)
+    assert caught.value.code == "sign"
+    np.testing.assert_array_equal(gpuprep.read(series, KEPT).stored, stored.astype(np.uint16).view(np.int16))
+
+
+@pytest.mark.parametrize("syntax", ENDS, ids=lambda uid: uid.keyword)
+@pytest.mark.parametrize("bits", [12, 13, 16])
+def test_air_that_an_unsigned_header_leaves_no_room_for_is_air(tmp_path: Path, bits: int, syntax: UID) -> None:
+    hu = chest()
+    series = series_of(
+        tmp_path / "in", (hu & (2**bits - 1)).astype(np.uint16), described(bits, bits - 1, intercept=0), syntax
+    )
+    volume = gpuprep.read(series)
+    assert volume.stored.dtype == np.int16
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert told(series, tmp_path) == ("fixed", ("sign",))
+    assert told(series, tmp_path, "strict") == ("rejected", ("sign",))
+
+
+def test_air_of_words_of_eight_bits_is_air(tmp_path: Path) -> None:
+    stored = chest() // 16
+    change = described(8, 7, intercept=0, slope=16)
+    series = series_of(tmp_path, (stored & 0xFF).astype(np.uint8), change)
+    np.testing.assert_array_equal(gpuprep.read(series).stored, stored)
+
+
+def test_air_that_neighbours_do_not_show_is_said(tmp_path: Path) -> None:
+    # From soft tissue at 40 HU, −1000 HU is 1040 HU away; in words of eight bits of 8 HU, that is 1048 HU, and 1008 HU.
+    words = ((chest() // 8) & 0xFF).astype(np.uint8)
+    series = series_of(tmp_path / "in", words, described(8, 7, intercept=0, slope=8))
+    np.testing.assert_array_equal(gpuprep.read(series).stored, words)
+    assert told(series, tmp_path) == ("ok", ("sign",))
+
+
+def test_a_sign_of_which_too_little_shows_is_refused(tmp_path: Path) -> None:
+    hu = chest(2, size=24)  # too few neighbours differ
+    series = series_of(tmp_path, (hu & 0xFFF).astype(np.uint16), described(12, 11, intercept=0))
+    with pytest.raises(IntensityError, match=r"HU or -10\d\d to \d+ HU; nothing tells which"):
+        gpuprep.read(series)
+
+
+@pytest.mark.parametrize("metal_hu", [2000, 3120, 3500])
+@pytest.mark.parametrize("soft", [0.7, 1])
+def test_numbers_without_air_stay_unsigned(tmp_path: Path, soft: float, metal_hu: int) -> None:
+    # Metal and bone, and nothing below 0 HU.
+    hu = chest(metal_hu=metal_hu, soft=soft).clip(0)
+    volume = gpuprep.read(series_of(tmp_path, hu.astype(np.uint16), described(12, 11, intercept=0)))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert volume.warnings == ()
+
+
+def fill(stored: Stored, value: int) -> Stored:
+    """Return stored values with fill around a circle and in a part of it."""
+    size = stored.shape[1]
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    stored[:, x**2 + y**2 > (size / 2) ** 2] = value
+    stored[:, : size // 5] = value
+    return stored
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("value", [-2000, -32768])
+@pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (1, 0), (0.0625, -1024), (1, -8192)])
+def test_fill_of_signed_words_stays_fill(
+    tmp_path: Path, value: int, slope: float, intercept: int, declared: bool
+) -> None:
+    stored = np.rint((chest() - intercept) / slope).astype(np.int32)
+    stored = fill(stored.clip(None, 32767), value)
+
+    def change(ds: Dataset, k: int) -> None:
+        described(16, 15, signed=True, intercept=intercept, slope=slope)(ds, k)
+        if declared:
+            ds.add_new("PixelPaddingValue", "SS", value)
+
+    volume = gpuprep.read(series_of(tmp_path, stored.astype(np.int16).view(np.uint16), change))
+    np.testing.assert_array_equal(volume.stored, stored)
+    assert volume.warnings == ()
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (1, 0), (0.0625, -1024), (1, -8192)])
+@pytest.mark.parametrize("noise", [0, 15, 300])
+def test_noise_about_zero_keeps_its_sign(tmp_path: Path, slope: float, intercept: int, noise: int) -> None:
+    stored = np.rint(np.random.default_rng(0).normal(0, noise, (6, 48, 48))).astype(np.int16)
+    change = described(16, 15, signed=True, intercept=intercept, slope=slope)
+    volume = gpuprep.read(series_of(tmp_path, stored.view(np.uint16), change))
+    np.testing.assert_array_equal(volume.stored, stored)
+    assert [note for note in volume.warnings if "hold one value" not in note] == []
+
+
+@pytest.mark.parametrize("metal", [3071, 32767])
+@pytest.mark.parametrize("intercept", [0, -1024])
+def test_saturated_metal_of_signed_words_stays_what_it_is(tmp_path: Path, metal: int, intercept: int) -> None:
+    stored = chest() - intercept
+    stored[2:4, 40:44, 40:44] = metal
+    change = described(16, 15, signed=True, intercept=intercept)
+    volume = gpuprep.read(series_of(tmp_path, stored.astype(np.int16).view(np.uint16), change))
+    np.testing.assert_array_equal(volume.stored, stored)
+    assert not any("Pixel Representation" in note for note in volume.warnings)
+
+
+@pytest.mark.parametrize("slices", [[2, 3], [0, 1, 2, 3, 4, 5], [1]])
+@pytest.mark.parametrize("intercept", [-1024, 0])
+def test_metal_saturated_at_the_largest_word_is_metal_and_no_negative_number(
+    tmp_path: Path, slices: list[int], intercept: int
+) -> None:
+    stored = chest(6).clip(intercept) - intercept
+    stored[slices, 40:46, 40:46] = 65535
+    series = series_of(tmp_path / "in", stored.astype(np.uint16), described(16, 15, intercept=intercept))
+    volume = gpuprep.read(series)
+    np.testing.assert_array_equal(volume.stored, stored)
+    (note,) = volume.warnings
+    assert f"HU of {36 * len(slices)} voxels are above 30000" in note
+    assert told(series, tmp_path) == ("ok", ("hu-range",))
 
 
 # Values beyond Bits Stored
@@ -608,6 +805,82 @@ def test_an_overlay_that_the_header_declares_is_dropped_even_along_edges(tmp_pat
     assert volume.warnings == ()
 
 
+REGIONS: dict[str, Callable[[Stored], Stored]] = {
+    "outline": lambda hu: (hu > -400) ^ np.roll(hu > -400, 1, 2),
+    "body": lambda hu: hu > -400,
+    "lung": lambda hu: (hu > -900) & (hu < -600),
+    "bone": lambda hu: hu > 300,
+}
+
+
+@pytest.mark.parametrize("syntax", ENDS, ids=lambda uid: uid.keyword)
+@pytest.mark.parametrize("region", REGIONS)
+def test_an_overlay_along_edges_of_tissue_is_dropped_with_a_word(tmp_path: Path, region: str, syntax: UID) -> None:
+    hu = chest(12)
+    words = (hu + 1024).astype(np.uint16)
+    words[REGIONS[region](hu)] |= 1 << 12
+    series = series_of(tmp_path / "in", words, described(12, 11), syntax)
+    volume = gpuprep.read(series)
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    (note,) = volume.warnings
+    assert "as an overlay: they are dropped" in note
+    assert told(series, tmp_path) == ("ok", ("bits",))
+
+
+@pytest.mark.parametrize("planes", [[12], [13], [14], [15], [12, 13], [12, 14, 15]])
+def test_overlays_in_any_bits_along_edges_of_tissue_are_dropped(tmp_path: Path, planes: list[int]) -> None:
+    hu = chest(12)
+    words = (hu + 1024).astype(np.uint16)
+    for n, plane in enumerate(planes):
+        words[list(REGIONS.values())[n](hu)] |= 1 << plane
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series_of(tmp_path, words, described(12, 11)))), hu)
+
+
+@pytest.mark.parametrize("extended", [True, False])
+def test_an_overlay_along_edges_of_signed_numbers_is_dropped(tmp_path: Path, extended: bool) -> None:
+    hu = chest(12)
+    words = (hu & (0xFFFF if extended else 0xFFF)).astype(np.uint16)
+    words[hu > 300] |= 1 << 12
+    change = described(12, 11, signed=True, intercept=0)
+    volume = gpuprep.read(series_of(tmp_path, words, change))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    (note,) = volume.warnings
+    assert "as an overlay: they are dropped" in note
+
+
+def test_bits_along_the_edges_of_one_slice_are_refused_where_they_may_be_sharp_metal(tmp_path: Path) -> None:
+    hu = chest(8)
+    words = (hu + 1024).astype(np.uint16)
+    words[3][hu[3] > 300] |= 1 << 12
+    series = series_of(tmp_path / "in", words, described(12, 11))
+    with pytest.raises(
+        IntensityError, match=r"without the bits beyond, .*, with them .*; nothing tells which"
+    ) as caught:
+        gpuprep.read(series)
+    assert caught.value.code == "bits"
+    assert told(series, tmp_path) == ("rejected", ("bits",))
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series, KEPT)), hu)
+
+
+@pytest.mark.parametrize("metal_hu", [3500, 6000, 20000])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("soft", [0.7, 1])
+def test_metal_beyond_bits_stored_is_kept_where_a_scanner_blurs_its_edges(
+    tmp_path: Path, soft: float, signed: bool, metal_hu: int
+) -> None:
+    hu = chest(metal_hu=metal_hu, soft=soft, noise_hu=20)
+    words = hu.astype(np.int16).view(np.uint16) if signed else (hu + 1024).astype(np.uint16)
+    change = described(12, 11, signed=signed, intercept=0 if signed else -1024)
+    volume = gpuprep.read(series_of(tmp_path, words, change))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+
+
+def test_sharp_metal_within_the_words_of_negative_numbers_with_a_sign_above_is_kept(tmp_path: Path) -> None:
+    hu = chest(12, metal_hu=3000)
+    series = series_of(tmp_path, hu.astype(np.int16).view(np.uint16), described(12, 11, signed=True, intercept=0))
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_declared_padding_beyond_bits_stored_is_padding(tmp_path: Path, signed: bool) -> None:
     hu = body()
@@ -639,6 +912,86 @@ def test_numbers_of_twelve_bits_with_nothing_above_keep_their_sign(tmp_path: Pat
     words = (hu & 0xFFF).astype(np.uint16)
     volume = gpuprep.read(series_of(tmp_path, words, described(12, 11, signed=True, intercept=0)))
     np.testing.assert_array_equal(hu_of(volume), hu)
+    assert volume.warnings == ()
+
+
+@pytest.mark.parametrize("syntax", ENDS, ids=lambda uid: uid.keyword)
+@pytest.mark.parametrize("bits", [10, 12, 13])
+def test_signed_numbers_need_no_sign_above_their_bits_where_edges_are_sharp(
+    tmp_path: Path, syntax: UID, bits: int
+) -> None:
+    slope = 4 if bits == 10 else 1
+    stored = chest() // slope
+    words = (stored & (2**bits - 1)).astype(np.uint16)
+    change = described(bits, bits - 1, signed=True, intercept=0, slope=slope)
+    volume = gpuprep.read(series_of(tmp_path, words, change, syntax))
+    np.testing.assert_array_equal(volume.stored, stored)
+    assert volume.warnings == ()
+
+
+@pytest.mark.parametrize("how", ["frames", "gzip", "zip"])
+@pytest.mark.parametrize("kind", ["nothing above", "overlay", "offset", "air"])
+def test_sharp_edges_are_no_doubt_in_frames_and_packed_files_either(tmp_path: Path, kind: str, how: str) -> None:
+    hu = chest(12)
+    bits, signed, intercept, words = {
+        "nothing above": (12, True, 0, hu & 0xFFF),
+        "overlay": (12, False, -1024, (hu + 1024) | np.where(hu > 300, 1 << 12, 0)),
+        "offset": (16, True, -32768, hu + 32768),
+        "air": (12, False, 0, hu & 0xFFF),
+    }[kind]
+    change = described(bits, bits - 1, signed=signed, intercept=intercept)
+    files = write_series(tmp_path / "in", words.astype(np.uint16), SPACING_MM, change=change)
+    if how == "frames":
+        enhanced(files, tmp_path / "out" / "0.dcm")
+        ds = pydicom.dcmread(tmp_path / "out" / "0.dcm")
+        ds.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence[0].RescaleIntercept = str(intercept)
+        ds.save_as(tmp_path / "out" / "0.dcm")
+    else:
+        wrapped(files, tmp_path / "out", how)
+    volume = gpuprep.read(found(tmp_path / "out"))
+    np.testing.assert_array_equal(hu_of(volume), hu)
+    assert len(volume.warnings) == (kind != "nothing above")
+
+
+@pytest.mark.parametrize("noise_hu", [0, 40])
+@pytest.mark.parametrize("size", [24, 96])
+def test_signed_numbers_need_no_sign_above_their_bits_however_few_or_noisy(
+    tmp_path: Path, size: int, noise_hu: float
+) -> None:
+    hu = chest(size=size, noise_hu=noise_hu)
+    words = (hu & 0xFFF).astype(np.uint16)
+    series = series_of(tmp_path / "in", words, described(12, 11, signed=True, intercept=0))
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)
+    for policy in ("fix", "strict", "keep"):
+        assert told(series, tmp_path, policy) == ("ok", ())
+
+
+def test_noise_in_signed_words_with_nothing_above_stays_what_the_header_says(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(-2048, 2048, (6, 32, 32))
+    series = series_of(tmp_path, (values & 0xFFF).astype(np.uint16), described(12, 11, signed=True, intercept=0))
+    np.testing.assert_array_equal(gpuprep.read(series).stored, values)
+
+
+@pytest.mark.parametrize("metal_hu", [1500, 2500])
+@pytest.mark.parametrize("soft", [0, 1])
+@pytest.mark.parametrize("intercept", [-1024, -1000])
+def test_sharp_bone_of_unsigned_numbers_under_a_signed_header_is_not_wrapped(
+    tmp_path: Path, soft: float, metal_hu: int, intercept: int
+) -> None:
+    # By the header, it would be below air, where nothing but fill is.
+    hu = chest(metal_hu=metal_hu, soft=soft).clip(intercept)
+    change = described(12, 11, signed=True, intercept=intercept)
+    series = series_of(tmp_path / "in", (hu - intercept).astype(np.uint16), change)
+    np.testing.assert_array_equal(hu_of(gpuprep.read(series)), hu)
+    assert told(series, tmp_path) == ("fixed", ("bits",))
+
+
+def test_fill_without_a_sign_above_its_bits_stays_fill(tmp_path: Path) -> None:
+    stored = chest() + 1024
+    stored[:, :20] = stored[:, :, :9] = -2000
+    series = series_of(tmp_path, (stored & 0xFFF).astype(np.uint16), described(12, 11, signed=True))
+    volume = gpuprep.read(series)
+    np.testing.assert_array_equal(volume.stored, stored)
     assert volume.warnings == ()
 
 

@@ -393,6 +393,7 @@ def test_a_volume_as_highdicom_writes_it_lies_where_highdicom_says(
         images, volume, "BINARY", [described], "1.2.3.4", 9, "1.2.3.5", 1, "m", "m", "1", "1", omit_empty_frames=True
     )
     written.save_as(tmp_path / "s.dcm")
+    written._db_con.close()  # highdicom leaves its database open, and Python warns of it later, in another test
     index = volume.map_reference_to_indices(stacked.geometry.points_mm(np.argwhere(np.ones(SHAPE))))
     index = np.floor(np.round(index, 6) + 0.5).astype(int)
     inside = ((index >= 0) & (index < own.shape)).all(axis=1)
