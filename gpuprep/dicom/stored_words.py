@@ -20,6 +20,7 @@ import pydicom
 from numpy.typing import NDArray
 
 from gpuprep.core.formatting import first_few
+from gpuprep.core.hounsfield import HIGHEST_HU, LOWEST_HU, TISSUE_HU
 from gpuprep.core.series import SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, Policy, SeriesWarning
 from gpuprep.dicom.deflate import inflated
