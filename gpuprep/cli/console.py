@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpuprep.compute.hu_histogram import BANDS
-from gpuprep.core.formatting import first_few, numbered, printable, sized
+from gpuprep.core.formatting import first_few, numbered, plain_reason, printable, sized
 from gpuprep.core.recipe import Preset, Recipe
 from gpuprep.dicom.discover import Cohort
 from gpuprep.output.manifest import SeriesResult
@@ -97,7 +97,7 @@ class Complaints(Listener):
 
     def finished(self, result: SeriesResult) -> None:
         if result.status in ("rejected", "failed"):
-            self._line(result, result.reason)
+            self._line(result, f"{result.codes[0]}: {plain_reason(result.reason)}")
 
     def _line(self, result: SeriesResult, text: str) -> None:
         style = STYLES.get(result.status, "red")
@@ -220,7 +220,8 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Seq
     console.print(table)
     for o in outlooks:
         if o.reason:
-            console.print(f"rejected  {o.series.label}  {o.reason}", style=STYLES["rejected"])
+            text = f"{o.codes[0]}: {plain_reason(o.reason)}"
+            console.print(f"rejected  {o.series.label}  {text}", style=STYLES["rejected"])
         for g in o.segmentations:
             told = f"unreadable: {g.error}" if g.error else f"{g.format} ({g.why}) with {_names(g.names)}"
             console.print(f"masks     {o.series.label}  {printable(g.path)}: {told}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -19,6 +20,11 @@ QUOTED = 40
 def quoted(text: str) -> str:
     """Return a piece of a file for a message: in quotes, printable, not long."""
     return f"'{printable(text[:QUOTED])}{'…' if len(text) > QUOTED else ''}'"
+
+
+def plain_reason(reason: str) -> str:
+    """Return a reason as a person reads it: without the class of the error, which programs look for."""
+    return re.sub(r"^[A-Z]\w*: ", "", reason)
 
 
 def numbered(count: int, what: str = "number") -> str:

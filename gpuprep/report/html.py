@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from gpuprep._version import __version__
 from gpuprep.compute.hu_histogram import BANDS, FLAGS, SOURCES, flags
+from gpuprep.core.formatting import plain_reason
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.files.replacing import replacing
@@ -132,7 +133,7 @@ def _row(result: SeriesResult) -> list[Any]:
         result.source,
         result.series_uid,
         result.status,
-        result.reason,
+        plain_reason(result.reason),
         result.slices,
         _rounded(result.source_spacing_mm, 4),
         result.shape,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.process import host_chunks
-from gpuprep.core.formatting import first_few, printable
+from gpuprep.core.formatting import first_few, plain_reason, printable
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
@@ -107,7 +107,7 @@ def _of_series(series: Series) -> Glance:
     judged = audit(series, AS_ACQUIRED.rules)
     title = f"{printable(series.folder)}: series {series.label}, {len(series.slices)} images"
     if judged.stack is None:
-        return Glance(title=title, verdict=judged.verdict, codes=judged.codes, notes=(judged.reason,))
+        return Glance(title=title, verdict=judged.verdict, codes=judged.codes, notes=(plain_reason(judged.reason),))
     source = SeriesReader(series, AS_ACQUIRED, stacked=judged.stack)
     plan = make_plan(source.geometry, AS_ACQUIRED, source.placement)
     planes = Planes(plan.target.shape)
