@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 
 from gpuprep.acceptance import DAMAGED, listed
 from gpuprep.errors import InputError
+from gpuprep.ownership import owners
 from gpuprep.places import common_folder
-from gpuprep.rules import Irregularity, Rules, SeriesWarning
-from gpuprep.series import FOLDER_UID, MALFORMED, Image, Series, SliceHeader, packed, unpacked
+from gpuprep.rules import EACH_A_VOLUME, SMALLEST_PART, Irregularity, Rules, SeriesWarning
+from gpuprep.series import FOLDER_UID, Image, Series, SliceHeader, packed, unpacked
 from gpuprep.stacking import acquisition, along_normal_mm, position_tolerance_mm, same_image, stack
-
-SMALLEST_PART = 3
-"""Fewer slices of another matrix, spacing or orientation are strays, and no volume of their own."""
 
 MATERIAL_MAPS = ("Z_EFF", "ED", "EDW", "PCT", "MGML", "HU_MOD")
 """Rescale types of what is computed from several energies, and lies beside images in HU."""
@@ -30,9 +28,6 @@ JUMP = 4.5
 
 MOST_KEYS = 3
 """So many attributes together may tell acquisitions apart."""
-
-ABSENT = ("no Study Instance UID", "no Patient ID")
-"""Images of a series of several studies or patients that do not say to which they belong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +71,6 @@ LAST_RESORT: dict[str, Key] = {
     "instance": Key(lambda s: (s.path, s.member) if s.frames > 1 else ""),
 }
 """Attributes that vary for other reasons too: they are tried last, and have to explain every image."""
-
-EACH_A_VOLUME = "each is a volume"
 
 
 def partition(images: Iterable[Image], rules: Rules) -> list[Series]:
@@ -144,9 +137,9 @@ def _counted_alone(series: list[Series]) -> list[Series]:
 
 def _series(images: list[Image], rules: Rules) -> list[Series]:
     """Return the volumes of one UID: first by study and patient, then by what they show."""
-    owners, lost, notes = _owners(images)
+    of_owners, lost, notes = owners(images)
     volumes = []
-    for n, owned in enumerate(owners):
+    for n, owned in enumerate(of_owners):
         first, *others = _volumes(owned, rules)
         if n == 0 and lost:
             first = _without(first, lost)
@@ -154,56 +147,6 @@ def _series(images: list[Image], rules: Rules) -> list[Series]:
     if notes:
         volumes = [replace(v, irregularities=(*notes, *v.irregularities)) for v in volumes]
     return volumes if len(volumes) == 1 else [replace(v, part=n) for n, v in enumerate(volumes, 1)]
-
-
-def _owners(images: list[Image]) -> tuple[list[list[Image]], list[tuple[Image, str]], tuple[Irregularity, ...]]:
-    """Return the images of each study and patient, largest first; those that say of neither; and what is to be told.
-
-    An image that lacks one of both belongs where the other one, or its folder, leaves but one choice.
-
-    References
-    ----------
-    DICOM PS3.3, A.1.2.3 (Series IE): a series is part of one study, and a study of one patient.
-    """
-    groups: dict[tuple[str, str], list[Image]] = defaultdict(list)
-    for image in images:
-        groups[image.study_uid, image.patient].append(image)
-    if len(groups) == 1:
-        return [images], [], ()
-    for study, patient in list(groups):
-        # A damaged UID says as little as none.
-        if study.startswith(MALFORMED) and len(groups[study, patient]) < SMALLEST_PART:
-            groups["", patient] += groups.pop((study, patient))
-    lost: list[tuple[Image, str]] = []
-    whole = [key for key in groups if not any(_part_of(key, other) for other in groups)]
-    # Some anonymisers give every file, or every few, a study of its own: then it says nothing.
-    few = len({patient for _, patient in whole}) == 1 and all(len(groups[key]) < SMALLEST_PART for key in whole)
-    if len(whole) > 2 and (few or len(whole) == len(images)):
-        what = f"{len(images)} images name {len(whole)} studies or patients"
-        return [images], [], (Irregularity("studies", what, "taken for one study"),)
-    for key in [key for key in groups if key not in whole]:
-        fitting = [other for other in whole if _part_of(key, other)]
-        folders = {image.folder: [o for o in fitting if any(i.folder == image.folder for i in groups[o])]
-                   for image in groups[key]} if len(fitting) > 1 else {}  # fmt: skip
-        for image in groups.pop(key):
-            chosen = folders.get(image.folder, fitting)
-            if len(chosen) == 1:
-                groups[chosen[0]].append(image)
-            else:
-                lost.append((image, ABSENT[0] if not key[0] else ABSENT[1]))
-    for key in whole:
-        groups[key].sort(key=_path)
-    ordered = sorted(groups, key=lambda key: (-len(groups[key]), key))
-    if len(ordered) == 1:
-        return [groups[ordered[0]]], lost, ()
-    studies = len({study for study, _ in ordered})
-    what = f"{studies} studies" if studies > 1 else f"{len(ordered)} patients"
-    return [groups[key] for key in ordered], lost, (Irregularity("studies", f"{what} share a series", EACH_A_VOLUME),)
-
-
-def _part_of(key: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Whether a pair of study and patient is another pair with something lacking."""
-    return key != other and all(a in ("", b) for a, b in zip(key, other, strict=True))
 
 
 def _volumes(images: list[Image], rules: Rules) -> list[Series]:

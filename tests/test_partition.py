@@ -244,6 +244,71 @@ def test_a_few_images_of_each_of_several_patients_are_not_joined() -> None:
     assert [len(v.slices) for v in volumes] == [2] * 6
 
 
+@pytest.mark.parametrize("by_folder", [False, True])
+@pytest.mark.parametrize("images_each", [1, 2])
+def test_patients_are_parted_where_each_image_has_a_study_of_its_own(images_each: int, by_folder: bool) -> None:
+    images = [
+        image(
+            2.0 * k, k, study_uid=f"1.2.{k // images_each}", patient="abc"[k // 10],
+            series_uid=f"1.3.{k}" if by_folder else "1.3",
+        )
+        for k in range(30)
+    ]  # fmt: skip
+    volumes = partition(images, BY_FOLDER if by_folder else Rules())
+    assert [[s.instance_number for s in v.slices] for v in volumes] == [span(0, 10), span(10, 10), span(20, 10)]
+    assert [i.text for i in volumes[1].irregularities] == [
+        f"30 images name {30 // images_each} studies or patients; taken for one study of each patient",
+        "3 patients share a series; each is a volume",
+    ]
+
+
+@pytest.mark.parametrize("images_each", [1, 2])
+def test_a_patient_in_each_image_of_a_study_says_nothing(images_each: int) -> None:
+    (volume,) = partition(scan(0, 16, 1, patient=lambda k: f"{k // images_each}"), Rules())
+    assert len(volume.slices) == 16
+    assert told(volume) == [f"16 images name {16 // images_each} studies or patients"]
+    two = scan(0, 16, 1, patient=lambda k: f"{k // images_each}", study_uid=lambda k: f"1.2.{k // 8}")
+    assert found(two) == [span(1, 8), span(9, 8)]  # of two studies, the studies are kept
+
+
+def test_patients_are_not_joined_where_both_differ_in_each_image() -> None:
+    volumes = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k}", patient=lambda k: f"{k}"), Rules())
+    assert [len(v.slices) for v in volumes] == [1] * 12
+    # Without a study, nothing says that they are of one.
+    volumes = partition(scan(0, 12, 1, study_uid="", patient=lambda k: f"{k}"), Rules())
+    assert [len(v.slices) for v in volumes] == [1] * 12
+
+
+def test_a_scan_beside_one_with_a_study_in_each_image_keeps_its_own() -> None:
+    one = scan(0, 12, 1, study_uid="1.2", patient="a")
+    assert found(one + scan(50, 9, 21, study_uid=lambda k: f"1.9.{k}", patient="b")) == [span(1, 12), span(21, 9)]
+    nameless = scan(50, 9, 21, study_uid=lambda k: f"1.9.{k}", patient="")
+    assert sorted(found(one + nameless)) == [span(1, 12), *([n] for n in span(21, 9))]
+
+
+def test_images_without_a_patient_belong_to_the_only_one_where_studies_say_nothing() -> None:
+    images = scan(0, 12, 1, study_uid=lambda k: f"1.2.{k}", patient=lambda k: "" if k % 2 else "a")
+    assert found(images) == [span(1, 12)]
+    two = images + scan(50, 12, 21, study_uid=lambda k: f"1.9.{k}", patient="b")
+    volumes = partition(two, Rules())
+    assert [[s.instance_number for s in v.slices] for v in volumes] == [span(21, 12), [1, 3, 5, 7, 9, 11]]
+    assert {why for _, why in volumes[0].left_out} == {"no Patient ID"}
+
+
+owner = st.tuples(st.sampled_from(["", "1.2.1", "1.2.2"]), st.sampled_from(["", "a", "b"]))
+
+
+@given(st.lists(owner, min_size=1, max_size=12))
+def test_no_volume_has_images_of_two_patients_or_studies(pairs: list[tuple[str, str]]) -> None:
+    # No more than two of each: so no anonymiser's.
+    images = [image(2.0 * k, k, study_uid=study, patient=patient) for k, (study, patient) in enumerate(pairs)]
+    volumes = partition(images, Rules())
+    for volume in volumes:
+        for values in zip(*(pairs[s.instance_number or 0] for s in volume.slices), strict=True):
+            assert len({value for value in values if value}) <= 1
+    assert sum(len(v.slices) + len(v.left_out) for v in volumes) == len(pairs)
+
+
 def test_studies_of_one_series_uid_go_by_their_own_uids_and_patients(tmp_path: Path) -> None:
     for n in range(2):
 
