@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from gpuprep.errors import InputError
 from gpuprep.ownership import owners
 from gpuprep.places import common_folder
 from gpuprep.rules import EACH_A_VOLUME, SMALLEST_PART, Irregularity, Rules, SeriesWarning
-from gpuprep.series import FOLDER_UID, Image, Series, SliceHeader, packed, unpacked
+from gpuprep.series import FOLDER_UID, MALFORMED, Image, Series, SliceHeader, packed, unpacked
 from gpuprep.stacking import acquisition, along_normal_mm, position_tolerance_mm, same_image, stack
 
 MATERIAL_MAPS = ("Z_EFF", "ED", "EDW", "PCT", "MGML", "HU_MOD")
@@ -154,33 +155,111 @@ def _volumes(images: list[Image], rules: Rules) -> list[Series]:
     strays = _strays(images)
     aside = {id(image) for image, _ in strays}
     slices = [image for image in images if id(image) not in aside]
-    # Some anonymisers give every file a frame of reference of its own: then it says nothing.
-    framed = _tells_stacks(image.frame_of_reference_uid for image in slices)
-    numbered = _tells_stacks(image.header.stack_id for image in slices)
-    stacks: list[list[Image]] = []
-    for image in slices:
-        for stacked in stacks:
-            if _same_stack(image, stacked[0], framed=framed, numbered=numbered):
-                stacked.append(image)
-                break
-        else:
-            stacks.append([image])
-    stacks.sort(key=lambda stacked: (-len(stacked), _path(stacked[0])))
+    frames = _telling(image.frame_of_reference_uid for image in slices)
+    stack_ids = _telling(image.header.stack_id for image in slices)
+    stacks = _stacked(slices, frames, stack_ids)
     main, *others = stacks
     large = [stacked for stacked in others if len(stacked) >= SMALLEST_PART and not _lack(stacked[0], main[0])]
-    strays += [(image, _unlike(image, main[0])) for small in others if small not in large for image in small]
+    strays += [(i, _unlike(i, main[0], frames)) for small in others if small not in large for i in small]
 
     volumes = [_joined(stacked) for stacked in (main, *large)]
     if large:
-        volumes = [_mixed(volume, len(volumes), numbered) for volume in volumes]
+        volumes = [_mixed(volume, len(volumes), bool(stack_ids)) for volume in volumes]
     if strays:
         volumes[0] = _without(volumes[0], strays)
     return [part for volume in volumes for part in _acquisitions(volume, rules)]
 
 
-def _tells_stacks(values: Iterable[str]) -> bool:
-    """Whether two values at least have enough images each to be stacks."""
-    return sum(count >= SMALLEST_PART for count in Counter(values).values()) > 1
+def _telling(values: Iterable[str]) -> frozenset[str]:
+    """Return the UIDs or IDs that tell stacks apart: none, unless two have enough images each to be stacks.
+
+    Some anonymisers give every file a frame of reference of its own: then it says nothing. One that is absent, or too
+    damaged to be one and rare, never does.
+    """
+    counts = Counter(values)
+    if sum(count >= SMALLEST_PART for value, count in counts.items() if value) < 2:
+        return frozenset()
+    return frozenset(
+        value
+        for value, count in counts.items()
+        if value and (count >= SMALLEST_PART or not value.startswith(MALFORMED))
+    )
+
+
+DIRECTION_ATOL = 1e-3
+"""Cosines of slices of one stack differ by no more: 0.06°."""
+
+DIRECTION_WEIGHTS = tuple(w / (30 * DIRECTION_ATOL) for w in (1, 2, 3, 5, 7, 11))
+"""Of cosines, for a sum that differs by less than 1 between directions that are one within `DIRECTION_ATOL`."""
+
+
+def _stacked(slices: list[Image], frames: frozenset[str], stack_ids: frozenset[str]) -> list[list[Image]]:
+    """Return slices that can lie in one stack together, the largest stack first.
+
+    A slice that lacks a frame of reference or a Stack ID belongs where the rest, or its folder, leaves but one choice.
+    """
+
+    def told(image: Image) -> tuple[str, str]:
+        frame, stack_id = image.frame_of_reference_uid, image.header.stack_id
+        return frame if frame in frames else "", stack_id if stack_id in stack_ids else ""
+
+    complete, lacking = [], []
+    for image in slices:
+        frame, stack_id = told(image)
+        (lacking if (frames and not frame) or (stack_ids and not stack_id) else complete).append(image)
+    stacks = _Stacks()
+    for image in complete:
+        stacks.add(image, told(image))
+    if lacking:
+        folders = [{image.folder for image in stacked} for stacked in stacks.all]
+        order = {id(image): n for n, image in enumerate(slices)}
+        known = len(stacks.all)
+        for image in lacking:
+            own = told(image)
+            fitting = [n for n in range(known) if stacks.fits(image, n, own)]
+            if len(fitting) > 1:
+                fitting = [n for n in fitting if image.folder in folders[n]]
+            if len(fitting) == 1:
+                stacks.all[fitting[0]].append(image)
+            else:
+                stacks.add(image, own)
+        for stacked in stacks.all:
+            stacked.sort(key=lambda image: order[id(image)])
+    return sorted(stacks.all, key=lambda stacked: (-len(stacked), _path(stacked[0])))
+
+
+class _Stacks:
+    """Stacks of slices of equal matrices, spacing and direction, as they are found."""
+
+    def __init__(self) -> None:
+        self.all: list[list[Image]] = []
+        self._told: list[tuple[str, str]] = []
+        self._exactly: dict[tuple[object, ...], list[Image]] = {}
+        self._near: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        """Numbers of stacks by matrix and roughly by direction, for many may differ in it."""
+
+    def add(self, image: Image, told: tuple[str, str]) -> None:
+        """Add a slice to the first stack in which it can lie, or to a new one; `told`: see `fits`."""
+        exact = (told, image.rows, image.columns, image.pixel_spacing_mm, image.orientation)
+        if (stacked := self._exactly.get(exact)) is None:
+            bins: list[int | None] = [None]
+            if image.orientation is not None:
+                here = math.floor(sum(w * x for w, x in zip(DIRECTION_WEIGHTS, image.orientation, strict=True)))
+                bins = [here, here - 1, here + 1]
+            keys = [(told, image.rows, image.columns, b) for b in bins]
+            near = sorted(n for key in keys for n in self._near.get(key, ()))
+            n = next((n for n in near if self.fits(image, n, told)), len(self.all))
+            if n == len(self.all):
+                self.all.append([])
+                self._told.append(told)
+                self._near[keys[0]].append(n)
+            stacked = self._exactly[exact] = self.all[n]
+        stacked.append(image)
+
+    def fits(self, image: Image, n: int, told: tuple[str, str]) -> bool:
+        """Whether a slice can lie in a stack; `told`: its frame of reference and Stack ID, "" where it says none."""
+        agree = all(a in ("", b) for a, b in zip(told, self._told[n], strict=True))
+        return agree and _same_stack(image, self.all[n][0])
 
 
 def _mixed(volume: Series, count: int, numbered: bool) -> Series:
@@ -234,26 +313,30 @@ def _lack(image: Image, other: Image) -> str:
     return DAMAGED[1] if image.orientation is None else DAMAGED[2] if image.pixel_spacing_mm is None else ""
 
 
-def _same_stack(a: Image, b: Image, *, framed: bool, numbered: bool) -> bool:
+def _same_stack(a: Image, b: Image) -> bool:
     """Whether two slices can lie in one stack: equal matrices, spacing within 0.1 %, directions within 0.06°."""
-    if (a.rows, a.columns) != (b.rows, b.columns) or (framed and a.frame_of_reference_uid != b.frame_of_reference_uid):
+    if (a.rows, a.columns) != (b.rows, b.columns):
         return False
-    if numbered and a.header.stack_id != b.header.stack_id:
-        return False
-    return _close(a.pixel_spacing_mm, b.pixel_spacing_mm, rtol=1e-3) and _close(a.orientation, b.orientation, atol=1e-3)
+    return _close(a.pixel_spacing_mm, b.pixel_spacing_mm, rtol=1e-3) and _close(
+        a.orientation, b.orientation, atol=DIRECTION_ATOL
+    )
 
 
-def _unlike(a: Image, b: Image) -> str:
-    """Return in what an image differs from a stack that it does not belong to."""
+def _unlike(a: Image, b: Image, frames: frozenset[str]) -> str:
+    """Return in what an image differs from a stack that it does not belong to; `frames`: those that tell stacks."""
     if lack := _lack(a, b):
         return lack
     if (a.rows, a.columns) != (b.rows, b.columns):
         return "other matrix"
-    if not _close(a.orientation, b.orientation, atol=1e-3):
+    if not _close(a.orientation, b.orientation, atol=DIRECTION_ATOL):
         return "other orientation"
     if not _close(a.pixel_spacing_mm, b.pixel_spacing_mm, rtol=1e-3):
         return "other pixel spacing"
-    return "other frame of reference" if a.frame_of_reference_uid != b.frame_of_reference_uid else "other stack"
+    if frames and a.frame_of_reference_uid not in frames:
+        return "no Frame of Reference UID"
+    return (
+        "other frame of reference" if frames and a.frame_of_reference_uid != b.frame_of_reference_uid else "other stack"
+    )
 
 
 def _close(a: tuple[float, ...] | None, b: tuple[float, ...] | None, rtol: float = 0.0, atol: float = 0.0) -> bool:
@@ -268,7 +351,7 @@ def _joined(images: list[Image]) -> Series:
     return Series(
         series_uid=first.series_uid,
         study_uid=next((image.study_uid for image in images if image.study_uid), ""),
-        frame_of_reference_uid=first.frame_of_reference_uid,
+        frame_of_reference_uid=_most_frequent(image.frame_of_reference_uid for image in images),
         series_number=first.series_number,
         rows=first.rows,
         columns=first.columns,
@@ -278,6 +361,12 @@ def _joined(images: list[Image]) -> Series:
         folder=common_folder({image.folder for image in images}),
         slices=tuple(image.header for image in images),
     )
+
+
+def _most_frequent(values: Iterable[str]) -> str:
+    """Return the value that most have, the first of several; "" where none has any."""
+    counts = Counter(value for value in values if value)
+    return max(counts, key=counts.__getitem__, default="")
 
 
 Groups = list[list[int]]

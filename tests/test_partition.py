@@ -329,6 +329,85 @@ def noise(seed: int, slices: int = 6) -> Any:
     return np.random.default_rng(seed).integers(0, 3000, (slices, 8, 10)).astype(np.int16)
 
 
+# Stacks
+
+
+@pytest.mark.parametrize("fact", ["frame_of_reference_uid", "stack_id"])
+@pytest.mark.parametrize("lacking", [range(1, 20, 2), (3, 9, 15), (0, 1, 2), range(17)], ids=str)
+def test_a_frame_of_reference_or_stack_id_that_some_lack_parts_no_series(fact: str, lacking: Iterable[int]) -> None:
+    images = [image(2.0 * k, k, **{fact: "" if k in lacking else "7"}) for k in range(20)]
+    (volume,) = partition(images, Rules())
+    assert [s.instance_number for s in volume.slices] == span(0, 20)
+    assert volume.frame_of_reference_uid == ("7" if fact == "frame_of_reference_uid" else "1.4")
+    assert audit(volume).codes == ()
+
+
+def test_a_slice_without_a_frame_of_reference_belongs_where_its_matrix_or_folder_leaves_one_choice() -> None:
+    def two(change: str, lack: Iterable[int], **of_the_second: Any) -> list[Image]:
+        one = scan(
+            0, 12, 0, frame_of_reference_uid=lambda k: "" if k in lack else "1.4.1", **{change: of_the_second["a"]}
+        )
+        other = scan(
+            90, 9, 20, frame_of_reference_uid=lambda k: "" if k in lack else "1.4.2", **{change: of_the_second["b"]}
+        )
+        return one + other
+
+    choices: tuple[tuple[str, Any, Any], ...] = (
+        ("rows", 16, 32),
+        ("pixel_spacing_mm", (0.7, 0.7), (0.8, 0.8)),
+        ("folder", "/data/a", "/data/b"),
+        ("orientation", (1, 0, 0, 0, 1, 0), (-1, 0, 0, 0, 1, 0)),
+    )
+    for change, a, b in choices:
+        for lack in ((2,), (1, 3, 4)):
+            volumes = partition(two(change, lack, a=a, b=b), Rules())
+            assert [[s.instance_number for s in v.slices] for v in volumes] == [span(0, 12), span(20, 9)]
+            assert [v.frame_of_reference_uid for v in volumes] == ["1.4.1", "1.4.2"]
+    volumes = partition(two("rows", (2,), a=16, b=16), Rules())
+    assert [len(v.slices) for v in volumes] == [11, 8]  # of which scan, nothing says
+    assert volumes[0].left_out == (
+        ("0002.dcm", "no Frame of Reference UID"), ("0022.dcm", "no Frame of Reference UID"),
+    )  # fmt: skip
+
+
+def test_a_damaged_frame_of_reference_says_as_little_as_none() -> None:
+    uid = {3: "malformed-03", 25: "malformed-25"}
+    images = [
+        image(2.0 * k, k, frame_of_reference_uid=uid.get(k, f"1.4.{k // 20}"), rows=16 + k // 20) for k in range(30)
+    ]
+    assert found(images) == [span(0, 20), span(20, 10)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 359), st.integers(0, 2), st.booleans()), min_size=1, max_size=30),
+    st.randoms(use_true_random=False),
+)
+def test_slices_lie_in_the_first_stack_of_their_direction_wherever_it_points(
+    turns: list[tuple[int, int, bool]], random: Any
+) -> None:
+    # Directions a degree apart are others; cosines that differ by less than 0.001 are one.
+    images = []
+    for n, (degrees, axis, coronal) in enumerate(turns):
+        c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        turned = np.roll([c, s, 0], axis) if coronal else np.roll([0, c, s], axis)
+        across = np.roll([-s, c, 0], axis) if coronal else np.roll([0, -s, c], axis)
+        cosines = tuple(float(x) + random.uniform(-4e-4, 4e-4) for x in (*turned, *across))
+        images.append(image(n, n, orientation=cosines))
+    stacks = {}
+    for n, one in enumerate(images):
+        near = [
+            first for first in stacks
+            if max(abs(a - b) for a, b in zip(images[first].orientation, one.orientation, strict=True)) <= 1e-3
+        ]  # fmt: skip
+        stacks.setdefault(near[0] if near else n, []).append(n)
+    large = {len(numbers) for numbers in stacks.values() if len(numbers) >= 3}
+    volumes = partition(images, Rules())
+    assert sum(len(v.slices) + len(v.left_out) for v in volumes) == len(images)
+    main = max(stacks.values(), key=lambda numbers: (len(numbers), -numbers[0]))
+    assert sorted(s.instance_number or 0 for s in volumes[0].slices) == main
+    assert {len(v.slices) for v in volumes} == large | {len(main)}
+
+
 # What is read of headers
 
 
