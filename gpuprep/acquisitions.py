@@ -1,0 +1,343 @@
+"""Acquisitions of one series that lie in the same place, or between each other: each becomes a volume."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuprep.errors import InputError
+from gpuprep.rules import EACH_A_VOLUME, SMALLEST_PART, Irregularity, Rules
+from gpuprep.series import Series, SliceHeader, unpacked
+from gpuprep.stacking import acquisition, along_normal_mm, position_tolerance_mm, same_image, stack
+
+JUMP = 4.5
+"""So many times the usual step from image to image ends a run of slices."""
+
+MOST_KEYS = 3
+"""So many attributes together may tell acquisitions apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An attribute that tells images at one place apart."""
+
+    of: Callable[[SliceHeader], Hashable]
+    """Its value; None or "" where there is none."""
+    unit: str | None = None
+    """What follows the value in a message; None: the value is a hash, and not for people."""
+
+
+def _phase(name: str, unit: str) -> Key:
+    return Key(lambda s: unpacked(s.phase, name) if s.phase else "", unit)
+
+
+def _other(name: str) -> Key:
+    return Key(lambda s: unpacked(s.other, name))
+
+
+ACQUISITION: dict[str, Key] = {
+    "series UID": _other("uid"),
+    "temporal position": Key(lambda s: s.temporal_position, ""),
+    "temporal offset": _phase("offset", " s"),
+    "respiratory phase": _phase("respiratory", " %"),
+    "cardiac phase": _phase("cardiac", " %"),
+    "cardiac trigger delay": _phase("delay", " ms"),
+    "respiratory trigger delay": _phase("respiratory-delay", " ms"),
+    "trigger time": _phase("trigger", " ms"),
+    "energy": _phase("energy", " keV"),
+    "acquisition number": Key(lambda s: s.acquisition_number, ""),
+    "reconstruction": Key(lambda s: s.reconstruction),
+    "acquisition time": Key(lambda s: s.acquisition_time),
+}
+"""Attributes that say of which acquisition an image is, in the order in which they are tried."""
+
+LAST_RESORT: dict[str, Key] = {
+    "scan options": _other("options"),
+    "series time": _other("series"),
+    "content time": _other("content"),
+    "instance": Key(lambda s: (s.path, s.member) if s.frames > 1 else ""),
+}
+"""Attributes that vary for other reasons too: they are tried last, and have to explain every image."""
+
+
+Groups = list[list[int]]
+"""Slices of each group, by their number in the volume."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layout:
+    """Where the slices of a volume lie along their normal."""
+
+    volume: Series
+    along_mm: NDArray[np.float64]
+    """Along the normal, in the order of the slices, shape (n,)."""
+    place: NDArray[np.int_]
+    """Position of each slice, counted upwards; images within the tolerance share one. Shape (n,)."""
+    gaps_mm: NDArray[np.float64]
+    """From each position to the next."""
+    tolerance_mm: float
+    """Gaps that differ from each other by less are equal."""
+    crowded: bool
+    """Whether different images share a position, as far as headers tell."""
+    repeated: bool
+    """Whether images of different instances or frames share a position."""
+
+    @classmethod
+    def of(cls, volume: Series, rules: Rules) -> _Layout | None:
+        """Return the layout; None where slices do not say where they are."""
+        if any(s.position_mm is None for s in volume.slices):
+            return None
+        try:
+            along = along_normal_mm(volume)
+        except InputError:
+            return None
+        order = np.argsort(along, kind="stable")
+        gaps = np.diff(along[order])
+        nearest = position_tolerance_mm(volume, rules)
+        new = gaps > nearest
+        place = np.empty(len(along), dtype=int)
+        place[order] = np.concatenate([[0], np.cumsum(new)])
+        crowded = repeated = False
+        for n in np.flatnonzero(~new):
+            a, b = volume.slices[order[n]], volume.slices[order[n + 1]]
+            crowded = crowded or not same_image(a, b)
+            repeated = repeated or (a.sop_instance_uid, a.frame) != (b.sop_instance_uid, b.frame)
+        typical = float(np.median(gaps[new])) if new.any() else 0.0
+        return cls(volume, along, place, gaps[new], max(nearest, rules.spacing_tolerance * typical), crowded, repeated)
+
+    def overlapping(self, groups: Groups) -> NDArray[np.bool_]:
+        """Return which gaps lie within the extent of two groups or more."""
+        covered = np.zeros(len(self.gaps_mm) + 1, dtype=int)
+        for group in groups:
+            low, high = int(self.place[group].min()), int(self.place[group].max())
+            if low == high:  # a single slice lies between its neighbours
+                low, high = max(0, low - 1), min(len(self.gaps_mm), high + 1)
+            covered[low] += 1
+            covered[high] -= 1
+        return np.cumsum(covered)[:-1] > 1
+
+    def is_even(self, among: NDArray[np.bool_], share: float) -> bool:
+        """Whether gaps are as wide as most of the stack, but for a share of them."""
+        odd = np.abs(self.gaps_mm[among] - np.median(self.gaps_mm)) > self.tolerance_mm
+        return bool(odd.sum() <= share * len(odd))
+
+    def inside(self, few: Groups, groups: Groups, share: float) -> bool:
+        """Whether some slices are no more than a share of all, and lie within the extent of one of the groups each."""
+        extents = [(self.place[group].min(), self.place[group].max()) for group in groups]
+        places = [self.place[n] for group in few for n in group]
+        return len(places) <= share * len(self.place) and all(
+            any(low < place < high for low, high in extents) for place in places
+        )
+
+    def repeats(self, group: list[int]) -> bool:
+        """Whether images of different instances or frames of a group share a position."""
+        images = {(self.volume.slices[n].sop_instance_uid, self.volume.slices[n].frame) for n in group}
+        return len({int(self.place[n]) for n in group}) < len(images)
+
+    def counted_through(self) -> bool:
+        """Whether instances, or positions in a stack, are numbered as slices lie: they were made as one stack then."""
+        order = np.argsort(self.place, kind="stable")
+        for numbers in ([s.instance_number for s in self.volume.slices], [s.in_stack for s in self.volume.slices]):
+            if None not in numbers:
+                steps = np.diff(np.array(numbers, dtype=np.int64)[order])
+                if (steps > 0).all() or (steps < 0).all():
+                    return True
+        return False
+
+    def runs(self) -> Groups:
+        """Return slices by the order of their instance numbers.
+
+        A run ends where they turn back, stay in place, or jump farther than slices that are missing would make them.
+        There are no runs where numbers are absent or repeated, or a run is too short to be a stack.
+        """
+        numbers = [s.instance_number for s in self.volume.slices]
+        if None in numbers or len(set(numbers)) < len(numbers):
+            return []
+        order = np.argsort(np.array(numbers, dtype=np.int64))
+        steps_mm = np.abs(np.diff(self.along_mm[order]))
+        farthest_mm = JUMP * np.median(steps_mm)
+        runs: Groups = [[int(order[0])]]
+        direction = 0
+        for (before, n), step_mm in zip(pairwise(order), steps_mm, strict=True):
+            step = int(np.sign(self.place[n] - self.place[before]))
+            if step == 0 or step == -direction or step_mm > farthest_mm:
+                runs.append([])
+                step = 0
+            runs[-1].append(int(n))
+            direction = step
+        return runs if min(map(len, runs)) >= SMALLEST_PART else []
+
+
+def acquisitions(volume: Series, rules: Rules) -> list[Series]:
+    """Return the acquisitions that lie in the same place, each as a volume; the volume itself where it holds but one.
+
+    They share positions, or lie between each other: slices of two scans 2.5 mm apart then look like one of 1.25 mm, or
+    like one of uneven spacing. Acquisitions that follow each other along the normal are one volume.
+    """
+    _, *others = {(acquisition(s), s.other, s.frames > 1 and s.path) for s in volume.slices}
+    if not others or (layout := _Layout.of(volume, rules)) is None or not len(layout.gaps_mm):
+        return [volume]
+    everywhere = np.ones(len(layout.gaps_mm), dtype=bool)
+    if not layout.repeated and layout.is_even(everywhere, 0) and layout.counted_through():
+        return [volume]
+    runs = layout.runs()
+    if found := _best(layout, _candidates(volume, ACQUISITION, MOST_KEYS if layout.crowded else 1), rules):
+        names, groups, parts = found
+        if _joins(runs, groups) and (joined := _apart(layout, runs, rules, sharing=layout.crowded)):
+            names, parts = (*names, "instance number"), joined
+        return _told(volume, parts, names, rules)
+    for name in ("acquisition number", "acquisition time"):
+        groups = _grouped(volume, [ACQUISITION[name]])
+        if _joins(runs, groups) and (parts := _apart(layout, runs, rules, sharing=layout.crowded)):
+            return _told(volume, parts, (name, "instance number"), rules)
+    found = _best(layout, _candidates(volume, LAST_RESORT | _dimensions(volume), MOST_KEYS), rules, last_resort=True)
+    if found and sum(len(part.slices) for part in found[2]) == len(volume.slices):
+        return _told(volume, found[2], found[0], rules)
+    return [volume]
+
+
+Candidate = tuple[tuple[str, ...], Groups]
+"""Names of attributes, and the groups that they make."""
+
+
+def _candidates(volume: Series, keys: Mapping[str, Key], most: int) -> Iterator[Candidate]:
+    """Yield the groups that each attribute makes, then two of them together, up to `most`."""
+    telling = {name: groups for name, key in keys.items() if len(groups := _grouped(volume, [key])) > 1}
+    # More attributes make smaller groups: one that makes groups of a slice or two is of no use.
+    useful = [name for name, groups in telling.items() if 2 * _in_large(groups) > len(volume.slices)]
+    for count in range(1, most + 1):
+        for names in combinations(useful, count):
+            yield names, telling[names[0]] if count == 1 else _grouped(volume, [keys[name] for name in names])
+
+
+def _grouped(volume: Series, keys: Sequence[Key]) -> Groups:
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for n, s in enumerate(volume.slices):
+        groups[tuple(key.of(s) for key in keys)].append(n)
+    return list(groups.values())
+
+
+def _in_large(groups: Groups) -> int:
+    return sum(len(group) for group in groups if len(group) >= SMALLEST_PART)
+
+
+def _dimensions(volume: Series) -> dict[str, Key]:
+    """Return the dimensions of multi-frame images by number, where all of these have as many."""
+    indices = {unpacked(s.other, "index").count(",") for s in volume.slices if s.frames > 1 and "index=" in s.other}
+    if len(indices) != 1 or any("index=" not in s.other for s in volume.slices):
+        return {}
+    return {
+        f"dimension index {n + 1}": Key(lambda s, n=n: unpacked(s.other, "index").split(",")[n], "")  # type: ignore[misc]
+        for n in range(indices.pop() + 1)
+    }
+
+
+def _joins(runs: Groups, groups: Groups) -> bool:
+    """Whether several runs of instance numbers hold the groups, each of them whole, and some several."""
+    run_of = {n: k for k, run in enumerate(runs) for n in run}
+    return 1 < len(runs) < len(groups) and all(len({run_of[n] for n in group}) == 1 for group in groups)
+
+
+def _best(
+    layout: _Layout, candidates: Iterable[Candidate], rules: Rules, *, last_resort: bool = False
+) -> tuple[tuple[str, ...], Groups, list[Series]] | None:
+    """Return the first candidate that makes a volume of every slice, else the first that does of most."""
+    most = None
+    sharing = layout.repeated if last_resort else layout.crowded
+    for names, groups in candidates:
+        if parts := _apart(layout, groups, rules, sharing=sharing, last_resort=last_resort):
+            if sum(len(part.slices) for part in parts) == len(layout.volume.slices):
+                return names, groups, parts
+            most = most or (names, groups, parts)
+    return most
+
+
+def _apart(layout: _Layout, groups: Groups, rules: Rules, *, sharing: bool, last_resort: bool = False) -> list[Series]:
+    """Return groups of slices as volumes, if that explains them; else none.
+
+    Each has to be a stack. Where slices share positions, most have to be in one: an acquisition that was broken off, or
+    lacks slices, must not cost the others; it is left out, or judged by itself. Where they lie between each other, all
+    have to, but for a few that lie inside of a regular stack. If slices are evenly spaced together, they may be one
+    stack: then each group has to be without gaps, and slices must not be counted through.
+    """
+    volume = layout.volume
+    groups = sorted(groups, key=lambda g: (-len(g), min(_rank(volume.slices[n]) for n in g)))
+    large = [group for group in groups if len(group) >= SMALLEST_PART]
+    small = [group for group in groups if len(group) < SMALLEST_PART]
+    parts = [
+        replace(volume, slices=tuple(volume.slices[n] for n in group), left_out=(), irregularities=())
+        for group in large
+    ]
+    if 2 * sum(map(len, large)) <= len(volume.slices):
+        return []
+    if last_resort and any(layout.repeats(group) for group in groups):
+        return []
+    if sharing:
+        places = {(int(layout.place[n]), k) for k, group in enumerate(groups) for n in group}
+        if len(places) == len({place for place, _ in places}):  # they follow each other: something else is doubled
+            return []
+        if 2 * sum(len(part.slices) for part in parts if _found(part, rules) is not None) <= len(volume.slices):
+            return []
+    else:
+        among = layout.overlapping(groups)
+        even = layout.is_even(among, rules.max_missing_share)
+        everywhere = np.ones(len(among), dtype=bool)
+        one = last_resort or (layout.counted_through() and layout.is_even(everywhere, rules.max_missing_share))
+        if not among.any() or (even and one):
+            return []
+        if small and (even or not layout.inside(small, large, rules.max_missing_share)):
+            return []
+        found = [_found(part, rules) for part in parts]
+        if None in found or ((even or small) and any({"gap", "uneven"} & (codes or set()) for codes in found)):
+            return []
+    others = tuple((volume.slices[n].name, "other acquisition") for group in small for n in group)
+    kept = tuple(note for note in volume.irregularities if note.code != "left-out")
+    first, *more = parts
+    first = replace(first, left_out=volume.left_out + others, irregularities=volume.irregularities)
+    return [first, *(replace(part, irregularities=kept) for part in more)]
+
+
+def _rank(s: SliceHeader) -> tuple[int, str, int]:
+    return s.instance_number or 0, s.path, s.frame
+
+
+def _found(part: Series, rules: Rules) -> set[str] | None:
+    """Return the codes of what is irregular about a stack; None if it is none."""
+    try:
+        return {note.code for note in stack(part, replace(rules, policy="fix")).irregularities}
+    except InputError:
+        return None
+
+
+def _told(volume: Series, parts: list[Series], names: tuple[str, ...], rules: Rules) -> list[Series]:
+    """Return volumes with a note of what told them apart; the one they came from, where nothing is to be put right."""
+    count = len(parts) if len(parts) > 1 else "several"
+    what = f"{count} acquisitions lie in one place, told apart by {' and '.join(names)}"
+    if rules.policy != "fix":
+        note = Irregularity("acquisitions", what, "stacked as one")
+        return [replace(volume, irregularities=(*volume.irregularities, note))]
+    told = []
+    for part in parts:
+        note = Irregularity("acquisitions", what + _which(part, names), EACH_A_VOLUME)
+        told.append(replace(part, irregularities=(*part.irregularities, note)))
+    # What one attribute tells apart may still be several by another.
+    return [piece for part in told for piece in acquisitions(part, rules)] if len(told) > 1 else told
+
+
+def _which(part: Series, names: tuple[str, ...]) -> str:
+    """Return the values that tell a volume from the others, of attributes whose values may be told."""
+    keys = ACQUISITION | _dimensions(part)
+    told = []
+    for name in names:
+        key = keys.get(name)
+        if key is None or key.unit is None:
+            continue
+        values = {key.of(s) for s in part.slices}
+        if len(values) == 1 and (value := values.pop()) not in (None, ""):
+            told.append(f"{name}{' = ' if name[-1].isdigit() else ' '}{value}{key.unit}")
+    return f"; this is {' and '.join(told)}" if told else ""
