@@ -10,6 +10,7 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.acceptance import listed
 from gpuprep.errors import InputError
 from gpuprep.rules import EACH_A_VOLUME, SMALLEST_PART, Irregularity, Rules
 from gpuprep.series import Series, SliceHeader, unpacked
@@ -55,6 +56,13 @@ ACQUISITION: dict[str, Key] = {
     "acquisition time": Key(lambda s: s.acquisition_time),
 }
 """Attributes that say of which acquisition an image is, in the order in which they are tried."""
+
+EXPLICIT = (
+    "series UID", "temporal position", "temporal offset", "respiratory phase", "cardiac phase", "cardiac trigger delay",
+    "respiratory trigger delay", "energy",
+)  # fmt: skip
+"""Attributes that name what an image shows: no order of instances says otherwise. A scan has numbers and times of its
+rotations, a trigger time of each heartbeat, and is one all the same."""
 
 LAST_RESORT: dict[str, Key] = {
     "scan options": _other("options"),
@@ -134,6 +142,27 @@ class _Layout:
             any(low < place < high for low, high in extents) for place in places
         )
 
+    def sorted_out(self, groups: Groups) -> tuple[Groups, Groups]:
+        """Return the groups of enough positions to be a stack, and the others."""
+        large: Groups = []
+        small: Groups = []
+        for group in groups:
+            (large if len({int(self.place[n]) for n in group}) >= SMALLEST_PART else small).append(group)
+        return large, small
+
+    def explained_by(self, large: Groups, small: Groups) -> bool:
+        """Whether large groups have more images than there are positions in small ones.
+
+        Many images at one position, as of a bolus that is watched there, are one slice that belongs to no stack.
+        """
+        return sum(map(len, large)) > len({int(self.place[n]) for group in small for n in group})
+
+    def take_turns(self, groups: Groups) -> bool:
+        """Whether the slices of evenly spaced groups follow each other in turn, as far as they are there."""
+        steps_mm = [np.median(np.diff(self.along_mm[group][np.argsort(self.along_mm[group])])) for group in groups]
+        expected_mm = len(groups) * np.median(self.gaps_mm)
+        return len(groups) > 1 and all(abs(step_mm - expected_mm) <= self.tolerance_mm for step_mm in steps_mm)
+
     def repeats(self, group: list[int]) -> bool:
         """Whether images of different instances or frames of a group share a position."""
         images = {(self.volume.slices[n].sop_instance_uid, self.volume.slices[n].frame) for n in group}
@@ -162,15 +191,38 @@ class _Layout:
         steps_mm = np.abs(np.diff(self.along_mm[order]))
         farthest_mm = JUMP * np.median(steps_mm)
         runs: Groups = [[int(order[0])]]
+        turned: list[int] = []
         direction = 0
         for (before, n), step_mm in zip(pairwise(order), steps_mm, strict=True):
             step = int(np.sign(self.place[n] - self.place[before]))
             if step == 0 or step == -direction or step_mm > farthest_mm:
+                if step and step_mm <= farthest_mm:
+                    turned.append(len(runs))
                 runs.append([])
                 step = 0
             runs[-1].append(int(n))
             direction = step
+        for k in turned:
+            if self._turns_before(runs[k - 1], runs[k]):
+                runs[k].insert(0, runs[k - 1].pop())
         return runs if min(map(len, runs)) >= SMALLEST_PART else []
+
+    def _turns_before(self, run: list[int], following: list[int]) -> bool:
+        """Whether the last slice of a run, where numbers turn back, is the first of the run that follows.
+
+        It belongs where it is a usual step away; if it is from both, to the one that is then as long as the other.
+        """
+        if len(run) < SMALLEST_PART or len(following) < SMALLEST_PART - 1:
+            return False
+        before, after = (np.diff(self.along_mm[slices]) for slices in (run, following))
+        step_mm = self.along_mm[following[0]] - self.along_mm[run[-1]]
+        if step_mm * after[0] <= 0:
+            return False
+        odd_before = abs(before[-1] - np.median(before[:-1]))
+        odd_after = abs(step_mm - np.median(after))
+        if abs(odd_before - odd_after) > self.tolerance_mm:
+            return bool(odd_after < odd_before)
+        return len(run) - 1 == len(following) + 1
 
 
 def acquisitions(volume: Series, rules: Rules) -> list[Series]:
@@ -184,9 +236,10 @@ def acquisitions(volume: Series, rules: Rules) -> list[Series]:
         return [volume]
     everywhere = np.ones(len(layout.gaps_mm), dtype=bool)
     if not layout.repeated and layout.is_even(everywhere, 0) and layout.counted_through():
-        return [volume]
+        found = _best(layout, _candidates(layout, {name: ACQUISITION[name] for name in EXPLICIT}, 1), rules)
+        return _told(volume, found[2], found[0], rules) if found else [volume]
     runs = layout.runs()
-    if found := _best(layout, _candidates(volume, ACQUISITION, MOST_KEYS if layout.crowded else 1), rules):
+    if found := _best(layout, _candidates(layout, ACQUISITION, MOST_KEYS if layout.crowded else 1), rules):
         names, groups, parts = found
         if _joins(runs, groups) and (joined := _apart(layout, runs, rules, sharing=layout.crowded)):
             names, parts = (*names, "instance number"), joined
@@ -195,7 +248,7 @@ def acquisitions(volume: Series, rules: Rules) -> list[Series]:
         groups = _grouped(volume, [ACQUISITION[name]])
         if _joins(runs, groups) and (parts := _apart(layout, runs, rules, sharing=layout.crowded)):
             return _told(volume, parts, (name, "instance number"), rules)
-    found = _best(layout, _candidates(volume, LAST_RESORT | _dimensions(volume), MOST_KEYS), rules, last_resort=True)
+    found = _best(layout, _candidates(layout, LAST_RESORT | _dimensions(volume), MOST_KEYS), rules, last_resort=True)
     if found and sum(len(part.slices) for part in found[2]) == len(volume.slices):
         return _told(volume, found[2], found[0], rules)
     return [volume]
@@ -205,11 +258,12 @@ Candidate = tuple[tuple[str, ...], Groups]
 """Names of attributes, and the groups that they make."""
 
 
-def _candidates(volume: Series, keys: Mapping[str, Key], most: int) -> Iterator[Candidate]:
+def _candidates(layout: _Layout, keys: Mapping[str, Key], most: int) -> Iterator[Candidate]:
     """Yield the groups that each attribute makes, then two of them together, up to `most`."""
+    volume = layout.volume
     telling = {name: groups for name, key in keys.items() if len(groups := _grouped(volume, [key])) > 1}
     # More attributes make smaller groups: one that makes groups of a slice or two is of no use.
-    useful = [name for name, groups in telling.items() if 2 * _in_large(groups) > len(volume.slices)]
+    useful = [name for name, groups in telling.items() if layout.explained_by(*layout.sorted_out(groups))]
     for count in range(1, most + 1):
         for names in combinations(useful, count):
             yield names, telling[names[0]] if count == 1 else _grouped(volume, [keys[name] for name in names])
@@ -220,10 +274,6 @@ def _grouped(volume: Series, keys: Sequence[Key]) -> Groups:
     for n, s in enumerate(volume.slices):
         groups[tuple(key.of(s) for key in keys)].append(n)
     return list(groups.values())
-
-
-def _in_large(groups: Groups) -> int:
-    return sum(len(group) for group in groups if len(group) >= SMALLEST_PART)
 
 
 def _dimensions(volume: Series) -> dict[str, Key]:
@@ -250,56 +300,86 @@ def _best(
     most = None
     sharing = layout.repeated if last_resort else layout.crowded
     for names, groups in candidates:
-        if parts := _apart(layout, groups, rules, sharing=sharing, last_resort=last_resort):
+        if parts := _apart(layout, groups, rules, sharing=sharing, names=names, last_resort=last_resort):
             if sum(len(part.slices) for part in parts) == len(layout.volume.slices):
                 return names, groups, parts
             most = most or (names, groups, parts)
     return most
 
 
-def _apart(layout: _Layout, groups: Groups, rules: Rules, *, sharing: bool, last_resort: bool = False) -> list[Series]:
+def _apart(
+    layout: _Layout,
+    groups: Groups,
+    rules: Rules,
+    *,
+    sharing: bool,
+    names: tuple[str, ...] = (),
+    last_resort: bool = False,
+) -> list[Series]:
     """Return groups of slices as volumes, if that explains them; else none.
 
     Each has to be a stack. Where slices share positions, most have to be in one: an acquisition that was broken off, or
     lacks slices, must not cost the others; it is left out, or judged by itself. Where they lie between each other, all
     have to, but for a few that lie inside of a regular stack. If slices are evenly spaced together, they may be one
-    stack: then each group has to be without gaps, and slices must not be counted through.
+    stack: then groups have to be told by values that are there, and be without gaps or take turns; and slices must not
+    be counted through, unless `names` of attributes are explicit.
     """
     volume = layout.volume
     groups = sorted(groups, key=lambda g: (-len(g), min(_rank(volume.slices[n]) for n in g)))
-    large = [group for group in groups if len(group) >= SMALLEST_PART]
-    small = [group for group in groups if len(group) < SMALLEST_PART]
+    large, small = layout.sorted_out(groups)
     parts = [
         replace(volume, slices=tuple(volume.slices[n] for n in group), left_out=(), irregularities=())
         for group in large
     ]
-    if 2 * sum(map(len, large)) <= len(volume.slices):
+    if not layout.explained_by(large, small):
         return []
     if last_resort and any(layout.repeats(group) for group in groups):
         return []
     if sharing:
         places = {(int(layout.place[n]), k) for k, group in enumerate(groups) for n in group}
-        if len(places) == len({place for place, _ in places}):  # they follow each other: something else is doubled
-            return []
-        if 2 * sum(len(part.slices) for part in parts if _found(part, rules) is not None) <= len(volume.slices):
+        watched = any(len(group) >= SMALLEST_PART for group in small)
+        if not watched and len(places) == len({place for place, _ in places}):
+            return []  # they follow each other: something else is doubled
+        stacks = [_found(part, rules) is not None for part in parts]
+        sound = [group for group, is_stack in zip(large, stacks, strict=True) if is_stack]
+        unsound = [group for group, is_stack in zip(large, stacks, strict=True) if not is_stack]
+        if sum(map(len, sound)) <= sum(map(len, unsound)) or not layout.explained_by(sound, small):
             return []
     else:
         among = layout.overlapping(groups)
         even = layout.is_even(among, rules.max_missing_share)
         everywhere = np.ones(len(among), dtype=bool)
-        one = last_resort or (layout.counted_through() and layout.is_even(everywhere, rules.max_missing_share))
+        explicit = bool(names) and all(name in EXPLICIT for name in names)
+        counted = layout.counted_through() and layout.is_even(everywhere, rules.max_missing_share)
+        one = last_resort or (counted and not explicit) or not _says(volume, large, names)
         if not among.any() or (even and one):
             return []
-        if small and (even or not layout.inside(small, large, rules.max_missing_share)):
+        turns = even and layout.take_turns(large)
+        if small and ((even and not turns) or not layout.inside(small, large, rules.max_missing_share)):
             return []
         found = [_found(part, rules) for part in parts]
-        if None in found or ((even or small) and any({"gap", "uneven"} & (codes or set()) for codes in found)):
+        odd = {"uneven"} if turns else {"gap", "uneven"}
+        if None in found or ((even or small) and any(odd & (codes or set()) for codes in found)):
             return []
-    others = tuple((volume.slices[n].name, "other acquisition") for group in small for n in group)
+    others = tuple(volume.slices[n].name for group in small for n in group)
     kept = tuple(note for note in volume.irregularities if note.code != "left-out")
     first, *more = parts
-    first = replace(first, left_out=volume.left_out + others, irregularities=volume.irregularities)
+    left_out = volume.left_out + tuple((name, "other acquisition") for name in others)
+    told = volume.irregularities
+    if others:
+        what = f"{len(others)} images are of other acquisitions: {listed(list(others))}"
+        told = (*told, Irregularity("left-out", what, "left out of the volume"))
+    first = replace(first, left_out=left_out, irregularities=told)
     return [first, *(replace(part, irregularities=kept) for part in more)]
+
+
+def _says(volume: Series, groups: Groups, names: tuple[str, ...]) -> bool:
+    """Whether every group has a value of every attribute that is one of acquisitions: one that is absent says nothing.
+
+    All slices of a group have the same.
+    """
+    keys = [key for name in names if (key := ACQUISITION.get(name))]
+    return all(key.of(volume.slices[group[0]]) not in (None, "") for group in groups for key in keys)
 
 
 def _rank(s: SliceHeader) -> tuple[int, str, int]:
@@ -321,9 +401,10 @@ def _told(volume: Series, parts: list[Series], names: tuple[str, ...], rules: Ru
     if rules.policy != "fix":
         note = Irregularity("acquisitions", what, "stacked as one")
         return [replace(volume, irregularities=(*volume.irregularities, note))]
+    done = EACH_A_VOLUME if len(parts) > 1 else "one of them is a volume"
     told = []
     for part in parts:
-        note = Irregularity("acquisitions", what + _which(part, names), EACH_A_VOLUME)
+        note = Irregularity("acquisitions", what + _which(part, names), done)
         told.append(replace(part, irregularities=(*part.irregularities, note)))
     # What one attribute tells apart may still be several by another.
     return [piece for part in told for piece in acquisitions(part, rules)] if len(told) > 1 else told

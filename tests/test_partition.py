@@ -125,6 +125,80 @@ def test_slices_that_were_made_as_one_stack_stay_one() -> None:
         assert len(partition(stacked, Rules())) == 1
 
 
+TELLING: dict[str, Any] = {
+    "temporal position": lambda n: {"temporal_position": n},
+    "cardiac phase": lambda n: {"phase": packed([("cardiac", f"{40 * n}")])},
+    "respiratory phase": lambda n: {"phase": packed([("respiratory", f"{40 * n}")])},
+    "energy": lambda n: {"phase": packed([("energy", f"{40 + 30 * n}")])},
+    "series UID": lambda n: {"series_uid": f"1.3.{n}"},
+    "acquisition number": lambda n: {"acquisition_number": n},
+    "acquisition time": lambda n: {"acquisition_time": f"t{n}"},
+    "reconstruction": lambda n: {"reconstruction": f"B{n}0"},
+    "phase, number and time": lambda n: {
+        "phase": packed([("cardiac", f"{40 * n}")]), "acquisition_number": n, "acquisition_time": f"t{n}",
+    },
+}  # fmt: skip
+
+
+def by_position(images: list[Image]) -> list[Image]:
+    """Return images counted anew, as they lie."""
+    images = sorted(images, key=lambda i: (i.header.position_mm or (0, 0, 0))[2])
+    return [i._replace(header=i.header._replace(instance_number=n)) for n, i in enumerate(images)]
+
+
+@pytest.mark.parametrize("missing", [(), ((1, 7),), ((0, 12), (1, 7)), ((1, 7), (1, 19), (1, 18))], ids=str)
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", TELLING)
+def test_acquisitions_that_take_turns_are_parted_even_if_slices_are_missing(
+    name: str, count: int, missing: tuple[tuple[int, int], ...]
+) -> None:
+    images = [
+        image(count * k + n, 100 * n + k, **TELLING[name](n))
+        for n in range(count) for k in range(20) if (n, k) not in missing
+    ]  # fmt: skip
+    rules = BY_FOLDER if name == "series UID" else Rules()
+    expected = [[100 * n + k for k in range(20) if (n, k) not in missing] for n in range(count)]
+    assert sorted(found(images, rules)) == expected
+    for volume in partition(images, rules):
+        codes = ["acquisitions"]
+        numbers = sorted(s.instance_number or 0 for s in volume.slices)
+        if numbers[-1] - numbers[0] >= len(numbers):
+            codes.append("gap")
+        assert list(audit(volume, rules).codes) == codes
+
+
+@pytest.mark.parametrize("missing", [None, 7, 30])
+@pytest.mark.parametrize("name", TELLING)
+def test_phases_and_uids_outrank_the_order_of_instances_and_acquisitions_do_not(name: str, missing: int | None) -> None:
+    images = by_position([image(1.0 * k, k, **TELLING[name](k % 2)) for k in range(40) if k != missing])
+    rules = BY_FOLDER if name == "series UID" else Rules()
+    volumes = partition(images, rules)
+    if name in ("acquisition number", "acquisition time", "reconstruction"):
+        assert [len(v.slices) for v in volumes] == [40 - (missing is not None)]
+    else:
+        z_mm = [{int((s.position_mm or (0, 0, 0))[2]) for s in v.slices} for v in volumes]
+        assert sorted(z_mm, key=min) == [set(range(0, 40, 2)) - {missing}, set(range(1, 40, 2)) - {missing}]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_phase_that_varies_among_the_slices_of_a_scan_parts_it_not(seed: int) -> None:
+    # As of a heart that beats unevenly: 69, 70 and 71 % here and there, or by blocks of slices.
+    rng = np.random.default_rng(seed)
+    for phases in (rng.integers(69, 72, 40), np.repeat(rng.integers(69, 72, 10), 4), rng.integers(70, 72, 40)):
+        images = [image(2.0 * k, k, phase=packed([("cardiac", str(p))])) for k, p in enumerate(phases)]
+        assert found(images) == [span(0, 40)]
+        assert found([i for i in images if i.header.instance_number != 17]) == [[*span(0, 17), *span(18, 22)]]
+
+
+@pytest.mark.parametrize("name", [name for name in TELLING if name not in ("series UID", "phase, number and time")])
+def test_a_value_that_every_second_slice_lacks_tells_no_acquisitions_apart(name: str) -> None:
+    order = np.random.default_rng(1).permutation(24)
+    images = [image(2.0 * k, int(order[k]), **(TELLING[name](1) if k % 2 else {})) for k in range(24)]
+    if name == "reconstruction":  # every image has one
+        return
+    assert found(images) == [span(0, 24)]
+
+
 def test_a_hole_that_another_acquisition_fills_stays_filled() -> None:
     images = scan(0, 10, 1, acquisition_number=1) + scan(32.5, 10, 11, acquisition_number=1)
     assert found(images + scan(25, 3, 50, acquisition_number=2)) == [[*span(1, 20), *span(50, 3)]]
@@ -146,11 +220,84 @@ def test_passes_in_both_directions_are_parted_where_each_slice_has_a_time_of_its
         assert found(one + other) == [span(1, 21), span(31, 21)]
 
 
+UP_AND_DOWN = {
+    "beyond the end of the first": ([0, 2, 4, 6, 8, 10, 12, 14, 16, 18], [22, 20, 18, 16, 14, 12, 10]),
+    "a millimetre beyond it": ([4 * k for k in range(10)], [37 - 4 * k for k in range(10)]),
+    "a millimetre before it": ([4 * k for k in range(10)], [35 - 4 * k for k in range(9)]),
+    "half a step apart": ([2 * k for k in range(20)], [39 - 2 * k for k in range(20)]),
+    "thirds of a step apart": (
+        [6 * k for k in range(10)], [56 - 6 * k for k in range(10)], [4 + 6 * k for k in range(10)],
+    ),
+    "in register": ([2 * k for k in range(10)], [18 - 2 * k for k in range(10)], [2 * k for k in range(10)]),
+    "one slice higher": ([2 * k for k in range(10)], [20 - 2 * k for k in range(10)]),
+    "with another step": ([2 * k for k in range(11)], [19 - 4 * k for k in range(6)]),
+    "far beyond it": ([2 * k for k in range(10)], [40 - 2 * k for k in range(20)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("passes", UP_AND_DOWN.values(), ids=UP_AND_DOWN)
+def test_the_slice_where_a_pass_turns_belongs_to_the_pass_whose_step_it_keeps(
+    passes: tuple[list[int], ...], mirrored: bool
+) -> None:
+    images = [
+        image(float(-z if mirrored else z), 100 * n + k, acquisition_time=f"{n} {k}")
+        for n, zs in enumerate(passes) for k, z in enumerate(zs)
+    ]  # fmt: skip
+    volumes = partition(images, Rules())
+    assert sorted(sorted(s.instance_number or 0 for s in v.slices) for v in volumes) == [
+        span(100 * n, len(zs)) for n, zs in enumerate(passes)
+    ]
+    assert {code for v in volumes for code in audit(v).codes} == {"acquisitions"}
+
+
+def test_a_pass_that_goes_on_upwards_from_within_the_first_keeps_its_slices() -> None:
+    times = {"acquisition_time": lambda k: f"{k}"}
+    first, again = scan(0, 10, 1, 2.0, **times), scan(14, 10, 101, 2.0, acquisition_time=lambda k: f"b{k}")
+    assert found(first + again) == [span(1, 10), span(101, 10)]
+
+
 def test_a_pass_that_was_broken_off_between_the_slices_of_another_is_left_out() -> None:
     (volume,) = partition(scan(0, 21, 1, acquisition_number=1) + scan(26, 2, 31, acquisition_number=2), Rules())
     assert [s.instance_number for s in volume.slices] == span(1, 21)
     assert volume.left_out == (("0031.dcm", "other acquisition"), ("0032.dcm", "other acquisition"))
-    assert audit(volume).codes == ("acquisitions",)
+    assert [i.text for i in audit(volume).irregularities] == [
+        "2 images are of other acquisitions: 0031.dcm, 0032.dcm; left out of the volume",
+        "several acquisitions lie in one place, told apart by acquisition number; this is acquisition number 1; one of "
+        "them is a volume",
+    ]
+
+
+@pytest.mark.parametrize("watched", [8, 30])
+@pytest.mark.parametrize("counted", ["each", "one", "none"])
+@pytest.mark.parametrize("z_mm", [20.0, 21.0, 70.0])
+def test_images_of_a_bolus_that_is_watched_are_left_out_however_many_they_are(
+    watched: int, counted: str, z_mm: float
+) -> None:
+    numbers = {"each": range(1, watched + 1), "one": [1] * watched, "none": [None] * watched}[counted]
+    images = [
+        image(z_mm, n, acquisition_number=number, acquisition_time=f"a{n}") for n, number in enumerate(numbers, 1)
+    ]
+    images += scan(0, 20, 101, 2.0, acquisition_number=99, acquisition_time=lambda k: f"b{k}")
+    (volume,) = partition(images, Rules())
+    assert [s.instance_number for s in volume.slices] == span(101, 20)
+    assert [why for _, why in volume.left_out] == ["other acquisition"] * watched
+    outcome = audit(volume)
+    assert (outcome.verdict, set(outcome.codes)) == ("fixed", {"left-out", "acquisitions"})
+    assert f"{watched} images are of other acquisitions: 0001.dcm, 0002.dcm, 0003.dcm and" in told(volume)[0]
+    assert audit(volume, Rules(policy="strict")).verdict == "rejected"
+    (kept,) = partition(images, Rules(policy="keep"))
+    assert (len(kept.slices), kept.left_out) == (20 + watched, ())
+
+
+def test_a_few_slices_of_one_acquisition_do_not_stand_for_many_others() -> None:
+    # 11 of 20 positions have number 1; each of the others, at every position, has a number of its own.
+    images = scan(0, 11, 1, 2.0, acquisition_number=1)
+    images += [
+        i for n in range(5) for i in scan(0, 20, 100 * n + 101, 2.0, acquisition_number=lambda k, n=n: 100 * n + k + 2)
+    ]
+    (volume,) = partition([i._replace(header=i.header._replace(instance_number=None)) for i in images], Rules())
+    assert (len(volume.slices), audit(volume).codes) == (111, ("duplicate",))
 
 
 def test_an_image_given_twice_parts_no_scan_of_several_acquisitions() -> None:
