@@ -10,8 +10,9 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.acceptance import listed
+from gpuprep.acceptance import check, listed
 from gpuprep.errors import InputError
+from gpuprep.reading import are_copies
 from gpuprep.rules import EACH_A_VOLUME, SMALLEST_PART, Irregularity, Rules
 from gpuprep.series import Series, SliceHeader, unpacked
 from gpuprep.stacking import acquisition, along_normal_mm, position_tolerance_mm, same_image, stack
@@ -249,9 +250,49 @@ def acquisitions(volume: Series, rules: Rules) -> list[Series]:
         if _joins(runs, groups) and (parts := _apart(layout, runs, rules, sharing=layout.crowded)):
             return _told(volume, parts, (name, "instance number"), rules)
     found = _best(layout, _candidates(layout, LAST_RESORT | _dimensions(volume), MOST_KEYS), rules, last_resort=True)
-    if found and sum(len(part.slices) for part in found[2]) == len(volume.slices):
-        return _told(volume, found[2], found[0], rules)
-    return [volume]
+    if not found or sum(len(part.slices) for part in found[2]) < len(volume.slices):
+        return [volume]
+    names, _, parts = found
+    parts = _with_their_copies(layout, parts, rules)
+    return _told(volume, parts, names, rules) if len(parts) > 1 else [volume]
+
+
+def _with_their_copies(layout: _Layout, parts: list[Series], rules: Rules) -> list[Series]:
+    """Return volumes together with those that hold nothing but copies of their images, which `stack` drops then.
+
+    What varies between copies of an image, as its Content Time, varies between acquisitions too: pixels have to tell.
+    """
+    place = {id(s): int(place) for s, place in zip(layout.volume.slices, layout.place, strict=True)}
+    order = {id(s): n for n, s in enumerate(layout.volume.slices)}
+    whole: list[tuple[Series, list[SliceHeader]]] = []
+    for part in parts:
+        for original, copies in whole:
+            lying = {place[id(s)]: s for s in original.slices}
+            pairs = [(lying[place[id(s)]], s) for s in part.slices if place[id(s)] in lying]
+            if (
+                len(pairs) == len(part.slices)
+                and _is_accepted(original, rules)
+                and _is_accepted(part, rules)
+                and are_copies(pairs, (part.rows, part.columns))
+            ):
+                copies += part.slices
+                break
+        else:
+            whole.append((part, []))
+    joined = [
+        replace(original, slices=tuple(sorted((*original.slices, *copies), key=lambda s: order[id(s)])))
+        for original, copies in whole
+    ]
+    return sorted(joined, key=lambda part: -len(part.slices))
+
+
+def _is_accepted(part: Series, rules: Rules) -> bool:
+    """Whether the headers of a volume let its pixels be read."""
+    try:
+        check(part, rules)
+    except InputError:
+        return False
+    return True
 
 
 Candidate = tuple[tuple[str, ...], Groups]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -340,6 +340,34 @@ class Content:
                 raise DecodeError(f"{header.name} cannot be read: {' '.join(str(exc).split())}") from exc
             self._key = header.path, header.member
         return self._data
+
+
+def are_copies(pairs: Sequence[tuple[SliceHeader, SliceHeader]], matrix: tuple[int, int]) -> bool:
+    """Whether the images of every pair have equal stored values and rescale; not, where one cannot be read.
+
+    Parameters
+    ----------
+    pairs : sequence of (SliceHeader, SliceHeader)
+        Images that `gpuprep.acceptance.check` lets through. Those in the middle are read first, for first and last
+        slices may be air in both.
+    matrix : tuple of int
+        Their rows and columns.
+    """
+    contents = Content(), Content()
+    middle = len(pairs) // 2
+    for pair in (*pairs[middle:], *pairs[:middle]):
+        one, other = pair
+        if (one.rescale_slope, one.rescale_intercept) != (other.rescale_slope, other.rescale_intercept):
+            return False
+        values = [np.empty(matrix, dtype=_dtype(header)) for header in pair]
+        try:
+            for content, header, out in zip(contents, pair, values, strict=True):
+                content.read(header, out)
+        except DecodeError:
+            return False
+        if not np.array_equal(*values):
+            return False
+    return True
 
 
 _PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0010]

@@ -22,6 +22,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    RLELossless,
 )
 from segmentations import write_rtstruct
 from test_stacking import header
@@ -338,6 +339,56 @@ def test_two_attributes_together_tell_apart_what_neither_does() -> None:
         span(1 + 10 * n, 6) for n in range(4)
     ]
     assert told(volumes[1])[0].endswith("; this is energy 70 keV and acquisition number 0")
+
+
+def copied(folder: Path, copies: int, partly: int = 0, *, other: int | None = None, encoded: bool = False) -> None:
+    """Write a scan of 8 slices again with other SOP Instance UIDs and times; `other`: a slice whose pixels differ."""
+    for n in range(copies + 1):
+        stored = noise(0, 8)
+        if n and other is not None:
+            stored[other] += 1
+
+        def change(ds: Dataset, k: int, n: int = n) -> None:
+            ds.ContentTime, ds.SOPInstanceUID, ds.FrameOfReferenceUID = f"12000{n}", f"1.5.{n}.{k}", "1.4"
+
+        files = write_series(folder / f"{n}", stored, (2.5, 0.8, 0.7), series_uid="1.2.3", change=change)
+        for file in files[partly:] if partly and n else ():
+            file.unlink()
+        for file in files if encoded and n else ():
+            if file.exists():
+                ds = pydicom.dcmread(file)
+                ds.compress(RLELossless, generate_instance_uid=False)
+                ds.save_as(file)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize(("copies", "partly"), [(1, 0), (1, 4), (2, 0), (3, 5)])
+def test_copies_of_images_with_another_content_time_are_no_acquisitions(
+    tmp_path: Path, copies: int, partly: int, encoded: bool
+) -> None:
+    copied(tmp_path, copies, partly, encoded=encoded)
+    (series,) = gpuprep.discover(tmp_path)
+    assert audit(series).codes == ("duplicate",)
+    volume = gpuprep.load(tmp_path, HU, backend="cpu")
+    np.testing.assert_array_equal(np.asarray(volume.values), noise(0, 8) - 1024.0)
+
+
+@pytest.mark.parametrize("other", [0, 3, 7])
+def test_acquisitions_that_only_content_times_tell_apart_are_volumes_if_one_pixel_differs(
+    tmp_path: Path, other: int
+) -> None:
+    copied(tmp_path, 1, other=other)
+    assert [len(v.slices) for v in gpuprep.discover(tmp_path)] == [8, 8]
+    (unlike,) = (f for f in (tmp_path / "1").iterdir() if pydicom.dcmread(f).SOPInstanceUID == f"1.5.1.{other}")
+    unlike.unlink()
+    (series,) = gpuprep.discover(tmp_path)
+    assert len(series.slices) == 15
+
+
+def test_a_copy_of_one_of_two_acquisitions_is_a_duplicate_of_it(tmp_path: Path) -> None:
+    copied(tmp_path, 2, other=4)
+    assert [len(v.slices) for v in gpuprep.discover(tmp_path)] == [16, 8]
+    assert {code for v in gpuprep.discover(tmp_path) for code in audit(v).codes} == {"duplicate", "acquisitions"}
 
 
 @given(st.permutations(range(24)))
