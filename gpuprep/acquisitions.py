@@ -369,7 +369,9 @@ def _apart(
     groups = sorted(groups, key=lambda g: (-len(g), min(_rank(volume.slices[n]) for n in g)))
     large, small = layout.sorted_out(groups)
     parts = [
-        replace(volume, slices=tuple(volume.slices[n] for n in group), left_out=(), irregularities=())
+        replace(
+            volume, slices=tuple(volume.slices[n] for n in group), left_out=(), left_out_digests=(), irregularities=()
+        )
         for group in large
     ]
     if not layout.explained_by(large, small):
@@ -402,15 +404,17 @@ def _apart(
         odd = {"uneven"} if turns else {"gap", "uneven"}
         if None in found or ((even or small) and any(odd & (codes or set()) for codes in found)):
             return []
-    others = tuple(volume.slices[n].name for group in small for n in group)
     kept = tuple(note for note in volume.irregularities if note.code != "left-out")
     first, *more = parts
-    left_out = volume.left_out + tuple((name, "other acquisition") for name in others)
-    told = volume.irregularities
-    if others:
-        what = f"{len(others)} images are of other acquisitions: {listed(list(others))}"
-        told = (*told, Irregularity("left-out", what, "left out of the volume"))
-    first = replace(first, left_out=left_out, irregularities=told)
+    first = replace(
+        first,
+        left_out=volume.left_out,
+        left_out_digests=volume.left_out_digests,
+        irregularities=volume.irregularities,
+    )
+    if others := [volume.slices[n] for group in small for n in group]:
+        what = f"{len(others)} images are of other acquisitions: {listed([s.name for s in others])}"
+        first = first.without(((s, "other acquisition") for s in others), what)
     return [first, *(replace(part, irregularities=kept) for part in more)]
 
 

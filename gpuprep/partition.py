@@ -221,10 +221,10 @@ def _mixed(volume: Series, count: int, numbered: bool) -> Series:
 
 def _without(volume: Series, strays: list[tuple[Image, str]]) -> Series:
     """Return a volume with the images named that were left out of it."""
-    left_out = tuple((image.header.name, why) for image, why in strays)
-    what = f"{len(left_out)} images are no slices: " + listed([f"{name} ({why})" for name, why in left_out])
-    note = Irregularity("left-out", what, "left out of the volume")
-    return replace(volume, left_out=(*volume.left_out, *left_out), irregularities=(*volume.irregularities, note))
+    named = listed([f"{image.header.name} ({why})" for image, why in strays])
+    return volume.without(
+        ((image.header, why) for image, why in strays), f"{len(strays)} images are no slices: {named}"
+    )
 
 
 def _path(image: Image) -> str:
