@@ -149,7 +149,8 @@ def _stacked(slices: list[Image], frames: frozenset[str], stack_ids: frozenset[s
         frame, stack_id = image.frame_of_reference_uid, image.header.stack_id
         return frame if frame in frames else "", stack_id if stack_id in stack_ids else ""
 
-    complete, lacking = [], []
+    complete: list[Image] = []
+    lacking: list[Image] = []
     for image in slices:
         frame, stack_id = told(image)
         (lacking if (frames and not frame) or (stack_ids and not stack_id) else complete).append(image)
