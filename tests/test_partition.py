@@ -592,11 +592,9 @@ def test_slices_lie_in_the_first_stack_of_their_direction_wherever_it_points(
         cosines = tuple(float(x) + random.uniform(-4e-4, 4e-4) for x in (*turned, *across))
         images.append(image(n, n, orientation=cosines))
     stacks: dict[int, list[int]] = {}
-    for n, one in enumerate(images):
-        near = [
-            first for first in stacks
-            if max(abs(a - b) for a, b in zip(images[first].orientation or (), one.orientation or (), strict=True)) <= 1e-3
-        ]  # fmt: skip
+    cosines_of = [np.array(one.orientation) for one in images]
+    for n in range(len(images)):
+        near = [first for first in stacks if np.abs(cosines_of[first] - cosines_of[n]).max() <= 1e-3]
         stacks.setdefault(near[0] if near else n, []).append(n)
     large = {len(numbers) for numbers in stacks.values() if len(numbers) >= 3}
     volumes = partition(images, Rules())
