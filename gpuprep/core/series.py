@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,6 +136,11 @@ def sop_digest(sop_uid: str) -> int:
     return int.from_bytes(hashlib.blake2b(sop_uid.encode(), digest_size=8).digest())
 
 
+def image_digest(sop_uid: str, number: int = 0) -> int:
+    """Return 64 bits that stand for an image, or for a frame of one that has several, counted from 1."""
+    return sop_digest(f"{sop_uid} {number}") if number else sop_digest(sop_uid)
+
+
 @dataclass(frozen=True, slots=True)
 class Series:
     """Slices that share a *Series Instance UID*, an orientation, a matrix and a pixel spacing.
@@ -167,6 +172,8 @@ class Series:
     slices: tuple[SliceHeader, ...]
     left_out: tuple[tuple[str, str], ...] = ()
     """Images of the series that are no slices of its volume: (file name, why)."""
+    left_out_digests: tuple[int, ...] = ()
+    """Of the same images: see `image_digest`. A segmentation may be drawn on one of them."""
     irregularities: tuple[Irregularity, ...] = ()
     """What had to be done to get from the images of one UID to these slices."""
     warnings: tuple[SeriesWarning, ...] = ()
@@ -175,6 +182,18 @@ class Series:
     """Of a series of one image: how many such series lie in its folder."""
     alias: str = ""
     """By what it goes where its UID must not be known: see `gpuprep.pipeline.pseudonyms`."""
+
+    def without(self, images: Iterable[tuple[SliceHeader, str]], what: str) -> Series:
+        """Return the series with images named that were left out of it, and why; `what` they are, for people."""
+        headers, why = zip(*images, strict=True)
+        numbers = [header.frame + 1 if header.frames > 1 else 0 for header in headers]
+        digests = (image_digest(h.sop_instance_uid, number) for h, number in zip(headers, numbers, strict=True))
+        return replace(
+            self,
+            left_out=(*self.left_out, *zip((header.name for header in headers), why, strict=True)),
+            left_out_digests=(*self.left_out_digests, *digests),
+            irregularities=(*self.irregularities, Irregularity("left-out", what, "left out of the volume")),
+        )
 
     @property
     def public_uid(self) -> str:

@@ -9,6 +9,12 @@ from typing import Literal
 Policy = Literal["fix", "strict", "keep"]
 GroupBy = Literal["uid", "folder"]
 
+SMALLEST_PART = 3
+"""Fewer images of another study, matrix, spacing, orientation or acquisition are strays, and no volume of their own."""
+
+EACH_A_VOLUME = "each is a volume"
+"""What is done about several volumes in one series."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:

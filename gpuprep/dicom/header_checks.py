@@ -20,7 +20,7 @@ LARGEST_SIDE = 8192
 DAMAGED = ("no Rows and Columns", "no Image Orientation (Patient)", "no Pixel Spacing")
 """Images that lack these may be slices, and a volume without them would be short of some."""
 
-HARMLESS = ("localizer", "colour", "secondary image", "material map")
+HARMLESS = ("localizer", "colour", "secondary image", "material map", "other acquisition")
 """Images beside the slices of a series that are none, however many."""
 
 PADDING_BYTES = 16

@@ -48,9 +48,8 @@ def declared(
     for k, s in enumerate(slices):
         if s.padding is None:
             continue
-        low, high = sorted((s.padding, s.padding if s.padding_limit is None else s.padding_limit))
-        hu = sorted(v * (s.rescale_slope or 1) + (s.rescale_intercept or 0) for v in (low, high))
-        if hu[0] <= TISSUE_HU[1] and hu[1] >= TISSUE_HU[0]:
+        (low, high), hu = _range(s, s.padding)
+        if _has_tissue(hu):
             doubted.append((s.padding, hu))
         elif hu[1] >= LOWEST_HU and limits.min <= low and high <= limits.max:  # what is lower becomes air anyway
             padding[k] = low, high
@@ -64,6 +63,24 @@ def declared(
         )
         warnings = (SeriesWarning("padding-ignored", text),)
     return (padding if (padding[:, 0] <= padding[:, 1]).any() else None), warnings
+
+
+def is_declared(s: SliceHeader, value: int) -> bool:
+    """Whether a stored value is padding that the slice declares, and its HU is none of tissue."""
+    if s.padding is None:
+        return False
+    (low, high), hu = _range(s, s.padding)
+    return low <= value <= high and not _has_tissue(hu)
+
+
+def _range(s: SliceHeader, padding: int) -> tuple[list[int], list[float]]:
+    """Return the lowest and highest padding value of a slice, as stored and in HU."""
+    stored = sorted((padding, padding if s.padding_limit is None else s.padding_limit))
+    return stored, sorted(v * (s.rescale_slope or 1) + (s.rescale_intercept or 0) for v in stored)
+
+
+def _has_tissue(hu: list[float]) -> bool:
+    return hu[0] <= TISSUE_HU[1] and hu[1] >= TISSUE_HU[0]
 
 
 def replace_fill(values: NDArray[Any], slope: float, intercept: float) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -87,6 +87,8 @@ class SeriesReader:
         self._loops = loops
         self._fills: dict[float, int] = {}
         self._blank = 0
+        self._padded_ends: set[int] = set()
+        """Slices at either end of the stack that are padding throughout, as far as they were looked for."""
         self._extremes = Extremes(recipe, len(self._slices) * series.rows * series.columns)
 
     @property
@@ -167,7 +169,7 @@ class SeriesReader:
         self._meaning.check_sign(self._slices[k], low, high)
         measured = sampled(values).flatten()
         if low == high:
-            if self._policy != "keep" and self._beside_an_image(k, low):
+            if self._policy != "keep" and self._beside_an_image(k, low) and not self._is_padded_end(k, low):
                 value = f"{low}, {low * slope + intercept:g} HU"
                 raise DecodeError(
                     f"{self._slices[k].name} holds one value ({value}) throughout, unlike the slices "
@@ -197,6 +199,28 @@ class SeriesReader:
                 alike = neighbour[padded.circle(*self._matrix)] == value
                 if neighbour.min() != neighbour.max() and alike.mean() < 0.5:
                     return True
+        return False
+
+    def _is_padded_end(self, k: int, value: int) -> bool:
+        """Whether a slice of one value and all slices from it to an end of the stack are declared padding throughout.
+
+        Some programs fill up stacks so. Between images, padding stands for an image that was lost.
+        """
+        if not padded.is_declared(self._slices[k], value):
+            return False
+        other = np.empty(self._matrix, dtype=self._dtype)
+        for beyond in (range(k - 1, -1, -1), range(k + 1, len(self._slices))):
+            passed = {k}
+            for n in beyond:
+                if n in self._padded_ends:
+                    continue
+                self._content.read(self._slices[n], other)
+                if other.min() != other.max() or not padded.is_declared(self._slices[n], int(other[0, 0])):
+                    break
+                passed.add(n)
+            else:
+                self._padded_ends |= passed
+                return True
         return False
 
 
@@ -340,6 +364,34 @@ class Content:
                 raise DecodeError(f"{header.name} cannot be read: {' '.join(str(exc).split())}") from exc
             self._key = header.path, header.member
         return self._data
+
+
+def are_copies(pairs: Sequence[tuple[SliceHeader, SliceHeader]], matrix: tuple[int, int]) -> bool:
+    """Whether the images of every pair have equal stored values and rescale; not, where one cannot be read.
+
+    Parameters
+    ----------
+    pairs : sequence of (SliceHeader, SliceHeader)
+        Images that `gpuprep.dicom.header_checks.check` lets through. Those in the middle are read first, for first and last
+        slices may be air in both.
+    matrix : tuple of int
+        Their rows and columns.
+    """
+    contents = Content(), Content()
+    middle = len(pairs) // 2
+    for pair in (*pairs[middle:], *pairs[:middle]):
+        one, other = pair
+        if (one.rescale_slope, one.rescale_intercept) != (other.rescale_slope, other.rescale_intercept):
+            return False
+        values = [np.empty(matrix, dtype=_dtype(header)) for header in pair]
+        try:
+            for content, header, out in zip(contents, pair, values, strict=True):
+                content.read(header, out)
+        except DecodeError:
+            return False
+        if not np.array_equal(values[0], values[1]):
+            return False
+    return True
 
 
 _PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0010]

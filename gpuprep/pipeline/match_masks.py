@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from gpuprep.core.formatting import printable
+from gpuprep.core.formatting import first_few, printable
 from gpuprep.core.mask_options import Hide, Masks, Reading
-from gpuprep.core.series import Series, sop_digest
+from gpuprep.core.series import Series, image_digest, sop_digest
 from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.dicom.discover import Cohort, OtherSeries
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
@@ -397,6 +397,12 @@ class _Known:
                 if header.frames > 1:
                     image = ImageFrame(uid, header.frame + 1)
                     self._by_image_frame[image] = (*self._by_image_frame.get(image, ()), s)
+        self._left_out = {
+            digest: f"{name} ({why})"
+            for s in cohort
+            for digest, (name, why) in zip(s.left_out_digests, s.left_out, strict=True)
+        }
+        """Images that are in no volume, by `image_digest`."""
         self.pointed = False
         """Whether the path of any file pointed to a series."""
         # A folder of images has its name, by which a folder of masks may go.
@@ -407,6 +413,8 @@ class _Known:
         for images in (g.drawn_on, {ImageFrame(uid) for uid in g.sop_uids}):
             if series := self._holding(images, g):
                 return _Answer(series)
+            if absent := sorted(filter(None, map(self._absent, images))):
+                return _Answer([], f"it is drawn on images that were left out of their series: {first_few(absent)}")
         named = [parts for uid in dict.fromkeys(g.series_uids) if uid and (parts := self._by_series.get(uid))]
         if named:
             return _of_series(named, g)
@@ -436,9 +444,18 @@ class _Known:
         """Return the volumes that hold any of some images; of copies of an image, the one that a file means."""
         holding: dict[int, Series] = {}
         for image in images:
-            holders = self._by_image_frame.get(image) or self._by_sop.get(image.sop_uid, ())
+            holders = self._by_image_frame.get(image, ())
+            if not holders and not self._absent(image):
+                holders = self._by_sop.get(image.sop_uid, ())
             holding.update((id(s), s) for s in _likeliest(holders, g))
         return list(holding.values())
+
+    def _absent(self, image: ImageFrame) -> str:
+        """Return the name of an image or frame that was left out of its series, and why; "" for others."""
+        if not self._left_out:
+            return ""
+        numbers = {0, image.number} if image.sop_uid not in self._by_sop else {image.number}
+        return next((why for n in numbers if (why := self._left_out.get(image_digest(image.sop_uid, n)))), "")
 
     def _other(self, g: Glimpse) -> str:
         """Return the UID of the series of other images that a file names, or whose images it names; "" for none."""

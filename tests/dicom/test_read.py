@@ -496,6 +496,64 @@ def test_a_slice_of_one_value_beside_images_is_refused_by_name(tmp_path: Path, v
     assert volume.warnings == ("1 slices hold one value throughout",)
 
 
+@pytest.mark.parametrize("padded", [[0], [0, 1, 2], [9], [8, 9], [0, 1, 7, 8, 9]], ids=str)
+@pytest.mark.parametrize("value", [-3024, -2000, -1024, -1000])
+@pytest.mark.parametrize("policy", ["fix", "strict"])
+def test_ends_of_a_stack_that_are_declared_padding_throughout_are_no_damage(
+    tmp_path: Path, padded: list[int], value: int, policy: Any
+) -> None:
+    def declare(ds: Dataset, _: int) -> None:
+        ds.add_new("PixelPaddingValue", "SS", value + 1024)
+
+    stored = integers(0, 3000, "int16", (10, 16, 20))
+    stored[padded] = value + 1024
+    write(tmp_path, stored, change=declare)
+    recipe = Recipe(policy=policy, padding="keep")
+    series = discover(tmp_path, recipe.rules)[0]
+    volume = read(series, recipe)
+    np.testing.assert_array_equal(volume.stored, stored)
+    assert f"{len(padded)} slices hold one value throughout" in volume.warnings
+    reader = SeriesReader(series, recipe)  # slab by slab, and from the end
+    for start in (7, 4, 0):
+        stop = min(start + 4, 10)
+        np.testing.assert_array_equal(reader.slab(start, stop), stored[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("padded", "value", "declared", "refused"),
+    [
+        ([4], -2000, -2000, 4),  # an image that was lost
+        ([0, 4, 9], -2000, -2000, 4),
+        ([0], -1000, None, 0),
+        ([0], -1000, -2000, 0),
+        ([9], 40, 40, 9),  # tissue is never padding
+    ],
+)
+def test_other_slices_of_one_value_are_refused_whatever_is_declared(
+    tmp_path: Path, padded: list[int], value: int, declared: int | None, refused: int
+) -> None:
+    def declare(ds: Dataset, _: int) -> None:
+        if declared is not None:
+            ds.add_new("PixelPaddingValue", "SS", declared + 1024)
+
+    stored = integers(0, 3000, "int16", (10, 16, 20))
+    stored[padded] = value + 1024
+    write(tmp_path, stored, change=declare)
+    with pytest.raises(DecodeError, match=rf"S1-{10 - refused:04}\.dcm holds one value"):  # the last file is the lowest
+        read_back(tmp_path)
+
+
+def test_ends_within_a_range_of_padding_are_no_damage(tmp_path: Path) -> None:
+    def declare(ds: Dataset, _: int) -> None:
+        ds.add_new("PixelPaddingValue", "SS", -3000)
+        ds.add_new("PixelPaddingRangeLimit", "SS", -1000)
+
+    stored = integers(0, 3000, "int16", (6, 16, 20))
+    stored[0], stored[5] = -2000, -1500
+    write(tmp_path, stored, change=declare)
+    np.testing.assert_array_equal(read(discover(tmp_path)[0], Recipe(padding="keep")).stored, stored)
+
+
 def test_a_volume_of_one_value_is_read_and_doubted(tmp_path: Path) -> None:
     write(tmp_path, np.full((3, 16, 20), 1024, dtype=np.int16))
     assert read(discover(tmp_path)[0]).warnings == ("3 slices hold one value throughout",)

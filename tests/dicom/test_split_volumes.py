@@ -22,6 +22,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    RLELossless,
 )
 from segmentations import write_rtstruct
 from test_stack import header
@@ -125,6 +126,80 @@ def test_slices_that_were_made_as_one_stack_stay_one() -> None:
         assert len(partition(stacked, Rules())) == 1
 
 
+TELLING: dict[str, Any] = {
+    "temporal position": lambda n: {"temporal_position": n},
+    "cardiac phase": lambda n: {"phase": packed([("cardiac", f"{40 * n}")])},
+    "respiratory phase": lambda n: {"phase": packed([("respiratory", f"{40 * n}")])},
+    "energy": lambda n: {"phase": packed([("energy", f"{40 + 30 * n}")])},
+    "series UID": lambda n: {"series_uid": f"1.3.{n}"},
+    "acquisition number": lambda n: {"acquisition_number": n},
+    "acquisition time": lambda n: {"acquisition_time": f"t{n}"},
+    "reconstruction": lambda n: {"reconstruction": f"B{n}0"},
+    "phase, number and time": lambda n: {
+        "phase": packed([("cardiac", f"{40 * n}")]), "acquisition_number": n, "acquisition_time": f"t{n}",
+    },
+}  # fmt: skip
+
+
+def by_position(images: list[Image]) -> list[Image]:
+    """Return images counted anew, as they lie."""
+    images = sorted(images, key=lambda i: (i.header.position_mm or (0, 0, 0))[2])
+    return [i._replace(header=i.header._replace(instance_number=n)) for n, i in enumerate(images)]
+
+
+@pytest.mark.parametrize("missing", [(), ((1, 7),), ((0, 12), (1, 7)), ((1, 7), (1, 19), (1, 18))], ids=str)
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", TELLING)
+def test_acquisitions_that_take_turns_are_parted_even_if_slices_are_missing(
+    name: str, count: int, missing: tuple[tuple[int, int], ...]
+) -> None:
+    images = [
+        image(count * k + n, 100 * n + k, **TELLING[name](n))
+        for n in range(count) for k in range(20) if (n, k) not in missing
+    ]  # fmt: skip
+    rules = BY_FOLDER if name == "series UID" else Rules()
+    expected = [[100 * n + k for k in range(20) if (n, k) not in missing] for n in range(count)]
+    assert sorted(found(images, rules)) == expected
+    for volume in partition(images, rules):
+        codes = ["acquisitions"]
+        numbers = sorted(s.instance_number or 0 for s in volume.slices)
+        if numbers[-1] - numbers[0] >= len(numbers):
+            codes.append("gap")
+        assert list(audit(volume, rules).codes) == codes
+
+
+@pytest.mark.parametrize("missing", [None, 7, 30])
+@pytest.mark.parametrize("name", TELLING)
+def test_phases_and_uids_outrank_the_order_of_instances_and_acquisitions_do_not(name: str, missing: int | None) -> None:
+    images = by_position([image(1.0 * k, k, **TELLING[name](k % 2)) for k in range(40) if k != missing])
+    rules = BY_FOLDER if name == "series UID" else Rules()
+    volumes = partition(images, rules)
+    if name in ("acquisition number", "acquisition time", "reconstruction"):
+        assert [len(v.slices) for v in volumes] == [40 - (missing is not None)]
+    else:
+        z_mm = [{int((s.position_mm or (0, 0, 0))[2]) for s in v.slices} for v in volumes]
+        assert sorted(z_mm, key=min) == [set(range(0, 40, 2)) - {missing}, set(range(1, 40, 2)) - {missing}]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_phase_that_varies_among_the_slices_of_a_scan_parts_it_not(seed: int) -> None:
+    # As of a heart that beats unevenly: 69, 70 and 71 % here and there, or by blocks of slices.
+    rng = np.random.default_rng(seed)
+    for phases in (rng.integers(69, 72, 40), np.repeat(rng.integers(69, 72, 10), 4), rng.integers(70, 72, 40)):
+        images = [image(2.0 * k, k, phase=packed([("cardiac", str(p))])) for k, p in enumerate(phases)]
+        assert found(images) == [span(0, 40)]
+        assert found([i for i in images if i.header.instance_number != 17]) == [[*span(0, 17), *span(18, 22)]]
+
+
+@pytest.mark.parametrize("name", [name for name in TELLING if name not in ("series UID", "phase, number and time")])
+def test_a_value_that_every_second_slice_lacks_tells_no_acquisitions_apart(name: str) -> None:
+    order = np.random.default_rng(1).permutation(24)
+    images = [image(2.0 * k, int(order[k]), **(TELLING[name](1) if k % 2 else {})) for k in range(24)]
+    if name == "reconstruction":  # every image has one
+        return
+    assert found(images) == [span(0, 24)]
+
+
 def test_a_hole_that_another_acquisition_fills_stays_filled() -> None:
     images = scan(0, 10, 1, acquisition_number=1) + scan(32.5, 10, 11, acquisition_number=1)
     assert found(images + scan(25, 3, 50, acquisition_number=2)) == [[*span(1, 20), *span(50, 3)]]
@@ -146,11 +221,84 @@ def test_passes_in_both_directions_are_parted_where_each_slice_has_a_time_of_its
         assert found(one + other) == [span(1, 21), span(31, 21)]
 
 
+UP_AND_DOWN = {
+    "beyond the end of the first": ([0, 2, 4, 6, 8, 10, 12, 14, 16, 18], [22, 20, 18, 16, 14, 12, 10]),
+    "a millimetre beyond it": ([4 * k for k in range(10)], [37 - 4 * k for k in range(10)]),
+    "a millimetre before it": ([4 * k for k in range(10)], [35 - 4 * k for k in range(9)]),
+    "half a step apart": ([2 * k for k in range(20)], [39 - 2 * k for k in range(20)]),
+    "thirds of a step apart": (
+        [6 * k for k in range(10)], [56 - 6 * k for k in range(10)], [4 + 6 * k for k in range(10)],
+    ),
+    "in register": ([2 * k for k in range(10)], [18 - 2 * k for k in range(10)], [2 * k for k in range(10)]),
+    "one slice higher": ([2 * k for k in range(10)], [20 - 2 * k for k in range(10)]),
+    "with another step": ([2 * k for k in range(11)], [19 - 4 * k for k in range(6)]),
+    "far beyond it": ([2 * k for k in range(10)], [40 - 2 * k for k in range(20)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("passes", UP_AND_DOWN.values(), ids=UP_AND_DOWN)
+def test_the_slice_where_a_pass_turns_belongs_to_the_pass_whose_step_it_keeps(
+    passes: tuple[list[int], ...], mirrored: bool
+) -> None:
+    images = [
+        image(float(-z if mirrored else z), 100 * n + k, acquisition_time=f"{n} {k}")
+        for n, zs in enumerate(passes) for k, z in enumerate(zs)
+    ]  # fmt: skip
+    volumes = partition(images, Rules())
+    assert sorted(sorted(s.instance_number or 0 for s in v.slices) for v in volumes) == [
+        span(100 * n, len(zs)) for n, zs in enumerate(passes)
+    ]
+    assert {code for v in volumes for code in audit(v).codes} == {"acquisitions"}
+
+
+def test_a_pass_that_goes_on_upwards_from_within_the_first_keeps_its_slices() -> None:
+    times = {"acquisition_time": lambda k: f"{k}"}
+    first, again = scan(0, 10, 1, 2.0, **times), scan(14, 10, 101, 2.0, acquisition_time=lambda k: f"b{k}")
+    assert found(first + again) == [span(1, 10), span(101, 10)]
+
+
 def test_a_pass_that_was_broken_off_between_the_slices_of_another_is_left_out() -> None:
     (volume,) = partition(scan(0, 21, 1, acquisition_number=1) + scan(26, 2, 31, acquisition_number=2), Rules())
     assert [s.instance_number for s in volume.slices] == span(1, 21)
     assert volume.left_out == (("0031.dcm", "other acquisition"), ("0032.dcm", "other acquisition"))
-    assert audit(volume).codes == ("acquisitions",)
+    assert [i.text for i in audit(volume).irregularities] == [
+        "2 images are of other acquisitions: 0031.dcm, 0032.dcm; left out of the volume",
+        "several acquisitions lie in one place, told apart by acquisition number; this is acquisition number 1; one of "
+        "them is a volume",
+    ]
+
+
+@pytest.mark.parametrize("watched", [8, 30])
+@pytest.mark.parametrize("counted", ["each", "one", "none"])
+@pytest.mark.parametrize("z_mm", [20.0, 21.0, 70.0])
+def test_images_of_a_bolus_that_is_watched_are_left_out_however_many_they_are(
+    watched: int, counted: str, z_mm: float
+) -> None:
+    numbers = {"each": range(1, watched + 1), "one": [1] * watched, "none": [None] * watched}[counted]
+    images = [
+        image(z_mm, n, acquisition_number=number, acquisition_time=f"a{n}") for n, number in enumerate(numbers, 1)
+    ]
+    images += scan(0, 20, 101, 2.0, acquisition_number=99, acquisition_time=lambda k: f"b{k}")
+    (volume,) = partition(images, Rules())
+    assert [s.instance_number for s in volume.slices] == span(101, 20)
+    assert [why for _, why in volume.left_out] == ["other acquisition"] * watched
+    outcome = audit(volume)
+    assert (outcome.verdict, set(outcome.codes)) == ("fixed", {"left-out", "acquisitions"})
+    assert f"{watched} images are of other acquisitions: 0001.dcm, 0002.dcm, 0003.dcm and" in told(volume)[0]
+    assert audit(volume, Rules(policy="strict")).verdict == "rejected"
+    (kept,) = partition(images, Rules(policy="keep"))
+    assert (len(kept.slices), kept.left_out) == (20 + watched, ())
+
+
+def test_a_few_slices_of_one_acquisition_do_not_stand_for_many_others() -> None:
+    # 11 of 20 positions have number 1; each of the others, at every position, has a number of its own.
+    images = scan(0, 11, 1, 2.0, acquisition_number=1)
+    images += [
+        i for n in range(5) for i in scan(0, 20, 100 * n + 101, 2.0, acquisition_number=lambda k, n=n: 100 * n + k + 2)
+    ]
+    (volume,) = partition([i._replace(header=i.header._replace(instance_number=None)) for i in images], Rules())
+    assert (len(volume.slices), audit(volume).codes) == (111, ("duplicate",))
 
 
 def test_an_image_given_twice_parts_no_scan_of_several_acquisitions() -> None:
@@ -191,6 +339,56 @@ def test_two_attributes_together_tell_apart_what_neither_does() -> None:
         span(1 + 10 * n, 6) for n in range(4)
     ]
     assert told(volumes[1])[0].endswith("; this is energy 70 keV and acquisition number 0")
+
+
+def copied(folder: Path, copies: int, partly: int = 0, *, other: int | None = None, encoded: bool = False) -> None:
+    """Write a scan of 8 slices again with other SOP Instance UIDs and times; `other`: a slice whose pixels differ."""
+    for n in range(copies + 1):
+        stored = noise(0, 8)
+        if n and other is not None:
+            stored[other] += 1
+
+        def change(ds: Dataset, k: int, n: int = n) -> None:
+            ds.ContentTime, ds.SOPInstanceUID, ds.FrameOfReferenceUID = f"12000{n}", f"1.5.{n}.{k}", "1.4"
+
+        files = write_series(folder / f"{n}", stored, (2.5, 0.8, 0.7), series_uid="1.2.3", change=change)
+        for file in files[partly:] if partly and n else ():
+            file.unlink()
+        for file in files if encoded and n else ():
+            if file.exists():
+                ds = pydicom.dcmread(file)
+                ds.compress(RLELossless, generate_instance_uid=False)
+                ds.save_as(file)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize(("copies", "partly"), [(1, 0), (1, 4), (2, 0), (3, 5)])
+def test_copies_of_images_with_another_content_time_are_no_acquisitions(
+    tmp_path: Path, copies: int, partly: int, encoded: bool
+) -> None:
+    copied(tmp_path, copies, partly, encoded=encoded)
+    (series,) = gpuprep.discover(tmp_path)
+    assert audit(series).codes == ("duplicate",)
+    volume = gpuprep.load(tmp_path, HU, backend="cpu")
+    np.testing.assert_array_equal(np.asarray(volume.values), noise(0, 8) - 1024.0)
+
+
+@pytest.mark.parametrize("other", [0, 3, 7])
+def test_acquisitions_that_only_content_times_tell_apart_are_volumes_if_one_pixel_differs(
+    tmp_path: Path, other: int
+) -> None:
+    copied(tmp_path, 1, other=other)
+    assert [len(v.slices) for v in gpuprep.discover(tmp_path)] == [8, 8]
+    (unlike,) = (f for f in (tmp_path / "1").iterdir() if pydicom.dcmread(f).SOPInstanceUID == f"1.5.1.{other}")
+    unlike.unlink()
+    (series,) = gpuprep.discover(tmp_path)
+    assert len(series.slices) == 15
+
+
+def test_a_copy_of_one_of_two_acquisitions_is_a_duplicate_of_it(tmp_path: Path) -> None:
+    copied(tmp_path, 2, other=4)
+    assert [len(v.slices) for v in gpuprep.discover(tmp_path)] == [16, 8]
+    assert {code for v in gpuprep.discover(tmp_path) for code in audit(v).codes} == {"duplicate", "acquisitions"}
 
 
 @given(st.permutations(range(24)))
@@ -244,6 +442,71 @@ def test_a_few_images_of_each_of_several_patients_are_not_joined() -> None:
     assert [len(v.slices) for v in volumes] == [2] * 6
 
 
+@pytest.mark.parametrize("by_folder", [False, True])
+@pytest.mark.parametrize("images_each", [1, 2])
+def test_patients_are_parted_where_each_image_has_a_study_of_its_own(images_each: int, by_folder: bool) -> None:
+    images = [
+        image(
+            2.0 * k, k, study_uid=f"1.2.{k // images_each}", patient="abc"[k // 10],
+            series_uid=f"1.3.{k}" if by_folder else "1.3",
+        )
+        for k in range(30)
+    ]  # fmt: skip
+    volumes = partition(images, BY_FOLDER if by_folder else Rules())
+    assert [[s.instance_number for s in v.slices] for v in volumes] == [span(0, 10), span(10, 10), span(20, 10)]
+    assert [i.text for i in volumes[1].irregularities] == [
+        f"30 images name {30 // images_each} studies or patients; taken for one study of each patient",
+        "3 patients share a series; each is a volume",
+    ]
+
+
+@pytest.mark.parametrize("images_each", [1, 2])
+def test_a_patient_in_each_image_of_a_study_says_nothing(images_each: int) -> None:
+    (volume,) = partition(scan(0, 16, 1, patient=lambda k: f"{k // images_each}"), Rules())
+    assert len(volume.slices) == 16
+    assert told(volume) == [f"16 images name {16 // images_each} studies or patients"]
+    two = scan(0, 16, 1, patient=lambda k: f"{k // images_each}", study_uid=lambda k: f"1.2.{k // 8}")
+    assert found(two) == [span(1, 8), span(9, 8)]  # of two studies, the studies are kept
+
+
+def test_patients_are_not_joined_where_both_differ_in_each_image() -> None:
+    volumes = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k}", patient=lambda k: f"{k}"), Rules())
+    assert [len(v.slices) for v in volumes] == [1] * 12
+    # Without a study, nothing says that they are of one.
+    volumes = partition(scan(0, 12, 1, study_uid="", patient=lambda k: f"{k}"), Rules())
+    assert [len(v.slices) for v in volumes] == [1] * 12
+
+
+def test_a_scan_beside_one_with_a_study_in_each_image_keeps_its_own() -> None:
+    one = scan(0, 12, 1, study_uid="1.2", patient="a")
+    assert found(one + scan(50, 9, 21, study_uid=lambda k: f"1.9.{k}", patient="b")) == [span(1, 12), span(21, 9)]
+    nameless = scan(50, 9, 21, study_uid=lambda k: f"1.9.{k}", patient="")
+    assert sorted(found(one + nameless)) == [span(1, 12), *([n] for n in span(21, 9))]
+
+
+def test_images_without_a_patient_belong_to_the_only_one_where_studies_say_nothing() -> None:
+    images = scan(0, 12, 1, study_uid=lambda k: f"1.2.{k}", patient=lambda k: "" if k % 2 else "a")
+    assert found(images) == [span(1, 12)]
+    two = images + scan(50, 12, 21, study_uid=lambda k: f"1.9.{k}", patient="b")
+    volumes = partition(two, Rules())
+    assert [[s.instance_number for s in v.slices] for v in volumes] == [span(21, 12), [1, 3, 5, 7, 9, 11]]
+    assert {why for _, why in volumes[0].left_out} == {"no Patient ID"}
+
+
+owner = st.tuples(st.sampled_from(["", "1.2.1", "1.2.2"]), st.sampled_from(["", "a", "b"]))
+
+
+@given(st.lists(owner, min_size=1, max_size=12))
+def test_no_volume_has_images_of_two_patients_or_studies(pairs: list[tuple[str, str]]) -> None:
+    # No more than two of each: so no anonymiser's.
+    images = [image(2.0 * k, k, study_uid=study, patient=patient) for k, (study, patient) in enumerate(pairs)]
+    volumes = partition(images, Rules())
+    for volume in volumes:
+        for values in zip(*(pairs[s.instance_number or 0] for s in volume.slices), strict=True):
+            assert len({value for value in values if value}) <= 1
+    assert sum(len(v.slices) + len(v.left_out) for v in volumes) == len(pairs)
+
+
 def test_studies_of_one_series_uid_go_by_their_own_uids_and_patients(tmp_path: Path) -> None:
     for n in range(2):
 
@@ -262,6 +525,83 @@ def test_studies_of_one_series_uid_go_by_their_own_uids_and_patients(tmp_path: P
 
 def noise(seed: int, slices: int = 6) -> Any:
     return np.random.default_rng(seed).integers(0, 3000, (slices, 8, 10)).astype(np.int16)
+
+
+# Stacks
+
+
+@pytest.mark.parametrize("fact", ["frame_of_reference_uid", "stack_id"])
+@pytest.mark.parametrize("lacking", [range(1, 20, 2), (3, 9, 15), (0, 1, 2), range(17)], ids=str)
+def test_a_frame_of_reference_or_stack_id_that_some_lack_parts_no_series(fact: str, lacking: Iterable[int]) -> None:
+    images = [image(2.0 * k, k, **{fact: "" if k in lacking else "7"}) for k in range(20)]
+    (volume,) = partition(images, Rules())
+    assert [s.instance_number for s in volume.slices] == span(0, 20)
+    assert volume.frame_of_reference_uid == ("7" if fact == "frame_of_reference_uid" else "1.4")
+    assert audit(volume).codes == ()
+
+
+def test_a_slice_without_a_frame_of_reference_belongs_where_its_matrix_or_folder_leaves_one_choice() -> None:
+    def two(change: str, lack: Iterable[int], **of_the_second: Any) -> list[Image]:
+        one = scan(
+            0, 12, 0, frame_of_reference_uid=lambda k: "" if k in lack else "1.4.1", **{change: of_the_second["a"]}
+        )
+        other = scan(
+            90, 9, 20, frame_of_reference_uid=lambda k: "" if k in lack else "1.4.2", **{change: of_the_second["b"]}
+        )
+        return one + other
+
+    choices: tuple[tuple[str, Any, Any], ...] = (
+        ("rows", 16, 32),
+        ("pixel_spacing_mm", (0.7, 0.7), (0.8, 0.8)),
+        ("folder", "/data/a", "/data/b"),
+        ("orientation", (1, 0, 0, 0, 1, 0), (-1, 0, 0, 0, 1, 0)),
+    )
+    for change, a, b in choices:
+        for lack in ((2,), (1, 3, 4)):
+            volumes = partition(two(change, lack, a=a, b=b), Rules())
+            assert [[s.instance_number for s in v.slices] for v in volumes] == [span(0, 12), span(20, 9)]
+            assert [v.frame_of_reference_uid for v in volumes] == ["1.4.1", "1.4.2"]
+    volumes = partition(two("rows", (2,), a=16, b=16), Rules())
+    assert [len(v.slices) for v in volumes] == [11, 8]  # of which scan, nothing says
+    assert volumes[0].left_out == (
+        ("0002.dcm", "no Frame of Reference UID"), ("0022.dcm", "no Frame of Reference UID"),
+    )  # fmt: skip
+
+
+def test_a_damaged_frame_of_reference_says_as_little_as_none() -> None:
+    uid = {3: "malformed-03", 25: "malformed-25"}
+    images = [
+        image(2.0 * k, k, frame_of_reference_uid=uid.get(k, f"1.4.{k // 20}"), rows=16 + k // 20) for k in range(30)
+    ]
+    assert found(images) == [span(0, 20), span(20, 10)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 359), st.integers(0, 2), st.booleans()), min_size=1, max_size=30),
+    st.randoms(use_true_random=False),
+)
+def test_slices_lie_in_the_first_stack_of_their_direction_wherever_it_points(
+    turns: list[tuple[int, int, bool]], random: Any
+) -> None:
+    # Directions a degree apart are others; cosines that differ by less than 0.001 are one.
+    images = []
+    for n, (degrees, axis, coronal) in enumerate(turns):
+        c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        turned = np.roll([c, s, 0], axis) if coronal else np.roll([0, c, s], axis)
+        across = np.roll([-s, c, 0], axis) if coronal else np.roll([0, -s, c], axis)
+        cosines = tuple(float(x) + random.uniform(-4e-4, 4e-4) for x in (*turned, *across))
+        images.append(image(n, n, orientation=cosines))
+    stacks: dict[int, list[int]] = {}
+    cosines_of = [np.array(one.orientation) for one in images]
+    for n in range(len(images)):
+        near = [first for first in stacks if np.abs(cosines_of[first] - cosines_of[n]).max() <= 1e-3]
+        stacks.setdefault(near[0] if near else n, []).append(n)
+    large = {len(numbers) for numbers in stacks.values() if len(numbers) >= 3}
+    volumes = partition(images, Rules())
+    assert sum(len(v.slices) + len(v.left_out) for v in volumes) == len(images)
+    main = max(stacks.values(), key=lambda numbers: (len(numbers), -numbers[0]))
+    assert sorted(s.instance_number or 0 for s in volumes[0].slices) == main
+    assert {len(v.slices) for v in volumes} == large | {len(main)}
 
 
 # What is read of headers

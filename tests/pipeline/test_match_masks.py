@@ -284,6 +284,56 @@ def test_frames_of_a_multi_frame_image_tell_its_volumes_apart(tmp_path: Path, wr
     assert [bool(o.segmentations) for o in found] == [True, True]
 
 
+LEFT_OUT = "it is drawn on images that were left out of their series: "
+
+
+@both_kinds
+@pytest.mark.parametrize("listed", [["1.2.5.901"], ["1.2.5.101", "1.2.5.201", "1.2.5.901"]], ids=["it", "all"])
+def test_what_is_drawn_on_an_image_that_was_left_out_is_on_no_volume(
+    tmp_path: Path, phases: Path, write: Write, listed: list[str]
+) -> None:
+    # A fourth acquisition of one slice.
+    images(tmp_path / "more", 900, AcquisitionNumber=9)
+    (one,) = (f for f in (tmp_path / "more").iterdir() if pydicom.dcmread(f).SOPInstanceUID == "1.2.5.901")
+    one.rename(phases / "one.dcm")
+    assert [len(s.slices) for s in discover(phases)] == [4, 4, 4]
+    path = write(tmp_path / "seg.dcm", drawn_on=["1.2.5.901"], listed=listed)
+    by_uid, told = matches(phases, path)
+    assert (by_uid, told.complaints) == ({}, [f"{LEFT_OUT}one.dcm (other acquisition)"])
+    path = write(tmp_path / "seg.dcm", drawn_on=["1.2.5.901", "1.2.5.201"], listed=listed)
+    assert volumes(phases, path) == {"1.2.5.200"}
+
+
+@both_kinds
+def test_what_is_drawn_on_a_scout_is_on_no_volume(tmp_path: Path, write: Write) -> None:
+    images(tmp_path / "ct", 100)
+    images(tmp_path / "ct", 900, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    assert [len(s.slices) for s in discover(tmp_path / "ct")] == [4]
+    for how in ("drawn_on", "listed"):
+        named: dict[str, Any] = {how: ["1.2.5.901"]}
+        by_uid, told = matches(tmp_path / "ct", write(tmp_path / "seg.dcm", **named))
+        (why,) = told.complaints
+        assert (by_uid, why.startswith(LEFT_OUT), why.endswith("(localizer)")) == ({}, True, True)
+    assert volumes(tmp_path / "ct", write(tmp_path / "seg.dcm")) == {"1.2.5.100"}
+
+
+@both_kinds
+def test_what_is_drawn_on_a_frame_that_was_left_out_is_on_no_volume(tmp_path: Path, write: Write) -> None:
+    # One file of two phases of four frames, and a frame of a third one at the second place.
+    for n in (1, 2):
+        images(tmp_path / "plain", 100 * n, AcquisitionNumber=n)
+    files = sorted((tmp_path / "plain").iterdir(), key=lambda f: (f.name[:3], -int(f.stem[-4:])))
+    enhanced([*files, files[1]], tmp_path / "ct" / "e.dcm")
+    ds = pydicom.dcmread(tmp_path / "ct" / "e.dcm")
+    for n, group in enumerate(ds.PerFrameFunctionalGroupsSequence):
+        group.FrameContentSequence[0].FrameAcquisitionNumber = 1 + n // 4
+    ds.save_as(tmp_path / "ct" / "e.dcm")
+    assert [len(part.slices) for part in discover(tmp_path / "ct")] == [4, 4]
+    path = write(tmp_path / "seg.dcm", drawn_on=[ds.SOPInstanceUID], number=9)
+    by_uid, told = matches(tmp_path / "ct", path)
+    assert (by_uid, told.complaints) == ({}, [f"{LEFT_OUT}e.dcm frame 9 (other acquisition)"])
+
+
 @both_kinds
 def test_of_two_copies_of_an_image_that_in_the_named_series_is_meant(tmp_path: Path, write: Write) -> None:
     images(tmp_path / "ct" / "a", 100, series="1.2.1")
