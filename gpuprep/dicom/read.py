@@ -372,8 +372,8 @@ def are_copies(pairs: Sequence[tuple[SliceHeader, SliceHeader]], matrix: tuple[i
     Parameters
     ----------
     pairs : sequence of (SliceHeader, SliceHeader)
-        Images that `gpuprep.dicom.header_checks.check` lets through. Those in the middle are read first, for first and last
-        slices may be air in both.
+        Images that `gpuprep.dicom.header_checks.check` lets through. Those in the middle are read first, for first
+        and last slices may be air in both.
     matrix : tuple of int
         Their rows and columns.
     """
