@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from gpuprep.core.geometry import Shape3
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
-from gpuprep.output.manifest import DONE
 from gpuprep.output.object_store import place_of
 from gpuprep.output.read_volume import Box, Finished, whole
+from gpuprep.output.records import DONE
 from gpuprep.output.verify import Records
 
 try:

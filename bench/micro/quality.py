@@ -29,8 +29,9 @@ from bench.measure import save
 from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.dicom import read
-from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.manifest import Manifest
 from gpuprep.output.preview import Planes
+from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline import convert_series
 from gpuprep.report.html import write_report
 from gpuprep.testing import thorax, write_series

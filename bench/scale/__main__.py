@@ -31,7 +31,7 @@ from gpuprep.core.series import Series, SliceHeader
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import Cohort
 from gpuprep.executors.cores import usable_cores
-from gpuprep.output.manifest import SeriesResult, now
+from gpuprep.output.records import SeriesResult, now
 from gpuprep.output.verify import status
 from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.convert_series import Task

@@ -21,7 +21,7 @@ import psutil
 import gpuprep
 from bench.measure import save, tree
 from gpuprep.core.recipe import Recipe
-from gpuprep.output.manifest import SeriesResult
+from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline.events import Listener
 from gpuprep.testing import thorax, write_series
 

@@ -26,7 +26,7 @@ from gpuprep.compute.hu_histogram import BANDS
 from gpuprep.core.formatting import first_few, numbered, plain_reason, printable, sized
 from gpuprep.core.recipe import Preset, Recipe
 from gpuprep.dicom.discover import Cohort
-from gpuprep.output.manifest import SeriesResult
+from gpuprep.output.records import SeriesResult
 from gpuprep.output.verify import Finding as Damage
 from gpuprep.output.verify import Status
 from gpuprep.pipeline.estimate import Forecast

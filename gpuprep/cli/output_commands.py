@@ -20,7 +20,7 @@ from gpuprep.errors import RequestError
 from gpuprep.executors.signals import held_back
 
 if TYPE_CHECKING:
-    from gpuprep.output.manifest import RunRecord
+    from gpuprep.output.records import RunRecord
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The --out of a run.")]
 

@@ -13,7 +13,7 @@ from typing import IO, Any, Literal, Self
 
 from gpuprep.dicom.discover import Cohort
 from gpuprep.errors import RequestError
-from gpuprep.output.manifest import SeriesResult, now
+from gpuprep.output.records import SeriesResult, now
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Run
 from gpuprep.pipeline.match_masks import Matched

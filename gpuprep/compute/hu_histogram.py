@@ -18,7 +18,7 @@ from gpuprep.core.formatting import numbered
 from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU
 
 if TYPE_CHECKING:
-    from gpuprep.output.manifest import SeriesResult
+    from gpuprep.output.records import SeriesResult
 
 
 class Band(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gpuprep.errors import RequestError
-from gpuprep.output.manifest import SeriesResult
+from gpuprep.output.records import SeriesResult
 
 ROWS_AT_A_TIME = 1000
 

@@ -50,8 +50,9 @@ from gpuprep.output.folder_store import (
     is_own,
     open_output,
 )
-from gpuprep.output.manifest import manifest_path, now, this_host
+from gpuprep.output.manifest import manifest_path
 from gpuprep.output.paths import WORKSHOP
+from gpuprep.output.records import now, this_host
 
 UNFINISHED = f"{SIDECAR}.part"
 """Says whose output is being uploaded; gone when it is there."""

@@ -17,10 +17,11 @@ from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors.processes import Executor, WorkerDiedError
 from gpuprep.files.filesystem import walk
 from gpuprep.output.folder_store import SIDECAR, Output, is_own
-from gpuprep.output.manifest import DONE, Manifest, RunRecord, SeriesResult, State, manifest_path, shards_of
+from gpuprep.output.manifest import Manifest, manifest_path, shards_of
 from gpuprep.output.nnunet import made
 from gpuprep.output.object_store import UNFINISHED, Bucket, at_hand, is_open, output_at, place_of
 from gpuprep.output.paths import RESERVED, WORKSHOP, folders_above
+from gpuprep.output.records import DONE, RunRecord, SeriesResult, State
 
 EXAMPLES = 3
 """Series of one reason that are named."""

@@ -18,9 +18,10 @@ from gpuprep.core.series import FOLDER_UID
 from gpuprep.executors.resources import chosen_means
 from gpuprep.executors.signals import Stop
 from gpuprep.files.filesystem import absolute
-from gpuprep.output.manifest import DONE, Manifest, RunRecord, SeriesResult, Status, now, open_manifest, this_host
+from gpuprep.output.manifest import Manifest, open_manifest
 from gpuprep.output.nnunet import Arranged, arrange
 from gpuprep.output.object_store import open_out, place_of
+from gpuprep.output.records import DONE, RunRecord, SeriesResult, Status, now, this_host
 from gpuprep.pipeline.convert_series import Task
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Results, Run, Tally

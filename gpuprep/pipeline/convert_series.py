@@ -27,8 +27,8 @@ from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors.processes import last_task
 from gpuprep.output.folder_store import PREVIEW, Output, PendingFolder, Written
-from gpuprep.output.manifest import SeriesResult, Status, now, this_host
 from gpuprep.output.preview import Planes, jpeg, picture
+from gpuprep.output.records import SeriesResult, Status, now, this_host
 
 if TYPE_CHECKING:
     from gpuprep.dicom.read import SeriesReader

@@ -21,8 +21,9 @@ from gpuprep.dicom.audit import Audit, Verdict, audit
 from gpuprep.dicom.discover import Cohort
 from gpuprep.errors import PlanError
 from gpuprep.output.folder_store import Output
-from gpuprep.output.manifest import DONE, Entry, Manifest
+from gpuprep.output.manifest import Manifest
 from gpuprep.output.paths import layout
+from gpuprep.output.records import DONE, Entry
 from gpuprep.pipeline.match_masks import Glimpse, Matched, fingerprint, used_names
 from gpuprep.pipeline.pseudonyms import Pseudonyms
 

@@ -12,7 +12,8 @@ from gpuprep import _version
 from gpuprep.core.formatting import sized
 from gpuprep.core.plan import BYTES
 from gpuprep.core.recipe import Recipe
-from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.manifest import Manifest
+from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline.decide import Needs, Outlook
 
 REMEMBERED = 1000

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import overload
 
 from gpuprep.dicom.discover import Cohort
-from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.manifest import Manifest
 from gpuprep.output.nnunet import Arranged
 from gpuprep.output.object_store import at_hand
+from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.match_masks import Matched
 

@@ -13,8 +13,8 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import RequestError
 from gpuprep.files.filesystem import given
-from gpuprep.output.manifest import Status
 from gpuprep.output.nnunet import Layout
+from gpuprep.output.records import Status
 from gpuprep.pipeline.pseudonyms import Pseudonyms
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]

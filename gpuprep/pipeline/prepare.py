@@ -22,9 +22,10 @@ from gpuprep.executors.processes import Executor, WorkerDiedError, answers
 from gpuprep.executors.resources import Means
 from gpuprep.files.filesystem import resolved
 from gpuprep.output.folder_store import Output
-from gpuprep.output.manifest import Manifest, SeriesResult, Status, now, shards_of
+from gpuprep.output.manifest import Manifest, shards_of
 from gpuprep.output.nnunet import Layout, check
 from gpuprep.output.object_store import place_of
+from gpuprep.output.records import SeriesResult, Status, now
 from gpuprep.pipeline.convert_series import Task
 from gpuprep.pipeline.decide import Outlook, outlooks
 from gpuprep.pipeline.estimate import Forecast, experience

@@ -30,7 +30,7 @@ from gpuprep.core.series import Series, SliceHeader
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.filesystem import given, is_url
 from gpuprep.files.replacing import flush, replacing
-from gpuprep.output.manifest import SeriesResult
+from gpuprep.output.records import SeriesResult
 
 DIGITS = 20
 """Of a pseudonym: 80 bits, so that no two of a million series share one."""

@@ -10,7 +10,7 @@ from gpuprep.core.formatting import sized
 from gpuprep.executors.processes import Executor, OverdueError, WorkerDiedError
 from gpuprep.executors.signals import Stop
 from gpuprep.output.folder_store import Output
-from gpuprep.output.manifest import SeriesResult, now
+from gpuprep.output.records import SeriesResult, now
 from gpuprep.pipeline.convert_series import DEVICE_MEMORY, Task, convert_series, left_out
 
 DEATHS_ALLOWED = 2

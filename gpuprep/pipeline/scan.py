@@ -15,8 +15,9 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import Cohort
 from gpuprep.executors.processes import FOR_HEADERS, WorkerDiedError
 from gpuprep.executors.resources import Means, means_of
-from gpuprep.output.manifest import DONE, Manifest, manifest_path
+from gpuprep.output.manifest import Manifest, manifest_path
 from gpuprep.output.object_store import at_hand, open_out, output_at, place_of
+from gpuprep.output.records import DONE
 from gpuprep.pipeline.convert_series import convert_series
 from gpuprep.pipeline.decide import Needs, Outlook, outlooks
 from gpuprep.pipeline.estimate import Experience, Forecast

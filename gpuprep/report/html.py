@@ -26,10 +26,10 @@ from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.files.replacing import replacing
 from gpuprep.output.folder_store import Output
-from gpuprep.output.manifest import SeriesResult, now
 from gpuprep.output.object_store import output_at, place_of
 from gpuprep.output.paths import REPORT
 from gpuprep.output.preview import COLOURS
+from gpuprep.output.records import SeriesResult, now
 from gpuprep.output.verify import Records
 
 MOST_PICTURES = 10_000

@@ -25,8 +25,8 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import discover
 from gpuprep.dicom.read import SeriesReader
 from gpuprep.output.folder_store import checksum
-from gpuprep.output.manifest import SeriesResult
 from gpuprep.output.preview import COLOURS, GAP, HEIGHT, WIDTH, Planes, jpeg, picture
+from gpuprep.output.records import SeriesResult
 from gpuprep.testing import write_series
 
 QUALITY: dict[str, Any] = {"air_peak_hu": -1000, "tissue_peak_hu": 50, "clipped_share": 0.01}

@@ -42,7 +42,8 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.output.folder_store import Output, PendingFolder, open_output
-from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.manifest import Manifest
+from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Run

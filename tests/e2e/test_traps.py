@@ -62,8 +62,8 @@ from gpuprep.dicom.audit import audit
 from gpuprep.dicom.headers import read_headers
 from gpuprep.errors import GeometryError, InputError, OutputError
 from gpuprep.executors.processes import Here
-from gpuprep.output.manifest import SeriesResult
 from gpuprep.output.read_volume import Finished
+from gpuprep.output.records import SeriesResult
 from gpuprep.output.verify import verify
 from gpuprep.output.writers import tiff
 from gpuprep.pipeline.events import Run

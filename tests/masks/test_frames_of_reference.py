@@ -17,7 +17,7 @@ from test_convert_masks import LEFT, LEFT_BOX, ORIGIN_MM, RAW, RIGHT, RIGHT_BOX,
 import gpuprep
 from gpuprep import Masks
 from gpuprep.core.geometry import Geometry
-from gpuprep.output.manifest import SeriesResult
+from gpuprep.output.records import SeriesResult
 
 APART = replace(RAW, masks=Masks(layout="per-roi"))
 BROKEN = "1.2.840.99.77"

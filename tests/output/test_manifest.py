@@ -21,7 +21,8 @@ from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.dicom.header_cache import File, HeaderIndex
 from gpuprep.dicom.headers import Contents
 from gpuprep.errors import OutputError
-from gpuprep.output.manifest import Manifest, SeriesResult, open_manifest
+from gpuprep.output.manifest import Manifest, open_manifest
+from gpuprep.output.records import SeriesResult
 from gpuprep.output.verify import Records
 
 OK = SeriesResult(

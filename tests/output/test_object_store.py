@@ -28,8 +28,9 @@ from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors.processes import Here
 from gpuprep.files import filesystem
 from gpuprep.output import object_store
-from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.manifest import Manifest
 from gpuprep.output.object_store import Bucket, open_bucket
+from gpuprep.output.records import SeriesResult
 from gpuprep.output.verify import Records, status, verify
 from gpuprep.pipeline.events import Listener
 from gpuprep.pipeline.scan import scan

@@ -23,8 +23,9 @@ from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError
 from gpuprep.executors.processes import Here
 from gpuprep.output.folder_store import open_output
-from gpuprep.output.manifest import Manifest, RunRecord
+from gpuprep.output.manifest import Manifest
 from gpuprep.output.paths import WORKSHOP
+from gpuprep.output.records import RunRecord
 from gpuprep.output.verify import Finding, status, verify
 from gpuprep.pipeline.pseudonyms import Pseudonyms
 

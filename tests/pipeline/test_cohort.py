@@ -35,7 +35,7 @@ from gpuprep.dicom.discover import Cohort
 from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.errors import BackendError, OutputError, RequestError
 from gpuprep.output.folder_store import open_output
-from gpuprep.output.manifest import SeriesResult
+from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Run

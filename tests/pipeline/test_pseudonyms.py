@@ -32,7 +32,8 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import discover
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.manifest import Manifest
+from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline import cohort, job
 from gpuprep.pipeline.convert_masks import Label
 from gpuprep.pipeline.events import Listener

@@ -21,8 +21,9 @@ from cohort import findings, gpuprep
 
 from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.errors import RequestError
-from gpuprep.output.manifest import Manifest, SeriesResult
+from gpuprep.output.manifest import Manifest
 from gpuprep.output.preview import jpeg
+from gpuprep.output.records import SeriesResult
 from gpuprep.report.html import write_report
 from gpuprep.testing import write_series
 

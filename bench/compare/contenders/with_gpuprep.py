@@ -12,7 +12,7 @@ from bench.compare.contenders import AbsentError
 from gpuprep.compute.backend import Engine
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError
-from gpuprep.output.manifest import DONE
+from gpuprep.output.records import DONE
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Run
 
