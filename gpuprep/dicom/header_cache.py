@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from gpuprep._version import __version__
 from gpuprep.core.formatting import printable
 from gpuprep.core.series import Image, OtherImage, SliceHeader
-from gpuprep.dicom.headers import TAGS, Contents
+from gpuprep.dicom.header_values import TAGS
+from gpuprep.dicom.headers import Contents
 
 log = logging.getLogger(__name__)
 

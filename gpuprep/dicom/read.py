@@ -24,7 +24,7 @@ from gpuprep.dicom.decode import decode_frame, drop_unused_bits
 from gpuprep.dicom.deflate import inflated
 from gpuprep.dicom.encapsulation import Encapsulated, read_fragments
 from gpuprep.dicom.header_checks import warnings as header_warnings
-from gpuprep.dicom.headers import TAGS
+from gpuprep.dicom.header_values import TAGS
 from gpuprep.dicom.hu_range import Extremes
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.dicom.stored_words import Meaning, is_coded, whole

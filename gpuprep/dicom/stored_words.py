@@ -24,7 +24,8 @@ from gpuprep.core.hounsfield import HIGHEST_HU, LOWEST_HU, TISSUE_HU
 from gpuprep.core.series import SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, Policy, SeriesWarning
 from gpuprep.dicom.deflate import inflated
-from gpuprep.dicom.headers import HEADER_BYTES, pixel_value
+from gpuprep.dicom.header_values import pixel_value
+from gpuprep.dicom.headers import HEADER_BYTES
 from gpuprep.dicom.pixel_padding import circle
 from gpuprep.dicom.uids import ENCODINGS
 from gpuprep.errors import DecodeError, IntensityError

@@ -11,27 +11,21 @@ import logging
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from copy import copy
-from dataclasses import dataclass, replace
-from functools import cache
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar
 
 from gpuprep._version import __version__
-from gpuprep.compute.backend import Backend, BackendName, Body, get_backend
 from gpuprep.errors import BackendError, GpuprepError, RequestError
-from gpuprep.executors import processes
 from gpuprep.executors.cores import usable_cores
-from gpuprep.executors.logs import quiet_libraries
-from gpuprep.executors.processes import FOR_VOLUMES, OverdueError, WorkerDiedError, never
+from gpuprep.executors.dask_worker import KILL, Answer, distributed_module, do_task, end_keeper, version_here
+from gpuprep.executors.processes import OverdueError, WorkerDiedError, never
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,58 +41,10 @@ PATIENCE_S = 30.0
 PER_THREAD = 2
 """Tasks in flight per thread of the cluster: one that runs, and one that is there already when it ends."""
 
-GRACE_S = 2.0
-"""How long a local cluster may take to end."""
 
 TICK_S = 0.1
 LOOK_S = 2.0
 """How often limits are watched, and how often the workers are counted."""
-
-
-@dataclass(slots=True)
-class Elsewhere:
-    """A GPU that is opened where the task runs; in its stead in the client, which may have none.
-
-    What a client may want to change, the slices of a chunk, is what the worker then uses.
-    """
-
-    name: BackendName = "gpu"
-    device: str = ""
-    body: Body = "matmul"
-    chunk_slices: int = 64
-    slab_slices: int = 32
-    block_rows: int = 128
-
-    def free_bytes(self) -> None:
-        """Return None: nobody has asked the workers, and each has its own."""
-        return
-
-    def opened(self) -> Backend:
-        """Return the backend of this process that it stands for."""
-        backend = copy(_opened(self.name))
-        backend.chunk_slices, backend.slab_slices = self.chunk_slices, self.slab_slices
-        return backend
-
-
-def elsewhere() -> Backend:
-    """Return the GPU that each worker has, for tasks to carry there; nothing can be computed with it here."""
-    return cast(Backend, Elsewhere())
-
-
-_opened = cache(get_backend)
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What a worker says of a task."""
-
-    kind: Literal["done", "raised", "not begun", "no backend"]
-    worker: str
-    pid: int
-    outcome: Any = None
-    """Pickled if it is done; else a text."""
-    last: bool = False
-    """Whether the worker is in no state to do more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -210,7 +156,7 @@ class Cluster:
             with contextlib.suppress(*_LOST):
                 client.close(timeout=2)
         if self._keeper is not None:
-            _end(self._keeper)
+            end_keeper(self._keeper)
             self._keeper = None
         if self._folder is not None:
             self._folder.cleanup()
@@ -298,14 +244,14 @@ class Cluster:
         flight.begun_s = None
         if future.status == "error":
             exc = future.exception()
-            if not isinstance(exc, _distributed().KilledWorker):
+            if not isinstance(exc, distributed_module().KilledWorker):
                 outcome = WorkerDiedError(f"Dask could not run it ({type(exc).__name__}: {exc})")
             elif flight.begins > exc.allowed_failures:
                 text = f"{flight.begins} workers died with it, most often for lack of memory, or in a decoder"
                 outcome = WorkerDiedError(text, flight.begins)
             # else it only stood in line behind what killed them: Dask counts that too
         else:
-            answer: _Answer = future.result()
+            answer: Answer = future.result()
             if answer.kind == "no backend":
                 raise BackendError(
                     f"the Dask worker at {answer.worker} cannot compute: {answer.outcome}. Where only some workers "
@@ -331,13 +277,13 @@ class Cluster:
         """Give a task to the scheduler; packed, because Dask would look into lists and tuples for tasks of its own."""
         resources = {"GPU": 1} if self._needs_gpu() else None
         with _understood(self._address):
-            future = client.submit(_work, news.name, ticket, payload, pure=False, resources=resources)
+            future = client.submit(do_task, news.name, ticket, payload, pure=False, resources=resources)
             news.expect(ticket, future)
             return future
 
     def _connected(self) -> Any:
         """Return a client of the scheduler, which is started if it is to be a local one."""
-        distributed = _distributed()
+        distributed = distributed_module()
         self._address = self._started() if self.scheduler == LOCAL else _address(self.scheduler)
         # Of what it says every line is followed by an error of ours.
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
@@ -364,7 +310,7 @@ class Cluster:
                 sys.executable,
                 "-P",
                 "-c",
-                "from gpuprep.executors.dask import keep; keep()",
+                "from gpuprep.executors.dask_worker import keep; keep()",
                 str(self.jobs),
                 self._folder.name,
             ],
@@ -407,7 +353,7 @@ class Cluster:
         elif not patient and time.monotonic() > self._seen_s + self._patience_s:
             raise self._deserted()
         new = [address for address in self._workers if address not in self._known]
-        versions: Any = client.run(_version, workers=new, on_error="return") if new else {}
+        versions: Any = client.run(version_here, workers=new, on_error="return") if new else {}
         for address, version in versions.items():
             if isinstance(version, OSError):
                 continue  # it has gone already
@@ -456,17 +402,7 @@ class Cluster:
         )
 
 
-def _distributed() -> Any:
-    """Return Dask's module, which takes its time to import, and is an extra."""
-    try:
-        return import_module("distributed")
-    except ImportError as exc:
-        raise BackendError(f"Dask is not installed ({exc}): pip install 'gpuprep[dask]'") from exc
-
-
 _END: Any = object()
-
-KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
 class _News:
@@ -477,7 +413,7 @@ class _News:
         self._client = client
         self._flying = flying
         self._queue: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        self._stop = _distributed().Event(self.name, client=client)
+        self._stop = distributed_module().Event(self.name, client=client)
         client.subscribe_topic(self.name, self._begun)
 
     def _begun(self, event: tuple[float, tuple[int, str, int]]) -> None:
@@ -541,102 +477,3 @@ def _address(scheduler: str) -> str:
             f"{scheduler!r} is no Dask scheduler ({type(exc).__name__}: {exc}): give local, an address such as "
             "tcp://node1:8786, or the file that dask scheduler --scheduler-file writes"
         ) from exc
-
-
-def keep() -> None:
-    """Be a local cluster until standard input ends; the process that `Cluster` starts for it."""
-    distributed = _distributed()
-    jobs, folder = int(sys.argv[1]), sys.argv[2]
-    import_module("dask").config.set(
-        {
-            "distributed.scheduler.allowed-failures": 1,
-            "distributed.worker.profile.enabled": False,
-            # Else one that dies again after just that long is taken for lost, and not started any more.
-            "distributed.deploy.lost-worker-timeout": "1000 days",
-        }
-    )
-    cluster = distributed.LocalCluster(
-        n_workers=0,
-        threads_per_worker=1,
-        processes=True,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",  # of the server that Dask has in any case
-        scheduler_kwargs={"dashboard": False},
-        memory_limit=0,
-        silence_logs=logging.CRITICAL,
-        local_directory=folder,
-    )
-    print(cluster.scheduler_address, flush=True)  # noqa: T201 - to who started us
-    os.dup2(2, 1)  # what workers print is not for him
-    cluster.scale(jobs)
-    sys.stdin.read()
-    _signal_group(os.getpid(), signal.SIGTERM)
-
-
-def _end(keeper: subprocess.Popen[str]) -> None:
-    """End a local cluster and its workers, whatever they do."""
-    _signal_group(keeper.pid, signal.SIGTERM)  # the helper of `multiprocessing` that tidies up behind it lives on …
-    deadline_s = time.monotonic() + GRACE_S
-    while time.monotonic() < deadline_s and _signal_group(keeper.pid, 0):
-        keeper.poll()
-        time.sleep(0.01)
-    _signal_group(keeper.pid, KILL)  # … for as long as it takes
-    for stream in (keeper.stdin, keeper.stdout):
-        if stream is not None:
-            stream.close()
-    keeper.wait()
-
-
-def _signal_group(leader: int, number: int) -> bool:
-    """Send a signal to a process and those it has started; return whether there are any.
-
-    Where there are no groups it is for the process alone: without it, workers end by themselves.
-    """
-    try:
-        if hasattr(os, "killpg"):
-            os.killpg(leader, number)
-        elif number:
-            os.kill(leader, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return hasattr(os, "killpg")
-
-
-def _version() -> str:
-    """Return the version of gpuprep; runs in the worker."""
-    return __version__
-
-
-@cache
-def _prepare() -> None:
-    """Make of a worker of Dask one like ours, before its first task."""
-    from threadpoolctl import threadpool_limits
-
-    quiet_libraries()
-    for name in FOR_VOLUMES:
-        import_module(name)  # a limit holds for the libraries that are there
-    threadpool_limits(1)
-
-
-def _work(run: str, ticket: int, payload: bytes) -> _Answer:
-    """Do a task; runs in the worker."""
-    distributed = _distributed()
-    worker, client = distributed.get_worker().address, distributed.get_client()
-    if processes._ending or distributed.Event(run, client=client).is_set():
-        return _Answer("not begun", worker, os.getpid(), last=processes._ending)
-    _prepare()
-    # Returns when the scheduler has it, so that no task ends its worker before it is known to have begun.
-    client.log_event(run, (ticket, worker, os.getpid()))
-    function, task = pickle.loads(payload)  # noqa: S301 - made by our own client
-    placeholder = getattr(task, "backend", None)
-    if isinstance(placeholder, Elsewhere):
-        try:
-            task = replace(task, backend=placeholder.opened())
-        except BackendError as exc:
-            return _Answer("no backend", worker, os.getpid(), str(exc))
-    try:
-        outcome = pickle.dumps(function(task))
-    except BaseException as exc:  # SystemExit too: what it ends is a task, as it would be in a worker of ours
-        log.exception("a task raised an exception")
-        return _Answer("raised", worker, os.getpid(), f"{type(exc).__name__}: {exc}", processes._ending)
-    return _Answer("done", worker, os.getpid(), outcome, processes._ending)

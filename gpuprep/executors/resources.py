@@ -29,7 +29,8 @@ def chosen_means(
 ) -> Means:
     """Return what runs the tasks."""
     if scheduler is not None:
-        from gpuprep.executors.dask import Cluster, elsewhere
+        from gpuprep.executors.dask import Cluster
+        from gpuprep.executors.dask_worker import elsewhere
 
         if not isinstance(backend, str):
             raise RequestError("the workers of a scheduler open their backend themselves: give its name")

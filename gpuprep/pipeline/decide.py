@@ -24,8 +24,9 @@ from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.paths import layout
 from gpuprep.output.records import DONE, Entry
-from gpuprep.pipeline.match_masks import Glimpse, Matched, fingerprint, used_names
+from gpuprep.pipeline.match_masks import Matched, fingerprint, used_names
 from gpuprep.pipeline.pseudonyms import Pseudonyms
+from gpuprep.pipeline.segmentation_files import Glimpse
 
 
 class Needs(NamedTuple):

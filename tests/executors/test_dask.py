@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 import gpuprep
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.errors import BackendError, RequestError
-from gpuprep.executors.dask import Cluster, Elsewhere, elsewhere
+from gpuprep.executors.dask import Cluster
+from gpuprep.executors.dask_worker import Elsewhere, elsewhere
 from gpuprep.executors.processes import Here, OverdueError, WorkerDiedError, last_task
 from gpuprep.output.folder_store import Output
 from gpuprep.pipeline.convert_series import Task, convert_series

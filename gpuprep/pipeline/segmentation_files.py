@@ -1,0 +1,175 @@
+"""Segmentation files under some paths, and a first look at each: its format, its names, and what it refers to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat as modes
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gpuprep.core.formatting import printable
+from gpuprep.core.mask_options import Reading
+from gpuprep.core.stacking_rules import SeriesWarning
+from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
+from gpuprep.files.filesystem import absolute, is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
+from gpuprep.masks.model import ImageFrame, Plane
+from gpuprep.masks.read import read_segmentation
+
+log = logging.getLogger(__name__)
+
+
+NOT_ONE = NotASegmentationError.code
+"""Of the error for files that are known to be something else."""
+
+
+class Question(NamedTuple):
+    """A file to look into, and what is known already."""
+
+    path: str
+    reading: Reading
+    plane: Plane | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """What a segmentation file says about itself; its points stay in the file."""
+
+    path: str
+    bytes: int = 0
+    mtime_ns: int = 0
+    format: str = ""
+    why: str = ""
+    names: tuple[str, ...] = ()
+    """Of its structures."""
+    series_uids: tuple[str, ...] = ()
+    study_uids: frozenset[str] = frozenset()
+    frame_of_reference_uid: str = ""
+    sop_uids: frozenset[str] = frozenset()
+    drawn_on: frozenset[ImageFrame] = frozenset()
+    per_slice: bool = False
+    beside: tuple[tuple[str, int, int], ...] = ()
+    """Other files that were read to understand it: path, bytes and time of change in ns."""
+    error: str = ""
+    """Why it cannot be read, perhaps only as long as its series is not known."""
+    code: str = ""
+    """Of that error."""
+    volumes: int = 1
+    """Volumes of one Series Instance UID that it goes to, because it names the series and none of its images."""
+
+    @property
+    def warning(self) -> SeriesWarning | None:
+        """What is doubtful about its going to a series."""
+        if self.volumes == 1:
+            return None
+        return SeriesWarning(
+            "mask-volumes",
+            f"{printable(os.path.basename(self.path))} names the series and none of its images: its structures are on "
+            f"each of the {self.volumes} volumes of the series",
+        )
+
+
+def glimpses(questions: list[Question]) -> list[Glimpse]:
+    """Return what each of some files says about itself; whatever is wrong with one is in its answer."""
+    return [_glimpse(q) for q in questions]
+
+
+def _glimpse(question: Question) -> Glimpse:
+    path = question.path
+    try:
+        status = stat(path)
+        s = read_segmentation(path, question.reading, question.plane)
+        beside = tuple((other, (found := stat(other)).st_size, found.st_mtime_ns) for other in s.beside)
+    except SegmentationError as exc:
+        return Glimpse(
+            path,
+            status.st_size,
+            status.st_mtime_ns,
+            series_uids=exc.series_uids,
+            frame_of_reference_uid=exc.frame_of_reference_uid,
+            sop_uids=exc.sop_uids,
+            error=str(exc),
+            code=exc.code,
+        )
+    except OSError as exc:
+        return Glimpse(path, error=f"cannot be read: {exc.strerror}", code="mask")
+    except Exception as exc:  # the boundary: a bug that one file provokes must not cost the others
+        log.exception("reading %s crashed", path)
+        return Glimpse(path, error=printable(f"{type(exc).__name__}: {exc}"), code="mask")
+    return Glimpse(
+        path=path,
+        bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        format=s.format,
+        why=s.why,
+        names=tuple(structure.name for structure in s.structures),
+        series_uids=s.series_uids,
+        study_uids=s.study_uids,
+        frame_of_reference_uid=s.frame_of_reference_uid,
+        sop_uids=s.sop_uids,
+        drawn_on=s.drawn_on,
+        per_slice=s.per_slice,
+        beside=beside,
+    )
+
+
+def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = None) -> list[str]:
+    """Return the files at some paths, folders searched to any depth; names that begin with a dot are passed over.
+
+    As among images, links are followed, and nothing that two of them lead to is there twice.
+
+    Parameters
+    ----------
+    paths : iterable of str
+        Files or folders.
+    exclude : path, optional
+        A folder that is not entered: where outputs go.
+
+    Raises
+    ------
+    RequestError
+        If a path does not exist, or is neither a file nor a folder.
+    """
+    files: dict[object, str] = {}
+    excluded = resolved(exclude) if exclude else None
+    entered = {excluded}
+
+    def take(file: str) -> None:
+        try:
+            status = stat(file)
+        except OSError:
+            files[file] = file  # whoever reads it says what is wrong with it
+        else:
+            if modes.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                files.setdefault((status.st_dev, status.st_ino), file)
+
+    for path in paths:
+        if is_url(path) and is_requested_folder(path):
+            for _, found in walk(path, excluded):
+                for file, status in found:
+                    if os.path.basename(file)[0] != ".":
+                        files.setdefault((status.st_dev, status.st_ino), file)
+        elif isdir(path):
+            for folder, below, names in os.walk(absolute(path), followlinks=True):
+                real = os.path.realpath(folder)
+                if real in entered:
+                    below.clear()
+                    continue
+                entered.add(real)
+                below.sort()
+                for name in sorted(names):
+                    if name[0] != ".":
+                        take(os.path.join(folder, name))
+        elif isfile(path):
+            take(absolute(path))
+        elif os.path.exists(path):
+            raise RequestError(f"the segmentation {path} is neither a file nor a folder")
+        else:
+            raise RequestError(f"the segmentation {path} does not exist")
+    return list(files.values())
+
+
+def below(path: str, folder: str) -> bool:
+    """Whether a path lies in a folder, at any depth."""
+    return path.startswith(os.path.join(folder, ""))
