@@ -8,7 +8,8 @@ from typing import Any, Literal
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import Irregularity, Rules, SeriesWarning, codes
 from gpuprep.dicom.header_checks import warnings
-from gpuprep.dicom.stack import Measures, Stack, stack
+from gpuprep.dicom.slice_places import Measures
+from gpuprep.dicom.stack import Stack, stack
 from gpuprep.errors import InputError
 
 Verdict = Literal["ok", "fixed", "rejected"]

@@ -14,6 +14,7 @@ from gpuprep.core.geometry import Geometry, Placement, directions, facing
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, Rules
 from gpuprep.dicom.header_checks import check, names
+from gpuprep.dicom.slice_places import Measures, Places, Tolerances
 from gpuprep.errors import GeometryError, InputError, MissingTagError
 
 PLACE_TOLERANCE = 0.1
@@ -27,12 +28,6 @@ RUN = 3
 
 CLOSEST = 0.2
 """Slices nearer to each other than this share of the median cannot be interpolated between: noise would explode."""
-
-FINE_POSITION_MM, FINE_LEAN_MM = 0.1, 0.3
-"""In pixels finer than these, as of micro-CT, tolerances of positions and of slices beside the normal shrink too."""
-
-STRAIGHT_MM = 0.1
-"""Slices may lie this far from a line, or a tenth of how far they lie beside the normal, and be a stack that leans."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,59 +50,6 @@ class Stack:
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of a slice, as acquired."""
         return self.geometry.shape[1:] if self.placement is None else self.placement.matrix
-
-
-@dataclass(slots=True)
-class Measures:
-    """What was measured on the positions, as far as it went."""
-
-    spacing_mm: float | None = None
-    """Median distance between neighbours along the normal."""
-    spacing_deviation_mm: float | None = None
-    """Largest difference of such a distance from the median."""
-    gaps: tuple[tuple[str, float, int], ...] = ()
-    """(slice before it, millimetres to the next, slices missing)."""
-    identical: int = 0
-    """Images that repeat another one, as far as headers tell."""
-    different: int = 0
-    """Images at the place of another one, but unlike it."""
-    tilt_deg: float | None = None
-    """Angle between the normal and the line through the slices, by positions; tags play no part."""
-    obliqueness_deg: float | None = None
-    """Angle between the normal and the nearest axis of the patient."""
-    orientation: str = ""
-    """Plane and directions in which slices, rows and columns grow: "axial SPL"."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Tolerances:
-    """What positions are compared with, and how exactly they are told."""
-
-    position_mm: float
-    lean_mm: float
-    scatter_mm: float
-    """Slices that lie so near to a straight line lean; others are moved."""
-    digits: int
-    """Decimals of millimetres beside the usual ones."""
-
-    @classmethod
-    def of(cls, series: Series, rules: Rules) -> _Tolerances:
-        finest_mm = min(series.pixel_spacing_mm or (1.0,))
-        return cls(
-            position_mm=rules.position_tolerance_mm * min(1.0, finest_mm / FINE_POSITION_MM),
-            lean_mm=rules.lean_tolerance_mm * min(1.0, finest_mm / FINE_LEAN_MM),
-            scatter_mm=STRAIGHT_MM * min(1.0, finest_mm / FINE_LEAN_MM),
-            digits=max(0, math.ceil(math.log10(FINE_POSITION_MM / finest_mm))),
-        )
-
-    def mm(self, value: float, decimals: int = 2) -> str:
-        """Return a length as text."""
-        return f"{value:.{decimals + self.digits}f}"
-
-
-def position_tolerance_mm(series: Series, rules: Rules) -> float:
-    """Return how far apart along the normal images may lie that are at one position."""
-    return _Tolerances.of(series, rules).position_mm
 
 
 def stack(series: Series, rules: Rules | None = None, measures: Measures | None = None) -> Stack:
@@ -168,8 +110,8 @@ def _arranged(series: Series, rules: Rules, measures: Measures) -> Stack:
 
     if not series.pixel_spacing_mm or any(s.position_mm is None for s in series.slices):
         raise MissingTagError("Pixel Spacing or Image Position (Patient) absent")
-    places = _Places.of(series.slices, axes)
-    near = _Tolerances.of(series, rules)
+    places = Places.of(series.slices, axes)
+    near = Tolerances.of(series, rules)
     if float(np.ptp(places.along)) <= near.position_mm:
         what = "one slice only" if len(series.slices) == 1 else f"all {len(series.slices)} images share one position"
         code = "one-slice" if len(series.slices) == 1 else "one-position"
@@ -219,44 +161,9 @@ def _axes(series: Series) -> NDArray[np.float64]:
     return axes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Places:
-    """Slices in order along the normal, and where they are."""
-
-    slices: tuple[SliceHeader, ...]
-    along: NDArray[np.float64]
-    """Millimetres along the normal from the first slice, ascending, shape (n,)."""
-    beside: NDArray[np.float64]
-    """Millimetres beside the normal through the first slice, along (columns, rows), shape (n, 2)."""
-
-    @classmethod
-    def of(cls, slices: tuple[SliceHeader, ...], axes: NDArray[np.float64]) -> _Places:
-        row, column, normal = axes
-        positions = np.array([s.position_mm for s in slices], dtype=np.float64)
-        order = np.argsort(positions @ normal, kind="stable")
-        offsets = positions[order] - positions[order[0]]
-        return cls(
-            tuple(slices[n] for n in order), offsets @ normal, np.stack([offsets @ column, offsets @ row], axis=1)
-        )
-
-    def only(self, kept: list[int]) -> _Places:
-        return _Places(tuple(self.slices[n] for n in kept), self.along[kept], self.beside[kept])
-
-    def doubles(self, tolerance_mm: float) -> list[tuple[int, int]]:
-        """Return (first image at a position, another one there)."""
-        found = []
-        first = 0
-        for n in range(1, len(self.slices)):
-            if self.along[n] - self.along[first] <= tolerance_mm:
-                found.append((first, n))
-            else:
-                first = n
-        return found
-
-
 def _without_doubles(
-    places: _Places, near: _Tolerances, measures: Measures, found: list[Irregularity]
-) -> tuple[_Places, list[tuple[int, SliceHeader]]]:
+    places: Places, near: Tolerances, measures: Measures, found: list[Irregularity]
+) -> tuple[Places, list[tuple[int, SliceHeader]]]:
     """Drop images that repeat another one, or raise if one is another image at the same place."""
     doubles = places.doubles(near.position_mm)
     if not doubles:
@@ -290,7 +197,7 @@ def _without_doubles(
     return places.only(kept), [(index[a], slices[b]) for a, b in doubles]
 
 
-def _count_doubles(places: _Places, near: _Tolerances, measures: Measures, found: list[Irregularity]) -> None:
+def _count_doubles(places: Places, near: Tolerances, measures: Measures, found: list[Irregularity]) -> None:
     doubles = places.doubles(near.position_mm)
     measures.identical = sum(same_image(places.slices[a], places.slices[b]) for a, b in doubles)
     measures.different = len(doubles) - measures.identical
@@ -327,11 +234,11 @@ def acquisition(s: SliceHeader) -> tuple[object, ...]:
 
 
 def _placed(
-    places: _Places,
+    places: Places,
     axes: NDArray[np.float64],
     series: Series,
     rules: Rules,
-    near: _Tolerances,
+    near: Tolerances,
     measures: Measures,
     found: list[Irregularity],
 ) -> tuple[Placement | None, NDArray[np.float64], int]:
@@ -426,7 +333,7 @@ def _regular_runs(gaps: NDArray[np.float64], tolerance_mm: float) -> NDArray[np.
     return runs
 
 
-def _lean(places: _Places, near: _Tolerances, measures: Measures) -> float | None:
+def _lean(places: Places, near: Tolerances, measures: Measures) -> float | None:
     """Return how far slices lie from one straight line, in mm, if they lie beside the normal; None if they do not."""
     along, beside = places.along, places.beside
     slope = (along @ beside) / (along @ along)
@@ -437,9 +344,9 @@ def _lean(places: _Places, near: _Tolerances, measures: Measures) -> float | Non
 
 
 def _shift(
-    places: _Places,
+    places: Places,
     series: Series,
-    near: _Tolerances,
+    near: Tolerances,
     found: list[Irregularity],
     measures: Measures,
     scatter_mm: float,
@@ -466,12 +373,12 @@ def _shift(
 
 
 def _check_gaps(
-    places: _Places,
+    places: Places,
     gaps: NDArray[np.float64],
     missing: NDArray[np.int_],
     typical: float,
     rules: Rules,
-    near: _Tolerances,
+    near: Tolerances,
 ) -> None:
     """Raise if one distance is too wide to be filled, or too many slices are missing."""
     total, count = int(missing.sum()), len(places.slices)
@@ -489,7 +396,7 @@ def _check_gaps(
     )
 
 
-def _gaps(places: _Places, gaps: NDArray[np.float64], missing: NDArray[np.int_], near: _Tolerances) -> str:
+def _gaps(places: Places, gaps: NDArray[np.float64], missing: NDArray[np.int_], near: Tolerances) -> str:
     where = [
         f"{missing[n]} missing in {near.mm(gaps[n], 3)} mm between {places.slices[n].name} and "
         f"{places.slices[n + 1].name}"
@@ -498,9 +405,7 @@ def _gaps(places: _Places, gaps: NDArray[np.float64], missing: NDArray[np.int_],
     return first_few(where)
 
 
-def _spacings(
-    places: _Places, gaps: NDArray[np.float64], typical: float, tolerance_mm: float, near: _Tolerances
-) -> str:
+def _spacings(places: Places, gaps: NDArray[np.float64], typical: float, tolerance_mm: float, near: Tolerances) -> str:
     odd = np.flatnonzero(np.abs(gaps - typical) > tolerance_mm)
     return f"slices are {near.mm(typical, 3)} mm apart (median), but not all: " + first_few(
         [f"{near.mm(gaps[n], 3)} mm between {places.slices[n].name} and {places.slices[n + 1].name}" for n in odd]

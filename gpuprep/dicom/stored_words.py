@@ -10,29 +10,35 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
 from gpuprep.core.formatting import first_few
-from gpuprep.core.hounsfield import HIGHEST_HU, LOWEST_HU, TISSUE_HU
+from gpuprep.core.hounsfield import HIGHEST_HU
 from gpuprep.core.series import SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, Policy, SeriesWarning
 from gpuprep.dicom.deflate import inflated
 from gpuprep.dicom.header_values import pixel_value
 from gpuprep.dicom.headers import HEADER_BYTES
-from gpuprep.dicom.pixel_padding import circle
 from gpuprep.dicom.uids import ENCODINGS
+from gpuprep.dicom.word_evidence import (
+    FEW_VALUES,
+    Bits,
+    Claim,
+    Pair,
+    Readings,
+    has_no_negative_tissue,
+    low_bits,
+    rescale_of,
+    signed_from,
+)
 from gpuprep.errors import DecodeError, IntensityError
 from gpuprep.files.bounded_reader import open_frugally
-
-CT_HU = (-10240.0, 32767.0)
-"""No CT number lies beyond: extended scales begin at −10240 HU and end at 30710 HU."""
 
 LOWEST_FILL_HU = -4096.0
 """Values whose sign every header and stream denies are believed down to here: fill of scanners is −2048 or −3024 HU."""
@@ -40,39 +46,9 @@ LOWEST_FILL_HU = -4096.0
 LOOKED_AT = 5
 """Slices, at equal distances, that are looked at before all are."""
 
-ENOUGH_PAIRS = 1000
-"""Pairs of neighbours that settle a question without a look at all slices, if `NEARLY_ALL` of them agree."""
-NEARLY_ALL = 0.95
-FEW_PAIRS = 16
-"""Fewer pairs of neighbours settle nothing."""
-MAJORITY = 2 / 3
-
-UNDISTURBED = 4.0
-"""Differences between neighbours are ordinary up to so many times the median of the others."""
-
-FEW_VALUES = 16
-"""Fewer distinct values that are air or lower are fill."""
 
 NO_AIR_HU = -500.0
 """A header whose lowest value lies above this HU leaves no room for lung and air."""
-MUCH_AIR = 0.1
-"""Values that are air with the other sign are air, and not metal, if they are at least this share of all."""
-
-GRAPHIC = 0.5
-"""Bits that change less than so many times as often between neighbours as the lowest bit of an image are graphics."""
-
-
-class Claim(NamedTuple):
-    """What a header says of its words."""
-
-    coded: bool
-    """Whether they are samples of a code stream, which have no bits beside them."""
-    allocated: int
-    stored: int
-    high_bit: int
-    """Where the topmost stored bit lies: *Bits Stored* − 1 where *High Bit* is absent or impossible."""
-    signed: bool
-    stream: str | None
 
 
 def claim(header: SliceHeader) -> Claim:
@@ -123,151 +99,6 @@ def _all_overlay_bits(group: list[SliceHeader]) -> int:
     """Return the bits in which any file of some slices says that overlays lie."""
     files = {(header.path, header.member): header for header in group}
     return reduce(or_, map(overlay_bits, files.values()), 0)
-
-
-Pair = tuple[NDArray[np.int32], NDArray[np.int32]]
-"""The same slice, read in two ways."""
-
-
-def low_bits(words: NDArray[Any], bits: int, signed: bool) -> NDArray[np.int32]:
-    """Return what the low bits of words are."""
-    return signed_from(words, bits) if signed else words.astype(np.int32) & (2**bits - 1)
-
-
-def signed_from(words: NDArray[Any], bit: int) -> NDArray[np.int32]:
-    """Return words of `bit` bits as signed numbers, the topmost bit being the sign; what lies above is dropped."""
-    return np.asarray((words.astype(np.int32) << (32 - bit)) >> (32 - bit))
-
-
-@dataclass(slots=True)
-class Readings:
-    """Two readings of the same words: how far neighbours differ in each, where the two part, and what HU they reach."""
-
-    pairs: list[int] = field(default_factory=lambda: [0, 0])
-    """Pairs of neighbours between which the readings part: those that differ less in the first, and in the second."""
-    apart: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2**17, np.int64))
-    """Number of these pairs by their difference in the first reading."""
-    ordinary: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2**17, np.int64))
-    """Number of the other pairs by their difference."""
-    hu: list[list[float]] = field(default_factory=lambda: [[np.inf, -np.inf], [np.inf, -np.inf]])
-    """Lowest and highest of each reading within the scanner's circle; outside there is fill."""
-    top: int = 0
-    """Largest magnitude of the second reading."""
-    values: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(2**16, np.bool_))
-    """Which words differ between the readings."""
-    pixels: int = 0
-    """Number of all pixels so far but declared padding."""
-    air: int = 0
-    """Number of these that are air in the second reading, and not in the first."""
-    extended: bool = False
-    """Whether a negative number of the first reading is the same number in the second."""
-
-    def add(self, header: SliceHeader, first: NDArray[np.int32], second: NDArray[np.int32]) -> None:
-        """Take in a slice. Declared padding, by either reading, tells nothing."""
-        measured = np.ones(first.shape, bool)
-        if header.padding is not None:
-            limit = header.padding if header.padding_limit is None else header.padding_limit
-            low, high = sorted((header.padding, limit))
-            measured = ((first < low) | (first > high)) & ((second < low) | (second > high))
-        if not measured.any():
-            return
-        slope, intercept = _rescale(header)
-        other = second[measured & (first != second)]
-        self.values[other & 0xFFFF] = True
-        self.pixels += int(np.count_nonzero(measured))
-        hu = other * slope + intercept
-        self.air += int(np.count_nonzero((hu >= LOWEST_HU) & (hu <= TISSUE_HU[0])))
-        self.extended |= bool(((first == second) & (first < 0) & measured).any())
-        inside = measured & circle(*first.shape)
-        for ends, values in zip(self.hu, (first[inside], second[inside]), strict=True):
-            if not values.size:
-                continue
-            reached = [int(v) * slope + intercept for v in (values.min(), values.max())]
-            ends[:] = min(ends[0], *reached), max(ends[1], *reached)
-        self.top = max(self.top, int(np.abs(second[measured]).max()))
-        for axis in (0, 1):
-            both = np.logical_and(*_neighbours(measured, axis))
-            a, b = (np.abs(np.diff(values, axis=axis))[both] for values in (first, second))
-            steps = np.diff(second - first, axis=axis)[both]
-            part = steps != 0
-            self.pairs[0] += int(np.count_nonzero(a[part] < b[part]))
-            self.pairs[1] += int(np.count_nonzero(b[part] < a[part]))
-            self.apart += np.bincount(a[part], minlength=2**17)
-            self.ordinary += np.bincount(a[~part], minlength=2**17)
-
-    @property
-    def favours(self) -> int | None:
-        """The reading in which neighbours differ less, 0 or 1; None where the pairs are few or do not agree."""
-        total = sum(self.pairs)
-        if total < FEW_PAIRS:
-            return None
-        return next((n for n in (0, 1) if self.pairs[n] >= MAJORITY * total), None)
-
-    @property
-    def differ(self) -> bool:
-        """Whether any pixel does."""
-        return bool(self.values.any())
-
-    @property
-    def agreed(self) -> int | None:
-        """The reading in which nearly all neighbours differ less; None where the pairs are few or do not agree."""
-        favours = self.favours
-        return favours if max(self.pairs) >= NEARLY_ALL * sum(self.pairs) else None
-
-    @property
-    def settled(self) -> bool:
-        """Whether no look at more slices is needed."""
-        return sum(self.pairs) >= ENOUGH_PAIRS and self.agreed is not None
-
-    @property
-    def undisturbed(self) -> bool | None:
-        """Whether neighbours differ in the first reading as usual where the readings part; None where they do not."""
-        if not self.apart.any():
-            return None
-        usual = self.ordinary.copy()
-        usual[0] = 0  # fill around the circle is constant, and would make every image look odd
-        return _median(self.apart) <= UNDISTURBED * max(_median(usual), 1)
-
-    def possible(self, n: int, lowest_hu: float = CT_HU[0]) -> bool:
-        """Whether a reading stays within CT numbers."""
-        return lowest_hu <= self.hu[n][0] and self.hu[n][1] <= CT_HU[1]
-
-    @property
-    def airy(self) -> bool:
-        """Whether much is air in the second reading only."""
-        return self.air >= MUCH_AIR * self.pixels
-
-    @property
-    def varied(self) -> bool:
-        """Whether the words that differ are more than the few values of fill."""
-        return bool(np.count_nonzero(self.values) >= FEW_VALUES)
-
-    def is_one_plane_above(self, stored: int) -> bool:
-        """Whether the words that differ are alike above the bits stored, and hold something there."""
-        above = np.unique(np.flatnonzero(self.values) >> stored)
-        return bool(above.size == 1 and above[0] > 0)
-
-    def span(self, n: int) -> str:
-        """Return what HU a reading reaches, in words."""
-        return f"{self.hu[n][0]:g} to {self.hu[n][1]:g} HU"
-
-
-def _neighbours(values: NDArray[Any], axis: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    return (values[:-1], values[1:]) if axis == 0 else (values[:, :-1], values[:, 1:])
-
-
-def _has_no_negative_tissue(header: SliceHeader) -> bool:
-    """Whether all negative values of a slice would be air or lower."""
-    slope, intercept = _rescale(header)
-    return slope > 0 and intercept - slope < TISSUE_HU[0]
-
-
-def _rescale(header: SliceHeader) -> tuple[float, float]:
-    return header.rescale_slope or 1.0, header.rescale_intercept or 0.0
-
-
-def _median(counts: NDArray[np.int64]) -> int:
-    return int(np.searchsorted(np.cumsum(counts), counts.sum() / 2))
 
 
 class Meaning:
@@ -394,7 +225,7 @@ class Meaning:
                 return False
         unextended = said.signed and found.top < 2**said.stored and not found.extended
         if unextended:  # as DICOM allows
-            against = found.agreed != 1 and not (found.varied and all(map(_has_no_negative_tissue, group)))
+            against = found.agreed != 1 and not (found.varied and all(map(has_no_negative_tissue, group)))
         else:
             against = found.agreed == 0 and not (found.extended and not found.is_one_plane_above(said.stored))
         if found.undisturbed or not found.possible(1) or (against and (unextended or found.settled)):
@@ -413,7 +244,7 @@ class Meaning:
     def _decide_bits(self, said: Claim, group: list[SliceHeader]) -> None:
         """Settle where values lie whose topmost bit is said to lie higher than they are long."""
         shift = said.high_bit - said.stored + 1
-        look = _Bits(said)
+        look = Bits(said)
         for header in group:
             look.add(header, self._raw(header))
         if not look.varying:
@@ -526,11 +357,11 @@ def _sign_deniable(said: Claim, header: SliceHeader) -> bool:
     Negative values that would be air or lower may be large ones, if those are CT numbers. Large values may be negative
     ones, if they fill the words or if the header leaves no room for air.
     """
-    slope, intercept = _rescale(header)
+    slope, intercept = rescale_of(header)
     if said.signed:
         # Other words hold more than their bits stored, if they are wrong.
         whole = said.stream is None and (said.coded or said.stored == said.allocated)
-        return whole and _has_no_negative_tissue(header) and 2 ** (said.stored - 1) * slope + intercept <= HIGHEST_HU
+        return whole and has_no_negative_tissue(header) and 2 ** (said.stored - 1) * slope + intercept <= HIGHEST_HU
     lowest_hu = min(intercept, (2**said.stored - 1) * slope + intercept)
     return said.stored == said.allocated == 16 or lowest_hu > NO_AIR_HU
 
@@ -587,60 +418,3 @@ def _some(group: list[SliceHeader]) -> list[SliceHeader]:
 
 def _named(group: list[SliceHeader]) -> str:
     return first_few([header.name for header in group], 1)
-
-
-class _Bits:
-    """Which bits of words vary, and how often between neighbours."""
-
-    def __init__(self, said: Claim) -> None:
-        self._said = said
-        self._shift = said.high_bit - said.stored + 1
-        self._ones, self._zeros = 0, (1 << said.allocated) - 1
-        self._ends = [0, 0]
-        self._changes = np.zeros(said.allocated, np.int64)
-        self._low = Readings()
-        self.readings = Readings()
-
-    def add(self, header: SliceHeader, words: NDArray[Any]) -> None:
-        """Take in a slice."""
-        said = self._said
-        self._ones |= int(np.bitwise_or.reduce(words, axis=None))
-        self._zeros &= int(np.bitwise_and.reduce(words, axis=None))
-        signed = signed_from(words, said.allocated)
-        self._ends = [min(self._ends[0], int(signed.min())), max(self._ends[1], int(signed.max()))]
-        for axis in (0, 1):
-            changed = np.bitwise_xor(*_neighbours(words, axis))
-            self._changes += [np.count_nonzero(changed & (1 << bit)) for bit in range(said.allocated)]
-        bare = header._replace(padding=None)
-        low, high = (low_bits(w, said.stored, said.signed) for w in (words, words >> self._shift))
-        self._low.add(bare, low, words.astype(np.int32))
-        self.readings.add(bare, high, low)
-
-    @property
-    def varying(self) -> int:
-        """The bits that are not alike in all words."""
-        return self._ones & ~self._zeros
-
-    @property
-    def above_is_constant(self) -> bool:
-        """Whether nothing but a sign lies above the low bits."""
-        stored = self._said.stored
-        extended = self._said.signed and -(2 ** (stored - 1)) <= self._ends[0] <= self._ends[1] < 2 ** (stored - 1)
-        return extended or not self.varying >> stored
-
-    @property
-    def below_is_constant(self) -> bool:
-        """Whether nothing lies below the bits that the header says."""
-        return not self.varying & (2**self._shift - 1)
-
-    @property
-    def above_is_graphic(self) -> bool:
-        """Whether the low bits are an image, finer at their lower end, which the bits above do not continue."""
-        finest = self._changes[0]
-        fine = self._changes[self._said.stored - 1] < GRAPHIC * finest and not self.below_is_graphic
-        return bool(fine and self._low.undisturbed)
-
-    @property
-    def below_is_graphic(self) -> bool:
-        """Whether the bits below those that the header says change too rarely for the lowest of an image."""
-        return bool(self._changes[: self._shift].max() < GRAPHIC * self._changes[self._shift])

@@ -10,20 +10,18 @@ import json
 import logging
 import os
 import pickle
-import queue
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gpuprep._version import __version__
 from gpuprep.errors import BackendError, GpuprepError, RequestError
 from gpuprep.executors.cores import usable_cores
+from gpuprep.executors.dask_news import LOST, Flight, News
 from gpuprep.executors.dask_worker import KILL, Answer, distributed_module, do_task, end_keeper, version_here
 from gpuprep.executors.processes import OverdueError, WorkerDiedError, never
 
@@ -45,21 +43,6 @@ PER_THREAD = 2
 TICK_S = 0.1
 LOOK_S = 2.0
 """How often limits are watched, and how often the workers are counted."""
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """A task on its way."""
-
-    task: Any
-    payload: bytes
-    future: Any = None
-    begins: int = 0
-    """How often a worker has begun it."""
-    worker: str = ""
-    pid: int = 0
-    """The last of them, and its process."""
-    begun_s: float | None = None
 
 
 class Cluster:
@@ -100,9 +83,9 @@ class Cluster:
         self._client: Any | None = None
         self._keeper: subprocess.Popen[str] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._news: _News | None = None
+        self._news: News | None = None
         self._address = ""
-        self._flying: dict[int, _Flight] = {}
+        self._flying: dict[int, Flight] = {}
         self._workers: dict[str, dict[str, Any]] = {}
         self._known: set[str] = set()
         self._seen_s = 0.0
@@ -132,7 +115,7 @@ class Cluster:
         self._flying = {}
         self._close_news()
         with _understood(self._address):
-            self._news = _News(client, self._flying)
+            self._news = News(client, self._flying)
         try:
             # Whoever takes the outcomes may take time, and may not come back for the next: no error of his is ours.
             yield from self._outcomes(client, self._news, function, iter(tasks), limit_s, stopped)
@@ -145,7 +128,7 @@ class Cluster:
         flying, self._flying = list(self._flying.values()), {}
         self._known.clear()
         if client is not None:
-            with contextlib.suppress(*_LOST):
+            with contextlib.suppress(*LOST):
                 if flying and self._keeper is None and client.status == "running":
                     client.cancel([flight.future for flight in flying], force=True)
                     # A series that went on being written would get into the way of the next run.
@@ -153,7 +136,7 @@ class Cluster:
                         if flight.begun_s is not None:
                             self._end_worker(client, flight.worker, flight.pid)
             self._close_news()
-            with contextlib.suppress(*_LOST):
+            with contextlib.suppress(*LOST):
                 client.close(timeout=2)
         if self._keeper is not None:
             end_keeper(self._keeper)
@@ -170,7 +153,7 @@ class Cluster:
     def _outcomes(
         self,
         client: Any,
-        news: _News,
+        news: News,
         function: Callable[[T], R],
         tasks: Iterator[T],
         limit_s: float | None,
@@ -198,7 +181,7 @@ class Cluster:
                 else:
                     payload = pickle.dumps((function, task))
                     ticket = next(tickets)
-                    flying[ticket] = _Flight(task, payload)
+                    flying[ticket] = Flight(task, payload)
                     flying[ticket].future = self._submit(client, news, ticket, payload)
             if not flying and no_more:
                 return
@@ -230,7 +213,7 @@ class Cluster:
                 self._look(client)  # what lost its worker does not run, and has not begun anew
         return late()
 
-    def _landed(self, client: Any, news: _News, ticket: int, flight: _Flight, *, stopping: bool) -> tuple[Any] | None:
+    def _landed(self, client: Any, news: News, ticket: int, flight: Flight, *, stopping: bool) -> tuple[Any] | None:
         """Take a task out of those in flight and return its outcome; None for one that has to be begun again, or not.
 
         Raises
@@ -273,7 +256,7 @@ class Cluster:
         del self._flying[ticket]
         return (outcome,)
 
-    def _submit(self, client: Any, news: _News, ticket: int, payload: bytes) -> Any:
+    def _submit(self, client: Any, news: News, ticket: int, payload: bytes) -> Any:
         """Give a task to the scheduler; packed, because Dask would look into lists and tuples for tasks of its own."""
         resources = {"GPU": 1} if self._needs_gpu() else None
         with _understood(self._address):
@@ -405,53 +388,6 @@ class Cluster:
 _END: Any = object()
 
 
-class _News:
-    """What is heard of the tasks of one run: where each begins, and which futures are done."""
-
-    def __init__(self, client: Any, flying: dict[int, _Flight]) -> None:
-        self.name = f"gpuprep-{uuid.uuid4().hex}"
-        self._client = client
-        self._flying = flying
-        self._queue: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        self._stop = distributed_module().Event(self.name, client=client)
-        client.subscribe_topic(self.name, self._begun)
-
-    def _begun(self, event: tuple[float, tuple[int, str, int]]) -> None:
-        """Note at once who is busy with what, whether or not anybody waits for outcomes; in a thread of Dask."""
-        ticket, worker, pid = event[1]
-        flight = self._flying.get(ticket)
-        if flight is not None:
-            flight.worker, flight.pid, flight.begun_s = worker, pid, time.monotonic()
-            flight.begins += 1
-
-    def expect(self, ticket: int, future: Any) -> None:
-        future.add_done_callback(lambda done: self._queue.put((ticket, done)))
-
-    def next(self, timeout_s: float) -> tuple[int, Any]:
-        """Return the next future that is done, with its ticket; (-1, None) if there is none for some time."""
-        try:
-            return self._queue.get(timeout=timeout_s)
-        except queue.Empty:
-            return -1, None
-
-    def is_empty(self) -> bool:
-        return self._queue.empty()
-
-    def stop_begins(self) -> None:
-        """Have workers give back what they have not begun."""
-        self._stop.set()
-
-    def close(self) -> None:
-        with contextlib.suppress(*_LOST):
-            if self._client.status == "running":
-                self._client.unsubscribe_topic(self.name)
-                self._stop.clear()
-
-
-_LOST = (OSError, RuntimeError, AttributeError)
-"""What calls of a client raise when its scheduler has gone, or it is closed: CommClosedError is an OSError."""
-
-
 @contextlib.contextmanager
 def _understood(address: str) -> Iterator[None]:
     """Say in our words that the scheduler has gone."""
@@ -459,7 +395,7 @@ def _understood(address: str) -> Iterator[None]:
         yield
     except GpuprepError:
         raise
-    except _LOST as exc:
+    except LOST as exc:
         raise BackendError(
             f"the Dask scheduler at {address} was lost ({type(exc).__name__}: {exc}): what is finished stays; run "
             "again when it is back"

@@ -6,12 +6,10 @@ half a layer of it. If several planes of one structure do, because it was drawn 
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,24 +19,10 @@ from gpuprep.core.mask_options import Reading
 from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
 from gpuprep.masks import oblique_planes
-from gpuprep.masks.model import Contour, Plane, Raster, Segmentation, Slab, SliceKey, Structure
+from gpuprep.masks.model import Contour, Plane, Raster, Segmentation, Slab, Structure
 from gpuprep.masks.overlapping_outlines import arranged
 from gpuprep.masks.rasterize import filled, on_outline, united
-
-ROUNDED = 1e-3
-"""Layers by which positions in files may be off."""
-
-HALF_LAYER = 0.5 + ROUNDED
-"""Layers up to which something lies on a slice."""
-
-SAME_PLANE = 0.1
-"""Layers within which parts of a structure lie in one plane …"""
-
-SAME_PLANE_MM = 0.1
-"""… and millimetres: slices of half a millimetre are close together in a layer of eight."""
-
-EVEN = 0.1
-"""Layers by which slices may lie beside even ones."""
+from gpuprep.masks.series_slices import HALF_LAYER, SeriesSlices
 
 CORNERS = 1024
 """Parts of a pixel to which coordinates are rounded that were written in millimetres and stood for pixels."""
@@ -133,7 +117,7 @@ def place(segmentation: Segmentation, stack: Stack, reading: Reading) -> tuple[l
     SegmentationError
         If it is not clear which slices are meant, or pixels do not fit into them.
     """
-    slices = _Slices(segmentation, stack, reading)
+    slices = SeriesSlices(segmentation, stack, reading)
     placed = []
     notes = list(segmentation.notes)
     for structure in segmentation.structures:
@@ -144,122 +128,6 @@ def place(segmentation: Segmentation, stack: Stack, reading: Reading) -> tuple[l
         placed.append(one)
         notes += more
     return placed, notes
-
-
-class _Slices:
-    """The slices of a stack, as segmentations speak of them."""
-
-    def __init__(self, segmentation: Segmentation, stack: Stack, reading: Reading) -> None:
-        count = len(stack.slices)
-        placement = stack.placement
-        self.matrix = stack.matrix
-        self.to_index = np.linalg.inv(stack.geometry.affine)
-        self.along = np.arange(count, dtype=np.float64) if placement is None else placement.along
-        self.shift = np.zeros((count, 2)) if placement is None or placement.shift is None else placement.shift
-        if placement is None and all(header.position_mm for header in stack.slices):
-            # Kept as they are, slices may lie elsewhere than in even layers: what is drawn on one belongs on that one.
-            positions = np.array([header.position_mm for header in stack.slices])
-            where = positions @ self.to_index[:3, :3].T + self.to_index[:3, 3]
-            if np.abs(where[:, 0] - self.along).max() > EVEN:
-                self.along, self.shift = where[:, 0], where[:, 1:]
-        self.spacing_mm = stack.geometry.spacing_mm
-        self._by_uid: dict[str, set[int]] = defaultdict(set)
-        for n, header in (*enumerate(stack.slices), *stack.twins):
-            self._by_uid[header.sop_instance_uid].add(n)
-        named = segmentation.sop_uids
-        self.are_named = not named or not named.isdisjoint(self._by_uid)
-        """Whether the images that the segmentation names, if it names any, are among them."""
-        self.oblique = oblique_planes.Slices(stack.geometry.affine, self.along, self.shift, self.matrix)
-        self._z = np.array([header.position_mm[2] for header in stack.slices if header.position_mm])
-        self._by_number = _numbering(segmentation, stack, reading)
-
-    def nearest(self, k: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the slices within half a layer of layers `k`; −1 where there is none."""
-        above = np.clip(np.searchsorted(self.along, k), 1, len(self.along) - 1)
-        to_lower, to_upper = np.abs(k - self.along[above - 1]), np.abs(k - self.along[above])
-        n = np.where(to_lower <= to_upper + 2 * ROUNDED, above - 1, above)  # half-way, always the lower one
-        return np.where(np.minimum(to_lower, to_upper) <= HALF_LAYER, n, -1)
-
-    def are_between(self, k: NDArray[np.float64]) -> bool:
-        """Whether a part of what reaches over layers `k` lies within half a layer of the first to the last slice."""
-        return bool(k.max() >= self.along[0] - HALF_LAYER and k.min() <= self.along[-1] + HALF_LAYER)
-
-    def same_plane(self, k: float) -> int | None:
-        """Return the slice in whose plane layer `k` lies; None where there is none."""
-        n = int(np.abs(self.along - k).argmin())
-        return n if abs(self.along[n] - k) <= min(SAME_PLANE, SAME_PLANE_MM / self.spacing_mm[0]) else None
-
-    def is_of(self, n: int, sop_instance_uid: str) -> bool:
-        """Whether a slice is of the image with that UID."""
-        return n in self._by_uid.get(sop_instance_uid, ())
-
-    def within(self, k: float, half: float) -> list[int]:
-        """Return the slices within `half` layers of layer `k`."""
-        return np.flatnonzero(np.abs(self.along - k) <= half).tolist()
-
-    def find(self, key: SliceKey | None) -> int | None:
-        """Return the slice that a key means; None where there is no such slice.
-
-        Raises
-        ------
-        SegmentationError
-            If keys of that kind mean nothing here.
-        """
-        if key is None:
-            raise SegmentationError(
-                "it does not say which slice it belongs to: put the slice's number, z or SOP Instance UID into the "
-                "file name, or say --slice-from name|column|z|uid"
-            )
-        if key.by == "number":
-            return self._by_number.get(float(key.value))
-        if key.by == "uid":
-            found = self._by_uid.get(str(key.value), set())
-            if len(found) > 1:
-                raise SegmentationError("its slices are frames of one image, whose UID does not tell them apart")
-            return next(iter(found), None)
-        step = float(np.abs(np.diff(self._z)).min())
-        if step < 0.1 * self.spacing_mm[0]:
-            raise SegmentationError("it names slices by z, along which the slices of this series do not advance")
-        n = int(np.abs(self._z - float(key.value)).argmin())
-        return n if abs(self._z[n] - float(key.value)) <= HALF_LAYER * step else None
-
-
-def _numbering(segmentation: Segmentation, stack: Stack, reading: Reading) -> dict[float, int]:
-    """Return the slice that each slice number of a segmentation means, as far as there is one.
-
-    Numbers may count slices from 0 or 1, along the normal or as *Instance Number* does. Whatever leaves no number
-    outside is possible; if what is possible differs, people have to say.
-    """
-    keys = {c.slice for s in segmentation.structures for c in s.contours}
-    keys |= {r.slice for s in segmentation.structures for r in s.rasters}
-    numbers = {float(key.value) for key in keys if key is not None and key.by == "number"}
-    if not numbers:
-        return {}
-    count = len(stack.slices)
-    ways: dict[str, dict[float, int]] = {}
-    instances = [s.instance_number for s in stack.slices]
-    if reading.slice_order != "stack" and None not in instances and len(set(instances)) == count:
-        if reading.index_base is None:
-            ways["Instance Number"] = {float(v): n for n, v in enumerate(instances) if v is not None}
-        else:
-            order = np.argsort([v or 0 for v in instances], kind="stable")
-            ways["Instance Number"] = {float(k + reading.index_base): int(n) for k, n in enumerate(order)}
-    if reading.slice_order != "instance":
-        for base in (0, 1) if reading.index_base is None else (reading.index_base,):
-            ways[f"place along the normal, counted from {base}"] = {float(k + base): k for k in range(count)}
-    if not ways:
-        raise SegmentationError("Instance Numbers of the series are absent or not unique: say --slice-order stack")
-    fitting = {name: way for name, way in ways.items() if numbers <= way.keys()}
-    # Where none fits all, the way that fits most, if it does so alone.
-    most = max(len(numbers & way.keys()) for way in ways.values())
-    fitting = fitting or {name: way for name, way in ways.items() if len(numbers & way.keys()) == most}
-    meanings = {tuple(way.get(n) for n in sorted(numbers)) for way in fitting.values()}
-    if len(meanings) > 1:
-        of = f"slice numbers {min(numbers):g} to {max(numbers):g}" if len(numbers) > 1 else f"slice {min(numbers):g}"
-        open_ = [] if reading.index_base is not None else ["--index-base 0|1"]
-        open_ += [] if reading.slice_order is not None else ["--slice-order stack|instance"]
-        raise SegmentationError(f"{of} of {count} may be by {', or '.join(fitting)}: say {' and '.join(open_)}")
-    return next(iter(fitting.values()))
 
 
 @dataclass(slots=True)
@@ -273,7 +141,7 @@ class _Candidate:
     to_plane: NDArray[np.float64] | None
 
 
-def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed, list[str]]:
+def _placed(structure: Structure, slices: SeriesSlices, source: str) -> tuple[Placed, list[str]]:
     """Return a structure on its slices, and what of it was left out."""
     parts: dict[int, _Part] = defaultdict(_Part)
     candidates: dict[int, list[_Candidate]] = defaultdict(list)
@@ -307,7 +175,7 @@ def _placed(structure: Structure, slices: _Slices, source: str) -> tuple[Placed,
         parts[n].rasters.append((cut, None))
     for n, found in candidates.items():
         nearest = min(abs(c.distance) for c in found)
-        same = min(SAME_PLANE, SAME_PLANE_MM / slices.spacing_mm[0])
+        same = slices.plane_layers
         plane = next(c.distance for c in found if abs(c.distance) == nearest)
         for c in found:
             if abs(c.distance - plane) > same:
@@ -354,7 +222,7 @@ def _add(part: _Part, contour: Contour, points: NDArray[np.float64]) -> None:
     )
 
 
-def _in_pixels(contour: Contour, slices: _Slices) -> NDArray[np.float64]:
+def _in_pixels(contour: Contour, slices: SeriesSlices) -> NDArray[np.float64]:
     """Return the points of a contour that knows its slice, as (column, row)."""
     points = contour.points
     if contour.frame == "corner":
@@ -375,7 +243,7 @@ def _in_pixels(contour: Contour, slices: _Slices) -> NDArray[np.float64]:
 
 
 def _match_contours(
-    contours: list[Contour], slices: _Slices, candidates: dict[int, list[_Candidate]], left_out: Counter[str]
+    contours: list[Contour], slices: SeriesSlices, candidates: dict[int, list[_Candidate]], left_out: Counter[str]
 ) -> None:
     """Add contours in the patient to the candidates of the slices on which they lie."""
     if not contours:
@@ -398,14 +266,14 @@ def _match_contours(
             candidates[n].append(_Candidate(float(layer - slices.along[n]), contour, points, None, None))
 
 
-def _is_parallel(raster: Raster, slices: _Slices) -> bool:
+def _is_parallel(raster: Raster, slices: SeriesSlices) -> bool:
     """Whether the plane of a raster, from corner to corner, is parallel to the slices."""
     assert raster.geometry is not None  # noqa: S101 - only such rasters are asked about
     rise = np.abs((slices.to_index @ raster.geometry.affine)[0, 1:3])
     return bool(rise @ (np.array(raster.geometry.shape[1:]) - 1) <= PARALLEL)
 
 
-def _layers(raster: Raster, slices: _Slices) -> NDArray[np.float64]:
+def _layers(raster: Raster, slices: SeriesSlices) -> NDArray[np.float64]:
     """Return the layers in which the corners of the painted pixels of a plane lie, shape (4,)."""
     assert raster.geometry is not None  # noqa: S101 - only such rasters are asked about
     rows, columns = raster.mask.shape
@@ -414,7 +282,7 @@ def _layers(raster: Raster, slices: _Slices) -> NDArray[np.float64]:
 
 
 def _match_raster(
-    raster: Raster, slices: _Slices, candidates: dict[int, list[_Candidate]], left_out: Counter[str]
+    raster: Raster, slices: SeriesSlices, candidates: dict[int, list[_Candidate]], left_out: Counter[str]
 ) -> None:
     """Add a plane that is parallel to the slices to the candidates of those it stands for."""
     assert raster.geometry is not None  # noqa: S101 - that is why it comes here
@@ -431,14 +299,14 @@ def _match_raster(
         candidates[n].append(_Candidate(middle - slices.along[n], None, None, raster, to_plane @ _moved(slices, n)))
 
 
-def _moved(slices: _Slices, n: int) -> NDArray[np.float64]:
+def _moved(slices: SeriesSlices, n: int) -> NDArray[np.float64]:
     """Return the matrix from (row, column, 1) of a slice to those of the grid."""
     moved = np.eye(3)
     moved[:2, 2] = slices.shift[n]
     return moved
 
 
-def _is_painted_on(raster: Raster, n: int, to_plane: NDArray[np.float64], slices: _Slices) -> bool:
+def _is_painted_on(raster: Raster, n: int, to_plane: NDArray[np.float64], slices: SeriesSlices) -> bool:
     """Whether a plane was painted on the slice in whose plane it lies, so that it stands for that slice alone.
 
     The file says so, by the image it was made from. If it names none, and does not say how far its planes are apart,
@@ -479,53 +347,3 @@ def _paint_raster(
     )
     inside = (row >= 0) & (row < raster.mask.shape[0]) & (column >= 0) & (column < raster.mask.shape[1])
     mask[inside] |= raster.mask[row[inside], column[inside]]
-
-
-def group_paths(found: Sequence[PerFile]) -> list[str]:
-    """Return the path that each of some files goes by: that of its folder if it is one of several, one per slice."""
-    groups = [(os.path.dirname(f.path), f.format) for f in found]
-    sizes = Counter(group for f, group in zip(found, groups, strict=True) if f.per_slice)
-    return [group[0] if f.per_slice and sizes[group] > 1 else f.path for f, group in zip(found, groups, strict=True)]
-
-
-class PerFile(Protocol):
-    """What `group_paths` has to know of a file."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def per_slice(self) -> bool: ...
-
-
-def joined(found: Sequence[Segmentation]) -> list[Segmentation]:
-    """Return segmentations, those that are one file per slice put together by folder, format and structure."""
-    groups: dict[tuple[str, str], list[Segmentation]] = defaultdict(list)
-    for path, segmentation in zip(group_paths(found), found, strict=True):
-        groups[path, segmentation.format].append(segmentation)
-    return [members[0] if len(members) == 1 else _merged(path, members) for (path, _), members in groups.items()]
-
-
-def _merged(path: str, members: Sequence[Segmentation]) -> Segmentation:
-    contours: dict[str, list[Contour]] = defaultdict(list)
-    rasters: dict[str, list[Raster]] = defaultdict(list)
-    owners: dict[tuple[str, SliceKey | None], Segmentation] = {}
-    for member in members:
-        for structure in member.structures:
-            for key in {c.slice for c in structure.contours} | {r.slice for r in structure.rasters}:
-                if (other := owners.setdefault((structure.name, key), member)) is not member:
-                    first, second = (printable(os.path.basename(m.path)) for m in (other, member))
-                    raise SegmentationError(
-                        f"{first} and {second} are both of {printable(structure.name)} on one slice: keep one of them, "
-                        "or put each into a folder of its own"
-                    )
-            contours[structure.name] += structure.contours
-            rasters[structure.name] += structure.rasters
-    return replace(
-        members[0],
-        path=path,
-        why=f"{members[0].why}; {len(members)} files",
-        structures=tuple(Structure(n, tuple(c), tuple(rasters[n])) for n, c in contours.items()),
-        notes=tuple(note for m in members for note in m.notes),
-    )

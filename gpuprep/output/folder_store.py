@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import sqlite3
 import uuid
@@ -31,12 +30,18 @@ from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.filesystem import opened
 from gpuprep.files.replacing import flush, replacing
+from gpuprep.output.own_files import (
+    OWN_FOLDER,
+    PREVIEW,
+    SIDECAR,
+    check_folder,
+    contents,
+    entries,
+    inside,
+    is_own,
+    strangers_in,
+)
 from gpuprep.output.paths import WORKSHOP
-
-SIDECAR = "volume.json"
-
-PREVIEW = "preview.jpg"
-"""A small picture of a series, for people."""
 
 SETTLING_THREADS = 4
 """They wait for the disk, mostly; one would wait for a journal once per file."""
@@ -47,16 +52,6 @@ ASKING_S = 0.5
 OTHER_SHARD_S = 10.0
 """Time for shards that start together to look at the lock of whole runs, one after the other."""
 
-_VOLUME = r"(volume|labels|masks/[^/]+)"
-_ZARR_LABELS = r"volume\.ome\.zarr/labels"
-_ZARR = rf"({_VOLUME}\.ome\.zarr|{_ZARR_LABELS}/[^/]+)"
-_OWN_NAME = re.compile(
-    r"preview\.jpg|(labels/|masks/[^/]+/)?\d{4,}\.tif"
-    rf"|{_VOLUME}\.(tif|nii|nii\.gz|npy)"
-    rf"|{_ZARR}/(zarr\.json|0/zarr\.json|0/c/\d+/\d+/\d+)|{_ZARR_LABELS}/zarr\.json"
-)
-"""Of a file in a series' folder, from there on."""
-_OWN_FOLDER = re.compile(rf"labels|masks(/[^/]+)?|{_ZARR_LABELS}|{_ZARR}(/0(/c(/\d+){{0,2}})?)?")
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _FROM_HERE = -100  # AT_FDCWD: paths as for any other call
 
@@ -116,14 +111,14 @@ class Output:
             listed: dict[str, Any] = json.loads(text)["outputs"]
             if (sha256 and hashlib.sha256(text).hexdigest() != sha256) or not all(map(is_own, listed)):
                 return [SIDECAR]
-            there = {name for name, entry in _entries(place) if name != SIDECAR and is_own(name) and entry.is_file()}
+            there = {name for name, entry in entries(place) if name != SIDECAR and is_own(name) and entry.is_file()}
             return sorted(there - set(listed)) + [name for name, file in listed.items() if _differs(place / name, file)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return [SIDECAR]
 
     def strangers(self, folder: str) -> list[str]:
         """Return what is in an output's folder and not of it."""
-        return _strangers(self.root / inside(folder))
+        return strangers_in(self.root / inside(folder))
 
     def holds(self, folder: str) -> bool:
         """Whether there is anything at that place."""
@@ -291,7 +286,7 @@ class PendingFolder:
         """Move the folder into place."""
         self._final.parent.mkdir(parents=True, exist_ok=True)
         if self._final.is_symlink() or self._final.exists():
-            _check_replaceable(self._final, key, known)
+            check_folder(self._final, key, known)
             _swap(self.path, self._final, self._root)
         else:
             self.path.rename(self._final)
@@ -359,23 +354,6 @@ def _exchanged(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def contents(folder: Path) -> tuple[int, int]:
-    """Return the number of an output's files and their bytes together; (0, 0) where there is no such folder."""
-    try:
-        sizes = [e.stat().st_size for name, e in _entries(folder) if (name == SIDECAR or is_own(name)) and e.is_file()]
-    except OSError:
-        return 0, 0
-    return len(sizes), sum(sizes)
-
-
-def inside(folder: str) -> str:
-    """Return the folder of an output, which a manifest may name wrongly; raise OutputError if it is not in OUT."""
-    path = Path(folder)
-    if not path.parts or path.is_absolute() or ".." in path.parts or path.parts[0] == WORKSHOP:
-        raise OutputError(f"the manifest names {folder!r} as an output, which is no folder in OUT: move it away")
-    return folder
-
-
 def retire(folder: Path, key: str) -> None:
     """Remove the output of a series from a folder; that of another one, and all else in it, stays."""
     sidecar = folder / SIDECAR
@@ -385,55 +363,12 @@ def retire(folder: Path, key: str) -> None:
         return
     if owner == key:
         sidecar.unlink()  # first, so that what is left does not look complete
-        for name in [name for name, entry in _entries(folder) if is_own(name) and entry.is_file()]:
+        for name in [name for name, entry in entries(folder) if is_own(name) and entry.is_file()]:
             (folder / name).unlink()
         for below, _, _ in os.walk(folder, topdown=False):
-            if below == str(folder) or _OWN_FOLDER.fullmatch(os.path.relpath(below, folder)):
+            if below == str(folder) or OWN_FOLDER.fullmatch(os.path.relpath(below, folder)):
                 with suppress(OSError):  # not empty
                     os.rmdir(below)
-
-
-def _check_replaceable(folder: Path, key: str, known: bool) -> None:
-    try:
-        former = json.loads((folder / SIDECAR).read_text("utf-8"))["key"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        former = None
-    there = folder.is_dir()
-    check_replaceable(str(folder), former, key, known and there, _strangers(folder) if there else [])
-
-
-def check_replaceable(place: str, former: str | None, key: str, known: bool, strangers: list[str]) -> None:
-    """Raise unless what stands at a place may go for a new output of a series.
-
-    Parameters
-    ----------
-    place : str
-        For the message.
-    former : str, optional
-        Key of the series that it says it holds, if it says so.
-    key : str
-        That of the new output.
-    known : bool
-        Whether the manifest says that it is that series' output.
-    strangers : list of str
-        What else is there.
-
-    Raises
-    ------
-    OutputError
-        If it may not.
-    """
-    hint = "move it away, or choose another --out"
-    if former is None and not known:
-        raise OutputError(f"{place} is in the way and is not an output of gpuprep: {hint}")
-    if former not in (None, key):
-        raise OutputError(f"{place} holds another series, {former}: {hint}")
-    if strangers:
-        raise OutputError(f"{place} also holds {min(strangers)}, which is not gpuprep's to remove: {hint}")
-
-
-def _strangers(folder: Path) -> list[str]:
-    return sorted(n for n, entry in _entries(folder) if n != SIDECAR and not (is_own(n) and entry.is_file()))
 
 
 def _differs(file: Path, listed: dict[str, Any]) -> bool:
@@ -442,19 +377,3 @@ def _differs(file: Path, listed: dict[str, Any]) -> bool:
         return (os.path.getsize(file), checksum(file)) != (listed["bytes"], listed["crc32"])
     except OSError:
         return True
-
-
-def is_own(name: str) -> bool:
-    """Whether a writer gives such a name to a file."""
-    return _OWN_NAME.fullmatch(name) is not None
-
-
-def _entries(folder: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield what is in a series' folder, by its name from there on; of folders of its own, what is in them."""
-    with os.scandir(folder / below) as entries:
-        for entry in entries:
-            name = below + entry.name
-            if _OWN_FOLDER.fullmatch(name) and entry.is_dir(follow_symlinks=False):
-                yield from _entries(folder, f"{name}/")
-            else:
-                yield name, entry

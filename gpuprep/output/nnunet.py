@@ -27,8 +27,9 @@ from gpuprep.core.plan import LEANING
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.output.folder_store import Output, inside, write_text
+from gpuprep.output.folder_store import Output, write_text
 from gpuprep.output.manifest import Manifest
+from gpuprep.output.own_files import inside
 from gpuprep.output.paths import WORKSHOP
 
 Layout = Literal["folders", "nnunet"]

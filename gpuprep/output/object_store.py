@@ -24,12 +24,10 @@ import shutil
 import sqlite3
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -38,21 +36,11 @@ from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.output import folder_store
-from gpuprep.output.folder_store import (
-    PREVIEW,
-    SIDECAR,
-    Output,
-    PendingFolder,
-    Written,
-    check_replaceable,
-    checksum,
-    inside,
-    is_own,
-    open_output,
-)
+from gpuprep.output.bucket_lock import LEASE_S, BucketLock, is_alive, lock_url, note_at
+from gpuprep.output.folder_store import Output, PendingFolder, Written, checksum, open_output
 from gpuprep.output.manifest import manifest_path
+from gpuprep.output.own_files import PREVIEW, SIDECAR, check_replaceable, inside, is_own
 from gpuprep.output.paths import WORKSHOP
-from gpuprep.output.records import now, this_host
 
 UNFINISHED = f"{SIDECAR}.part"
 """Says whose output is being uploaded; gone when it is there."""
@@ -63,8 +51,6 @@ REQUESTS = 8
 KEEPING_S = 60.0
 """How often the manifest is put back, and the lock renewed."""
 
-LEASE_S = 900.0
-"""A lock that was not renewed for so long was left behind."""
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +212,7 @@ def open_out(out: str | os.PathLike[str], shard: Shard = WHOLE) -> AbstractConte
 def is_open(out: str | os.PathLike[str], shard: Shard = WHOLE) -> bool:
     """Whether a run is writing into OUT at this moment; for a shard, whether that one is."""
     place = place_of(out)
-    return folder_store.is_open(place, shard) if isinstance(place, Path) else _alive(_note(_lock_url(place, shard)))
+    return folder_store.is_open(place, shard) if isinstance(place, Path) else is_alive(note_at(lock_url(place, shard)))
 
 
 @contextmanager
@@ -274,7 +260,7 @@ def open_bucket(url: str, shard: Shard = WHOLE) -> Iterator[Bucket]:
     OutputError
         If writing the run's own files fails later.
     """
-    lock = _Lock(url, shard)
+    lock = BucketLock(url, shard)
     with ExitStack() as ending:
         try:
             lock.take()
@@ -297,7 +283,7 @@ def open_bucket(url: str, shard: Shard = WHOLE) -> Iterator[Bucket]:
 class _Keeper:
     """Fetches the manifest, and puts it back now and then and at the end."""
 
-    def __init__(self, bucket: Bucket, shard: Shard, lock: _Lock) -> None:
+    def __init__(self, bucket: Bucket, shard: Shard, lock: BucketLock) -> None:
         self._root, self._url = bucket.root, bucket.url
         self._lock = lock
         self._manifest = manifest_path(bucket.root, shard)
@@ -357,133 +343,3 @@ class _Keeper:
             filesystem.remove(f"{self._url}/{name}")
             filesystem.remove(f"{self._url}/{Path(name).with_suffix('.csv')}")
             self._merging.remove(name)
-
-
-class _Lock:
-    """An object that says who is writing; one not renewed any more, or whose process is dead, counts for nothing.
-
-    It is written first, on condition that there is none, and then those of others are looked at. So of two runs that
-    begin at the same time one sees the other, or both do, and none goes on.
-    """
-
-    def __init__(self, url: str, shard: Shard) -> None:
-        self._out = url
-        self._shard = shard
-        self.url = _lock_url(url, shard)
-        self._content = {
-            "host": this_host(),
-            "pid": os.getpid(),
-            "home": _home(),
-            "since": now(),
-            "token": uuid.uuid4().hex,
-        }
-
-    def take(self) -> None:
-        """Take it.
-
-        Raises
-        ------
-        RequestError
-            If another run has it, or one that must not be beside this one.
-        OSError
-            If nothing can be written there.
-        """
-        former = _note(self.url)
-        if _alive(former):  # not left to the condition, which some stores pass over
-            raise RequestError(self._taken(self.url, former))
-        if former is not None:
-            filesystem.remove(self.url)
-        with suppress(OSError):
-            self._write(new=True)
-        there = _note(self.url)
-        if there is None:  # the store knows no conditions, or nothing can be written at all
-            self._write()
-            there = _note(self.url)
-        if not self._is_ours(there):
-            raise RequestError(self._taken(self.url, there))
-        for url in self._rivals():
-            if _alive(other := _note(url)):
-                self.release()
-                raise RequestError(self._taken(url, other))
-
-    def renew(self) -> None:
-        """Say that the run goes on.
-
-        Raises
-        ------
-        OutputError
-            If somebody has taken the lock away, and may have written since.
-        """
-        if not self._is_ours(_note(self.url)):
-            raise OutputError(
-                f"{self._out} was taken over by another run, or its lock removed: the manifest of this run is not "
-                "put back; volumes that are complete will be recognised"
-            )
-        self._write()
-
-    def release(self) -> None:
-        """Let others in."""
-        with suppress(OSError):
-            if self._is_ours(_note(self.url)):
-                filesystem.remove(self.url)
-
-    def _write(self, *, new: bool = False) -> None:
-        filesystem.write_bytes(self.url, json.dumps(self._content | {"renewed": now()}).encode(), new=new)
-
-    def _is_ours(self, note: dict[str, Any] | None) -> bool:
-        return note is not None and note.get("token") == self._content["token"]
-
-    def _rivals(self) -> list[str]:
-        """Return the locks that must not be held beside this one: shards go together, and nothing else does."""
-        if self._shard != WHOLE:
-            return [_lock_url(self._out, WHOLE)]
-        found = filesystem.walk(f"{self._out}/{WORKSHOP}")
-        return [path for _, files in found for path, _ in files if path.endswith("/lock") and path != self.url]
-
-    def _taken(self, url: str, note: dict[str, Any] | None) -> str:
-        said = note or {}
-        return (
-            f"another gpuprep is writing into {self._out}: process {said.get('pid')} on {said.get('host')}, since "
-            f"{said.get('since')}, last heard of at {said.get('renewed')}. Wait for it, or choose another --out; if it "
-            f"was killed, remove {url}, or wait {LEASE_S / 60:.0f} minutes from then"
-        )
-
-
-def _lock_url(url: str, shard: Shard) -> str:
-    return "/".join(part for part in (url, WORKSHOP, shard.name, "lock") if part)
-
-
-def _note(url: str) -> dict[str, Any] | None:
-    """Return what a lock says; None where there is none."""
-    try:
-        note = json.loads(filesystem.read_bytes(url))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        note = None
-    return note if isinstance(note, dict) else {}
-
-
-def _alive(note: dict[str, Any] | None) -> bool:
-    """Whether a lock has been renewed of late, by a process that is not known to be dead."""
-    try:
-        if (note or {}).get("home") == _home() != "":
-            os.kill((note or {})["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, KeyError, TypeError):  # not ours to ask about
-        pass
-    try:
-        renewed = datetime.fromisoformat((note or {})["renewed"])
-        return (datetime.now(UTC) - renewed).total_seconds() < LEASE_S
-    except (KeyError, ValueError, TypeError):
-        return False
-
-
-def _home() -> str:
-    """Return where a process number means the same: one start of a machine, and a container; "" if unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""

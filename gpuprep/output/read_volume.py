@@ -18,7 +18,7 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.geometry import Geometry, Shape3
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import GpuprepError, OutputError, RequestError
-from gpuprep.output.folder_store import SIDECAR
+from gpuprep.output.own_files import SIDECAR
 
 _T = TypeVar("_T")
 

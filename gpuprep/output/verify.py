@@ -16,10 +16,11 @@ from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors.processes import Executor, WorkerDiedError
 from gpuprep.files.filesystem import walk
-from gpuprep.output.folder_store import SIDECAR, Output, is_own
+from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import Manifest, manifest_path, shards_of
 from gpuprep.output.nnunet import made
 from gpuprep.output.object_store import UNFINISHED, Bucket, at_hand, is_open, output_at, place_of
+from gpuprep.output.own_files import SIDECAR, is_own
 from gpuprep.output.paths import RESERVED, WORKSHOP, folders_above
 from gpuprep.output.records import DONE, RunRecord, SeriesResult, State
 

@@ -21,8 +21,9 @@ from gpuprep.core.plan import Plan
 from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.frames_of_reference import in_frame_of
+from gpuprep.masks.joined_files import joined
 from gpuprep.masks.model import Segmentation
-from gpuprep.masks.place_on_slices import Placed, joined, place, plane_of
+from gpuprep.masks.place_on_slices import Placed, place, plane_of
 from gpuprep.masks.read import names_by_path, read_segmentation
 from gpuprep.output.paths import LONGEST_NAME, harmless
 from gpuprep.output.preview import Planes

@@ -26,7 +26,8 @@ from gpuprep.dicom.audit import Audit, audit
 from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors.processes import last_task
-from gpuprep.output.folder_store import PREVIEW, Output, PendingFolder, Written
+from gpuprep.output.folder_store import Output, PendingFolder, Written
+from gpuprep.output.own_files import PREVIEW
 from gpuprep.output.preview import Planes, jpeg, picture
 from gpuprep.output.records import SeriesResult, Status, now, this_host
 

@@ -20,8 +20,8 @@ from gpuprep.executors.processes import Executor, WorkerDiedError, answers
 from gpuprep.files.filesystem import absolute, isdir
 from gpuprep.masks.detect_format import UNKNOWN
 from gpuprep.masks.filename_hints import UID
+from gpuprep.masks.joined_files import group_paths
 from gpuprep.masks.model import ImageFrame, Plane
-from gpuprep.masks.place_on_slices import group_paths
 from gpuprep.masks.read import DAMAGED_OBJECT, names_by_path
 from gpuprep.pipeline.segmentation_files import NOT_ONE, Glimpse, Question, below, files_under, glimpses
 

@@ -23,8 +23,8 @@ from gpuprep.core.stacking_rules import GroupBy, codes, texts
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.read import SeriesReader
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.output.folder_store import PREVIEW, SIDECAR
 from gpuprep.output.manifest import Manifest, manifest_path
+from gpuprep.output.own_files import PREVIEW, SIDECAR
 from gpuprep.output.preview import Planes, picture
 from gpuprep.output.read_volume import Finished
 from gpuprep.pipeline.load import one_series

@@ -16,8 +16,9 @@ from gpuprep.core.geometry import Geometry
 from gpuprep.core.mask_options import Reading
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.errors import SegmentationError
+from gpuprep.masks.joined_files import joined
 from gpuprep.masks.model import Contour, Raster, Segmentation, SliceKey, Structure, painted
-from gpuprep.masks.place_on_slices import joined, place
+from gpuprep.masks.place_on_slices import place
 from gpuprep.masks.rasterize import filled, on_outline
 from gpuprep.testing import write_series
 

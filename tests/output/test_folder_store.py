@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.output.folder_store import Output, PendingFolder, Written, contents, open_output, retire, write_text
+from gpuprep.output.folder_store import Output, PendingFolder, Written, open_output, retire, write_text
+from gpuprep.output.own_files import contents
 from gpuprep.output.paths import WORKSHOP
 
 HOLDER = """

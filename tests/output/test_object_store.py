@@ -27,7 +27,7 @@ from gpuprep.core.shard import Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors.processes import Here
 from gpuprep.files import filesystem
-from gpuprep.output import object_store
+from gpuprep.output import bucket_lock, object_store
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.object_store import Bucket, open_bucket
 from gpuprep.output.records import SeriesResult
@@ -339,10 +339,10 @@ def test_a_lock_that_was_left_behind_is_taken_over(memory: Any) -> None:
         note = {"host": "h", "pid": 7, "since": "s", "token": "t", "renewed": renewed}
         memory.pipe_file("/out/x/.gpuprep/lock", json.dumps(note).encode())
 
-    left(object_store.LEASE_S - 60)
+    left(bucket_lock.LEASE_S - 60)
     with pytest.raises(RequestError, match="process 7 on h, since s"):
         open_bucket(OUT).__enter__()
-    left(object_store.LEASE_S + 60)
+    left(bucket_lock.LEASE_S + 60)
     with open_bucket(OUT, Shard(1, 2)):
         pass
     with open_bucket(OUT):

@@ -30,7 +30,8 @@ from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RecipeError
 from gpuprep.executors.processes import Here
-from gpuprep.output.folder_store import is_own, retire
+from gpuprep.output.folder_store import retire
+from gpuprep.output.own_files import is_own
 from gpuprep.output.verify import verify
 from gpuprep.output.writers import WRITERS, gzipping, nifti, omezarr
 from gpuprep.output.writers.content import Content, nothing
