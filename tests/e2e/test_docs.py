@@ -94,6 +94,7 @@ def test_the_readme_and_the_usage_page_run_as_they_stand(tmp_path: Path) -> None
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", "")))),
         "NUMBA_DISABLE_JIT": "1",  # compiling the loops would take longer than all commands
+        "OPENBLAS_NUM_THREADS": "1",  # more of them would wait for each other where other tests keep the cores busy
     }
     folder = tmp_path / "work"
     folder.mkdir()
