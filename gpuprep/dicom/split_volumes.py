@@ -192,7 +192,8 @@ class _Stacks:
         if (stacked := self._exactly.get(exact)) is None:
             bins: list[int | None] = [None]
             if image.orientation is not None:
-                here = math.floor(sum(w * x for w, x in zip(DIRECTION_WEIGHTS, image.orientation, strict=True)))
+                cosines = (max(-1.0, min(x, 1.0)) for x in image.orientation)  # damaged ones may be any number
+                here = math.floor(sum(w * x for w, x in zip(DIRECTION_WEIGHTS, cosines, strict=True)))
                 bins = [here, here - 1, here + 1]
             keys = [(told, image.rows, image.columns, b) for b in bins]
             near = sorted(n for key in keys for n in self._near.get(key, ()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import replace
@@ -602,6 +603,16 @@ def test_slices_lie_in_the_first_stack_of_their_direction_wherever_it_points(
     main = max(stacks.values(), key=lambda numbers: (len(numbers), -numbers[0]))
     assert sorted(s.instance_number or 0 for s in volumes[0].slices) == main
     assert {len(v.slices) for v in volumes} == large | {len(main)}
+
+
+@pytest.mark.parametrize("damaged", [1e308, -1e308, sys.float_info.max])
+@pytest.mark.parametrize("place", range(6))
+def test_a_direction_of_huge_numbers_is_left_out_of_the_stack(damaged: float, place: int) -> None:
+    cosines = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    cosines[place] = damaged
+    images = scan(0, 8, 1)
+    images[3] = images[3]._replace(orientation=tuple(cosines))
+    assert found(images) == [[1, 2, 3, 5, 6, 7, 8]]
 
 
 # What is read of headers
