@@ -1,4 +1,4 @@
-"""Draw the README's pictures: a phantom before and after; a tilted one, kept and fixed; masks; a look; a report.
+"""Draw pictures of the docs: a phantom before and after; a tilted one, kept and fixed; masks; a look; a report.
 
     python -m bench.compare.picture bench/results
 

@@ -4,7 +4,7 @@
 
 One core, one series of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm, to uint8. Each stage has two floors: the bytes it has
 to move in or out of the process or of the planes between the passes, at the speed of a copy measured in the same run,
-and its multiplications, at the rate of a loop that does nothing else. ``bench/NOTES.md`` discusses them.
+and its multiplications, at the rate of a loop that does nothing else. ``docs/performance.md`` discusses them.
 """
 
 from __future__ import annotations

@@ -321,7 +321,7 @@ PRESETS: dict[str, Preset] = {
     "default": Preset(
         Recipe(),
         "1 mm, from air to dense bone, slices of 512 × 512: for most networks",
-        "the design of gpuprep; each step is explained in its README",
+        "the design of gpuprep; each step is explained in docs/usage.md",
     ),
     "classic": Preset(
         Recipe(padding="minus2000-to-0", align="corner", anti_alias="resize"),

@@ -54,7 +54,7 @@ class Irregularity:
     """Something about a series that is not as it should be."""
 
     code: str
-    """For programs: "gap", "tilt", … (README lists them)."""
+    """For programs: "gap", "tilt", … (docs/irregular-series.md lists them)."""
     what: str
     """For people: what, where, how much."""
     done: str
@@ -71,7 +71,7 @@ class SeriesWarning:
     """Something doubtful about a series that is left as it is: the verdict stays what it was."""
 
     code: str
-    """For programs: "padding-ignored", "blank", … (README lists them)."""
+    """For programs: "padding-ignored", "blank", … (docs/irregular-series.md lists them)."""
     text: str
     """For people: what, where, how much."""
 

@@ -53,7 +53,7 @@ FORMATS = {
     "lidc-xml": Format(module="gpuprep.masks.formats.lidc", recognised="recognised_xml", read="read_xml"),
     "pylidc": Format(module="gpuprep.masks.formats.lidc", recognised="recognised_table", read="read_table"),
 }
-"""All that can be read, by what ``--text-format`` calls them: `gpuprep.masks.model.TEXT_FORMATS`."""
+"""All that can be read, by what ``--text-format`` calls them: `gpuprep.core.mask_options.TEXT_FORMATS`."""
 
 UNKNOWN = "mask-unknown"
 """Code of the error for files that may be anything, also what was meant to be a segmentation."""
