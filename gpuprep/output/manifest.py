@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import Field, asdict, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
@@ -21,6 +21,13 @@ from gpuprep.output.records import Entry, RunRecord, SeriesResult, State, now
 _COLUMNS = [f.name for f in fields(SeriesResult)]
 _NAMES = ", ".join(_COLUMNS)
 _BY_SOURCE = "ORDER BY source, series_number, key"
+Having = Literal["all", "new output", "image", "masks"]
+_HAVING: dict[Having, str] = {
+    "all": "",
+    "new output": "WHERE folder != '' AND status IN ('ok', 'fixed')",
+    "image": "WHERE folder != '' AND hu_mean IS NOT NULL",
+    "masks": "WHERE folder != '' AND labels != '[]'",
+}
 _LISTS = (
     "codes",
     "irregularities",
@@ -179,9 +186,9 @@ class Manifest:
         alike = "recipe_sha256 = ? AND version = ? AND backend = ?"
         return self._results(f"WHERE {converted} AND {alike} LIMIT ?", recipe_sha256, version, backend, most)
 
-    def columns(self, *names: str, where: str = "") -> Iterator[tuple[Any, ...]]:
-        """Yield some columns of every row, in the order of the rows."""
-        return self._cells(SeriesResult, names, f"series {where} {_BY_SOURCE}")
+    def columns(self, *names: str, of: Having = "all") -> Iterator[tuple[Any, ...]]:
+        """Yield some columns of every row, or of those with an output that has something, in the order of the rows."""
+        return self._cells(SeriesResult, names, f"series {_HAVING[of]} {_BY_SOURCE}")
 
     def account(self, passed_over: Mapping[str, int], unreadable: Iterable[tuple[str, str]]) -> None:
         """Store what the last scan found beside CT images."""
@@ -327,6 +334,14 @@ class Manifest:
                 # Without a log beside it, it can be read where nothing can be written. Somebody may be reading it now.
                 with suppress(sqlite3.Error):
                     self._db.execute("PRAGMA journal_mode = DELETE")
+
+
+def copy_manifest(file: Path, copy: Path) -> None:
+    """Copy one moment of a manifest, whatever is being written into it meanwhile."""
+    copy.unlink(missing_ok=True)
+    with closing(sqlite3.connect(file)) as one, closing(sqlite3.connect(copy)) as other:
+        one.backup(other)
+        other.execute("PRAGMA journal_mode = DELETE")
 
 
 def shards_of(out: Path) -> dict[Shard, Path]:

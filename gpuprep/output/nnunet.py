@@ -129,7 +129,7 @@ def _wanted(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], 
             "spacing_mm",
             "recipe_sha256",
             "codes",
-            where="WHERE status IN ('ok', 'fixed') AND folder != ''",
+            of="new output",
         )
     )
     # nnU-Net reads a sheared affine by nibabel, where ITK refuses it, and then takes the volume for upright.

@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -38,7 +38,7 @@ from gpuprep.files import filesystem
 from gpuprep.output import folder_store
 from gpuprep.output.bucket_lock import LEASE_S, BucketLock, is_alive, lock_url, note_at
 from gpuprep.output.folder_store import Output, PendingFolder, Written, checksum, open_output
-from gpuprep.output.manifest import manifest_path
+from gpuprep.output.manifest import copy_manifest, manifest_path
 from gpuprep.output.own_files import PREVIEW, SIDECAR, check_replaceable, inside, is_own
 from gpuprep.output.paths import WORKSHOP
 
@@ -332,11 +332,7 @@ class _Keeper:
         if not self._manifest.is_file() or changed == self._kept:
             return
         copy = self._root / WORKSHOP / self._manifest.name
-        copy.unlink(missing_ok=True)
-        # Just one moment of it, whatever is being written meanwhile.
-        with closing(sqlite3.connect(self._manifest)) as one, closing(sqlite3.connect(copy)) as other:
-            one.backup(other)
-            other.execute("PRAGMA journal_mode = DELETE")
+        copy_manifest(self._manifest, copy)
         filesystem.upload(copy, f"{self._url}/{copy.name}")
         self._kept = changed
         for name in [name for name in self._merging if not (self._root / name).exists()]:

@@ -208,12 +208,12 @@ def check_names(names: Pseudonyms | None, manifest: Manifest, out: str | os.Path
 
 def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest, out: str | Path) -> None:
     """Raise if masks alone would replace volumes that hold images, or images alone such that hold masks."""
-    if not recipe.image and any(manifest.columns("key", where="WHERE folder != '' AND hu_mean IS NOT NULL")):
+    if not recipe.image and any(manifest.columns("key", of="image")):
         raise RequestError(
             f"{out} holds images, which masks alone would replace: choose another --out, or run gpuprep convert "
             "--masks into this one"
         )
-    if matches is None and any(manifest.columns("key", where="WHERE folder != '' AND labels != '[]'")):
+    if matches is None and any(manifest.columns("key", of="masks")):
         raise RequestError(f"{out} holds masks, which would go: give --masks again, or choose another --out")
 
 
