@@ -18,9 +18,8 @@ from typing import Any, Literal, cast
 from gpuprep._version import __version__
 from gpuprep.compute.backend import Backend, BackendName, Body, get_backend
 from gpuprep.errors import BackendError
-from gpuprep.executors import processes
 from gpuprep.executors.logs import quiet_libraries
-from gpuprep.executors.processes import FOR_VOLUMES
+from gpuprep.executors.processes import FOR_VOLUMES, is_last_task
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +164,8 @@ def do_task(run: str, ticket: int, payload: bytes) -> Answer:
     """Do a task; runs in the worker."""
     distributed = distributed_module()
     worker, client = distributed.get_worker().address, distributed.get_client()
-    if processes._ending or distributed.Event(run, client=client).is_set():
-        return Answer("not begun", worker, os.getpid(), last=processes._ending)
+    if is_last_task() or distributed.Event(run, client=client).is_set():
+        return Answer("not begun", worker, os.getpid(), last=is_last_task())
     _prepare()
     # Returns when the scheduler has it, so that no task ends its worker before it is known to have begun.
     client.log_event(run, (ticket, worker, os.getpid()))
@@ -181,5 +180,5 @@ def do_task(run: str, ticket: int, payload: bytes) -> Answer:
         outcome = pickle.dumps(function(task))
     except BaseException as exc:  # SystemExit too: what it ends is a task, as it would be in a worker of ours
         log.exception("a task raised an exception")
-        return Answer("raised", worker, os.getpid(), f"{type(exc).__name__}: {exc}", processes._ending)
-    return Answer("done", worker, os.getpid(), outcome, processes._ending)
+        return Answer("raised", worker, os.getpid(), f"{type(exc).__name__}: {exc}", is_last_task())
+    return Answer("done", worker, os.getpid(), outcome, is_last_task())

@@ -358,6 +358,11 @@ def last_task() -> None:
     _ending = True
 
 
+def is_last_task() -> bool:
+    """Whether this process has said that it is in no state to do more: see `last_task`."""
+    return _ending
+
+
 @contextlib.contextmanager
 def _hidden_main() -> Iterator[None]:
     """Keep a new worker from running the main script again: no task lives there, and a script needs no guard then."""
