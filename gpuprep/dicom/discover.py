@@ -18,7 +18,7 @@ from gpuprep.core.stacking_rules import Rules
 from gpuprep.dicom.header_cache import File, HeaderIndex
 from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.dicom.split_volumes import partition
-from gpuprep.files.filesystem import absolute, given, is_requested_folder, is_url, resolved, stat, walk
+from gpuprep.files.filesystem import absolute, folders_at, given, is_requested_folder, is_url, resolved, stat, walk
 
 FILES_PER_TASK = 64
 
@@ -205,25 +205,13 @@ def _listed(
 def _walked(
     top: str, entered: set[str | None], unlisted: list[tuple[str, str]], passed_over: Counter[str]
 ) -> Iterator[tuple[str, list[File], bool]]:
-    todo = [top]
-    while todo:
-        folder = todo.pop()
-        real = os.path.realpath(folder)
-        if real in entered:
-            continue
-        entered.add(real)
+    def cannot_list(folder: str, exc: OSError) -> None:
+        unlisted.append((printable(folder), f"cannot be listed: {exc.strerror}"))
+
+    for folder, paths in folders_at(top, entered, cannot_list):
         files: list[File] = []
-        below: list[str] = []
-        try:
-            with os.scandir(folder) as entries:
-                for entry in sorted(entries, key=lambda e: e.name):
-                    if _is_folder(entry):
-                        below.append(entry.path)
-                    else:
-                        _examine(entry.path, files, unlisted, passed_over)
-        except OSError as exc:
-            unlisted.append((printable(folder), f"cannot be listed: {exc.strerror}"))
-        todo += reversed(below)
+        for path in paths:
+            _examine(path, files, unlisted, passed_over)
         yield folder, files, True
 
 
@@ -237,13 +225,6 @@ def _walked_url(
                 yield folder, [_file(path, status) for path, status in files], True
     except OSError as exc:
         unlisted.append((printable(top), f"cannot be listed: {exc.strerror}"))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle, or into a folder that may not be entered: no reason to lose its neighbours
-        return False
 
 
 def _examine(path: str, files: list[File], unlisted: list[tuple[str, str]], passed_over: Counter[str]) -> None:

@@ -14,7 +14,7 @@ import os
 import re
 import stat as modes
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,46 @@ def resolved(path: str | os.PathLike[str]) -> str:
     """Return a path by which one place on disk is told from another; a URL as it is."""
     path = given(path)
     return path if is_url(path) else os.path.realpath(path)
+
+
+def folders_at(
+    top: str, entered: set[str | None], cannot_list: Callable[[str, OSError], None] = lambda *_: None
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield the folders at or below one on disk, sorted, each with the paths of all in it that are no folders.
+
+    Parameters
+    ----------
+    top : str
+        Path of the first folder.
+    entered : set of str or None
+        Real paths of folders that are left out; those that are yielded are added, for links may lead in circles.
+    cannot_list : callable
+        Told of folders that cannot be listed.
+    """
+    todo = [top]
+    while todo:
+        folder = todo.pop()
+        real = os.path.realpath(folder)
+        if real in entered:
+            continue
+        entered.add(real)
+        paths: list[str] = []
+        below: list[str] = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in sorted(entries, key=lambda e: e.name):
+                    (below if _is_folder(entry) else paths).append(entry.path)
+        except OSError as exc:
+            cannot_list(folder, exc)
+        todo += reversed(below)
+        yield folder, paths
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or into a folder that may not be entered: no reason to lose its neighbours
+        return False
 
 
 def walk(url: str, exclude: str | None = None) -> Iterator[tuple[str, list[tuple[str, os.stat_result]]]]:

@@ -13,7 +13,17 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.mask_options import Reading
 from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
-from gpuprep.files.filesystem import absolute, is_requested_folder, is_url, isdir, isfile, resolved, stat, walk
+from gpuprep.files.filesystem import (
+    absolute,
+    folders_at,
+    is_requested_folder,
+    is_url,
+    isdir,
+    isfile,
+    resolved,
+    stat,
+    walk,
+)
 from gpuprep.masks.model import ImageFrame, Plane
 from gpuprep.masks.read import read_segmentation
 
@@ -151,16 +161,10 @@ def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = N
                     if os.path.basename(file)[0] != ".":
                         files.setdefault((status.st_dev, status.st_ino), file)
         elif isdir(path):
-            for folder, below, names in os.walk(absolute(path), followlinks=True):
-                real = os.path.realpath(folder)
-                if real in entered:
-                    below.clear()
-                    continue
-                entered.add(real)
-                below.sort()
-                for name in sorted(names):
-                    if name[0] != ".":
-                        take(os.path.join(folder, name))
+            for _, found_here in folders_at(absolute(path), entered):
+                for file in found_here:
+                    if os.path.basename(file)[0] != ".":
+                        take(file)
         elif isfile(path):
             take(absolute(path))
         elif os.path.exists(path):
