@@ -1,4 +1,4 @@
-"""The flags of a command to what is asked for: a recipe, and the options of a run."""
+"""Builds the recipe and the options of a run from the flags of a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: the recipe, a progress bar, a line for every series that is not plain ok, tables.
+"""Prints recipes, progress, tables and lines about series to the terminal.
 
 Nothing from a file is taken as markup, and results go to standard output, the rest to standard error.
 """

@@ -1,4 +1,4 @@
-"""What works on this machine, what does not, and what to install."""
+"""Examines this machine: which backends and decoders work, and what to install for the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every command does: errors become one line and an exit code, results go to standard output."""
+"""Turns errors into one line and an exit code, and prints results to standard output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of the command line: each stands once, under the name of what it sets.
+"""Declares the flags of the command line: each stands once, under the name of what it sets.
 
 A command takes whole tables of them, or some of a table, with `takes`; they reach it as keyword arguments.
 """

@@ -1,4 +1,4 @@
-"""Where the arithmetic runs: NumPy on the host, or CuPy on a GPU.
+"""Opens the backends that compute: NumPy on the host, or CuPy on a GPU.
 
 Kernels take their namespace from the array they are given. What a backend adds is the way there and back, the passes
 over voxels that a GPU fuses, and the library calls of the ``ndimage`` engine, which have other names on each side.

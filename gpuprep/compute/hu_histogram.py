@@ -1,4 +1,4 @@
-"""How good a series looks in numbers: the distribution of its HU, what of it stands out, and by which thresholds.
+"""Counts the HU of a series in a histogram, reduces it to figures, and raises flags by thresholds.
 
 Numbers are gathered slab by slab while a series is read, from every n-th row and column; flags are raised afterwards,
 from what the manifest holds, so that thresholds may change without converting again.

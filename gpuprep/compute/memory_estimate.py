@@ -1,4 +1,4 @@
-"""How much memory a series takes, on a device or on the host, from shapes alone, and how it is shared out."""
+"""Estimates from shapes how much memory a series takes, on a device or on the host, and shares memory out."""
 
 from __future__ import annotations
 

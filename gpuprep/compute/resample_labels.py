@@ -1,4 +1,4 @@
-"""Labels onto the grid of the image: never interpolated as numbers.
+"""Resamples labels onto the grid of the image; labels are never interpolated as numbers.
 
 The plan of the series says where the voxels of the output lie; labels are looked up there in one step from the slices
 as acquired, however many steps the image takes. "nearest" takes the label of the nearest voxel. "smooth" gives each of

@@ -1,4 +1,4 @@
-"""Memory that is used again and again while one volume is made."""
+"""Keeps arrays that are used again and again while one volume is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where voxels are: the one object that answers both "which samples" and "which affine"."""
+"""Defines `Geometry`: the shape of a volume, and the affine from indices to patient coordinates in mm (LPS)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people ask of masks: how to read files that leave something open, which structures, and what to make of them."""
+"""Defines `Masks` and `Reading`: how to read segmentation files, which structures to use, what to make of them."""
 
 from __future__ import annotations
 

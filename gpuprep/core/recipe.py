@@ -1,4 +1,4 @@
-"""What the user asks for: a frozen record that reads and writes TOML, with presets by name."""
+"""Defines `Recipe`: the settings of a conversion, frozen, read from and written as TOML; and the presets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the headers of a series say; no pixels, no patient, cheap to pickle: this is what travels to workers."""
+"""Defines `Series` and `SliceHeader`: what the headers of a series say, without pixels, cheap to pickle for workers."""
 
 from __future__ import annotations
 

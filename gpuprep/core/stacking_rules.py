@@ -1,4 +1,4 @@
-"""How irregular a series may be, and what is done about it."""
+"""Defines `Rules`: which irregularities of a series are accepted, put right or rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Voxels together with where they are."""
+"""Defines `StoredVolume` and `Volume`: voxels with their geometry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a header tells one acquisition of a series from another."""
+"""Lists the attributes that tell one acquisition of a series from another."""
 
 from __future__ import annotations
 

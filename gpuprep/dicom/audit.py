@@ -1,4 +1,4 @@
-"""What is to be said of a series before a pixel of it is read: measures, irregularities, a verdict with its reasons."""
+"""Audits a series from its headers: measures, irregularities, and a verdict with its reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What headers said, kept from scan to scan: a file that has not changed is not opened again.
+"""Keeps header facts from scan to scan, so that unchanged files are not opened again.
 
 SQLite, keyed by path, size and time of change. It is a cache: any of it may be lost, and one that cannot be used is
 said once and done without.

@@ -1,4 +1,4 @@
-"""What a series must say of itself before its slices are stacked and its values called HU."""
+"""Checks that headers say what stacking and HU need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compressed frame says of itself; decoders do not compare it with the header."""
+"""Reads the header of a compressed frame, which decoders do not compare with the DICOM header."""
 
 from __future__ import annotations
 

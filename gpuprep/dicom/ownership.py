@@ -1,4 +1,4 @@
-"""Of which study and patient the images of one *Series Instance UID* are."""
+"""Parts the images of one *Series Instance UID* by study and patient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the scanner did not measure: declared padding, and fill that nobody declared, found in the pixels."""
+"""Finds padding: values that headers declare, and fill around the circle that nobody declared."""
 
 from __future__ import annotations
 

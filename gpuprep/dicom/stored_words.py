@@ -1,4 +1,4 @@
-"""What the words of a series mean where its headers leave doubt: which bits hold the value, and which sign it has.
+"""Decides which bits of stored words hold the value, and which sign it has, where headers leave doubt.
 
 Slices are read as their headers say. Where something speaks against that, there are two readings of the same words,
 and the pixels decide: neighbours differ little in the right reading, and by a power of two in the wrong one. All slices

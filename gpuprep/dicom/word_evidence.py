@@ -1,4 +1,4 @@
-"""How neighbouring pixels and the spread of values speak for one reading of stored words or another."""
+"""Counts how neighbouring pixels speak for one reading of stored words or another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many cores there are for this process."""
+"""Counts the cores that this process may use."""
 
 from __future__ import annotations
 

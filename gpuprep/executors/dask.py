@@ -1,4 +1,4 @@
-"""Tasks on the workers of a Dask cluster: of this machine, or of a scheduler that is already there.
+"""Runs tasks on the workers of a Dask cluster, of this machine or of a scheduler that is already there.
 
 Imported late, because it is an extra; and what it needs of `distributed`, later still, because that takes a second.
 """

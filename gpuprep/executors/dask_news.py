@@ -1,4 +1,4 @@
-"""What a client hears of the tasks that it gave to a Dask cluster: where each begins, and which are done."""
+"""Hears where each task on a Dask cluster begins, and which are done."""
 
 from __future__ import annotations
 

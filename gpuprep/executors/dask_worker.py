@@ -1,4 +1,4 @@
-"""What runs in other processes of a Dask cluster: the tasks of a worker, and the keeper of a local cluster."""
+"""Runs in the other processes of a Dask cluster: the tasks of a worker, and the keeper of a local cluster."""
 
 from __future__ import annotations
 

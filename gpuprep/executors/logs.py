@@ -1,4 +1,4 @@
-"""What other libraries may say in processes that are ours alone."""
+"""Silences messages of other libraries in processes that are ours alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to run one function over many tasks: here, or in worker processes.
+"""Runs one function over many tasks, in this process or in worker processes.
 
 Each has ``run(function, tasks)``, which yields ``(task, outcome)`` as tasks finish, with no more tasks in flight than
 workers; the outcome is what the function returned, or `WorkerDiedError`. `stop` ends whatever runs. Dask is a third

@@ -1,4 +1,4 @@
-"""What computes: this process, workers on this machine or its GPUs, or those of a Dask cluster."""
+"""Chooses what computes: this process, workers on this machine or its GPUs, or those of a Dask cluster."""
 
 from __future__ import annotations
 

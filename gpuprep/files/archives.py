@@ -1,4 +1,4 @@
-"""Files inside gzip'd files and zip archives: listed, and read as streams. Nothing is unpacked to disk."""
+"""Lists files inside gzip'd files and zip archives, and reads them as streams; nothing is unpacked to disk."""
 
 from __future__ import annotations
 

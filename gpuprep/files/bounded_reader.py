@@ -1,4 +1,4 @@
-"""Files for pydicom, which believes every length and reads on for as long as there are bytes."""
+"""Bounds what pydicom reads of a file, since it believes every length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where files lie: on disk, or at a URL that fsspec can open (``s3://bucket/dicom``). Inputs are all opened here.
+"""Opens, lists and stats files on disk, or at a URL that fsspec can open (``s3://bucket/dicom``).
 
 A path on disk takes one look for "://", and goes to the system. fsspec is imported when the first URL is asked for, and
 in every process anew: what it holds, connections and a thread, does not survive a fork. Whatever goes wrong behind a

@@ -1,4 +1,4 @@
-"""Files that appear whole, on disk, or not at all."""
+"""Writes files that appear whole, on disk, or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which format a text is, by its content; what could be two things is refused with the option that settles it."""
+"""Detects the format of a segmentation text by its content; refuses what could be two formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the name of a file says: on which slice its contours lie, and of what structure they are."""
+"""Reads hints from file names: the slice that contours lie on, and the structure they belong to."""
 
 from __future__ import annotations
 

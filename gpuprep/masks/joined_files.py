@@ -1,4 +1,4 @@
-"""Files that hold parts of one segmentation, as one per slice, joined."""
+"""Joins files that hold parts of one segmentation, such as one per slice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a segmentation file holds, in its own terms: named structures, made of outlines and of painted pixels.
+"""Defines `Segmentation`: the structures of a file, made of outlines and of painted pixels, in its own terms.
 
 Nothing here knows the series. Where a point lies is said in one of three frames, and on which slice by a key; what a
 key means, and whether there is such a slice, `gpuprep.masks.place_on_slices` finds out.

@@ -1,4 +1,4 @@
-"""The slices of a series as places that contours and painted planes are put on."""
+"""Finds slices of a series by position, number or UID, for contours and painted planes."""
 
 from __future__ import annotations
 

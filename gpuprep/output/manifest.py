@@ -1,4 +1,4 @@
-"""What happened to each series and in each run: what workers send home, and where it is kept."""
+"""Keeps the record of every series and run of an output folder, in a file of SQLite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nnU-Net v2 trains on: another view of OUT, as its folders of cases, made of hard links at the end of a run.
+"""Arranges outputs as nnU-Net v2 wants to find them, by hard links, at the end of a run.
 
 The folders of series stay what they are. ``OUT/imagesTr/<case>_0000.<ending>`` and ``OUT/labelsTr/<case>.<ending>`` are
 the series that have a labelled voxel, ``OUT/imagesTs`` holds the others, and ``OUT/dataset.json`` says what the labels

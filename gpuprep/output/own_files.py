@@ -1,4 +1,4 @@
-"""Names of the files that gpuprep makes in the folder of a series, and whether all there are its own."""
+"""Knows the names of files that gpuprep writes for a series, and whether all files of a folder are its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which folder under OUT a series gets: the place of its source folder, told apart where that is not enough."""
+"""Names the folder under OUT that each series gets, after its source folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened to each series and in each run: the records that workers send home and the manifest keeps."""
+"""Defines `SeriesResult` and `RunRecord`: what workers send home and the manifest keeps."""
 
 from __future__ import annotations
 

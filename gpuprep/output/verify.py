@@ -1,4 +1,4 @@
-"""What can be said of an output folder afterwards, or while a run is on: from its manifests and files alone."""
+"""Reports the state of an output folder, and verifies it, from its manifests and files alone."""
 
 from __future__ import annotations
 

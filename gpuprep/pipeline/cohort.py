@@ -1,4 +1,4 @@
-"""A cohort from inputs to outputs: prepared, executed series by series, finished, and recorded in the manifest."""
+"""Converts a cohort: prepares, executes and finishes a run, and records it in the manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would happen to each series, from its headers and the manifest alone; nothing is decoded for it."""
+"""Decides what happens to each series, from its headers and the manifest; nothing is decoded."""
 
 from __future__ import annotations
 

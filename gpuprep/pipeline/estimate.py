@@ -1,4 +1,4 @@
-"""What a run will take, before it begins: bytes on disk, memory, time."""
+"""Estimates the disk space, memory and time of a run before it begins."""
 
 from __future__ import annotations
 

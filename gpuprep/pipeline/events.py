@@ -1,4 +1,4 @@
-"""What a run did, and who hears of it while it does."""
+"""Defines `Run`, the result of a run, and `Listener`, which hears what a run does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task of each series that is to be converted, made of what was decided about it."""
+"""Makes the task of each series that is to be converted."""
 
 from __future__ import annotations
 

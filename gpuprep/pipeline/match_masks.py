@@ -1,4 +1,4 @@
-"""Which segmentation belongs to which series: by the UIDs it names, else by where its file lies."""
+"""Matches segmentations to series, by the UIDs they name, else by where their files lie."""
 
 from __future__ import annotations
 

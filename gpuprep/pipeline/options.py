@@ -1,4 +1,4 @@
-"""What a run is asked for: the recipe, the segmentations, where it computes, and how much of the cohort it converts."""
+"""Defines `ConvertOptions`: what a run is asked for, beside its inputs and its output folder."""
 
 from __future__ import annotations
 

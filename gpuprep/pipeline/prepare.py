@@ -1,4 +1,4 @@
-"""Before a run converts anything: series found, segmentations matched, tasks made, and a forecast of what they take."""
+"""Prepares a run: finds series, matches segmentations, makes tasks, and forecasts what they take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that tell nobody who it is: keyed hashes in place of UIDs and patients, and a crosswalk that stays at home.
+"""Replaces UIDs and patients by keyed hashes, and keeps the crosswalk beside the key.
 
 What leaves has no UID, no path and no free text, which may repeat a file's name: codes say why a series was put right
 or left out, and the crosswalk has the words. Names of structures that are in a file are kept, as they are what labels

@@ -1,4 +1,4 @@
-"""Tasks to results: what went wrong with a worker, or for lack of memory or room, is tried again or told."""
+"""Tries tasks again whose worker died or that lacked memory, and turns every outcome into a result."""
 
 from __future__ import annotations
 

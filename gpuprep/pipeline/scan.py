@@ -1,4 +1,4 @@
-"""A look at a cohort before it is converted: what is there, what would happen to it, and what that would take."""
+"""Scans a cohort without converting it: what is there, what would happen to it, and what that would take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segmentation files under some paths, and a first look at each: its format, its names, and what it refers to."""
+"""Finds segmentation files under some paths, and takes a first look at each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the columns of a table of numbers mean: by their names, or by how the numbers in them run."""
+"""Finds what the columns of a table of numbers mean, by their names or by how the numbers run."""
 
 from __future__ import annotations
 

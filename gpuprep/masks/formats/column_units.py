@@ -1,4 +1,4 @@
-"""Whether coordinates are pixels or mm, where the file does not say it."""
+"""Decides whether coordinates are pixels or mm, where the file does not say it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the frames of a segmentation image (SEG) lie, by its functional groups."""
+"""Places the frames of a segmentation image (SEG) by its functional groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the header of a segmentation image (SEG) says of its pixels."""
+"""Checks what the header of a segmentation image (SEG) says of its pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a writer has to know of a volume, be it an image or labels."""
+"""Defines what a writer is told of a volume, be it an image or labels."""
 
 from __future__ import annotations
 
