@@ -172,7 +172,7 @@ MASK_FLAGS: dict[str, Flag] = {
         Literal["nearest", "smooth"] | None,
         MASKS,
         "--mask-resampling",
-        help="Label of the nearest voxel, or the one with most of the eight around \\[nearest].",
+        help="The label of the nearest voxel, or the one that most of the eight voxels around have \\[nearest].",
     ),
     "mask_text_format": _flag(
         str | None, MASKS, "--text-format", metavar="NAME", help="Format of text files, where they leave it open."
@@ -181,16 +181,28 @@ MASK_FLAGS: dict[str, Flag] = {
         Literal["px", "mm", "cm"] | None, MASKS, "--units", help="Unit of coordinates, where text files leave it open."
     ),
     "mask_index_base": _flag(
-        int | None, MASKS, "--index-base", min=0, max=1, metavar="0|1", help="What slices are counted from."
+        int | None,
+        MASKS,
+        "--index-base",
+        min=0,
+        max=1,
+        metavar="0|1",
+        help="Number of the first slice, where text files leave it open.",
     ),
     "mask_pixel_base": _flag(
-        int | None, MASKS, "--pixel-base", min=0, max=1, metavar="0|1", help="What pixels are counted from [0]."
+        int | None,
+        MASKS,
+        "--pixel-base",
+        min=0,
+        max=1,
+        metavar="0|1",
+        help="Coordinate of the centre of the first pixel [0].",
     ),
     "mask_slice_from": _flag(
         Literal["name", "column", "z", "uid"] | None,
         MASKS,
         "--slice-from",
-        help="What says to which slice a contour belongs.",
+        help="Where a text file says the slice of a contour.",
     ),
     "mask_slice_order": _flag(
         Literal["stack", "instance"] | None,
@@ -199,7 +211,11 @@ MASK_FLAGS: dict[str, Flag] = {
         help="What slice numbers count: slices along the normal, or Instance Number.",
     ),
     "mask_threshold": _flag(
-        float | None, MASKS, "--seg-threshold", metavar="SHARE", help="Of a fractional SEG, what still is inside [0.5]."
+        float | None,
+        MASKS,
+        "--seg-threshold",
+        metavar="SHARE",
+        help="Share from which a voxel of a fractional SEG belongs to its segment [0.5].",
     ),
 }
 """By the fields of `Masks`, with ``mask_`` before each."""
@@ -247,14 +263,14 @@ RUN_FLAGS: dict[str, Flag] = {
         RUN,
         "--layout",
         default="folders",
-        help="A folder per series; or, of links to these, what nnU-Net v2 trains on as well.",
+        help="A folder per series; nnunet: also the folders that nnU-Net v2 trains on, made of links.",
     ),
     "names": _flag(
         Literal["source", "hash"],
         RUN,
         "--names",
         default="source",
-        help="Folders as those of the source; or keyed hashes, and no UID, path or text in OUT.",
+        help="source: folders named as in the input; hash: keyed hashes, and no UID, path or text in OUT.",
     ),
     "key": _flag(
         Path | None,
@@ -268,7 +284,7 @@ RUN_FLAGS: dict[str, Flag] = {
     ),
     "limit": _flag(int | None, RUN, "--limit", min=1, help="Convert at most so many series now."),
     "no_room_check": _flag(
-        bool, RUN, "--no-room-check", default=False, help="Begin even if the disk seems too small for it all."
+        bool, RUN, "--no-room-check", default=False, help="Begin even if the disk seems too small for all outputs."
     ),
     "index": _flag(
         str | None,
@@ -284,9 +300,13 @@ OUTPUT_FLAGS: dict[str, Flag] = {
     "log": _flag(
         Path | None, RUN, "--log", metavar="FILE", help="Append what happens to a file; no names, paths or texts."
     ),
-    "log_format": _flag(Literal["text", "json"], RUN, "--log-format", default="text", help="Lines of the log."),
+    "log_format": _flag(
+        Literal["text", "json"], RUN, "--log-format", default="text", help="Form of the lines in the log."
+    ),
     "report": _flag(bool, RUN, "--report", default=False, help="Write OUT/report.html afterwards: gpuprep report."),
-    "quiet": _flag(bool, RUN, "--quiet", "-q", default=False, help="Print nothing but what is left out, and errors."),
+    "quiet": _flag(
+        bool, RUN, "--quiet", "-q", default=False, help="Print only the series that are left out, and errors."
+    ),
     "json_": _flag(bool, RUN, "--json", default=False, help="Print one JSON object instead of tables."),
 }
 """What a person sees of a run."""
