@@ -278,31 +278,18 @@ def _placed(
         found.append(Irregularity("gap", _gaps(places, gaps, missing, near), "interpolated from the slices around"))
     odd = np.abs(gaps - (missing + 1) * typical) > tolerance_mm
     if odd.any():
-        found.append(
-            Irregularity(
-                "uneven", _spacings(places, gaps, typical, tolerance_mm, near), "resampled from true positions"
-            )
-        )
+        what = _spacings(places, gaps, typical, tolerance_mm, near)
+        found.append(Irregularity("uneven", what, "resampled from true positions"))
     off = np.abs(places.along - spacing * np.arange(count))
     if missing.any() or odd.any() or off.max() > max(near.position_mm, PLACE_TOLERANCE * typical):
         if not (missing.any() or odd.any()):
             worst = int(np.argmax(off))
-            found.append(
-                Irregularity(
-                    "uneven",
-                    f"small differences in spacing add up: {places.slices[worst].name} lies {near.mm(off[worst])} mm "
-                    f"from its place in a grid of {near.mm(spacing, 3)} mm",
-                    "resampled from true positions",
-                )
+            what = (
+                f"small differences in spacing add up: {places.slices[worst].name} lies {near.mm(off[worst])} mm "
+                f"from its place in a grid of {near.mm(spacing, 3)} mm"
             )
-        closest = int(np.argmin(gaps))
-        if gaps[closest] < CLOSEST * typical:
-            raise GeometryError(
-                f"{places.slices[closest].name} and {places.slices[closest + 1].name} are only "
-                f"{near.mm(gaps[closest], 3)} mm apart, where {near.mm(typical, 3)} mm is usual: nothing can be "
-                "interpolated between them",
-                "uneven",
-            )
+            found.append(Irregularity("uneven", what, "resampled from true positions"))
+        _check_closest(places, gaps, typical, near)
         count = math.ceil(float(places.along[-1]) / typical - PLACE_TOLERANCE) + 1  # no coarser than acquired
         spacing = float(places.along[-1]) / (count - 1)
         along = places.along / spacing
@@ -314,6 +301,17 @@ def _placed(
     if along is None:
         along = np.arange(count, dtype=np.float64)
     return Placement(along, shift, (series.rows, series.columns)), spacing * normal, count
+
+
+def _check_closest(places: Places, gaps: NDArray[np.float64], typical: float, near: Tolerances) -> None:
+    closest = int(np.argmin(gaps))
+    if gaps[closest] < CLOSEST * typical:
+        raise GeometryError(
+            f"{places.slices[closest].name} and {places.slices[closest + 1].name} are only "
+            f"{near.mm(gaps[closest], 3)} mm apart, where {near.mm(typical, 3)} mm is usual: nothing can be "
+            "interpolated between them",
+            "uneven",
+        )
 
 
 def _counted(gaps: NDArray[np.float64], typical: float) -> NDArray[np.int_]:
