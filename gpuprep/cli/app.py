@@ -1,4 +1,4 @@
-"""The command line: flags to a recipe, events to a progress bar, errors to exit codes."""
+"""Defines the commands `convert`, `mask`, `scan`, `demo` and `doctor`, and starts the command line."""
 
 from __future__ import annotations
 

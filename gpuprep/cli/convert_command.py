@@ -1,4 +1,4 @@
-"""Converting as commands do: with what a person sees, a log if one is wanted, and an exit code at the end."""
+"""Runs a conversion for a command: shows its progress, writes its log, and leaves with its exit code."""
 
 from __future__ import annotations
 

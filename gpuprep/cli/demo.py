@@ -1,4 +1,4 @@
-"""A small cohort to look at, converted: synthetic patients as DICOM, two lack slices on purpose, one has outlines."""
+"""Writes and converts the demo cohort: synthetic patients as DICOM, two that lack slices, one with outlines."""
 
 from __future__ import annotations
 

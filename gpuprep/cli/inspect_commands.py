@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: at recipes, and at one series."""
+"""Defines the commands that only look: `recipes`, and `show` for one series."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands about an output folder: how far it is, whether it is whole, its manifest, and what failed once more."""
+"""Defines the commands about an output folder: `status`, `verify`, `retry`, `manifest`, `report` and `merge`."""
 
 from __future__ import annotations
 

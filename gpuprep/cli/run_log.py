@@ -1,4 +1,4 @@
-"""The log of a run: a line for each thing that happens, as text or JSON; nothing in it names a patient.
+"""Writes the log of a run: one line per event, as text or JSON, without names of patients.
 
 It has keys and numbers. Names of files and folders, and the texts of reasons, which repeat them, stay in the manifest.
 """

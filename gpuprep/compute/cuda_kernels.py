@@ -1,4 +1,4 @@
-"""The two passes over voxels that a GPU fuses into one kernel each, as CUDA source for CuPy's `ElementwiseKernel`.
+"""Holds the CUDA source of the two passes over voxels that CuPy's `ElementwiseKernel` fuses into one kernel each.
 
 Text only, so that it can be compiled for the host and tried without a GPU. No shape is in it: a kernel is compiled
 once per type of voxel. Each one computes to the bit what `gpuprep.core.hounsfield` does in several passes, which is why

@@ -1,4 +1,4 @@
-"""The CuPy backend: the only module that imports CuPy and cuCIM."""
+"""Computes on a GPU: the only module that imports CuPy and cuCIM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``operators`` engine on a CPU, in compiled loops: a slice at a time through the cache.
+"""Runs the ``operators`` engine on a CPU in compiled loops, a slice at a time through the cache.
 
 Each source slice is resampled within its plane as it is read. Across slices, the first half of the spline filter goes
 along with the reading; the second half runs downwards from a few slices ahead, for one group of output slices after the

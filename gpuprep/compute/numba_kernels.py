@@ -1,6 +1,6 @@
-"""Compiled loops that resample one line after the other, with the tables of `gpuprep.compute.resample_taps`.
+"""Compiles loops that resample one line after the other, with the tables of `gpuprep.compute.resample_taps`.
 
-All of them let other threads run, and compute in float32. Inner loops run over neighbours in memory, so that compilers
+The loops let other threads run, and compute in float32. Inner loops run over neighbours in memory, so that compilers
 make vectors of them. Compilation takes a few seconds, once per machine: Numba keeps the result on disk, if it can.
 """
 

@@ -1,4 +1,4 @@
-"""Reading, copying and computing at the same time, on a device with memory and a stream of its own.
+"""Reads, copies and computes at the same time, on a device with memory and a stream of its own.
 
 While the device works on one slab, the next one is read into page-locked memory by a thread; while a finished chunk is
 written, the next one is computed and copied down. All of it happens in one stream, so the device does it in the order

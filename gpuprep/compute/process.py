@@ -1,4 +1,4 @@
-"""One series through the plan: stored integers up once, a few slices at a time, and each finished chunk down once.
+"""Processes one series by its plan: stored integers go up once, finished chunks of slices come down once.
 
 Two engines give the same volume. ``operators`` multiplies with one banded matrix per axis
 (`gpuprep.compute.resample_matrix`); ``ndimage`` makes the literal library calls: `scipy.ndimage.zoom` and

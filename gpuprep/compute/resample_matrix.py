@@ -1,4 +1,4 @@
-"""Resampling as one small banded matrix per axis.
+"""Resamples an axis by one small banded matrix.
 
 Zoom, spline prefilter, boundary rule and anti-aliasing are linear and act along one axis at a time, so for given
 sizes they *are* a matrix: what SciPy makes of the identity. It is built once, on the host, in float64, and applied

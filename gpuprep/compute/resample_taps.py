@@ -1,4 +1,4 @@
-"""Resampling of a line as few weights per sample.
+"""Resamples a line by few weights per sample.
 
 The cubic spline through samples takes two steps: samples become coefficients, which solve a tridiagonal system, and
 four coefficients give a value. Together they are the matrix of `gpuprep.compute.resample_matrix`, in a seventh of the

@@ -1,4 +1,4 @@
-"""Lowest and highest stored value of a slice, their sum, and how many pixels are padding."""
+"""Summarises a slice: lowest and highest stored value, their sum, and the number of padding pixels."""
 
 from __future__ import annotations
 

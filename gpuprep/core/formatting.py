@@ -1,4 +1,4 @@
-"""Text from files and file names, made safe to print and to store."""
+"""Formats text for messages: printable, quoted, counted, listed."""
 
 from __future__ import annotations
 

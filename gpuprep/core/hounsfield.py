@@ -1,4 +1,4 @@
-"""Stored values to HU, HU to the window, the window to the output type.
+"""Rescales stored values to HU, HU to the window, and the window to the output type.
 
 Every function takes arrays of one library and returns arrays of the same, on the same device.
 """

@@ -1,4 +1,4 @@
-"""A recipe for one particular series, as numbers: nothing is left to decide when the voxels arrive."""
+"""Defines `Plan`: the recipe for one particular series as numbers, with nothing left to decide."""
 
 from __future__ import annotations
 

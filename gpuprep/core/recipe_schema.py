@@ -1,4 +1,4 @@
-"""The JSON Schema of recipe files, for editors: from the fields of a recipe, their limits and what is said of them."""
+"""Builds the JSON Schema of recipe files from the fields of a recipe, their limits and their docstrings."""
 
 from __future__ import annotations
 

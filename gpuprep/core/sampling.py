@@ -1,4 +1,4 @@
-"""Positions at which `scipy.ndimage.zoom` samples an axis, and those that it leaves at 0."""
+"""Computes where `scipy.ndimage.zoom` samples an axis, and which samples it leaves at 0."""
 
 from __future__ import annotations
 

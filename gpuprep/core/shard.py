@@ -1,4 +1,4 @@
-"""A share of a cohort: which series belong to it, the same on every machine and in every run."""
+"""Defines `Shard`: a share of a cohort, the same on every machine and in every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Acquisitions of one series that lie in the same place, or between each other: each becomes a volume."""
+"""Parts acquisitions of one series that lie in one place or between each other; each becomes a volume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One frame of an encoded file to stored values.
+"""Decodes one frame of an encoded file to stored values.
 
 Decoders are asked for the integers of the code stream alone, and each is given the same bytes. What these integers
 mean, which is for *Pixel Representation* and *Bits Stored* to say, is decided here, once for all of them;

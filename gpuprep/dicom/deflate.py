@@ -1,4 +1,4 @@
-"""Deflated data sets and deflated frames, unpacked within limits.
+"""Inflates deflated data sets and deflated frames within limits.
 
 In the deflated transfer syntax, everything after the meta group is one zlib stream. pydicom unpacks it whole, however
 large it turns out to be.

@@ -1,4 +1,4 @@
-"""Folders to series: every file is looked at once, and images that belong together are put together."""
+"""Discovers the series in folders: each file is looked at once, and images are grouped into series."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encapsulated pixel data of one file: offset table and fragments, and which fragments make up each frame.
+"""Reads the offset table and fragments of encapsulated pixel data, and which fragments make up each frame.
 
 Every frame is looked for where the offset table says. Where the table cannot be true, the fragments decide if only one
 answer is possible: one fragment for each frame, one frame alone, or fragments that begin and end like code streams.

@@ -1,4 +1,4 @@
-"""Values of an image object, or of one of its frames, as its header has them: texts, numbers, units, UIDs."""
+"""Reads values of an image object or of one of its frames: texts, numbers, units, UIDs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One file to the facts of its header: what it is, where it lies, where its pixels begin. Pixels are not read."""
+"""Reads the header facts of one file: its images, their places, and where their pixels begin."""
 
 from __future__ import annotations
 

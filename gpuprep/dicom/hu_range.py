@@ -1,4 +1,4 @@
-"""HU that are no CT numbers, and HU that the output type cannot hold, counted slice by slice while a series is read."""
+"""Counts HU that are no CT numbers or that the output type cannot hold, while a series is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of header elements that are written in another form than DICOM asks: binary, or with decimal commas.
+"""Reads numbers that headers write in another form than DICOM asks: binary, or with decimal commas.
 
 References
 ----------

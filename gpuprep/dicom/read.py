@@ -1,4 +1,4 @@
-"""Series to stored integers: plain pixels are read where the scan found them, encoded ones are decoded."""
+"""Reads the stored integers of a series: plain pixels where the scan found them, encoded ones by decoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Positions of slices along and beside the normal of their series, and the tolerances for them."""
+"""Measures positions of slices along and beside the normal of their series, and sets tolerances for them."""
 
 from __future__ import annotations
 

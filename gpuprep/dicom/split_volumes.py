@@ -1,4 +1,4 @@
-"""Images of one *Series Instance UID* to volumes: images that are no slices are left out, several stacks are parted."""
+"""Splits the images of one *Series Instance UID* into volumes, and leaves out images that are no slices."""
 
 from __future__ import annotations
 

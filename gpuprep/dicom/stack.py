@@ -1,4 +1,4 @@
-"""Slices in spatial order and the grid they form, or the reason why they form none."""
+"""Stacks slices in spatial order into a regular grid, or says why they form none."""
 
 from __future__ import annotations
 

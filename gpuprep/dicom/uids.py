@@ -1,4 +1,4 @@
-"""UIDs of transfer syntaxes, and how the pixels of each are encoded; UIDs of segmentation objects.
+"""Lists the UIDs of transfer syntaxes, how each encodes pixels, and the UIDs of segmentation objects.
 
 References
 ----------

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at a moment of our choosing, and once to finish what is in flight, twice to stop now."""
+"""Handles Ctrl-C and SIGTERM: once finishes what is in flight, twice stops now."""
 
 from __future__ import annotations
 

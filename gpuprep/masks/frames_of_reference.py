@@ -1,4 +1,4 @@
-"""Structures of a segmentation that lie in the frame of reference of a series.
+"""Selects the structures of a segmentation that lie in the frame of reference of a series.
 
 The points of a region of interest (ROI) have a meaning only in the frame of reference that the ROI names. A structure
 set may hold ROIs of several frames, each of another series. But the UIDs of frames are also what careless programs and

@@ -1,4 +1,4 @@
-"""Painted planes that are not parallel to the slices of a series: looked up in three dimensions, voxel by voxel.
+"""Samples painted planes that are not parallel to the slices of a series, in three dimensions.
 
 The planes of one orientation are a volume, in which each plane reaches half-way to its neighbours. A voxel of a slice
 belongs to the structure if its centre lies in a painted pixel of that volume.

@@ -1,4 +1,4 @@
-"""Outlines of one structure on one slice: which are nested, which overlap in part, and which are repeated.
+"""Sorts the outlines of one structure on one slice into nested, overlapping and repeated ones.
 
 The standard combines outlines by exclusive disjunction only where they say so (CLOSEDPLANAR_XOR). Of others it says
 nothing, and files use both: an outline inside another one is a hole, and outlines that overlap in part are one area

@@ -1,4 +1,4 @@
-"""A segmentation onto the slices of its series: which slice each part belongs to, and which pixels of it.
+"""Places a segmentation on the slices of its series: finds the slice and the pixels of each part.
 
 Outlines and painted pixels that lie in the patient are matched to slices by position: a slice takes what lies within
 half a layer of it. If several planes of one structure do, because it was drawn on thinner slices, the nearest is taken.

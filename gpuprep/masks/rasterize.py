@@ -1,4 +1,4 @@
-"""Outlines to pixels: a pixel belongs to an area if its centre lies inside, by even-odd parity.
+"""Rasterizes outlines: a pixel belongs to an area if its centre lies inside, by even-odd parity.
 
 Centres lie at whole numbers, (column, row). A centre that lies exactly on an outline belongs to the area to its left,
 or above where the outline is horizontal: as if every centre lay a hair further left and up. So areas that share an edge

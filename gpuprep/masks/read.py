@@ -1,4 +1,4 @@
-"""One segmentation file, of whatever kind, to what it holds."""
+"""Reads one segmentation file of any known kind."""
 
 from __future__ import annotations
 

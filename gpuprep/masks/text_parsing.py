@@ -1,4 +1,4 @@
-"""Numbers, names and UIDs in text, read strictly; and how errors show them."""
+"""Parses numbers, names and UIDs in text strictly, and quotes them in errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lock of an output folder in an object store: one run at a time, and a note of who it is."""
+"""Locks an output folder in an object store for one run, with a note of who holds the lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest in formats that other programs read."""
+"""Exports the manifest as CSV, JSON lines or Parquet."""
 
 from __future__ import annotations
 

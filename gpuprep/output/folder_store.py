@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all.
+"""Stores outputs in folders on disk that appear complete or not at all.
 
 A series is written into a folder of its own in the workshop (``OUT/.gpuprep``). Each file is on disk, and its checksum
 known, before ``volume.json`` lists them all; that is written last, and then the folder is renamed into place, in one

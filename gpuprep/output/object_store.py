@@ -1,4 +1,4 @@
-"""Outputs in an object store, at a URL that fsspec can open: the counterpart of `gpuprep.output.folder_store`.
+"""Stores outputs in an object store, at a URL that fsspec can open: see also `gpuprep.output.folder_store`.
 
 A store has no rename, so ``volume.json`` is what makes an output: it is put when all other objects of a folder are
 there, and taken away before any of them changes. Since it has the size and the CRC-32 of each, an upload that broke off

@@ -1,4 +1,4 @@
-"""A small picture of a volume: its three middle planes in true proportions, with outlines of structures."""
+"""Draws a small picture of a volume: its three middle planes, with outlines of structures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished outputs, opened to read boxes of voxels: no more of a file is read than its format makes necessary."""
+"""Reads boxes of voxels from finished outputs, and no more of a file than its format makes necessary."""
 
 from __future__ import annotations
 

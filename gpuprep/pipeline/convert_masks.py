@@ -1,4 +1,4 @@
-"""The masks of one series: segmentations read, placed on its slices, painted, and put onto the grid of its image."""
+"""Converts the masks of one series: reads segmentations, places and paints them, and resamples labels."""
 
 from __future__ import annotations
 

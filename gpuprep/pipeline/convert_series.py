@@ -1,4 +1,4 @@
-"""One series from files to files: what a worker does, and where every error of one series ends up."""
+"""Converts one series from files to files, in a worker; every error of a series ends in its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From DICOM to a volume in memory, and no files."""
+"""Loads DICOM as a volume in memory, without files."""
 
 from __future__ import annotations
 

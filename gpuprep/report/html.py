@@ -1,4 +1,4 @@
-"""The page, from the manifests and the small pictures of an output folder; whatever they hold is text to it.
+"""Writes the report page from the manifests and pictures of an output folder; what they hold is text to it.
 
 One file without anything from elsewhere: its policy (CSP) lets no script run but its own, by hash, and nothing be
 fetched. What comes from DICOM or the file system goes in as JSON without ``<``, and the script shows it as text. The

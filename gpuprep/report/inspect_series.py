@@ -1,4 +1,4 @@
-"""One series at a glance, be it DICOM or a finished output: verdict, grid, HU, middle planes, some slices."""
+"""Inspects one series, DICOM or a finished output: verdict, grid, HU, middle planes, some slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Histograms with the bands of tissues, in text and as a picture, and a montage of slices."""
+"""Draws histograms with the bands of tissues, in text and as a picture, and a montage of slices."""
 
 from __future__ import annotations
 

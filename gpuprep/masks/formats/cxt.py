@@ -1,4 +1,4 @@
-r"""Contours as plastimatch writes them (.cxt): ``number||points|slice|UID|x\y\z\x\y\z…``, in mm, LPS."""
+r"""Reads contours of plastimatch (.cxt): ``number||points|slice|UID|x\y\z\x\y\z…``, in mm, LPS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attributes of a DICOM object, one by one, as they stand in the file: what RTSTRUCT and SEG are read with.
+"""Reads single attributes of RTSTRUCT and SEG objects, as they stand in the file.
 
 pydicom converts what it is asked for by name, in Python, number by number; a structure set has millions of them. So
 values are taken from the bytes of an element, and nothing is asked for that is not needed: no patient, no date.

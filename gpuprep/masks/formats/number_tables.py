@@ -1,4 +1,4 @@
-"""Tables of numbers to structures: outlines, points, polygons, lists of pixels, images of labels.
+"""Turns tables of numbers into structures: outlines, points, polygons, lists of pixels, images of labels.
 
 Where pixels are meant, the centre of the first one is at (0, 0), or at (1, 1) with ``--pixel-base 1``; but in an
 ``imagej-xy`` it is at (0.5, 0.5), as ImageJ counts from the corner of the image. Two columns that count centres of

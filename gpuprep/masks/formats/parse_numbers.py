@@ -1,4 +1,4 @@
-"""Lines of numbers: parsed at once where the text is clean, and word by word for the place of what is wrong with it.
+"""Parses lines of numbers at once where the text is clean, else word by word to say what is wrong where.
 
 Numbers are separated by blanks, tabs, commas or semicolons. Lines that begin with ``#`` or ``//`` are comments; the
 first other line may name the columns, and each line may begin with a word, its label.

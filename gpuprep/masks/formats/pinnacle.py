@@ -1,4 +1,4 @@
-"""Regions of interest as Pinnacle keeps them: plan.roi, in cm, in the frame of the treatment table.
+"""Reads regions of interest of Pinnacle (plan.roi), in cm, in the frame of the treatment table.
 
 Where Pinnacle's axes lie in the patient depends on how the patient lies on the table, which the header of the image
 set says. x runs to the right of someone who looks from the foot of the table, y up, z out of the gantry, so the four

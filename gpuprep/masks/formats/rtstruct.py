@@ -1,4 +1,4 @@
-"""RT Structure Set (RTSTRUCT): outlines in the patient, one region of interest (ROI) after the other.
+"""Reads RT structure sets (RTSTRUCT): the outlines of each region of interest (ROI), in patient coordinates.
 
 References
 ----------

@@ -1,4 +1,4 @@
-"""Segmentation images (SEG): painted frames, each with its place in the patient.
+"""Reads segmentation images (SEG): painted frames, each with its place in the patient.
 
 References
 ----------

@@ -1,4 +1,4 @@
-"""Output formats by name. A writer stores one volume from chunks of slices, in order, and knows nothing else."""
+"""Lists the writers by format. A writer stores one volume from chunks of slices, in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NIfTI-1 in one file, ``.nii`` or ``.nii.gz``: voxels with their place in RAS, which nibabel, ITK and others read.
+"""Writes NIfTI-1 in one file, ``.nii`` or ``.nii.gz``, with the affine in RAS.
 
 Its order of voxels, first index fastest, is ours of (k, j, i) with the axes named the other way round; nothing moves.
 

@@ -1,4 +1,4 @@
-"""NumPy's own file, uncompressed: ``numpy.load(file, mmap_mode="r")`` reads only the slices that are asked for.
+"""Writes NumPy's own file, uncompressed: ``numpy.load(file, mmap_mode="r")`` reads only slices that are asked for.
 
 References
 ----------

@@ -1,4 +1,4 @@
-"""OME-Zarr: chunks for patches, many to a file, in a Zarr 3 group that viewers and loaders know.
+"""Writes OME-Zarr: chunks for patches, many to a file, in a Zarr 3 group.
 
 A chunk holds about 32 × 64 × 64 voxels, so a patch costs little more than itself. A shard is one file with all chunks
 of as many slices as a chunk has; these are what is buffered, so that each file is written once.

@@ -1,4 +1,4 @@
-"""TIFF: one file per slice, or one stack that ImageJ opens as a volume.
+"""Writes TIFF: one file per slice, or one stack that ImageJ opens as a volume.
 
 zstd is preceded by horizontal differencing (for float32 by its floating-point twin), which makes it faster and smaller;
 zlib is not, because ImageJ reads zlib only without.
