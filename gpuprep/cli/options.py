@@ -158,7 +158,7 @@ STACKING_FLAGS: dict[str, Flag] = {
         help="Take values as HU although Rescale Type is another, or no rescale is given.",
     ),
 }
-"""By the fields of `Recipe` that its rules are made of."""
+"""By the fields of `Recipe` that say how slices are stacked."""
 
 MASK_FLAGS: dict[str, Flag] = {
     "mask_roi": _flag(str | None, MASKS, "--roi", metavar="REGEX", help="Only structures whose name matches."),

@@ -35,7 +35,9 @@ HU = Kernel(
     hu = air && (filled || number < {LOWEST_HU}f) ? {AIR_HU}f : number;
     """,
 )
-"""Stored integers to HU with padding made air; see `intensity.to_hu`. `plane` is the number of voxels in a slice."""
+"""Stored integers to HU with padding made air: see `gpuprep.core.hounsfield.to_hu`.
+
+`plane` is the number of voxels in a slice."""
 
 _WINDOWED = "__fmul_rn(__fadd_rn(fminf(fmaxf(values, low), high), shift), scale)"
 
@@ -45,7 +47,7 @@ WINDOW = Kernel(
     "float32 out",
     f"out = {_WINDOWED}",
 )
-"""The window alone: see `intensity.finish`."""
+"""The window alone: see `gpuprep.core.hounsfield.finish`."""
 
 QUANTISE = Kernel(
     "gpuprep_quantise",
@@ -53,4 +55,4 @@ QUANTISE = Kernel(
     "T out",
     f"out = static_cast<T>(fminf(fmaxf(rintf({_WINDOWED}), least), most))",
 )
-"""The window and then the integers of the output: see `intensity.finish`."""
+"""The window and then the integers of the output: see `gpuprep.core.hounsfield.finish`."""
