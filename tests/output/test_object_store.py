@@ -324,7 +324,7 @@ def test_a_lock_of_a_process_that_is_dead(memory: Any, monkeypatch: pytest.Monke
         note["renewed"] = datetime.now(UTC).isoformat()
         memory.pipe_file("/out/x/.gpuprep/lock", json.dumps(note).encode())
 
-    monkeypatch.setattr(object_store, "_home", lambda: "here")
+    monkeypatch.setattr(bucket_lock, "home_of_run", lambda: "here")
     left("there")
     with pytest.raises(RequestError, match=f"process {process.pid} on h, since s"):
         open_bucket(OUT).__enter__()
