@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from gpuprep.pipeline.events import Run as Run
     from gpuprep.pipeline.load import load as load
     from gpuprep.pipeline.options import ConvertOptions as ConvertOptions
+    from gpuprep.pipeline.planned_series import PlannedSeries as PlannedSeries
     from gpuprep.pipeline.pseudonyms import Pseudonyms as Pseudonyms
     from gpuprep.pipeline.scan import Scan as Scan
     from gpuprep.pipeline.scan import scan as scan
@@ -53,6 +54,7 @@ _HOMES = {
     "Listener": "pipeline.events",
     "load": "pipeline.load",
     "Masks": "core.mask_options",
+    "PlannedSeries": "pipeline.planned_series",
     "process": "compute.process",
     "Pseudonyms": "pipeline.pseudonyms",
     "read": "dicom.read",

@@ -3,7 +3,7 @@
     python -m bench.scale [--series 100000] [--slices 4] [--out bench/results/scale-….json]
 
 Headers are made up, and what stands for the conversion writes a ``volume.json`` and nothing else. All the rest is as it
-is: outlook of every series, worker processes, manifest, layout of folders, a second run that finds everything done,
+is: plan of every series, worker processes, manifest, layout of folders, a second run that finds everything done,
 status. What the audit of headers and the plan of a series take is measured by itself, as it is no part of scheduling.
 Memory is the peak resident size of the parent (the headers among it, so it grows with the number of slices).
 """
@@ -34,7 +34,7 @@ from gpuprep.executors.cores import usable_cores
 from gpuprep.output.records import SeriesResult, now
 from gpuprep.output.verify import status
 from gpuprep.pipeline.cohort import convert
-from gpuprep.pipeline.convert_series import Task
+from gpuprep.pipeline.task import Task
 
 
 def made_up(number: int, slices: int) -> Series:
@@ -61,11 +61,12 @@ def made_up(number: int, slices: int) -> Series:
 
 def pretend(task: Task) -> SeriesResult:
     """Stand for the conversion of a series; runs in a worker."""
-    place = task.output.root / task.folder
+    planned = task.planned
+    place = task.output.root / planned.folder
     place.mkdir(parents=True)
-    text = json.dumps({"key": task.series.key})
+    text = json.dumps({"key": planned.series.key})
     (place / "volume.json").write_text(text)
-    done = replace(task.blank(), status="ok", folder=task.folder, files=1, bytes=len(text), finished=now())
+    done = replace(task.result(), status="ok", folder=planned.folder, files=1, bytes=len(text), finished=now())
     return replace(done, source_shape=(4, 512, 512), shape=(12, 512, 512), process_s=0.25, read_s=0.1, write_s=0.1)
 
 

@@ -45,9 +45,9 @@ import sys, time
 from gpuprep.pipeline.scan import scan
 from gpuprep.executors.cores import usable_cores
 started = time.perf_counter()
-cohort, outlooks, _ = scan(sys.argv[1], index=sys.argv[2], jobs=usable_cores())
+cohort, planned, _ = scan(sys.argv[1], index=sys.argv[2], jobs=usable_cores())
 print(time.perf_counter() - started)
-for o in outlooks: print(o.verdict, o.series.key, o.audit.to_dict())
+for o in planned: print(o.verdict, o.series.key, o.audit.to_dict())
 """
 
 

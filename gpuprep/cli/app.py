@@ -40,8 +40,8 @@ from gpuprep.executors.logs import quiet_libraries
 from gpuprep.executors.signals import held_back
 
 if TYPE_CHECKING:
-    from gpuprep.pipeline.decide import Outlook
     from gpuprep.pipeline.options import ConvertOptions
+    from gpuprep.pipeline.planned_series import PlannedSeries
 
 # Everything else is imported where it is used: `--help` must not wait for NumPy.
 
@@ -259,15 +259,15 @@ def _show_scan(
             unused.extend(matched.unused)
 
     found = scan_cohort(paths, options, out, Unmatched(), calibrate=calibrate)
-    cohort, outlooks = found.cohort, found.outlooks
+    cohort, planned = found.cohort, found.planned
     if how == "csv":
-        print_csv([_outlook(o) for o in outlooks])
+        print_csv([_row(o) for o in planned])
         for path, reason in cohort.unreadable:
             complain(f"unreadable: {path}: {reason}")
     elif how == "json":
         print_json(
             {
-                "series": [_outlook(o) for o in outlooks],
+                "series": [_row(o) for o in planned],
                 "passed_over": cohort.passed_over,
                 "unreadable": cohort.unreadable,
                 "unmatched": unmatched,
@@ -280,10 +280,10 @@ def _show_scan(
     if not cohort:
         complain(f"no CT series under {', '.join(paths)}")
         raise typer.Exit(3)
-    raise typer.Exit(1 if cohort.unreadable or unmatched or any(o.action == "reject" for o in outlooks) else 0)
+    raise typer.Exit(1 if cohort.unreadable or unmatched or any(o.action == "reject" for o in planned) else 0)
 
 
-def _outlook(o: Outlook) -> dict[str, Any]:
+def _row(o: PlannedSeries) -> dict[str, Any]:
     plan = o.plan
     return {
         "action": o.action,

@@ -193,7 +193,7 @@ def show_run(run: Run, out: str, seconds: float) -> None:
 
 def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Sequence[tuple[str, str]] = ()) -> None:
     """Print what is there and what would happen."""
-    cohort, outlooks = scan.cohort, scan.outlooks
+    cohort, planned = scan.cohort, scan.planned
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("verdict", "series", "folder"):
         table.add_column(heading, overflow="fold")
@@ -202,7 +202,7 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Seq
         table.add_column(heading, justify="right", overflow="fold")
     counts: Counter[str] = Counter()
     total = 0
-    for o in outlooks:
+    for o in planned:
         counts[o.verdict] += 1
         shape = size = ""
         between = o.audit.measures.spacing_mm if o.audit else None
@@ -218,7 +218,7 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Seq
         )  # fmt: skip
     console = _console(stderr=False)
     console.print(table)
-    for o in outlooks:
+    for o in planned:
         if o.reason:
             text = f"{o.codes[0]}: {plain_reason(o.reason)}"
             console.print(f"rejected  {o.series.label}  {text}", style=STYLES["rejected"])

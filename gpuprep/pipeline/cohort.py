@@ -22,13 +22,13 @@ from gpuprep.output.manifest import Manifest, open_manifest
 from gpuprep.output.nnunet import Arranged, arrange
 from gpuprep.output.object_store import open_out, place_of
 from gpuprep.output.records import DONE, RunRecord, SeriesResult, Status, now, this_host
-from gpuprep.pipeline.convert_series import Task
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Results, Run, Tally
 from gpuprep.pipeline.options import ConvertOptions, Paths, as_list
 from gpuprep.pipeline.prepare import Prepared, RunContext, check_apart, check_layout, prepare
 from gpuprep.pipeline.pseudonyms import crosswalk_row
 from gpuprep.pipeline.retry import Attempts
+from gpuprep.pipeline.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def convert(
     OutputError
         If the manifest or another of the run's own files cannot be written.
     KeyboardInterrupt
-        In whatever order. What was finished stays; the next run does the rest.
+        On a second Ctrl-C. Completed outputs are kept; the next run converts the rest.
 
     Examples
     --------
@@ -133,16 +133,16 @@ def run_cohort(
 
 @dataclass(slots=True)
 class _Done:
-    """What a run has done so far."""
+    """Series that a run has finished so far."""
 
     states: dict[str, Status] = field(default_factory=dict)
-    """By the key of each series."""
+    """Status of each series, by its key."""
     tallies: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     crosswalk: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Rows of series that have pseudonyms."""
+    """Rows of the crosswalk, by the key of the series, where pseudonyms are used."""
 
     def add(self, result: SeriesResult) -> None:
-        """Count a result in."""
+        """Add a result."""
         self.states[result.key] = result.status
         tally = self.tallies[result.status]
         tally.series += 1
@@ -152,7 +152,7 @@ class _Done:
 
 
 def _execute(context: RunContext, prepared: Prepared, stop: Stop, done: _Done) -> None:
-    """Convert what is to be converted, and store the result of every series."""
+    """Convert the planned series, and store the result of every series in the manifest."""
     options, manifest = context.options, context.manifest
     manifest.begin_run(_record(context, prepared.forecast))
     context.listener.planned(prepared.forecast)
@@ -167,7 +167,7 @@ def _execute(context: RunContext, prepared: Prepared, stop: Stop, done: _Done) -
 
 
 def _finish(context: RunContext, prepared: Prepared, stop: Stop, done: _Done) -> Arranged | None:
-    """Remove what earlier runs made of other divisions of the series, and arrange the outputs if that is asked for."""
+    """Remove outputs of earlier divisions of the series, and arrange outputs for nnU-Net if that is asked for."""
     _forget_former_parts(context, prepared, done)
     context.manifest.end_run("interrupted" if stop.asked else "finished")
     if context.options.layout != "nnunet" or stop.asked:
@@ -197,24 +197,25 @@ def _run(context: RunContext, prepared: Prepared, stop: Stop, done: _Done, arran
 
 
 def _results(prepared: Prepared, attempts: Attempts, manifest: Manifest) -> Iterator[SeriesResult]:
-    """Yield a result per series, stored in the manifest: first those that need no work, then the rest as it is done."""
+    """Store the result of each series in the manifest and yield it: skipped and rejected ones first."""
     for key in prepared.skipped:
         former = manifest.get(key)
-        assert former is not None  # noqa: S101 - that is why it is skipped
+        assert former is not None  # noqa: S101 - only series of the manifest are skipped
         yield replace(former, status="skipped")
     for rejected in prepared.rejected:
-        yield _store(manifest, rejected.result(), rejected.task)
+        yield _store(manifest, rejected.rejection(), rejected)
     for task, result in attempts.of(iter(prepared.tasks)):
         yield _store(manifest, result, task)
 
 
 def _forget_former_parts(context: RunContext, prepared: Prepared, done: _Done) -> None:
-    """Remove what earlier runs made of series that are now divided otherwise, once all their parts are there.
+    """Remove outputs of series that are now divided into other volumes, once all of those are complete.
 
-    Only what was made from under the paths of this run: elsewhere it may still be as it was.
+    Outputs of series that lie elsewhere than under the paths of this run are kept: they may be unchanged there.
     """
     parts: dict[str, list[str]] = defaultdict(list)
-    regrouped: dict[tuple[str, bool], list[str]] = defaultdict(list)  # by UID what was by folder, or the reverse
+    # Series that are now grouped by UID, and were by folder, or the reverse.
+    regrouped: dict[tuple[str, bool], list[str]] = defaultdict(list)
     for series in prepared.cohort:
         if series.series_uid:
             parts[series.public_uid].append(series.key)
@@ -234,10 +235,10 @@ def _forget_former_parts(context: RunContext, prepared: Prepared, done: _Done) -
 
 
 def _store(manifest: Manifest, result: SeriesResult, task: Task) -> SeriesResult:
-    """Store a result, as far as it may be known there, and return it.
+    """Store a result in the manifest, without UIDs where pseudonyms are used, and return it.
 
-    An output that has been replaced by one in another folder is removed. Where nothing replaces it, it stays and the
-    result says so: what failed today must not cost what was made yesterday.
+    A former output in another folder is removed once the new one is complete. If the series failed this time, the
+    former output stays, and a warning of the result names its folder.
     """
     former = manifest.entry(result.key)
     if former is not None and former.folder and not result.folder and task.output.holds(former.folder):
@@ -250,7 +251,7 @@ def _store(manifest: Manifest, result: SeriesResult, task: Task) -> SeriesResult
 
 
 def _record(context: RunContext, forecast: Forecast) -> RunRecord:
-    """Return what the manifest keeps of a run that begins; of one with pseudonyms, not what it reads."""
+    """Return the record of a run that begins, without the paths of its inputs where pseudonyms are used."""
     options, backend = context.options, context.means.backend
     masks = options.masks
     asked = {

@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from gpuprep import _version
-from gpuprep.compute.backend import Backend, Engine
 from gpuprep.compute.memory_estimate import needed_bytes
-from gpuprep.compute.pinned_transfer import DEVICE
 from gpuprep.core.formatting import printable
 from gpuprep.core.plan import Plan, make_plan
-from gpuprep.core.recipe import Recipe
-from gpuprep.core.series import Series
-from gpuprep.core.stacking_rules import SeriesWarning, codes, texts
+from gpuprep.core.stacking_rules import codes, texts
 from gpuprep.dicom.audit import Audit, audit
 from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors.processes import last_task
-from gpuprep.output.folder_store import Output, PendingFolder, Written
+from gpuprep.output.folder_store import PendingFolder, Written
 from gpuprep.output.own_files import PREVIEW
 from gpuprep.output.preview import Planes, jpeg, picture
-from gpuprep.output.records import SeriesResult, Status, now, this_host
+from gpuprep.output.records import SeriesResult, Status, now
+from gpuprep.pipeline.task import Task
 
 if TYPE_CHECKING:
     from gpuprep.dicom.read import SeriesReader
     from gpuprep.dicom.stack import Stack
     from gpuprep.pipeline.convert_masks import Masked
-    from gpuprep.pipeline.pseudonyms import Pseudonyms
 
 log = logging.getLogger(__name__)
 
 DEVICE_MEMORY = "device-memory"
-"""Code of a series that did not fit into what was left on the device."""
+"""Code of a series that did not fit into the free memory of the device."""
 
 RECORDED_PACKAGES = (
     "numpy",
@@ -57,89 +52,25 @@ RECORDED_PACKAGES = (
 RECORDED_GPU_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cucim-cu12", "cucim-cu13")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """Everything a worker needs for one series."""
-
-    series: Series
-    recipe: Recipe
-    engine: Engine
-    backend: Backend
-    output: Output
-    folder: str
-    """Relative to OUT."""
-    notes: tuple[str, ...] = ()
-    """Warnings from before the series is opened."""
-    segmentations: tuple[str, ...] = ()
-    """Files to make masks of."""
-    warnings: tuple[SeriesWarning, ...] = ()
-    """About which of them go to this series."""
-    label_values: tuple[tuple[str, int], ...] = ()
-    """Of the structures in them."""
-    names: Pseudonyms | None = None
-    """What stands for UIDs and patients in the output; None: they may be known."""
-    fingerprint: str
-    """Of everything that the output depends on beside the recipe."""
-    former_folder: str = ""
-    """Where the manifest has an earlier output of this series."""
-    needed_bytes: int = 0
-    """What it is predicted to need of the memory in which it is computed …"""
-    output_bytes: int = 0
-    """… and of the disk, uncompressed."""
-
-    @property
-    def known(self) -> bool:
-        """Whether the manifest has an earlier output of this series in this folder."""
-        return self.folder == self.former_folder != ""
-
-    def public(self, result: SeriesResult) -> SeriesResult:
-        """Return a result as it may stand in OUT."""
-        return result if self.names is None else self.names.public(result, self.series)
-
-    def blank(self, audited: Audit | None = None) -> SeriesResult:
-        """Return the result of this task as far as it is known before anything is done."""
-        s = self.series
-        return SeriesResult(
-            key=s.key,
-            series_uid=s.series_uid,
-            study_uid=s.study_uid,
-            series_number=s.series_number,
-            source=printable(s.folder),
-            status="failed",
-            codes=audited.codes if audited else (),
-            irregularities=texts(audited.irregularities) if audited else (),
-            warnings=self.notes + texts(self.warnings) + (texts(audited.warnings) if audited else ()),
-            audit=audited.to_dict() if audited else None,
-            slices=len(s.slices),
-            engine=self.engine,
-            backend=self.backend.name,
-            device=os.environ.get(DEVICE, self.backend.device),
-            fingerprint=self.fingerprint,
-            recipe_sha256=self.recipe.sha256,
-            version=_version.__version__,
-            host=this_host(),
-        )
-
-
 def convert_series(task: Task) -> SeriesResult:
-    """Convert one series and return what happened; whatever goes wrong is in the result, and nothing is raised."""
-    result = task.blank()
+    """Convert one series and return what happened; every error is in the result, and nothing is raised."""
+    result = task.result()
     try:
-        audited = audit(task.series, task.recipe.rules)
-        result = task.blank(audited)
+        audited = audit(task.planned.series, task.recipe.rules)
+        result = task.result(audited)
         result = _recognised(task, result) or _convert(task, audited, result)
     except GpuprepError as exc:
         result = left_out(result, exc)
         if isinstance(exc, BackendError) and not isinstance(exc, DeviceMemoryError):
-            last_task()  # a lost device is lost to this process only; a fresh one may find it
-    except Exception as exc:  # the boundary: a bug in one series must not cost the others
+            last_task()  # a lost device is lost to this process only; a new one may find it
+    except Exception as exc:  # a bug that one series provokes must not stop the others
         log.exception("series %s crashed", result.key)
         result = left_out(result, exc)
     return replace(result, finished=now())
 
 
 def left_out(result: SeriesResult, exc: Exception) -> SeriesResult:
-    """Return the result of a series that an error kept out."""
+    """Return the result of a series that was not converted because of an error."""
     status: Status = "rejected" if isinstance(exc, InputError | PlanError) else "failed"
     code = "error"
     if isinstance(exc, InputError):
@@ -154,17 +85,17 @@ def left_out(result: SeriesResult, exc: Exception) -> SeriesResult:
 
 
 def _recognised(task: Task, blank: SeriesResult) -> SeriesResult | None:
-    """Return the result that a finished output stands for, if it is just what this task would make; else None.
+    """Return the result of a complete output that equals what this task would make; None if there is none.
 
-    A run that ended between the output and its record leaves one, and so does a lost manifest.
+    Such an output exists if a run ended before its result was stored, or if the manifest was lost.
     """
-    found = task.output.intact(task.folder)
+    found = task.output.intact(task.planned.folder)
     if found is None:
         return None
     sidecar, written = found
     try:
         same = (sidecar["key"], sidecar["fingerprint"], sidecar["recipe_sha256"], sidecar["versions"]["gpuprep"])
-        if same != (blank.key, task.fingerprint, task.recipe.sha256, _version.__version__):
+        if same != (blank.key, blank.fingerprint, task.recipe.sha256, _version.__version__):
             return None
         source = sidecar["source"]
         made = {k: sidecar[k] for k in ("codes", "irregularities", "warnings", "shape", "spacing_mm")}
@@ -180,8 +111,8 @@ def _recognised(task: Task, blank: SeriesResult) -> SeriesResult | None:
 
 
 def _in_place(result: SeriesResult, task: Task, written: Written) -> SeriesResult:
-    """Return a result that says where its output is."""
-    return replace(result, folder=task.folder, files=written.files, bytes=written.bytes, sha256=written.sha256)
+    """Return a result with folder, size and checksum of its output."""
+    return replace(result, folder=task.planned.folder, files=written.files, bytes=written.bytes, sha256=written.sha256)
 
 
 def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
@@ -192,28 +123,28 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
         raise audited.error or AssertionError("neither stack nor reason")
     stacked = audited.stack
     loops = task.backend.body == "loops"
-    source = SeriesReader(task.series, task.recipe, loops=loops, stacked=stacked) if task.recipe.image else None
+    source = SeriesReader(task.planned.series, task.recipe, loops=loops, stacked=stacked) if task.recipe.image else None
     plan = make_plan(stacked.geometry, task.recipe, stacked.placement)
     result = replace(result, source_shape=plan.source.shape, source_spacing_mm=plan.source.spacing_mm)
     masked: Masked | None = None
     image = Planes(plan.target.shape) if source is not None else None
     labels: list[Planes] = []
     try:
-        pending = task.output.pending(task.folder)
+        pending = task.output.pending(task.planned.folder)
     except OSError as exc:
         raise _unwritable(exc) from exc
     try:
-        irregularities, warnings = audited.irregularities, task.warnings + audited.warnings
+        irregularities, warnings = audited.irregularities, task.planned.match_warnings + audited.warnings
         if source is not None and image is not None:
             result = _write_image(task, source, plan, pending, result, image)
             irregularities += source.irregularities
             warnings += source.warnings + plan.warnings
-        if task.segmentations:
+        if task.planned.segmentations:
             started = time.perf_counter()
             masked, labels = _write_masks(task, stacked, plan, pending)
             result = replace(
                 result,
-                warnings=tuple(dict.fromkeys((*result.warnings, *masked.notes))),  # the writer's may come twice
+                warnings=tuple(dict.fromkeys((*result.warnings, *masked.notes))),  # those of the writer may be there
                 segmentations=tuple(masked.segmentations),
                 labels=tuple(asdict(label) for label in masked.labels),
                 masks_s=time.perf_counter() - started,
@@ -249,7 +180,7 @@ def _unwritable(exc: OSError) -> OutputError:
 def _write_image(
     task: Task, source: SeriesReader, plan: Plan, pending: PendingFolder, result: SeriesResult, planes: Planes
 ) -> SeriesResult:
-    """Write the image of a series into a folder, and return what is known of it then; its middle planes are kept."""
+    """Write the image of a series into a folder and return its result so far; `planes` keeps the middle planes."""
     from gpuprep.compute.process import host_chunks
     from gpuprep.output.writers import WRITERS
     from gpuprep.output.writers.content import Content
@@ -270,7 +201,7 @@ def _write_image(
         hu_mean=source.statistics.mean,
         quality=source.histogram.to_dict(),
         read_s=source.seconds,
-        process_s=max(0.0, chunks.seconds - source.seconds),  # reading may have gone on beside it
+        process_s=max(0.0, chunks.seconds - source.seconds),  # a thread may have read at the same time
         write_s=time.perf_counter() - started - chunks.seconds,
         **on_device,
     )
@@ -280,18 +211,23 @@ def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder)
     """Write the masks of a series into a folder."""
     from gpuprep.pipeline.convert_masks import read_placed, write_masks
 
-    series = task.series
+    series = task.planned.series
     hide = task.names.of if task.names else None
     wanted, masked = read_placed(
-        task.segmentations, stacked, task.recipe.masks, series.series_uid, series.frame_of_reference_uid, hide
+        [s.path for s in task.planned.segmentations],
+        stacked,
+        task.recipe.masks,
+        series.series_uid,
+        series.frame_of_reference_uid,
+        hide,
     )
-    values = dict(task.label_values)
+    values = dict(task.planned.label_values)
     planes = write_masks(wanted, masked, stacked, plan, task.backend, values, pending.path, pending.settle)
     return masked, planes
 
 
 def _write_preview(plan: Plan, pending: PendingFolder, image: Planes | None, labels: list[Planes]) -> None:
-    """Write the small picture of a series into a folder."""
+    """Write the preview of a series into a folder."""
     from gpuprep.output.writers.content import Content
 
     file = pending.path / PREVIEW
@@ -300,7 +236,7 @@ def _write_preview(plan: Plan, pending: PendingFolder, image: Planes | None, lab
 
 
 def _stretched(source: SeriesReader, plan: Plan) -> tuple[str, ...]:
-    """Return a note if slices that a shear made longer were stretched to a size of another shape."""
+    """Return a warning if slices that grew by a shear were stretched to another ratio of rows and columns."""
     _, rows_mm, columns_mm = plan.target.spacing_mm
     _, before_rows_mm, before_columns_mm = plan.resampled.spacing_mm
     changed = abs(rows_mm * before_columns_mm / (columns_mm * before_rows_mm) - 1)
@@ -314,7 +250,7 @@ def _stretched(source: SeriesReader, plan: Plan) -> tuple[str, ...]:
 
 
 class _Timed:
-    """An iterator that adds up the time its source takes."""
+    """An iterator that measures the time in its source."""
 
     def __init__(self, source: Iterator[Any]) -> None:
         self._source = source
@@ -332,8 +268,8 @@ class _Timed:
 
 
 def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: SeriesResult) -> dict[str, Any]:
-    """Return the content of ``volume.json``; UIDs and numbers, nothing that names a patient."""
-    series = task.series
+    """Return the content of ``volume.json``: UIDs and numbers, nothing that names a patient."""
+    series = task.planned.series
     sidecar: dict[str, Any] = {
         "key": result.key,
         "series_uid": result.series_uid,
@@ -353,7 +289,7 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
             "affine_lps": plan.source.affine.tolist(),
             "transfer_syntaxes": sorted({syntax_name(s.transfer_syntax) for s in series.slices}),
         },
-        "fingerprint": task.fingerprint,
+        "fingerprint": task.planned.fingerprint,
         "recipe": task.recipe.to_dict(),
         "recipe_sha256": task.recipe.sha256,
         "verdict": result.status,
@@ -390,7 +326,7 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
 
 @cache
 def versions(gpu: bool = False) -> dict[str, str]:
-    """Return the versions of gpuprep, Python and what the result depends on."""
+    """Return the versions of gpuprep, Python and the packages on which the result depends."""
     found = {"gpuprep": _version.__version__, "python": platform.python_version()}
     for package in RECORDED_PACKAGES + (RECORDED_GPU_PACKAGES if gpu else ()):
         try:

@@ -1,23 +1,21 @@
-"""Decides what happens to each series, from its headers and the manifest; nothing is decoded."""
+"""Decides what is done with each series, from its headers and the manifest; no pixel data are decoded."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from math import prod
 from os.path import basename
-from typing import Literal, NamedTuple
 
 from gpuprep import _version
 from gpuprep.compute.backend import Backend, Engine
 from gpuprep.compute.memory_estimate import WRITING_BYTES, mask_bytes, needed_bytes
 from gpuprep.core.formatting import printable
 from gpuprep.core.plan import Plan, make_plan
-from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
-from gpuprep.core.stacking_rules import SeriesWarning, codes
-from gpuprep.dicom.audit import Audit, Verdict, audit
+from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import Cohort
 from gpuprep.errors import PlanError
 from gpuprep.output.folder_store import Output
@@ -25,164 +23,123 @@ from gpuprep.output.manifest import Manifest
 from gpuprep.output.paths import layout
 from gpuprep.output.records import DONE, Entry
 from gpuprep.pipeline.match_masks import Matched, fingerprint, used_names
+from gpuprep.pipeline.options import ConvertOptions
+from gpuprep.pipeline.planned_series import Needs, PlannedSeries
 from gpuprep.pipeline.pseudonyms import Pseudonyms
-from gpuprep.pipeline.segmentation_files import Glimpse
+from gpuprep.pipeline.segmentation_files import SegmentationSummary
 
 
-class Needs(NamedTuple):
-    """What the conversion of one series takes."""
-
-    output_bytes: int
-    """Of its voxels on disk, uncompressed."""
-    memory_bytes: int
-    """At one time, where it is computed."""
-    voxels: int
-    """Read and written: time goes with them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What would happen to one series, from its headers alone."""
-
-    series: Series
-    action: Literal["convert", "skip", "reject"]
-    folder: str
-    """Relative to OUT."""
-    plan: Plan | None
-    audit: Audit | None = None
-    """Absent for a series that is skipped: nothing about it has changed."""
-    reason: str = ""
-    code: str = ""
-    """Of that reason, if it is not in the headers."""
-    fingerprint: str = ""
-    """Of its input, as it may be kept: see `fingerprint_in_out`."""
-    label_values: tuple[tuple[str, int], ...] = ()
-    """Of the structures in its segmentations, where they share a volume."""
-    former: Entry | None = None
-    """What the manifest has of it."""
-    segmentations: tuple[Glimpse, ...] = ()
-    """What masks would be made of …"""
-    structures: tuple[str, ...] = ()
-    """… and of what in them, by the names that are used."""
-
-    @property
-    def verdict(self) -> Verdict | Literal["skipped"]:
-        """What the headers amount to."""
-        if self.audit is None:
-            return "skipped"
-        return "rejected" if self.action == "reject" else self.audit.verdict
-
-    @property
-    def codes(self) -> tuple[str, ...]:
-        """The reasons for the verdict, for programs."""
-        if self.audit is None:
-            return ()
-        return (self.code,) if self.code else tuple(dict.fromkeys(self.audit.codes + codes(self.warnings)))
-
-    @property
-    def warnings(self) -> tuple[SeriesWarning, ...]:
-        """What is doubtful about the headers, the plan, and about which segmentations go to the series."""
-        if self.audit is None:
-            return ()
-        planned = self.plan.warnings if self.plan is not None and self.plan.recipe.image else ()
-        return self.audit.warnings + planned + tuple(w for g in self.segmentations if (w := g.warning) is not None)
-
-    def needs(self, backend: Backend, engine: Engine) -> Needs:
-        """Return what its conversion takes."""
-        if self.plan is None:
-            return Needs(0, 0, 0)
-        image = self.plan.recipe.image
-        memory = needed_bytes(self.plan, backend, engine) if image else 0
-        if self.segmentations:  # after the image
-            memory = max(memory, mask_bytes(self.plan, backend))
-        if backend.name == "cpu":  # else it is the memory of the device
-            memory += WRITING_BYTES.get(self.plan.recipe.format, 0)
-        voxels = prod(self.plan.source.shape) + prod(self.plan.target.shape)
-        return Needs(self.plan.output_bytes if image else 0, memory, voxels)
-
-
-def outlooks(
+def planned_series(
     cohort: Cohort,
     chosen: Iterable[Series],
     paths: list[str],
-    recipe: Recipe,
+    options: ConvertOptions,
+    backend: Backend,
     matches: Matched | None,
     values: Mapping[str, int],
     output: Output | None,
     manifest: Manifest | None,
-    *,
-    names: Pseudonyms | None = None,
-) -> Iterator[Outlook]:
-    """Yield what would happen to some series of a cohort.
+) -> Iterator[PlannedSeries]:
+    """Yield what will be done with some series of a cohort.
+
+    With pseudonyms the output folder of a series stays empty: it depends on the patient, which is not known yet.
 
     Parameters
     ----------
     cohort : Cohort
-        All series: the folder of one depends on the others.
+        All series: the output folder of one depends on the others.
     chosen : iterable of Series
-        Those that matter.
+        The series of this run.
     paths : list of str
-        What the cohort was found under.
-    recipe : Recipe
-        How.
+        Inputs under which the cohort was found.
+    options : ConvertOptions
+        Recipe, engine and pseudonyms.
+    backend : Backend
+        Computes the volumes; their memory depends on it.
     matches : Matched, optional
-        Which segmentation goes to which series; absent: no masks are asked for.
+        Segmentations of each series; absent: no masks are made.
     values : mapping of str to int
         Label values of structures, where they share volumes.
     output, manifest : optional
-        What earlier runs have made.
-    names : Pseudonyms, optional
-        What stands for names in `output`; folders then have to wait until it is known who the patients are.
+        Outputs and manifest of earlier runs.
     """
+    recipe, names = options.recipe, options.names
+    recipe_sha256 = recipe.sha256
     taken = {folder: key for folder, key in manifest.columns("folder", "key") if folder} if manifest else {}
     folders = {} if names else layout(cohort, paths, taken)
     shared = recipe.masks.layout == "labels"
-    recipe_sha256 = recipe.sha256
+    doubtful = doubtful_files(cohort)
     for series in chosen:
         found = matches.by_key.get(series.key, ()) if matches is not None else ()
         if not found and not recipe.image:
             continue
         structures = tuple(used_names(found, recipe.masks, names.of if names else None))
-        former = manifest.entry(series.key) if manifest else None
-        own = tuple((name, values.get(name, 0)) for name in structures) if shared else ()
-        now = fingerprint_in_out(series, found, own, names)
-        outlook = partial(
-            Outlook,
-            series,
-            fingerprint=now,
-            label_values=own,
-            former=former,
+        label_values = tuple((name, values.get(name, 0)) for name in structures) if shared else ()
+        unreadable = doubtful.get(printable(series.folder), 0)
+        note = f"{unreadable} files in its folder are unreadable or of no known series: a slice may be missing"
+        planned = PlannedSeries(
+            series=series,
+            action="skip",
+            notes=(note,) if unreadable else (),
+            fingerprint=fingerprint_in_out(series, found, label_values, names),
+            former=manifest.entry(series.key) if manifest else None,
             segmentations=found,
             structures=structures,
+            label_values=label_values,
         )
-        if former and output and _complete((now, recipe_sha256, _version.__version__), output, former):
-            yield outlook("skip", former.folder, None)
-            continue
-        audited = audit(series, recipe.rules)
-        if audited.stack is None:
-            yield outlook("reject", "", None, audited, audited.reason)
-            continue
-        try:
-            plan = make_plan(audited.stack.geometry, recipe, audited.stack.placement)
-        except PlanError as exc:
-            yield outlook("reject", "", None, audited, f"PlanError: {exc}", "plan")
-            continue
-        if bad := [g for g in found if g.error]:
-            reason = f"SegmentationError: {printable(basename(bad[0].path))}: {bad[0].error}"
-            yield outlook("reject", "", None, audited, reason, bad[0].code)
+        if planned.former and output and _is_complete(planned.fingerprint, recipe_sha256, output, planned.former):
+            yield replace(planned, folder=planned.former.folder)
         else:
-            yield outlook("convert", folders.get(series.key, ""), plan, audited)
+            yield _checked(replace(planned, folder=folders.get(series.key, "")), options, backend)
+
+
+def _checked(planned: PlannedSeries, options: ConvertOptions, backend: Backend) -> PlannedSeries:
+    """Return a series with its audit, and with its plan or the reason why there is none."""
+    audited = audit(planned.series, options.recipe.rules)
+    planned = replace(planned, audit=audited)
+    if audited.stack is None:
+        return planned.rejected(audited.reason)
+    try:
+        plan = make_plan(audited.stack.geometry, options.recipe, audited.stack.placement)
+    except PlanError as exc:
+        return planned.rejected(f"PlanError: {exc}", "plan")
+    if bad := next((s for s in planned.segmentations if s.error), None):
+        return planned.rejected(f"SegmentationError: {printable(basename(bad.path))}: {bad.error}", bad.code)
+    needs = _needs(plan, backend, options.engine, masks=bool(planned.segmentations))
+    return replace(planned, action="convert", plan=plan, needs=needs)
+
+
+def _needs(plan: Plan, backend: Backend, engine: Engine, *, masks: bool) -> Needs:
+    """Return the resources that a conversion takes."""
+    image = plan.recipe.image
+    memory = needed_bytes(plan, backend, engine) if image else 0
+    if masks:  # after the image
+        memory = max(memory, mask_bytes(plan, backend))
+    if backend.name == "cpu":  # else it is the memory of the device
+        memory += WRITING_BYTES.get(plan.recipe.format, 0)
+    return Needs(plan.output_bytes if image else 0, memory, prod(plan.source.shape) + prod(plan.target.shape))
+
+
+def doubtful_files(cohort: Cohort) -> dict[str, int]:
+    """Return the number of files by folder that may be slices of the series in it, and cannot be read as such."""
+    doubtful = Counter(folder for path, _ in cohort.unreadable for folder in (os.path.dirname(path), path))
+    for nameless in (s for s in cohort if not s.series_uid):
+        doubtful[printable(nameless.folder)] += len(nameless.slices)
+    return dict(doubtful)
 
 
 def fingerprint_in_out(
-    series: Series, found: Sequence[Glimpse], values: Sequence[tuple[str, int]], names: Pseudonyms | None
+    series: Series, found: Sequence[SegmentationSummary], values: Sequence[tuple[str, int]], names: Pseudonyms | None
 ) -> str:
-    """Return the fingerprint of a series as it may be kept: whoever has the files must not know them again by it."""
+    """Return the fingerprint of a series as it may be stored in OUT.
+
+    With pseudonyms it is keyed, so that nobody who has the files can recognise the series by it.
+    """
     plain = fingerprint(series, found, values)
     return plain if names is None else names.of("input", plain)
 
 
-def _complete(wanted: tuple[str, str, str], output: Output, former: Entry) -> bool:
-    """Whether an earlier output stands for exactly this input, recipe and version, and is all there."""
-    same = (former.fingerprint, former.recipe_sha256, former.version) == wanted
+def _is_complete(wanted: str, recipe_sha256: str, output: Output, former: Entry) -> bool:
+    """Whether an earlier output was made of exactly this input, recipe and version, and has all its files."""
+    same = (former.fingerprint, former.recipe_sha256, former.version) == (wanted, recipe_sha256, _version.__version__)
     return same and former.status in DONE and output.contents(former.folder) == (former.files, former.bytes)

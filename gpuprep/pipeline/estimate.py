@@ -14,26 +14,26 @@ from gpuprep.core.plan import BYTES
 from gpuprep.core.recipe import Recipe
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.records import SeriesResult
-from gpuprep.pipeline.decide import Needs, Outlook
+from gpuprep.pipeline.planned_series import PlannedSeries
 
 REMEMBERED = 1000
-"""Series of the manifest's history that are looked at."""
+"""Number of series of the manifest from which an experience is computed, the latest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """What conversions took, by the same recipe and version on the same kind of backend."""
+    """Time and disk space of earlier conversions with the same recipe, version and kind of backend."""
 
     s_per_voxel: float
-    """Of one worker, per voxel read or written."""
+    """Time of one worker per voxel read or written, in s."""
     disk_share: float
     """Bytes on disk per byte of voxels."""
     series: int
-    """Series it rests on."""
+    """Number of series from which it was computed."""
 
     @classmethod
     def of(cls, results: Iterable[SeriesResult], recipe: Recipe) -> Self | None:
-        """Return what some conversions took; None if there are none."""
+        """Return the experience of some conversions; None if there are none."""
         seconds, voxels, written, expected, count = 0.0, 0, 0, 0, 0
         for r in results:
             if r.shape is not None and r.source_shape is not None:
@@ -46,7 +46,7 @@ class Experience:
 
 
 def experience(manifest: Manifest | None, recipe: Recipe, backend: str) -> Experience | None:
-    """Return what the manifest's history shows; None if there is none."""
+    """Return the experience of the conversions in a manifest; None if there are none."""
     if manifest is None:
         return None
     return Experience.of(manifest.examples(recipe.sha256, _version.__version__, backend, REMEMBERED), recipe)
@@ -54,13 +54,13 @@ def experience(manifest: Manifest | None, recipe: Recipe, backend: str) -> Exper
 
 @dataclass(slots=True)
 class Forecast:
-    """What a run would take; `add` each of its series."""
+    """Disk space, memory and time that a run will take; `add` each of its series."""
 
     workers: int
     room: int | None
-    """Memory that the series in flight share, where that is limited."""
+    """Memory in bytes that concurrent series share; None: no limit."""
     at_rest_bytes: int
-    """What each worker takes without a series."""
+    """Memory of each worker without a series."""
     free_disk_bytes: int | None
     experience: Experience | None
     compressed: bool
@@ -68,21 +68,22 @@ class Forecast:
     skipped: int = 0
     rejected: int = 0
     output_bytes: int = 0
-    """Of voxels, uncompressed."""
+    """Size of all voxels, uncompressed."""
     replaced_bytes: int = 0
-    """Of former outputs that go when the new ones are there."""
+    """Size of former outputs that are removed once the new ones are complete."""
     voxels: int = 0
     _largest: list[int] = field(default_factory=list)
 
-    def add(self, outlook: Outlook, needs: Needs) -> None:
-        """Count a series in."""
+    def add(self, planned: PlannedSeries) -> None:
+        """Add a series."""
+        needs, former = planned.needs, planned.former
         self.series += 1
-        self.skipped += outlook.action == "skip"
-        self.rejected += outlook.action == "reject"
+        self.skipped += planned.action == "skip"
+        self.rejected += planned.action == "reject"
         self.output_bytes += needs.output_bytes
         self.voxels += needs.voxels
-        if outlook.action == "convert" and outlook.former is not None and outlook.former.folder == outlook.folder:
-            self.replaced_bytes += outlook.former.bytes
+        if planned.action == "convert" and former is not None and former.folder == planned.folder:
+            self.replaced_bytes += former.bytes
         heapq.heappush(self._largest, needs.memory_bytes)
         if len(self._largest) > self.workers:
             heapq.heappop(self._largest)
@@ -94,20 +95,20 @@ class Forecast:
 
     @property
     def disk_share(self) -> float | None:
-        """Bytes on disk per byte of voxels, where that is known."""
+        """Bytes on disk per byte of voxels; None where compression makes it unknown."""
         if not self.compressed:
             return 1.0
         return self.experience.disk_share if self.experience else None
 
     @property
     def disk_bytes(self) -> int | None:
-        """What the disk has to have room for; None where only a conversion can tell."""
+        """Disk space that the run takes; None where it is unknown before a conversion."""
         share = self.disk_share
         return None if share is None else max(0, int(self.output_bytes * share) - self.replaced_bytes)
 
     @property
     def memory_bytes(self) -> int:
-        """Predicted peak, of all workers together, where the volumes are computed."""
+        """Predicted peak memory of all workers together, on the host or device that computes."""
         largest = max(self._largest, default=0)
         together = sum(self._largest)
         if self.room is not None:
@@ -116,19 +117,19 @@ class Forecast:
 
     @property
     def largest_bytes(self) -> int:
-        """Predicted peak of the largest series by itself."""
+        """Predicted peak memory of the largest series."""
         return max(self._largest, default=0)
 
     @property
     def expected_s(self) -> float | None:
-        """Time that the series will take together; None without experience."""
+        """Time of the run in s; None without experience."""
         if self.experience is None:
             return None
         return self.voxels * self.experience.s_per_voxel / min(self.workers, max(1, self.todo - self.rejected))
 
     @property
     def misfit(self) -> str:
-        """Why the run cannot fit; "" if nothing speaks against it."""
+        """Reason why the run does not fit on the disk; "" if it does, or that is unknown."""
         need = self.disk_bytes
         if self.free_disk_bytes is not None and need is not None and need > self.free_disk_bytes:
             return (
@@ -138,7 +139,7 @@ class Forecast:
         return ""
 
     def to_dict(self) -> dict[str, int | float | str | None]:
-        """Return the numbers, as JSON holds them."""
+        """Return the numbers as JSON values."""
         return {
             "series": self.series,
             "skipped": self.skipped,

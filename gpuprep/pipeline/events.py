@@ -132,7 +132,7 @@ class Listener:
         """Every segmentation has its series, or has none."""
 
     def planned(self, forecast: Forecast) -> None:
-        """Every series has its outlook; conversion begins."""
+        """Every series is planned; conversion begins."""
 
     def finished(self, result: SeriesResult) -> None:
         """One series is done with."""

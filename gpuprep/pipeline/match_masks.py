@@ -1,4 +1,4 @@
-"""Matches segmentations to series, by the UIDs they name, else by where their files lie."""
+"""Matches segmentations to series, by the UIDs that they name, else by their paths."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ from gpuprep.masks.filename_hints import UID
 from gpuprep.masks.joined_files import group_paths
 from gpuprep.masks.model import ImageFrame, Plane
 from gpuprep.masks.read import DAMAGED_OBJECT, names_by_path
-from gpuprep.pipeline.segmentation_files import NOT_ONE, Glimpse, Question, below, files_under, glimpses
+from gpuprep.pipeline.segmentation_files import (
+    NOT_ONE,
+    SegmentationSummary,
+    SummaryRequest,
+    below,
+    files_under,
+    summaries,
+)
 
 log = logging.getLogger(__name__)
 
 NONE = (NOT_ONE, UNKNOWN)
-"""Of files that are given to no series."""
+"""Codes of errors for files that belong to no series."""
 
 SEGMENTATIONS_PER_TASK = 16
 
@@ -37,31 +44,31 @@ HOW = "say which with gpuprep mask FILE --series DICOM_DIR"
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """Which segmentation goes to which series."""
+    """Segmentations of each series, and those that belong to none."""
 
-    by_key: Mapping[str, tuple[Glimpse, ...]]
-    """By the key of the series."""
-    unmatched: tuple[tuple[Glimpse, str], ...]
-    """Those without a series, and why."""
+    by_key: Mapping[str, tuple[SegmentationSummary, ...]]
+    """Segmentations of a series, by its key."""
+    unmatched: tuple[tuple[SegmentationSummary, str], ...]
+    """Segmentations that belong to no series, each with the reason."""
     named: frozenset[str]
-    """Files that people named, or that lie in folders they named: none of them is left out without a complaint, unless
-    it is something else, found in such a folder."""
+    """Files that the user named, and segmentations in folders that the user named: each without a series is an
+    error."""
     auto: bool = False
-    """Whether nobody named any: those among the inputs were taken."""
+    """Whether the segmentations were found among the inputs, and not named by the user."""
 
     @property
     def complaints(self) -> tuple[tuple[str, str], ...]:
-        """(path, why) of those that should have had a series."""
+        """(path, reason) of segmentations without a series that the user named."""
         return tuple((printable(g.path), why) for g, why in self.unmatched if g.path in self.named)
 
     @property
     def unused(self) -> tuple[tuple[str, str], ...]:
-        """(path, why) of segmentations without a series that nobody named: they are said, and are no failure."""
+        """(path, reason) of segmentations without a series among the inputs: reported, but no failure."""
         return tuple((printable(g.path), why) for g, why in self.unmatched) if self.auto else ()
 
     @property
     def rows(self) -> Iterator[tuple[str, str, str, str, str]]:
-        """Path, format, why it was taken for it, key of the series, why it has none; as the manifest keeps them."""
+        """Rows of the manifest: path, format, how it was recognised, key of the series, reason why it has none."""
         for key, found in self.by_key.items():
             yield from ((printable(g.path), g.format, g.why, key, g.error) for g in found)
         for g, why in self.unmatched:
@@ -72,46 +79,46 @@ def matched(
     cohort: Cohort,
     inputs: Sequence[str],
     roots: Sequence[str] | None,
-    wishes: Masks,
+    mask_options: Masks,
     executor: Executor,
     *,
     exclude: str | os.PathLike[str] | None,
     alone: bool,
 ) -> Matched:
-    """Return which segmentation goes to which series.
+    """Find segmentations, read each once, and return those of each series.
 
     Parameters
     ----------
     cohort : Cohort
         All series.
     inputs : sequence of str
-        What they were found under.
+        Paths under which the series were found.
     roots : sequence of str or None
-        Segmentation files, or folders of them; None: those among the inputs that say to which series they belong.
-    wishes : Masks
-        How to read them.
+        Segmentation files, or folders of them; None: DICOM objects and LIDC XML among the inputs.
+    mask_options : Masks
+        How text files are read.
     executor : Executor
-        Reads them.
+        Runs the reading.
     exclude : path or None
-        A folder that is not entered: where outputs go.
+        The output folder, which is not searched.
     alone : bool
-        As for `match`, where files were named.
+        As for `match`; applies to files that the user named.
     """
     files = list(cohort.segmentations) if roots is None else files_under(roots, exclude)
-    found = _asked([Question(f, wishes) for f in files], executor)
+    found = _read_summaries([SummaryRequest(f, mask_options) for f in files], executor)
     by_key, unmatched = match(
         found, cohort, inputs if roots is None else roots, inputs, cohort.others, alone=alone and roots is not None
     )
-    # Some can be read only when the pixels of their series are known.
-    planes = {
-        g.path: Plane(s.rows, s.columns, s.pixel_spacing_mm)
+    # Some text files can be read only when the pixel spacing of their series is known; DICOM objects never need it.
+    requests = {
+        g.path: SummaryRequest(g.path, mask_options, Plane(s.rows, s.columns, s.pixel_spacing_mm))
         for s in cohort
         if s.pixel_spacing_mm is not None
         for g in by_key.get(s.key, ())
-        if g.error
+        if g.error and g.code != DAMAGED_OBJECT
     }
-    again = {g.path: g for g in _asked([Question(f, wishes, plane) for f, plane in planes.items()], executor)}
-    by_key = {key: tuple(replace(again.get(g.path, g), volumes=g.volumes) for g in gs) for key, gs in by_key.items()}
+    again = {g.path: g for g in _read_summaries(list(requests.values()), executor)}
+    by_key = {key: tuple(_matched(again.get(g.path, g), g.volumes) for g in gs) for key, gs in by_key.items()}
     if roots is None:
         return Matched(by_key, unmatched, frozenset(), auto=True)
     explicit = {absolute(root) for root in roots if not isdir(root)}
@@ -119,69 +126,74 @@ def matched(
     other -= explicit
     useful = [g.path for g in found if g.path not in other]
     barren = [r for r in map(absolute, roots) if isdir(r) and not any(below(f, r) for f in useful)]
-    nothing = tuple((Glimpse(folder), "it holds no segmentation") for folder in dict.fromkeys(barren))
+    nothing = tuple((SegmentationSummary(folder), "it holds no segmentation") for folder in dict.fromkeys(barren))
     return Matched(by_key, unmatched + nothing, (frozenset(files) - other).union(barren))
 
 
+def _matched(summary: SegmentationSummary, volumes: int) -> SegmentationSummary:
+    """Return a summary without the images that it refers to: they are many, and only matching needs them."""
+    return replace(summary, volumes=volumes, sop_uids=frozenset(), drawn_on=frozenset())
+
+
 def _is_document(path: str) -> bool:
-    """Whether a file has a name as those have that lie in any folder and are for people."""
+    """Whether a file is a document by its name, such as a README, and no segmentation."""
     name = os.path.basename(path).lower()
     return name.endswith((".md", ".rst", ".html", ".log")) or name.startswith(("readme", "license", "licence"))
 
 
-def _asked(questions: list[Question], executor: Executor) -> list[Glimpse]:
-    """Return what segmentations say about themselves, in the order of the questions."""
+def _read_summaries(requests: list[SummaryRequest], executor: Executor) -> list[SegmentationSummary]:
+    """Return the summaries of segmentations, in the order of the requests."""
 
-    def dead(question: Question, exc: WorkerDiedError) -> Glimpse:
-        return Glimpse(question.path, error=str(exc), code="mask")
+    def dead(request: SummaryRequest, exc: WorkerDiedError) -> SegmentationSummary:
+        return SegmentationSummary(request.path, error=str(exc), code="mask")
 
     n = SEGMENTATIONS_PER_TASK
-    tasks = [questions[i : i + n] for i in range(0, len(questions), n)]
-    told = {g.path: g for _, found in answers(executor, glimpses, tasks, dead) for g in found}
-    return [told[q.path] for q in questions]
+    tasks = [requests[i : i + n] for i in range(0, len(requests), n)]
+    told = {g.path: g for _, found in answers(executor, summaries, tasks, dead) for g in found}
+    return [told[q.path] for q in requests]
 
 
 def match(
-    found: Sequence[Glimpse],
+    found: Sequence[SegmentationSummary],
     cohort: Sequence[Series],
     roots: Sequence[str],
     inputs: Sequence[str],
     others: Mapping[str, OtherSeries],
     *,
     alone: bool,
-) -> tuple[dict[str, tuple[Glimpse, ...]], tuple[tuple[Glimpse, str], ...]]:
+) -> tuple[dict[str, tuple[SegmentationSummary, ...]], tuple[tuple[SegmentationSummary, str], ...]]:
     """Return the segmentations of each series, by its key, and those that belong to none, with the reason.
 
     A segmentation belongs to each volume that holds images it is drawn on; else to each that holds images it lists;
-    else to the series whose UID it names. Where that stands for several volumes, those in its frame of reference and
-    its study are taken. A segmentation that names a series of images that are no CT belongs to none here. One that
-    names only what is not among the inputs belongs to the only series in its frame of reference.
+    else to the series whose UID it names. If several volumes have that UID, those in its frame of reference and its
+    study are taken. A segmentation that names a series of another modality belongs to no series. One that names only
+    series and images that are not among the inputs belongs to the only series in its frame of reference.
 
-    A segmentation that names no UID belongs to the series its path points to: by a UID in it; by lying in or above the
-    folder of one series only; or by lying where that series lies, in a tree of masks beside the tree of images. If
-    there is one series only, and no path points anywhere, files that people named, and those right in a folder that
-    they named, are taken for it.
+    A segmentation that names no UID belongs to the series its path points to: by a UID in the path; by lying in or
+    above the folder of one series only; or by the same relative path, in a tree of masks beside the tree of images. If
+    there is one series only, and no path points to a series, it gets the files that the user named, and those directly
+    in a folder that the user named.
 
     Parameters
     ----------
-    found : sequence of Glimpse
-        The files.
+    found : sequence of SegmentationSummary
+        The segmentations.
     cohort : sequence of Series
         All series.
     roots, inputs : sequence of str
-        What segmentations and series were found under.
+        Paths under which segmentations and series were found.
     others : mapping of str to OtherSeries
-        Series of other images among the inputs, by *Series Instance UID*.
+        Series of other modalities among the inputs, by *Series Instance UID*.
     alone : bool
-        Whether people said that the files they named are meant for the one series there is, whatever is in them.
+        Whether files that the user named belong to the only series, whatever UIDs they name.
     """
     used = {path for g in found for path, *_ in g.beside}
     found = [g for g in found if g.code not in NONE or g.path not in used]
     named = {absolute(r) for r in roots if not isdir(r)} if alone else set()
     known = _Known(found, cohort, roots, inputs, others)
-    by_key: dict[str, list[Glimpse]] = defaultdict(list)
-    unmatched: list[tuple[Glimpse, str]] = []
-    lost: list[tuple[Glimpse, str]] = []
+    by_key: dict[str, list[SegmentationSummary]] = defaultdict(list)
+    unmatched: list[tuple[SegmentationSummary, str]] = []
+    lost: list[tuple[SegmentationSummary, str]] = []
     for g in found:
         if g.code in NONE:
             unmatched.append((g, g.error))
@@ -206,21 +218,21 @@ def match(
 
 
 class _Answer(NamedTuple):
-    """Where a segmentation belongs."""
+    """Series that a segmentation belongs to."""
 
     series: list[Series]
     reason: str = ""
     """Why there are none."""
     precise: bool = True
-    """Whether something tells these volumes from others of the same Series Instance UID."""
+    """Whether its images, frame of reference or study distinguish these volumes of one Series Instance UID."""
 
 
 class _Known:
-    """The series of a cohort, by what may point to them."""
+    """The series of a cohort, by the UIDs and paths that a segmentation may name."""
 
     def __init__(
         self,
-        found: Sequence[Glimpse],
+        found: Sequence[SegmentationSummary],
         cohort: Sequence[Series],
         roots: Sequence[str],
         inputs: Sequence[str],
@@ -232,10 +244,10 @@ class _Known:
         self._by_series: dict[str, list[Series]] = defaultdict(list)
         self._by_frame: dict[str, list[Series]] = defaultdict(list)
         self._sop_uids = {uid for g in found for uid in (*g.sop_uids, *UID.findall(g.path))}
-        """All that are looked for."""
+        """SOP Instance UIDs that any segmentation names."""
         self._by_sop: dict[str, tuple[Series, ...]] = {}
         self._by_image_frame: dict[ImageFrame, tuple[Series, ...]] = {}
-        """Of images of several frames, which may be those of several volumes."""
+        """Series by frame of a multi-frame image, whose frames may belong to several volumes."""
         for s in cohort:
             self._by_series[s.series_uid].append(s)
             self._by_frame[s.frame_of_reference_uid].append(s)
@@ -253,14 +265,16 @@ class _Known:
             for s in cohort
             for digest, (name, why) in zip(s.left_out_digests, s.left_out, strict=True)
         }
-        """Images that are in no volume, by `image_digest`."""
+        """Images that were left out of their series, each with its reason, by `image_digest`."""
         self.pointed = False
         """Whether the path of any file pointed to a series."""
-        # A folder of images has its name, by which a folder of masks may go.
+        # The folder of masks may have the name of the folder of images.
         tops = [top for i in inputs if isdir(i) for top in (absolute(i), os.path.dirname(absolute(i)))]
-        self._places = [(s, {os.path.relpath(s.folder, top) for top in tops if below(s.folder, top)}) for s in cohort]
+        self._relative_paths = [
+            (s, {os.path.relpath(s.folder, top) for top in tops if below(s.folder, top)}) for s in cohort
+        ]
 
-    def by_uid(self, g: Glimpse) -> _Answer:
+    def by_uid(self, g: SegmentationSummary) -> _Answer:
         for images in (g.drawn_on, {ImageFrame(uid) for uid in g.sop_uids}):
             if series := self._holding(images, g):
                 return _Answer(series)
@@ -282,7 +296,7 @@ class _Known:
             return _Answer([], "it refers to a series and a frame of reference that are not here")
         return _Answer([], f"{len(series)} series share its frame of reference, and it refers to none of them: {HOW}")
 
-    def by_path(self, g: Glimpse) -> _Answer:
+    def by_path(self, g: SegmentationSummary) -> _Answer:
         for candidates in self._pointed(g.path):
             if len(candidates) == 1:
                 self.pointed = True
@@ -291,8 +305,8 @@ class _Known:
                 return _Answer([], f"it names no series, and may belong to {len(candidates)} by its path: {HOW}")
         return _Answer([], f"it names no series, nor does its path: {HOW}")
 
-    def _holding(self, images: Iterable[ImageFrame], g: Glimpse) -> list[Series]:
-        """Return the volumes that hold any of some images; of copies of an image, the one that a file means."""
+    def _holding(self, images: Iterable[ImageFrame], g: SegmentationSummary) -> list[Series]:
+        """Return the volumes that hold any of some images; of copies of an image, the volume that `g` means."""
         holding: dict[int, Series] = {}
         for image in images:
             holders = self._by_image_frame.get(image, ())
@@ -308,8 +322,8 @@ class _Known:
         numbers = {0, image.number} if image.sop_uid not in self._by_sop else {image.number}
         return next((why for n in numbers if (why := self._left_out.get(image_digest(image.sop_uid, n)))), "")
 
-    def _other(self, g: Glimpse) -> str:
-        """Return the UID of the series of other images that a file names, or whose images it names; "" for none."""
+    def _other(self, g: SegmentationSummary) -> str:
+        """Return the UID of the series of another modality that a file refers to; "" for none."""
         named = [uid for uid in g.series_uids if uid in self._others]
         images = {image.sop_uid for image in g.drawn_on} or g.sop_uids
         return min(named or [self._other_by_sop[uid] for uid in images if uid in self._other_by_sop], default="")
@@ -324,12 +338,12 @@ class _Known:
             if digest in digests
         }
 
-    def is_near(self, g: Glimpse) -> bool:
-        """Whether a file lies right in a folder that was named, or was named itself, and its path names no UID."""
+    def is_near(self, g: SegmentationSummary) -> bool:
+        """Whether the user named a file or the folder it lies directly in, and its path has no UID."""
         return os.path.dirname(g.path) in self._roots and not UID.search(g.path)
 
     def _pointed(self, path: str) -> Iterator[list[Series]]:
-        """Yield the series that a path may point to, the surest way first."""
+        """Yield the series that a path may point to, the most certain first."""
         uids = set(UID.findall(path))
         yield list(
             {s.key: s for uid in uids for s in (*self._by_series.get(uid, []), *self._by_sop.get(uid, ()))}.values()
@@ -342,14 +356,14 @@ class _Known:
                 continue
             place = os.path.relpath(folder, root)
             whole = os.path.splitext(os.path.relpath(path, root))[0]
-            yield [s for s, places in self._places if {place, whole} & (places - {"."})]
-            yield [s for s, places in self._places if place != "." and any(below(p, place) for p in places)]
-            yield [s for s, places in self._places if any(p != "." and below(place, p) for p in places)]
+            yield [s for s, relative in self._relative_paths if {place, whole} & (relative - {"."})]
+            yield [s for s, relative in self._relative_paths if place != "." and any(below(p, place) for p in relative)]
+            yield [s for s, relative in self._relative_paths if any(p != "." and below(place, p) for p in relative)]
         yield [s for s in self._cohort if below(s.folder, folder)]
 
 
-def _likeliest(series: Sequence[Series], g: Glimpse) -> Sequence[Series]:
-    """Return those of some volumes that are in the series, the frame of reference and the study that a file names."""
+def _likeliest(series: Sequence[Series], g: SegmentationSummary) -> Sequence[Series]:
+    """Return the volumes that are in the series, the frame of reference and the study that a file names."""
     if len(series) < 2:
         return series
     series = [s for s in series if s.series_uid in g.series_uids] or series
@@ -357,14 +371,14 @@ def _likeliest(series: Sequence[Series], g: Glimpse) -> Sequence[Series]:
     return [s for s in series if s.study_uid in g.study_uids] or series
 
 
-def _of_series(named: list[list[Series]], g: Glimpse) -> _Answer:
-    """Return the volumes of series that a file names without any of their images."""
+def _of_series(named: list[list[Series]], g: SegmentationSummary) -> _Answer:
+    """Return the volumes of series that a file names, without naming their images."""
     series: list[Series] = []
     precise, reason = True, ""
     for volumes in named:
         likeliest = _likeliest(volumes, g)
-        places = {(s.study_uid, s.frame_of_reference_uid) for s in likeliest}
-        if len(places) > 1:  # two patients, perhaps
+        studies = {(s.study_uid, s.frame_of_reference_uid) for s in likeliest}
+        if len(studies) > 1:  # perhaps of two patients
             uid = printable(volumes[0].series_uid)
             reason = (
                 f"it refers to series {uid}, which is {len(likeliest)} volumes in different studies or frames of "
@@ -376,18 +390,18 @@ def _of_series(named: list[list[Series]], g: Glimpse) -> _Answer:
     return _Answer(series, reason, precise)
 
 
-def used_names(found: Sequence[Glimpse], wishes: Masks, hide: Hide | None = None) -> list[str]:
-    """Return under which names the structures of one series are used; `hide` as for `Masks.names`."""
+def used_names(found: Sequence[SegmentationSummary], mask_options: Masks, hide: Hide | None = None) -> list[str]:
+    """Return the names under which the structures of one series are converted; `hide` as for `Masks.names`."""
     pairs = [(path, name) for path, g in zip(group_paths(found), found, strict=True) for name in g.names]
     try:
         telling = names_by_path((g.path, g.format) for g in found) if hide else ()
-        return [name for name in wishes.names(list(dict.fromkeys(pairs)), hide, telling) if name is not None]
-    except SegmentationError:  # the series is going to say so
+        return [name for name in mask_options.names(list(dict.fromkeys(pairs)), hide, telling) if name is not None]
+    except SegmentationError:  # the conversion of the series reports it
         return []
 
 
-def fingerprint(series: Series, found: Sequence[Glimpse], values: Sequence[tuple[str, int]]) -> str:
-    """Return what "unchanged" means for a series with its segmentations and the label values of their structures."""
+def fingerprint(series: Series, found: Sequence[SegmentationSummary], values: Sequence[tuple[str, int]]) -> str:
+    """Return a hash of a series with its segmentations and label values; it is equal as long as they are unchanged."""
     if not found:
         return series.fingerprint
     lines = sorted(" ".join(map(str, (g.path, g.bytes, g.mtime_ns, *g.beside))) for g in found)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.shard import Shard
-from gpuprep.dicom.audit import audit
-from gpuprep.dicom.discover import Cohort, discover
+from gpuprep.dicom.discover import FILES_PER_TASK, Cohort, discover
 from gpuprep.dicom.headers import Contents
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors.processes import Executor, WorkerDiedError, answers
@@ -25,20 +23,20 @@ from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import Manifest, shards_of
 from gpuprep.output.nnunet import Layout, check
 from gpuprep.output.object_store import place_of
-from gpuprep.output.records import SeriesResult, Status, now
-from gpuprep.pipeline.convert_series import Task
-from gpuprep.pipeline.decide import Outlook, outlooks
+from gpuprep.output.records import Status
+from gpuprep.pipeline.decide import planned_series
 from gpuprep.pipeline.estimate import Forecast, experience
 from gpuprep.pipeline.events import Listener
-from gpuprep.pipeline.job import doubtful_files, patients_of, placed, task_of
 from gpuprep.pipeline.match_masks import Matched, matched, used_names
 from gpuprep.pipeline.options import ConvertOptions
-from gpuprep.pipeline.pseudonyms import Pseudonyms, planned_row
+from gpuprep.pipeline.planned_series import PlannedSeries
+from gpuprep.pipeline.pseudonyms import Pseudonyms, patient_ids, planned_row
+from gpuprep.pipeline.task import Task
 
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What a run works with from its beginning to its end."""
+    """Inputs, options, resources and outputs of a run."""
 
     paths: list[str]
     out: str | Path
@@ -49,35 +47,22 @@ class RunContext:
     listener: Listener
 
 
-class Rejected(NamedTuple):
-    """A series that is not converted."""
-
-    task: Task
-    reason: str
-    codes: tuple[str, ...]
-
-    def result(self) -> SeriesResult:
-        """Return the result that says so."""
-        blank = self.task.blank(audit(self.task.series, self.task.recipe.rules))
-        return replace(blank, status="rejected", reason=self.reason, codes=self.codes, finished=now())
-
-
 @dataclass(slots=True)
 class Prepared:
-    """What a run has to do."""
+    """Series of a run, by what is done with them."""
 
     cohort: Cohort
     matches: Matched | None
-    """Which segmentation goes to which series; None: no masks are asked for."""
+    """Segmentations of each series; None: no masks are made."""
     forecast: Forecast
     tasks: list[Task] = field(default_factory=list)
-    """Of the series that are to be converted."""
+    """Series that are converted."""
     skipped: list[str] = field(default_factory=list)
     """Keys of series whose outputs are complete and unchanged."""
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[Task] = field(default_factory=list)
     """Series that cannot be converted, as their headers or segmentations show."""
     postponed: int = 0
-    """Series left for later by the limit of the options."""
+    """Number of series that `ConvertOptions.limit` leaves for a later run."""
 
     @property
     def series(self) -> int:
@@ -86,12 +71,12 @@ class Prepared:
 
 
 def prepare(context: RunContext) -> Prepared:
-    """Return what a run has to do, after it was written down where the output folder keeps it.
+    """Find the series of a run, decide what is done with each, and record recipe and labels in the output folder.
 
     Raises
     ------
     RequestError
-        If the output folder holds what the options contradict, or the disk has too little room.
+        If the options contradict what the output folder holds, or the disk has too little room.
     """
     options, means, output, manifest = context.options, context.means, context.output, context.manifest
     names, recipe = options.names, options.recipe
@@ -111,9 +96,10 @@ def prepare(context: RunContext) -> Prepared:
         output.write_text("labels.json", json.dumps(values, indent=1, ensure_ascii=False))
     prepared = Prepared(cohort, matches, blank_forecast(means, recipe, manifest, output))
     chosen = [s for s in cohort if options.shard.has(s.public_uid) and _wanted(s, options.only, manifest)]
-    doubtful = doubtful_files(cohort)
-    for outlook in outlooks(cohort, chosen, context.paths, recipe, matches, values, output, manifest, names=names):
-        _add(outlook, context, doubtful, prepared)
+    for planned in planned_series(
+        cohort, chosen, context.paths, options, means.backend, matches, values, output, manifest
+    ):
+        _add(planned, context, prepared)
     if names is not None:
         _name_folders(prepared, names, means.executor)
     if options.room_check and prepared.forecast.misfit:
@@ -121,37 +107,61 @@ def prepare(context: RunContext) -> Prepared:
     return prepared
 
 
-def _add(outlook: Outlook, context: RunContext, doubtful: dict[str, int], prepared: Prepared) -> None:
-    """Add what has to be done about one series."""
-    options, forecast = context.options, prepared.forecast
-    if outlook.action == "convert" and options.limit is not None and len(prepared.tasks) >= options.limit:
+def _add(planned: PlannedSeries, context: RunContext, prepared: Prepared) -> None:
+    """Add one series to those of its kind, and to the forecast."""
+    limit = context.options.limit
+    if planned.action == "convert" and limit is not None and len(prepared.tasks) >= limit:
         prepared.postponed += 1
         return
-    needs = outlook.needs(context.means.backend, options.engine)
-    forecast.add(outlook, needs)
-    if outlook.action == "skip":
-        prepared.skipped.append(outlook.series.key)
-        return
-    if outlook.action == "convert":
-        prepared.tasks.append(task_of(outlook, needs, options, context.means.backend, context.output, doubtful))
-        return
-    task = task_of(outlook, needs, options, context.means.backend, context.output)
-    prepared.rejected.append(Rejected(task, outlook.reason, outlook.codes))
+    prepared.forecast.add(planned)
+    if planned.action == "skip":
+        prepared.skipped.append(planned.series.key)
+    elif planned.action == "convert":
+        prepared.tasks.append(_task(planned.for_worker(), context))
+    else:
+        prepared.rejected.append(_task(planned, context))
+
+
+def _task(planned: PlannedSeries, context: RunContext) -> Task:
+    options = context.options
+    return Task(
+        planned=planned,
+        recipe=options.recipe,
+        engine=options.engine,
+        backend=context.means.backend,
+        output=context.output,
+        names=options.names,
+    )
 
 
 def _name_folders(prepared: Prepared, names: Pseudonyms, executor: Executor) -> None:
     """Give each task the folder of its patient, and write the crosswalk of what is planned."""
-    patients = patients_of(prepared.tasks, executor)
+    patients = _patients(prepared.tasks, executor)
     tasks, prepared.tasks = prepared.tasks, []
+    rows = {}
     for task in tasks:
-        patient = patients[task.series.key]
-        if patient is not None:
-            prepared.tasks.append(placed(task, names, patient))
-        else:  # among those of somebody else it would be worse than missing
-            prepared.rejected.append(Rejected(task, "InputError: its Patient ID cannot be read", ("changed",)))
-    names.write_crosswalk(
-        {t.series.key: planned_row(t.series, t.folder, patients[t.series.key] or "") for t in prepared.tasks}
-    )
+        series = task.planned.series
+        patient = patients[series.key]
+        if patient is None:  # in the folder of another patient it would be worse than missing
+            rejected = task.planned.rejected("InputError: its Patient ID cannot be read", "changed")
+            prepared.rejected.append(replace(task, planned=rejected))
+        else:
+            folder = names.folder(series, patient)
+            prepared.tasks.append(replace(task, planned=replace(task.planned, folder=folder)))
+            rows[series.key] = planned_row(series, folder, patient)
+    names.write_crosswalk(rows)
+
+
+def _patients(tasks: Sequence[Task], executor: Executor) -> dict[str, str | None]:
+    """Return the *Patient ID* of the series of each task, by the key of the series; None: unreadable."""
+    first_slices = {t.planned.series.slices[0]: t.planned.series.key for t in tasks}
+    headers = list(first_slices)
+    parts = [headers[i : i + FILES_PER_TASK] for i in range(0, len(headers), FILES_PER_TASK)]
+    return {
+        first_slices[header]: found
+        for part, ids in answers(executor, patient_ids, parts, lambda *_: None)
+        for header, found in zip(part, ids, strict=True)
+    }
 
 
 def _wanted(series: Series, only: Collection[Status] | None, manifest: Manifest) -> bool:
@@ -180,7 +190,7 @@ def matches_of(
     executor: Executor,
     out: str | os.PathLike[str] | None,
 ) -> Matched | None:
-    """Return which segmentation goes to which series; None where masks are not asked for."""
+    """Return the segmentations of each series; None where no masks are made."""
     if options.masks is None:
         return None
     roots = None if options.masks == "auto" else list(options.masks)
@@ -189,10 +199,10 @@ def matches_of(
 
 
 def check_names(names: Pseudonyms | None, manifest: Manifest, out: str | os.PathLike[str]) -> None:
-    """Raise if `out` was made with other names: every series would be converted again, under two names."""
+    """Raise if `out` was made with other pseudonyms: every series would be converted again, under a second name."""
     manifests = [manifest.naming()]
     for path in shards_of(manifest.path.parent).values():
-        # One that is just being made is none yet; whoever merges them looks again.
+        # A manifest that is being made is unreadable yet; the merge of shards checks it again.
         with suppress(OutputError), closing(Manifest(path, reading=True)) as other:
             manifests.append(other.naming())
     own = names.check if names else ""
@@ -207,7 +217,7 @@ def check_names(names: Pseudonyms | None, manifest: Manifest, out: str | os.Path
 
 
 def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest, out: str | Path) -> None:
-    """Raise if masks alone would replace volumes that hold images, or images alone such that hold masks."""
+    """Raise if masks alone would replace outputs with images, or images alone would replace outputs with masks."""
     if not recipe.image and any(manifest.columns("key", of="image")):
         raise RequestError(
             f"{out} holds images, which masks alone would replace: choose another --out, or run gpuprep convert "
@@ -218,7 +228,7 @@ def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest
 
 
 def check_layout(layout: Layout, out: str | os.PathLike[str], recipe: Recipe, shard: Shard) -> None:
-    """Raise if nnU-Net could not train on what a run makes."""
+    """Raise if nnU-Net could not train on the outputs of a run."""
     if layout == "nnunet":
         check(place_of(out), recipe, shard)
 

@@ -11,14 +11,15 @@ from gpuprep.executors.processes import Executor, OverdueError, WorkerDiedError
 from gpuprep.executors.signals import Stop
 from gpuprep.output.folder_store import Output
 from gpuprep.output.records import SeriesResult, now
-from gpuprep.pipeline.convert_series import DEVICE_MEMORY, Task, convert_series, left_out
+from gpuprep.pipeline.convert_series import DEVICE_MEMORY, convert_series, left_out
+from gpuprep.pipeline.task import Task
 
 DEATHS_ALLOWED = 2
-"""Workers that a series may cost before it is set aside."""
+"""Number of workers that may die over a series before it is recorded as failed."""
 
 
 class Attempts:
-    """Tasks to results; what went wrong with a worker, or for lack of memory or room, is dealt with here."""
+    """Runs tasks, again where a worker died or memory was short, and returns the result of each."""
 
     def __init__(
         self, executor: Executor, output: Output, disk_share: float | None, limit_s: float | None, stop: Stop
@@ -31,10 +32,10 @@ class Attempts:
         self._refused: list[tuple[Task, SeriesResult]] = []
 
     def of(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, SeriesResult]]:
-        """Yield what became of each task.
+        """Yield the result of each task.
 
-        Those that found too little memory on a device, or whose worker died, are tried again, alone: when all others
-        are done and their memory is free.
+        A task for which a device had too little memory, or whose worker died, is tried again alone, when all others
+        have ended and their memory is free.
         """
         again = []
         for task, outcome in self._run(self._admitted(tasks)):
@@ -45,10 +46,10 @@ class Attempts:
             yield from self._out_of_room()
         yield from self._out_of_room()
         for task in again:
-            # The library calls of the other engine take a volume whole, whatever the chunks.
+            # Smaller chunks do not help the engine "ndimage", whose library calls take whole volumes.
             divisors = (1, 4, 64) if task.engine == "operators" else (1,)
             for attempt in (_smaller(task, divisor) for divisor in divisors):
-                self._executor.stop()  # workers that have nothing to do still hold memory
+                self._executor.stop()  # idle workers still hold memory
                 outcomes = list(self._run([attempt]))
                 if not outcomes:  # stopped
                     return
@@ -64,20 +65,20 @@ class Attempts:
         return self._executor.run(
             convert_series,
             tasks,
-            lambda task: task.needed_bytes,
+            lambda task: task.planned.needs.memory_bytes,
             limit_s=self._limit_s,
             stopped=lambda: self._stop.asked,
         )
 
     def _admitted(self, tasks: Iterable[Task]) -> Iterator[Task]:
-        """Yield the tasks whose outputs the disk has room for, looked at when their turn comes."""
+        """Yield the tasks whose outputs fit on the disk, checked as each task begins."""
         for task in tasks:
-            need, free = int(task.output_bytes * self._disk_share), self._output.free_bytes()
+            need, free = int(task.planned.needs.output_bytes * self._disk_share), self._output.free_bytes()
             if free is None or need <= free:
                 yield task
                 continue
             reason = f"OutputError: it needs {sized(need)} and {sized(free)} are free: free some and run again"
-            refused = replace(task.blank(), reason=reason, codes=("disk-full",), finished=now())
+            refused = replace(task.result(), reason=reason, codes=("disk-full",), finished=now())
             self._refused.append((task, refused))
 
     def _out_of_room(self) -> Iterator[tuple[Task, SeriesResult]]:
@@ -92,12 +93,12 @@ def _worth_another(outcome: SeriesResult | WorkerDiedError) -> bool:
 
 
 def _result(task: Task, outcome: SeriesResult | WorkerDiedError, deaths: int = 1) -> SeriesResult:
-    """Return an outcome as a result; `deaths` is how many workers the series has cost by now."""
+    """Return an outcome as a result; `deaths` is the number of workers that have died over the series."""
     if isinstance(outcome, OverdueError):
         reason = f"OverdueError: {outcome}, the limit set by --time-limit: raise it, and gpuprep retry tries it again"
-        return replace(left_out(task.blank(), outcome), reason=reason, codes=("time",), finished=now())
+        return replace(left_out(task.result(), outcome), reason=reason, codes=("time",), finished=now())
     if isinstance(outcome, WorkerDiedError):
-        died = left_out(task.blank(), outcome)
+        died = left_out(task.result(), outcome)
         count = max(deaths, outcome.deaths)
         reason = f"{died.reason}; it has ended {count} workers, and is set aside: gpuprep retry tries it again"
         return replace(died, reason=reason, codes=("worker-died",), finished=now())
@@ -105,7 +106,7 @@ def _result(task: Task, outcome: SeriesResult | WorkerDiedError, deaths: int = 1
 
 
 def _smaller(task: Task, divisor: int) -> Task:
-    """Return a task that takes so many times fewer slices at a time."""
+    """Return a task whose chunks have fewer slices by a factor of `divisor`."""
     backend = copy(task.backend)
     backend.chunk_slices = max(1, backend.chunk_slices // divisor)
     backend.slab_slices = max(1, backend.slab_slices // divisor)

@@ -1,4 +1,4 @@
-"""Scans a cohort without converting it: what is there, what would happen to it, and what that would take."""
+"""Scans a cohort without converting it: its series, their verdicts, and the resources of a run."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from gpuprep.output.manifest import Manifest, manifest_path
 from gpuprep.output.object_store import at_hand, open_out, output_at, place_of
 from gpuprep.output.records import DONE
 from gpuprep.pipeline.convert_series import convert_series
-from gpuprep.pipeline.decide import Needs, Outlook, outlooks
+from gpuprep.pipeline.decide import planned_series
 from gpuprep.pipeline.estimate import Experience, Forecast
 from gpuprep.pipeline.events import Listener
-from gpuprep.pipeline.job import task_of
 from gpuprep.pipeline.match_masks import Matched
 from gpuprep.pipeline.options import ConvertOptions, Paths, as_list
+from gpuprep.pipeline.planned_series import PlannedSeries
 from gpuprep.pipeline.prepare import blank_forecast, check_apart, check_layout, check_names, matches_of, series_under
+from gpuprep.pipeline.task import Task
 
 
 class Scan(NamedTuple):
-    """What is under some paths, and what a run would make of it.
+    """Result of a scan.
 
     Examples
     --------
-    >>> cohort, outlooks, forecast = gpuprep.scan(".")  # an empty folder
-    >>> len(cohort), outlooks, forecast.output_bytes
+    >>> cohort, planned, forecast = gpuprep.scan(".")  # an empty folder
+    >>> len(cohort), planned, forecast.output_bytes
     (0, [], 0)
     """
 
     cohort: Cohort
-    outlooks: list[Outlook]
+    planned: list[PlannedSeries]
+    """Each series, with what a run would do with it."""
     forecast: Forecast
 
 
@@ -53,7 +55,7 @@ def scan(
     listener: Listener | None = None,
     **options: Any,
 ) -> Scan:
-    """Return what is under some paths and what would happen to each series; reads headers only, and writes no output.
+    """Return the series under some paths and what `convert` would do with each; reads headers only, writes no output.
 
     Parameters
     ----------
@@ -62,13 +64,13 @@ def scan(
     recipe : Recipe, optional
         The default recipe where absent.
     out : path, optional
-        The output folder of earlier runs: what is complete there would be skipped.
+        The output folder of earlier runs: series that are complete and unchanged there would be skipped.
     backend : {"auto", "cpu", "gpu"} or Backend
-        Where it would be computed: what is needed depends on it.
+        Computes the volumes; the memory that they need depends on it.
     calibrate : bool
-        Whether to convert one series into a temporary folder where `out` has no history to expect a time from.
+        Whether to convert one series into a temporary folder to estimate the time, where `out` has no earlier run.
     listener : Listener, optional
-        Is told which segmentation goes where.
+        Its method `matched` is called with the segmentations of each series.
     **options
         Others of `ConvertOptions`. Without `jobs`, headers are read in this process.
 
@@ -82,8 +84,8 @@ def scan(
     >>> from pathlib import Path
     >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
-    >>> for outlook in gpuprep.scan("dicom").outlooks:
-    ...     print(outlook.verdict, outlook.action, outlook.plan.target.shape)
+    >>> for planned in gpuprep.scan("dicom").planned:
+    ...     print(planned.verdict, planned.action, planned.plan.target.shape)
     ok convert (36, 512, 512)
     """
     asked = ConvertOptions(recipe=recipe or Recipe(), backend=backend, **options)
@@ -98,7 +100,7 @@ def scan_cohort(
     *,
     calibrate: bool = False,
 ) -> Scan:
-    """Look at a cohort as `scan` does."""
+    """Scan a cohort as `scan` does."""
     if out is not None:
         check_apart(paths, place_of(out))
         check_layout(options.layout, out, options.recipe, options.shard)
@@ -109,22 +111,26 @@ def scan_cohort(
         matches = matches_of(cohort, paths, options, means.executor, out)
         if matches is not None:
             listener.matched(matches)
-        expected, forecast = _expected(cohort, matches, means, paths, options, out)
-        _count(expected, forecast, means, options, calibrate=calibrate)
+        planned, forecast = _planned(cohort, matches, means, paths, options, out)
+        for one in planned:
+            forecast.add(one)
+        todo = sorted((one for one in planned if one.action == "convert"), key=lambda one: one.needs.voxels)
+        if calibrate and forecast.experience is None and todo:
+            forecast.experience = _experience(todo[len(todo) // 2], means, options)
     finally:
         means.executor.stop()
-    return Scan(cohort, expected, forecast)
+    return Scan(cohort, planned, forecast)
 
 
-def _expected(
+def _planned(
     cohort: Cohort,
     matches: Matched | None,
     means: Means,
     paths: list[str],
     options: ConvertOptions,
     out: str | os.PathLike[str] | None,
-) -> tuple[list[Outlook], Forecast]:
-    """Return the outlook of every series, and a forecast without them; nothing is written into `out`."""
+) -> tuple[list[PlannedSeries], Forecast]:
+    """Return what would be done with every series, and a forecast without series; nothing is written into `out`."""
     recipe, names = options.recipe, options.names
     output, manifest = None, None
     with ExitStack() as opened:
@@ -135,35 +141,22 @@ def _expected(
                 check_names(names, manifest, out)
         values = manifest.label_values() if manifest and matches and recipe.masks.layout == "labels" else {}
         share = [s for s in cohort if options.shard.has(s.public_uid)]
-        expected = list(outlooks(cohort, share, paths, recipe, matches, values, output, manifest, names=names))
-        return expected, blank_forecast(means, recipe, manifest, output)
+        planned = planned_series(cohort, share, paths, options, means.backend, matches, values, output, manifest)
+        return list(planned), blank_forecast(means, recipe, manifest, output)
 
 
-def _count(
-    expected: list[Outlook], forecast: Forecast, means: Means, options: ConvertOptions, *, calibrate: bool
-) -> None:
-    """Add each series to the forecast; where it has no history to go by, and may, try one."""
-    todo: list[tuple[Needs, Outlook]] = []
-    for outlook in expected:
-        needs = outlook.needs(means.backend, options.engine)
-        forecast.add(outlook, needs)
-        if outlook.action == "convert":
-            todo.append((needs, outlook))
-    if calibrate and forecast.experience is None and todo:
-        todo.sort(key=lambda found: found[0].voxels)
-        forecast.experience = _tried(*todo[len(todo) // 2], means, options)
+def _experience(planned: PlannedSeries, means: Means, options: ConvertOptions) -> Experience | None:
+    """Convert a series twice into a temporary folder, and return the experience of the second time; None if it fails.
 
-
-def _tried(needs: Needs, outlook: Outlook, means: Means, options: ConvertOptions) -> Experience | None:
-    """Convert a series into a temporary folder, twice, since the first time includes what a worker loads; compare."""
-    values = tuple((name, n) for n, (name, _) in enumerate(outlook.label_values, 1))  # nobody has given any yet
-    plain = replace(options, names=None)
-    outlook = replace(outlook, folder="trial", former=None, label_values=values)
+    The first time includes what a worker imports and compiles.
+    """
+    values = tuple((name, n) for n, (name, _) in enumerate(planned.label_values, 1))  # a cohort has no values yet
+    planned = replace(planned.for_worker(), folder="trial", former=None, label_values=values)
     with tempfile.TemporaryDirectory() as folder, open_out(folder) as output:
-        task = task_of(outlook, needs, plain, means.backend, output)
+        task = Task(planned=planned, recipe=options.recipe, engine=options.engine, backend=means.backend, output=output)
         for _ in range(2):
             outcomes = list(means.executor.run(convert_series, [task]))
-            output.retire(task.folder, task.series.key)
+            output.retire(planned.folder, planned.series.key)
     _, result = outcomes[0]
     if isinstance(result, WorkerDiedError) or result.status not in DONE:
         return None

@@ -1,4 +1,4 @@
-"""Finds segmentation files under some paths, and takes a first look at each."""
+"""Finds segmentation files under some paths, and summarises each."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 
 NOT_ONE = NotASegmentationError.code
-"""Of the error for files that are known to be something else."""
+"""Code of the error for a file that is no segmentation."""
 
 
-class Question(NamedTuple):
-    """A file to look into, and what is known already."""
+class SummaryRequest(NamedTuple):
+    """A segmentation file, and what is needed to read it."""
 
     path: str
     reading: Reading
@@ -43,8 +43,8 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Glimpse:
-    """What a segmentation file says about itself; its points stay in the file."""
+class SegmentationSummary:
+    """A segmentation file: its format, structures and references, without its contours."""
 
     path: str
     bytes: int = 0
@@ -52,7 +52,7 @@ class Glimpse:
     format: str = ""
     why: str = ""
     names: tuple[str, ...] = ()
-    """Of its structures."""
+    """Names of its structures."""
     series_uids: tuple[str, ...] = ()
     study_uids: frozenset[str] = frozenset()
     frame_of_reference_uid: str = ""
@@ -60,17 +60,17 @@ class Glimpse:
     drawn_on: frozenset[ImageFrame] = frozenset()
     per_slice: bool = False
     beside: tuple[tuple[str, int, int], ...] = ()
-    """Other files that were read to understand it: path, bytes and time of change in ns."""
+    """Other files that were read with it: path, bytes and time of change in ns."""
     error: str = ""
-    """Why it cannot be read, perhaps only as long as its series is not known."""
+    """Why it cannot be read; some text files can be read once the pixel spacing of their series is known."""
     code: str = ""
-    """Of that error."""
+    """Code of that error."""
     volumes: int = 1
-    """Volumes of one Series Instance UID that it goes to, because it names the series and none of its images."""
+    """Number of volumes with one Series Instance UID that get it, because it names none of their images."""
 
     @property
     def warning(self) -> SeriesWarning | None:
-        """What is doubtful about its going to a series."""
+        """Warning if it goes to several volumes."""
         if self.volumes == 1:
             return None
         return SeriesWarning(
@@ -80,19 +80,19 @@ class Glimpse:
         )
 
 
-def glimpses(questions: list[Question]) -> list[Glimpse]:
-    """Return what each of some files says about itself; whatever is wrong with one is in its answer."""
-    return [_glimpse(q) for q in questions]
+def summaries(requests: list[SummaryRequest]) -> list[SegmentationSummary]:
+    """Return the summary of each file; every error is in the summary."""
+    return [_summary(q) for q in requests]
 
 
-def _glimpse(question: Question) -> Glimpse:
-    path = question.path
+def _summary(request: SummaryRequest) -> SegmentationSummary:
+    path = request.path
     try:
         status = stat(path)
-        s = read_segmentation(path, question.reading, question.plane)
+        s = read_segmentation(path, request.reading, request.plane)
         beside = tuple((other, (found := stat(other)).st_size, found.st_mtime_ns) for other in s.beside)
     except SegmentationError as exc:
-        return Glimpse(
+        return SegmentationSummary(
             path,
             status.st_size,
             status.st_mtime_ns,
@@ -103,11 +103,11 @@ def _glimpse(question: Question) -> Glimpse:
             code=exc.code,
         )
     except OSError as exc:
-        return Glimpse(path, error=f"cannot be read: {exc.strerror}", code="mask")
-    except Exception as exc:  # the boundary: a bug that one file provokes must not cost the others
+        return SegmentationSummary(path, error=f"cannot be read: {exc.strerror}", code="mask")
+    except Exception as exc:  # a bug that one file provokes must not stop the others
         log.exception("reading %s crashed", path)
-        return Glimpse(path, error=printable(f"{type(exc).__name__}: {exc}"), code="mask")
-    return Glimpse(
+        return SegmentationSummary(path, error=printable(f"{type(exc).__name__}: {exc}"), code="mask")
+    return SegmentationSummary(
         path=path,
         bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
@@ -125,16 +125,16 @@ def _glimpse(question: Question) -> Glimpse:
 
 
 def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = None) -> list[str]:
-    """Return the files at some paths, folders searched to any depth; names that begin with a dot are passed over.
+    """Return the files at some paths, folders searched to any depth, without names that begin with a dot.
 
-    As among images, links are followed, and nothing that two of them lead to is there twice.
+    Links are followed, and a file that two paths lead to is returned once.
 
     Parameters
     ----------
     paths : iterable of str
         Files or folders.
     exclude : path, optional
-        A folder that is not entered: where outputs go.
+        The output folder, which is not searched.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = N
         try:
             status = stat(file)
         except OSError:
-            files[file] = file  # whoever reads it says what is wrong with it
+            files[file] = file  # reading it reports the error
         else:
             if modes.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
                 files.setdefault((status.st_dev, status.st_ino), file)

@@ -224,10 +224,10 @@ def test_an_unchanged_tree_is_scanned_again_without_opening_a_file(
         archive.write(files[0], "x")
 
     def scanned() -> list[object]:
-        cohort, outlooks, _ = scan(tree, index=index)
+        cohort, planned, _ = scan(tree, index=index)
         assert cohort.passed_over == {"not DICOM": 1}
         assert [Path(path).name for path, _ in cohort.unreadable] == ["broken.dcm"]
-        return [(o.series, o.verdict, o.audit and o.audit.to_dict()) for o in outlooks]
+        return [(o.series, o.verdict, o.audit and o.audit.to_dict()) for o in planned]
 
     first = scanned()
     assert any(str(tree) in name for name in watch())

@@ -346,8 +346,8 @@ def test_the_tolerance_is_a_hundredth_or_a_rounding_and_is_for_the_user_to_set(t
         if not (tmp_path / name).exists():
             spacing = (z_mm[1] - z_mm[0], 0.8, 0.7)
             write_series(tmp_path / name, columns(len(z_mm)), spacing, change=at_heights(z_mm, lambda z: z))
-        _, (outlook,), _ = scan(tmp_path / name, recipe)
-        return outlook.codes
+        _, (planned,), _ = scan(tmp_path / name, recipe)
+        return planned.codes
 
     assert codes("float", [n * 0.1 * 7 + 1e-13 * (n % 2) for n in range(9)]) == ()
     assert codes("rounded", [round(0.625 * n, 2) for n in range(33)]) == ()  # gaps of 0.62 and 0.63
@@ -1035,10 +1035,10 @@ def test_transfer_syntaxes_that_pydicom_does_not_know_are_read_and_named(tmp_pat
 def test_scan_says_of_a_syntax_that_is_not_read_what_convert_says(tmp_path: Path, syntax: str, name: str) -> None:
     for file in write_series(tmp_path / "in", noise(4), SPACING, change=lambda ds, _: put(ds, JPEGLSLossless)):
         renamed(file, syntax)
-    _, (outlook,), _ = scan(tmp_path / "in", HU)
+    _, (planned,), _ = scan(tmp_path / "in", HU)
     result = alone(convert(tmp_path / "in", tmp_path / "out"))
-    assert (outlook.verdict, outlook.codes) == (result.status, result.codes) == ("rejected", ("syntax",))
-    assert outlook.reason == result.reason
+    assert (planned.verdict, planned.codes) == (result.status, result.codes) == ("rejected", ("syntax",))
+    assert planned.reason == result.reason
     assert result.reason.startswith(f"DecodeError: transfer syntax {syntax}{name} in S1-")
 
 
@@ -1415,7 +1415,7 @@ def test_planes_that_the_classic_zoom_loses_are_named_and_no_other_recipe_loses_
     sidecar = json.loads((tmp_path / "out" / result.folder / "volume.json").read_text())
     assert sidecar["codes"] == list(result.codes) == (["lost-plane"] if said else [])
     assert [w.split(",")[0] for w in result.warnings] == ([said] if said else [])
-    (seen,) = scan(tmp_path / "in", classic).outlooks
+    (seen,) = scan(tmp_path / "in", classic).planned
     assert seen.codes == result.codes
     assert [w.text for w in seen.warnings] == list(result.warnings)
 

@@ -28,7 +28,9 @@ from gpuprep.executors.dask import Cluster
 from gpuprep.executors.dask_worker import Elsewhere, elsewhere
 from gpuprep.executors.processes import Here, OverdueError, WorkerDiedError, last_task
 from gpuprep.output.folder_store import Output
-from gpuprep.pipeline.convert_series import Task, convert_series
+from gpuprep.pipeline.convert_series import convert_series
+from gpuprep.pipeline.planned_series import PlannedSeries
+from gpuprep.pipeline.task import Task
 from gpuprep.testing import write_series
 
 pytest.importorskip("distributed", reason="Dask is not installed: pip install 'gpuprep[dask]'")
@@ -452,13 +454,13 @@ def test_series_become_the_same_volumes_as_here(
     assert [result.status for result in here.results] == ["ok"] * 5
     tasks = [
         Task(
-            series=series,
+            planned=PlannedSeries(
+                series=series, action="convert", folder=folders[series.key], fingerprint=series.fingerprint
+            ),
             recipe=recipe,
             engine="operators",
             backend=backend,
             output=Output(tmp_path / "there", tmp_path / "there" / ".gpuprep"),
-            folder=folders[series.key],
-            fingerprint=series.fingerprint,
         )
         for series in gpuprep.discover(tmp_path / "dicom")
     ]

@@ -284,8 +284,8 @@ def test_segmentations_at_urls(tmp_path: Path, memory: Any) -> None:
         # The time of change that an object is listed with is that which it has itself.
         assert gpuprep.convert("memory://dicom", out, RAW, masks=[masks]).counts == {"skipped": 1}
     put(tmp_path / "masks", "memory://dicom/rt")
-    _, (outlook,), _ = scan("memory://dicom", RAW, masks="auto")
-    assert [g.path for g in outlook.segmentations] == ["memory://dicom/rt/rt.dcm"]
+    _, (planned,), _ = scan("memory://dicom", RAW, masks="auto")
+    assert [g.path for g in planned.segmentations] == ["memory://dicom/rt/rt.dcm"]
     assert gpuprep.read_segmentation("memory://masks/rt.dcm").structures[0].name == "left"
     with pytest.raises(RequestError, match=r"^memory://nowhere does not exist$"):
         scan("memory://dicom", RAW, masks=["memory://nowhere"])

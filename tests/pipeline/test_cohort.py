@@ -794,15 +794,15 @@ def test_an_interruption_between_two_series_keeps_the_first_and_its_record(dicom
 def test_scan_tells_what_convert_then_does(dicom: Path, out: Path) -> None:
     add(dicom / "bad", seed=3)[1].unlink()
     go(dicom, out, limit=1)
-    cohort, outlooks, _ = scan(dicom, SMALL, out=out)
+    cohort, planned, _ = scan(dicom, SMALL, out=out)
     assert len(cohort) == 3
-    actions = {os.path.basename(o.series.folder): (o.action, o.folder) for o in outlooks}
+    actions = {os.path.basename(o.series.folder): (o.action, o.folder) for o in planned}
     assert actions == {"bad": ("reject", ""), "p1": ("skip", "dicom/p1"), "p2": ("convert", "dicom/p2")}
-    plans = {os.path.basename(o.series.folder): o.plan for o in outlooks}
+    plans = {os.path.basename(o.series.folder): o.plan for o in planned}
     assert plans["p2"] is not None
     assert plans["p2"].target.shape == (3, 6, 5)
     assert plans["p2"].output_bytes == 3 * 6 * 5 * 4
-    reason = next(o.reason for o in outlooks if o.action == "reject")
+    reason = next(o.reason for o in planned if o.action == "reject")
     go(dicom, out)
     assert rows(out)["bad"]["reason"] == reason
 

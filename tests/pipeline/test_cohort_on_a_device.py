@@ -53,7 +53,7 @@ class Watched(Here):
         tasks = list(tasks)
         if tasks and hasattr(tasks[0], "backend"):
             chunks = {t.backend.chunk_slices for t in tasks}
-            self.log.append(([Path(t.folder).name for t in tasks], max(chunks), [cost(t) for t in tasks]))
+            self.log.append(([Path(t.planned.folder).name for t in tasks], max(chunks), [cost(t) for t in tasks]))
         yield from super().run(function, tasks, cost, **how)
 
     def stop(self) -> None:
@@ -197,14 +197,14 @@ def test_a_gpu_by_name_is_never_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "out").exists()
 
 
-def outlooks(folder: Path) -> Any:
+def scanned(folder: Path) -> Any:
     return scan(folder, RECIPE, backend=NumpyBackend())[1]
 
 
 def planned(folder: Path) -> Any:
-    (outlook,) = outlooks(folder)
-    assert outlook.plan is not None
-    return outlook.plan.source, RECIPE
+    (only,) = scanned(folder)
+    assert only.plan is not None
+    return only.plan.source, RECIPE
 
 
 def smallest(backend: ForeignBackend) -> Any:

@@ -507,9 +507,9 @@ def test_jobs_and_no_jobs_give_the_same_bytes(tmp_path: Path, ct: Ct) -> None:
 
 def test_scan_shows_what_would_become_masks(tmp_path: Path, ct: Ct) -> None:
     path = rtstruct(tmp_path / "rs.dcm", ct)
-    _, (outlook,), _ = scan(tmp_path / "dicom", RAW, masks=path)
-    (glimpse,) = outlook.segmentations
-    assert (glimpse.format, glimpse.names) == ("RTSTRUCT", ("left", "right"))
+    _, (planned,), _ = scan(tmp_path / "dicom", RAW, masks=path)
+    (summary,) = planned.segmentations
+    assert (summary.format, summary.names) == ("RTSTRUCT", ("left", "right"))
 
 
 def run_cli(*arguments: object) -> Any:

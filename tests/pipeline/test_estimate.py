@@ -16,8 +16,8 @@ from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
 from gpuprep.pipeline.cohort import convert
-from gpuprep.pipeline.decide import Needs
 from gpuprep.pipeline.estimate import Experience, Forecast
+from gpuprep.pipeline.planned_series import Needs
 from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
 
@@ -42,9 +42,9 @@ def empty(**facts: Any) -> Forecast:
 
 def filled(forecast: Forecast, dicom: Path, *memory: int) -> Forecast:
     """Count some series in that need so much memory, 300 bytes of disk and 50 voxels each."""
-    outlook = scan(dicom, RECIPE).outlooks[0]
+    planned = scan(dicom, RECIPE).planned[0]
     for need in memory:
-        forecast.add(outlook, Needs(300, need, 50))
+        forecast.add(replace(planned, needs=Needs(300, need, 50)))
     return forecast
 
 

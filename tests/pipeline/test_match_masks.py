@@ -146,7 +146,7 @@ def matches(folder: Path, masks: Any) -> tuple[dict[str, tuple[str, ...]], Told]
     """Return the codes of the volumes that segmentations go to, by the first SOP UID, and what is said of others."""
     told = Told()
     found = scan(folder, masks=masks, listener=told)
-    return {min(s.sop_instance_uid for s in o.series.slices): o.codes for o in found.outlooks if o.segmentations}, told
+    return {min(s.sop_instance_uid for s in o.series.slices): o.codes for o in found.planned if o.segmentations}, told
 
 
 def volumes(folder: Path, masks: Any) -> set[str]:
@@ -277,10 +277,10 @@ def test_frames_of_a_multi_frame_image_tell_its_volumes_apart(tmp_path: Path, wr
     assert [sorted(s.frame for s in part.slices) for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     told = Told()
     path = write(tmp_path / "seg.dcm", drawn_on=[ds.SOPInstanceUID], number=2 + 4 * phase)
-    found = scan(tmp_path / "ct", masks=path, listener=told).outlooks
+    found = scan(tmp_path / "ct", masks=path, listener=told).planned
     assert [bool(o.segmentations) for o in found] == [phase == 0, phase == 1]
     # Without a number the whole image is meant.
-    found = scan(tmp_path / "ct", masks=write(path, drawn_on=[ds.SOPInstanceUID])).outlooks
+    found = scan(tmp_path / "ct", masks=write(path, drawn_on=[ds.SOPInstanceUID])).planned
     assert [bool(o.segmentations) for o in found] == [True, True]
 
 
@@ -340,7 +340,7 @@ def test_of_two_copies_of_an_image_that_in_the_named_series_is_meant(tmp_path: P
     images(tmp_path / "ct" / "b", 100, series="1.2.2")
     for series in ("1.2.1", "1.2.2"):
         path = write(tmp_path / "seg.dcm", series=series, drawn_on=["1.2.5.101"])
-        found = scan(tmp_path / "ct", masks=path).outlooks
+        found = scan(tmp_path / "ct", masks=path).planned
         assert [o.series.series_uid for o in found if o.segmentations] == [series]
 
 
@@ -396,7 +396,7 @@ def test_what_belongs_to_a_series_of_another_modality_is_not_put_on_the_ct_of_it
     path = write(tmp_path / "in" / "other" / "seg.dcm", frame="1.2.7", **ways[how])
     for _ in range(2):  # the second time, the index of headers knows the images
         told = Told()
-        found = scan(tmp_path / "in", masks="auto", listener=told, index=tmp_path / "index.sqlite").outlooks
+        found = scan(tmp_path / "in", masks="auto", listener=told, index=tmp_path / "index.sqlite").planned
         assert [len(o.segmentations) for o in found] == [0]
         assert (told.complaints, told.unused) == ([], [why])
     found_by_name, told = matches(tmp_path / "in", path)

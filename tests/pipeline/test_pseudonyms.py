@@ -34,7 +34,7 @@ from gpuprep.dicom.discover import discover
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.records import SeriesResult
-from gpuprep.pipeline import cohort, job
+from gpuprep.pipeline import cohort, prepare
 from gpuprep.pipeline.convert_masks import Label
 from gpuprep.pipeline.events import Listener
 from gpuprep.pipeline.pseudonyms import PUBLIC_OF_AUDIT, PUBLIC_OF_LABELS, Pseudonyms
@@ -396,7 +396,7 @@ def test_a_series_that_names_no_patient_goes_by_its_study_or_alone(
 def test_a_patient_that_cannot_be_read_is_nobody_else(
     small_series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "patient_ids", lambda headers: [None for _ in headers])
+    monkeypatch.setattr(prepare, "patient_ids", lambda headers: [None for _ in headers])
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
     (result,) = cohort.convert(small_series, tmp_path / "out", backend="cpu", names=names).results
     assert (result.status, result.codes, result.folder) == ("rejected", ("changed",), "")
