@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from gpuprep._version import __version__
 from gpuprep.core.formatting import printable
 from gpuprep.core.series import Image, OtherImage, SliceHeader
-from gpuprep.dicom.header_values import TAGS
+from gpuprep.dicom.elements import IMAGE_TAGS
 from gpuprep.dicom.headers import Contents
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class HeaderIndex:
 _SPACING, _ORIENTATION = Image._fields.index("pixel_spacing_mm"), Image._fields.index("orientation")
 _POSITION = SliceHeader._fields.index("position_mm") - 2
 _FIELDS = [t._fields for t in (Image, SliceHeader, OtherImage)] + [tuple(f.name for f in fields(Contents))]
-_KNOWLEDGE = (__version__, _FIELDS, sorted(TAGS))
+_KNOWLEDGE = (__version__, _FIELDS, sorted(IMAGE_TAGS))
 _VERSION = hashlib.sha256(repr(_KNOWLEDGE).encode()).hexdigest()[:12]
 _TABLE = f"files_{_VERSION}"
 _OWN_TABLE = re.compile("files_[0-9a-f]{12}")

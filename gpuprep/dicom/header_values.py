@@ -1,4 +1,4 @@
-"""Reads values of an image object or of one of its frames: texts, numbers, units, UIDs."""
+"""Reads values of an image or of one of its frames: text, numbers, units and UIDs."""
 
 from __future__ import annotations
 
@@ -10,88 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from gpuprep.core.formatting import printable
 from gpuprep.core.series import MALFORMED
+from gpuprep.dicom.elements import TAGS, UID_PATTERN, Elements, ascii_of, element_of, first_16_bits
 from gpuprep.dicom.odd_numbers import BINARY, binary_numbers, with_points, written_number
 
 if TYPE_CHECKING:
     import pydicom
 
 
-TAGS = {
-    "MediaStorageSOPClassUID": 0x0002_0002,
-    "TransferSyntaxUID": 0x0002_0010,
-    "ImageType": 0x0008_0008,
-    "SOPClassUID": 0x0008_0016,
-    "SOPInstanceUID": 0x0008_0018,
-    "SeriesDate": 0x0008_0021,
-    "AcquisitionDate": 0x0008_0022,
-    "ContentDate": 0x0008_0023,
-    "AcquisitionDateTime": 0x0008_002A,
-    "SeriesTime": 0x0008_0031,
-    "AcquisitionTime": 0x0008_0032,
-    "ContentTime": 0x0008_0033,
-    "Modality": 0x0008_0060,
-    "FrameType": 0x0008_9007,
-    "PatientID": 0x0010_0020,
-    "ScanOptions": 0x0018_0022,
-    "FrameAcquisitionDateTime": 0x0018_9074,
-    "KVP": 0x0018_0060,
-    "TriggerTime": 0x0018_1060,
-    "ConvolutionKernel": 0x0018_1210,
-    "MultienergyCTProcessingSequence": 0x0018_9363,
-    "MonoenergeticEnergyEquivalent": 0x0018_937C,
-    "InstanceNumber": 0x0020_0013,
-    "AcquisitionNumber": 0x0020_0012,
-    "StudyInstanceUID": 0x0020_000D,
-    "SeriesInstanceUID": 0x0020_000E,
-    "SeriesNumber": 0x0020_0011,
-    "ImagePositionPatient": 0x0020_0032,
-    "ImageOrientationPatient": 0x0020_0037,
-    "FrameOfReferenceUID": 0x0020_0052,
-    "TemporalPositionIdentifier": 0x0020_0100,
-    "TemporalPositionIndex": 0x0020_9128,
-    "StackID": 0x0020_9056,
-    "InStackPositionNumber": 0x0020_9057,
-    "NominalCardiacTriggerDelayTime": 0x0020_9153,
-    "FrameAcquisitionNumber": 0x0020_9156,
-    "DimensionIndexValues": 0x0020_9157,
-    "NominalPercentageOfCardiacPhase": 0x0020_9241,
-    "NominalPercentageOfRespiratoryPhase": 0x0020_9245,
-    "NominalRespiratoryTriggerDelayTime": 0x0020_9255,
-    "TemporalPositionTimeOffset": 0x0020_930D,
-    "SamplesPerPixel": 0x0028_0002,
-    "PhotometricInterpretation": 0x0028_0004,
-    "NumberOfFrames": 0x0028_0008,
-    "Rows": 0x0028_0010,
-    "Columns": 0x0028_0011,
-    "PixelSpacing": 0x0028_0030,
-    "BitsAllocated": 0x0028_0100,
-    "BitsStored": 0x0028_0101,
-    "HighBit": 0x0028_0102,
-    "PixelRepresentation": 0x0028_0103,
-    "PixelPaddingValue": 0x0028_0120,
-    "PixelPaddingRangeLimit": 0x0028_0121,
-    "RescaleIntercept": 0x0028_1052,
-    "RescaleSlope": 0x0028_1053,
-    "RescaleType": 0x0028_1054,
-    "ModalityLUTSequence": 0x0028_3000,
-    "SharedFunctionalGroupsSequence": 0x5200_9229,
-    "PerFrameFunctionalGroupsSequence": 0x5200_9230,
-    "ExtendedOffsetTable": 0x7FE0_0001,
-}
-"""Everything that is read of a header. No name and no free text ever enters the program. Dates, times and Patient ID
-enter it only as hashes, which tell images of one series apart."""
-
-
 MOST_DIMENSIONS = 16
-"""Dimensions of a multi-frame image beyond these are damage."""
+"""Dimensions of a multi-frame image that are read; more come from a damaged header."""
 
 
 MOST_FRAMES = 2**16
-"""More in one file come from a damaged header."""
+"""Frames in one file; more come from a damaged header."""
 
 
 class Frame:
-    """One frame of a multi-frame image: attributes of its own, then shared ones, then those of the image.
+    """One frame of a multi-frame image: its own attributes, else the shared ones, else those of the image.
 
     References
     ----------
@@ -100,8 +35,8 @@ class Frame:
 
     def __init__(self, *layers: pydicom.Dataset) -> None:
         self.remarks: set[str] = set()
-        """What is written in another way than DICOM asks and was understood: see `SliceHeader.remarks`."""
-        # By plain integers: pydicom's tags are compared in Python, forty times for every image of a cohort.
+        """Deviations from DICOM that were understood: see `SliceHeader.remarks`."""
+        # Keys are plain integers, since pydicom compares its tags in Python: forty times for each image of a cohort.
         self._elements = {
             int(tag): layer.get_item(tag)
             for layer in reversed(layers)
@@ -114,9 +49,9 @@ class Frame:
 
 
 def frames_of(ds: pydicom.Dataset) -> list[tuple[Frame, int]]:
-    """Return the frames of an image, each with their number; one alone where nothing says where the others are."""
+    """Return the frames of an image, each with the number of frames; only the first if others have no attributes."""
     image = Frame(ds)
-    binary = getattr(raw_of(image, "NumberOfFrames"), "VR", None) in BINARY
+    binary = getattr(element_of(image, "NumberOfFrames"), "VR", None) in BINARY
     count = integer_of(image, "NumberOfFrames") if binary or text_of(image, "NumberOfFrames") else 1
     shared_tag, own_tag = TAGS["SharedFunctionalGroupsSequence"], TAGS["PerFrameFunctionalGroupsSequence"]
     if count == 0 and own_tag not in ds:
@@ -125,7 +60,7 @@ def frames_of(ds: pydicom.Dataset) -> list[tuple[Frame, int]]:
     if count is None or count < 1:
         raise ValueError(f"Number of Frames is {text_of(image, 'NumberOfFrames')[:20]!r}")
     if own_tag not in ds:
-        # Of the sequences of a single frame, one says what was computed of several energies.
+        # The only sequence that matters for a single frame describes how it was computed from several energies.
         return [(Frame(*energies, ds) if (energies := _energies(ds)) else image, count)]
     shared = [layer for item in ((ds[shared_tag].value or []) if shared_tag in ds else []) for layer in _macros(item)]
     own = list(ds[own_tag].value or [])
@@ -136,38 +71,30 @@ def frames_of(ds: pydicom.Dataset) -> list[tuple[Frame, int]]:
 
 
 def _energies(ds: pydicom.Dataset) -> list[pydicom.Dataset]:
-    """Return the first item of the Multi-energy CT Processing Sequence of an image that has it beside its frames."""
+    """Return the first item of the Multi-energy CT Processing Sequence of an image that has one outside its frames."""
     tag = TAGS["MultienergyCTProcessingSequence"]
     return [items[0]] if tag in ds and (items := ds[tag].value) else []
 
 
 def _macros(item: pydicom.Dataset) -> list[pydicom.Dataset]:
-    """Return what the macros of a functional group hold, each of which is a sequence of one item."""
+    """Return the macros of a functional group, each of which is a sequence of one item."""
     return [element.value[0] for element in item if element.VR == "SQ" and element.value]
 
 
 def hash_of(text: str) -> str:
-    """Return 64 bits of SHA-256: no two values of one series have the same."""
+    """Return 64 bits of SHA-256: enough to distinguish the values of one series."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def either(a: int | None, b: int | None) -> int | None:
-    """Return the first of two numbers that is there."""
+    """Return the first number, or the second where the first is None."""
     return b if a is None else a
 
 
-def raw_of(ds: Frame, keyword: str) -> Any:
-    """Return the bytes of an attribute as they stand in the file, with their byte order; converting them costs more."""
-    return ds.get_item(TAGS[keyword])
-
-
-def text_of(ds: Frame | pydicom.Dataset, keyword: str) -> str:
+def text_of(ds: Elements, keyword: str) -> str:
     """Return a value as printable text; "" where it is absent."""
-    element = ds.get_item(TAGS[keyword])
-    value = element.value if element is not None else None
-    if isinstance(value, bytes):
-        value = value.decode("latin-1")
-    return "" if value is None else printable(str(value).strip(" \0"))
+    element = element_of(ds, keyword)
+    return "" if element is None else printable(ascii_of(element.value))
 
 
 TERMS = {
@@ -175,10 +102,10 @@ TERMS = {
     "RescaleType": "HU US OD HU_MOD MGML Z_EFF ED EDW PCT",
     "PhotometricInterpretation": "MONOCHROME1 MONOCHROME2 RGB PALETTE_COLOR YBR_FULL YBR_FULL_422 YBR_ICT YBR_RCT",
 }
-"""Words that are kept; any other, which might be a name, is "another"."""
+"""Defined terms that are kept; any other word, which might be a name, becomes "another"."""
 
 
-def term_of(ds: Frame | pydicom.Dataset, keyword: str) -> str | None:
+def term_of(ds: Elements, keyword: str) -> str | None:
     """Return a defined term in capitals, or "another"; None where it is absent."""
     word = text_of(ds, keyword).upper()
     return None if not word else word if word.replace(" ", "_") in TERMS[keyword].split() else "another"
@@ -196,10 +123,10 @@ _CODE = re.compile("[A-Z][A-Z0-9_]{0,15}")
 
 
 def _unit(written: str, known: str | None) -> str | None:
-    """Return "HU" for every spelling of it, any other unit that is written like a code as it is, else "another".
+    """Return "HU" for every spelling of it, another unit unchanged if it looks like a code, else "another".
 
-    The standard's own terms are single words in capital letters and digits. Such a word is kept for messages. Text in
-    any other form, which might be a name, is not.
+    The standard's terms are single words of capital letters and digits. Such a word is kept for messages. Any other
+    text might be a name, and is not kept.
     """
     if known != "another":
         return known
@@ -209,11 +136,11 @@ def _unit(written: str, known: str | None) -> str | None:
 
 
 MAPS = {"EFF_ATOMIC_NUM": "Z_EFF", "ELECTRON_DENSITY": "ED", "MAT_FRACTIONAL": "PCT", "MAT_SPECIFIC": "MGML"}
-"""Rescale types of what the fourth value of *Image Type* or *Frame Type* says of images in several energies."""
+"""Rescale types by the fourth value of *Image Type* or *Frame Type* of multi-energy images."""
 
 
 def rescale_type_of(ds: Frame, kinds: list[str]) -> str | None:
-    """Return what rescaled values are; a map of a material, which may leave that out or call it HU, is none in HU.
+    """Return the unit of rescaled values; that of a material map is never HU, even if the header says so.
 
     References
     ----------
@@ -221,18 +148,15 @@ def rescale_type_of(ds: Frame, kinds: list[str]) -> str | None:
     """
     said = _unit(text_of(ds, "RescaleType"), term_of(ds, "RescaleType"))
     kind = kinds[3] if len(kinds) > 3 else ""
-    if said is None or (said == "HU" and kind != "MAT_SPECIFIC"):  # what a material absorbs may be given in HU
+    if said is None or (said == "HU" and kind != "MAT_SPECIFIC"):  # the attenuation of a material may be given in HU
         return MAPS.get(kind, said)
     return said
 
 
-def uid_of(ds: Frame | pydicom.Dataset, keyword: str) -> str:
-    """Return a UID; of one that cannot be one, a hash, since a damaged length lets it swallow what follows it."""
+def uid_of(ds: Elements, keyword: str) -> str:
+    """Return a UID; a hash of a malformed one, since a damaged length makes it include the elements that follow."""
     text = text_of(ds, keyword)
     return text if UID_PATTERN.fullmatch(text) else f"{MALFORMED}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-UID_PATTERN = re.compile("[0-9A-Fa-f.]{0,64}")  # some write hexadecimal digits, which do no harm
 
 
 MOST_GROUPED = {
@@ -242,12 +166,12 @@ MOST_GROUPED = {
     "ImageOrientationPatient": 0.0,
     "ImagePositionPatient": 10_000.0,
 }
-"""The largest number that could be meant by one with a comma before its thousands. Others have no decimals."""
+"""Largest number that a comma before the thousands could mean, by keyword; others have no decimals."""
 
 
 def decimals_of(ds: Frame, keyword: str, count: int) -> tuple[float, ...] | None:
-    """Return `count` finite numbers, or None: half a position is none."""
-    values = binary_numbers(raw_of(ds, keyword), short=keyword not in MOST_GROUPED)
+    """Return `count` finite numbers; None if there are fewer, more, or others."""
+    values = binary_numbers(element_of(ds, keyword), short=keyword not in MOST_GROUPED)
     if values is None:
         text = text_of(ds, keyword)
         if "," in text and (text := with_points(text, count, MOST_GROUPED.get(keyword, math.inf))):
@@ -260,14 +184,14 @@ def decimals_of(ds: Frame, keyword: str, count: int) -> tuple[float, ...] | None
 
 
 def decimal_of(ds: Frame, keyword: str) -> float | None:
-    """Return a number that is written in digits (DS); None where there is none."""
+    """Return a decimal string (DS); None where it is absent or malformed."""
     values = decimals_of(ds, keyword, 1)
     return values[0] if values else None
 
 
 def number_of(ds: Frame, keyword: str) -> str:
-    """Return one number in floating point (FL, FD) or as text (DS), in six digits; "" where there is none."""
-    element = raw_of(ds, keyword)
+    """Return a number (FL, FD or DS) with six digits; "" where it is absent."""
+    element = element_of(ds, keyword)
     if element is None:
         return ""
     value = element.value
@@ -280,8 +204,8 @@ def number_of(ds: Frame, keyword: str) -> str:
 
 
 def indices_of(ds: Frame) -> tuple[int, ...]:
-    """Return Dimension Index Values (UL, as many as there are dimensions)."""
-    element = raw_of(ds, "DimensionIndexValues")
+    """Return *Dimension Index Values* (UL), one per dimension."""
+    element = element_of(ds, "DimensionIndexValues")
     value = element.value if element is not None else None
     if isinstance(value, bytes):
         return struct.unpack(f"{_order(element)}{len(value) // 4}I", value[: len(value) // 4 * 4])[:MOST_DIMENSIONS]
@@ -293,28 +217,26 @@ def _order(element: Any) -> str:
 
 
 def integer_of(ds: Frame, keyword: str) -> int | None:
-    """Return an integer string (IS), which has 32 bits; some write it as a decimal."""
+    """Return an integer string (IS) of 32 bits, which some writers give as a decimal; None where it is absent."""
     value = decimal_of(ds, keyword)
     return int(value) if value is not None and value == int(value) and abs(value) < 2**31 else None
 
 
 def binary_of(ds: Frame, keyword: str) -> int | None:
     """Return the first 16 bits (US, or SS taken as US); of UL, in either byte order, the low ones."""
-    element = raw_of(ds, keyword)
+    element = element_of(ds, keyword)
     value = element.value if element is not None else None
-    if isinstance(value, int):  # pydicom has converted it, to know the sign of padding in a functional group
+    if isinstance(value, int):  # pydicom converts padding in a functional group, to know its sign
         return value & 0xFFFF
-    if (number := written_number(element)) is not None:  # as text, or as floating point
+    if (number := written_number(element)) is not None:  # as text or floating point
         return int(number) & 0xFFFF if number == int(number) and abs(number) < 2**16 else None
     if not isinstance(value, bytes) or len(value) < 2:
         return None
-    if getattr(element, "is_little_endian", True):
-        return int.from_bytes(value[:2], "little")
-    return int.from_bytes(value[-2:], "big")
+    return first_16_bits(element)
 
 
 def pixel_value(value: int | None, bits: int | None, signed: bool | None) -> int | None:
-    """Return a padding value with the sign of the pixels, whatever VR it was written with: 63536 may mean −2000."""
+    """Return a padding value with the signedness of the pixels, whatever its VR: 63536 may mean −2000."""
     if value is None or bits not in (8, 16):
         return None
     value &= (1 << bits) - 1

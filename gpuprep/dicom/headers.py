@@ -15,9 +15,8 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.core.series import Image, OtherImage, SliceHeader, packed, sop_digest
 from gpuprep.dicom.deflate import inflated
+from gpuprep.dicom.elements import IMAGE_TAGS, TAGS, UID_PATTERN, element_of
 from gpuprep.dicom.header_values import (
-    TAGS,
-    UID_PATTERN,
     Frame,
     binary_of,
     decimal_of,
@@ -29,7 +28,6 @@ from gpuprep.dicom.header_values import (
     integer_of,
     number_of,
     pixel_value,
-    raw_of,
     rescale_type_of,
     term_of,
     text_of,
@@ -221,10 +219,10 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
 
 @cache
 def _wanted() -> list[Any]:
-    """Return the tags of `TAGS` as pydicom has them, made once and not for every file."""
+    """Return the tags of `IMAGE_TAGS` as pydicom has them, made once and not for every file."""
     from pydicom.tag import Tag
 
-    return [Tag(tag) for tag in TAGS.values()]
+    return [Tag(tag) for tag in IMAGE_TAGS.values()]
 
 
 HEADER_BYTES = 16 * 2**20
@@ -396,7 +394,7 @@ def _facts(ds: Frame, origin: _Origin, frame: int, frames: int) -> Image:
         pixel_bytes=length,
         encoded_offset=origin.encoded_offset,
         stream=origin.stream,
-        modality_lut=bool((lut := raw_of(ds, "ModalityLUTSequence")) is not None and lut.value),
+        modality_lut=bool((lut := element_of(ds, "ModalityLUTSequence")) is not None and lut.value),
         stack_id=_stack_id(ds),
         in_stack=binary_of(ds, "InStackPositionNumber"),
         other=packed((name, value) for name, value in _other(ds) if value),

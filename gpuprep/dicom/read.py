@@ -22,9 +22,9 @@ from gpuprep.core.volume import StoredVolume
 from gpuprep.dicom import pixel_padding as padded
 from gpuprep.dicom.decode import decode_frame, drop_unused_bits
 from gpuprep.dicom.deflate import inflated
+from gpuprep.dicom.elements import IMAGE_TAGS, TAGS
 from gpuprep.dicom.encapsulation import Encapsulated, read_fragments
 from gpuprep.dicom.header_checks import warnings as header_warnings
-from gpuprep.dicom.header_values import TAGS
 from gpuprep.dicom.hu_range import Extremes
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.dicom.stored_words import Meaning, is_coded, whole
@@ -394,7 +394,7 @@ def are_copies(pairs: Sequence[tuple[SliceHeader, SliceHeader]], matrix: tuple[i
     return True
 
 
-_PIXEL_TAGS = [*TAGS.values(), 0x7FE0_0010]
+_PIXEL_TAGS = [*IMAGE_TAGS.values(), TAGS["PixelData"]]
 """Everything that pydicom may need to find native pixels: the header's facts, and the pixels."""
 
 _ELEMENT_BYTES = 12

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from gpuprep.core.formatting import printable
 from gpuprep.core.mask_options import Reading
 from gpuprep.dicom.deflate import inflated
+from gpuprep.dicom.elements import SEGMENTATION_TAGS, TAGS
 from gpuprep.dicom.uids import LABEL_MAP_SEGMENTATION, RT_STRUCTURE_SET, SEGMENTATION
 from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import FrugalReader
-from gpuprep.masks.formats import dicom_elements, rtstruct, seg
+from gpuprep.masks.formats import rtstruct, seg
+from gpuprep.masks.formats.segmentation_values import text
 from gpuprep.masks.model import References, Segmentation
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 # pydicom is imported where a file is read.
 
 
-LAST_REFERENCE = dicom_elements.TAGS["ReferencedFrameOfReferenceSequence"]
+LAST_REFERENCE = TAGS["ReferencedFrameOfReferenceSequence"]
 """The last element of an object that says to which series it belongs."""
 
 MOST_READS = 20_000_000
@@ -115,11 +117,11 @@ def _opened(file: BinaryIO, until: int | None) -> pydicom.Dataset:
                 f"unpacked it is larger than {MOST_INFLATED_BYTES} bytes: write it with another transfer syntax"
             )
         content = _Unpacked(content)
-    wanted: list[BaseTag | int] = [Tag(tag) for tag in dicom_elements.TAGS.values()]
+    wanted: list[BaseTag | int] = [Tag(tag) for tag in SEGMENTATION_TAGS.values()]
     stop = None if until is None else lambda tag, _vr, _length: tag > until
     ds = read_partial(content, stop, force=True, specific_tags=wanted)
     if announced:
-        ds.file_meta.add_new(dicom_elements.TAGS["MediaStorageSOPClassUID"], "UI", announced)
+        ds.file_meta.add_new(TAGS["MediaStorageSOPClassUID"], "UI", announced)
     return ds
 
 
@@ -141,4 +143,4 @@ def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
 
 def _kind(ds: pydicom.Dataset) -> str:
     """Return the SOP Class UID of an object."""
-    return dicom_elements.text(ds, "SOPClassUID") or dicom_elements.text(ds.file_meta, "MediaStorageSOPClassUID")
+    return text(ds, "SOPClassUID") or text(ds.file_meta, "MediaStorageSOPClassUID")

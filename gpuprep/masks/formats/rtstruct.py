@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gpuprep.core.formatting import numbered, quoted
 from gpuprep.core.mask_options import Reading
 from gpuprep.errors import SegmentationError
-from gpuprep.masks.formats.dicom_elements import decimals, image_frames, integer, items, name, raw, text, uid
+from gpuprep.masks.formats.segmentation_values import decimals, image_frames, integer, items, name, raw, text, uid
 from gpuprep.masks.model import Collector, Contour, ImageFrame, References, Segmentation
 from gpuprep.masks.text_parsing import FARTHEST, distinct
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from gpuprep.core.mask_options import Reading
 from gpuprep.errors import SegmentationError
-from gpuprep.masks.formats.dicom_elements import binary, items, name, text, uid
 from gpuprep.masks.formats.seg_frames import Groups
 from gpuprep.masks.formats.seg_image import MOST_PAINTED, SegImage
+from gpuprep.masks.formats.segmentation_values import binary, items, name, text, uid
 from gpuprep.masks.model import Collector, ImageFrame, References, Segmentation, painted
 from gpuprep.masks.text_parsing import distinct
 

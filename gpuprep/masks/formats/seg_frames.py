@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from gpuprep.core.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
 from gpuprep.errors import SegmentationError
-from gpuprep.masks.formats.dicom_elements import binary, decimals, image_frames, items, raw, text
 from gpuprep.masks.formats.seg_image import SegImage
+from gpuprep.masks.formats.segmentation_values import binary, decimals, image_frames, items, raw, text
 from gpuprep.masks.model import ONE_PLANE_MM, ImageFrame, Slab, SliceKey
 from gpuprep.masks.text_parsing import FARTHEST
 

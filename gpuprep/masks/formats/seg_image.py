@@ -15,7 +15,7 @@ from gpuprep.dicom.deflate import inflated_frame
 from gpuprep.dicom.encapsulation import fragments_of
 from gpuprep.dicom.uids import ENCODINGS, UNDEFINED_LENGTH, syntax_name
 from gpuprep.errors import DecodeError, SegmentationError
-from gpuprep.masks.formats.dicom_elements import binary, integer, raw, text
+from gpuprep.masks.formats.segmentation_values import binary, integer, raw, text
 
 if TYPE_CHECKING:
     import pydicom
