@@ -44,30 +44,30 @@ def convert(
 ) -> Run:
     """Convert every CT series under some paths into a folder of its own under `out`.
 
-    A series whose output is complete, and whose input, recipe and gpuprep version are unchanged since, is skipped
-    before anything of it is decoded. A bad series is recorded with its reason and never stops the others.
+    A series is skipped, before its pixel data are read, if its output is complete and its input, recipe and gpuprep
+    version are unchanged. A series that cannot be converted is recorded with the reason and never stops the others.
 
     Parameters
     ----------
     paths : path or iterable of paths
         Folders, searched to any depth, or files; as for `gpuprep.discover`.
     out : path
-        Where outputs and the manifest go; made if need be. May be the URL of a folder in an object store, such as
+        Output folder, made if it does not exist. May be the URL of a folder in an object store, such as
         ``s3://bucket/folder``: see `gpuprep.output.object_store`.
     recipe : Recipe, optional
         The default recipe where absent. With ``image=False`` only masks are made.
     listener : Listener, optional
-        Told what happens.
+        Its methods are called as the run proceeds.
     stop : Stop, optional
-        Asks the run to finish what is in flight, and to begin nothing more.
+        Set it to finish the series in flight and to begin no others.
     **options
-        Others of `gpuprep.ConvertOptions`: masks, backend, engine, jobs, gpus, scheduler, shard, layout, names, only,
+        Fields of `gpuprep.ConvertOptions`: masks, backend, engine, jobs, gpus, scheduler, shard, layout, names, only,
         limit, limit_s, memory_share, room_check, index.
 
     Returns
     -------
     Run
-        With the result of every series; those of an earlier run have status "skipped".
+        The result of every series; series that are unchanged since an earlier run have status "skipped".
 
     Raises
     ------
@@ -77,7 +77,7 @@ def convert(
     BackendError
         If the backend cannot run here.
     OutputError
-        If the manifest or another of the run's own files cannot be written.
+        If the manifest, or another file about the run, cannot be written.
     KeyboardInterrupt
         On a second Ctrl-C. Completed outputs are kept; the next run converts the rest.
 

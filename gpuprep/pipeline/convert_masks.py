@@ -1,4 +1,4 @@
-"""Converts the masks of one series: reads segmentations, places and paints them, and resamples labels."""
+"""Converts the masks of one series: reads its segmentations, draws structures on its slices, resamples labels."""
 
 from __future__ import annotations
 
@@ -37,59 +37,70 @@ STRUCTURES_NAMED = 5
 """Structures without voxels that a message names."""
 
 EMPTY = "mask-empty"
-"""Code of the error where something is drawn, and nothing of it is on the series."""
+"""Code of the error if a segmentation has structures and none covers a voxel of the series."""
 
 
 @dataclass(slots=True)
 class Label:
-    """What became of one structure."""
+    """One structure of the masks of a series."""
 
     name: str
     source: str
-    """The file it comes from."""
+    """Segmentation file."""
     contours: int
     slices: int
-    """Slices of the series it is on."""
+    """Number of slices on which it is drawn."""
     value: int
-    """In the label volume; 1 in a volume of its own."""
+    """Value of its voxels in the label volume; 1 in a volume of its own."""
     file: str
-    """Folder or file of that volume, relative to that of the series."""
+    """File or folder of that volume, relative to the folder of the series."""
     source_voxels: int = 0
-    """Of the slices as acquired."""
+    """Number of voxels on the slices as acquired."""
     source_ml: float = 0.0
     voxels: int = 0
-    """Of the output."""
+    """Number of voxels on the grid of the output."""
     ml: float = 0.0
 
 
 @dataclass(slots=True)
 class Masked:
-    """What became of the segmentations of a series."""
+    """Masks of a series: structures, segmentation files, warnings."""
 
     labels: list[Label] = field(default_factory=list)
     segmentations: list[dict[str, Any]] = field(default_factory=list)
-    """Path, format and why it was taken for it."""
+    """Path, format, and how the format was recognised."""
     notes: list[str] = field(default_factory=list)
 
 
 def read_placed(
-    paths: Sequence[str], stack: Stack, wishes: Masks, series_uid: str, frame_uid: str, hide: Hide | None = None
+    paths: Sequence[str], stack: Stack, options: Masks, series_uid: str, frame_uid: str, hide: Hide | None = None
 ) -> tuple[list[Placed], Masked]:
-    """Return the wanted structures of some files on the slices of a series, and a first account of them.
+    """Read segmentations, and return the chosen structures on the slices of a series.
 
-    `hide` is as for `Masks.names`.
+    Parameters
+    ----------
+    paths : sequence of str
+        Segmentation files.
+    stack : Stack
+        The slices.
+    options : Masks
+        How text files are read, and which structures are chosen.
+    series_uid, frame_uid : str
+        *Series Instance UID* and *Frame of Reference UID* of the series.
+    hide : callable, optional
+        As for `Masks.names`.
 
     Raises
     ------
     SegmentationError
-        With the name of the file that cannot be read or placed.
+        If a file cannot be read, or its structures cannot be drawn on the slices; names the file.
     """
     masked = Masked()
     plane = plane_of(stack)
     found: list[Segmentation] = []
     for path in paths:
-        with _naming(path):
-            found.append(read_segmentation(path, wishes, plane))
+        with _errors_named(path):
+            found.append(read_segmentation(path, options, plane))
     placed: list[Placed] = []
     known: list[tuple[str, str]] = []
     for segmentation in joined(found):
@@ -97,16 +108,16 @@ def read_placed(
         masked.segmentations.append(
             {"path": printable(segmentation.path), "format": segmentation.format, "why": segmentation.why}
         )
-        with _naming(segmentation.path):
+        with _errors_named(segmentation.path):
             own, left_out = in_frame_of(segmentation, series_uid, frame_uid)
-            structures, notes = place(own, stack, wishes)
+            structures, notes = place(own, stack, options)
         placed += structures
         masked.notes += [f"{printable(os.path.basename(segmentation.path))}: {note}" for note in (*left_out, *notes)]
         masked.notes += _foreign(own, series_uid, frame_uid)
-    # Empty structures have a name too, as they had when label values were given out.
+    # Structures without contours are named too, as they were when label values were chosen.
     pairs = list(dict.fromkeys(known))
-    telling = names_by_path((s.path, s.format) for s in found) if hide else ()
-    names = dict(zip(pairs, wishes.names(pairs, hide, telling), strict=True))
+    names_in_paths = names_by_path((s.path, s.format) for s in found) if hide else ()
+    names = dict(zip(pairs, options.names(pairs, hide, names_in_paths), strict=True))
     wanted = [p.renamed(name) for p in placed if (name := names[p.source, p.name]) is not None]
     _check_distinct(wanted)
     if not wanted:
@@ -120,7 +131,7 @@ def read_placed(
 
 
 def _check_distinct(wanted: Sequence[Placed]) -> None:
-    """Raise if two structures have one name, and with it one label."""
+    """Raise if two structures have the same name, and so the same label."""
     twice = [name for name, count in Counter(p.name for p in wanted).items() if count > 1]
     if twice:
         sources = sorted({printable(os.path.basename(p.source)) for p in wanted if p.name == twice[0]})
@@ -140,34 +151,34 @@ def write_masks(
     folder: Path,
     settle: Settle = nothing,
 ) -> list[Planes]:
-    """Write the structures of a series as the recipe wants them, and complete the account of them.
+    """Write the masks of a series, and add their structures to `masked`.
 
     Parameters
     ----------
     wanted, masked
         From `read_placed`.
     stack : Stack
-        Of the series.
+        The slices of the series.
     plan : Plan
-        Of the image.
+        Plan of the image.
     backend : Backend
-        Where to compute.
+        Resamples the labels.
     values : mapping of str to int
         Label value of each structure.
     folder : path
-        Of the series.
+        Output folder of the series.
     settle : callable
         As for a writer.
 
     Returns
     -------
     list of Planes
-        Of each volume of labels, for a picture.
+        Middle planes of each label volume, for the preview.
 
     Raises
     ------
     SegmentationError
-        If structures overlap and ought to share a volume, or none of them covers a voxel.
+        If structures that share a volume overlap, or no structure covers a voxel.
     """
     recipe = plan.recipe
     write = WRITERS[recipe.format]
@@ -217,7 +228,7 @@ def write_masks(
 
 
 def _check_not_empty(labels: Sequence[Label]) -> None:
-    """Raise if all that is drawn in a file, or all of a series, has no voxel: it would be taken for background."""
+    """Raise if no structure of a file, or of the series, covers a voxel: its mask would be all background."""
     by_source: dict[str, list[Label]] = defaultdict(list)
     for label in labels:
         by_source[label.source].append(label)
@@ -237,13 +248,13 @@ def _check_not_empty(labels: Sequence[Label]) -> None:
 
 
 def _enumerated(labels: Sequence[Label]) -> str:
-    """Return "none of the N structures …", with the names of some."""
+    """Return "none of N structures", with the first few names."""
     names = first_few([printable(label.name) for label in labels], STRUCTURES_NAMED)
     return f"none of {numbered(len(labels), 'structure')} ({names})"
 
 
 def _files(names: Sequence[str], ending: str) -> list[str]:
-    """Return a file name for each structure, no two of which a file system could take for one."""
+    """Return a file name for each structure; they differ even where a file system ignores case."""
     used = {"zarr.json"}  # stands beside label volumes in OME-Zarr
     files = []
     for name in names:
@@ -257,7 +268,7 @@ def _files(names: Sequence[str], ending: str) -> list[str]:
 
 
 def _painted(members: Sequence[tuple[Placed, int]], labels: Sequence[Label], stack: Stack, plan: Plan) -> NDArray[Any]:
-    """Return the labels of the slices as acquired: uint8, or uint16 where values need it; and count them."""
+    """Return the labels on the slices as acquired, (k, j, i) of uint8 or uint16, and count voxels in `labels`."""
     matrix = stack.matrix
     highest = max((value for _, value in members), default=0)
     if highest >= LABELS:
@@ -294,14 +305,14 @@ def _painted(members: Sequence[tuple[Placed, int]], labels: Sequence[Label], sta
 
 
 def _counted(chunks: Iterator[NDArray[Any]], counts: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-    """Pass chunks on, and count the voxels of each value."""
+    """Yield chunks unchanged, and add the number of voxels of each value to `counts`."""
     for chunk in chunks:
         counts += np.bincount(chunk.reshape(-1), minlength=len(counts))
         yield chunk
 
 
 def _foreign(segmentation: Segmentation, series_uid: str, frame_uid: str) -> list[str]:
-    """Return what a segmentation says that does not fit the series it is used for."""
+    """Return warnings if a segmentation names another series or frame of reference."""
     name = printable(os.path.basename(segmentation.path))
     notes = []
     if segmentation.series_uids and series_uid not in segmentation.series_uids:
@@ -312,8 +323,8 @@ def _foreign(segmentation: Segmentation, series_uid: str, frame_uid: str) -> lis
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Put the name of a file before the text of errors about it."""
+def _errors_named(path: str) -> Iterator[None]:
+    """Prefix the text of errors with the name of a file."""
     try:
         yield
     except SegmentationError as exc:

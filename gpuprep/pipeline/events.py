@@ -1,4 +1,4 @@
-"""Defines `Run`, the result of a run, and `Listener`, which hears what a run does."""
+"""Defines `Run`, the result of a run, and `Listener`, whose methods are called during a run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gpuprep.pipeline.match_masks import Matched
 
 @dataclass(frozen=True, slots=True)
 class Results(Sequence[SeriesResult]):
-    """The result of every series of a run, read from the manifest when it is asked for: a cohort may have 100,000."""
+    """The results of all series of a run; each is read from the manifest when used, since there may be 100,000."""
 
     manifest: str
     keys: tuple[str, ...]
     skipped: frozenset[str] = frozenset()
-    """Of these, those that were complete and unchanged."""
+    """Keys of series that were skipped as complete and unchanged."""
 
     @overload
     def __getitem__(self, index: int) -> SeriesResult: ...
@@ -63,7 +63,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run did.
+    """Result of a run.
 
     Examples
     --------
@@ -76,23 +76,23 @@ class Run:
     """
 
     results: Sequence[SeriesResult]
-    """Of every series, read from the manifest when asked for."""
+    """Result of every series, read from the manifest when used."""
     passed_over: Mapping[str, int]
     unreadable: tuple[tuple[str, str], ...]
     tallies: Mapping[str, Tally] = field(default_factory=dict)
     """Sums by status."""
     found: int = 0
-    """Series that there are, for all runs and shards together."""
+    """Number of series under the paths, in all shards together."""
     postponed: int = 0
-    """Series left for later by `limit`."""
+    """Number of series that `limit` left for a later run."""
     unmatched: tuple[tuple[str, str], ...] = ()
-    """Segmentations that belong to no series although somebody named them, or a folder that holds them: (path, why)."""
+    """(path, reason) of segmentations without a series that the user named, or that lie in a folder the user named."""
     unused: tuple[tuple[str, str], ...] = ()
-    """Segmentations among the inputs, taken by ``masks="auto"``, that belong to no series: (path, why)."""
+    """(path, reason) of segmentations without a series that ``masks="auto"`` found among the inputs."""
     stopped: int | None = None
-    """Series that were not begun because somebody stopped the run; None: nobody did."""
+    """Number of series that were not begun because the run was stopped; None: it was not stopped."""
     arranged: Arranged | None = None
-    """What the view for nnU-Net holds, where one was made."""
+    """Number of cases in the nnU-Net dataset; None: none was made."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -111,17 +111,17 @@ class Run:
 
 
 class Listener:
-    """Hears what a run does; every method may be overridden, none has to be.
+    """Base class of objects that a run reports to; override the methods of interest.
 
     Examples
     --------
     >>> from pathlib import Path
     >>> from gpuprep.testing import thorax, write_series
     >>> files = write_series(Path("dicom"), thorax((12, 32, 32), (3, 9, 9)), (3, 9, 9))
-    >>> class Told(gpuprep.Listener):
+    >>> class Printer(gpuprep.Listener):
     ...     def finished(self, result):
     ...         print(result.status, result.slices)
-    >>> run = gpuprep.convert("dicom", "out", gpuprep.Recipe(size=(64, 64)), backend="cpu", listener=Told())
+    >>> run = gpuprep.convert("dicom", "out", gpuprep.Recipe(size=(64, 64)), backend="cpu", listener=Printer())
     ok 12
     """
 
@@ -129,13 +129,13 @@ class Listener:
         """All headers are read."""
 
     def matched(self, matched: Matched) -> None:
-        """Every segmentation has its series, or has none."""
+        """All segmentations are matched to series."""
 
     def planned(self, forecast: Forecast) -> None:
         """Every series is planned; conversion begins."""
 
     def finished(self, result: SeriesResult) -> None:
-        """One series is done with."""
+        """One series is finished."""
 
     def ended(self, run: Run) -> None:
-        """All is done, or what was in flight when somebody stopped the run."""
+        """All series are finished, or the run was stopped and those in flight are."""

@@ -16,7 +16,7 @@ from gpuprep.dicom.read import read
 from gpuprep.errors import NothingFoundError, RequestError
 
 NAMED = 5
-"""Series that are named where there are too many."""
+"""Number of series that a message names."""
 
 
 def load(
@@ -27,25 +27,25 @@ def load(
     backend: Backend | BackendName = "auto",
     engine: Engine = "operators",
 ) -> Volume:
-    """Return the one series under a path as the recipe wants it.
+    """Return the only series under a path, converted by a recipe.
 
     Parameters
     ----------
     path : path
         A folder, file, zip archive or URL, as for `gpuprep.discover`.
     recipe : Recipe, optional
-        The default recipe where absent. What is said of files and masks in it does not matter.
+        The default recipe where absent. Its fields about files and masks are ignored.
     series_uid : str, optional
-        *Series Instance UID*, with ``#part`` where one UID stands for several stacks; needed where there are several.
+        *Series Instance UID*, with ``#part`` if it has several volumes; needed if there are several series.
     backend : {"auto", "cpu", "gpu"} or Backend
-        Where to compute. On a GPU the values stay there: ``torch.from_dlpack(volume)`` takes them without a copy.
+        Computes the volume. On a GPU the values stay there: ``torch.from_dlpack(volume)`` takes them without a copy.
     engine : {"operators", "ndimage"}
-        How to compute.
+        Arithmetic that resamples.
 
     Returns
     -------
     Volume
-        Values in the recipe's dtype, as a NumPy or CuPy array of shape (k, j, i), and their grid.
+        Values in the recipe's dtype, as a NumPy or CuPy array of shape (k, j, i), with their grid.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def load(
     InputError
         If its slices cannot be stacked or read.
     PlanError
-        If it does not fit the recipe.
+        If the recipe cannot be applied to it.
     BackendError
         If the backend cannot run here, or its memory is exhausted.
 
@@ -75,7 +75,7 @@ def load(
 
 
 def one_series(path: str | os.PathLike[str], rules: Rules, series_uid: str | None = None) -> Series:
-    """Return the one series under a path, or the one that is asked for.
+    """Return the only series under a path, or the one with a UID.
 
     Raises
     ------

@@ -394,8 +394,10 @@ def used_names(found: Sequence[SegmentationSummary], mask_options: Masks, hide: 
     """Return the names under which the structures of one series are converted; `hide` as for `Masks.names`."""
     pairs = [(path, name) for path, g in zip(group_paths(found), found, strict=True) for name in g.names]
     try:
-        telling = names_by_path((g.path, g.format) for g in found) if hide else ()
-        return [name for name in mask_options.names(list(dict.fromkeys(pairs)), hide, telling) if name is not None]
+        names_in_paths = names_by_path((g.path, g.format) for g in found) if hide else ()
+        return [
+            name for name in mask_options.names(list(dict.fromkeys(pairs)), hide, names_in_paths) if name is not None
+        ]
     except SegmentationError:  # the conversion of the series reports it
         return []
 

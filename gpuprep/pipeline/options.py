@@ -1,4 +1,4 @@
-"""Defines `ConvertOptions`: what a run is asked for, beside its inputs and its output folder."""
+"""Defines `ConvertOptions`: the options of a run, without its inputs and its output folder."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def as_list(paths: Paths) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """What a run is asked for, beside its inputs and its output folder.
+    """Options of a run, without its inputs and its output folder.
 
     Raises
     ------
     RequestError
-        If a value is impossible, or a package is not installed that the recipe needs.
+        If a value is invalid, or a package that the recipe needs is not installed.
 
     Examples
     --------
@@ -44,41 +44,42 @@ class ConvertOptions:
     recipe: Recipe = field(default_factory=Recipe)
     """With ``image=False`` only masks are made."""
     masks: Sequence[str] | Literal["auto"] | None = None
-    """Segmentation files, or folders of them, to make masks of; "auto": what DICOM objects and LIDC XML there are among
-    the inputs. None: no masks."""
+    """Segmentation files, or folders of them, from which masks are made; "auto": DICOM objects and LIDC XML among the
+    inputs. None: no masks."""
     backend: BackendName | Backend = "auto"
-    """Where to compute: "auto", "cpu", "gpu", or a backend that is open."""
+    """Computes the volumes: "auto", "cpu", "gpu", or an open backend."""
     engine: Engine = "operators"
-    """How to compute: "operators" or "ndimage"."""
+    """Arithmetic that resamples: "operators" or "ndimage"."""
     jobs: int | None = None
-    """Series at a time, in a process each. None: on the CPU one after the other in this process, on a GPU as many as
-    its memory and the cores allow. Few of them work on the GPU at any one time; the others read and write."""
+    """Number of series converted at the same time, each in a process. None: on the CPU one after the other in this
+    process, on a GPU as many as its memory and the cores allow; a few of them compute on it while the others read and
+    write."""
     gpus: Sequence[int] | None = None
     """GPUs to use; None: all. A process sees one of them."""
     scheduler: str | None = None
-    """Address of a Dask scheduler whose workers convert, or "local" for `jobs` workers of Dask on this machine. They
-    must see the same paths."""
+    """Address of a Dask scheduler whose workers convert, or "local" for `jobs` Dask workers on this machine. All must
+    see the same paths."""
     shard: Shard = WHOLE
-    """The part of the cohort that this run converts; others may convert theirs at the same time into the same output
-    folder. The manifest is that shard's until all are merged."""
+    """The part of the cohort that this run converts. Runs of other shards may write into the same output folder at the
+    same time. Each shard has a manifest of its own until all are merged."""
     layout: Layout = "folders"
-    """"nnunet": at its end, unless it is stopped, the run also arranges all that this recipe has made as nnU-Net v2
-    wants to find it: see `gpuprep.output.nnunet`."""
+    """"nnunet": at its end, unless it is stopped, the run also arranges all outputs of this recipe as a dataset of
+    nnU-Net v2: see `gpuprep.output.nnunet`."""
     names: Pseudonyms | None = None
-    """What stands for UIDs, patients and paths in the output folder; the crosswalk is written beside its key. None:
-    folders are named as those of the input, and the manifest has UIDs and paths."""
+    """Pseudonyms of UIDs, patients and paths in the output folder; the crosswalk is written beside their key. None:
+    folders are named like those of the input, and the manifest has UIDs and paths."""
     only: Collection[Status] | None = None
-    """Only series with such a status in the manifest."""
+    """Convert only series with one of these statuses in the manifest."""
     limit: int | None = None
-    """At most so many series are converted in this run."""
+    """Maximum number of series converted in this run."""
     limit_s: float | None = None
-    """A series that takes longer fails. Needs `jobs`."""
+    """Time limit of one series in s; a series that takes longer fails. Needs `jobs`."""
     memory_share: float = USABLE
-    """Share of the free memory that concurrent series may be predicted to take."""
+    """Share of the free memory that concurrent series may take, by prediction."""
     room_check: bool = True
-    """Whether to begin only if the disk seems to have room for all outputs."""
+    """Whether to begin only if all outputs are predicted to fit on the disk."""
     index: str | os.PathLike[str] | None = None
-    """File in which headers are kept, as for `gpuprep.discover`."""
+    """File of the index of headers, as for `gpuprep.discover`."""
 
     def __post_init__(self) -> None:
         self.recipe.check_installed()

@@ -1,12 +1,12 @@
-"""Replaces UIDs and patients by keyed hashes, and keeps the crosswalk beside the key.
+"""Pseudonymises outputs: keyed hashes replace UIDs and patient IDs; the crosswalk is stored beside the key.
 
-What leaves has no UID, no path and no free text, which may repeat a file's name: codes say why a series was put right
-or left out, and the crosswalk has the words. Names of structures that are in a file are kept, as they are what labels
-mean; those that a path gives only if the aliases of the recipe have them.
+The output folder then has no UID, no path and no free text, which may repeat the name of a file. Codes give the reasons
+for verdicts, and the crosswalk has their texts. Names of structures are kept if a segmentation file gives them, since
+they define the labels; a name that is taken from a path is kept only if it is among the aliases of the recipe.
 
 References
 ----------
-HMAC: RFC 2104. What identifies: DICOM PS3.15, annex E, and 45 CFR 164.514(b)(2), among them UIDs and file names.
+HMAC: RFC 2104. Identifying attributes: DICOM PS3.15, annex E, and 45 CFR 164.514(b)(2).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gpuprep.files.replacing import flush, replacing
 from gpuprep.output.records import SeriesResult
 
 DIGITS = 20
-"""Of a pseudonym: 80 bits, so that no two of a million series share one."""
+"""Hexadecimal digits of a pseudonym: 80 bits, enough to distinguish a million series."""
 
 KEY_BYTES = 32
 
@@ -46,7 +46,7 @@ CROSSWALK = (
 _AS_CSV: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 """A path may hold any bytes."""
 
-# What may leave is listed, so that what is added to a record elsewhere stays at home until it is added here.
+# Lists of what is allowed, so that a new field of a record is not stored in OUT before it is added here.
 PUBLIC_OF_AUDIT = (
     "slices", "spacing_mm", "spacing_deviation_mm", "gaps", "missing", "duplicates", "tilt_deg", "obliqueness_deg",
     "orientation", "padding", "rescales", "bits_stored", "transfer_syntaxes", "left_out_images",
@@ -56,32 +56,32 @@ PUBLIC_OF_LABELS = ("name", "contours", "slices", "value", "file", "source_voxel
 
 @dataclass(frozen=True, slots=True)
 class Pseudonyms:
-    """Keyed hashes of what identifies a patient.
+    """Keyed hashes of UIDs, patient IDs and paths.
 
     Examples
     --------
     >>> from pathlib import Path
-    >>> names = gpuprep.Pseudonyms.load(Path("study.key"), "out")  # made if it is not there
+    >>> names = gpuprep.Pseudonyms.load(Path("study.key"), "out")  # a missing key file is made
     >>> names.of("patient", "4711") == gpuprep.Pseudonyms.load(Path("study.key"), "out").of("patient", "4711")
     True
     """
 
     key: bytes
     file: Path
-    """Where the key is kept."""
+    """File of the key."""
 
     @classmethod
     def load(cls, file: Path, out: str | Path) -> Self:
-        """Return those of a key file, which is made if it is not there.
+        """Return the pseudonyms of a key file, which is made if it is missing.
 
         Raises
         ------
         RequestError
-            If it lies in OUT, may be read by others, cannot be read or made, or holds no key.
+            If it lies in OUT, is readable by other users, cannot be read or made, or holds no key.
         """
         if not is_url(place := given(out)):
             top = Path(place).resolve()
-            # A link does not help: the crosswalk is written beside it.
+            # The crosswalk is written beside the key, so a link in OUT to a key elsewhere is refused too.
             if any(p.is_relative_to(top) for p in (file.resolve(), file.parent.resolve())):
                 raise RequestError(f"the key {file} would leave with {out}: keep it elsewhere")
         try:
@@ -103,30 +103,30 @@ class Pseudonyms:
         return cls(key, file)
 
     def of(self, kind: str, value: str) -> str:
-        """Return the pseudonym of a value, another one for each kind of thing."""
+        """Return the pseudonym of a value; equal values of different kinds have different pseudonyms."""
         return hmac.digest(self.key, f"{kind}\0{value}".encode(errors="surrogateescape"), "sha256").hex()[:DIGITS]
 
     def of_uid(self, kind: str, uid: str) -> str:
-        """Return the pseudonym of a UID; one that is absent stays so."""
+        """Return the pseudonym of a UID; "" for an absent UID."""
         return uid and self.of(kind, uid)
 
     @property
     def check(self) -> str:
-        """Say which key this is, without saying the key."""
+        """Pseudonym of a constant, which identifies the key without revealing it."""
         return self.of("check", "gpuprep")
 
     def series(self, series: Series) -> Series:
-        """Return a series that goes by its pseudonym."""
+        """Return a series with its pseudonym as alias."""
         return replace(series, alias=self.of("series", series.key.partition("#")[0]))
 
     def folder(self, series: Series, patient_id: str) -> str:
-        """Return where the output of a series goes: those of one patient together, or of a study that names none."""
+        """Return the output folder of a series, within that of its patient, or of its study if no patient is named."""
         patient = self.of("patient", patient_id) if patient_id else self.of_uid("study", series.study_uid)
         patient = patient or self.of("patient of", series.alias)
         return f"{patient}/{series.alias}" + (f"-part{series.part}" if series.part else "")
 
     def public(self, result: SeriesResult, series: Series) -> SeriesResult:
-        """Return a result as it may leave: without UIDs, paths and texts."""
+        """Return a result as it may be stored in OUT: without UIDs, paths and texts."""
         return replace(
             result,
             series_uid=series.alias,
@@ -141,25 +141,25 @@ class Pseudonyms:
         )
 
     def paths(self, rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return files and what is wrong with them as it may leave."""
+        """Return unreadable files with pseudonyms, each with the kind of its error."""
         return [(self.of("path", path), _kind(reason)) for path, reason in rows]
 
     def write_crosswalk(self, rows: Mapping[str, Mapping[str, str]]) -> Path:
-        """Write what became of whom beside the key, readable by its owner alone; rows of earlier runs are kept.
+        """Write the crosswalk beside the key, readable by its owner only; rows of earlier runs are kept.
 
         Parameters
         ----------
         rows : mapping
-            Of each series, by its key in the manifest: values by the names in `CROSSWALK`; others stay as they were.
+            Row of each series, by its key: values by the names in `CROSSWALK`; absent ones keep their former value.
 
         Raises
         ------
         OutputError
-            If it cannot be written, or what is there is none.
+            If it cannot be written, or the file there is no crosswalk.
         """
         file = self.file.with_name(f"{self.file.name}.crosswalk.csv")
         try:
-            with FileLock(file.with_name(f"{file.name}.lock"), mode=0o600):  # shards share it
+            with FileLock(file.with_name(f"{file.name}.lock"), mode=0o600):  # shards write the same file
                 known = _crosswalk(file)
                 for key, row in rows.items():
                     known[key] = {**known.get(key, {}), **row}
@@ -173,7 +173,7 @@ class Pseudonyms:
 
 
 def _crosswalk(file: Path) -> dict[str, dict[str, str]]:
-    """Return the lines of a crosswalk by their series."""
+    """Return the rows of a crosswalk by the key of the series."""
     if not file.is_file():
         return {}
     with file.open(**_AS_CSV) as f:
@@ -184,7 +184,7 @@ def _crosswalk(file: Path) -> dict[str, dict[str, str]]:
 
 
 def planned_row(series: Series, folder: str, patient_id: str) -> dict[str, str]:
-    """Return the line of a series in the crosswalk before it is converted: a run that is killed writes no other."""
+    """Return the row of a series before its conversion; a run that is killed leaves this row."""
     return {
         **_known_before(series),
         "folder": folder,
@@ -194,11 +194,11 @@ def planned_row(series: Series, folder: str, patient_id: str) -> dict[str, str]:
 
 
 def crosswalk_row(result: SeriesResult, series: Series) -> dict[str, str]:
-    """Return what there is to say of a series in the crosswalk when it is done."""
+    """Return the row of a series after its conversion."""
     row = _known_before(series)
     if result.folder:
         row |= {"folder": result.folder, "patient": result.folder.partition("/")[0]}
-    if result.status == "skipped":  # it was not looked into again
+    if result.status == "skipped":  # it keeps the texts of the run that converted it
         return row
     return row | {
         "status": result.status,
@@ -218,9 +218,9 @@ def _known_before(series: Series) -> dict[str, str]:
 
 
 def patient_ids(headers: list[SliceHeader]) -> list[str | None]:
-    """Return the *Patient ID* in each of some files, "" where there is none, None where that cannot be told.
+    """Return the *Patient ID* in each of some files, "" where it is absent, None where the file cannot be read.
 
-    Runs in a worker. The index of headers has none, but a hash that tells the images of one series apart.
+    Runs in a worker. The index of headers has only a hash of it, which distinguishes the images of one series.
     """
     return [_patient_id(header) for header in headers]
 
@@ -243,7 +243,7 @@ def _patient_id(header: SliceHeader) -> str | None:
 
 
 def _make_key(file: Path) -> None:
-    """Make a key that is there as a whole or not at all: shards that start together may all want to."""
+    """Make a key file atomically, since shards that start together may all make it."""
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
@@ -256,7 +256,7 @@ def _make_key(file: Path) -> None:
 
 
 def _kind(reason: str) -> str:
-    """Return the name of the error that a reason begins with, "" where it begins with none."""
+    """Return the name of the error with which a reason begins, "" where there is none."""
     match = re.match(r"([A-Za-z]+)(?::|$)", reason)
     return match[1] if match else ""
 
@@ -266,5 +266,5 @@ def _only(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def _without_names(audit: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the headers show without the names of files."""
+    """Return an audit without the names of files."""
     return _only(audit, PUBLIC_OF_AUDIT) | {"gaps": [_only(gap, ("mm", "missing")) for gap in audit["gaps"]]}
