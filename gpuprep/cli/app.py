@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -65,24 +66,25 @@ def _root(
 
 
 class _WithMasks(TyperCommand):
-    """A command whose option ``--masks`` takes every word up to the next option, as a shell's wildcards give them."""
+    """A command of which ``--masks A B`` means ``--masks A --masks B``, as a shell's wildcards give several words."""
+
+    # An option of click takes a fixed number of words, and nothing public in its parser changes that. So the option is
+    # put before each further word here, and click parses an ordinary line.
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        words: list[str] = []
-        taking = False
-        for n, word in enumerate(args):
-            if word == "--":
-                words += args[n:]
-                break
+        end = args.index("--") if "--" in args else len(args)
+        repeated: list[str] = []
+        option = ""
+        for word, following in pairwise([*args[:end], "--"]):
             if word.startswith("-"):
-                taking = word == "--masks"
-                bare = n + 1 == len(args) or args[n + 1].startswith("-")
-                if taking and bare and not ctx.resilient_parsing:  # which it is while a shell completes the line
+                option = word
+                bare = word == "--masks" and following.startswith("-")
+                if bare and not ctx.resilient_parsing:  # which it is while a shell completes the line
                     ctx.fail("Option '--masks' takes a path at least, or auto.")
-                words += [] if taking else [word]
-            else:
-                words += ["--masks", word] if taking else [word]
-        return super().parse_args(ctx, words)
+            elif option == "--masks" and repeated[-1] != option:
+                repeated.append(option)
+            repeated.append(word)
+        return super().parse_args(ctx, repeated + args[end:])
 
 
 @app.command(cls=_WithMasks)
@@ -93,9 +95,9 @@ def convert(
     masks: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SEG_PATH...|auto",
-            help="Segmentation files, or folders of them, to make masks of beside the "
-            "images; auto: RTSTRUCT, SEG and LIDC XML among the inputs.",
+            metavar="SEG_PATH|auto",
+            help="A segmentation file, or a folder of them, to make masks of beside the images; may be repeated. "
+            "auto: RTSTRUCT, SEG and LIDC XML among the inputs.",
             rich_help_panel=MASKS,
         ),
     ] = None,

@@ -20,7 +20,8 @@ SliceOrder = Literal["stack", "instance"]
 TEXT_FORMATS = (
     "imagej-xy", "imagej-text-image", "imagej-values", "points", "polygons", "cxt", "pinnacle", "lidc-xml", "pylidc",
 )  # fmt: skip
-"""Formats of text files by name: see `gpuprep.masks.detect_format`."""
+"""Formats of text files by name: see `gpuprep.masks.formats.number_tables.TABLES` and
+`gpuprep.masks.detect_format.TEXTS`."""
 
 Layout = Literal["labels", "per-roi"]
 Resampling = Literal["nearest", "smooth"]

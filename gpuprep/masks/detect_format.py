@@ -3,57 +3,39 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpuprep.core.formatting import numbered, quoted
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.mask_options import TEXT_FORMATS, Reading
 from gpuprep.errors import NotASegmentationError, SegmentationError
-from gpuprep.masks.formats import column_roles
-from gpuprep.masks.formats.column_roles import HEADER_HINT, Columns
+from gpuprep.masks.formats import column_roles, cxt, lidc, pinnacle
+from gpuprep.masks.formats.column_roles import HEADER_HINT, MOST_LABELS, Columns
+from gpuprep.masks.formats.number_tables import TABLES
 from gpuprep.masks.formats.parse_numbers import Table, parse
 from gpuprep.masks.model import Plane, Segmentation
 from gpuprep.masks.text_parsing import NUMBER
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A format of text files; those without functions are tables of numbers."""
+class TextFormat(NamedTuple):
+    """A format of texts that say what they are."""
 
-    title: str = ""
-    """Of tables; the others say it themselves."""
-    module: str = ""
-    recognised: str = ""
-    """Name of a function of the module: text to the reason why it is this format, or None."""
-    read: str = ""
-    """Name of a function of the module: text and path to `Segmentation`."""
-
-    def recogniser(self, text: str) -> str | None:
-        """Return why a text is this format, or None."""
-        why: str | None = getattr(import_module(self.module), self.recognised)(text)
-        return why
-
-    def reader(self, text: str, path: str) -> Segmentation:
-        """Return what a text of this format holds."""
-        segmentation: Segmentation = getattr(import_module(self.module), self.read)(text, path)
-        return segmentation
+    recognised: Callable[[str], str | None]
+    """Text to the reason why it is this format, or None."""
+    read: Callable[[str, str], Segmentation]
+    """Text and path to what it holds."""
 
 
-FORMATS = {
-    "imagej-xy": Format("ImageJ XY coordinates"),
-    "imagej-text-image": Format("ImageJ text image"),
-    "imagej-values": Format("ImageJ pixel list"),
-    "points": Format("list of points"),
-    "polygons": Format("polygon per line"),
-    "cxt": Format(module="gpuprep.masks.formats.cxt", recognised="recognised", read="read"),
-    "pinnacle": Format(module="gpuprep.masks.formats.pinnacle", recognised="recognised", read="read"),
-    "lidc-xml": Format(module="gpuprep.masks.formats.lidc", recognised="recognised_xml", read="read_xml"),
-    "pylidc": Format(module="gpuprep.masks.formats.lidc", recognised="recognised_table", read="read_table"),
+TEXTS = {
+    "cxt": TextFormat(cxt.recognised, cxt.read),
+    "pinnacle": TextFormat(pinnacle.recognised, pinnacle.read),
+    "lidc-xml": TextFormat(lidc.recognised_xml, lidc.read_xml),
+    "pylidc": TextFormat(lidc.recognised_table, lidc.read_table),
 }
-"""All that can be read, by what ``--text-format`` calls them: `gpuprep.core.mask_options.TEXT_FORMATS`."""
+"""Formats of texts that say what they are, by what ``--text-format`` calls them."""
 
 UNKNOWN = "mask-unknown"
 """Code of the error for files that may be anything, also what was meant to be a segmentation."""
@@ -88,7 +70,7 @@ class Recognised:
     """What a text is, by what that was seen, and what of it was read on the way."""
 
     format: str
-    """Of `FORMATS`."""
+    """One of `TEXT_FORMATS`."""
     why: str
     table: Table | None = None
     """Of a table of numbers."""
@@ -120,12 +102,12 @@ def recognise(text: str, name: str, reading: Reading, plane: Plane | None) -> Re
         If it is no format that can be read, or could be two.
     """
     forced = reading.text_format
-    if forced is not None and forced not in FORMATS:
-        raise SegmentationError(f"--text-format {quoted(forced)} is none of {', '.join(FORMATS)}")
+    if forced is not None and forced not in TEXT_FORMATS:
+        raise SegmentationError(f"--text-format {quoted(forced)} is none of {', '.join(TEXT_FORMATS)}")
     if not text or text.isspace():
         raise SegmentationError("is empty")
     if forced is not None:
-        if FORMATS[forced].module:
+        if forced in TEXTS:
             return Recognised(forced, f"--text-format {forced}")
         table = parse(text)
         return Recognised(forced, f"--text-format {forced}", table, _columns_of(forced, table, reading, plane))
@@ -134,8 +116,8 @@ def recognise(text: str, name: str, reading: Reading, plane: Plane | None) -> Re
         for pattern, what in _OTHERS:
             if pattern.search(head):
                 raise NotASegmentationError(f"is {what}")
-        for key, known in FORMATS.items():
-            if known.module and (why := known.recogniser(text)):
+        for key, known in TEXTS.items():
+            if why := known.recognised(text):
                 return Recognised(key, why)
         if _MARKUP[0].match(head):
             raise NotASegmentationError(f"is {_MARKUP[1]}")
@@ -193,7 +175,8 @@ def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognis
         if width == 1:
             raise SegmentationError("one number in every line: coordinates take two at least")
         if width in (3, 4) and column_roles.is_scan(grid, width - 1):
-            return Recognised("imagej-values", "pixels with values, row by row", table, _pixels(width))
+            pixels = Columns(TABLES["imagej-values"].roles[width], "")
+            return Recognised("imagej-values", "pixels with values, row by row", table, pixels)
         column_roles.check_outlines(grid)
         if width == 2:
             return Recognised("imagej-xy", "two numbers in every line", table, Columns(("x", "y"), ""))
@@ -206,10 +189,6 @@ def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognis
     raise SegmentationError(
         f"{numbered(width)} in every line, which could mean many things: {HEADER_HINT}, or choose a --text-format"
     )
-
-
-def _pixels(width: int) -> Columns:
-    return Columns(("x", "y", "value") if width == 3 else ("x", "y", "z", "value"), "")
 
 
 def _ragged(table: Table) -> Recognised:
@@ -244,10 +223,6 @@ def _wide(table: Table, plane: Plane | None) -> Recognised:
     raise SegmentationError(f"{size}: could be an image or polygons; say --text-format imagej-text-image or polygons")
 
 
-MOST_LABELS = 256
-"""Distinct values beyond which an image is no mask."""
-
-
 def _like_mask(table: Table) -> bool:
     values = table.values
     if not column_roles.is_whole(values) or values.min() < 0:
@@ -272,7 +247,8 @@ def _check_width(table: Table, found: Columns) -> None:
 
 def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None) -> Columns:
     """Return the columns of a table whose format was said; raise if it cannot be that."""
-    if forced in ("polygons", "imagej-text-image"):
+    format_ = TABLES[forced]
+    if not format_.roles:
         if table.header:
             raise SegmentationError(f"its header names columns, which --text-format {forced} has none of")
         return NO_ROLES
@@ -281,23 +257,17 @@ def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None
         _check_width(table, found)
     else:
         width = table.grid().shape[1]
-        fits: dict[str, Columns | None] = {"imagej-xy": None, "imagej-values": None, "points": None}
-        if width == 2:
-            fits["imagej-xy"] = Columns(("x", "y"), "")
-        if width in (3, 4):
-            fits["imagej-values"] = _pixels(width)
-        if forced == "points":
-            bare = width == 2 and table.labels is None
-            fits["points"] = Columns(("x", "y"), "") if bare else column_roles.of_points(table, reading, plane)
-        chosen = fits[forced]
-        if chosen is None:
+        if width in format_.roles:
+            found = Columns(format_.roles[width], "")
+        elif format_.guessed is not None and (guessed := format_.guessed(table, reading, plane)):
+            found = guessed
+        else:
             raise SegmentationError(
                 f"{numbered(width)} in every line: not --text-format {forced}, unless you {HEADER_HINT}"
             )
-        found = chosen
-    needed = {"imagej-xy": {"x", "y"}, "imagej-values": {"x", "y", "value"}, "points": {"x", "y"}}[forced]
-    if not needed <= set(found.roles) or (forced == "imagej-xy" and set(found.roles) - needed - {""}):
+    more = set(found.roles) - format_.needed - {""}
+    if not format_.needed <= set(found.roles) or (more and not format_.has_more):
         raise SegmentationError(f"its columns are not those of --text-format {forced}")
-    if table.labels and forced != "points":
+    if table.labels and not format_.has_labels:
         raise SegmentationError(f"line {table.lines[0]}, column 1: a word, of which --text-format {forced} has none")
     return found

@@ -13,9 +13,9 @@ from gpuprep.core.mask_options import Reading
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.files import filesystem
 from gpuprep.files.archives import kind
-from gpuprep.masks.detect_format import FORMATS, UNKNOWN, recognise
+from gpuprep.masks.detect_format import TEXTS, UNKNOWN, recognise
 from gpuprep.masks.filename_hints import path_names
-from gpuprep.masks.formats import number_tables
+from gpuprep.masks.formats.number_tables import TABLES, Source
 from gpuprep.masks.model import Plane, Segmentation
 
 LARGEST_BYTES = 1 << 30
@@ -56,7 +56,7 @@ def read_segmentation(
     Parameters
     ----------
     path : str or path
-        DICOM (RTSTRUCT or SEG), or text of any format of `gpuprep.masks.detect_format.FORMATS`. What it is its
+        DICOM (RTSTRUCT or SEG), or text of any format of `gpuprep.core.mask_options.TEXT_FORMATS`. What it is its
         content says, not its name; the name says slice and structure of text that does not.
     reading : Reading, optional
         What the file does not say itself.
@@ -94,15 +94,16 @@ def read_segmentation(
     text = _text(data)
     del data
     recognised = recognise(text, os.path.basename(path), reading, plane)
-    if recognised.table is not None:
-        return number_tables.read(path, recognised.table, recognised, reading, plane)
-    return FORMATS[recognised.format].reader(text, path)
+    if recognised.table is None:
+        return TEXTS[recognised.format].read(text, path)
+    source = Source(path, recognised.table, recognised.columns, reading, plane)
+    return TABLES[recognised.format].read(source, recognised.why)
 
 
 def names_by_path(files: Iterable[tuple[str, str]]) -> set[str]:
     """Return the names of structures that some files, given with their format, may have from their paths alone."""
-    tables = {known.title for known in FORMATS.values() if known.title}
-    return {name for path, format_ in files if format_ in tables for name in path_names(path)}
+    titles = {known.title for known in TABLES.values()}
+    return {name for path, format_ in files if format_ in titles for name in path_names(path)}
 
 
 def _content(path: str) -> bytes:

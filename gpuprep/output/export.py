@@ -7,12 +7,12 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from gpuprep.errors import RequestError
+from gpuprep.output.columns import SERIES, Kind
 from gpuprep.output.records import SeriesResult
 
 ROWS_AT_A_TIME = 1000
@@ -22,11 +22,9 @@ def write_csv(results: Iterable[SeriesResult], to: Path | None) -> None:
     """Write CSV: lists and tables as JSON in their cells, as in ``manifest.csv``."""
     with _opened(to, "w") as file:
         writer = csv.writer(file)
-        writer.writerow([f.name for f in fields(SeriesResult)])
+        writer.writerow(SERIES)
         for result in results:
-            writer.writerow(
-                [json.dumps(v) if isinstance(v, list | tuple | dict) else v for v in result.to_dict().values()]
-            )
+            writer.writerow([SERIES[name].to_cell(value) for name, value in result.to_dict().items()])
 
 
 def write_json_lines(results: Iterable[SeriesResult], to: Path | None) -> None:
@@ -49,10 +47,13 @@ def write_parquet(results: Iterable[SeriesResult], to: Path | None) -> None:
         import pyarrow.parquet
     except ImportError as exc:
         raise RequestError(f"Parquet needs pyarrow ({exc}): pip install 'gpuprep[parquet]'") from exc
-    schema = pyarrow.schema([(f.name, _arrow_type(pyarrow, str(f.type))) for f in fields(SeriesResult)])
+    schema = pyarrow.schema([(name, _arrow_type(pyarrow, column.kind)) for name, column in SERIES.items()])
     with _opened(to, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
         for rows in _batched(results):
-            plain = [{k: _flat(k, v, schema, pyarrow) for k, v in row.to_dict().items()} for row in rows]
+            plain = [
+                {k: SERIES[k].to_cell(v) if SERIES[k].kind.nested else v for k, v in row.to_dict().items()}
+                for row in rows
+            ]
             writer.write_table(pyarrow.Table.from_pylist(plain, schema))
 
 
@@ -62,21 +63,10 @@ def _batched(results: Iterable[SeriesResult]) -> Iterator[tuple[SeriesResult, ..
         yield batch
 
 
-def _arrow_type(pyarrow: Any, annotation: str) -> Any:
-    """Return the column type of a field; what it holds within is JSON."""
-    plain = annotation.removesuffix(" | None")
-    if plain.startswith("tuple[str"):
-        return pyarrow.list_(pyarrow.string())
-    if plain.startswith("tuple[int"):
-        return pyarrow.list_(pyarrow.int64())
-    if plain.startswith("tuple[float"):
-        return pyarrow.list_(pyarrow.float64())
-    return {"int": pyarrow.int64(), "float": pyarrow.float64()}.get(plain, pyarrow.string())
-
-
-def _flat(name: str, value: Any, schema: Any, pyarrow: Any) -> Any:
-    within = isinstance(value, list | dict) and schema.field(name).type == pyarrow.string()
-    return json.dumps(value) if within else value
+def _arrow_type(pyarrow: Any, kind: Kind) -> Any:
+    """Return the type of a column in Parquet."""
+    one = pyarrow.type_for_alias(kind.arrow)
+    return pyarrow.list_(one) if kind.is_arrow_list else one
 
 
 @contextmanager

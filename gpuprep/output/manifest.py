@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import Field, asdict, fields
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.replacing import replacing
+from gpuprep.output.columns import RUNS, SERIES, Column
 from gpuprep.output.records import Entry, RunRecord, SeriesResult, State, now
 
-_COLUMNS = [f.name for f in fields(SeriesResult)]
-_NAMES = ", ".join(_COLUMNS)
+_NAMES = ", ".join(SERIES)
 _BY_SOURCE = "ORDER BY source, series_number, key"
 Having = Literal["all", "new output", "image", "masks"]
 _HAVING: dict[Having, str] = {
@@ -28,19 +26,6 @@ _HAVING: dict[Having, str] = {
     "image": "WHERE folder != '' AND hu_mean IS NOT NULL",
     "masks": "WHERE folder != '' AND labels != '[]'",
 }
-_LISTS = (
-    "codes",
-    "irregularities",
-    "warnings",
-    "source_shape",
-    "source_spacing_mm",
-    "shape",
-    "spacing_mm",
-    "segmentations",
-    "labels",
-)
-_JSON = (*_LISTS, "audit", "quality")
-_RUN_COLUMNS = [f.name for f in fields(RunRecord)]
 _DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 """Of SQLite, for which a manifest can do nothing."""
 
@@ -83,14 +68,14 @@ class Manifest:
                 raise self._unusable(exc) from exc
             if not have:
                 raise self._unusable(ValueError("it is empty"))
-            added = [f for f in fields(SeriesResult) if f.default is None and f.name not in have]
-            if set(have) | {f.name for f in added} != set(_COLUMNS):
+            added = [c for c in SERIES.values() if c.optional and c.name not in have]
+            if {*have, *(c.name for c in added)} != set(SERIES):
                 raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
             # By a version that knows more than the one that wrote it: what is only read stays as it is.
-            self._absent = frozenset(f.name for f in added) if reading else frozenset()
+            self._absent = frozenset(c.name for c in added) if reading else frozenset()
             with self._writing():
-                for f in () if reading else added:
-                    self._db.execute(f"ALTER TABLE series ADD COLUMN {f.name} {_type(f)}")
+                for c in () if reading else added:
+                    self._db.execute(f"ALTER TABLE series ADD COLUMN {c.name} {c.kind.sqlite}")
             opened.pop_all()  # it stays open until `close`
 
     def _prepared(self) -> list[str]:
@@ -118,42 +103,42 @@ class Manifest:
         except sqlite3.Error as exc:
             raise self._unusable(exc) from exc
 
-    def _selected(self, names: Sequence[str]) -> str:
+    def _selected(self, names: Collection[str]) -> str:
         """Return columns of the series for a query, with nothing for those that an older manifest lacks."""
         return ", ".join(f"NULL AS {name}" if name in self._absent else name for name in names)
 
-    def _cells(self, record: type, names: Sequence[str], rest: str, *values: str | int) -> Iterator[tuple[Any, ...]]:
+    def _cells(
+        self, table: Mapping[str, Column], names: Collection[str], rest: str, *values: str | int
+    ) -> Iterator[tuple[Any, ...]]:
         """Yield some columns of a table; SQLite would hold anything there, but its readers count on numbers and texts.
 
         Parameters
         ----------
-        record : type
-            `SeriesResult` or `RunRecord`, whose fields the columns are.
-        names : sequence of str
+        table : mapping of str to Column
+            `SERIES` or `RUNS`.
+        names : collection of str
             The columns.
         rest : str
             The rest of the query, from the name of the table on.
         *values
             For its question marks.
         """
-        kinds = _kinds(record)
-        expected = [kinds[name] for name in names]
-        columns = self._selected(names) if record is SeriesResult else ", ".join(names)
-        for row in self._rows(f"SELECT {columns} FROM {rest}", *values):  # noqa: S608
+        columns = [table[name] for name in names]
+        selected = self._selected(names) if table is SERIES else ", ".join(names)
+        for row in self._rows(f"SELECT {selected} FROM {rest}", *values):  # noqa: S608
             try:
-                yield tuple(map(_value, names, row, expected))
+                yield tuple(column.from_cell(cell) for column, cell in zip(columns, row, strict=True))
             except (ValueError, RecursionError) as exc:
                 raise self._unusable(exc) from exc
 
     def _results(self, rest: str, *values: str | int) -> Iterator[SeriesResult]:
-        for row in self._cells(SeriesResult, _COLUMNS, f"series {rest}", *values):
-            yield SeriesResult(**dict(zip(_COLUMNS, row, strict=True)))
+        for row in self._cells(SERIES, SERIES, f"series {rest}", *values):
+            yield SeriesResult(**dict(zip(SERIES, row, strict=True)))
 
     def put(self, result: SeriesResult) -> None:
         """Store a result in place of the series' former one."""
-        values = [(name, getattr(result, name)) for name in _COLUMNS]
-        row = [json.dumps(v) if k in _JSON and v is not None else v for k, v in values]
-        marks = ", ".join("?" * len(_COLUMNS))
+        row = [column.to_cell(getattr(result, name)) for name, column in SERIES.items()]
+        marks = ", ".join("?" * len(row))
         with self._writing():
             self._db.execute(f"INSERT OR REPLACE INTO series ({_NAMES}) VALUES ({marks})", row)  # noqa: S608
 
@@ -168,7 +153,7 @@ class Manifest:
 
     def entry(self, key: str) -> Entry | None:
         """Return what says whether the output of a series stands for its input."""
-        row = next(self._cells(SeriesResult, Entry._fields, "series WHERE key = ?", key), None)
+        row = next(self._cells(SERIES, Entry._fields, "series WHERE key = ?", key), None)
         return None if row is None else Entry(*row)
 
     def __iter__(self) -> Iterator[SeriesResult]:
@@ -188,7 +173,7 @@ class Manifest:
 
     def columns(self, *names: str, of: Having = "all") -> Iterator[tuple[Any, ...]]:
         """Yield some columns of every row, or of those with an output that has something, in the order of the rows."""
-        return self._cells(SeriesResult, names, f"series {_HAVING[of]} {_BY_SOURCE}")
+        return self._cells(SERIES, names, f"series {_HAVING[of]} {_BY_SOURCE}")
 
     def account(self, passed_over: Mapping[str, int], unreadable: Iterable[tuple[str, str]]) -> None:
         """Store what the last scan found beside CT images."""
@@ -232,9 +217,9 @@ class Manifest:
     def begin_run(self, run: RunRecord) -> None:
         """Note that a run has begun."""
         with self._writing():
-            marks = ", ".join("?" * len(_RUN_COLUMNS))
+            marks = ", ".join("?" * len(RUNS))
             self._run = self._db.execute(
-                f"INSERT OR REPLACE INTO runs ({', '.join(_RUN_COLUMNS)}) VALUES ({marks})",  # noqa: S608
+                f"INSERT OR REPLACE INTO runs ({', '.join(RUNS)}) VALUES ({marks})",  # noqa: S608
                 list(asdict(run).values()),
             ).lastrowid
 
@@ -245,8 +230,8 @@ class Manifest:
 
     def last_run(self) -> RunRecord | None:
         """Return the run that began last."""
-        row = next(self._cells(RunRecord, _RUN_COLUMNS, "runs ORDER BY started DESC LIMIT 1"), None)
-        return None if row is None else RunRecord(**dict(zip(_RUN_COLUMNS, row, strict=True)))
+        row = next(self._cells(RUNS, RUNS, "runs ORDER BY started DESC LIMIT 1"), None)
+        return None if row is None else RunRecord(**dict(zip(RUNS, row, strict=True)))
 
     def finished_since(self, started: str) -> tuple[int, str]:
         """Return how many series have been finished since some time, and when the last one was."""
@@ -271,7 +256,7 @@ class Manifest:
             ours.
         """
         with closing(Manifest(other, reading=True)) as there:  # is it one, and has it all columns?
-            ours, theirs, columns = self.naming(), there.naming(), there._selected(_COLUMNS)
+            ours, theirs, columns = self.naming(), there.naming(), there._selected(SERIES)
         if None not in (ours, theirs) and ours != theirs:
             raise RequestError(
                 f"{other} was made with other --names or another --key than {self.path.name}: give all shards the "
@@ -305,8 +290,8 @@ class Manifest:
         """Write ``manifest.csv`` beside the manifest, complete or not at all."""
         with self._writing(), replacing(self.path.with_suffix(".csv")) as f:
             writer = csv.writer(f)
-            writer.writerow(_COLUMNS)
-            writer.writerows(self._db.execute(f"SELECT {self._selected(_COLUMNS)} FROM series {_BY_SOURCE}"))  # noqa: S608
+            writer.writerow(SERIES)
+            writer.writerows(self._db.execute(f"SELECT {self._selected(SERIES)} FROM series {_BY_SOURCE}"))  # noqa: S608
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -406,40 +391,16 @@ def _connected(path: Path, reading: bool) -> sqlite3.Connection:
     return sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
 
 
-def _type(field: Field[Any]) -> str:
-    types = {"int": "INTEGER", "float": "REAL"}
-    return types.get(str(field.type).removesuffix(" | None"), "TEXT")
-
-
-@cache
-def _kinds(record: type) -> dict[str, tuple[type, ...]]:
-    """Return what SQLite may give for each field."""
-    kinds = {f.name: {"INTEGER": int, "REAL": float, "TEXT": str}[_type(f)] for f in fields(record)}
-    return {
-        f.name: (kinds[f.name], type(None)) if str(f.type).endswith(" | None") else (kinds[f.name],)
-        for f in fields(record)
-    }
-
-
-def _value(name: str, cell: Any, kinds: tuple[type, ...]) -> Any:
-    """Return what a cell stands for; raise ValueError if that cannot be."""
-    value = json.loads(cell) if name in _JSON and isinstance(cell, str) else cell
-    plausible = isinstance(cell, kinds) and (value is cell or isinstance(value, list if name in _LISTS else dict))
-    if not plausible:
-        raise ValueError(f"{name} is {cell!r}")
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _declared(record: type) -> str:
-    return ", ".join(f"{f.name} {_type(f)}" for f in fields(record))
+def _declared(table: Mapping[str, Column]) -> str:
+    return ", ".join(f"{name} {column.kind.sqlite}" for name, column in table.items())
 
 
 _TABLES = (
-    f"series ({_declared(SeriesResult)}, PRIMARY KEY (key))",
+    f"series ({_declared(SERIES)}, PRIMARY KEY (key))",
     "unreadable (path TEXT PRIMARY KEY, reason TEXT)",
     "passed_over (kind TEXT PRIMARY KEY, files INTEGER)",
     "segmentations (path TEXT, format TEXT, why TEXT, series TEXT, reason TEXT, PRIMARY KEY (path, series))",
     "label_values (name TEXT PRIMARY KEY, value INTEGER UNIQUE)",
-    f"runs ({_declared(RunRecord)}, PRIMARY KEY (started, host, pid))",
+    f"runs ({_declared(RUNS)}, PRIMARY KEY (started, host, pid))",
     "naming (mark TEXT PRIMARY KEY)",
 )

@@ -18,42 +18,30 @@ DONE = ("ok", "fixed", "skipped")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeriesResult:
-    """One line of the manifest."""
+    """One line of the manifest; `gpuprep.output.columns.SERIES` says what each field means."""
 
     key: str
-    """Series Instance UID, with ``#part`` where one UID stands for several stacks."""
     series_uid: str
     study_uid: str
     series_number: int | None
     source: str
-    """Folder the slices lie in."""
     status: Status
     reason: str = ""
-    """Why it was rejected or failed: "Error: text"."""
     codes: tuple[str, ...] = ()
-    """Why it was rejected, or what was irregular, for programs: "gap", "tilt", …"""
     irregularities: tuple[str, ...] = ()
-    """What was irregular and what was done about it, for people."""
     warnings: tuple[str, ...] = ()
     slices: int = 0
     source_shape: tuple[int, int, int] | None = None
     source_spacing_mm: tuple[float, float, float] | None = None
     hu_min: float | None = None
-    """Of the stacked series, before padding is replaced."""
     hu_max: float | None = None
     hu_mean: float | None = None
     padding_share: float | None = None
-    """Of the voxels of the stack."""
     quality: dict[str, Any] | None = None
-    """Distribution of the HU of what was measured: see `Histogram.to_dict`."""
     audit: dict[str, Any] | None = None
-    """What was measured on the headers: see `Audit.to_dict`."""
     segmentations: tuple[dict[str, Any], ...] | None = None
-    """Files that masks were made of, each with its format and by what that was recognised."""
     labels: tuple[dict[str, Any], ...] | None = None
-    """Structures, each with its value and file, and voxels and ml before and after resampling: see `Label`."""
     folder: str = ""
-    """Relative to OUT."""
     shape: tuple[int, int, int] | None = None
     spacing_mm: tuple[float, float, float] | None = None
     files: int = 0
@@ -62,7 +50,6 @@ class SeriesResult:
     process_s: float = 0.0
     write_s: float = 0.0
     upload_s: float | None = None
-    """Of the device's time; the device works while the host reads and writes."""
     kernels_s: float | None = None
     download_s: float | None = None
     masks_s: float | None = None
@@ -70,14 +57,11 @@ class SeriesResult:
     backend: str = ""
     device: str = ""
     fingerprint: str = ""
-    """Of the input: see `Series.fingerprint`."""
     recipe_sha256: str = ""
     version: str = ""
     sha256: str | None = None
-    """Of ``volume.json``, which has the checksum of every other file of the output."""
     host: str | None = None
     finished: str = ""
-    """UTC, ISO 8601."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON holds them."""
@@ -95,10 +79,9 @@ State = Literal["running", "finished", "interrupted"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """One run, as the manifest keeps it."""
+    """One run, as the manifest keeps it; `gpuprep.output.columns.RUNS` says what each field means."""
 
     started: str
-    """UTC, ISO 8601."""
     ended: str = ""
     state: State = "running"
     host: str
@@ -107,13 +90,9 @@ class RunRecord:
     recipe_sha256: str
     device: str
     series: int
-    """In the whole cohort, or in the shard."""
     skipped: int
-    """Of these, complete and unchanged."""
     todo: int
-    """… and to be converted or rejected in this run."""
     request: str
-    """What was asked for, to ask for it again: JSON."""
 
 
 class Entry(NamedTuple):

@@ -21,6 +21,7 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
+import typer
 from pydicom import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLSLossless
@@ -425,6 +426,25 @@ def test_flags_become_the_recipe_that_they_say(tmp_path: Path, out: Path, flags:
         },
     }  # fmt: skip
     assert tomllib.loads((out / "recipe.toml").read_text()) == default | changed
+
+
+@pytest.mark.parametrize(
+    ("line", "masks", "paths"),
+    [
+        ("dicom", [], ["dicom"]),
+        ("dicom --masks auto", ["auto"], ["dicom"]),
+        ("dicom --masks a", ["a"], ["dicom"]),
+        ("dicom --masks=a other", ["a"], ["dicom", "other"]),
+        ("dicom --masks a --masks b", ["a", "b"], ["dicom"]),
+        ("dicom --masks a b c", ["a", "b", "c"], ["dicom"]),
+        ("--masks a b -q dicom --masks c", ["a", "b", "c"], ["dicom"]),
+        ("--masks a b -- dicom --masks", ["a", "b"], ["dicom", "--masks"]),
+    ],
+)
+def test_masks_may_be_repeated_or_take_several_words(line: str, masks: list[str], paths: list[str]) -> None:
+    group: Any = typer.main.get_command(app)
+    given = group.commands["convert"].make_context("convert", ["--out", "out", *line.split()]).params
+    assert (list(given["masks"] or ()), list(given["paths"])) == (masks, paths)
 
 
 def test_a_file_called_like_a_preset_is_the_preset(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gpuprep.core.mask_options import TEXT_FORMATS, Reading
+from gpuprep.dicom.uids import SEGMENTATION_CLASSES
 from gpuprep.errors import SegmentationError
-from gpuprep.masks.detect_format import FORMATS, recognise
+from gpuprep.masks.detect_format import TEXTS, recognise
 from gpuprep.masks.filename_hints import slice_and_structure
+from gpuprep.masks.formats.dicom_objects import OBJECTS
+from gpuprep.masks.formats.number_tables import TABLES
 from gpuprep.masks.formats.parse_numbers import parse
 from gpuprep.masks.model import Plane, Raster, Segmentation, SliceKey
 from gpuprep.masks.rasterize import filled
@@ -79,7 +82,11 @@ def imagej(data: Path) -> Path:
 
 
 def test_every_format_has_its_name() -> None:
-    assert tuple(FORMATS) == TEXT_FORMATS
+    assert (*TABLES, *TEXTS) == TEXT_FORMATS
+
+
+def test_every_dicom_object_that_is_a_segmentation_is_read() -> None:
+    assert tuple(OBJECTS) == SEGMENTATION_CLASSES
 
 
 @pytest.fixture
@@ -364,7 +371,7 @@ def test_damage_is_named_with_its_place(opened: Open, text: str | bytes, message
     assert message in refusal(opened, text)
 
 
-@pytest.mark.parametrize("key", [key for key, known in FORMATS.items() if not known.module])
+@pytest.mark.parametrize("key", TABLES)
 @pytest.mark.parametrize("bad", ["nan", "inf", "-Infinity", "1e999", "1_0", "٣"])
 def test_no_format_takes_what_is_no_number(opened: Open, key: str, bad: str) -> None:
     good = {"imagej-xy": "1 2", "points": "3 1 2", "imagej-values": "3 1 2"}.get(key, "1 2 3 4 5 6")
@@ -372,7 +379,7 @@ def test_no_format_takes_what_is_no_number(opened: Open, key: str, bad: str) -> 
     assert f"line 5, column {len(good)}: '{bad}" in refusal(opened, text, text_format=key)
 
 
-@pytest.mark.parametrize("key", [key for key, known in FORMATS.items() if not known.module])
+@pytest.mark.parametrize("key", TABLES)
 def test_a_line_of_megabytes_is_read_or_refused(opened: Open, key: str) -> None:
     text = "1 2 3 4 " * 250_000
     if key == "polygons":
@@ -387,7 +394,7 @@ def test_a_line_of_megabytes_is_read_or_refused(opened: Open, key: str) -> None:
 @reused
 @given(st.one_of(st.text(alphabet=" 0123456789.,;-+eE\n\t#", max_size=80), st.text(alphabet=" 01.\n", max_size=80)))
 def test_arbitrary_numbers_raise_nothing_else(opened: Open, text: str) -> None:
-    for key in (None, *(key for key, known in FORMATS.items() if not known.module)):
+    for key in (None, *TABLES):
         for plane in (None, Plane(3, 6, (0.5, 0.5))):
             found = outcome(opened, "1" + text, plane, text_format=key)
             if isinstance(found, Segmentation):

@@ -39,6 +39,8 @@ HEADER_HINT = "name the columns in a first line, such as 'slice x y' or 'contour
 LONGEST_LIST = 64
 """Distinct values up to which a list of pixels can be one of labels."""
 
+MOST_LABELS = 256
+"""Distinct values beyond which an image is no mask."""
 
 SHORTEST_LIST = 6
 """Lines from which on points that run row by row are no outline by any chance."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import stat
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 from gpuprep.core.formatting import printable
 from gpuprep.core.mask_options import Reading
@@ -39,6 +40,23 @@ MOST_READS = 20_000_000
 
 MOST_INFLATED_BYTES = 2**30
 """A deflated file is unpacked into memory; a few megabytes can become any number."""
+
+
+class ObjectFormat(NamedTuple):
+    """A kind of DICOM object that holds a segmentation."""
+
+    read: Callable[[pydicom.Dataset, str, Reading], Segmentation]
+    """Object and path to what it holds."""
+    references: Callable[[pydicom.Dataset], References]
+    """Object to what it names, as far as it can be read, for one that is damaged."""
+
+
+OBJECTS = {
+    RT_STRUCTURE_SET: ObjectFormat(rtstruct.read, rtstruct.references),
+    SEGMENTATION: ObjectFormat(seg.read, seg.references),
+    LABEL_MAP_SEGMENTATION: ObjectFormat(seg.read, seg.references),
+}
+"""By SOP Class UID."""
 
 
 class _Unpacked(FrugalReader):
@@ -93,7 +111,7 @@ def _references(ds: pydicom.Dataset | None, path: str) -> References:
     with warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
         ds = _file(path, until=LAST_REFERENCE) if ds is None else ds
-        return rtstruct.references(ds) if _kind(ds) == RT_STRUCTURE_SET else seg.references(ds)
+        return OBJECTS.get(_kind(ds), OBJECTS[SEGMENTATION]).references(ds)
     return References()
 
 
@@ -127,10 +145,8 @@ def _opened(file: BinaryIO, until: int | None) -> pydicom.Dataset:
 
 def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
     kind = _kind(ds)
-    if kind == RT_STRUCTURE_SET:
-        return rtstruct.read(ds, path, reading)
-    if kind in (SEGMENTATION, LABEL_MAP_SEGMENTATION):
-        return seg.read(ds, path, reading)
+    if kind in OBJECTS:
+        return OBJECTS[kind].read(ds, path, reading)
     if not kind:
         raise SegmentationError("not DICOM, or cut short: it has no SOP Class UID")
     from pydicom.uid import UID

@@ -7,7 +7,7 @@ pixels are ``--text-format points``. Fractions of a slice (YOLO) count from its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +17,9 @@ from gpuprep.core.formatting import numbered, printable
 from gpuprep.core.mask_options import Reading, Units
 from gpuprep.dicom.header_checks import LARGEST_SIDE
 from gpuprep.errors import SegmentationError
-from gpuprep.masks.detect_format import FORMATS, MOST_LABELS, Recognised
 from gpuprep.masks.filename_hints import slice_and_structure, stem
 from gpuprep.masks.formats import column_units
-from gpuprep.masks.formats.column_roles import LONGEST_LIST, Columns, is_scan, is_whole
+from gpuprep.masks.formats.column_roles import LONGEST_LIST, MOST_LABELS, Columns, is_scan, is_whole, of_points
 from gpuprep.masks.formats.parse_numbers import Table
 from gpuprep.masks.model import Collector, Contour, Frame, Plane, Raster, Segmentation, SliceKey, painted
 from gpuprep.masks.text_parsing import FARTHEST
@@ -34,47 +33,60 @@ NO_AREA = "of fewer than 3 points, which have no area"
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """A file, what is known about it, and the structures found in it so far."""
 
     path: str
+    """It says slice and structure where the content does not."""
     table: Table
     columns: Columns
     reading: Reading
     plane: Plane | None
+    """Of the series, where it is known."""
     found: Collector = field(default_factory=Collector)
 
 
-def read(path: str, table: Table, recognised: Recognised, reading: Reading, plane: Plane | None) -> Segmentation:
-    """Return what a table of numbers holds.
-
-    Parameters
-    ----------
-    path : str
-        Its name says slice and structure where the content does not.
-    table : Table
-        Its numbers.
-    recognised : Recognised
-    reading : Reading
-    plane : Plane or None
-        Of the series, where it is known.
-
-    Raises
-    ------
-    SegmentationError
-        If it does not hold what its format has to, or units are not clear.
-    """
-    source = _Source(path, table, recognised.columns, reading, plane)
-    notes, per_slice = _READERS[recognised.format](source)
-    title = FORMATS[recognised.format].title
-    return Segmentation(path, title, recognised.why, source.found.structures, per_slice=per_slice, notes=notes)
-
-
-_Result = tuple[tuple[str, ...], bool]
+Result = tuple[tuple[str, ...], bool]
 """Notes, and whether it is of one slice."""
 
 
-def _outline(source: _Source) -> _Result:
+@dataclass(frozen=True, slots=True)
+class TableFormat:
+    """A format of tables of numbers, which does not say what it is."""
+
+    title: str
+    reader: Callable[[Source], Result]
+    """Collects the structures of a file."""
+    roles: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """What columns without a header hold, by how many there are; empty: it has no columns."""
+    guessed: Callable[[Table, Reading, Plane | None], Columns | None] | None = None
+    """Finds what other numbers of columns hold."""
+    needed: frozenset[str] = frozenset()
+    """Roles that its columns must have."""
+    has_more: bool = True
+    """Whether there may be columns of other roles."""
+    has_labels: bool = False
+    """Whether a word may stand before the numbers."""
+
+    def read(self, source: Source, why: str) -> Segmentation:
+        """Return what a file holds.
+
+        Parameters
+        ----------
+        source : Source
+        why : str
+            By what its format was recognised.
+
+        Raises
+        ------
+        SegmentationError
+            If it does not hold what its format has to, or units are not clear.
+        """
+        notes, per_slice = self.reader(source)
+        return Segmentation(source.path, self.title, why, source.found.structures, per_slice=per_slice, notes=notes)
+
+
+def _outline(source: Source) -> Result:
     table, reading = source.table, source.reading
     roles = source.columns.roles
     points = table.grid()[:, [roles.index("x"), roles.index("y")]]
@@ -87,7 +99,7 @@ def _outline(source: _Source) -> _Result:
     return _collected(source, [(name, key)], points, np.flatnonzero(table.apart), frame, closing=False), True
 
 
-def _points(source: _Source) -> _Result:
+def _points(source: Source) -> Result:
     table, reading, columns = source.table, source.reading, source.columns
     grid = table.grid()
     of = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
@@ -146,7 +158,7 @@ def _points(source: _Source) -> _Result:
 
 
 def _collected(
-    source: _Source,
+    source: Source,
     heads: list[tuple[str, SliceKey | None]],
     points: NDArray[np.float64],
     starts: NDArray[np.int64],
@@ -201,7 +213,7 @@ def _closed(again: list[int] | None, begin: int, end: int) -> Iterator[tuple[int
         yield begin, end
 
 
-def _polygons(source: _Source) -> _Result:
+def _polygons(source: Source) -> Result:
     table, reading, plane = source.table, source.reading, source.plane
     counts = table.counts
     odd = counts % 2 == 1
@@ -261,7 +273,7 @@ def _fractions(values: NDArray[np.float64]) -> bool:
     return bool(values.min() >= 0 and values.max() <= 1)
 
 
-def _pixel_list(source: _Source) -> _Result:
+def _pixel_list(source: Source) -> Result:
     table, reading, columns = source.table, source.reading, source.columns
     grid = table.grid()
     of = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
@@ -339,7 +351,7 @@ def _labels(values: NDArray[np.float64], of: dict[str, NDArray[np.float64]]) -> 
     return distinct <= LONGEST_LIST and bool(2 * np.count_nonzero(equal) >= len(equal))
 
 
-def _text_image(source: _Source) -> _Result:
+def _text_image(source: Source) -> Result:
     table, reading = source.table, source.reading
     if table.labels:
         raise SegmentationError(f"line {table.lines[0]}, column 1: a word in an image of numbers")
@@ -389,10 +401,15 @@ def _check_not_patient(points: NDArray[np.float64], said: Units | None) -> None:
         )
 
 
-_READERS: dict[str, Callable[[_Source], _Result]] = {
-    "imagej-xy": _outline,
-    "imagej-values": _pixel_list,
-    "imagej-text-image": _text_image,
-    "points": _points,
-    "polygons": _polygons,
+_XY = frozenset({"x", "y"})
+
+TABLES = {
+    "imagej-xy": TableFormat("ImageJ XY coordinates", _outline, {2: ("x", "y")}, needed=_XY, has_more=False),
+    "imagej-text-image": TableFormat("ImageJ text image", _text_image),
+    "imagej-values": TableFormat(
+        "ImageJ pixel list", _pixel_list, {3: ("x", "y", "value"), 4: ("x", "y", "z", "value")}, needed=_XY | {"value"}
+    ),
+    "points": TableFormat("list of points", _points, {2: ("x", "y")}, of_points, needed=_XY, has_labels=True),
+    "polygons": TableFormat("polygon per line", _polygons),
 }
+"""Formats of tables of numbers, by what ``--text-format`` calls them."""
