@@ -352,9 +352,7 @@ def test_a_cohort_on_s3_is_converted_as_from_disk(
     assert rejected.reason == f"DecodeError: {plain[3].name} cannot be read: No such file or directory"
 
 
-def test_number_of_requests_per_slice_on_s3(
-    plain: list[Path], s3: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_number_of_requests_per_slice_on_s3(plain: list[Path], s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     put(plain[0].parent, "s3://bucket/cost")
     (tmp := plain[0].parent.parent / "gz").mkdir()
     for file in plain:
