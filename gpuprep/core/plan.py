@@ -58,7 +58,7 @@ class Step:
         return self.source[axis] != self.target[axis] or self.along[axis] is not None
 
     @property
-    def lost(self) -> tuple[tuple[int, int], ...]:
+    def lost_planes(self) -> tuple[tuple[int, int], ...]:
         """Output planes, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `lost_samples`."""
         zoomed = [a for a in range(3) if self.moves(a) and (self.along[a] is None or self.sigma[a] > 0)]
         found = ((a, lost_samples(self.source[a], self.target[a], self.mode, self.grid_mode)) for a in zoomed)
@@ -123,8 +123,10 @@ class Plan:
     def warnings(self) -> tuple[SeriesWarning, ...]:
         """Warnings about the image that this plan produces."""
         found = []
-        if self.resample.lost:
-            planes = " and ".join(f"{('slice', 'row', 'column')[axis]} {index}" for axis, index in self.resample.lost)
+        if self.resample.lost_planes:
+            planes = " and ".join(
+                f"{('slice', 'row', 'column')[axis]} {index}" for axis, index in self.resample.lost_planes
+            )
             text = (
                 f"{planes}, counted from 0 after resampling, hold 0 HU: with align = 'corner', as in "
                 "scipy.ndimage.zoom, rounding puts them outside the volume; align = 'edge' loses no plane"

@@ -41,7 +41,7 @@ LIBRARIES: dict[str, tuple[tuple[str, int], ...]] = {"nifti": (("nibabel", 5), (
 LARGEST_AXIS = 16384
 """Upper limit of voxels per axis; larger values are treated as typos."""
 
-_RULES = Rules()
+_DEFAULT_RULES = Rules()
 
 SMALLEST_SPACING_MM = 0.01
 """Lower limit of spacings; smaller values are treated as typos."""
@@ -82,11 +82,11 @@ class Recipe:
 
     policy: Policy = "fix"
     """Handling of irregular series: see `Rules`, also for the next seven fields."""
-    spacing_tolerance: float = _RULES.spacing_tolerance
-    position_tolerance_mm: float = _RULES.position_tolerance_mm
-    lean_tolerance_mm: float = _RULES.lean_tolerance_mm
-    max_missing: int = _RULES.max_missing
-    max_missing_share: float = _RULES.max_missing_share
+    spacing_tolerance: float = _DEFAULT_RULES.spacing_tolerance
+    position_tolerance_mm: float = _DEFAULT_RULES.position_tolerance_mm
+    lean_tolerance_mm: float = _DEFAULT_RULES.lean_tolerance_mm
+    max_missing: int = _DEFAULT_RULES.max_missing
+    max_missing_share: float = _DEFAULT_RULES.max_missing_share
     assume_hu: bool = False
     group_by: GroupBy = "uid"
     orient: Orient = "native"

@@ -314,10 +314,10 @@ class Processes:
 
     def _start_worker(self, place: Place) -> Any:
         """Start a worker at a place and return the connection to it."""
-        connection, theirs = self._context.Pipe()
+        connection, worker_end = self._context.Pipe()
         try:
             worker = self._context.Process(
-                target=_serve_tasks, args=(theirs, self._prepare, dict(place.environment)), daemon=True
+                target=_serve_tasks, args=(worker_end, self._prepare, dict(place.environment)), daemon=True
             )
             with _hidden_main_module(), _safe_import_path(), held_back():
                 worker.start()
@@ -325,7 +325,7 @@ class Processes:
             connection.close()
             raise
         finally:
-            theirs.close()  # so that the pipe closes when the worker ends
+            worker_end.close()  # so that the pipe closes when the worker ends
         self._workers[connection] = worker
         return connection
 

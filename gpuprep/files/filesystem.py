@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 WHOLE_BYTES = 16 << 20
-"""First request of an object that is read completely; smaller objects need no further request."""
+"""Size of the first request for an object that is read completely; smaller objects need no further one."""
 
 HEAD_BYTES = 64 << 10
-"""First request of an object of which the header is read; it contains nearly all headers."""
+"""Size of the first request for an object whose header is read; it covers nearly all headers."""
 
 BLOCK_BYTES = 4 << 20
 """Size of further requests; some of these blocks are cached."""
