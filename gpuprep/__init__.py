@@ -1,4 +1,4 @@
-"""Cohorts of CT DICOM to training-ready volumes, on a GPU or without one.
+"""Converts cohorts of CT DICOM to training-ready volumes, on a GPU or on CPUs.
 
 >>> from pathlib import Path
 >>> from gpuprep.testing import thorax, write_series
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from gpuprep.pipeline.scan import Scan as Scan
     from gpuprep.pipeline.scan import scan as scan
 
-_HOMES = {
+_MODULES = {
     "Audit": "dicom.audit",
     "audit": "dicom.audit",
     "convert": "pipeline.cohort",
@@ -71,14 +71,14 @@ _HOMES = {
     "Volume": "core.volume",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name where it is first used, so that `import gpuprep` costs nothing."""
-    if name not in _HOMES:
+    """Import a public name at its first use, so that `import gpuprep` is fast."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

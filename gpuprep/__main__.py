@@ -1,4 +1,4 @@
-"""``python -m gpuprep``."""
+"""Runs the command line as ``python -m gpuprep``."""
 
 from gpuprep.cli.app import main
 

@@ -1,3 +1,3 @@
-"""The version, which needs no import."""
+"""Defines the version, without importing anything."""
 
 __version__ = "0.1.0"

@@ -1,39 +1,39 @@
-"""Every error gpuprep raises on purpose.
+"""Defines all errors that gpuprep raises.
 
 ::
 
     GpuprepError
-    ├── InputError              one series: what is on disk cannot be converted
-    │   ├── MissingTagError     an attribute the conversion needs is absent or unreadable
+    ├── InputError              one series: its files cannot be converted
+    │   ├── MissingTagError     a required attribute is absent or unreadable
     │   ├── GeometryError       the slices do not form a regular grid
-    │   ├── IntensityError      the stored values cannot be called HU
+    │   ├── IntensityError      the stored values cannot be converted to HU
     │   ├── DecodeError         the pixel data cannot be read
-    │   └── SegmentationError   a segmentation file cannot be read, or its place is not clear
-    │       └── NotASegmentationError   it is something else
-    ├── PlanError               one series: it does not fit what the recipe asks
+    │   └── SegmentationError   a segmentation file cannot be read or not be placed on its series
+    │       └── NotASegmentationError   the file is not a segmentation
+    ├── PlanError               one series: the recipe cannot be applied to it
     ├── OutputError             one series: its folder cannot be written
-    ├── RequestError            the whole run: what was asked makes no sense
-    │   ├── RecipeError         … in the recipe
-    │   └── NothingFoundError   … or is not there
-    └── BackendError            the whole run: the engine cannot start
+    ├── RequestError            the whole run: the request is invalid
+    │   ├── RecipeError         the recipe is invalid
+    │   └── NothingFoundError   the requested series is not found
+    └── BackendError            the whole run: the backend cannot start
         ├── DeviceMemoryError   one series: it does not fit on the device
-        └── DeviceLostError     one series: the device failed under it
+        └── DeviceLostError     one series: the device failed
 
-Errors of one series end up in the manifest with their text, and the cohort goes on; the others end the run.
-`exit_code` is what the command line returns when the error ends a run.
+Errors of one series are recorded in the manifest with their text, and the cohort continues; the others end the run.
+`exit_code` is the exit code of the command line if the error ends a run.
 """
 
 
 class GpuprepError(Exception):
-    """Base of every error below."""
+    """Base class of all errors of gpuprep."""
 
     exit_code = 1
 
 
 class InputError(GpuprepError):
-    """What is on disk cannot be converted truthfully.
+    """The files of a series cannot be converted truthfully.
 
-    `code` is the reason in one word, for programs; the text says the rest.
+    `code` is the reason in one word, for programs; the text has the details.
     """
 
     code = "input"
@@ -45,7 +45,7 @@ class InputError(GpuprepError):
 
 
 class MissingTagError(InputError):
-    """An attribute the conversion needs is absent or unreadable."""
+    """A required attribute is absent or unreadable."""
 
     code = "missing-tag"
 
@@ -57,7 +57,7 @@ class GeometryError(InputError):
 
 
 class IntensityError(InputError):
-    """The stored values cannot be called HU."""
+    """The stored values cannot be converted to HU."""
 
     code = "not-hu"
 
@@ -69,10 +69,10 @@ class DecodeError(InputError):
 
 
 class SegmentationError(InputError):
-    """A segmentation file cannot be read, or not be placed on its series.
+    """A segmentation file cannot be read or not be placed on its series.
 
-    A file that cannot be read may still say whose it is: what it names, as far as that could be read, is in
-    `series_uids`, `frame_of_reference_uid` and `sop_uids`.
+    `series_uids`, `frame_of_reference_uid` and `sop_uids` hold its references, as far as they could be read, so that an
+    unreadable file can still be matched to its series.
     """
 
     code = "mask"
@@ -82,17 +82,17 @@ class SegmentationError(InputError):
 
 
 class NotASegmentationError(SegmentationError):
-    """A file is something else than a segmentation, as it may well lie among some."""
+    """A file is not a segmentation, which is common in folders of segmentations."""
 
     code = "mask-not"
 
 
 class PlanError(GpuprepError):
-    """The series does not fit what the recipe asks."""
+    """The recipe cannot be applied to the series."""
 
 
 class OutputError(GpuprepError):
-    """A series' folder, or what belongs to the whole run, cannot be written.
+    """The folder of a series, or a file of the whole run, cannot be written.
 
     `code` is the reason in one word, for programs.
     """
@@ -103,40 +103,40 @@ class OutputError(GpuprepError):
 
 
 class RequestError(GpuprepError):
-    """What was asked makes no sense."""
+    """The request is invalid."""
 
     exit_code = 2
 
 
 class RecipeError(RequestError, ValueError):
-    """A recipe holds an unknown key or an impossible value."""
+    """A recipe holds an unknown key or an invalid value."""
 
 
 class NothingFoundError(RequestError):
-    """There is no such series where it was looked for."""
+    """No series, or not the requested one, is found."""
 
     exit_code = 3
 
 
 class BackendError(GpuprepError):
-    """The asked-for backend cannot run here."""
+    """The requested backend cannot run on this machine."""
 
     exit_code = 4
 
 
 class DeviceMemoryError(BackendError):
-    """A volume does not fit into the memory of the device, for now or at all."""
+    """A volume does not fit into the free memory of the device."""
 
 
 class DeviceLostError(BackendError):
-    """The device failed, and nothing more can be computed on it in this process."""
+    """The device failed, and this process can no longer use it."""
 
 
 def nested_too_deeply(exc: BaseException | None) -> bool:
-    """Whether an error means that something is nested deeper than Python can follow.
+    """Return whether an error results from nesting beyond Python's recursion limit.
 
-    A library may raise an error of its own in place of the RecursionError: pydicom does if it is met while the head of
-    an item is read. How deep that is depends on the version of Python and on who calls.
+    A library may raise another error from the RecursionError: pydicom does if it occurs while it reads the head of an
+    item. The depth at which it occurs depends on the version of Python and on the caller.
     """
     while exc is not None:
         if isinstance(exc, RecursionError):

@@ -1,4 +1,4 @@
-"""Synthetic CT series, written as the DICOM a scanner would write: for the demo, the tests and the benchmarks."""
+"""Makes synthetic CT series and writes them as DICOM, for the demo, the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from gpuprep.core.geometry import Vector3
 
 OUTSIDE_CIRCLE = -2000
-"""Stored value of what lies outside the scanner's circle; −3024 HU with the usual intercept."""
+"""Stored value of padding outside the scanner's circle; −3024 HU with the usual intercept."""
 
 
 HEART, SPINE = (0.03, -0.05, 0.09, 0.11), (0.0, 0.2, 0.05, 0.05)
-"""Of `thorax`: centre (x, y) from the middle of a slice, and half axes, in parts of its width and height. The heart's
-height goes with the breadth of the chest."""
+"""Ellipses of `thorax`: centre (x, y) from the middle of a slice and half axes, as fractions of its width and height.
+The height of the heart is multiplied by the breadth of the lungs."""
 
 
 def thorax(shape: tuple[int, int, int], spacing_mm: Vector3, seed: int = 0) -> NDArray[np.int16]:
-    """Return a chest as stored values: HU + 1024 inside the scanner's circle, padding outside.
+    """Return a synthetic chest as stored values: HU + 1024 inside the scanner's circle, padding outside.
 
     Parameters
     ----------
     shape : tuple of int
-        Slices, rows, columns.
+        Number of slices, rows and columns.
     spacing_mm : tuple of float
-        Between slices, rows, columns.
+        Spacing of slices, rows and columns.
     seed : int
-        Of noise, nodules and the width of the patient.
+        Seed of noise, nodules and the width of the patient.
 
     Returns
     -------
@@ -67,7 +67,7 @@ def thorax(shape: tuple[int, int, int], spacing_mm: Vector3, seed: int = 0) -> N
         hu[ellipse(*SPINE)] = 350
         hu[ellipse(0, 0.2, 0.02, 0.02)] = 20
         for angle in np.linspace(0, 2 * np.pi, 14, endpoint=False):
-            shift = 0.15 * np.sin(2 * np.pi * z_mm[k] / 30)  # ribs run obliquely, so they move from slice to slice
+            shift = 0.15 * np.sin(2 * np.pi * z_mm[k] / 30)  # ribs are oblique, so they move from slice to slice
             hu[ellipse(0.385 * width * np.cos(angle + shift), 0.27 * np.sin(angle + shift), 0.018, 0.012)] = 600
         for nodule_z, cy, cx, radius_mm in nodules:
             rest = radius_mm**2 - (z_mm[k] - nodule_z) ** 2
@@ -81,7 +81,8 @@ def thorax(shape: tuple[int, int, int], spacing_mm: Vector3, seed: int = 0) -> N
 
 
 def _breadth(k: int, slices: int) -> float:
-    return float(0.75 + 0.25 * np.sin(np.pi * (k + 0.5) / slices))  # lungs are narrow at apex and base
+    """Return the relative breadth of the lungs in a slice; they are narrow at apex and base."""
+    return float(0.75 + 0.25 * np.sin(np.pi * (k + 0.5) / slices))
 
 
 def outlines(
@@ -92,9 +93,9 @@ def outlines(
     Parameters
     ----------
     shape : tuple of int
-        Slices, rows, columns.
+        Number of slices, rows and columns.
     spacing_mm, origin_mm : tuple of float
-        As for `write_series`, for axial slices.
+        Spacing and origin of `write_series`, for axial slices.
 
     Returns
     -------
@@ -110,8 +111,8 @@ def outlines(
         for k in range(slices):
             half = np.array([rx, ry * (_breadth(k, slices) if grows else 1)])
             column_row = (np.array(centre) + half * circle) * (columns, rows) + (np.array([columns, rows]) - 1) / 2
-            place = np.column_stack([column_row * spacing_mm[:0:-1], np.full(len(circle), k * spacing_mm[0])])
-            found[name].append(place + origin_mm)
+            offset_mm = np.column_stack([column_row * spacing_mm[:0:-1], np.full(len(circle), k * spacing_mm[0])])
+            found[name].append(offset_mm + origin_mm)
     return found
 
 
@@ -131,30 +132,30 @@ def write_series(
     Parameters
     ----------
     folder : Path
-        Made if need be.
+        Output folder, made if absent.
     stored : array of int16 or uint16, shape (k, j, i)
         Stored values; HU = stored − 1024.
     spacing_mm : tuple of float
-        Between slices, rows, columns.
+        Spacing of slices, rows and columns.
     series_uid, series_number
-        Identity; a new UID where absent. Series of one UID are of one study.
+        *Series Instance UID* (a new one if absent) and *Series Number*. Calls with one UID write one study.
     origin_mm : tuple of float
         Centre of the first voxel, (x, y, z), LPS.
     orientation : tuple of float
-        Cosines of a row, then of a column.
+        Direction cosines of a row, then of a column.
     change : callable, optional
-        Is given each slice's data set and index, and may alter it before it is written.
+        Called with the data set and index of each slice before it is written; may modify the data set.
     """
     folder.mkdir(parents=True, exist_ok=True)
     series_uid = series_uid or generate_uid()
-    study_uid = generate_uid(entropy_srcs=["study of", series_uid])  # a series is part of one study
+    study_uid = generate_uid(entropy_srcs=["study of", series_uid])  # the same study for each part of a series
     frame_uid = generate_uid()
     normal = np.cross(orientation[:3], orientation[3:])
     files = []
     for k, pixels in enumerate(stored):
         ds = _slice(pixels)
         ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = study_uid, series_uid, frame_uid
-        ds.SeriesNumber, ds.InstanceNumber = series_number, len(stored) - k  # as most scanners: from the head down
+        ds.SeriesNumber, ds.InstanceNumber = series_number, len(stored) - k  # from the head down, as most scanners do
         ds.ImagePositionPatient = [_decimal(v) for v in np.array(origin_mm) + normal * spacing_mm[0] * k]
         ds.ImageOrientationPatient = [_decimal(v) for v in orientation]
         ds.PixelSpacing = [_decimal(v) for v in spacing_mm[1:]]
@@ -168,7 +169,7 @@ def write_series(
 
 
 def _slice(pixels: NDArray[Any]) -> Dataset:
-    """Return one CT image with everything but its place."""
+    """Return one CT image without position and attributes of its series."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = CTImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid()

@@ -1,4 +1,4 @@
-"""Finished outputs as tensors, for a ``DataLoader`` of PyTorch.
+"""Provides finished outputs as tensors for a ``DataLoader`` of PyTorch.
 
 References
 ----------
@@ -36,45 +36,45 @@ Meta = dict[str, Any]
 
 
 class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
-    """The finished series of an output folder, or patches of them, ready for 3D convolutions.
+    """Dataset of the finished series of an output folder, or of patches of them, for 3D convolutions.
 
-    Each item is a tuple ``(image, label, meta)``, which the default collation of a ``DataLoader`` makes batches of:
+    Each item is a tuple ``(image, label, meta)``, from which the default collation of a ``DataLoader`` makes batches:
 
-    * image: float32, shape (1, D, H, W). Integers that a window was spread over are divided by their range, so that the
-      window is [0, 1] in every dtype but int16, which holds HU.
-    * label: int64. Shape (1, D, H, W) where structures share a volume; (R, D, H, W) with zeros and ones for the
-      structures of `structures` where each has a volume of its own; (0, D, H, W) without labels.
-    * meta: "key" and "folder" of the series, "start" (index of the first voxel of a patch, negative where it begins in
-      the margin), "spacing_mm", and "affine_lps" of what was returned, as tensors of float64.
+    * image: float32, shape (1, D, H, W). Unsigned integers are divided by their range, so that the window is [0, 1] in
+      every dtype but int16, which holds HU.
+    * label: int64. Shape (1, D, H, W) if the structures share a volume; (R, D, H, W) with zeros and ones for the
+      structures of `structures` if each has its own volume; (0, D, H, W) without labels.
+    * meta: "key" and "folder" of the series, "start" (index of the first voxel of a patch, negative if the patch begins
+      in the margin), "spacing_mm", and "affine_lps" of the item, as tensors of float64.
 
-    Only what an item needs is read, where the format allows: of npy, zarr, and uncompressed nifti and tif-stack, boxes;
-    of tif, slices. A series is opened anew for each item, so that workers may have as many as they like.
+    If the format allows it, only the voxels of an item are read: boxes of npy, zarr, and uncompressed nifti and
+    tif-stack; slices of tif. A series is opened for each item anew, so any number of workers can be used.
 
     Parameters
     ----------
     out : path
-        The ``--out`` of a run; on disk.
+        Output folder (``--out``) of a run, on disk.
     patches : tuple of int, optional
-        Shape (d, h, w) of patches, each cut at random; around a volume that is smaller, there is air, and no label.
-        Chance is that of torch: ``torch.manual_seed`` makes it repeatable, and workers differ. Absent: whole volumes,
-        which only fit into one batch if they are equally large.
+        Shape (d, h, w) of randomly placed patches. Smaller volumes are padded with air, without label. The positions
+        are drawn from torch's generator: ``torch.manual_seed`` makes them reproducible, and workers differ. If absent,
+        items are whole volumes, which must have equal shapes to form a batch.
     patches_per_volume : int
-        Items for each series.
+        Number of items per series.
     labelled : bool, optional
-        True: only series with masks. False: all of them, without labels. Absent: as True if there are any masks at
-        all, since voxels that nobody looked at are no background.
+        True: only series with masks. False: all series, without labels. If absent: True if any series has masks, since
+        series without masks may contain unlabelled structures.
     transform : callable, optional
-        ``transform(image, label, meta)`` returns what to give instead.
+        ``transform(image, label, meta)`` returns the item to use instead.
 
     Attributes
     ----------
     structures : dict of str to int
-        Structures by name. The value of each in the label volume, or its channel.
+        Value in the label volume by structure name, or index of the channel.
 
     Raises
     ------
     RequestError
-        If there is no output, nothing of use in it, or series of it have values of different meaning.
+        If there is no output or no usable series, or the values of its series have different meanings.
     OutputError
         If a volume cannot be read.
 
@@ -128,8 +128,8 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
             ]
         if labelled or (labelled is None and any(labels for *_, labels in rows)):
             rows = [row for row in rows if row[3]]
-            self._shared = self._in_one_volume({recipe: folder for folder, _, recipe, _ in rows}.values())
-            self.structures = self._named([labels for *_, labels in rows])
+            self._shared = self._share_a_volume({recipe: folder for folder, _, recipe, _ in rows}.values())
+            self.structures = self._structure_indices([labels for *_, labels in rows])
         else:
             self.structures, self._shared = {}, True
         if not rows:
@@ -138,23 +138,25 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
         self.series = sorted((folder, key) for folder, key, *_ in rows)
 
     def _check_values(self, folders: Iterable[str]) -> None:
-        """Raise unless values mean the same in some folders, one of each recipe."""
-        found = {_meaning(Finished(self.out / folder).recipe) for folder in folders}
+        """Raise unless image values have the same meaning in all folders; `folders` has one per recipe."""
+        found = {_value_meaning(Finished(self.out / folder).recipe) for folder in folders}
         if len(found) > 1:
             raise RequestError(
                 f"{self.out} was converted with recipes whose values differ ({' and '.join(sorted(found))}): convert "
-                "all of it with one, or each into its own --out"
+                "all series with one recipe, or use an --out for each"
             )
 
-    def _in_one_volume(self, folders: Iterable[str]) -> bool:
-        """Return whether structures share a volume in some folders, one of each recipe."""
+    def _share_a_volume(self, folders: Iterable[str]) -> bool:
+        """Return whether structures share a label volume; `folders` has one per recipe."""
         layouts = {Finished(self.out / folder).recipe.masks.layout for folder in folders}
         if len(layouts) > 1:
-            raise RequestError(f"{self.out} has label volumes and volumes per structure: convert all of it alike")
+            raise RequestError(
+                f"{self.out} has label volumes and volumes per structure: convert all series with one layout of masks"
+            )
         return layouts != {"per-roi"}
 
-    def _named(self, labelled: list[tuple[dict[str, Any], ...]]) -> dict[str, int]:
-        """Return the structures of a cohort."""
+    def _structure_indices(self, labelled: list[tuple[dict[str, Any], ...]]) -> dict[str, int]:
+        """Return the label value, or the channel, of each structure of the cohort by name."""
         found = {(label["name"], label["value"]) for labels in labelled for label in labels}
         if self._shared:
             return dict(sorted(found, key=lambda item: item[1]))
@@ -169,9 +171,9 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
         folder, key = self.series[index % len(self) // self.patches_per_volume]
         finished = Finished(self.out / folder)
         size = self.patches or finished.geometry.shape
-        start = [_start(there, wanted) for there, wanted in zip(finished.geometry.shape, size, strict=True)]
-        box, margins = _within(start, size, finished.geometry.shape)
-        image = np.pad(_image(finished, box), margins, constant_values=_air(finished))
+        start = [_patch_start(length, wanted) for length, wanted in zip(finished.geometry.shape, size, strict=True)]
+        box, margins = _box_and_margins(start, size, finished.geometry.shape)
+        image = np.pad(_image(finished, box), margins, constant_values=_air_value(finished))
         label = np.pad(self._label(finished, box), [(0, 0), *margins])
         affine = finished.geometry.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ start
@@ -200,40 +202,41 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
         return label
 
 
-def _start(there: int, wanted: int) -> int:
-    """Return where a patch begins along an axis: anywhere, or so that what there is lies in its middle."""
-    if wanted >= there:
-        return -((wanted - there) // 2)
-    return int(torch.randint(there - wanted + 1, ()))
+def _patch_start(length: int, wanted: int) -> int:
+    """Return the start of a patch along an axis: random, or centred on the volume if the patch is larger."""
+    if wanted >= length:
+        return -((wanted - length) // 2)
+    return int(torch.randint(length - wanted + 1, ()))
 
 
-def _within(start: list[int], size: Shape3, shape: Shape3) -> tuple[Box, list[tuple[int, int]]]:
-    """Return the part of a patch that is in the volume, and how much is missing before and after it on each axis."""
+def _box_and_margins(start: list[int], size: Shape3, shape: Shape3) -> tuple[Box, list[tuple[int, int]]]:
+    """Return the box of a patch inside the volume, and the voxels to pad before and after it along each axis."""
     box, margins = list(whole(shape)), []
-    for axis, (first, wanted, there) in enumerate(zip(start, size, shape, strict=True)):
-        low, high = max(0, first), min(there, first + wanted)
+    for axis, (first, wanted, length) in enumerate(zip(start, size, shape, strict=True)):
+        low, high = max(0, first), min(length, first + wanted)
         box[axis] = slice(low, high)
         margins.append((low - first, first + wanted - high))
     return (box[0], box[1], box[2]), margins
 
 
 def _image(finished: Finished, box: Box) -> NDArray[np.float32]:
-    return finished.image(box).astype(np.float32) / np.float32(_range(finished))
+    """Return the image of a box, scaled to [0, 1] or in HU."""
+    return finished.image(box).astype(np.float32) / np.float32(_window_top(finished))
 
 
-def _meaning(recipe: Recipe) -> str:
-    """Return what values mean as they are given, in words."""
+def _value_meaning(recipe: Recipe) -> str:
+    """Return the meaning of the values of returned images as text."""
     window = "all HU" if recipe.window_hu is None else "{:g} to {:g} HU".format(*recipe.window_hu)
     return window if recipe.dtype == "int16" or recipe.window_hu is None else f"{window} as 0 to 1"
 
 
-def _air(finished: Finished) -> float:
-    """Return what air is in an image as it is given."""
+def _air_value(finished: Finished) -> float:
+    """Return the value for padding in returned images: the lower end of the window, or air without a window."""
     slope, intercept = finished.hu
     low, _ = finished.recipe.window_hu or (AIR_HU, None)
-    return (low - intercept) / slope / _range(finished)
+    return (low - intercept) / slope / _window_top(finished)
 
 
-def _range(finished: Finished) -> int:
-    """Return the stored value that the upper end of a window is spread to, for integers that it is spread over."""
+def _window_top(finished: Finished) -> int:
+    """Return the stored value of the upper end of the window for unsigned integers, else 1."""
     return {"uint8": 255, "uint16": 65535}.get(finished.recipe.dtype, 1)

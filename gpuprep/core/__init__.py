@@ -1,1 +1,1 @@
-"""Values that every other room speaks of: geometry, series, volumes, recipes, plans."""
+"""Data types used by all other packages: geometry, series, volumes, recipes, plans."""

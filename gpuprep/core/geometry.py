@@ -16,22 +16,22 @@ Shape3 = tuple[int, int, int]
 Vector3 = tuple[float, float, float]
 
 FINEST_MM, COARSEST_MM = 1e-3, 100.0
-"""Pixel spacings beyond these are damage."""
+"""Plausible range of pixel spacings; values outside it are treated as damaged."""
 
 UNSEEN_MM = 0.1
-"""Voxels may be misplaced by this much unnoticed: the recipe's ``lean_tolerance_mm``, unless changed."""
+"""Voxel displacement that needs no warning: the default of the recipe's ``lean_tolerance_mm``."""
 
 PERPENDICULAR = 1e-2
-"""How far directions of rows and columns may be from perpendicular units."""
+"""Tolerance for the unit length and the perpendicularity of row and column direction cosines."""
 
 
 def directions(orientation: ArrayLike) -> NDArray[np.float64] | None:
-    """Return the directions of a row, of a column and of the normal: unit vectors, shape (3, 3).
+    """Return unit vectors along a row, along a column and along the slice normal, shape (3, 3).
 
-    None where *Image Orientation (Patient)*, six numbers, is not a pair of perpendicular units.
+    None if *Image Orientation (Patient)*, six numbers, is not a pair of perpendicular unit vectors.
     """
     pair = np.array(orientation, dtype=np.float64).reshape(2, 3)
-    lengths = np.linalg.norm(np.clip(pair, -9, 9), axis=1)  # whose squares are numbers
+    lengths = np.linalg.norm(np.clip(pair, -9, 9), axis=1)  # clipped, so that squares do not overflow
     if np.abs(lengths - 1).max() > PERPENDICULAR or abs(pair[0] @ pair[1]) > PERPENDICULAR:
         return None
     row, column = pair / lengths[:, None]
@@ -41,11 +41,13 @@ def directions(orientation: ArrayLike) -> NDArray[np.float64] | None:
 
 _PLANES = ("sagittal", "coronal", "axial")
 _LETTERS = ("LR", "PA", "SI")
-"""Letters for growing and falling x, y and z."""
+"""Letters of the increasing and the decreasing direction of x, y and z (LPS)."""
 
 
 def facing(axes: NDArray[np.float64]) -> tuple[str, float]:
-    """Return the plane with the directions that slices, rows and columns grow in, and how oblique it is in degrees.
+    """Return the anatomical plane with its axis letters, and the obliqueness of the slice axis in degrees.
+
+    The letters name the directions in which slices, rows and columns increase: "axial SPL".
 
     Parameters
     ----------
@@ -64,29 +66,29 @@ def facing(axes: NDArray[np.float64]) -> tuple[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Another order of the axes of a volume, and other directions: nothing is interpolated."""
+    """Permutation and reversal of the axes of a volume, without interpolation."""
 
     axes: tuple[int, int, int] = (0, 1, 2)
-    """Which axis of the source becomes axis 0, 1, 2."""
+    """Source axis of axis 0, 1 and 2 of the result."""
     flips: tuple[bool, bool, bool] = (False, False, False)
-    """Whether axis 0, 1, 2 of the result runs against its source."""
+    """Whether axis 0, 1 and 2 of the result is reversed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """Where the slices of an irregular stack lie in its regular grid."""
+    """Positions of the slices of an irregular stack in its regular grid."""
 
     along: NDArray[np.float64]
-    """Layer of each slice, ascending from 0, with fractions, shape (n,)."""
+    """Fractional slice index of each slice in the grid, ascending from 0, shape (n,)."""
     shift: NDArray[np.float64] | None
-    """(row, column) of the grid at which the first voxel of each slice lies, with fractions, at least 0, shape (n, 2);
-    None where all lie at (0, 0)."""
+    """Fractional (row, column) index in the grid of the first voxel of each slice, at least 0, shape (n, 2);
+    None if all are (0, 0)."""
     matrix: tuple[int, int]
     """Rows and columns of a slice."""
 
     @property
     def canvas(self) -> tuple[int, int]:
-        """Rows and columns that hold every slice."""
+        """Rows and columns of the smallest grid plane that contains every shifted slice."""
         if self.shift is None:
             return self.matrix
         more = np.ceil(self.shift.max(axis=0) - 1e-6).astype(int)
@@ -155,7 +157,7 @@ class Geometry:
         return float(x), float(y), float(z)
 
     def points_mm(self, indices: ArrayLike) -> NDArray[np.float64]:
-        """Return where voxel indices lie in the patient.
+        """Return the patient coordinates of voxel indices.
 
         Parameters
         ----------
@@ -172,25 +174,25 @@ class Geometry:
     def resized(self, shape: Shape3) -> Geometry:
         """Return the grid of `shape` voxels that covers the same extent, edge to edge.
 
-        Index q of the new grid lies at q·n/m + (n/m − 1)/2 of the old one: the outer faces of the outer voxels
-        stay where they were, so the origin moves by half the change in spacing.
+        Index q of the new grid lies at q·n/m + (n/m − 1)/2 of this one. The outer faces of the outer voxels keep
+        their positions, so the origin moves by half the change in spacing.
         """
         return self._mapped(shape, [(n / m, (n / m - 1) / 2) for n, m in zip(self.shape, shape, strict=True)])
 
     def corner_resized(self, shape: Shape3) -> Geometry:
-        """Return the grid of `shape` voxels whose first and last voxel centres stay where they were.
+        """Return the grid of `shape` voxels that keeps the centres of the first and last voxels.
 
-        This is where `scipy.ndimage.zoom` samples by default: index q lies at q·(n − 1)/(m − 1).
+        `scipy.ndimage.zoom` samples at these positions by default: index q lies at q·(n − 1)/(m − 1).
         """
         pairs = zip(self.shape, shape, strict=True)
         return self._mapped(shape, [((n - 1) / (m - 1) if m > 1 and n > 1 else 1.0, 0.0) for n, m in pairs])
 
     def cropped(self, start: tuple[int, int, int], shape: Shape3) -> Geometry:
-        """Return the grid of `shape` voxels whose first voxel is index `start` of this one; it may lie outside."""
+        """Return the grid of `shape` voxels that begins at index `start`; it may extend beyond this grid."""
         return self._mapped(shape, [(1.0, float(s)) for s in start])
 
     def turned(self, turn: Turn) -> Geometry:
-        """Return the same grid with its axes in another order or direction."""
+        """Return the same grid with its axes permuted and reversed."""
         step = np.zeros((4, 4))
         step[3, 3] = 1
         for axis, (source, flip) in enumerate(zip(turn.axes, turn.flips, strict=True)):
@@ -201,12 +203,15 @@ class Geometry:
 
     @property
     def facing(self) -> str:
-        """Plane and directions in which slices, rows and columns grow: "axial SPL" is up, to the back, to the left."""
+        """Anatomical plane, and the directions in which slices, rows and columns increase.
+
+        "axial SPL": slices to superior, rows to posterior, columns to left.
+        """
         return facing((self.affine[:3, 2::-1] / np.array(self.spacing_mm)[::-1]).T)[0]
 
     @property
     def lean_mm(self) -> float:
-        """By how much the far end of an axis lies beside where it would be if axes were perpendicular."""
+        """Largest displacement in mm of the far end of an axis due to shear; 0 for perpendicular axes."""
         spacing_mm = np.array(self.spacing_mm)
         axes, extent_mm = self.affine[:3, :3] / spacing_mm, spacing_mm * (np.array(self.shape) - 1)
         cosines = np.abs(axes.T @ axes - np.eye(3))
@@ -214,7 +219,7 @@ class Geometry:
 
     @property
     def to_axial(self) -> Turn:
-        """The turn after which slices go up, rows to the back and columns to the left, as nearly as axes allow."""
+        """Axis permutation and reversal to slices superior, rows posterior, columns left, as nearly as possible."""
         toward = self.affine[[2, 1, 0], :3] / np.array(self.spacing_mm)  # z, y, x by source axis
         best = max(permutations(range(3)), key=lambda p: sum(abs(toward[n, axis]) for n, axis in enumerate(p)))
         k, j, i = best
@@ -222,14 +227,14 @@ class Geometry:
         return Turn((k, j, i), (flips[0], flips[1], flips[2]))
 
     def is_close(self, other: Geometry, atol_mm: float = 1e-4) -> bool:
-        """Tell whether two grids have equal shapes and corners that agree within `atol_mm`."""
+        """Return whether two grids have equal shapes and corners that agree within `atol_mm`."""
         corners = np.array(np.meshgrid(*([0, n - 1] for n in self.shape))).reshape(3, -1).T
         return self.shape == other.shape and np.allclose(
             self.points_mm(corners), other.points_mm(corners), rtol=0, atol=atol_mm
         )
 
     def _mapped(self, shape: Shape3, axes: list[tuple[float, float]]) -> Geometry:
-        """Return the grid whose index q lies at q·scale + shift of this one, axis by axis."""
+        """Return the grid whose index q is index q·scale + shift of this one, per axis (scale, shift)."""
         step = np.eye(4)
         step[[0, 1, 2], [0, 1, 2]] = [scale for scale, _ in axes]
         step[:3, 3] = [shift for _, shift in axes]

@@ -1,6 +1,6 @@
 """Rescales stored values to HU, HU to the window, and the window to the output type.
 
-Every function takes arrays of one library and returns arrays of the same, on the same device.
+Each function takes arrays of one library and returns arrays of that library, on the same device.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ AIR_HU = -1000.0
 """CT number of air."""
 
 LOWEST_HU = -1024.0
-"""Nothing lower is a CT number of the patient: scanners fill the corners outside their circle with such values
-(−2048 and −3024 are common), and often without saying so in *Pixel Padding Value*."""
+"""Lowest CT number of a patient. Scanners fill the corners outside the field of view with lower values (often −2048
+or −3024), frequently without declaring them in *Pixel Padding Value*."""
 
 HIGHEST_HU = 30_000.0
-"""Nothing higher is a CT number. 12 bits end at 3071 HU; metal on a scanner's extended scale reaches some 30,000."""
+"""Highest CT number. 12 bits end at 3071 HU; metal on a scanner's extended scale reaches about 30,000."""
 
 TISSUE_HU = (-900.0, 3071.0)
-"""A declared padding value whose HU lies in here would punch holes into tissue; it is not believed."""
+"""HU range of tissue. A declared padding value in this range is ignored, since it would cut holes into tissue."""
 
 
 def stored_to_hu(stored: Any, slope: Any, intercept: Any) -> Any:
-    """Return CT numbers by applying each slice's own rescale.
+    """Return CT numbers: each slice of stored values with its rescale applied.
 
     Parameters
     ----------
@@ -52,16 +52,16 @@ def stored_to_hu(stored: Any, slope: Any, intercept: Any) -> Any:
 
 
 def padding_to_air(hu: Any, stored: Any, padding: Any | None) -> Any:
-    """Return `hu` with air wherever the scanner measured nothing.
+    """Return `hu` with air in place of padding.
 
     Parameters
     ----------
     hu : array of float32, shape (k, j, i)
         CT numbers.
     stored : array of integers, shape (k, j, i)
-        The stored values they come from.
+        Stored values of the same voxels.
     padding : array of the dtype of `stored`, shape (k, 2), or None
-        Per slice, the lowest and highest stored value that means padding; lowest > highest for none.
+        Lowest and highest stored value of padding per slice; lowest > highest for a slice without padding.
 
     Returns
     -------
@@ -80,7 +80,7 @@ def padding_to_air(hu: Any, stored: Any, padding: Any | None) -> Any:
 
 
 def zero_minus_2000(stored: Any) -> Any:
-    """Return stored values with −2000 replaced by 0, as the copied notebooks do before rescaling."""
+    """Return stored values with −2000 replaced by 0, as a widely copied notebook does before rescaling."""
     xp = array_namespace(stored)
     if xp.isdtype(stored.dtype, "unsigned integer"):  # cannot hold −2000
         return stored
@@ -100,7 +100,7 @@ def window(hu: Any, low_hu: float, high_hu: float, scale: float, shift_hu: float
 
 
 def quantise(values: Any, dtype: str) -> Any:
-    """Return values in the output type: as they are for float32, else rounded half to even and kept within its range.
+    """Return values in the output type: unchanged for float32, else rounded half to even and clipped to its range.
 
     Parameters
     ----------
@@ -118,9 +118,10 @@ def quantise(values: Any, dtype: str) -> Any:
 
 
 def held_hu(window_hu: tuple[float, float] | None, dtype: str) -> tuple[float, float]:
-    """Return the range of HU beyond which the output type cuts values that the window lets through.
+    """Return the range of HU beyond which the output type clips values that the window does not.
 
-    Only ``int16`` has one: it holds HU as they are. Other integers hold a window, and float32 holds everything.
+    Only ``int16`` clips, as it stores unscaled HU. The other integers store the scaled window, and float32 holds all
+    HU. Infinite bounds mean no clipping.
     """
     if dtype != "int16":
         return -math.inf, math.inf
@@ -129,7 +130,7 @@ def held_hu(window_hu: tuple[float, float] | None, dtype: str) -> tuple[float, f
 
 
 def to_hu(stored: Any, slope: Any, intercept: Any, padding: Any | None, rule: str) -> Any:
-    """Return stored values as HU by a recipe's rule for padding: "air", "keep" or "minus2000-to-0".
+    """Return stored values as HU, with a recipe's padding rule applied: "air", "keep" or "minus2000-to-0".
 
     The arguments are those of `stored_to_hu` and `padding_to_air`.
     """
@@ -140,35 +141,37 @@ def to_hu(stored: Any, slope: Any, intercept: Any, padding: Any | None, rule: st
 
 
 def finish(values: Any, window_: tuple[float, float, float, float] | None, dtype: str) -> Any:
-    """Return values windowed, by the arguments of `window` or not at all, and in the output type: see `quantise`."""
+    """Return values windowed (`window_`: arguments of `window`; None: not windowed) and quantised to `dtype`."""
     return quantise(values if window_ is None else window(values, *window_), dtype)
 
 
 @dataclass(slots=True)
 class HuStatistics:
-    """Minimum, maximum and mean of a stack in HU, gathered slab by slab on the host, in float64.
+    """Minimum, maximum and mean of a stack in HU, accumulated slice by slice on the host, in float64.
 
-    A slice's rescale is linear, so the extremes and the sum of its integers are enough, and exact.
+    A slice's rescale is linear, so the extremes and the sum of its stored integers determine them exactly.
     """
 
     low: float = math.inf
+    """Minimum in HU."""
     high: float = -math.inf
+    """Maximum in HU."""
     _sum: float = 0.0
     _count: int = 0
 
     @property
     def voxels(self) -> int:
-        """Number of voxels so far."""
+        """Number of voxels added."""
         return self._count
 
     @property
     def mean(self) -> float:
-        """Mean of all voxels so far."""
+        """Mean in HU of the voxels added; NaN if there are none."""
         return self._sum / self._count if self._count else math.nan
 
     def add(self, low: int, high: int, total: int, voxels: int, slope: float, intercept: float) -> None:
-        """Take in a slice: its lowest and highest stored value, their sum and number, and its rescale."""
-        ends = low * slope + intercept, high * slope + intercept
-        self.low, self.high = min(self.low, *ends), max(self.high, *ends)
+        """Add a slice: lowest and highest stored value, sum and number of stored values, and rescale."""
+        extremes = low * slope + intercept, high * slope + intercept
+        self.low, self.high = min(self.low, *extremes), max(self.high, *extremes)
         self._sum += total * slope + intercept * voxels
         self._count += voxels

@@ -1,4 +1,4 @@
-"""Defines `Masks` and `Reading`: how to read segmentation files, which structures to use, what to make of them."""
+"""Defines `Masks` and `Reading`: how segmentation files are read, which structures are used, how masks are stored."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ SliceOrder = Literal["stack", "instance"]
 TEXT_FORMATS = (
     "imagej-xy", "imagej-text-image", "imagej-values", "points", "polygons", "cxt", "pinnacle", "lidc-xml", "pylidc",
 )  # fmt: skip
-"""Formats of text files by name: see `gpuprep.masks.formats.number_tables.TABLES` and
-`gpuprep.masks.detect_format.TEXTS`."""
+"""Names of the text formats: see `gpuprep.masks.formats.number_tables.TABLES` and `gpuprep.masks.detect_format.TEXTS`."""
 
 Layout = Literal["labels", "per-roi"]
 Resampling = Literal["nearest", "smooth"]
@@ -29,27 +28,27 @@ Resampling = Literal["nearest", "smooth"]
 Aliases = tuple[tuple[str, tuple[str, ...]], ...]
 
 Hide = Callable[[str, str], str]
-"""Kind of thing and its name to what stands for it."""
+"""Function from a kind ("path", "structure") and a text of that kind to its pseudonym."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What people say about a text file that does not say it itself. None: find it out, or refuse."""
+    """Facts that a segmentation file leaves open. None: gpuprep determines them from the file, or refuses it."""
 
     text_format: str | None = None
-    """One of `TEXT_FORMATS`."""
+    """Format of text files: one of `TEXT_FORMATS`."""
     units: Units | None = None
-    """Of coordinates in a slice."""
+    """Unit of in-plane coordinates."""
     index_base: Literal[0, 1] | None = None
-    """Whether slices are counted from 0 or from 1."""
+    """Number of the first slice."""
     pixel_base: Literal[0, 1] = 0
-    """Coordinates of the centre of the first pixel, where pixels are meant; ImageJ's outlines count from its corner."""
+    """Coordinate of the centre of the first pixel, for units of pixels; ImageJ's outlines count from its corner."""
     slice_from: SliceFrom | None = None
-    """What tells the slice: the name of the file, a column of numbers or of UIDs, or z."""
+    """Source of the slice: the name of the file, a column of slice numbers, the z coordinate, or a column of UIDs."""
     slice_order: SliceOrder | None = None
-    """What numbers of slices count: slices along the normal, or *Instance Number*."""
+    """Meaning of slice numbers: position in the stack along the normal, or *Instance Number*."""
     threshold: float = 0.5
-    """From which share on a voxel of a fractional SEG belongs to its segment."""
+    """Minimum fraction at which a voxel of a fractional SEG belongs to its segment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +69,15 @@ class Masks(Reading):
     """
 
     roi: str | None = None
-    """Regular expression: only structures in whose name it is found, in any case of letters, are used."""
+    """Regular expression, case-insensitive: only structures whose name contains a match are used."""
     aliases: Aliases = ()
-    """Name to use, with the names it stands for, in any case of letters; a mapping does as well, and is a table in
-    TOML. The first ones get the first label values."""
+    """Each name to use with the names it replaces, case-insensitive: pairs or a mapping in Python, a table in TOML.
+    Label values are assigned in this order, before those of other names."""
     layout: Layout = "labels"
-    """"labels": one volume, each structure a value of its own; structures that overlap are refused. "per-roi": one
-    volume of 0 and 1 for each."""
+    """"labels": one volume with a value per structure; overlapping structures are refused. "per-roi": one volume of 0
+    and 1 per structure."""
     resampling: Resampling = "nearest"
-    """Of labels: see `gpuprep.compute.resample_labels`."""
+    """Method of resampling labels: see `gpuprep.compute.resample_labels`."""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -94,46 +93,46 @@ class Masks(Reading):
                 re.compile(self.roi)
             except (re.error, TypeError, RecursionError, OverflowError) as exc:
                 raise RecipeError(f"masks.roi = {self.roi!r} is no regular expression: {exc}") from exc
-        object.__setattr__(self, "aliases", _aliases(self.aliases))
+        object.__setattr__(self, "aliases", _checked_aliases(self.aliases))
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """The name to use for each one that has another."""
-        return {_key(alias): name for name, others in self.aliases for alias in (name, *others)}
+        """Name to use by normalised alias."""
+        return {_normalised(alias): name for name, others in self.aliases for alias in (name, *others)}
 
     def name(self, found: str) -> str | None:
-        """Return under which name a structure is used; None where it is not wanted."""
-        name = self._names.get(_key(found), found)
+        """Return the name under which a structure is used; None if it is not used."""
+        name = self._names.get(_normalised(found), found)
         if self.roi is None or any(re.search(self.roi, n, re.IGNORECASE) for n in (name, found)):
             return name
         return None
 
     def names(
-        self, found: Sequence[tuple[str, str]], hide: Hide | None = None, telling: Container[str] = ()
+        self, found: Sequence[tuple[str, str]], hide: Hide | None = None, names_from_paths: Container[str] = ()
     ) -> list[str | None]:
-        """Return under which name each (file, structure) of one series is used; None for those that are not wanted.
+        """Return the name under which each structure of one series is used; None for structures that are not used.
 
-        Equal names of several files are told apart by the file's.
+        Equal names from several files get the name of their file appended.
 
         Parameters
         ----------
         found : sequence of (str, str)
-            Files and the structures in them.
+            File and structure.
         hide : callable, optional
-            Kind and text to what stands for it, where paths must not be known.
-        telling : container of str
-            Structures that have their name from a path; of these only names that the aliases have are not hidden.
+            Returns the pseudonym of a kind and a text; given if paths must not be disclosed.
+        names_from_paths : container of str
+            Structures named after a path. `hide` replaces these names, except those with an alias.
 
         Raises
         ------
         SegmentationError
-            If two structures of one file are to have the same name.
+            If two structures of one file get the same name.
         """
         names = [self.name(structure) for _, structure in found]
         if hide is not None:
             names = [
                 f"structure-{hide('structure', name)}"
-                if name is not None and structure in telling and _key(structure) not in self._names
+                if name is not None and structure in names_from_paths and _normalised(structure) not in self._names
                 else name
                 for name, (_, structure) in zip(names, found, strict=True)
             ]
@@ -144,20 +143,20 @@ class Masks(Reading):
                     f"{printable(files[name][file])} and {printable(structure)} of one file both stand for "
                     f"{printable(name)}: take one of them out of the aliases"
                 )
-        told = {name: _told_apart(list(owners), hide) for name, owners in files.items() if len(owners) > 1}
+        suffixes = {name: _distinct_file_names(list(owners), hide) for name, owners in files.items() if len(owners) > 1}
         return [
-            f"{name} ({told[name][file]})" if name is not None and name in told else name
+            f"{name} ({suffixes[name][file]})" if name is not None and name in suffixes else name
             for name, (file, _) in zip(names, found, strict=True)
         ]
 
     @property
     def first_names(self) -> tuple[str, ...]:
-        """Names whose label values come before all others."""
+        """Names that get the first label values, in this order."""
         return tuple(name for name, _ in self.aliases)
 
     @classmethod
     def from_dict(cls, values: Any, base: Masks) -> Masks:
-        """Return the masks of a TOML table: those of `base` with some fields changed."""
+        """Return the options of a TOML table; `base` provides the fields that the table leaves out."""
         if not isinstance(values, dict):
             raise RecipeError(f"masks = {values!r}: give a table")
         known = [f.name for f in fields(cls)]
@@ -168,14 +167,14 @@ class Masks(Reading):
         return cls(**{name: getattr(base, name) for name in known} | given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as TOML and JSON can hold them."""
+        """Return the fields as a table for TOML and JSON."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {k: "none" if v is None else v for k, v in plain.items()}
         return plain | {"aliases": {name: list(others) for name, others in self.aliases}}
 
 
 OPTIONAL = ("text_format", "units", "index_base", "slice_from", "slice_order", "roi")
-"""What may be "none"."""
+"""Fields that may be "none"."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "text_format": TEXT_FORMATS,
@@ -187,26 +186,29 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "layout": get_args(Layout),
     "resampling": get_args(Resampling),
 }
-"""Values of which one has to be given."""
+"""Allowed values by field."""
 
 
-def _told_apart(files: Sequence[str], hide: Hide | None) -> dict[str, str]:
-    """Return what tells some files apart: the stem of each, or as much of its path as it takes."""
+def _distinct_file_names(files: Sequence[str], hide: Hide | None) -> dict[str, str]:
+    """Return a distinct name for each file: its stem, or as many trailing parts of its path as necessary."""
     if hide is not None:
         return {file: hide("path", file) for file in files}
     parts = {file: file.strip(os.sep).split(os.sep) for file in files}
-    ways = [{f: os.path.splitext(p[-1])[0] for f, p in parts.items()}]
-    ways += [{f: os.sep.join(p[-n:]) for f, p in parts.items()} for n in range(1, max(map(len, parts.values())) + 1)]
-    shown = ({file: printable(way) for file, way in ways_of.items()} for ways_of in ways)
-    return next((way for way in shown if len(set(way.values())) == len(files)), {f: printable(f) for f in files})
+    candidates = [{f: os.path.splitext(p[-1])[0] for f, p in parts.items()}]
+    longest = max(map(len, parts.values()))
+    candidates += [{f: os.sep.join(p[-n:]) for f, p in parts.items()} for n in range(1, longest + 1)]
+    escaped = ({file: printable(name) for file, name in names.items()} for names in candidates)
+    return next(
+        (names for names in escaped if len(set(names.values())) == len(files)), {f: printable(f) for f in files}
+    )
 
 
-def _key(name: str) -> str:
+def _normalised(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
-def _aliases(given: Any) -> Aliases:
-    """Return a table of aliases as tuples, checked: no name may stand for two."""
+def _checked_aliases(given: Any) -> Aliases:
+    """Return a table of aliases as tuples; raise if a name is an alias of two names."""
     pairs = list(given.items()) if isinstance(given, Mapping) else given
     if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
         raise RecipeError(f"masks.aliases = {given!r}: give a table of names, each with a list of others")
@@ -218,7 +220,7 @@ def _aliases(given: Any) -> Aliases:
             raise RecipeError(
                 f"masks.aliases: {name!r} = {others!r}: give a name and a list of the names it stands for"
             )
-        for alias in {_key(name), *map(_key, listed)}:
+        for alias in {_normalised(name), *map(_normalised, listed)}:
             if owners.setdefault(alias, name) != name:
                 raise RecipeError(f"masks.aliases: {alias!r} stands for {owners[alias]!r} and for {name!r}")
         found.append((name, tuple(listed)))

@@ -1,4 +1,4 @@
-"""Defines `Plan`: the recipe for one particular series as numbers, with nothing left to decide."""
+"""Defines `Plan`: a recipe applied to the grid of one series, as numbers."""
 
 from __future__ import annotations
 
@@ -18,50 +18,54 @@ LEANING = "leaning"
 """Code of the warning about a volume whose affine has a shear."""
 
 MOST_VOXELS = 2**32
-"""After resampling: 4000 slices of 1000 × 1000. More comes from a damaged header or a slip of the pen."""
+"""Upper limit after resampling: 4000 slices of 1000 × 1000. More is treated as a damaged header or a typo."""
 
 BYTES = {"float32": 4, "uint8": 1, "uint16": 2, "int16": 2}
+"""Bytes per voxel by output type."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One resampling step: the arguments of the library call, and of the operators that equal it."""
+    """One resampling step: the arguments of `scipy.ndimage.zoom`, or of the equivalent matrices."""
 
     source: Shape3
+    """Shape before the step."""
     target: Shape3
+    """Shape after the step."""
     order: int
+    """Spline order."""
     mode: str
-    """Boundary rule in the words of `scipy.ndimage`."""
+    """Boundary rule, as `scipy.ndimage` names it."""
     grid_mode: bool
-    """True: edges of the extent are kept; False: centres of the outer voxels are."""
+    """True: the outer edges of the volume are kept; False: the centres of the outer voxels are kept."""
     sigma: tuple[float, float, float]
-    """Gaussian before it, in source voxels along (k, j, i); 0 for none."""
+    """Standard deviation of the Gaussian before the step, in source voxels along (k, j, i); 0 for no Gaussian."""
     along: tuple[tuple[float, ...] | None, tuple[float, ...] | None, tuple[float, ...] | None] = (None, None, None)
-    """Where the samples of an axis truly lie, in voxels of `source`; None: one in each."""
+    """Positions of the input samples per axis, in voxels of `source`; None if sample n lies at n."""
 
     @property
     def blur_mode(self) -> str:
-        """Boundary rule of the Gaussian: zeros beyond the border would darken it."""
+        """Boundary rule of the Gaussian; never "constant", since zeros beyond the border would darken it."""
         return "nearest" if self.mode == "constant" else self.mode
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether the step changes no axis."""
         return not any(map(self.moves, range(3)))
 
     def moves(self, axis: int) -> bool:
-        """Whether there is anything to do along an axis."""
+        """Return whether the step resamples an axis."""
         return self.source[axis] != self.target[axis] or self.along[axis] is not None
 
     @property
-    def lost(self) -> tuple[tuple[int, int], ...]:
-        """Planes of the output, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `lost_samples`."""
+    def lost_planes(self) -> tuple[tuple[int, int], ...]:
+        """Output planes, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `lost_samples`."""
         zoomed = [a for a in range(3) if self.moves(a) and (self.along[a] is None or self.sigma[a] > 0)]
         found = ((a, lost_samples(self.source[a], self.target[a], self.mode, self.grid_mode)) for a in zoomed)
         return tuple((axis, int(index)) for axis, indices in found for index in indices)
 
     def arguments(self, axis: int) -> dict[str, Any]:
-        """Return what `gpuprep.compute.resample_matrix.matrix` wants to know of an axis."""
+        """Return the keyword arguments of `gpuprep.compute.resample_matrix.matrix` for an axis."""
         return {
             "n_in": self.source[axis],
             "n_out": self.target[axis],
@@ -76,25 +80,28 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What happens to one series."""
+    """Grids, resampling steps and scaling of one series."""
 
     recipe: Recipe
+    """Recipe that the plan applies."""
     source: Geometry
-    """Of the stack."""
+    """Grid of the stack."""
     turn: Turn
-    """What its axes become before anything else."""
+    """Axis permutation and reversal of the stack, before any other step."""
     resampled: Geometry
-    """After `resample`."""
+    """Grid after `resample`."""
     target: Geometry
-    """Of the output."""
+    """Grid of the output."""
     resample: Step
+    """Resampling to the recipe's spacing."""
     resize: Step
-    """Identity where slices are padded or cropped instead."""
+    """Resampling of each slice to the recipe's size; identity if slices are padded or cropped instead."""
     offset: tuple[int, int]
-    """Row and column of the resampled slice at which the output begins; negative where air is put around it."""
+    """Row and column of the resampled slice at which the output begins; negative if air is added around it."""
     scale: float
-    """Output = (HU + `shift_hu`) · `scale`."""
+    """Output units per HU: output = (HU + `shift_hu`) · `scale`."""
     shift_hu: float
+    """HU added before scaling."""
 
     @property
     def hu_slope(self) -> float:
@@ -108,55 +115,61 @@ class Plan:
 
     @property
     def air(self) -> float:
-        """Air in output units, inside the window where there is one."""
+        """Value of air in output units, clipped to the window if there is one."""
         low, high = self.recipe.window_hu or (AIR_HU, AIR_HU)
         return (min(max(AIR_HU, low), high) + self.shift_hu) * self.scale
 
     @property
     def warnings(self) -> tuple[SeriesWarning, ...]:
-        """What is doubtful about the image that this plan leads to."""
+        """Warnings about the image that this plan produces."""
         found = []
-        if self.resample.lost:
-            planes = " and ".join(f"{('slice', 'row', 'column')[axis]} {index}" for axis, index in self.resample.lost)
+        if self.resample.lost_planes:
+            planes = " and ".join(
+                f"{('slice', 'row', 'column')[axis]} {index}" for axis, index in self.resample.lost_planes
+            )
             text = (
-                f"{planes}, counted from 0 after resampling, hold 0 HU: align = 'corner' repeats scipy.ndimage.zoom, "
-                "which finds them outside of the volume by rounding; align = 'edge' loses nothing"
+                f"{planes}, counted from 0 after resampling, hold 0 HU: with align = 'corner', as in "
+                "scipy.ndimage.zoom, rounding puts them outside the volume; align = 'edge' loses no plane"
             )
             found.append(SeriesWarning("lost-plane", text))
         if (lean_mm := self.target.lean_mm) > UNSEEN_MM:
             text = (
-                f"slices lean by {lean_mm:.3g} mm in all, which only the affine says: programs that know no shear "
-                "(ITK, ImageJ, nnU-Net) refuse the volume or take it for upright; --policy fix puts it upright"
+                f"slices lean by {lean_mm:.3g} mm in all, so the affine has a shear: programs that do not support "
+                "shears (ITK, ImageJ, nnU-Net) refuse the volume or ignore the shear; --policy fix removes it"
             )
             found.append(SeriesWarning(LEANING, text))
         return tuple(found)
 
     @property
     def output_bytes(self) -> int:
-        """Size of the image's voxels on disk, uncompressed."""
+        """Uncompressed size of the output image in bytes."""
         return int(np.prod(self.target.shape, dtype=np.int64)) * BYTES[self.recipe.dtype]
 
 
 def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = None) -> Plan:
     """Return the plan of `recipe` for a series on the grid `source`.
 
-    The number of voxels along an axis is the extent over the asked-for spacing, rounded half to even, at least 1; the
-    extent is then kept, so the effective spacing, and not the request, is in ``plan.target``. An axis whose number of
-    voxels does not change is left alone.
+    The number of voxels along an axis is the extent divided by the requested spacing, rounded half to even, at least 1.
+    The extent is kept, so ``plan.target`` has the effective spacing instead of the requested one. An axis whose number
+    of voxels does not change is not resampled.
 
     Parameters
     ----------
     source : Geometry
         Regular grid of the stack.
     recipe : Recipe
-        What is asked for.
+        Requested conversion.
     placement : Placement, optional
-        Where the slices lie in that grid, if not one in each layer.
+        Positions of the slices in that grid; None if slice k is layer k of it.
+
+    Returns
+    -------
+    Plan
 
     Raises
     ------
     PlanError
-        If the output would be absurdly large, or ``fit="pad"`` meets a slice larger than its canvas.
+        If the output exceeds `LARGEST_AXIS` or `MOST_VOXELS`, or a slice is too large for ``fit="pad"``.
     """
     corner = recipe.align == "corner"
     turn = source.to_axial if recipe.orient == "LPS" else Turn()
@@ -209,17 +222,17 @@ def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = No
 
 
 def _along(placement: Placement | None, layers: int, turn: Turn) -> Any:
-    """Return where samples truly lie along each axis after the turn, None for those that fill their grid."""
+    """Return the positions of the input samples per axis after the turn; None for regularly sampled axes."""
     along: list[tuple[float, ...] | None] = [None, None, None]
     if placement is not None and not np.array_equal(placement.along, np.arange(layers)):
         axis = turn.axes.index(0)
-        places = layers - 1 - placement.along[::-1] if turn.flips[axis] else placement.along
-        along[axis] = tuple(places.tolist())
+        positions = layers - 1 - placement.along[::-1] if turn.flips[axis] else placement.along
+        along[axis] = tuple(positions.tolist())
     return tuple(along)
 
 
 def _sigma(source: Shape3, target: Shape3, blur: bool) -> tuple[float, float, float]:
-    """Scikit-image's rule for anti-aliasing: (shrink factor − 1)/2 voxels."""
+    """Return scikit-image's standard deviation for anti-aliasing: (shrink factor − 1)/2 voxels per axis."""
     k, j, i = (max(0.0, (n / m - 1) / 2) if blur else 0.0 for n, m in zip(source, target, strict=True))
     return k, j, i
 

@@ -1,4 +1,4 @@
-"""Defines `Recipe`: the settings of a conversion, frozen, read from and written as TOML; and the presets."""
+"""Defines `Recipe`, the immutable settings of a conversion, with its TOML format, and the presets."""
 
 from __future__ import annotations
 
@@ -33,41 +33,41 @@ ENDINGS: dict[str, dict[str, str]] = {
     "zarr": {"none": ".ome.zarr", "zlib": ".ome.zarr", "zstd": ".ome.zarr"},
     "npy": {"none": ".npy"},
 }
-"""By format and compression, where these go together, what the name of a volume ends in; "": a folder of slices."""
+"""File name suffix by format and supported compression; "" for a folder of slices."""
 
 LIBRARIES: dict[str, tuple[tuple[str, int], ...]] = {"nifti": (("nibabel", 5), ("isal", 1)), "zarr": (("zarr", 3),)}
-"""By format, the packages of the extra of that name, and their first major version that will do."""
+"""Required packages by format, each with its minimum major version; the format's extra installs them."""
 
 LARGEST_AXIS = 16384
-"""More voxels along one axis are a slip of the pen, not a wish."""
+"""Upper limit of voxels per axis; larger values are treated as typos."""
 
-_RULES = Rules()
+_DEFAULT_RULES = Rules()
 
-SMALLEST_STEP = 0.01
-"""Spacings below this, in mm, are another slip."""
+SMALLEST_SPACING_MM = 0.01
+"""Lower limit of spacings; smaller values are treated as typos."""
 
 HIGHEST_ORDER = 5
-"""Of splines in `scipy.ndimage`."""
+"""Highest spline order of `scipy.ndimage`."""
 
-SPREAD = ("uint8", "uint16")
-"""Types that hold a window over their whole range, and so need one."""
+SCALED_DTYPES = ("uint8", "uint16")
+"""Output types whose range is scaled to the window, so that a window is required."""
 
 LARGEST_NUMBER = 1e6
 NARROWEST_WINDOW_HU = 1e-3
-"""Beyond these float32 cannot do what is asked."""
+"""Limits within which float32 arithmetic remains accurate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a stacked series becomes a training-ready volume.
+    """Settings of the conversion of a stacked series to a training-ready volume.
 
-    The fields act in the order in which they stand here. A field that may be switched off is None in Python and
-    "none" in TOML and on the command line.
+    The fields are applied in this order. A field that is switched off is None in Python and "none" in TOML and on the
+    command line.
 
     Raises
     ------
     RecipeError
-        If a value is impossible, or two values contradict each other.
+        If a value is out of range, or two values contradict each other.
 
     Examples
     --------
@@ -81,47 +81,47 @@ class Recipe:
     """
 
     policy: Policy = "fix"
-    """What is done about irregular series: see `Rules`, as for the next seven."""
-    spacing_tolerance: float = _RULES.spacing_tolerance
-    position_tolerance_mm: float = _RULES.position_tolerance_mm
-    lean_tolerance_mm: float = _RULES.lean_tolerance_mm
-    max_missing: int = _RULES.max_missing
-    max_missing_share: float = _RULES.max_missing_share
+    """Handling of irregular series: see `Rules`, also for the next seven fields."""
+    spacing_tolerance: float = _DEFAULT_RULES.spacing_tolerance
+    position_tolerance_mm: float = _DEFAULT_RULES.position_tolerance_mm
+    lean_tolerance_mm: float = _DEFAULT_RULES.lean_tolerance_mm
+    max_missing: int = _DEFAULT_RULES.max_missing
+    max_missing_share: float = _DEFAULT_RULES.max_missing_share
     assume_hu: bool = False
     group_by: GroupBy = "uid"
     orient: Orient = "native"
-    """"native": axes as acquired. "LPS": in the order and directions nearest to axial, slices up, rows to the back,
-    columns to the left; nothing is interpolated for it."""
+    """"native": axes as acquired. "LPS": axes permuted and reversed to the nearest axial orientation: slices superior,
+    rows posterior, columns left; nothing is interpolated."""
     padding: Padding = "air"
-    """What the scanner did not measure. "air": declared padding and everything below −1024 HU becomes −1000 HU.
-    "minus2000-to-0": the stored value −2000 becomes 0 before rescaling, as in the copied notebooks. "keep"."""
+    """Handling of padding. "air": declared padding and everything below −1024 HU becomes −1000 HU. "minus2000-to-0":
+    the stored value −2000 becomes 0 before rescaling, as in a widely copied notebook. "keep": unchanged."""
     spacing_mm: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
-    """Target spacing between slices, rows and columns; None: as acquired."""
+    """Target spacing of slices, rows and columns in mm; None: as acquired."""
     order: int = 3
     """Spline order of the resampling: 0 nearest, 1 linear, 3 cubic, up to 5."""
     align: Align = "edge"
-    """"edge": the physical extent is kept, values beyond it repeat the border. "corner": the defaults of
+    """"edge": the physical extent is kept, and the border is repeated beyond it. "corner": the defaults of
     `scipy.ndimage.zoom` (outer voxel centres are kept, 0 HU beyond) and of `skimage.transform.resize`."""
     anti_alias: AntiAlias = "none"
-    """Steps that blur an axis before shrinking it: a Gaussian of (shrink factor − 1)/2 voxels."""
+    """Steps that blur an axis before shrinking it, with a Gaussian of (shrink factor − 1)/2 voxels."""
     window_hu: tuple[float, float] | None = (-1000.0, 400.0)
-    """HU are clipped to (low, high) and scaled to [0, 1]; None: HU are kept."""
+    """Window (low, high) to which HU are clipped, then scaled to [0, 1]; None: HU are kept."""
     size: tuple[int, int] | None = (512, 512)
     """Rows and columns of each slice; None: as resampled."""
     fit: Fit = "stretch"
-    """How a slice gets that size. "stretch": linear interpolation. "pad": air around it, about the centre; a
-    larger slice is refused. "crop": cut about the centre, air where it is smaller."""
+    """Method of reaching that size. "stretch": linear interpolation. "pad": air around the centred slice; a larger
+    slice is refused. "crop": cut about the centre, with air around a smaller slice."""
     dtype: Dtype = "float32"
-    """"uint8" and "uint16" spread the window over their range; "int16" holds HU, rounded and unscaled."""
+    """Output type. "uint8" and "uint16" scale the window to their range; "int16" holds HU, rounded and unscaled."""
     format: Format = "tif"
     """"tif": one file per slice. "tif-stack": one file that ImageJ opens as a volume. "nifti": NIfTI-1, ``.nii``, or
     ``.nii.gz`` with zlib. "zarr": OME-Zarr 0.5, chunked for patches. "npy": for ``numpy.load(mmap_mode="r")``."""
     compression: Compression = "none"
-    """Lossless. NIfTI knows no zstd, and .npy nothing at all: see `ENDINGS`."""
+    """Lossless compression. NIfTI does not support zstd, and .npy supports none: see `ENDINGS`."""
     image: bool = True
     """Whether the image is written; False for masks alone."""
     masks: Masks = field(default_factory=Masks)
-    """How segmentations become masks, where there are any: a table of its own."""
+    """Conversion of segmentations to masks, a table of its own."""
 
     def __post_init__(self) -> None:
         for name, kind in CHOICES.items():
@@ -155,7 +155,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None:
                 value = _numbers(name, value, kind, count, words)
-                if not all(SMALLEST_STEP <= v <= LARGEST_AXIS for v in value):
+                if not all(SMALLEST_SPACING_MM <= v <= LARGEST_AXIS for v in value):
                     raise RecipeError(f"{name} = {value}: give {words}, each at most {LARGEST_AXIS}")
                 object.__setattr__(self, name, value)
         if self.window_hu is not None:
@@ -163,24 +163,24 @@ class Recipe:
             if not high - low >= NARROWEST_WINDOW_HU:
                 raise RecipeError(f"window_hu = {low:g},{high:g}: the first number must be the smaller one")
             object.__setattr__(self, "window_hu", (low, high))
-        elif self.dtype in SPREAD:
+        elif self.dtype in SCALED_DTYPES:
             raise RecipeError(
-                f"dtype = {self.dtype!r} spreads a window over its range, but window_hu is none: "
+                f"dtype = {self.dtype!r} scales the window to its range, but window_hu is none: "
                 "give a window, or choose float32 or int16 to keep HU"
             )
 
     @property
     def ending(self) -> str:
-        """What the name of each volume ends in; "" for a folder of slices."""
+        """Suffix of the file name of each volume; "" for a folder of slices."""
         return ENDINGS[self.format][self.compression]
 
     def check_installed(self) -> None:
-        """Raise if the packages that write this format are not here.
+        """Check that the packages for this format are installed.
 
         Raises
         ------
         RecipeError
-            With what to install.
+            If a package is absent or too old; the text says what to install.
         """
         for package, least in LIBRARIES.get(self.format, ()):
             try:
@@ -195,33 +195,41 @@ class Recipe:
 
     @property
     def advice(self) -> str:
-        """What is allowed and seldom meant, and what to take instead; "" for nothing."""
+        """Advice on an allowed but unusual combination of values; "" if there is none."""
         if (self.format, self.compression) == ("tif-stack", "zstd"):
-            return "ImageJ cannot open a TIFF compressed with zstd: --compression zlib or none lets it"
+            return "ImageJ cannot open a TIFF compressed with zstd: use --compression zlib or none"
         return ""
 
     @property
     def rules(self) -> Rules:
-        """What stacking has to know of the recipe."""
+        """Rules for stacking."""
         rules = Rules(**{f.name: getattr(self, f.name) for f in fields(Rules)})
-        return rules if self.image else replace(rules, assume_hu=True)  # masks do not look at values
+        return rules if self.image else replace(rules, assume_hu=True)  # masks do not depend on HU
 
     @classmethod
     def preset(cls, name: str) -> Recipe:
-        """Return a recipe by name: one of `PRESETS`."""
+        """Return the recipe of a preset.
+
+        Raises
+        ------
+        RecipeError
+            If the name is not one of `PRESETS`.
+        """
         if name not in PRESETS:
-            raise RecipeError(f"there is no recipe {name!r}{_hint(name, PRESETS)}: {', '.join(PRESETS)}")
+            raise RecipeError(f"there is no recipe {name!r}{_did_you_mean(name, PRESETS)}: {', '.join(PRESETS)}")
         return PRESETS[name].recipe
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """Return the recipe of a TOML table: a preset (``base``, "default" if absent) with some fields changed."""
+        """Return the recipe of a TOML table; the preset ``base`` ("default" if absent) provides the other fields."""
         values = dict(values)
         base = cls.preset(str(values.pop("base", "default")))
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
-                raise RecipeError(f"a recipe has no {key!r}{_hint(key, known)}; its keys: base, {', '.join(known)}")
+                raise RecipeError(
+                    f"a recipe has no {key!r}{_did_you_mean(key, known)}; its keys: base, {', '.join(known)}"
+                )
         if isinstance(values.get("spacing_mm"), int | float):
             values["spacing_mm"] = [values["spacing_mm"]] * 3
         if isinstance(values.get("size"), int):
@@ -233,7 +241,13 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Return the recipe of a TOML file."""
+        """Return the recipe of a TOML file.
+
+        Raises
+        ------
+        RecipeError
+            If the file cannot be read, is not TOML, or holds an invalid recipe.
+        """
         try:
             return cls.from_dict(tomllib.loads(Path(path).read_text("utf-8")))
         except OSError as exc:
@@ -244,17 +258,17 @@ class Recipe:
             raise RecipeError(f"{path}: {exc}") from exc
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as TOML and JSON can hold them."""
+        """Return the fields as a table for TOML and JSON."""
         plain = {k: "none" if v is None else v for k, v in asdict(self).items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()} | {"masks": self.masks.to_dict()}
 
     def to_toml(self) -> str:
-        """Return the recipe as TOML; `from_dict` of it is equal to this recipe."""
+        """Return the recipe as TOML, from which `from_dict` makes an equal recipe."""
         return tomli_w.dumps(self.to_dict())
 
     @property
     def sha256(self) -> str:
-        """Hash of every field: two recipes with the same hash give the same volume."""
+        """SHA-256 of all fields, equal for equal recipes."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
@@ -265,10 +279,10 @@ LIMITS = {
     "max_missing": (0, 1000),
     "max_missing_share": (0, 1),
 }
-"""Lowest and highest value of single numbers."""
+"""Lowest and highest value by numeric field."""
 
 OPTIONAL = ("spacing_mm", "window_hu", "size")
-"""What may be "none"."""
+"""Fields that may be "none"."""
 
 CHOICES: dict[str, Any] = {
     "policy": Policy,
@@ -282,36 +296,36 @@ CHOICES: dict[str, Any] = {
     "format": Format,
     "compression": Compression,
 }
-"""Words of which one has to be given."""
+"""Type with the allowed values by field."""
 
 
 def _numbers(name: str, value: Any, kind: type, count: int, words: str) -> tuple[Any, ...]:
-    """Return `value` as a tuple of `count` finite numbers of `kind`, or say what is wrong with it."""
+    """Return `value` as a tuple of `count` finite numbers of `kind`; raise a RecipeError if it is not one."""
     ok = isinstance(value, list | tuple) and len(value) == count
     if not ok or any(isinstance(v, bool) or not isinstance(v, int | kind) for v in value):
         raise RecipeError(f"{name} = {value!r}: give {words}")
-    if not all(abs(v) <= LARGEST_NUMBER for v in value):  # nor is NaN
+    if not all(abs(v) <= LARGEST_NUMBER for v in value):  # False for NaN
         raise RecipeError(f"{name} = {value!r}: give {words}")
-    return tuple(kind(v) + kind(0) for v in value)  # + 0 makes −0 the 0 it is equal to
+    return tuple(kind(v) + kind(0) for v in value)  # + 0 turns −0 into 0, so that equal recipes have equal hashes
 
 
-def _hint(word: str, known: Any) -> str:
+def _did_you_mean(word: str, known: Any) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A recipe that has a name."""
+    """A named recipe."""
 
     recipe: Recipe
     why: str
-    """What it is for, in one line."""
+    """Purpose in one line."""
     source: str
-    """Where its numbers come from."""
+    """Source of its numbers."""
 
     def to_toml(self) -> str:
-        """Return the recipe as TOML, under what is to be said of it."""
+        """Return the recipe as TOML, with its purpose and source as comments."""
         return f"# {self.why}\n# Source: {self.source}\n\n{self.recipe.to_toml()}"
 
 
@@ -325,7 +339,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "classic": Preset(
         Recipe(padding="minus2000-to-0", align="corner", anti_alias="resize"),
-        "the widely copied notebook value for value, to go on with older data",
+        "the values of a widely copied notebook, to continue older data sets",
         "the defaults of scipy.ndimage.zoom and skimage.transform.resize",
     ),
     "lung": Preset(
@@ -350,8 +364,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "nnunet-ct": Preset(
         Recipe(spacing_mm=None, window_hu=None, size=None, dtype="int16", format="nifti", compression="zlib"),
-        "HU as scanned: nnU-Net resamples and normalises by what it finds in the cohort",
+        "HU as scanned: nnU-Net resamples and normalises by statistics of the cohort",
         "F. Isensee et al., Nature Methods 18:203–211, 2021, doi:10.1038/s41592-020-01008-z",
     ),
 }
-"""Recipes by name."""
+"""Presets by name."""

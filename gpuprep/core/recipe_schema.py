@@ -21,22 +21,23 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe file.
 
-    What it refuses `Recipe.from_dict` refuses too. The other way round there are rules that a schema cannot tell, such
-    as which end of a window is the lower one.
+    `Recipe.from_dict` refuses everything that the schema refuses. It also checks rules that a schema cannot express,
+    such as the order of the two ends of a window.
 
     Returns
     -------
     dict
-        As JSON holds it.
+        The schema, with values that JSON supports.
 
     References
     ----------
     JSON Schema, draft 2020-12: https://json-schema.org/draft/2020-12
     """
-    told = _told(Recipe) | _told(Rules)
-    properties = {f.name: _described(_of_recipe(f.name), told, f.name, Recipe().to_dict()) for f in fields(Recipe)}
+    docs = _field_docstrings(Recipe) | _field_docstrings(Rules)
+    defaults = Recipe().to_dict()
+    properties = {f.name: _described(_recipe_field_schema(f.name), docs, f.name, defaults) for f in fields(Recipe)}
     base = {
-        "description": "The preset that is changed by what else is given.",
+        "description": "Preset that provides the fields left out here.",
         "default": "default",
         "oneOf": [{"const": name, "description": preset.why} for name, preset in PRESETS.items()],
     }
@@ -48,9 +49,9 @@ def recipe_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {"base": base} | properties,
         "allOf": [
-            _never("dtype", recipes.SPREAD, "window_hu", ["none"]),
+            _forbidden("dtype", recipes.SCALED_DTYPES, "window_hu", ["none"]),
             *(
-                _never("format", [name], "compression", [c for c in compressions if c not in endings])
+                _forbidden("format", [name], "compression", [c for c in compressions if c not in endings])
                 for name, endings in recipes.ENDINGS.items()
                 if len(endings) < len(compressions)
             ),
@@ -58,15 +59,15 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-def _of_recipe(name: str) -> dict[str, Any]:
+def _recipe_field_schema(name: str) -> dict[str, Any]:
     """Return the schema of a field of the recipe."""
     if name == "masks":
-        told = _told(Masks) | _told(Reading)
+        docs = _field_docstrings(Masks) | _field_docstrings(Reading)
         return {
             "type": "object",
             "additionalProperties": False,
             "properties": {
-                f.name: _described(_of_masks(f.name), told, f.name, Masks().to_dict()) for f in fields(Masks)
+                f.name: _described(_masks_field_schema(f.name), docs, f.name, Masks().to_dict()) for f in fields(Masks)
             },
         }
     if name in recipes.CHOICES:
@@ -79,16 +80,16 @@ def _of_recipe(name: str) -> dict[str, Any]:
         return {"type": "integer", "minimum": 0, "maximum": recipes.HIGHEST_ORDER}
     if name == "window_hu":
         end = {"type": "number", "minimum": -recipes.LARGEST_NUMBER, "maximum": recipes.LARGEST_NUMBER}
-        return {"anyOf": [{"const": "none"}, _several(end, 2)]}
+        return {"anyOf": [{"const": "none"}, _array_of(end, 2)]}
     if name in ("spacing_mm", "size"):
-        one = {"type": "number", "minimum": recipes.SMALLEST_STEP, "maximum": recipes.LARGEST_AXIS}
+        one = {"type": "number", "minimum": recipes.SMALLEST_SPACING_MM, "maximum": recipes.LARGEST_AXIS}
         if name == "size":
             one |= {"type": "integer", "minimum": 1}
-        return {"anyOf": [{"const": "none"}, one, _several(one, 2 if name == "size" else 3)]}
+        return {"anyOf": [{"const": "none"}, one, _array_of(one, 2 if name == "size" else 3)]}
     return {"type": "boolean"}
 
 
-def _of_masks(name: str) -> dict[str, Any]:
+def _masks_field_schema(name: str) -> dict[str, Any]:
     """Return the schema of a field of the table ``[masks]``."""
     if name in mask_options.CHOICES:
         return {"enum": [*mask_options.CHOICES[name], *(["none"] if name in mask_options.OPTIONAL else [])]}
@@ -97,33 +98,33 @@ def _of_masks(name: str) -> dict[str, Any]:
     if name == "aliases":
         name_ = {"type": "string", "pattern": r"\S"}
         others = {"anyOf": [name_, {"type": "array", "items": name_}]}
-        pair = _several({}, 2)  # as Python has them
+        pair = _array_of({}, 2)  # the form of aliases in Python
         return {"anyOf": [{"type": "object", "additionalProperties": others}, {"type": "array", "items": pair}]}
     return {"type": "string", "format": "regex"}
 
 
-def _never(one: str, ones: Sequence[str], other: str, others: Sequence[str]) -> dict[str, Any]:
-    """Return a schema that refuses some values of a field beside some values of another, if both are given."""
-    both = {one: {"enum": list(ones)}, other: {"enum": list(others)}}
-    return {"not": {"required": [one, other], "properties": both}}
+def _forbidden(field: str, values: Sequence[str], other: str, other_values: Sequence[str]) -> dict[str, Any]:
+    """Return a schema that refuses `values` of a field together with `other_values` of another field."""
+    both = {field: {"enum": list(values)}, other: {"enum": list(other_values)}}
+    return {"not": {"required": [field, other], "properties": both}}
 
 
-def _several(one: dict[str, Any], count: int) -> dict[str, Any]:
-    return {"type": "array", "items": one, "minItems": count, "maxItems": count}
+def _array_of(items: dict[str, Any], count: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": count, "maxItems": count}
 
 
-def _described(schema: dict[str, Any], told: dict[str, str], name: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a field with what is said of it, and what it is by default."""
-    return schema | ({"description": told[name]} if name in told else {}) | {"default": defaults[name]}
+def _described(schema: dict[str, Any], docs: dict[str, str], name: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a field with its description and default."""
+    return schema | ({"description": docs[name]} if name in docs else {}) | {"default": defaults[name]}
 
 
-def _told(cls: type) -> dict[str, str]:
-    """Return the text under each field of a class, as it stands in the source."""
+def _field_docstrings(cls: type) -> dict[str, str]:
+    """Return the docstring under each field of a class, parsed from its source."""
     definition = cast("ast.ClassDef", ast.parse(inspect.getsource(cls)).body[0])
-    told = {}
+    docs = {}
     for statement, below in pairwise(definition.body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             match below:
                 case ast.Expr(ast.Constant(str(text))):
-                    told[statement.target.id] = " ".join(text.split())
-    return told
+                    docs[statement.target.id] = " ".join(text.split())
+    return docs

@@ -1,4 +1,4 @@
-"""Computes where `scipy.ndimage.zoom` samples an axis, and which samples it leaves at 0."""
+"""Computes the positions at which `scipy.ndimage.zoom` samples an axis, and the samples it leaves at 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def sample_positions(n_in: int, n_out: int, mode: str, grid_mode: bool) -> NDArray[Any] | None:
-    """Return where among the input samples each output lies, as `scipy.ndimage.zoom` reckons; None for other rules."""
+    """Return the input index that `scipy.ndimage.zoom` samples for each output; None for unsupported modes."""
     q = np.arange(n_out)
     if (mode, grid_mode) == ("nearest", True):
         return (q + 0.5) * (n_in / n_out) - 0.5
@@ -21,10 +21,10 @@ def sample_positions(n_in: int, n_out: int, mode: str, grid_mode: bool) -> NDArr
 
 
 def lost_samples(n_in: int, n_out: int, mode: str, grid_mode: bool) -> NDArray[np.intp]:
-    """Return the outputs that `scipy.ndimage.zoom` leaves at 0: indices, ascending.
+    """Return the ascending indices of the outputs that `scipy.ndimage.zoom` leaves at 0.
 
-    With ``mode="constant"`` the last output lies on the last input sample. For some sizes it comes to lie beyond it by
-    rounding in float64, and SciPy then takes it for one outside.
+    With ``mode="constant"`` the last output lies on the last input sample. For some sizes, rounding in float64 puts it
+    beyond that sample, and SciPy treats it as outside.
     """
     positions = sample_positions(n_in, n_out, mode, grid_mode) if mode == "constant" else None
     return np.zeros(0, dtype=np.intp) if positions is None else np.flatnonzero(positions > n_in - 1)

@@ -1,4 +1,4 @@
-"""Defines `Series` and `SliceHeader`: what the headers of a series say, without pixels, cheap to pickle for workers."""
+"""Defines `Series` and `SliceHeader`: header attributes of a series, without pixels, cheap to pickle for workers."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ from gpuprep.core.stacking_rules import Irregularity, SeriesWarning
 
 
 class SliceHeader(NamedTuple):
-    """The facts of one CT image: a file, or one frame of it. A value of None means: absent or unreadable.
+    """Header attributes of one CT image: a file, or one frame of a file. None means absent or unreadable.
 
-    A tuple, because cohorts have millions of them, and an index of headers makes them again at every scan.
+    This is a tuple because a cohort has millions of slices, and the header index recreates them at every scan.
     """
 
     path: str
     mtime_ns: int
     member: str | None
-    """Name inside the zip archive at `path`, "" for what a gzip'd file holds; None where the file is DICOM itself."""
+    """Name inside the zip archive at `path`, "" for the content of a gzip'd file; None for a plain DICOM file."""
     frame: int
-    """Which frame of the file, from 0."""
+    """Index of the frame in the file, from 0."""
     frames: int
     """*Number of Frames* of the file."""
     file_bytes: int
     sop_instance_uid: str
     instance_number: int | None
     position_mm: Vector3 | None
-    """*Image Position (Patient)*: centre of the first voxel as (x, y, z), LPS."""
+    """*Image Position (Patient)*: centre of the first voxel as (x, y, z) in mm, LPS."""
     localizer: bool
+    """Whether *Image Type* names a localizer."""
     secondary: bool
-    """*Image Type* says so: made after the examination, from other images."""
+    """Whether *Image Type* is SECONDARY: made after the examination, from other images."""
     modality: str | None
     temporal_position: int | None
     acquisition_number: int | None
     acquisition_time: str
-    """A hash of date and time; "" where there are none."""
+    """Hash of acquisition date and time; "" if absent."""
     reconstruction: str
-    """A hash of *Image Type*, kernel and tube voltage."""
+    """Hash of *Image Type*, kernel and tube voltage."""
     phase: str
-    """Numbers of cardiac and respiratory phase, time offset and energy, as `packed`; "" where there are none."""
+    """Cardiac and respiratory phase, time offset and energy, as `packed`; "" if absent."""
     rescale_slope: float | None
     rescale_intercept: float | None
     rescale_type: str | None
@@ -57,59 +58,59 @@ class SliceHeader(NamedTuple):
     padding: int | None
     """*Pixel Padding Value* as stored, with the sign of the pixels."""
     padding_limit: int | None
-    """*Pixel Padding Range Limit*: padding is everything between it and `padding`."""
+    """*Pixel Padding Range Limit*: all values between it and `padding` are padding."""
     transfer_syntax: str
     pixel_offset: int | None
-    """Where the frame begins in the (unpacked) file, when its pixels lie there as plain integers."""
+    """Offset in bytes of the frame in the (unpacked) file; for native pixels only."""
     pixel_bytes: int | None
-    """How many bytes the file announces for the frame, when they are plain integers; for the last, all that follow."""
+    """Declared size in bytes of the frame, or of all that follow for the last one; for native pixels only."""
     encoded_offset: int | None = None
-    """Where offset table and fragments begin in the (unpacked) file, when its pixels are encoded."""
+    """Offset in bytes of offset table and fragments in the (unpacked) file; for encoded pixels only."""
     stream: str | None = None
-    """Sign and bits of the file's first JPEG 2000 code stream, as in "i16" and "u12"; None where it has none."""
+    """Sign and bits of the file's first JPEG 2000 code stream, as "i16" or "u12"; None without such a stream."""
     modality_lut: bool = False
-    """Whether it has a *Modality LUT Sequence*."""
+    """Whether there is a *Modality LUT Sequence*."""
     stack_id: str = ""
-    """*Stack ID*: a number, or "#" and a hash."""
+    """*Stack ID* if it is a number, else "#" and its hash."""
     in_stack: int | None = None
     """*In-Stack Position Number*."""
     other: str = ""
     """Hashes of *Scan Options*, series and content time, and *Dimension Index Values*, as `packed`."""
     remarks: str = ""
-    """What is written in another way than DICOM asks, and was understood: "frames-0" where *Number of Frames* is 0,
-    "comma" where decimals have a comma; several are parted by blanks."""
+    """Deviations from DICOM that were understood, separated by blanks: "frames-0" for a *Number of Frames* of 0,
+    "comma" for decimals with a comma."""
 
     @property
     def name(self) -> str:
-        """File name for messages."""
+        """File name, with archive member and frame, for messages."""
         name = Path(self.path).name + (f"/{self.member}" if self.member else "")
         return printable(name) + (f" frame {self.frame + 1}" if self.frames > 1 else "")
 
 
 def packed(values: Iterable[tuple[str, str]]) -> str:
-    """Return named values in one short text, as a slice keeps them: "cardiac=40 energy=70"."""
+    """Return named values as one short text for `SliceHeader`: "cardiac=40 energy=70"."""
     return " ".join(f"{name}={value}" for name, value in values)
 
 
 def unpacked(text: str, name: str) -> str:
-    """Return a value by its name; "" where there is none."""
+    """Return the value of a name in a `packed` text; "" if absent."""
     return next((part[len(name) + 1 :] for part in text.split(" ") if part.startswith(f"{name}=")), "")
 
 
 MALFORMED = "malformed-"
-"""What begins so is a hash in place of a UID that cannot be one."""
+"""Prefix of the hash that replaces a malformed UID."""
 
 FOLDER_UID = "folder-"
-"""A UID that begins so was made of the path of a folder, whose images form the series."""
+"""Prefix of a series UID made from the path of a folder whose images form the series."""
 
 
 class Image(NamedTuple):
-    """One CT image with what it says of its series."""
+    """One CT image with the attributes of its series."""
 
     series_uid: str
     study_uid: str
     patient: str
-    """A hash of *Patient ID*; "" where there is none. It never leaves discovery."""
+    """Hash of *Patient ID*, "" if absent. It is used during discovery only."""
     frame_of_reference_uid: str
     series_number: int | None
     rows: int
@@ -117,27 +118,27 @@ class Image(NamedTuple):
     pixel_spacing_mm: tuple[float, float] | None
     orientation: tuple[float, ...] | None
     folder: str
-    """Folder it lies in; an archive is the folder of its members."""
+    """Folder of the file; the path of the archive for its members."""
     header: SliceHeader
 
 
 class OtherImage(NamedTuple):
-    """An image that is no CT: a segmentation may belong to it."""
+    """An image of another modality than CT, to which a segmentation may belong."""
 
     series_uid: str
     modality: str
-    """*Modality*, "" where there is none; "another" for an unusual word, which might be a name."""
+    """*Modality*, "" if absent; "another" for an unusual word, which could be a name."""
     sop_digest: int
-    """Of the *SOP Instance UID*: see `sop_digest`."""
+    """`sop_digest` of its *SOP Instance UID*."""
 
 
 def sop_digest(sop_uid: str) -> int:
-    """Return 64 bits that stand for a SOP Instance UID, of which a cohort has millions."""
+    """Return a 64-bit hash of a SOP Instance UID; shorter than the UID, as a cohort has millions."""
     return int.from_bytes(hashlib.blake2b(sop_uid.encode(), digest_size=8).digest())
 
 
 def image_digest(sop_uid: str, number: int = 0) -> int:
-    """Return 64 bits that stand for an image, or for a frame of one that has several, counted from 1."""
+    """Return a 64-bit hash of an image, or of frame `number` (from 1) of a multi-frame image."""
     return sop_digest(f"{sop_uid} {number}") if number else sop_digest(sop_uid)
 
 
@@ -162,47 +163,51 @@ class Series:
     rows: int
     columns: int
     pixel_spacing_mm: tuple[float, float] | None
-    """*Pixel Spacing*: between rows, between columns."""
+    """*Pixel Spacing* in mm: between rows, between columns."""
     orientation: tuple[float, ...] | None
-    """*Image Orientation (Patient)*: cosines of a row, then of a column."""
+    """*Image Orientation (Patient)*: direction cosines of a row, then of a column."""
     part: int
-    """0 where the UID stands for one volume; else 1, 2, … by falling number of slices."""
+    """0 if the UID has one volume; else 1, 2, … by descending number of slices."""
     folder: str
-    """Deepest folder that holds every slice."""
+    """Deepest folder that holds all slices."""
     slices: tuple[SliceHeader, ...]
+    """Headers of the slices."""
     left_out: tuple[tuple[str, str], ...] = ()
-    """Images of the series that are no slices of its volume: (file name, why)."""
+    """Images of the series that are not slices of its volume: (file name, reason)."""
     left_out_digests: tuple[int, ...] = ()
-    """Of the same images: see `image_digest`. A segmentation may be drawn on one of them."""
+    """`image_digest` of the same images. A segmentation may be drawn on one of them."""
     irregularities: tuple[Irregularity, ...] = ()
-    """What had to be done to get from the images of one UID to these slices."""
+    """Irregularities handled when the images of one UID were sorted into volumes."""
     warnings: tuple[SeriesWarning, ...] = ()
-    """What is doubtful about these slices as a group, and was left as it is."""
+    """Warnings about these slices as a group."""
     alone: int = 0
-    """Of a series of one image: how many such series lie in its folder."""
+    """For a series of one image: the number of such series in its folder, if there are several; else 0."""
     alias: str = ""
-    """By what it goes where its UID must not be known: see `gpuprep.pipeline.pseudonyms`."""
+    """Pseudonym of the UID, "" without pseudonymisation: see `gpuprep.pipeline.pseudonyms`."""
 
     def without(self, images: Iterable[tuple[SliceHeader, str]], what: str) -> Series:
-        """Return the series with images named that were left out of it, and why; `what` they are, for people."""
-        headers, why = zip(*images, strict=True)
+        """Return the series with a record of images that were left out of it.
+
+        `images` are headers with the reason for each; `what` describes them in the irregularity.
+        """
+        headers, reasons = zip(*images, strict=True)
         numbers = [header.frame + 1 if header.frames > 1 else 0 for header in headers]
         digests = (image_digest(h.sop_instance_uid, number) for h, number in zip(headers, numbers, strict=True))
         return replace(
             self,
-            left_out=(*self.left_out, *zip((header.name for header in headers), why, strict=True)),
+            left_out=(*self.left_out, *zip((header.name for header in headers), reasons, strict=True)),
             left_out_digests=(*self.left_out_digests, *digests),
             irregularities=(*self.irregularities, Irregularity("left-out", what, "left out of the volume")),
         )
 
     @property
     def public_uid(self) -> str:
-        """UID, or what stands for it."""
+        """UID, or its pseudonym if there is one."""
         return self.alias or self.series_uid
 
     @property
     def key(self) -> str:
-        """Identity in the manifest: the UID, and the part where one UID stands for several volumes."""
+        """Key in the manifest: the public UID, with "#" and the part if the UID has several volumes."""
         uid = self.public_uid or f"no-uid-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
         return f"{uid}#{self.part}" if self.part else uid
 
@@ -215,6 +220,6 @@ class Series:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over each slice's SOP Instance UID, frame, size and time of change: what "unchanged" means."""
+        """SHA-256 of SOP Instance UID, frame, file size and modification time of all slices, to detect changes."""
         lines = sorted(f"{s.sop_instance_uid} {s.frame} {s.file_bytes} {s.mtime_ns}" for s in self.slices)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()

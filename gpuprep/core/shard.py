@@ -1,4 +1,4 @@
-"""Defines `Shard`: a share of a cohort, the same on every machine and in every run."""
+"""Defines `Shard`: a reproducible part of a cohort, for runs that are split over several machines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpuprep.errors import RequestError
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shard:
-    """Share `number` of `count`, counted from 1.
+    """Shard `number` of `count`, counted from 1.
 
     Examples
     --------
@@ -26,12 +26,12 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the shard that is called ``i/n``.
+        """Return the shard written as ``i/n``.
 
         Raises
         ------
         RequestError
-            If it is not 1 ≤ i ≤ n.
+            Unless 1 ≤ i ≤ n.
         """
         match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         number, count = map(int, match.groups()) if match else (0, 0)
@@ -41,14 +41,17 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Of its workshop and in its manifest's name; "" for everything."""
+        """Name of its working folder and part of its manifest's name; "" for the whole cohort."""
         return "" if self.count == 1 else f"{self.number}-of-{self.count}"
 
     def has(self, series_uid: str) -> bool:
-        """Whether a series belongs to it: by a hash of its UID alone, so that its parts stay together."""
+        """Return whether a series belongs to this shard.
+
+        Only the UID is hashed, so the parts of one series stay together.
+        """
         digest = hashlib.sha256(series_uid.encode()).digest()
         return int.from_bytes(digest[:8]) % self.count == self.number - 1
 
 
 WHOLE = Shard(1, 1)
-"""All of a cohort."""
+"""The whole cohort."""

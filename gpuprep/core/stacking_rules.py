@@ -1,4 +1,4 @@
-"""Defines `Rules`: which irregularities of a series are accepted, put right or rejected."""
+"""Defines `Rules`: which irregularities of a series are accepted, corrected or rejected."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ Policy = Literal["fix", "strict", "keep"]
 GroupBy = Literal["uid", "folder"]
 
 SMALLEST_PART = 3
-"""Fewer images of another study, matrix, spacing, orientation or acquisition are strays, and no volume of their own."""
+"""Minimum number of images of another study, matrix, spacing, orientation or acquisition that form their own volume;
+fewer are treated as strays."""
 
 EACH_A_VOLUME = "each is a volume"
-"""What is done about several volumes in one series."""
+"""Action taken for a series that holds several volumes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,56 +29,57 @@ class Rules:
     """
 
     policy: Policy = "fix"
-    """"fix": what can be put right truthfully is, and is recorded. "strict": whatever is irregular is rejected.
-    "keep": slices are stacked as they are, as if evenly spaced, and the irregularity is recorded."""
+    """"fix": irregularities that can be corrected truthfully are corrected and recorded. "strict": irregular series are
+    rejected. "keep": slices are stacked as if evenly spaced, and irregularities are recorded."""
     spacing_tolerance: float = 0.01
-    """Distances between neighbours may differ from their median by this share of it …"""
+    """Allowed deviation of a slice distance from the median distance, as a fraction of the median. The larger of this
+    and the position tolerance applies."""
     position_tolerance_mm: float = 0.02
-    """… or by this much, whichever is more: positions are often rounded to hundredths. In pixels finer than 0.1 mm it
-    shrinks in proportion to them, to a fifth of a pixel by default."""
+    """Allowed deviation of a slice distance in mm, as positions are often rounded to hundredths. For pixels finer than
+    0.1 mm it shrinks in proportion to them, by default to a fifth of a pixel."""
     lean_tolerance_mm: float = 0.1
-    """Slices may lie this far beside the line along their normal; more is a tilted gantry or a moved table. In pixels
-    finer than 0.3 mm it shrinks in proportion to them, to a third of a pixel by default."""
+    """Allowed distance in mm of a slice from the line along the normal; more means gantry tilt or a moved table. For
+    pixels finer than 0.3 mm it shrinks in proportion to them, by default to a third of a pixel."""
     max_missing: int = 3
-    """Slices missing in a row that are still filled by interpolation."""
+    """Maximum number of consecutive missing slices that are interpolated."""
     max_missing_share: float = 0.1
-    """Share of all slices, the missing ones included, that may be missing."""
+    """Maximum number of missing slices, as a fraction of all slices including the missing ones."""
     assume_hu: bool = False
-    """Take rescaled values as HU although *Rescale Type* says otherwise, and stored values where nothing is said."""
+    """Treat rescaled values as HU despite another *Rescale Type*, and stored values as HU if no rescale is given."""
     group_by: GroupBy = "uid"
-    """"uid": images of one *Series Instance UID* form a series. "folder": images of one folder do, for files each of
-    which has a UID of its own, or none."""
+    """"uid": images of one *Series Instance UID* form a series. "folder": images of one folder form a series, for files
+    with a UID each or without UIDs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Irregularity:
-    """Something about a series that is not as it should be."""
+    """A deviation of a series from a regular one that was handled by the policy."""
 
     code: str
-    """For programs: "gap", "tilt", … (docs/irregular-series.md lists them)."""
+    """Code for programs: "gap", "tilt", … (docs/irregular-series.md lists them)."""
     what: str
-    """For people: what, where, how much."""
+    """Description for people: what, where, how much."""
     done: str
-    """What was done about it."""
+    """Action that was taken."""
 
     @property
     def text(self) -> str:
-        """Both in one line."""
+        """Description and action in one line."""
         return f"{self.what}; {self.done}"
 
 
 @dataclass(frozen=True, slots=True)
 class SeriesWarning:
-    """Something doubtful about a series that is left as it is: the verdict stays what it was."""
+    """A doubtful finding about a series that is left unchanged and does not affect the verdict."""
 
     code: str
-    """For programs: "padding-ignored", "blank", … (docs/irregular-series.md lists them)."""
+    """Code for programs: "padding-ignored", "blank", … (docs/irregular-series.md lists them)."""
     text: str
-    """For people: what, where, how much."""
+    """Description for people: what, where, how much."""
 
 
 def codes(found: Iterable[Irregularity | SeriesWarning]) -> tuple[str, ...]:
-    """Return the codes of irregularities and warnings, each once."""
+    """Return the distinct codes of irregularities and warnings, in order."""
     return tuple(dict.fromkeys(f.code for f in found))
 
 

@@ -16,7 +16,7 @@ from gpuprep.errors import GeometryError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredVolume:
-    """A stacked series as its files hold it: two bytes per voxel, on the host.
+    """A stacked series in stored values, before rescaling: two bytes per voxel, on the host.
 
     Examples
     --------
@@ -26,7 +26,7 @@ class StoredVolume:
     >>> volume = gpuprep.read(gpuprep.discover("dicom")[0])
     >>> volume.stored.shape, float(volume.slope[0]), float(volume.intercept[0])
     ((12, 32, 32), 1.0, -1024.0)
-    >>> volume.statistics.low  # HU of what the scanner did not measure
+    >>> volume.statistics.low  # HU of the padding
     -3024.0
     """
 
@@ -37,24 +37,25 @@ class StoredVolume:
     intercept: NDArray[np.float64]
     """*Rescale Intercept* of each slice, HU, shape (k,)."""
     padding: NDArray[Any] | None
-    """Lowest and highest stored value that means padding, per slice, in the dtype of `stored`, shape (k, 2).
-    A slice that declares none has lowest > highest; None where no slice declares any."""
+    """Lowest and highest stored value of padding per slice, in the dtype of `stored`, shape (k, 2).
+    Lowest > highest for a slice that declares no padding; None if no slice declares any."""
     geometry: Geometry
-    """The regular grid of the stack."""
+    """Regular grid of the stack."""
     statistics: HuStatistics
-    """Of all voxels in HU, padding included."""
+    """Statistics of all voxels in HU, padding included."""
     warnings: tuple[str, ...] = ()
+    """Texts of the warnings and irregularities that were found while reading."""
     placement: Placement | None = None
-    """Where the slices lie in that grid, if not one in each layer: see `gpuprep.dicom.stack`."""
+    """Positions of the slices in the grid; None if slice k is layer k of it: see `gpuprep.dicom.stack`."""
 
     def __post_init__(self) -> None:
         p = self.placement
         expected = self.geometry.shape if p is None else (len(p.along), *p.matrix)
         if self.stored.shape != expected:
-            raise GeometryError(f"voxels of shape {self.stored.shape} where {expected} belong")
+            raise GeometryError(f"the stored values have shape {self.stored.shape}, but the stack has {expected}")
 
     def slab(self, start: int, stop: int, empty: Callable[[Any, Any], NDArray[Any]] | None = None) -> NDArray[Any]:
-        """Return the stored values of slices [start, stop), as they lie here or in an array that `empty` made."""
+        """Return the stored values of slices [start, stop): a view, or a copy in an array made by `empty`."""
         if empty is None:
             return self.stored[start:stop]
         out = empty((stop - start, *self.stored.shape[1:]), self.stored.dtype)
@@ -66,8 +67,8 @@ class StoredVolume:
 class Volume:
     """A processed volume: NumPy or CuPy values on a grid.
 
-    `numpy.asarray(volume)` works where the values are on the host, and `from_dlpack(volume)` of any array library
-    takes them without a copy, wherever they are.
+    `numpy.asarray(volume)` works if the values are on the host. `from_dlpack(volume)` of any array library takes them
+    without a copy, on host or device.
 
     Examples
     --------
@@ -86,13 +87,15 @@ class Volume:
     values: Any
     """Array of the recipe's dtype, shape (k, j, i)."""
     geometry: Geometry
+    """Grid of the voxels."""
     hu_slope: float
-    """HU = values · `hu_slope` + `hu_intercept`, within the window."""
+    """HU per output unit: HU = values · `hu_slope` + `hu_intercept`, within the window."""
     hu_intercept: float
+    """HU of output value 0."""
 
     def __post_init__(self) -> None:
         if tuple(self.values.shape) != self.geometry.shape:
-            raise GeometryError(f"voxels of shape {self.values.shape} on a grid of {self.geometry.shape}")
+            raise GeometryError(f"the values have shape {self.values.shape}, but the grid has {self.geometry.shape}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -101,7 +104,7 @@ class Volume:
 
     @property
     def affine(self) -> NDArray[np.float64]:
-        """Index (k, j, i, 1) of a voxel centre to (x, y, z, 1) in millimetres, LPS; shape (4, 4)."""
+        """Matrix from index (k, j, i, 1) of a voxel centre to (x, y, z, 1) in millimetres, LPS; shape (4, 4)."""
         return self.geometry.affine
 
     @property
@@ -111,7 +114,7 @@ class Volume:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if hasattr(self.values, "__cuda_array_interface__"):
-            raise TypeError("the values are on the GPU; use cupy.asnumpy(volume.values) to copy them down")
+            raise TypeError("the values are on the GPU; use cupy.asnumpy(volume.values) to copy them to the host")
         return np.array(self.values, dtype=dtype, copy=copy)
 
     def __dlpack__(self, **options: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Processes, GPUs and clusters that tasks run on."""
+"""Executors of tasks: this process, worker processes, GPUs and Dask clusters."""

@@ -1,6 +1,7 @@
-"""Runs tasks on the workers of a Dask cluster, of this machine or of a scheduler that is already there.
+"""Runs tasks on a Dask cluster: a local one, or that of a scheduler that is already running.
 
-Imported late, because it is an extra; and what it needs of `distributed`, later still, because that takes a second.
+This module is imported late, because Dask is an extra. `distributed` is imported with the first run, because that takes
+a second.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any, TypeVar
 from gpuprep._version import __version__
 from gpuprep.errors import BackendError, GpuprepError, RequestError
 from gpuprep.executors.cores import usable_cores
-from gpuprep.executors.dask_news import LOST, Flight, News
-from gpuprep.executors.dask_worker import KILL, Answer, distributed_module, do_task, end_keeper, version_here
+from gpuprep.executors.dask_events import LOST_ERRORS, TaskEvents, TaskInFlight
+from gpuprep.executors.dask_worker import KILL, Answer, distributed_module, end_local_cluster, run_task, worker_version
 from gpuprep.executors.processes import OverdueError, WorkerDiedError, never
 
 T = TypeVar("T")
@@ -31,208 +32,211 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 LOCAL = "local"
-"""In place of an address: a cluster of this machine's own, for as long as the executor lives."""
+"""Value in place of an address: a cluster on this machine that lives as long as the executor."""
 
-PATIENCE_S = 30.0
-"""How long a scheduler may take to answer, and a cluster to have a worker."""
+TIMEOUT_S = 30.0
+"""Time within which a scheduler has to answer, and a cluster has to have a worker."""
 
-PER_THREAD = 2
-"""Tasks in flight per thread of the cluster: one that runs, and one that is there already when it ends."""
+TASKS_PER_THREAD = 2
+"""Tasks in flight per thread of the cluster: a running one, and one that waits at the worker."""
 
+POLL_S = 0.1
+"""Interval at which stop request and time limit are checked."""
 
-TICK_S = 0.1
-LOOK_S = 2.0
-"""How often limits are watched, and how often the workers are counted."""
+REFRESH_S = 2.0
+"""Interval at which the list of workers is refreshed."""
 
 
 class Cluster:
-    """The workers of a Dask cluster; one that dies costs its tasks a second try, on another.
+    """Executor on a Dask cluster. If a worker dies, its tasks are run again on another worker.
 
-    What a worker may take of memory is between Dask and the machine it is on; what tasks cost is not looked at. The
-    threads of a worker share a process and so its end: a cluster of workers with one thread each is what suits.
+    Dask limits the memory of workers; the costs of tasks are ignored. The threads of a worker share a process, so a
+    task that ends it also ends the tasks of the other threads: workers with one thread each are recommended.
 
     Parameters
     ----------
     scheduler : str
-        "local" for a cluster of this machine; or the address of a scheduler such as ``tcp://node1:8786``, or the path
-        of the file that ``dask scheduler --scheduler-file`` writes.
+        "local" for a cluster on this machine; the address of a scheduler, such as ``tcp://node1:8786``; or the path of
+        the file that ``dask scheduler --scheduler-file`` writes.
     jobs : int, optional
         Workers of a local cluster; by default one per core.
     gpu : bool
-        Whether tasks take a GPU each. Where workers offer the resource "GPU", only these get tasks then, one per GPU.
-    patience_s : float
-        How long the scheduler may take to answer, and how long it may be without workers.
+        Whether each task needs a GPU. If workers offer the resource "GPU", only these get tasks, one per GPU.
+    timeout_s : float
+        Time within which the scheduler has to answer, and after which a scheduler without workers is an error.
 
     Raises
     ------
     BackendError
-        From `run`: if `distributed` is not installed, if the scheduler does not answer or is lost, if there are no
-        workers, if one of them has no GPU that works.
+        From `run`: if `distributed` is not installed, the scheduler does not answer or is lost, there are no workers,
+        or a worker has no working GPU.
     RequestError
-        From `run`: if a worker has another version of gpuprep or none, or cannot be restarted though there is a limit
-        of time.
+        From `run`: if a worker has another version of gpuprep or none, or cannot be restarted although there is a time
+        limit.
     """
 
     def __init__(
-        self, scheduler: str, jobs: int | None = None, *, gpu: bool = False, patience_s: float = PATIENCE_S
+        self, scheduler: str, jobs: int | None = None, *, gpu: bool = False, timeout_s: float = TIMEOUT_S
     ) -> None:
         self.scheduler = scheduler
         self.jobs = jobs or usable_cores()
         self._gpu = gpu
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._client: Any | None = None
-        self._keeper: subprocess.Popen[str] | None = None
+        self._local_cluster: subprocess.Popen[str] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._news: News | None = None
+        self._events: TaskEvents | None = None
         self._address = ""
-        self._flying: dict[int, Flight] = {}
+        self._in_flight: dict[int, TaskInFlight] = {}
         self._workers: dict[str, dict[str, Any]] = {}
-        self._known: set[str] = set()
-        self._seen_s = 0.0
+        self._compatible: set[str] = set()
+        self._last_worker_s = 0.0
 
     def run(
         self,
         function: Callable[[T], R],
         tasks: Iterable[T],
-        cost: Callable[[T], int] | None = None,  # noqa: ARG002 - each worker has its own memory: see the class
+        cost: Callable[[T], int] | None = None,  # noqa: ARG002 - Dask limits memory: see the class
         *,
         limit_s: float | None = None,
         stopped: Callable[[], bool] = never,
     ) -> Iterator[tuple[T, R | WorkerDiedError]]:
         if self._client is None:
             try:
-                self._client = self._connected()
+                self._client = self._connect()
                 self._wait_for_workers(self._client)
             except BaseException:
                 self.stop()
                 raise
         client = self._client
-        if limit_s is not None and (bare := [a for a, worker in self._workers.items() if not worker.get("nanny")]):
+        without_nanny = [address for address, worker in self._workers.items() if not worker.get("nanny")]
+        if limit_s is not None and without_nanny:
             raise RequestError(
-                f"the Dask worker at {bare[0]} has no nanny to restart it, so no task there can be ended when it takes "
-                "too long: start workers without --no-nanny, or set no limit of time"
+                f"the Dask worker at {without_nanny[0]} has no nanny to restart it, so a task that exceeds the time "
+                "limit cannot be ended there: start workers without --no-nanny, or set no time limit"
             )
-        self._flying = {}
-        self._close_news()
-        with _understood(self._address):
-            self._news = News(client, self._flying)
+        self._in_flight = {}
+        self._close_events()
+        with _lost_as_backend_error(self._address):
+            self._events = TaskEvents(client, self._in_flight)
         try:
-            # Whoever takes the outcomes may take time, and may not come back for the next: no error of his is ours.
-            yield from self._outcomes(client, self._news, function, iter(tasks), limit_s, stopped)
+            # Outside of `_lost_as_backend_error`, so that errors of the consumer are not reported as errors of Dask.
+            yield from self._outcomes(client, self._events, function, iter(tasks), limit_s, stopped)
         finally:
-            if not self._flying:  # else `stop` has to know what of it began after all
-                self._close_news()
+            if not self._in_flight:  # otherwise `stop` needs the events, to know which tasks have started
+                self._close_events()
 
     def stop(self) -> None:
         client, self._client = self._client, None
-        flying, self._flying = list(self._flying.values()), {}
-        self._known.clear()
+        in_flight, self._in_flight = list(self._in_flight.values()), {}
+        self._compatible.clear()
         if client is not None:
-            with contextlib.suppress(*LOST):
-                if flying and self._keeper is None and client.status == "running":
-                    client.cancel([flight.future for flight in flying], force=True)
-                    # A series that went on being written would get into the way of the next run.
-                    for flight in flying:
-                        if flight.begun_s is not None:
+            with contextlib.suppress(*LOST_ERRORS):
+                if in_flight and self._local_cluster is None and client.status == "running":
+                    client.cancel([flight.future for flight in in_flight], force=True)
+                    # A worker that continues writing a series would interfere with the next run.
+                    for flight in in_flight:
+                        if flight.started_s is not None:
                             self._end_worker(client, flight.worker, flight.pid)
-            self._close_news()
-            with contextlib.suppress(*LOST):
+            self._close_events()
+            with contextlib.suppress(*LOST_ERRORS):
                 client.close(timeout=2)
-        if self._keeper is not None:
-            end_keeper(self._keeper)
-            self._keeper = None
+        if self._local_cluster is not None:
+            end_local_cluster(self._local_cluster)
+            self._local_cluster = None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
 
-    def _close_news(self) -> None:
-        news, self._news = self._news, None
-        if news is not None:
-            news.close()
+    def _close_events(self) -> None:
+        events, self._events = self._events, None
+        if events is not None:
+            events.close()
 
     def _outcomes(
         self,
         client: Any,
-        news: News,
+        events: TaskEvents,
         function: Callable[[T], R],
         tasks: Iterator[T],
         limit_s: float | None,
         stopped: Callable[[], bool],
     ) -> Iterator[tuple[T, R | WorkerDiedError]]:
-        flying = self._flying
+        in_flight = self._in_flight
         tickets = iter(range(sys.maxsize))
-        no_more = stopping = False
-        looked_s = time.monotonic()
+        exhausted = stopping = False
+        refreshed_s = time.monotonic()
         while True:
-            with _understood(self._address):
+            with _lost_as_backend_error(self._address):
                 if client.status != "running":
-                    raise self._lost()
-                if time.monotonic() > looked_s + LOOK_S:
-                    self._look(client)
-                    looked_s = time.monotonic()
+                    raise self._scheduler_lost()
+                if time.monotonic() > refreshed_s + REFRESH_S:
+                    self._refresh_workers(client)
+                    refreshed_s = time.monotonic()
                 if not stopping and stopped():
-                    no_more = stopping = True
-                    news.stop_begins()
-            # Told apart from the rest, so that an error in making tasks is not taken for one of Dask.
-            while not no_more and len(flying) < PER_THREAD * self._threads():
+                    exhausted = stopping = True
+                    events.prevent_starts()
+            # Outside of `_lost_as_backend_error`, so that errors in making tasks are not reported as errors of Dask.
+            while not exhausted and len(in_flight) < TASKS_PER_THREAD * self._threads():
                 task = next(tasks, _END)
                 if task is _END:
-                    no_more = True
+                    exhausted = True
                 else:
                     payload = pickle.dumps((function, task))
                     ticket = next(tickets)
-                    flying[ticket] = Flight(task, payload)
-                    flying[ticket].future = self._submit(client, news, ticket, payload)
-            if not flying and no_more:
+                    in_flight[ticket] = TaskInFlight(task, payload)
+                    in_flight[ticket].future = self._submit(client, events, ticket, payload)
+            if not in_flight and exhausted:
                 return
-            ticket, future = news.next(TICK_S)
-            flight = flying.get(ticket)
+            ticket, future = events.next(POLL_S)
+            flight = in_flight.get(ticket)
             if flight is not None and future is flight.future:
-                with _understood(self._address):
-                    landed = self._landed(client, news, ticket, flight, stopping=stopping)
-                if landed is not None:
-                    yield flight.task, landed[0]
-            if limit_s is not None and news.is_empty():  # one that is done, and only not looked at, is not late
-                for late in self._late(client, limit_s):
-                    flight = flying.pop(late)
-                    with _understood(self._address):
+                with _lost_as_backend_error(self._address):
+                    finished = self._take_outcome(client, events, ticket, flight, stopping=stopping)
+                if finished is not None:
+                    yield flight.task, finished[0]
+            if limit_s is not None and events.is_empty():  # else an overdue task may be among those that are done
+                for ticket in self._overdue(client, limit_s):
+                    flight = in_flight.pop(ticket)
+                    with _lost_as_backend_error(self._address):
                         client.cancel([flight.future], force=True)
                         self._end_worker(client, flight.worker, flight.pid)
-                    text = f"it took longer than {limit_s:g} s, and its worker was ended"
-                    yield flight.task, OverdueError(text, flight.begins)
+                    yield flight.task, OverdueError(f"not finished after {limit_s:g} s", flight.starts)
 
-    def _late(self, client: Any, limit_s: float) -> list[int]:
-        """Return the tickets of tasks that have run for too long."""
+    def _overdue(self, client: Any, limit_s: float) -> list[int]:
+        """Return the tickets of tasks that exceed the time limit."""
 
-        def late() -> list[int]:
+        def overdue() -> list[int]:
             now_s = time.monotonic()
-            return [t for t, f in self._flying.items() if f.begun_s is not None and now_s > f.begun_s + limit_s]
+            return [t for t, f in self._in_flight.items() if f.started_s is not None and now_s > f.started_s + limit_s]
 
-        if late():
-            with _understood(self._address):
-                self._look(client)  # what lost its worker does not run, and has not begun anew
-        return late()
+        if overdue():
+            with _lost_as_backend_error(self._address):
+                self._refresh_workers(client)  # marks tasks whose worker died as not running
+        return overdue()
 
-    def _landed(self, client: Any, news: News, ticket: int, flight: Flight, *, stopping: bool) -> tuple[Any] | None:
-        """Take a task out of those in flight and return its outcome; None for one that has to be begun again, or not.
+    def _take_outcome(
+        self, client: Any, events: TaskEvents, ticket: int, flight: TaskInFlight, *, stopping: bool
+    ) -> tuple[Any] | None:
+        """Return the outcome of a finished task in a tuple; None if it is submitted again, or dropped while stopping.
 
         Raises
         ------
         BackendError
-            If no task can be expected to fare better.
+            If the scheduler is lost, or a worker has no backend.
         """
         future, outcome = flight.future, None
         if future.status == "cancelled":
-            raise self._lost()
-        flight.begun_s = None
+            raise self._scheduler_lost()
+        flight.started_s = None
         if future.status == "error":
             exc = future.exception()
             if not isinstance(exc, distributed_module().KilledWorker):
                 outcome = WorkerDiedError(f"Dask could not run it ({type(exc).__name__}: {exc})")
-            elif flight.begins > exc.allowed_failures:
-                text = f"{flight.begins} workers died with it, most often for lack of memory, or in a decoder"
-                outcome = WorkerDiedError(text, flight.begins)
-            # else it only stood in line behind what killed them: Dask counts that too
+            elif flight.starts > exc.allowed_failures:
+                text = f"{flight.starts} workers died with it, most often for lack of memory, or in a decoder"
+                outcome = WorkerDiedError(text, flight.starts)
+            # Otherwise the task only waited at workers that died; Dask counts these deaths, too. It is submitted again.
         else:
             answer: Answer = future.result()
             if answer.kind == "no backend":
@@ -245,55 +249,55 @@ class Cluster:
             if answer.kind == "raised":
                 outcome = WorkerDiedError(f"the worker gave up ({answer.outcome})")
             elif answer.kind == "done":
-                del self._flying[ticket]
-                return (pickle.loads(answer.outcome),)  # noqa: S301 - made by our own worker
+                del self._in_flight[ticket]
+                return (pickle.loads(answer.outcome),)  # noqa: S301 - made by gpuprep's own worker
             elif stopping:
-                del self._flying[ticket]
+                del self._in_flight[ticket]
                 return None
         if outcome is None:
-            flight.future = self._submit(client, news, ticket, flight.payload)
+            flight.future = self._submit(client, events, ticket, flight.payload)
             return None
-        del self._flying[ticket]
+        del self._in_flight[ticket]
         return (outcome,)
 
-    def _submit(self, client: Any, news: News, ticket: int, payload: bytes) -> Any:
-        """Give a task to the scheduler; packed, because Dask would look into lists and tuples for tasks of its own."""
+    def _submit(self, client: Any, events: TaskEvents, ticket: int, payload: bytes) -> Any:
+        """Submit a pickled task and return its future; Dask would search an unpickled one for Dask tasks."""
         resources = {"GPU": 1} if self._needs_gpu() else None
-        with _understood(self._address):
-            future = client.submit(do_task, news.name, ticket, payload, pure=False, resources=resources)
-            news.expect(ticket, future)
+        with _lost_as_backend_error(self._address):
+            future = client.submit(run_task, events.name, ticket, payload, pure=False, resources=resources)
+            events.expect(ticket, future)
             return future
 
-    def _connected(self) -> Any:
-        """Return a client of the scheduler, which is started if it is to be a local one."""
+    def _connect(self) -> Any:
+        """Return a client of the scheduler; start a local cluster first if requested."""
         distributed = distributed_module()
-        self._address = self._started() if self.scheduler == LOCAL else _address(self.scheduler)
-        # Of what it says every line is followed by an error of ours.
+        self._address = self._start_local_cluster() if self.scheduler == LOCAL else _address(self.scheduler)
+        # Each error that the client logs is also raised as an error of gpuprep.
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         try:
-            return distributed.Client(self._address, timeout=self._patience_s, set_as_default=False, name="gpuprep")
+            return distributed.Client(self._address, timeout=self._timeout_s, set_as_default=False, name="gpuprep")
         except (OSError, ValueError, TypeError) as exc:
             raise BackendError(
                 f"no Dask scheduler answers at {self._address} ({exc}): start one there with dask scheduler, or give "
                 "the address of one that runs"
             ) from exc
 
-    def _started(self) -> str:
-        """Start a local cluster and return its address.
+    def _start_local_cluster(self) -> str:
+        """Start a local cluster in a separate process and return its address.
 
-        In a process of its own: a script that uses us needs no guard against being run again by every worker, and
-        nothing is found in the current folder that is not meant to be.
+        Its workers then do not run the main script again, so scripts need no ``if __name__ == "__main__"``. They do not
+        import modules from the current folder either.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="gpuprep-dask-", ignore_cleanup_errors=True)
-        # What it leaves behind when it is ended is tidied up, with a warning.
+        # The resource tracker would warn about what it cleans up after the cluster was ended.
         ignored = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]))
         path = [str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)]
-        self._keeper = subprocess.Popen(  # noqa: S603 - our own Python
+        self._local_cluster = subprocess.Popen(  # noqa: S603 - this Python with fixed code
             [
                 sys.executable,
                 "-P",
                 "-c",
-                "from gpuprep.executors.dask_worker import keep; keep()",
+                "from gpuprep.executors.dask_worker import run_local_cluster; run_local_cluster()",
                 str(self.jobs),
                 self._folder.name,
             ],
@@ -306,58 +310,58 @@ class Cluster:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is for us; and a group can be ended as one
+            start_new_session=True,  # Ctrl-C in the terminal does not reach it, and it can be ended as a group
         )
-        address = self._keeper.stdout.readline().strip() if self._keeper.stdout else ""
+        address = self._local_cluster.stdout.readline().strip() if self._local_cluster.stdout else ""
         if not address:
-            raise BackendError("the local Dask scheduler ended as it started: what it said stands above")
+            raise BackendError("the local Dask scheduler ended while starting: see its messages above")
         return address
 
     def _wait_for_workers(self, client: Any) -> None:
-        """Return when there are workers; of a local cluster, all."""
-        deadline_s = time.monotonic() + self._patience_s
+        """Wait until there is a worker, or all workers of a local cluster."""
+        deadline_s = time.monotonic() + self._timeout_s
         wanted = self.jobs if self.scheduler == LOCAL else 1
         while True:
-            with _understood(self._address):
-                self._look(client, patient=True)
+            with _lost_as_backend_error(self._address):
+                self._refresh_workers(client, starting=True)
             if self._threads() and len(self._workers) >= wanted:
                 return
             if time.monotonic() > deadline_s:
-                raise self._deserted()
-            time.sleep(TICK_S)
+                raise self._no_workers()
+            time.sleep(POLL_S)
 
-    def _look(self, client: Any, *, patient: bool = False) -> None:
-        """See which workers there are, and that new ones are such as we can use."""
-        busy = [(flight, flight.worker) for flight in self._flying.values()]
-        info: Any = client.scheduler_info(n_workers=-1)  # releases differ in how many they tell of by default
+    def _refresh_workers(self, client: Any, *, starting: bool = False) -> None:
+        """Refresh the list of workers, check the version of new ones, and mark tasks of dead ones as not running."""
+        busy = [(flight, flight.worker) for flight in self._in_flight.values()]
+        info: Any = client.scheduler_info(n_workers=-1)  # all of them; the default number depends on the release
         self._workers = dict(info["workers"])
         if self._workers:
-            self._seen_s = time.monotonic()
-        elif not patient and time.monotonic() > self._seen_s + self._patience_s:
-            raise self._deserted()
-        new = [address for address in self._workers if address not in self._known]
-        versions: Any = client.run(version_here, workers=new, on_error="return") if new else {}
+            self._last_worker_s = time.monotonic()
+        elif not starting and time.monotonic() > self._last_worker_s + self._timeout_s:
+            raise self._no_workers()
+        new = [address for address in self._workers if address not in self._compatible]
+        versions: Any = client.run(worker_version, workers=new, on_error="return") if new else {}
         for address, version in versions.items():
             if isinstance(version, OSError):
-                continue  # it has gone already
+                continue  # the worker has ended
             if version != __version__:
-                has = "no gpuprep that works" if isinstance(version, Exception) else f"gpuprep {version}"
+                has = "no working gpuprep" if isinstance(version, Exception) else f"gpuprep {version}"
                 why = f" ({type(version).__name__}: {version})" if isinstance(version, Exception) else ""
                 raise RequestError(
-                    f"the Dask worker at {address} has {has}{why}, and here is gpuprep {__version__}: install the same "
-                    "version in both places"
+                    f"the Dask worker at {address} has {has}{why}, but this client has gpuprep {__version__}: install "
+                    "the same version in both places"
                 )
-            self._known.add(address)
+            self._compatible.add(address)
         for flight, worker in busy:
             if worker == flight.worker and worker not in self._workers:
-                flight.begun_s = None
+                flight.started_s = None
 
     def _needs_gpu(self) -> bool:
-        """Whether workers say what GPUs they have, and tasks want one."""
+        """Return whether tasks need a GPU and workers offer the resource "GPU"."""
         return self._gpu and any(worker.get("resources", {}).get("GPU") for worker in self._workers.values())
 
     def _threads(self) -> int:
-        """Return how many tasks can run at a time."""
+        """Return the number of tasks that can run at the same time."""
         threads = 0
         for worker in self._workers.values():
             gpus = int(worker.get("resources", {}).get("GPU", 0))
@@ -365,22 +369,22 @@ class Cluster:
         return threads
 
     def _end_worker(self, client: Any, worker: str, pid: int) -> None:
-        """Have a worker end in the middle of what it does; its nanny starts another.
+        """Kill a worker in the middle of a task; its nanny starts another.
 
-        `Client.restart_workers` would ask it first, which one that hangs does not hear, and wait until it is back.
+        `Client.restart_workers` would first ask the worker, which does not work if it hangs, and wait for its restart.
         """
         if self._workers.get(worker, {}).get("nanny"):
-            with contextlib.suppress(KeyError):  # it has gone already
+            with contextlib.suppress(KeyError):  # the worker has ended
                 client.run(os.kill, pid, KILL, workers=[worker], nanny=True, on_error="ignore")
 
-    def _lost(self) -> BackendError:
+    def _scheduler_lost(self) -> BackendError:
         return BackendError(
-            f"the Dask scheduler at {self._address} was lost: what is finished stays; run again when it is back"
+            f"the Dask scheduler at {self._address} was lost: finished outputs are kept; run again when it is back"
         )
 
-    def _deserted(self) -> BackendError:
+    def _no_workers(self) -> BackendError:
         return BackendError(
-            f"the Dask scheduler at {self._address} has had no workers for {self._patience_s:g} s: start some with "
+            f"the Dask scheduler at {self._address} has had no workers for {self._timeout_s:g} s: start some with "
             f"dask worker {self._address}"
         )
 
@@ -389,27 +393,27 @@ _END: Any = object()
 
 
 @contextlib.contextmanager
-def _understood(address: str) -> Iterator[None]:
-    """Say in our words that the scheduler has gone."""
+def _lost_as_backend_error(address: str) -> Iterator[None]:
+    """Turn errors of a lost scheduler into a `BackendError`."""
     try:
         yield
     except GpuprepError:
         raise
-    except LOST as exc:
+    except LOST_ERRORS as exc:
         raise BackendError(
-            f"the Dask scheduler at {address} was lost ({type(exc).__name__}: {exc}): what is finished stays; run "
+            f"the Dask scheduler at {address} was lost ({type(exc).__name__}: {exc}): finished outputs are kept; run "
             "again when it is back"
         ) from exc
 
 
 def _address(scheduler: str) -> str:
-    """Return the address of a scheduler that is given by it or by its file."""
+    """Return the address of a scheduler, given as an address or as the path of its file."""
     if "://" in scheduler:
         return scheduler
     try:
         return str(json.loads(Path(scheduler).read_text())["address"])
     except (OSError, ValueError, LookupError, TypeError) as exc:
         raise RequestError(
-            f"{scheduler!r} is no Dask scheduler ({type(exc).__name__}: {exc}): give local, an address such as "
+            f"{scheduler!r} is not a Dask scheduler ({type(exc).__name__}: {exc}): give local, an address such as "
             "tcp://node1:8786, or the file that dask scheduler --scheduler-file writes"
         ) from exc

@@ -1,4 +1,4 @@
-"""Runs in the other processes of a Dask cluster: the tasks of a worker, and the keeper of a local cluster."""
+"""Code for the other processes of a Dask cluster: tasks on a worker, and the process that holds a local cluster."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 GRACE_S = 2.0
-"""How long a local cluster may take to end."""
+"""Time that a local cluster may take to end before it is killed."""
 
 
 @dataclass(slots=True)
-class Elsewhere:
-    """A GPU that is opened where the task runs; in its stead in the client, which may have none.
+class RemoteBackend:
+    """Placeholder in the client, which may have no GPU, for a backend that the worker opens.
 
-    What a client may want to change, the slices of a chunk, is what the worker then uses.
+    The worker takes the slices per chunk and per slab from the placeholder, so the client can change them.
     """
 
     name: BackendName = "gpu"
@@ -43,39 +43,41 @@ class Elsewhere:
     block_rows: int = 128
 
     def free_bytes(self) -> None:
-        """Return None: nobody has asked the workers, and each has its own."""
+        """Return None, since the memory of the workers is unknown."""
         return
 
     def opened(self) -> Backend:
-        """Return the backend of this process that it stands for."""
-        backend = copy(_opened(self.name))
+        """Return the backend of this process, with the placeholder's slices per chunk and slab."""
+        backend = copy(_cached_backend(self.name))
         backend.chunk_slices, backend.slab_slices = self.chunk_slices, self.slab_slices
         return backend
 
 
-def elsewhere() -> Backend:
-    """Return the GPU that each worker has, for tasks to carry there; nothing can be computed with it here."""
-    return cast(Backend, Elsewhere())
+def remote_gpu() -> Backend:
+    """Return a placeholder for the GPU of a worker; it cannot compute in the client."""
+    return cast(Backend, RemoteBackend())
 
 
-_opened = cache(get_backend)
+_cached_backend = cache(get_backend)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a worker says of a task."""
+    """Answer of a worker to a task."""
 
-    kind: Literal["done", "raised", "not begun", "no backend"]
+    kind: Literal["done", "raised", "not started", "no backend"]
     worker: str
+    """Address of the worker."""
     pid: int
+    """Process of the worker."""
     outcome: Any = None
-    """Pickled if it is done; else a text."""
+    """Pickled outcome of a task that is done; else the text of the error."""
     last: bool = False
-    """Whether the worker is in no state to do more."""
+    """Whether the worker has to be replaced."""
 
 
 def distributed_module() -> Any:
-    """Return Dask's module, which takes its time to import, and is an extra."""
+    """Return the module `distributed`, imported late because it is slow to import and an extra."""
     try:
         return import_module("distributed")
     except ImportError as exc:
@@ -85,15 +87,15 @@ def distributed_module() -> Any:
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
-def keep() -> None:
-    """Be a local cluster until standard input ends; the process that `Cluster` starts for it."""
+def run_local_cluster() -> None:
+    """Run a local cluster until standard input ends; the main function of the process that `Cluster` starts."""
     distributed = distributed_module()
     jobs, folder = int(sys.argv[1]), sys.argv[2]
     import_module("dask").config.set(
         {
             "distributed.scheduler.allowed-failures": 1,
             "distributed.worker.profile.enabled": False,
-            # Else one that dies again after just that long is taken for lost, and not started any more.
+            # A worker that dies again after this timeout counts as lost, and its nanny does not restart it.
             "distributed.deploy.lost-worker-timeout": "1000 days",
         }
     )
@@ -102,37 +104,38 @@ def keep() -> None:
         threads_per_worker=1,
         processes=True,
         host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",  # of the server that Dask has in any case
+        dashboard_address="127.0.0.1:0",  # Dask starts this server even without a dashboard
         scheduler_kwargs={"dashboard": False},
         memory_limit=0,
         silence_logs=logging.CRITICAL,
         local_directory=folder,
     )
-    print(cluster.scheduler_address, flush=True)  # noqa: T201 - to who started us
-    os.dup2(2, 1)  # what workers print is not for him
+    print(cluster.scheduler_address, flush=True)  # noqa: T201 - read by the parent
+    os.dup2(2, 1)  # output of workers must not go to the parent
     cluster.scale(jobs)
     sys.stdin.read()
     _signal_group(os.getpid(), signal.SIGTERM)
 
 
-def end_keeper(keeper: subprocess.Popen[str]) -> None:
-    """End a local cluster and its workers, whatever they do."""
-    _signal_group(keeper.pid, signal.SIGTERM)  # the helper of `multiprocessing` that tidies up behind it lives on …
+def end_local_cluster(process: subprocess.Popen[str]) -> None:
+    """End the process of a local cluster and its workers, even in the middle of tasks."""
+    # The resource tracker of `multiprocessing` survives SIGTERM, and gets time to clean up before the kill.
+    _signal_group(process.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + GRACE_S
-    while time.monotonic() < deadline_s and _signal_group(keeper.pid, 0):
-        keeper.poll()
+    while time.monotonic() < deadline_s and _signal_group(process.pid, 0):
+        process.poll()
         time.sleep(0.01)
-    _signal_group(keeper.pid, KILL)  # … for as long as it takes
-    for stream in (keeper.stdin, keeper.stdout):
+    _signal_group(process.pid, KILL)
+    for stream in (process.stdin, process.stdout):
         if stream is not None:
             stream.close()
-    keeper.wait()
+    process.wait()
 
 
 def _signal_group(leader: int, number: int) -> bool:
-    """Send a signal to a process and those it has started; return whether there are any.
+    """Send a signal to a process group; return whether the group exists.
 
-    Where there are no groups it is for the process alone: without it, workers end by themselves.
+    On systems without process groups only the leader gets the signal, and its workers then end by themselves.
     """
     try:
         if hasattr(os, "killpg"):
@@ -144,41 +147,41 @@ def _signal_group(leader: int, number: int) -> bool:
     return hasattr(os, "killpg")
 
 
-def version_here() -> str:
-    """Return the version of gpuprep; runs in the worker."""
+def worker_version() -> str:
+    """Return the version of gpuprep of this worker."""
     return __version__
 
 
 @cache
 def _prepare() -> None:
-    """Make of a worker of Dask one like ours, before its first task."""
+    """Set up a Dask worker like a worker of `Processes`, before its first task."""
     from threadpoolctl import threadpool_limits
 
     quiet_libraries()
     for name in FOR_VOLUMES:
-        import_module(name)  # a limit holds for the libraries that are there
+        import_module(name)  # the limit applies only to libraries that are loaded
     threadpool_limits(1)
 
 
-def do_task(run: str, ticket: int, payload: bytes) -> Answer:
-    """Do a task; runs in the worker."""
+def run_task(run: str, ticket: int, payload: bytes) -> Answer:
+    """Run a task in the worker, and return its answer."""
     distributed = distributed_module()
     worker, client = distributed.get_worker().address, distributed.get_client()
     if is_last_task() or distributed.Event(run, client=client).is_set():
-        return Answer("not begun", worker, os.getpid(), last=is_last_task())
+        return Answer("not started", worker, os.getpid(), last=is_last_task())
     _prepare()
-    # Returns when the scheduler has it, so that no task ends its worker before it is known to have begun.
+    # This call waits for the scheduler, so that the start is known before the task can kill its worker.
     client.log_event(run, (ticket, worker, os.getpid()))
-    function, task = pickle.loads(payload)  # noqa: S301 - made by our own client
+    function, task = pickle.loads(payload)  # noqa: S301 - made by gpuprep's own client
     placeholder = getattr(task, "backend", None)
-    if isinstance(placeholder, Elsewhere):
+    if isinstance(placeholder, RemoteBackend):
         try:
             task = replace(task, backend=placeholder.opened())
         except BackendError as exc:
             return Answer("no backend", worker, os.getpid(), str(exc))
     try:
         outcome = pickle.dumps(function(task))
-    except BaseException as exc:  # SystemExit too: what it ends is a task, as it would be in a worker of ours
+    except BaseException as exc:  # SystemExit, too, ends only the task
         log.exception("a task raised an exception")
         return Answer("raised", worker, os.getpid(), f"{type(exc).__name__}: {exc}", is_last_task())
     return Answer("done", worker, os.getpid(), outcome, is_last_task())

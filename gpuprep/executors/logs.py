@@ -1,4 +1,4 @@
-"""Silences messages of other libraries in processes that are ours alone."""
+"""Silences the logging of other libraries in the processes of gpuprep."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 
 def quiet_libraries() -> None:
-    """Keep pydicom from logging what ends up in a reason or does not matter."""
+    """Silence pydicom's log; its relevant messages appear in reasons."""
     logger = logging.getLogger("pydicom")
-    logger.addHandler(logging.NullHandler())  # without any, Python's last resort would print
-    logger.propagate = False  # its level would not stay: importing pydicom sets it
+    logger.addHandler(logging.NullHandler())  # without a handler, Python's last-resort handler would print
+    logger.propagate = False  # setting the level has no lasting effect, since importing pydicom sets it

@@ -1,8 +1,8 @@
 """Runs one function over many tasks, in this process or in worker processes.
 
-Each has ``run(function, tasks)``, which yields ``(task, outcome)`` as tasks finish, with no more tasks in flight than
-workers; the outcome is what the function returned, or `WorkerDiedError`. `stop` ends whatever runs. Dask is a third
-way: see `gpuprep.executors.dask`.
+Each executor has ``run(function, tasks)``, which yields ``(task, outcome)`` as tasks finish, with at most one task in
+flight per worker. The outcome is the function's result, or a `WorkerDiedError`. `stop` ends all workers. The third
+executor is in `gpuprep.executors.dask`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from gpuprep.executors.signals import held_back
 FOR_HEADERS = ("gpuprep.dicom.headers", "pydicom")
 FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.compute.process", "gpuprep.dicom.read", "gpuprep.output.writers")
 FOR_LOOPS = (*FOR_VOLUMES, "gpuprep.compute.numba_warmup")
-"""What workers need, imported once by the fork server, so that they share its pages."""
+"""Modules that workers need. The fork server imports them once, so workers share its memory pages."""
 
 HAVE_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
-LONGEST_WAIT_S = 3600.0
-"""At a time; the system counts milliseconds in 32 bits."""
+MAX_WAIT_S = 3600.0
+"""Longest single wait for outcomes, since the system counts milliseconds in 32 bits."""
 
-ATTEMPTS = 5
-"""To start a worker."""
+START_ATTEMPTS = 5
+"""Number of attempts to start a worker."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,7 +46,7 @@ R = TypeVar("R")
 class WorkerDiedError(GpuprepError):
     """A worker process ended in the middle of a task: killed, out of memory, or crashed in a decoder.
 
-    `deaths` is how many of them the task has cost.
+    `deaths` is the number of workers that died with the task.
     """
 
     def __init__(self, text: str, deaths: int = 1) -> None:
@@ -55,27 +55,28 @@ class WorkerDiedError(GpuprepError):
 
 
 class OverdueError(WorkerDiedError):
-    """A task took longer than it may, and its worker was ended."""
+    """A task exceeded the time limit, and its worker was ended."""
 
 
 def never() -> bool:
-    """Return False: nobody wants it to stop."""
+    """Return False; the default of `stopped`."""
     return False
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where some workers compute."""
+    """A group of workers that share a device and a memory budget."""
 
     workers: int
+    """Number of workers."""
     room: int | None = None
-    """What the tasks in flight there share, such as bytes of memory."""
+    """Total cost of tasks in flight in this group, such as bytes of memory; None for no limit."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables that the workers find set, such as which GPU they see."""
+    """Environment variables of the workers, such as those that select a GPU."""
 
 
 class Executor(Protocol):
-    """See the module's docstring."""
+    """Interface of executors: see the module's docstring."""
 
     def run(
         self,
@@ -91,21 +92,26 @@ class Executor(Protocol):
         Parameters
         ----------
         function : callable
-            What is to be done.
+            Function that is called with each task.
         tasks : iterable
-            They begin in their order; each is asked for only when there is a worker for it.
+            Tasks, begun in this order. The next one is taken only when a worker is free.
         cost : callable, optional
-            What a task takes of the room where it runs: it begins as soon as those in flight leave enough, alone if
-            need be.
+            Returns the share of its group's budget that a task needs. It begins as soon as the tasks in flight leave
+            enough, or when there are none.
         limit_s : float, optional
-            A task that takes longer is ended; its outcome is `OverdueError`.
+            Time limit in seconds. A task that exceeds it is ended; its outcome is `OverdueError`.
         stopped : callable, optional
-            Once it returns True no more tasks begin; those in flight are finished.
+            Once it returns True, no more tasks begin; those in flight are finished.
+
+        Yields
+        ------
+        tuple
+            The task, and the result of the function or a `WorkerDiedError`.
         """
         ...
 
     def stop(self) -> None:
-        """End all workers, in the middle of a task if need be."""
+        """End all workers, even in the middle of a task."""
         ...
 
 
@@ -115,25 +121,25 @@ def answers(
     tasks: list[list[T]],
     dead: Callable[[T, WorkerDiedError], R],
 ) -> Iterator[tuple[list[T], list[R]]]:
-    """Yield (task, one answer for each of its items); where a worker dies, its items are tried again one by one.
+    """Yield (batch, one answer per item); if a worker dies, the items of its batch are tried again one by one.
 
     Parameters
     ----------
     executor : Executor
-        Runs the function.
+        Executor that runs the function.
     function : callable
-        Answers a list of items.
+        Returns one answer per item of a batch.
     tasks : list of lists
-        The items.
+        Batches of items.
     dead : callable
-        Gives the answer for an item that takes its worker with it.
+        Returns the answer for an item whose worker died.
     """
     again = []
     for task, outcome in executor.run(function, tasks):
         if not isinstance(outcome, WorkerDiedError):
             yield task, outcome
         elif len(task) > 1:
-            again += [[item] for item in task]  # which of them was it?
+            again += [[item] for item in task]  # any of them may have killed the worker
         else:
             yield task, [dead(task[0], outcome)]
     if again:
@@ -141,13 +147,13 @@ def answers(
 
 
 class Here:
-    """One task after the other, in this thread; nothing can end one of them."""
+    """Executor in this thread: one task after the other, without time limit."""
 
     def run(
         self,
         function: Callable[[T], R],
         tasks: Iterable[T],
-        cost: Callable[[T], int] | None = None,  # noqa: ARG002 - each task is alone
+        cost: Callable[[T], int] | None = None,  # noqa: ARG002 - one task at a time
         *,
         limit_s: float | None = None,  # noqa: ARG002
         stopped: Callable[[], bool] = never,
@@ -162,8 +168,8 @@ class Here:
 
 
 @dataclass(slots=True)
-class _Flight:
-    """A task on its way."""
+class _TaskInFlight:
+    """A task that was sent to a worker."""
 
     task: Any
     place: Place
@@ -172,20 +178,20 @@ class _Flight:
 
 
 class Processes:
-    """Worker processes with one compute thread each; one that dies costs its task, and is replaced.
+    """Executor in worker processes with one compute thread each. A worker that dies fails its task and is replaced.
 
     Parameters
     ----------
     places : int or sequence of Place
-        How many workers, and where.
+        Number of workers, or groups of workers.
     prepare : callable, optional
-        Called in each of them before its first task.
+        Called in each worker before its first task.
     preload : tuple of str
-        Modules that they need.
+        Modules that the fork server imports for the workers.
 
     Notes
     -----
-    A worker may ask to be replaced after a task: see `last_task`.
+    A worker may request its replacement after a task: see `last_task`.
     """
 
     def __init__(
@@ -196,7 +202,7 @@ class Processes:
     ) -> None:
         self._context: Any = multiprocessing.get_context("forkserver" if HAVE_FORK_SERVER else "spawn")
         if HAVE_FORK_SERVER:
-            # Started later, in the middle of starting a worker, it would let through the signals that are held back.
+            # If it were started with the first worker, it would unblock the signals that `held_back` blocks.
             resource_tracker.ensure_running()
             self._context.set_forkserver_preload(list(preload))
         self._places = [Place(places)] if isinstance(places, int) else list(places)
@@ -206,7 +212,7 @@ class Processes:
 
     @property
     def jobs(self) -> int:
-        """Tasks that run at a time, at most."""
+        """Maximum number of tasks that run at the same time."""
         return sum(place.workers for place in self._places)
 
     def run(
@@ -219,55 +225,55 @@ class Processes:
         stopped: Callable[[], bool] = never,
     ) -> Iterator[tuple[T, R | WorkerDiedError]]:
         queue = iter(tasks)
-        flying: dict[Any, _Flight] = {}
+        in_flight: dict[Any, _TaskInFlight] = {}
         task: Any = _NONE
         while True:
-            while task is not _END and len(flying) < self.jobs and not stopped():
+            while task is not _END and len(in_flight) < self.jobs and not stopped():
                 task = next(queue, _END) if task is _NONE else task
                 if task is _END:
                     break
                 needed = cost(task) if cost is not None else 0
-                place = self._place(needed, flying.values())
+                place = self._choose_place(needed, in_flight.values())
                 if place is None:
                     break
-                flying[self._send(function, task, place)] = _Flight(task, place, needed, time.monotonic())
+                in_flight[self._send(function, task, place)] = _TaskInFlight(task, place, needed, time.monotonic())
                 task = _NONE
-            if not flying:
+            if not in_flight:
                 return
-            ready: list[Any] = wait_connections(list(flying), _patience_s(flying.values(), limit_s))
+            ready: list[Any] = wait_connections(list(in_flight), _wait_s(in_flight.values(), limit_s))
             for connection in ready:
-                flight = flying.pop(connection)
+                flight = in_flight.pop(connection)
                 outcome: R | WorkerDiedError
                 try:
                     outcome, last = connection.recv()
                 except (EOFError, OSError):
-                    outcome = WorkerDiedError(self._bury(connection))
+                    outcome = WorkerDiedError(self._reap(connection))
                 else:
                     if last:
-                        self._workers[connection].kill()  # its own way out may be blocked
-                        self._bury(connection)
+                        self._workers[connection].kill()  # its own exit may hang
+                        self._reap(connection)
                     else:
                         self._idle[id(flight.place)].append(connection)
                 yield flight.task, outcome
-            for connection, flight in list(flying.items()):
+            for connection, flight in list(in_flight.items()):
                 if limit_s is not None and time.monotonic() - flight.started_s >= limit_s:
-                    del flying[connection]
+                    del in_flight[connection]
                     self._workers[connection].kill()
-                    self._bury(connection)
+                    self._reap(connection)
                     yield flight.task, OverdueError(f"not finished after {limit_s:g} s")
 
-    def _place(self, needed: int, flying: Iterable[_Flight]) -> Place | None:
-        """Return where a task may begin: of the places with a free worker and enough room, the emptiest."""
-        there: dict[int, list[int]] = {id(place): [] for place in self._places}
-        for flight in flying:
-            there[id(flight.place)].append(flight.cost)
+    def _choose_place(self, needed: int, in_flight: Iterable[_TaskInFlight]) -> Place | None:
+        """Return the least busy place with a free worker and enough budget for a task; None if there is none."""
+        costs: dict[int, list[int]] = {id(place): [] for place in self._places}
+        for flight in in_flight:
+            costs[id(flight.place)].append(flight.cost)
         free = [
             place
             for place in self._places
-            if len(taken := there[id(place)]) < place.workers
-            and (not taken or place.room is None or sum(taken) + needed <= place.room)
+            if len(used := costs[id(place)]) < place.workers
+            and (not used or place.room is None or sum(used) + needed <= place.room)
         ]
-        return min(free, key=lambda place: len(there[id(place)]) / place.workers, default=None)
+        return min(free, key=lambda place: len(costs[id(place)]) / place.workers, default=None)
 
     def stop(self) -> None:
         for worker in self._workers.values():
@@ -280,51 +286,51 @@ class Processes:
             idle.clear()
 
     def _send(self, function: Callable[[Any], Any], task: Any, place: Place) -> Any:
-        """Give a task to an idle worker of a place, or to a new one; one that died while idle is replaced."""
+        """Send a task to an idle or new worker of a place, and return the connection to it."""
         idle = self._idle[id(place)]
         while idle:
             connection = idle.pop()
             try:
                 connection.send((function, task))
             except OSError:
-                self._bury(connection)
+                self._reap(connection)
             else:
                 return connection
-        for attempt in range(ATTEMPTS):
+        for attempt in range(START_ATTEMPTS):
             try:
-                connection = self._hire(place)
+                connection = self._start_worker(place)
                 break
             except (EOFError, OSError) as exc:
-                # The fork server has died. It is started again by asking once more, when its end has been noticed.
-                if attempt == ATTEMPTS - 1:
+                # The fork server died. The next attempt restarts it, once its end has been detected.
+                if attempt == START_ATTEMPTS - 1:
                     raise BackendError(
                         f"no worker process can be started ({type(exc).__name__}: {exc}), most often for lack of "
                         "memory: use fewer --jobs"
                     ) from exc
                 time.sleep(0.1 * attempt)
-        with contextlib.suppress(OSError):  # it died at once: reading the answer will tell
+        with contextlib.suppress(OSError):  # the worker died at once, and reading its answer will fail
             connection.send((function, task))
         return connection
 
-    def _hire(self, place: Place) -> Any:
+    def _start_worker(self, place: Place) -> Any:
         """Start a worker at a place and return the connection to it."""
-        connection, theirs = self._context.Pipe()
+        connection, worker_end = self._context.Pipe()
         try:
             worker = self._context.Process(
-                target=_work, args=(theirs, self._prepare, dict(place.environment)), daemon=True
+                target=_serve_tasks, args=(worker_end, self._prepare, dict(place.environment)), daemon=True
             )
-            with _hidden_main(), _no_strangers(), held_back():
+            with _hidden_main_module(), _safe_import_path(), held_back():
                 worker.start()
         except BaseException:
             connection.close()
             raise
         finally:
-            theirs.close()  # so that the worker's end closes with the worker
+            worker_end.close()  # so that the pipe closes when the worker ends
         self._workers[connection] = worker
         return connection
 
-    def _bury(self, connection: Any) -> str:
-        """Forget a dead worker and say how it died."""
+    def _reap(self, connection: Any) -> str:
+        """Remove a dead worker and return the cause of its death as text."""
         worker = self._workers.pop(connection)
         connection.close()
         worker.join()
@@ -342,30 +348,33 @@ _NONE: Any = object()
 _END: Any = object()
 
 
-def _patience_s(flying: Iterable[_Flight], limit_s: float | None) -> float | None:
-    """Return how long to wait for outcomes: until the first task is overdue."""
+def _wait_s(in_flight: Iterable[_TaskInFlight], limit_s: float | None) -> float | None:
+    """Return the time to wait for outcomes: until the first task is overdue, or None without a limit."""
     if limit_s is None:
         return None
-    return min(LONGEST_WAIT_S, max(0.0, min(flight.started_s for flight in flying) + limit_s - time.monotonic()))
+    return min(MAX_WAIT_S, max(0.0, min(flight.started_s for flight in in_flight) + limit_s - time.monotonic()))
 
 
-_ending = False
+_replacement_requested = False
 
 
 def last_task() -> None:
-    """Have this worker end, and be replaced, once it has given its outcome; it is in no state to do more."""
-    global _ending
-    _ending = True
+    """Request that this worker is replaced after its current task, since it cannot run further tasks."""
+    global _replacement_requested
+    _replacement_requested = True
 
 
 def is_last_task() -> bool:
-    """Whether this process has said that it is in no state to do more: see `last_task`."""
-    return _ending
+    """Return whether this process has called `last_task`."""
+    return _replacement_requested
 
 
 @contextlib.contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Keep a new worker from running the main script again: no task lives there, and a script needs no guard then."""
+def _hidden_main_module() -> Iterator[None]:
+    """Keep a new worker from importing the main script, so that scripts need no ``if __name__ == "__main__"``.
+
+    Tasks are never defined in the main script.
+    """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -375,8 +384,8 @@ def _hidden_main() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_strangers() -> Iterator[None]:
-    """Keep a new Python from looking for modules in the current folder first: there may be a pydicom.py in it."""
+def _safe_import_path() -> Iterator[None]:
+    """Keep a new Python from importing modules of the current folder, which may hold a pydicom.py."""
     former = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -388,27 +397,27 @@ def _no_strangers() -> Iterator[None]:
             os.environ["PYTHONSAFEPATH"] = former
 
 
-def _end_with_parent() -> None:
-    """Leave when the parent is gone, in the middle of a task if need be; a thread of the worker."""
+def _exit_with_parent() -> None:
+    """End this worker when its parent ends, even in the middle of a task; runs in a thread."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _work(connection: Any, prepare: Callable[[], None] | None, environment: dict[str, str]) -> None:
-    """Answer tasks until the other end closes; runs in the worker."""
+def _serve_tasks(connection: Any, prepare: Callable[[], None] | None, environment: dict[str, str]) -> None:
+    """Receive tasks and send outcomes until the parent closes the connection; main function of a worker."""
     os.environ.update(environment)
     if prepare is not None:
         prepare()
     from threadpoolctl import threadpool_limits
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    gc.freeze()  # a collection would touch, and so copy, every page shared with the other workers
-    threadpool_limits(1)  # one process per core beats several BLAS threads in each
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    gc.freeze()  # a collection would write to, and so copy, all pages shared with other workers
+    threadpool_limits(1)  # one process per core is faster than several BLAS threads in each
     with contextlib.suppress(EOFError, OSError):
         while True:
             function, task = connection.recv()
-            connection.send((function(task), _ending))
-            if _ending:
+            connection.send((function(task), _replacement_requested))
+            if _replacement_requested:
                 return

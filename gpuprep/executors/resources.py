@@ -1,4 +1,4 @@
-"""Chooses what computes: this process, workers on this machine or its GPUs, or those of a Dask cluster."""
+"""Chooses the executor of a run: this process, worker processes on this machine or its GPUs, or a Dask cluster."""
 
 from __future__ import annotations
 
@@ -15,35 +15,46 @@ from gpuprep.executors.processes import FOR_LOOPS, FOR_VOLUMES, Executor, Here, 
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What runs the tasks of a run, and what it has for them."""
+    """Backend, executor, worker count and memory budget of a run."""
 
     backend: Backend
+    """Backend that tasks carry to their worker."""
     executor: Executor
+    """Executor of the tasks."""
     workers: int
+    """Number of tasks that run at the same time."""
     room: int | None
+    """Bytes of memory that all volumes in flight share; None if unlimited or unknown."""
     at_rest_bytes: int
+    """Bytes of memory of a worker without a volume."""
 
 
 def chosen_means(
     backend: BackendName | Backend, gpus: Sequence[int] | None, scheduler: str | None, jobs: int | None, share: float
 ) -> Means:
-    """Return what runs the tasks."""
+    """Return executor, worker count and memory budget for the options of a run.
+
+    Raises
+    ------
+    RequestError
+        If `backend` is an object although a Dask scheduler is given.
+    """
     if scheduler is not None:
         from gpuprep.executors.dask import Cluster
-        from gpuprep.executors.dask_worker import elsewhere
+        from gpuprep.executors.dask_worker import remote_gpu
 
         if not isinstance(backend, str):
-            raise RequestError("the workers of a scheduler open their backend themselves: give its name")
-        there = elsewhere() if backend == "gpu" else get_backend("cpu")
+            raise RequestError("Dask workers open their backend themselves: give the name of the backend")
+        remote = remote_gpu() if backend == "gpu" else get_backend("cpu")
         cluster = Cluster(scheduler, jobs, gpu=backend == "gpu")
-        return Means(there, cluster, cluster.jobs, None, AT_REST_BYTES[there.body])
+        return Means(remote, cluster, cluster.jobs, None, AT_REST_BYTES[remote.body])
     return means_of(get_backends(backend, gpus) if isinstance(backend, str) else [backend], jobs, share)
 
 
 def means_of(
     backends: Sequence[Backend], jobs: int | None, share: float, preload: tuple[str, ...] | None = None
 ) -> Means:
-    """Return the executor that computes on the host, or on some GPUs, and its room for volumes."""
+    """Return executor, worker count and memory budget on this machine: on the host, or on some GPUs."""
     backend = backends[0].alone()
     preload = preload or (FOR_LOOPS if backend.body == "loops" else FOR_VOLUMES)
     if backend.free_bytes() is None:
@@ -56,8 +67,8 @@ def means_of(
     places = []
     for n, device in enumerate(backends):
         free = device.free_bytes() or 0
-        # Cores, or what was asked for, are dealt out to the devices.
-        hands = workers(free, ((jobs or usable_cores()) + n) // len(backends))
-        places.append(Place(hands, for_volumes(free, hands, CONTEXT_BYTES, share), device.environment()))
+        # The requested workers, by default one per core, are divided evenly among the devices.
+        count = workers(free, ((jobs or usable_cores()) + n) // len(backends))
+        places.append(Place(count, for_volumes(free, count, CONTEXT_BYTES, share), device.environment()))
     count, room = sum(p.workers for p in places), sum(p.room or 0 for p in places)
     return Means(backend, Processes(places, quiet_libraries, preload), count, room, CONTEXT_BYTES)

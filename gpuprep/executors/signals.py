@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and SIGTERM: once finishes what is in flight, twice stops now."""
+"""Handles SIGINT and SIGTERM: the first requests a graceful stop, the second stops at once."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 
-def _say_nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
 @dataclass(slots=True)
 class Stop:
-    """A wish to stop that somebody may utter during a run: `interrupt` is a signal handler for it."""
+    """Stop request of a run, set by the signal handler `interrupt`."""
 
-    told: Callable[[], None] = _say_nothing
-    """Called when the wish is heard; within a signal handler, so it may not do much."""
+    on_request: Callable[[], None] = _do_nothing
+    """Called at the first signal, inside the signal handler, so it must be reentrant and short."""
     asked: bool = False
-    """Whether the run should finish what is in flight, and begin nothing more."""
+    """Whether a stop was requested: tasks in flight are finished, and no more begin."""
     _in_flight: bool = False
 
     @contextmanager
     def in_flight(self) -> Iterator[None]:
-        """Tell that there is something to finish, as long as the block lasts."""
+        """Enable the graceful stop during the block: there are tasks in flight to finish."""
         self._in_flight = True
         try:
             yield
@@ -32,19 +32,19 @@ class Stop:
             self._in_flight = False
 
     def interrupt(self, *_: object) -> None:
-        """Wish to stop; raise KeyboardInterrupt if that was wished before, or nothing is in flight."""
+        """Request a stop; raise KeyboardInterrupt at the second request, or if no task is in flight."""
         if self.asked or not self._in_flight:
             raise KeyboardInterrupt
         self.asked = True
-        self.told()
+        self.on_request()
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the block is over.
+    """Block SIGINT and SIGTERM until the end of the block.
 
-    Around imports, because Python drops what a signal raises in the middle of some of their clean-ups; and around the
-    start of a process, which inherits the state and so never hears what is its parent's to handle.
+    Needed around imports, because Python discards exceptions that a signal handler raises in some of their clean-ups;
+    and around the start of a worker, which inherits the blocked signals, so that only its parent handles them.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield

@@ -1,1 +1,1 @@
-"""Bytes, wherever they lie: on disk, in an archive, at a URL."""
+"""Access to bytes on disk, in archives and at URLs."""

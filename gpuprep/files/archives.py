@@ -1,4 +1,4 @@
-"""Lists files inside gzip'd files and zip archives, and reads them as streams; nothing is unpacked to disk."""
+"""Lists the files inside gzip'd files and zip archives, and reads them as streams without unpacking to disk."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 GZIP_MEMBER = ""
-"""The content of a gzip'd file has the empty name; no member of an archive can be opened by it."""
+"""Member name of the content of a gzip'd file. Members of zip archives without a name cannot be opened."""
 
 LARGEST_MEMBER_BYTES = 4 << 30
 LARGEST_RATIO, RATIO_FREE_BYTES = 50, 64 << 20
-"""Nothing may unpack to more than so many times its size, once it is larger than the second number: a zip bomb."""
+"""Upper limit of unpacked size / packed size for members larger than `RATIO_FREE_BYTES`, against zip bombs."""
 MOST_MEMBERS = 1_000_000
 LARGEST_DIRECTORY_BYTES = 256 << 20
 
 CHUNK_BYTES = 32 << 10
-"""What is unpacked at a time. A header is in the first one, and a larger one is hardly faster."""
+"""Bytes unpacked at a time. The first chunk usually contains the header; larger chunks are hardly faster."""
 
 CACHED_ARCHIVES = 4
+"""Number of open archives kept for further members."""
 
 
 class ContainerError(OSError):
-    """The archive, or what is in it, cannot be read; the text is one line."""
+    """An archive or a member cannot be read; the text is one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,11 @@ class Member:
     Attributes
     ----------
     name : str
-        As in the archive, and so not to be trusted: see `safe_parts`.
+        Name as in the archive, which is untrusted: see `safe_parts`.
     bytes : int
-        Size when unpacked, as announced; of a gzip'd file, which announces none, its own size.
+        Declared unpacked size; for a gzip'd file, which declares none, its packed size.
     error : str
-        Why it cannot be opened, or nothing.
+        Reason why it cannot be opened, or "".
     """
 
     name: str
@@ -61,46 +62,46 @@ class Member:
 
 
 def kind(head: bytes) -> Literal["zip", "gzip"] | None:
-    """Return what the first four bytes of a file announce; the name of the file does not matter."""
+    """Return the container format of a file, detected from its first four bytes."""
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return "zip"
     return "gzip" if head[:2] == b"\x1f\x8b" else None
 
 
 def safe_parts(name: str) -> list[str]:
-    """Return the path components of a member's name, such that joined below a folder they never leave it.
+    """Return the path components of a member's name, made safe: joined below a folder, they stay inside it.
 
     Parameters
     ----------
     name : str
-        As in the archive: absolute, with drive letters, backslashes, ``..``, whatever its maker fancied.
+        Name as in the archive; may be absolute, or have drive letters, backslashes or ``..``.
 
     Returns
     -------
     list of str
-        Names for folders and a file; none where nothing of the name is left.
+        Names of folders and the file; empty if no part of the name remains.
     """
     name = re.sub(r"^(?:[A-Za-z]:|[\\/])+", "", name).replace("\0", "%00")
     return ["%2E%2E" if p == ".." else p for p in re.split(r"[\\/]", name) if p not in ("", ".")]
 
 
 def members(path: str) -> Iterator[Member]:
-    """Yield the regular files in an archive, in its order. Archives among them are not entered.
+    """Yield the regular files in an archive, in its order; nested archives are not entered.
 
     Parameters
     ----------
     path : str
-        A zip archive; or a gzip'd file, which has one member, `GZIP_MEMBER`.
+        A zip archive, or a gzip'd file, which has one member, `GZIP_MEMBER`.
 
     Yields
     ------
     Member
-        Also those that cannot be opened, with the reason.
+        Members that cannot be opened are included, with the reason.
 
     Raises
     ------
     ContainerError
-        If the archive is damaged or beyond the limits of this module.
+        If the archive is damaged or exceeds the limits of this module.
     """
     if _is_gzip(path):
         yield Member(GZIP_MEMBER, filesystem.stat(path).st_size)
@@ -108,7 +109,7 @@ def members(path: str) -> Iterator[Member]:
     archive = _archive(path)
     for info in archive.infolist():
         if _is_file(info):
-            # An archive that was added to may hold a file twice. What unpacks it ends up with the later one.
+            # An updated archive may hold a name twice. Unpacking programs keep the later member.
             replaced = archive.getinfo(info.filename) is not info
             error = _refusal(info) or ("a later member has the same name" if replaced else "")
             yield Member(info.filename, info.file_size, error)
@@ -127,14 +128,14 @@ def open_member(path: str, member: str) -> BinaryIO:
     Returns
     -------
     binary file
-        Can seek. It unpacks no more than is read, in constant memory; going back by more than 32 KiB begins again at
-        the front. The last bytes come only after the checksum has turned out right.
+        A seekable stream. It unpacks only as far as it is read, in constant memory; seeking back by more than 32 KiB
+        unpacks again from the start. The last bytes are returned only after the checksum was verified.
 
     Raises
     ------
     ContainerError
-        If the member is absent or unreadable; from the methods of the file, if it turns out to be damaged, shorter
-        than announced, or beyond the limits of this module.
+        If the member is absent or unreadable; from the methods of the file, if it is damaged, shorter than declared,
+        or exceeds the limits of this module.
     """
     if member == GZIP_MEMBER:
         packed = filesystem.opened(path)
@@ -142,7 +143,7 @@ def open_member(path: str, member: str) -> BinaryIO:
             packed.close()
             raise ContainerError("not a gzip'd file")
         limit = min(LARGEST_MEMBER_BYTES, max(RATIO_FREE_BYTES, LARGEST_RATIO * packed.seek(0, os.SEEK_END)))
-        return io.BufferedReader(_Stream(lambda: _unpacking(packed), f"{path}/", None, limit, packed), CHUNK_BYTES)
+        return io.BufferedReader(_Stream(lambda: _open_gzip(packed), f"{path}/", None, limit, packed), CHUNK_BYTES)
     archive = _archive(path)
     info = archive.NameToInfo.get(member)
     if info is None or not _is_file(info):
@@ -154,16 +155,16 @@ def open_member(path: str, member: str) -> BinaryIO:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn what zipfile, gzip and zlib make of damaged files into a `ContainerError`; disks may fail as they do."""
+def _damage_as_container_error() -> Iterator[None]:
+    """Turn errors of zipfile, gzip and zlib on damaged files into a `ContainerError`; pass on errors of the disk."""
     try:
         yield
     except EOFError as exc:  # has no text
-        raise ContainerError("cut short: its data have no end") from exc
+        raise ContainerError("cut short: the data end too early") from exc
     except (OSError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, OverflowError) as exc:
         if isinstance(exc, ContainerError):
             raise
-        # BadGzipFile has no number; the other one comes from positions that no file can have.
+        # BadGzipFile has no errno. EINVAL results from seeking to impossible positions in damaged archives.
         if isinstance(exc, OSError) and exc.errno not in (None, errno.EINVAL):
             raise
         raise ContainerError(f"cannot be read: {' '.join(str(exc).split())}") from exc
@@ -174,40 +175,40 @@ def _is_gzip(path: str) -> bool:
         return kind(file.read(4) or b"") == "gzip"
 
 
-def _unpacking(packed: io.RawIOBase) -> gzip.GzipFile:
+def _open_gzip(packed: io.RawIOBase) -> gzip.GzipFile:
     packed.seek(0)
     return gzip.GzipFile(fileobj=packed)
 
 
 class _ArchiveFile(io.BufferedReader):
-    """What zipfile reads from. It asks for the directory in one piece, which is where its size can be limited."""
+    """File for zipfile, which reads the directory with one call; this call limits its size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LARGEST_DIRECTORY_BYTES:
             limit = LARGEST_DIRECTORY_BYTES
             raise ContainerError(f"the archive announces a directory of {size} bytes, more than the limit of {limit}")
         data = super().read(size)
-        # Counted before anything is made of them, for the number in the end record is only a claim.
+        # The entries are counted before zipfile parses them, since the count in the end record may be wrong.
         if data.count(b"PK\x01\x02") > MOST_MEMBERS:
             raise ContainerError(f"the archive has more members than the limit of {MOST_MEMBERS}")
         return data
 
     def __del__(self) -> None:
-        self.close()  # an archive that left the cache, and all of whose streams are closed
+        self.close()  # when the archive has left the cache and all its streams are closed
 
 
 def _archive(path: str) -> zipfile.ZipFile:
     status = filesystem.stat(path)
-    # Processes must not share a file, for each would move the other's position; threads may, zipfile has a lock.
-    return _parsed(path, status.st_ino, status.st_size, status.st_mtime_ns, os.getpid())
+    # The process ID is part of the key, since forked processes share file positions. Threads may share: zipfile locks.
+    return _open_cached(path, status.st_ino, status.st_size, status.st_mtime_ns, os.getpid())
 
 
 @lru_cache(CACHED_ARCHIVES)
-def _parsed(path: str, *_: int) -> zipfile.ZipFile:
-    """Open an archive, once for all of its members. It is closed when neither the cache nor a stream refers to it."""
+def _open_cached(path: str, *_: int) -> zipfile.ZipFile:
+    """Open an archive once for all its members. It is closed when neither the cache nor a stream refers to it."""
     file = _ArchiveFile(filesystem.opened(path))
     try:
-        with _one_line():
+        with _damage_as_container_error():
             return zipfile.ZipFile(file)
     except BaseException:
         file.close()
@@ -215,19 +216,19 @@ def _parsed(path: str, *_: int) -> zipfile.ZipFile:
 
 
 def _is_file(info: zipfile.ZipInfo) -> bool:
-    """Whether a member is a regular file, or a pipe, as `zip` calls what it was given through one; links are not."""
+    """Return whether a member is a regular file, or a pipe, the type that `zip` gives to its standard input."""
     unix = stat.S_IFMT(info.external_attr >> 16) if info.create_system == 3 else 0
     folder = info.filename.endswith(("/", "\\")) or info.external_attr & 0x10
     return not folder and unix in (0, stat.S_IFREG, stat.S_IFIFO)
 
 
 def _refusal(info: zipfile.ZipInfo) -> str:
-    """Return why a member cannot be opened, as far as the directory shows."""
+    """Return the reason why a member cannot be opened, according to the directory; "" if there is none."""
     if not info.filename:
         return "has no name"
     if info.flag_bits & (0x0001 | 0x0040 | 0x2000):
         return "encrypted"
-    # Others are expanded by zipfile without bound, and nobody packs DICOM so.
+    # zipfile does not limit the output of other methods, and they are not used for DICOM.
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return f"compressed with an unusual method, number {info.compress_type}"
     if info.file_size > LARGEST_MEMBER_BYTES:
@@ -238,30 +239,33 @@ def _refusal(info: zipfile.ZipInfo) -> str:
 
 
 class _Stream(io.RawIOBase):
-    """A file of zipfile or gzip within limits, whose failures last, and with small steps back that cost nothing."""
+    """Seekable stream of an unpacked member with a size limit.
 
-    _file: IO[bytes] | gzip.GzipFile = io.BytesIO()  # until there is one
+    The last two chunks are kept, so short seeks backwards need no unpacking. After an error, every read fails.
+    """
+
+    _file: IO[bytes] | gzip.GzipFile = io.BytesIO()  # placeholder until `_restart`
 
     def __init__(
         self,
-        opened: Callable[[], IO[bytes] | gzip.GzipFile],
+        open_file: Callable[[], IO[bytes] | gzip.GzipFile],
         name: str,
         size: int | None,
         limit: int,
-        packed: io.RawIOBase | None = None,  # is closed with this one
+        packed: io.RawIOBase | None = None,  # is closed with this stream
     ):
         super().__init__()
         self._packed = packed
-        self.name = name  # pydicom asks a buffered reader for one; where it looks, nothing may be
-        self._opened, self._size, self._limit = opened, size, limit
-        self._at, self._failure = 0, ""
+        self.name = name  # pydicom reads the name of buffered readers; no file of this name exists
+        self._open_file, self._size, self._limit = open_file, size, limit
+        self._position, self._failure = 0, ""
         self._restart()
 
     def _restart(self) -> None:
-        self._file.close()  # and no seek, after which newer versions of zipfile no longer look at the checksum
-        with _one_line():
-            self._file = self._opened()
-        self._unpacked, self._last = 0, b""  # how much there was so far, and the last two chunks of it
+        self._file.close()  # instead of a seek, after which newer versions of zipfile no longer verify the checksum
+        with _damage_as_container_error():
+            self._file = self._open_file()
+        self._unpacked, self._tail = 0, b""  # number of bytes unpacked, and the last two chunks of them
 
     def readable(self) -> bool:
         return True
@@ -270,28 +274,28 @@ class _Stream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        if self._at < self._unpacked - len(self._last):
+        if self._position < self._unpacked - len(self._tail):
             self._restart()
-        while self._at >= self._unpacked and self._advance():
+        while self._position >= self._unpacked and self._advance():
             pass
         view = memoryview(buffer).cast("B")
-        start = len(self._last) - max(0, self._unpacked - self._at)
-        data = self._last[start : start + len(view)]
+        start = len(self._tail) - max(0, self._unpacked - self._position)
+        data = self._tail[start : start + len(view)]
         view[: len(data)] = data
-        self._at += len(data)
+        self._position += len(data)
         return len(data)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        # Nothing moves until something is read: those who look for the size, and come back, unpack nothing.
+        # Unpacking waits for the next read, so seeking to the end for the size and back unpacks nothing.
         if self.closed:
             raise ValueError("seek of closed file")
-        while whence == os.SEEK_END and self._size is None:  # gzip: to know it, one has to go there
+        while whence == os.SEEK_END and self._size is None:  # the size of gzip'd data is known only at their end
             self._advance()
-        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at}.get(whence, self._size or 0)
-        if at < 0:
+        position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence, self._size or 0)
+        if position < 0:
             raise ValueError("negative position")
-        self._at = at
-        return at
+        self._position = position
+        return position
 
     def close(self) -> None:
         self._file.close()
@@ -301,13 +305,13 @@ class _Stream(io.RawIOBase):
 
     def _advance(self) -> bool:
         """Unpack the next chunk; return whether there was one."""
-        if self._failure:  # zipfile complains only once, and what follows looks like the end
+        if self._failure:  # zipfile raises only once; later reads would look like the end of the file
             raise ContainerError(self._failure)
         try:
-            with _one_line():
+            with _damage_as_container_error():
                 chunk = self._file.read(CHUNK_BYTES)
                 if isinstance(self._file, gzip.GzipFile):
-                    self._file.peek(1)  # at the end it looks at the checksum: before the last bytes are handed out
+                    self._file.peek(1)  # verifies the checksum at the end, before the last bytes are returned
             self._unpacked += len(chunk)
             if self._unpacked > self._limit:
                 raise ContainerError(f"unpacks to more than {self._limit} bytes, the limit for its size")
@@ -318,5 +322,5 @@ class _Stream(io.RawIOBase):
             raise
         if not chunk:
             self._size = self._unpacked
-        self._last = (self._last + chunk)[-2 * CHUNK_BYTES :]
+        self._tail = (self._tail + chunk)[-2 * CHUNK_BYTES :]
         return bool(chunk)

@@ -1,4 +1,4 @@
-"""Bounds what pydicom reads of a file, since it believes every length."""
+"""Limits what pydicom reads from a file, since pydicom trusts every declared length."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ from gpuprep.files.archives import open_member
 from gpuprep.files.filesystem import opened
 
 LARGE_BYTES = 2**20
-"""More is read piece by piece: memory is taken for what is there, not for what a damaged length announces."""
+"""Larger reads are split into pieces of this size, so that a damaged length allocates no more than the file holds."""
 
 MOST_READS = 500_000
-"""A header of thousands of frames takes fewer; zeros that go on for ever look like elements without end."""
+"""Upper limit of reads per header. A header of thousands of frames needs fewer; a long run of zeros would need more,
+since pydicom parses it as elements."""
 
 
 class FrugalReader(io.BufferedReader):
-    """A file that takes no memory for what is not there, and gives up on headers that do not end.
+    """A file that allocates memory only for bytes that exist, and fails on endless headers.
 
     Parameters
     ----------
     raw : RawIOBase
         The file.
     most_bytes : int, optional
-        Refuse to read more at once.
+        Upper limit of bytes per read.
     most_reads : int, optional
-        Give up after so many.
+        Upper limit of reads.
+
+    Raises
+    ------
+    ValueError
+        From `read`: if a limit is exceeded.
     """
 
     def __init__(self, raw: io.RawIOBase, most_bytes: int | None = None, most_reads: int = MOST_READS) -> None:
@@ -50,7 +56,7 @@ class FrugalReader(io.BufferedReader):
 
 
 def open_frugally(path: str, member: str | None, most_bytes: int | None = None) -> BinaryIO:
-    """Open a file, or what is packed into it, for pydicom; as `FrugalReader` says."""
+    """Open a file, or a member of an archive, as a `FrugalReader` for pydicom."""
     if member is None:
         return FrugalReader(opened(path, head=most_bytes is not None), most_bytes)
     packed = cast(io.BufferedReader, open_member(path, member))

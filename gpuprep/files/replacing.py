@@ -1,4 +1,4 @@
-"""Writes files that appear whole, on disk, or not at all."""
+"""Writes files atomically, and flushes them to disk."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import TextIO
 def replacing(
     file: Path, *, within: Path | None = None, private: bool = False, errors: str = "strict"
 ) -> Iterator[TextIO]:
-    """Open a text file that takes the place of a former one when it is closed; it is written beside it.
+    """Open a temporary text file that replaces `file` when the block ends without an error.
 
     Parameters
     ----------
     file : Path
-        Where it will be. Where an error ends the writing, what was there stays.
+        Path of the complete file. After an error, a former file of this path is unchanged.
     within : Path, optional
-        The folder, on the same file system, in which it is written.
+        Folder of the temporary file, on the same file system; by default that of `file`.
     private : bool
-        Whether only its owner may read it.
+        Whether only the owner may read the file.
     errors : str
-        What becomes of characters that UTF-8 lacks, as for `open`.
+        Handling of text that UTF-8 cannot encode, as for `open`.
     """
     part = (within or file.parent) / f"{file.name}.part"
     try:
-        if private:  # also where a former run left one that others may read
+        if private:  # a part of a former run may be readable by others
             part.unlink(missing_ok=True)
         mode, kind = (0o600, os.O_EXCL) if private else (0o666, os.O_TRUNC)
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | kind, mode)
@@ -43,12 +43,12 @@ def replacing(
 
 
 def flush(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on disk: what loss of power must not take."""
+    """Flush a file, or the entries of a folder, to disk, so that they survive a loss of power."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
     except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems know no such thing
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by every file system
             raise
     finally:
         os.close(file)

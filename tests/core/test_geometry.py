@@ -1,4 +1,4 @@
-"""The grid: what resizing and cropping do to the place of voxels, worked out from extents, centres and SciPy."""
+"""Tests of `Geometry`: voxel positions after resizing and cropping, against extents, centres and SciPy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ points = st.tuples(st.floats(-500, 500), st.floats(-500, 500), st.floats(-500, 5
 
 @st.composite
 def geometries(draw: st.DrawFn, shape: st.SearchStrategy[Shape3] = shapes) -> Geometry:
-    """Any orientation, any spacing, either handedness, with or without a lean."""
+    """Draw a grid of any orientation, spacing and handedness, with or without shear."""
     rotation = Rotation.from_rotvec(draw(st.tuples(*[st.floats(-3, 3)] * 3))).as_matrix()
     affine = np.eye(4)
     affine[:3, :3] = rotation * np.array(draw(spacings)) * draw(st.sampled_from([(1, 1, 1), (-1, 1, 1), (1, 1, -1)]))
@@ -37,7 +37,7 @@ def geometries(draw: st.DrawFn, shape: st.SearchStrategy[Shape3] = shapes) -> Ge
 
 
 def by_hand(affine: Floats, index: tuple[float, ...]) -> Floats:
-    """Return where an index lies, column by column of the affine."""
+    """Return the position of an index, summed column by column of the affine."""
     k, j, i = index
     return np.asarray(affine[:3, 0] * k + affine[:3, 1] * j + affine[:3, 2] * i + affine[:3, 3])
 
@@ -55,7 +55,7 @@ def test_points_follow_the_affine(geometry: Geometry, index: tuple[float, ...]) 
 @settings(deadline=None)
 @given(geometries(), shapes)
 def test_resizing_keeps_the_outer_faces(geometry: Geometry, shape: Shape3) -> None:
-    # Traps 14, 15, 17: no shift of half a voxel, and the spacing is that of the extent.
+    # Traps 14, 15, 17: no shift of half a voxel, and the spacing follows from the extent.
     resized = geometry.resized(shape)
     assert resized.shape == shape
     for old, new in zip(corners(-0.5, geometry.shape, -0.5), corners(-0.5, shape, -0.5), strict=True):
@@ -82,8 +82,8 @@ def test_corner_resizing_of_a_single_voxel_keeps_the_first_centre(source: Shape3
 
 @pytest.mark.parametrize("grid_mode", [True, False])
 @pytest.mark.parametrize("target", [(11, 7, 9), (3, 14, 8)])
-def test_the_new_grid_is_where_scipy_samples(target: Shape3, grid_mode: bool) -> None:
-    # A volume whose values are positions, zoomed by SciPy, holds the positions of the new voxels.
+def test_resized_grids_lie_where_scipy_samples(target: Shape3, grid_mode: bool) -> None:
+    # SciPy zooms a volume whose values are positions; the result holds the positions of the new voxels.
     source = (5, 9, 8)
     affine = np.array([[0.1, 0.2, 0.7, -30], [0.3, 0.8, -0.2, 12], [2.4, -0.1, 0.2, 77], [0, 0, 0, 1]])
     geometry = Geometry(source, affine)
@@ -167,7 +167,7 @@ def test_a_grid_has_three_axes(shape: Shape3) -> None:
     [np.eye(3), np.eye(4)[:3], np.zeros((4, 4)), np.diag([1, 1, 0, 1]), np.diag([1, np.nan, 1, 1]),
      np.diag([1, 1, np.inf, 1]), np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])],
 )  # fmt: skip
-def test_an_affine_that_is_no_grid_is_refused(affine: Floats) -> None:
+def test_a_singular_non_finite_or_misshapen_affine_is_refused(affine: Floats) -> None:
     with pytest.raises(GeometryError, match="finite, invertible 4 × 4"):
         Geometry((2, 2, 2), affine)
 
@@ -190,7 +190,7 @@ def test_grids_that_differ_are_not_close() -> None:
 
 
 def test_grids_with_exchanged_axes_are_not_close() -> None:
-    # Trap 35: first and last voxel of a square slice stay where they are when rows and columns are exchanged.
+    # Trap 35: exchanging rows and columns of a square slice leaves its first and last voxel in place.
     geometry = Geometry((4, 4, 4), np.eye(4))
     for order in ([0, 2, 1, 3], [1, 0, 2, 3], [1, 2, 0, 3]):
         assert not geometry.is_close(Geometry((4, 4, 4), geometry.affine[:, order]))

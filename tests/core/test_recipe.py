@@ -1,4 +1,4 @@
-"""The recipe: TOML in and out, presets, and a clear refusal of every value that makes no sense."""
+"""Tests of `Recipe`: the TOML round trip, presets, and the refusal of invalid values."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_two_ways_to_write_one_recipe_have_one_hash(one: Recipe, other: Recipe) 
     assert one.sha256 == other.sha256
 
 
-def test_the_default_is_what_the_design_says() -> None:
+def test_the_default_recipe_has_the_documented_values() -> None:
     assert Recipe() == Recipe(
         policy="fix",
         spacing_tolerance=0.01,
@@ -190,20 +190,20 @@ def test_an_unknown_key_suggests_the_right_one(slip: str, meant: str) -> None:
         Recipe.from_dict({slip: 1})
 
 
-def test_a_key_like_no_other_gets_the_list_and_no_guess() -> None:
+def test_an_unknown_key_unlike_any_other_gets_the_list_of_keys_only() -> None:
     with pytest.raises(
         RecipeError, match=r"no 'zzz'; its keys: base, policy, spacing_tolerance, .*order, .*compression, image, masks$"
     ):
         Recipe.from_dict({"zzz": 1})
 
 
-def test_none_switches_off_what_may_be_off() -> None:
+def test_none_switches_off_optional_fields() -> None:
     recipe = Recipe.from_dict({"spacing_mm": "none", "window_hu": "none", "size": "none"})
     assert (recipe.spacing_mm, recipe.window_hu, recipe.size) == (None, None, None)
     assert Recipe.from_dict({"spacing_mm": None, "window_hu": None, "size": None}) == recipe
 
 
-def test_none_is_a_word_like_others_where_it_is_a_choice() -> None:
+def test_none_is_an_ordinary_choice_of_anti_alias_and_compression() -> None:
     recipe = Recipe.from_dict({"base": "classic", "anti_alias": "none", "compression": "none"})
     assert (recipe.anti_alias, recipe.compression) == ("none", "none")
 
@@ -212,7 +212,7 @@ def test_none_is_a_word_like_others_where_it_is_a_choice() -> None:
     "name",
     ["policy", "max_missing", "assume_hu", "group_by", "orient", "padding", "order", "align", "fit", "dtype", "format"],
 )
-def test_none_is_refused_where_something_has_to_be(name: str) -> None:
+def test_none_is_refused_for_required_fields(name: str) -> None:
     with pytest.raises(RecipeError, match=name):
         Recipe.from_dict({name: "none"})
 
@@ -273,32 +273,32 @@ BAD_VALUES: dict[str, list[Any]] = {
         *({"text_format": v} for v in ("", "excel", 1)),
     ],
 }
-"""10**400 is a whole number that no float holds: TOML allows any number of digits."""
+"""10**400 is a whole number beyond the range of floats, which TOML allows."""
 BAD = [(name, value) for name, values in BAD_VALUES.items() for value in values]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
-def test_an_impossible_value_is_refused_by_name(name: str, value: Any) -> None:
+def test_an_invalid_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=name):
         Recipe.from_dict({name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
-def test_an_impossible_value_is_refused_in_python_too(name: str, value: Any) -> None:
+def test_an_invalid_value_is_refused_in_python_too(name: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=name):
         Recipe(**{name: value})
 
 
 @pytest.mark.parametrize("window", [(-1e308, 1e308), (0.0, 5e-324), (0.0, 1e-300), (-1e40, 1e40)])
-def test_a_window_that_no_arithmetic_survives_is_refused(window: tuple[float, float]) -> None:
-    # Its scale is 0 or infinite, in float32 if not before: every voxel would be NaN, or every series fail.
+def test_a_window_beyond_float32_arithmetic_is_refused(window: tuple[float, float]) -> None:
+    # The scale would be 0 or infinite, at least in float32: every voxel would be NaN, or every series would fail.
     with pytest.raises(RecipeError, match="window_hu"):
         Recipe(window_hu=window)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_an_unsigned_type_without_a_window_is_refused_with_the_remedy(dtype: Any) -> None:
-    with pytest.raises(RecipeError, match=rf"dtype = '{dtype}' spreads a window.*give a window, or choose float32"):
+    with pytest.raises(RecipeError, match=rf"dtype = '{dtype}' scales the window.*give a window, or choose float32"):
         Recipe(dtype=dtype, window_hu=None)
 
 
@@ -312,7 +312,7 @@ def test_a_recipe_error_ends_the_run_as_a_bad_request_and_is_a_value_error() -> 
 
 @settings(deadline=None)
 @given(RECIPES)
-def test_rules_hold_what_the_recipe_says_of_irregular_series(recipe: Recipe) -> None:
+def test_rules_have_the_stacking_fields_of_the_recipe(recipe: Recipe) -> None:
     rules = asdict(recipe.rules)
     assert set(rules) == {
         "policy", "spacing_tolerance", "position_tolerance_mm", "lean_tolerance_mm", "max_missing",
@@ -350,7 +350,7 @@ def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
         (b'base = "clasic"\n', "did you mean 'classic'"),
     ],
 )
-def test_a_bad_file_is_refused_by_its_name_and_what_is_wrong(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_bad_file_is_refused_with_its_name_and_the_fault(tmp_path: Path, content: bytes, words: str) -> None:
     file = tmp_path / "bad.toml"
     file.write_bytes(content)
     with pytest.raises(RecipeError, match=words) as caught:
@@ -358,11 +358,11 @@ def test_a_bad_file_is_refused_by_its_name_and_what_is_wrong(tmp_path: Path, con
     assert str(caught.value).startswith(str(file))
 
 
-def test_a_file_that_is_not_there_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_an_absent_file_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot read the recipe .*absent\.toml: No such file"):
         Recipe.load(tmp_path / "absent.toml")
 
 
-def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+def test_a_folder_is_refused_as_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot read the recipe .*: Is a directory"):
         Recipe.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Presets and the JSON Schema of recipe files: what the schema refuses a recipe refuses, and nearly the other way."""
+"""Tests of the presets, and of the JSON Schema of recipe files against the checks of `Recipe`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gpuprep.errors import RecipeError
 SCHEMA = recipe_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
-WHAT_NO_SCHEMA_TELLS: list[dict[str, Any]] = [
+NOT_EXPRESSIBLE: list[dict[str, Any]] = [
     *({name: 3.0} for name in ("order", "max_missing")),  # to JSON 3.0 is a whole number
     *({"size": size} for size in (512.0, [512, 512.0])),
     {"max_missing": 2.0},
@@ -35,13 +35,13 @@ WHAT_NO_SCHEMA_TELLS: list[dict[str, Any]] = [
 ]
 
 
-def test_the_schema_is_one_of_its_draft_and_json_holds_it() -> None:
+def test_the_schema_is_valid_in_its_draft_and_json_holds_it() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert json.loads(json.dumps(SCHEMA)) == SCHEMA
 
 
-def test_it_has_every_field_with_a_text_and_a_default() -> None:
+def test_the_schema_has_every_field_with_description_and_default() -> None:
     assert list(SCHEMA["properties"]) == ["base", *(f.name for f in fields(Recipe))]
     assert list(SCHEMA["properties"]["masks"]["properties"]) == [f.name for f in fields(Masks)]
     assert SCHEMA["properties"]["order"] == {
@@ -51,13 +51,14 @@ def test_it_has_every_field_with_a_text_and_a_default() -> None:
         "description": "Spline order of the resampling: 0 nearest, 1 linear, 3 cubic, up to 5.",
         "default": 3,
     }
-    assert SCHEMA["properties"]["policy"]["description"].startswith('"fix": what can be put right')
+    assert SCHEMA["properties"]["policy"]["description"].startswith('"fix": irregularities that can be corrected')
     assert SCHEMA["properties"]["max_missing"]["type"] == "integer"
     assert SCHEMA["properties"]["spacing_tolerance"] == {
         "type": "number",
         "minimum": 0,
         "maximum": 1,
-        "description": "Distances between neighbours may differ from their median by this share of it …",
+        "description": "Allowed deviation of a slice distance from the median distance, as a fraction of the median. "
+        "The larger of this and the position tolerance applies.",
         "default": 0.01,
     }
     assert SCHEMA["properties"]["dtype"]["enum"] == ["float32", "uint8", "uint16", "int16"]
@@ -66,7 +67,7 @@ def test_it_has_every_field_with_a_text_and_a_default() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_valid_and_what_its_toml_says(name: str) -> None:
+def test_every_preset_is_valid_and_equals_its_toml(name: str) -> None:
     text = PRESETS[name].to_toml()
     table = tomllib.loads(text)
     VALIDATOR.validate(table)
@@ -85,21 +86,21 @@ def test_short_forms_are_valid() -> None:
         Recipe.from_dict(table)
 
 
-def _told_by_a_schema(table: dict[str, Any]) -> bool:
+def _is_expressible(table: dict[str, Any]) -> bool:
     try:
         json.dumps(table, allow_nan=False)
     except (TypeError, ValueError):
         return False
-    return table not in WHAT_NO_SCHEMA_TELLS
+    return table not in NOT_EXPRESSIBLE
 
 
-@pytest.mark.parametrize("table", [table for name, value in BAD if _told_by_a_schema(table := {name: value})])
-def test_the_schema_refuses_what_a_recipe_refuses(table: dict[str, Any]) -> None:
+@pytest.mark.parametrize("table", [table for name, value in BAD if _is_expressible(table := {name: value})])
+def test_the_schema_refuses_invalid_values(table: dict[str, Any]) -> None:
     assert not VALIDATOR.is_valid(table)
 
 
-@pytest.mark.parametrize("table", WHAT_NO_SCHEMA_TELLS)
-def test_what_no_schema_tells_a_recipe_refuses(table: dict[str, Any]) -> None:
+@pytest.mark.parametrize("table", NOT_EXPRESSIBLE)
+def test_a_recipe_refuses_what_the_schema_cannot_express(table: dict[str, Any]) -> None:
     VALIDATOR.validate(table)
     with pytest.raises(RecipeError):
         Recipe.from_dict(table)
@@ -119,7 +120,7 @@ def test_what_no_schema_tells_a_recipe_refuses(table: dict[str, Any]) -> None:
         {"window_hu": [-1e7, 0]},
     ],
 )
-def test_what_is_refused_whatever_the_field(table: dict[str, Any]) -> None:
+def test_schema_and_recipe_refuse_invalid_keys_and_combinations(table: dict[str, Any]) -> None:
     assert not VALIDATOR.is_valid(table)
     with pytest.raises(RecipeError):
         Recipe.from_dict(table)
@@ -153,13 +154,13 @@ ALIASES = st.fixed_dictionaries({"aliases": st.dictionaries(st.sampled_from("ab"
     st.dictionaries(st.sampled_from(["base", *(f.name for f in fields(Recipe))]), VALUES, max_size=3)
     | st.fixed_dictionaries({"masks": MASKS | ALIASES})
 )
-def test_what_the_schema_refuses_a_recipe_refuses(table: dict[str, Any]) -> None:
+def test_a_recipe_refuses_everything_that_the_schema_refuses(table: dict[str, Any]) -> None:
     if not VALIDATOR.is_valid(table):
         with pytest.raises(RecipeError):
             Recipe.from_dict(table)
 
 
-def test_nnunet_ct_keeps_what_was_scanned() -> None:
+def test_nnunet_ct_keeps_spacing_size_and_hu_as_scanned() -> None:
     changed = {k: v for k, v in Recipe.preset("nnunet-ct").to_dict().items() if Recipe().to_dict()[k] != v}
     off = dict.fromkeys(("spacing_mm", "window_hu", "size"), "none")
     assert changed == off | {"dtype": "int16", "format": "nifti", "compression": "zlib"}
@@ -168,14 +169,14 @@ def test_nnunet_ct_keeps_what_was_scanned() -> None:
 @pytest.mark.parametrize(
     ("name", "width_hu", "level_hu"), [("lung", 1500, -600), ("soft-tissue", 400, 50), ("bone", 1800, 400)]
 )
-def test_windows_are_those_of_the_source(name: str, width_hu: float, level_hu: float) -> None:
+def test_window_presets_match_the_cited_source(name: str, width_hu: float, level_hu: float) -> None:
     window_hu = (level_hu - width_hu / 2, level_hu + width_hu / 2)
     assert Recipe.preset(name) == replace(Recipe(), window_hu=window_hu)
     assert f"width {width_hu} HU" in PRESETS[name].why
     assert PRESETS[name].source.endswith("radiopaedia.org/articles/52108")
 
 
-def test_luna16_is_what_the_paper_says() -> None:
+def test_luna16_matches_the_cited_paper() -> None:
     changed = {k: v for k, v in Recipe.preset("luna16").to_dict().items() if Recipe().to_dict()[k] != v}
     assert changed == {"window_hu": [-1200.0, 600.0], "dtype": "uint8", "size": "none"}
     assert Recipe.preset("luna16").spacing_mm == (1.0, 1.0, 1.0)

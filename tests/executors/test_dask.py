@@ -1,4 +1,4 @@
-"""On a Dask cluster the same comes out as here; workers that die, hang, or are not fit are dealt with."""
+"""Tests of `Cluster`: outcomes equal those in this process, and workers that die, hang or do not fit are handled."""
 
 from __future__ import annotations
 
@@ -20,13 +20,24 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from worker_tasks import (
+    Job,
+    compute_threads,
+    give_up,
+    is_running,
+    pid_left_by_killed_parent,
+    run,
+    sleep_in,
+    sleeping_pid,
+    wait_until,
+)
 
 import gpuprep
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.errors import BackendError, RequestError
 from gpuprep.executors.dask import Cluster
-from gpuprep.executors.dask_worker import Elsewhere, elsewhere
-from gpuprep.executors.processes import Here, OverdueError, WorkerDiedError, last_task
+from gpuprep.executors.dask_worker import RemoteBackend, remote_gpu
+from gpuprep.executors.processes import Here, OverdueError, WorkerDiedError
 from gpuprep.output.folder_store import Output
 from gpuprep.pipeline.convert_series import convert_series
 from gpuprep.pipeline.planned_series import PlannedSeries
@@ -34,8 +45,6 @@ from gpuprep.pipeline.task import Task
 from gpuprep.testing import write_series
 
 pytest.importorskip("distributed", reason="Dask is not installed: pip install 'gpuprep[dask]'")
-
-Job = partial[Any]
 
 SCHEDULER = """
 import sys
@@ -52,7 +61,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Cluster]:
-    """Two workers of one thread each, for tests that do not mind what others have done to them."""
+    """Two workers of one thread each, for tests that do not depend on what earlier tests did to the workers."""
     cluster = Cluster("local", 2)
     yield cluster
     cluster.stop()
@@ -60,7 +69,7 @@ def shared() -> Iterator[Cluster]:
 
 @pytest.fixture
 def scheduler(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Start schedulers that are not ours, and return their addresses."""
+    """Return a function that starts an external scheduler with workers, and returns its address."""
     script = tmp_path / "scheduler.py"
     script.write_text(SCHEDULER)
     started = []
@@ -82,19 +91,13 @@ def scheduler(tmp_path: Path) -> Iterator[Callable[..., str]]:
         process.communicate(timeout=30)
 
 
-def run(cluster: Cluster, jobs: list[Job], **kwargs: Any) -> list[Any]:
-    """Return the outcome of each job, in the order of the jobs."""
-    outcomes = dict(cluster.run(operator.call, jobs, **kwargs))
-    return [outcomes[job] for job in jobs]
-
-
-def begun(cluster: Cluster, jobs: list[Job]) -> Iterator[tuple[Job, Any]]:
-    """Return a run that is not waited for."""
+def outcomes_of(cluster: Cluster, jobs: list[Job]) -> Iterator[tuple[Job, Any]]:
+    """Return the iterator over jobs and outcomes of a run."""
     return cluster.run(operator.call, jobs)
 
 
 def die_once(marker: str) -> str:
-    """Kill the worker, the first time; say so the second."""
+    """Kill the worker at the first call, return a text at the second."""
     try:
         Path(marker).touch(exist_ok=False)
     except FileExistsError:
@@ -111,34 +114,15 @@ def leave_mark(folder: str, n: int, seconds: float) -> int:
 
 
 def span(seconds: float) -> tuple[int, float, float]:
-    """Return the process, and when it began and ended this."""
+    """Sleep, and return the process ID with the times of begin and end."""
     began_s = time.monotonic()
     time.sleep(seconds)
     return os.getpid(), began_s, time.monotonic()
 
 
-def sleep_in(folder: str) -> None:
-    """Say who sleeps, then sleep longer than any test should take."""
-    Path(folder, "part").write_text(str(os.getpid()))
-    os.replace(Path(folder, "part"), Path(folder, "pid"))
-    time.sleep(120)
-
-
-def give_up() -> int:
-    last_task()
-    return os.getpid()
-
-
-def compute_threads() -> set[int]:
-    import threadpoolctl
-
-    np.ones((4, 4)) @ np.ones((4, 4))
-    return {pool["num_threads"] for pool in threadpoolctl.threadpool_info()}
-
-
 @dataclass(frozen=True)
 class Computed:
-    """A task with a backend."""
+    """A task that carries a backend."""
 
     backend: Any
 
@@ -148,39 +132,19 @@ def backend_of(task: Computed) -> tuple[str, str, int, int]:
     return type(backend).__name__, backend.name, backend.chunk_slices, backend.slab_slices
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except ProcessLookupError:
-        return False
-    except FileNotFoundError:  # it has just gone, or there is no /proc on this system
-        return not os.path.exists("/proc/self")
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    """Return as soon as something is true; what does not happen within twenty seconds never does."""
-    for _ in range(2000):
-        if true():
-            return
-        time.sleep(0.01)
-    pytest.fail("waited in vain")
-
-
-def test_the_same_comes_out_as_here(shared: Cluster) -> None:
+def test_a_cluster_yields_the_same_outcomes_as_this_process(shared: Cluster) -> None:
     tasks = list(range(-9, 9))
     assert sorted(shared.run(abs, tasks)) == sorted(Here().run(abs, tasks)) == [(n, abs(n)) for n in tasks]
     assert list(shared.run(abs, list[int]())) == []
-    assert list(shared.run(sorted, [["b", "a"]])) == [(["b", "a"], ["a", "b"])]  # lists are tasks in discovery
+    assert list(shared.run(sorted, [["b", "a"]])) == [(["b", "a"], ["a", "b"])]  # tasks of discovery are lists
 
 
-def test_what_looks_like_a_task_of_dask_is_left_alone(shared: Cluster) -> None:
-    task = (abs, -3)  # Dask's own way of writing one down
+def test_a_tuple_like_a_dask_task_is_passed_unchanged(shared: Cluster) -> None:
+    task = (abs, -3)  # Dask represents its own tasks as such tuples
     assert list(shared.run(len, [task])) == [(task, 2)]
 
 
-def test_large_tasks_and_outcomes_travel(shared: Cluster) -> None:
+def test_large_tasks_and_outcomes_are_transferred(shared: Cluster) -> None:
     text = "x" * 3_000_000
     assert run(shared, [partial(str.upper, text)]) == ["X" * 3_000_000]
 
@@ -192,16 +156,16 @@ def test_large_tasks_and_outcomes_travel(shared: Cluster) -> None:
         (partial(sys.exit, 3), "SystemExit: 3"),
         (partial(threading.Lock), "TypeError: cannot pickle"),
     ],
-    ids=["an exception", "an exit", "an outcome that cannot travel"],
+    ids=["an exception", "an exit", "an outcome that cannot be pickled"],
 )
-def test_what_is_raised_costs_its_task_only(shared: Cluster, bad: Job, words: str) -> None:
+def test_an_error_in_a_worker_fails_only_its_task(shared: Cluster, bad: Job, words: str) -> None:
     one, outcome, two = run(shared, [partial(int, "1"), bad, partial(int, "2")])
     assert isinstance(outcome, WorkerDiedError)
     assert words in str(outcome)
     assert (one, two) == (1, 2)
 
 
-def test_workers_are_two_processes_of_one_compute_thread_and_not_this_one(shared: Cluster) -> None:
+def test_workers_are_two_other_processes_with_one_compute_thread(shared: Cluster) -> None:
     spans = run(shared, [partial(span, 0.2) for _ in range(8)])
     pids = {pid for pid, _, _ in spans}
     assert len(pids) == 2
@@ -209,8 +173,8 @@ def test_workers_are_two_processes_of_one_compute_thread_and_not_this_one(shared
     assert run(shared, [partial(compute_threads)]) == [{1}]
 
 
-def test_only_so_many_tasks_are_in_flight_that_no_thread_waits(shared: Cluster) -> None:
-    # Two workers with a thread each, and as many more that are there already when those end.
+def test_two_tasks_per_thread_are_in_flight(shared: Cluster) -> None:
+    # Two workers with one thread each: two tasks run, and two wait at the workers.
     taken: list[int] = []
 
     def tasks() -> Iterator[int]:
@@ -225,7 +189,7 @@ def test_only_so_many_tasks_are_in_flight_that_no_thread_waits(shared: Cluster) 
     assert most == 4
 
 
-def test_once_it_is_stopped_nothing_begins_and_what_has_begun_is_finished(shared: Cluster, tmp_path: Path) -> None:
+def test_after_a_stop_request_started_tasks_finish_and_no_others_start(shared: Cluster, tmp_path: Path) -> None:
     seen: list[int] = []
     jobs = [partial(leave_mark, str(tmp_path), n, 0.2) for n in range(40)]
     for _, n in shared.run(operator.call, jobs, stopped=lambda: len(seen) >= 3):
@@ -233,81 +197,81 @@ def test_once_it_is_stopped_nothing_begins_and_what_has_begun_is_finished(shared
         seen.append(n)
     marks = sorted(file.name for file in tmp_path.iterdir())
     assert marks == sorted([f"begun {n}" for n in seen] + [f"ended {n}" for n in seen])
-    # Beside the third, one more may run already, and each worker may begin one until it hears.
+    # When the third ends, another one may be running, and each worker may start one more before the stop reaches it.
     assert 3 <= len(seen) <= 3 + 4
     assert run(shared, [partial(abs, -1)]) == [1]
 
 
-def test_one_that_is_stopped_from_the_start_does_nothing(shared: Cluster, tmp_path: Path) -> None:
+def test_a_run_stopped_from_the_start_does_nothing(shared: Cluster, tmp_path: Path) -> None:
     jobs = [partial(leave_mark, str(tmp_path), 1, 0.0)]
     assert list(shared.run(operator.call, jobs, stopped=lambda: True)) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_task_whose_worker_is_killed_is_done_again(shared: Cluster, tmp_path: Path) -> None:
+def test_a_task_whose_worker_is_killed_is_run_again(shared: Cluster, tmp_path: Path) -> None:
     jobs: list[Job] = [partial(die_once, str(tmp_path / "marker")), *[partial(pow, n, 2) for n in range(6)]]
     assert run(shared, jobs) == ["done again", 0, 1, 4, 9, 16, 25]
 
 
-def test_a_task_that_always_kills_is_given_up_and_what_stood_behind_it_is_not(shared: Cluster) -> None:
-    # Dask blames all that a dead worker had before it, begun or not.
+def test_a_task_that_always_kills_its_worker_fails_but_waiting_tasks_succeed(shared: Cluster) -> None:
+    # Dask counts a dead worker against all its tasks, started or not.
     fatal = [partial(os._exit, code) for code in (3, 4)]
     outcomes = run(shared, [*fatal, *[partial(pow, n, 2) for n in range(8)]])
     assert [type(outcome) for outcome in outcomes[:2]] == [WorkerDiedError] * 2
     for outcome in outcomes[:2]:
-        # Two, or a third where it was blamed once before it had begun, and so got a second chance.
+        # Two, or three if one death was counted against the task before it started, so that it was submitted again.
         assert 2 <= outcome.deaths <= 3
         assert f"{outcome.deaths} workers died with it" in str(outcome)
     assert outcomes[2:] == [n * n for n in range(8)]
 
 
-def test_a_task_alone_that_always_kills_does_so_twice(shared: Cluster) -> None:
+def test_a_single_task_that_always_kills_its_worker_is_run_twice(shared: Cluster) -> None:
     (outcome,) = run(shared, [partial(os._exit, 3)])
     assert isinstance(outcome, WorkerDiedError)
     assert outcome.deaths == 2
 
 
-def test_a_task_that_takes_too_long_is_ended_and_its_worker_is_free_again(shared: Cluster, tmp_path: Path) -> None:
+def test_a_task_beyond_the_time_limit_is_ended_and_its_worker_replaced(shared: Cluster, tmp_path: Path) -> None:
     long = partial(sleep_in, str(tmp_path))
-    # Behind it and the other worker's first, some wait longer than the limit, and none of them is late.
+    # The other tasks wait longer than the limit in the queue, which does not count.
     outcomes = run(shared, [long, *[partial(time.sleep, 0.6) for _ in range(8)]], limit_s=1.5)
     assert isinstance(outcomes[0], OverdueError)
-    assert "longer than 1.5 s" in str(outcomes[0])
+    assert "not finished after 1.5 s" in str(outcomes[0])
     assert outcomes[1:] == [None] * 8
     assert not is_running(int((tmp_path / "pid").read_text()))
 
 
-def test_a_worker_in_no_state_to_do_more_gives_its_outcome_and_is_replaced(shared: Cluster) -> None:
+def test_a_worker_that_requests_its_replacement_returns_its_outcome_first(shared: Cluster) -> None:
     (last,) = run(shared, [partial(give_up)])
     wait_until(lambda: not is_running(last))
     assert last not in {pid for pid, _, _ in run(shared, [partial(span, 0.1) for _ in range(4)])}
 
 
-def test_a_backend_elsewhere_is_opened_by_the_worker(shared: Cluster) -> None:
-    ((_, found),) = shared.run(backend_of, [Computed(Elsewhere("cpu", chunk_slices=3, slab_slices=2))])
+def test_a_remote_backend_is_opened_by_the_worker(shared: Cluster) -> None:
+    ((_, found),) = shared.run(backend_of, [Computed(RemoteBackend("cpu", chunk_slices=3, slab_slices=2))])
     assert found == ("NumpyBackend", "cpu", 3, 2)
 
 
 def test_a_backend_that_cannot_be_opened_ends_the_run(shared: Cluster) -> None:
     wrong: Any = "abacus"
     with pytest.raises(BackendError, match=r"worker at tcp://.* cannot compute: there is no backend 'abacus'"):
-        list(shared.run(backend_of, [Computed(Elsewhere(wrong))]))
+        list(shared.run(backend_of, [Computed(RemoteBackend(wrong))]))
     assert run(shared, [partial(abs, -1)]) == [1]
 
 
-def test_a_placeholder_says_of_a_gpu_what_plans_need() -> None:
-    backend = elsewhere()
+def test_the_placeholder_of_a_gpu_has_the_attributes_that_plans_need() -> None:
+    backend = remote_gpu()
     assert (backend.name, backend.body, backend.device, backend.free_bytes()) == ("gpu", "matmul", "", None)
 
 
-def test_stop_ends_a_task_and_leaves_no_process_and_a_run_starts_anew(tmp_path: Path) -> None:
+def test_stop_ends_tasks_and_processes_and_the_cluster_can_run_again(tmp_path: Path) -> None:
     cluster = Cluster("local", 2)
-    cluster.stop()  # there is nothing yet
+    cluster.stop()  # before any run
     try:
         pids = {pid for pid, _, _ in run(cluster, [partial(span, 0.2) for _ in range(6)])}
         short = partial(abs, -3)
-        assert next(begun(cluster, [partial(sleep_in, str(tmp_path)), short])) == (short, 3)
-        wait_until((tmp_path / "pid").exists)
+        assert next(outcomes_of(cluster, [partial(sleep_in, str(tmp_path)), short])) == (short, 3)
+        sleeping_pid(tmp_path)
         started_s = time.monotonic()
         cluster.stop()
         assert time.monotonic() - started_s < 10
@@ -319,23 +283,23 @@ def test_stop_ends_a_task_and_leaves_no_process_and_a_run_starts_anew(tmp_path: 
         cluster.stop()
 
 
-def test_a_scheduler_that_is_lost_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_lost_scheduler_is_one_clear_error(tmp_path: Path) -> None:
     cluster = Cluster("local", 1)
     try:
-        outcomes = begun(cluster, [partial(abs, -3), partial(sleep_in, str(tmp_path))])
+        outcomes = outcomes_of(cluster, [partial(abs, -3), partial(sleep_in, str(tmp_path))])
         assert next(outcomes)[1] == 3
-        wait_until((tmp_path / "pid").exists)
-        assert cluster._keeper is not None
-        cluster._keeper.kill()
+        pid = sleeping_pid(tmp_path)
+        assert cluster._local_cluster is not None
+        cluster._local_cluster.kill()
         with pytest.raises(BackendError, match=r"the Dask scheduler at tcp://127.* was lost"):
             next(outcomes)
-        wait_until(lambda: not is_running(int((tmp_path / "pid").read_text())))
+        wait_until(lambda: not is_running(pid))
     finally:
         cluster.stop()
 
 
-def test_tasks_that_take_a_gpu_each_share_none(scheduler: Callable[..., str]) -> None:
-    # Workers of two threads and one GPU: of the four threads only two may be busy at a time.
+def test_tasks_that_need_a_gpu_do_not_share_one(scheduler: Callable[..., str]) -> None:
+    # Workers with two threads and one GPU: only two of the four threads may be busy at a time.
     cluster = Cluster(scheduler(workers=2, threads=2, gpus=1), gpu=True)
     try:
         spans = run(cluster, [partial(span, 0.1) for _ in range(12)])
@@ -350,18 +314,18 @@ def test_tasks_that_take_a_gpu_each_share_none(scheduler: Callable[..., str]) ->
         assert all(ended_s <= began_s for (_, ended_s), (began_s, _) in pairwise(turns))
 
 
-def test_a_cluster_that_is_not_ours_lives_on_and_its_workers_are_freed(
+def test_an_external_cluster_survives_stop_and_its_workers_are_freed(
     scheduler: Callable[..., str], tmp_path: Path
 ) -> None:
     address = scheduler(workers=1)
     (tmp_path / "scheduler.json").write_text(f'{{"address": "{address}"}}')
     first = Cluster(str(tmp_path / "scheduler.json"))
     short = partial(abs, -3)
-    assert next(begun(first, [short, partial(sleep_in, str(tmp_path))])) == (short, 3)  # and the run is left
-    wait_until((tmp_path / "pid").exists)
+    assert next(outcomes_of(first, [short, partial(sleep_in, str(tmp_path))])) == (short, 3)  # the run is abandoned
+    pid = sleeping_pid(tmp_path)
     first.stop()
-    wait_until(lambda: not is_running(int((tmp_path / "pid").read_text())))
-    second = Cluster(address, gpu=True)  # where no worker says that it has one, all are taken
+    wait_until(lambda: not is_running(pid))
+    second = Cluster(address, gpu=True)  # no worker offers the resource "GPU", so all workers are used
     try:
         assert run(second, [short]) == [3]
     finally:
@@ -372,27 +336,27 @@ def test_workers_of_another_version_are_refused(shared: Cluster, monkeypatch: py
     assert run(shared, [partial(abs, -1)]) == [1]
     other = Cluster(shared._address)
     monkeypatch.setattr("gpuprep.executors.dask.__version__", "99.1")
-    words = rf"worker at tcp://127.* has gpuprep {gpuprep.__version__}, and here is gpuprep 99\.1"
+    words = rf"worker at tcp://127.* has gpuprep {gpuprep.__version__}, but this client has gpuprep 99\.1"
     with pytest.raises(RequestError, match=words):
         list(other.run(abs, [1]))
 
 
 def test_a_scheduler_that_does_not_answer_is_one_clear_error() -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
+        taken.bind(("127.0.0.1", 0))  # bound, but not listening
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(BackendError, match=f"no Dask scheduler answers at {address} .*: start one"):
-            list(Cluster(address, patience_s=1).run(abs, [1]))
+            list(Cluster(address, timeout_s=1).run(abs, [1]))
 
 
 def test_a_scheduler_without_workers_is_one_clear_error(scheduler: Callable[..., str]) -> None:
     address = scheduler(workers=0)
     with pytest.raises(BackendError, match=f"{address} has had no workers for 1 s: start some with dask worker"):
-        list(Cluster(address, patience_s=1).run(abs, [1]))
+        list(Cluster(address, timeout_s=1).run(abs, [1]))
 
 
-def test_what_is_no_scheduler_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="is no Dask scheduler"):
+def test_an_absent_scheduler_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="is not a Dask scheduler"):
         list(Cluster(str(tmp_path / "absent.json")).run(abs, [1]))
 
 
@@ -413,11 +377,11 @@ executor.stop()
 """
 
 
-def test_a_script_needs_no_guard_and_workers_import_no_strangers(tmp_path: Path) -> None:
+def test_a_script_needs_no_main_guard_and_workers_do_not_import_from_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     script = tmp_path / "elsewhere" / "script.py"
     script.write_text(UNGUARDED)
-    (tmp_path / "pydicom.py").write_text("print('a stranger was imported', flush=True)")
+    (tmp_path / "pydicom.py").write_text("print('the current folder was imported from', flush=True)")
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
     )
@@ -427,22 +391,18 @@ def test_a_script_needs_no_guard_and_workers_import_no_strangers(tmp_path: Path)
 
 ORPHANS = """
 import sys
-from test_dask import sleep_in
+from worker_tasks import sleep_in
 from gpuprep.executors.dask import Cluster
 list(Cluster("local", 1).run(sleep_in, [sys.argv[1]]))
 """
 
 
-def test_workers_end_with_the_process_that_asked_for_them(tmp_path: Path) -> None:
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
-    script = [sys.executable, "-c", ORPHANS, str(tmp_path)]
-    with subprocess.Popen(script, env=os.environ | {"PYTHONPATH": path}) as parent:
-        wait_until((tmp_path / "pid").exists)
-        parent.kill()
-    wait_until(lambda: not is_running(int((tmp_path / "pid").read_text())))
+def test_workers_of_a_local_cluster_end_with_their_client(tmp_path: Path) -> None:
+    pid = pid_left_by_killed_parent([sys.executable, "-c", ORPHANS, str(tmp_path)], tmp_path)
+    wait_until(lambda: not is_running(pid))
 
 
-def test_series_become_the_same_volumes_as_here(
+def test_a_cluster_writes_the_same_volumes_as_this_process(
     shared: Cluster, tmp_path: Path, noise: Callable[..., NDArray[np.int16]]
 ) -> None:
     for n in range(5):

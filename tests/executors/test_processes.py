@@ -1,7 +1,7 @@
-"""Here and in processes the same comes out, and a worker that dies costs its task only.
+"""Tests of `Here` and `Processes`: both yield the same outcomes, and a worker that dies fails only its task.
 
-Most tasks are partials of library functions, run by `operator.call`. Functions of this module work in workers too:
-`multiprocessing` hands them the path on which pytest found it; but then each worker imports pytest first.
+Most tasks are partials of library functions, run by `operator.call`. Workers can also run functions of this module,
+since `multiprocessing` passes them its path, but then each worker has to import pytest.
 """
 
 from __future__ import annotations
@@ -21,6 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from worker_tasks import (
+    Job,
+    compute_threads,
+    give_up,
+    is_running,
+    pid_left_by_killed_parent,
+    run,
+    sleep_in,
+    sleeping_pid,
+    wait_until,
+)
 
 from gpuprep.executors.processes import (
     HAVE_FORK_SERVER,
@@ -30,7 +41,6 @@ from gpuprep.executors.processes import (
     Place,
     Processes,
     WorkerDiedError,
-    last_task,
 )
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {
@@ -55,44 +65,20 @@ def processes() -> Iterator[Processes]:
     executor.stop()
 
 
-Job = partial[Any]
-
-
-def run(executor: Executor, jobs: list[Job]) -> list[Any]:
-    """Return the outcome of each job, in the order of the jobs."""
-    outcomes = dict(executor.run(operator.call, jobs))
-    return [outcomes[job] for job in jobs]
-
-
 def squares(*numbers: int) -> list[Job]:
     return [partial(pow, n, 2) for n in numbers]
 
 
 def meet(folder: str) -> int:
-    """Return as soon as two of these run at a time."""
+    """Return the process ID as soon as two calls run at the same time."""
     Path(folder, str(os.getpid())).touch()
     while len(os.listdir(folder)) < 2:
         time.sleep(0.005)
     return os.getpid()
 
 
-def sleep_in(folder: str) -> int:
-    """Say who sleeps, then sleep longer than any test should take, and say so."""
-    with open(os.path.join(folder, "part"), "w") as f:
-        f.write(str(os.getpid()))
-    os.replace(f.name, os.path.join(folder, "pid"))
-    time.sleep(120)
-    Path(folder, "awake").touch()
-    return 0
-
-
-def give_up() -> int:
-    last_task()
-    return os.getpid()
-
-
 def be_seen(log: str, n: int) -> int:
-    """Leave marks of being at work; appending a short line is atomic."""
+    """Log begin and end of the task; appending a short line is atomic."""
     for what in ("begin", "end"):
         with open(log, "a") as f:
             f.write(f"{what} {n}\n")
@@ -100,51 +86,23 @@ def be_seen(log: str, n: int) -> int:
     return n
 
 
-def compute_threads() -> set[int]:
-    import numpy as np
-    import threadpoolctl
-
-    np.ones((4, 4)) @ np.ones((4, 4))
-    return {pool["num_threads"] for pool in threadpoolctl.threadpool_info()}
-
-
 def die_at_once(_: object) -> None:
-    """Be a worker that never takes its first task."""
+    """Replace the main function of a worker, which then never takes a task."""
     os._exit(1)
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie: who inherits orphans may take its time to bury them."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except ProcessLookupError:
-        return False
-    except FileNotFoundError:  # it has just gone, or there is no /proc on this system
-        return not os.path.exists("/proc/self")
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    """Return as soon as something is true; what does not happen within a minute never does."""
-    for _ in range(6000):
-        if true():
-            return
-        time.sleep(0.01)
-    pytest.fail("waited in vain")
-
-
-def test_every_executor_gives_the_same_outcomes(executor: Executor) -> None:
+def test_every_executor_yields_the_same_outcomes(executor: Executor) -> None:
     assert run(executor, squares(*range(20))) == [n * n for n in range(20)]
 
 
-def test_an_executor_runs_again_and_with_another_function(executor: Executor) -> None:
+def test_an_executor_can_run_again_with_another_function(executor: Executor) -> None:
     assert dict(executor.run(abs, [-2, 3])) == {-2: 2, 3: 3}
     assert dict(executor.run(str, [2, 3, 4])) == {2: "2", 3: "3", 4: "4"}
     assert dict(executor.run(str, list[int]())) == {}
 
 
 def test_tasks_are_taken_only_as_workers_are_free(executor: Executor) -> None:
-    # So that a generator of a million tasks does not fill memory.
+    # A generator of a million tasks must not fill the memory.
     taken: list[int] = []
 
     def tasks() -> Iterator[int]:
@@ -162,7 +120,7 @@ def test_stop_may_be_called_twice_and_without_a_run(executor: Executor) -> None:
     executor.stop()
 
 
-def test_only_processes_leave_this_process(processes: Processes) -> None:
+def test_only_worker_processes_are_other_processes(processes: Processes) -> None:
     where: dict[Executor, set[int]] = {}
     for executor in (Here(), processes):
         where[executor] = set(run(executor, [partial(os.getpid) for _ in range(4)]))
@@ -173,7 +131,7 @@ def test_only_processes_leave_this_process(processes: Processes) -> None:
 
 
 def test_processes_run_as_many_tasks_at_a_time_as_there_are_workers(processes: Processes, tmp_path: Path) -> None:
-    # Each task waits for the other to start: with one worker this would wait for ever.
+    # Each task waits for the other to start, which would never happen with one worker.
     assert len(set(run(processes, [partial(meet, str(tmp_path)) for _ in range(2)]))) == 2
 
 
@@ -186,7 +144,7 @@ def test_no_more_workers_are_started_than_there_are_tasks() -> None:
         executor.stop()
 
 
-def test_workers_stay_for_the_next_task() -> None:
+def test_workers_are_reused_for_later_tasks() -> None:
     executor = Processes(1)
     try:
         pids = [run(executor, [partial(os.getpid) for _ in range(3)]) for _ in range(2)]
@@ -214,7 +172,7 @@ def test_a_worker_computes_in_one_thread(processes: Processes) -> None:
     ],
     ids=["killed", "exit 3", "exit 0", "segmentation fault", "abort", "signal without a name"],
 )
-def test_a_worker_that_dies_costs_its_task_only(fatal: Job, words: str) -> None:
+def test_a_worker_that_dies_fails_only_its_task(fatal: Job, words: str) -> None:
     executor = Processes(1)
     try:
         first, death, *rest = run(executor, [*squares(1), fatal, *squares(2, 3)])
@@ -225,7 +183,7 @@ def test_a_worker_that_dies_costs_its_task_only(fatal: Job, words: str) -> None:
     assert (first, rest) == (1, [4, 9])
 
 
-def test_deaths_in_a_row_and_at_the_end_are_survived(processes: Processes) -> None:
+def test_consecutive_and_final_deaths_of_workers_fail_only_their_tasks(processes: Processes) -> None:
     fatal = [partial(os._exit, 1) for _ in range(3)]
     outcomes = run(processes, [*fatal[:2], *squares(5, 6, 7), fatal[2]])
     assert [isinstance(outcome, WorkerDiedError) for outcome in outcomes] == [True, True, False, False, False, True]
@@ -236,33 +194,33 @@ def test_a_worker_that_died_while_idle_is_replaced(processes: Processes) -> None
     (pid,) = run(processes, [partial(os.getpid)])
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not multiprocessing.active_children())
-    assert run(processes, squares(*range(5))) == [0, 1, 4, 9, 16]  # no task went to the dead one
+    assert run(processes, squares(*range(5))) == [0, 1, 4, 9, 16]  # no task was lost with the dead worker
 
 
-def test_an_exception_in_a_worker_costs_its_task_only(processes: Processes) -> None:
+def test_an_exception_in_a_worker_fails_only_its_task(processes: Processes) -> None:
     one, bad, two = run(processes, [partial(int, "1"), partial(int, "x"), partial(int, "2")])
     assert isinstance(bad, WorkerDiedError)
     assert (one, two) == (1, 2)
 
 
-def test_an_outcome_that_cannot_travel_costs_its_task_only(processes: Processes) -> None:
+def test_an_outcome_that_cannot_be_pickled_fails_only_its_task(processes: Processes) -> None:
     bad, good = run(processes, [partial(threading.Lock), partial(int, "1")])
     assert isinstance(bad, WorkerDiedError)
     assert good == 1
 
 
-def test_large_tasks_and_outcomes_travel(processes: Processes) -> None:
-    # Larger than any buffer of a pipe.
+def test_large_tasks_and_outcomes_are_transferred(processes: Processes) -> None:
+    # The text is larger than the buffer of a pipe.
     text = "x" * 3_000_000
     assert run(processes, [partial(str.upper, text), partial(str.title, text)]) == [text.upper(), text.title()]
 
 
 @pytest.mark.parametrize("size", [1, 5_000_000], ids=["small task", "large task"])
-def test_a_worker_that_cannot_even_start_costs_its_task_only(
+def test_a_worker_that_cannot_start_fails_only_its_task(
     processes: Processes, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    # A small task fits into the buffer of the pipe; the end of a large one finds nobody there.
-    monkeypatch.setattr("gpuprep.executors.processes._work", die_at_once)
+    # A small task fits into the buffer of the pipe; sending a large one fails.
+    monkeypatch.setattr("gpuprep.executors.processes._serve_tasks", die_at_once)
     ((_, outcome),) = processes.run(len, ["x" * size])
     assert isinstance(outcome, WorkerDiedError)
 
@@ -270,8 +228,7 @@ def test_a_worker_that_cannot_even_start_costs_its_task_only(
 def test_stop_ends_a_worker_in_the_middle_of_a_task(processes: Processes, tmp_path: Path) -> None:
     short, long = partial(abs, -3), partial(sleep_in, str(tmp_path))
     assert next(processes.run(operator.call, [long, short])) == (short, 3)
-    wait_until((tmp_path / "pid").exists)
-    pid = int((tmp_path / "pid").read_text())
+    pid = sleeping_pid(tmp_path)
     assert is_running(pid)
     processes.stop()
     assert not is_running(pid)
@@ -292,7 +249,7 @@ def test_after_stop_new_workers_are_started(processes: Processes) -> None:
     assert run(processes, squares(2)) == [4]
 
 
-def test_a_worker_in_no_state_to_do_more_gives_its_outcome_and_is_replaced() -> None:
+def test_a_worker_that_requests_its_replacement_returns_its_outcome_first() -> None:
     executor = Processes(1)
     try:
         first, last, next_, same = run(executor, [partial(os.getpid), partial(give_up), *[partial(os.getpid)] * 2])
@@ -306,12 +263,12 @@ def test_a_worker_in_no_state_to_do_more_gives_its_outcome_and_is_replaced() -> 
 @pytest.mark.parametrize(
     ("costs", "most_at_a_time"),
     [
-        ((4, 4, 4, 4), 2),  # of the four workers, two stay idle
+        ((4, 4, 4, 4), 2),  # two of the four workers stay idle
         ((2, 2, 2, 2), 4),
-        ((50, 1, 50, 1), 1),  # what costs more than there is goes alone; nothing overtakes it
+        ((50, 1, 50, 1), 1),  # a task above the budget runs alone, and no later task overtakes it
     ],
 )
-def test_no_more_is_in_flight_than_the_budget_has_room_for(
+def test_the_cost_of_tasks_in_flight_stays_within_the_budget(
     tmp_path: Path, costs: tuple[int, ...], most_at_a_time: int
 ) -> None:
     log = tmp_path / "log"
@@ -334,12 +291,12 @@ def test_no_more_is_in_flight_than_the_budget_has_room_for(
             inside.discard(int(n))
         most = max(most, len(inside))
         assert len(inside) == 1 or sum(costs[k] for k in inside) <= 8
-    assert begun == sorted(begun) or most_at_a_time > 1  # two that may run at once may begin in any order
+    assert begun == sorted(begun) or most_at_a_time > 1  # tasks that run at the same time may begin in any order
     assert most <= most_at_a_time
 
 
 def where(_: int) -> str:
-    """The GPU that this worker sees, after a moment in which the others can begin."""
+    """Return the GPU that this worker sees, after a pause in which the other workers can begin."""
     time.sleep(0.05)
     return os.environ.get("CUDA_VISIBLE_DEVICES", "none")
 
@@ -353,11 +310,11 @@ def test_each_worker_sees_the_device_of_its_place() -> None:
     finally:
         executor.stop()
     assert set(devices) == {"0", "3"}
-    assert sorted(alone) == ["0", "3"]  # to the emptiest place first
+    assert sorted(alone) == ["0", "3"]  # the least busy device is used first
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
-def test_a_task_that_takes_too_long_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_task_beyond_the_time_limit_is_ended_and_the_others_continue(tmp_path: Path) -> None:
     executor = Processes(2)
     try:
         jobs = [partial(sleep_in, str(tmp_path)), partial(abs, -1), partial(abs, -2), partial(abs, -3)]
@@ -372,7 +329,7 @@ def test_a_task_that_takes_too_long_is_ended_and_the_others_go_on(tmp_path: Path
 
 
 @pytest.mark.parametrize("make", [Here, lambda: Processes(2)], ids=["here", "processes"])
-def test_once_it_is_stopped_no_more_tasks_begin_and_those_in_flight_are_finished(make: Any) -> None:
+def test_after_a_stop_request_tasks_in_flight_finish_and_no_others_begin(make: Any) -> None:
     executor = make()
     stop = threading.Event()
     done = []
@@ -389,7 +346,7 @@ def test_once_it_is_stopped_no_more_tasks_begin_and_those_in_flight_are_finished
 
 ORPHANS = """
 import sys
-from test_processes import sleep_in
+from worker_tasks import sleep_in
 from gpuprep.executors.processes import Processes
 if __name__ == "__main__":
     list(Processes(1).run(sleep_in, [sys.argv[1]]))
@@ -397,20 +354,16 @@ if __name__ == "__main__":
 
 
 def test_a_worker_ends_with_its_parent_in_the_middle_of_a_task(tmp_path: Path) -> None:
-    # Else it would go on writing into an output that the next run has already opened and swept.
+    # Otherwise it would continue writing into an output that the next run has already opened and cleaned up.
     script = tmp_path / "orphans.py"
     script.write_text(ORPHANS)
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with subprocess.Popen([sys.executable, script, tmp_path], env=os.environ | {"PYTHONPATH": path}) as parent:
-        wait_until((tmp_path / "pid").exists)
-        parent.kill()
-    pid = int((tmp_path / "pid").read_text())
+    pid = pid_left_by_killed_parent([sys.executable, str(script), str(tmp_path)], tmp_path)
     for _ in range(500):
         if not is_running(pid):
             return
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
-    pytest.fail("the worker worked on, five seconds after its parent was killed")
+    pytest.fail("the worker was still running five seconds after its parent was killed")
 
 
 UNGUARDED = """
@@ -422,8 +375,7 @@ executor.stop()
 """
 
 
-def test_a_script_needs_no_guard(tmp_path: Path) -> None:
-    # Workers do not run the main script again.
+def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(UNGUARDED)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
@@ -438,13 +390,13 @@ def test_workers_import_nothing_from_the_folder_they_are_started_in(tmp_path: Pa
     (tmp_path / "elsewhere").mkdir()
     script = tmp_path / "elsewhere" / "script.py"
     script.write_text(UNGUARDED)
-    (tmp_path / "pydicom.py").write_text("print('a stranger was imported', flush=True)")
+    (tmp_path / "pydicom.py").write_text("print('the current folder was imported from', flush=True)")
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
     )
     assert done.stderr == ""
     assert done.stdout.splitlines()[0] == "the script runs"
-    assert "stranger" not in done.stdout
+    assert "current folder" not in done.stdout
 
 
 @pytest.mark.skipif(not HAVE_FORK_SERVER, reason="this system has no fork server")

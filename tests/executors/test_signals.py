@@ -1,7 +1,7 @@
-"""Runs that are interrupted at any moment leave whole volumes or none, no process, and an output that goes on.
+"""Tests of interrupted runs: they leave complete volumes or none, no process, and an output that can be continued.
 
-Trap 34. Moments are found by looking at the output folder, so nothing depends on the speed of the machine; the random
-delays only add moments nobody thought of.
+Trap 34. The moments of interruption are detected in the output folder, so they do not depend on the speed of the
+machine. Random delays add further moments.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Volumes = dict[str, dict[str, bytes]]
 
 
 def volumes(out: Path) -> Volumes:
-    """Every file below OUT by folder and name, but for what is being made and what is gpuprep's own."""
+    """Return the files of all volumes below OUT by folder and name, without unfinished ones and run records."""
     found: Volumes = {}
     for folder, below, names in os.walk(out):
         if Path(folder) == out:
@@ -59,17 +59,18 @@ def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Volumes:
-    """What an uninterrupted run makes of the cohort."""
+    """Return the volumes of an uninterrupted run over the cohort."""
     out = tmp_path_factory.mktemp("whole")
     assert convert(dicom, out, RECIPE, backend="cpu").counts == {"ok": SERIES}
     expected = volumes(out)
     assert set(expected) == {f"dicom/p{n}" for n in range(SERIES)}
-    assert all(len(files) == 25 + 2 for files in expected.values())  # 10 slices of 2.5 mm at 1 mm, and what tells
+    # 10 slices of 2.5 mm become 25 of 1 mm; two more files are the volume.json and the preview.
+    assert all(len(files) == 25 + 2 for files in expected.values())
     return expected
 
 
-def in_the_making(out: Path) -> bool:
-    """Whether a volume is being written."""
+def is_writing(out: Path) -> bool:
+    """Return whether a volume is being written."""
     try:
         with os.scandir(out / WORKSHOP) as entries:
             return any(entry.is_dir() for entry in entries)
@@ -78,7 +79,7 @@ def in_the_making(out: Path) -> bool:
 
 
 def done(out: Path) -> int:
-    """Number of volumes in their places."""
+    """Return the number of finished volumes."""
     return sum((out / "dicom" / f"p{n}" / "volume.json").exists() for n in range(SERIES))
 
 
@@ -87,19 +88,19 @@ def more_done(out: Path, than: int) -> bool:
 
 
 class Interrupted:
-    """A run in a process group of its own that gets a signal as soon as something is true of its output.
+    """A run in a separate process group that gets a signal as soon as a condition is true.
 
-    All its processes hold its standard streams, so these end when the last process has.
+    All its processes hold its standard streams, so `communicate` returns when the last of them has ended.
     """
 
     def __init__(
         self,
         command: list[str],
         number: signal.Signals,
-        moment: Callable[[], bool],
+        condition: Callable[[], bool],
         *,
         delay_s: float = 0.0,
-        everybody: bool = False,
+        whole_group: bool = False,
     ) -> None:
         process = subprocess.Popen(
             [sys.executable, *command],
@@ -109,15 +110,15 @@ class Interrupted:
             start_new_session=True,
         )
         try:
-            while process.poll() is None and not moment():
+            while process.poll() is None and not condition():
                 time.sleep(0.001)
             time.sleep(delay_s)
             self.too_late = process.poll() is not None
             if not self.too_late:
-                os.killpg(process.pid, number) if everybody else process.send_signal(number)
+                os.killpg(process.pid, number) if whole_group else process.send_signal(number)
             _, self.stderr = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
-            pytest.fail("a process of the run is still there after a minute")
+            pytest.fail("a process of the run still exists after a minute")
         finally:
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -126,7 +127,7 @@ class Interrupted:
 
 
 def check(out: Path, whole: Volumes) -> None:
-    """Whatever is in its place is whole, and the manifest promises nothing that is not there."""
+    """Assert that all volumes are complete, and that the manifest lists only files that exist."""
     found = volumes(out)
     assert {folder: files for folder, files in found.items() if files != whole.get(folder)} == {}
     if not (out / "manifest.sqlite").exists():
@@ -139,7 +140,7 @@ def check(out: Path, whole: Volumes) -> None:
 
 
 def check_orderly(run: Interrupted, out: Path) -> None:
-    """The run noticed, said so in one line, and wrote down what it had done."""
+    """Assert that the run reported its interruption in one line and wrote its manifest."""
     assert run.code == 130
     assert "Traceback" not in run.stderr
     assert [line for line in run.stderr.splitlines() if "interrupted" in line] == [
@@ -152,29 +153,29 @@ def check_orderly(run: Interrupted, out: Path) -> None:
 
 
 def finish(dicom: Path, out: Path, whole: Volumes) -> None:
-    """The next run does the rest, and nothing tells that there was an interruption."""
+    """Assert that the next run completes the cohort, with the same files as an uninterrupted run."""
     run = convert(dicom, out, RECIPE, backend="cpu", jobs=2)
     assert run.exit_code == 0
     assert set(run.counts) <= {"ok", "skipped"}
     assert len(run.results) == SERIES
     assert volumes(out) == whole
-    assert not in_the_making(out)
+    assert not is_writing(out)
     assert convert(dicom, out, RECIPE, backend="cpu").counts == {"skipped": SERIES}
 
 
 @pytest.mark.parametrize(
-    ("number", "everybody"),
+    ("number", "whole_group"),
     [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)],
     ids=["Ctrl-C in a terminal", "SIGTERM", "SIGKILL"],
 )
-def test_interrupted_runs_leave_whole_volumes_and_the_next_one_does_the_rest(
-    dicom: Path, tmp_path: Path, whole: Volumes, number: signal.Signals, everybody: bool
+def test_interrupted_runs_leave_complete_volumes_and_the_next_run_does_the_rest(
+    dicom: Path, tmp_path: Path, whole: Volumes, number: signal.Signals, whole_group: bool
 ) -> None:
     out = tmp_path / "out"
     command = [*COMMAND, str(dicom), "--out", str(out)]
     for first in (True, False):
-        moment = partial(in_the_making, out) if first else partial(more_done, out, than=done(out))
-        run = Interrupted(command, number, moment, everybody=everybody)
+        condition = partial(is_writing, out) if first else partial(more_done, out, than=done(out))
+        run = Interrupted(command, number, condition, whole_group=whole_group)
         assert not run.too_late
         check(out, whole)
         if number == signal.SIGKILL:
@@ -186,15 +187,15 @@ def test_interrupted_runs_leave_whole_volumes_and_the_next_one_does_the_rest(
 
 
 def test_ctrl_c_while_workers_are_starting_is_one_line(dicom: Path, tmp_path: Path) -> None:
-    # A terminal sends it to the server of the workers too, which is then busy importing.
+    # A terminal sends SIGINT to the fork server, too, which is then importing modules.
     out = tmp_path / "out"
     command = [*COMMAND, str(dicom), "--out", str(out)]
-    run = Interrupted(command, signal.SIGINT, (out / WORKSHOP / "lock").exists, delay_s=0.2, everybody=True)
+    run = Interrupted(command, signal.SIGINT, (out / WORKSHOP / "lock").exists, delay_s=0.2, whole_group=True)
     check_orderly(run, out)
 
 
-def test_signals_that_are_held_back_arrive_afterwards() -> None:
-    # Around imports: Python drops what is raised in the middle of some of their clean-ups.
+def test_blocked_signals_arrive_after_the_block() -> None:
+    # Needed around imports, since Python discards exceptions that are raised in some of their clean-ups.
     reached = []
 
     def import_much() -> None:
@@ -209,7 +210,7 @@ def test_signals_that_are_held_back_arrive_afterwards() -> None:
     with pytest.raises(KeyboardInterrupt):
         import_much()
     assert reached == ["inside", "twice inside", "still inside"]
-    with pytest.raises(KeyboardInterrupt):  # nothing is held back any more
+    with pytest.raises(KeyboardInterrupt):  # signals are no longer blocked
         signal.raise_signal(signal.SIGINT)
 
 
@@ -218,10 +219,10 @@ def test_runs_interrupted_at_random_are_finished_by_the_next(dicom: Path, tmp_pa
     command = [*COMMAND, str(dicom), "--out", str(out)]
     generator = random.Random()  # noqa: S311
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        # From before anything is imported until after the first volumes.
+        # Between the start of the process, before any import, and some time after the first volumes.
         early, delay_s = generator.random() < 0.5, generator.uniform(0, 0.3)
-        moment = (lambda: True) if early else (lambda: in_the_making(out))
-        run = Interrupted(command, number, moment, delay_s=delay_s * (3 if early else 1), everybody=True)
+        condition = (lambda: True) if early else (lambda: is_writing(out))
+        run = Interrupted(command, number, condition, delay_s=delay_s * (3 if early else 1), whole_group=True)
         print(f"{number.name}: early={early}, delay_s={delay_s:.3f}, code={run.code}")  # noqa: T201
         assert run.code != 0 or run.too_late
         check(out, whole)
@@ -240,6 +241,6 @@ def test_a_script_without_workers_may_be_interrupted_too(dicom: Path, tmp_path: 
     assert run.code == -signal.SIGINT
     assert run.stderr.splitlines()[-1] == "KeyboardInterrupt"
     check(out, whole)
-    assert not in_the_making(out)
+    assert not is_writing(out)
     assert done(out) >= 2
     finish(dicom, out, whole)

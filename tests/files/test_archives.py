@@ -1,4 +1,4 @@
-"""Files inside gzip'd files and zip archives: against zipfile and gzip, and against archives made to do harm."""
+"""Tests of reading gzip'd files and zip archives: sound ones, damaged ones and zip bombs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _empty_cache() -> None:
-    archives._parsed.cache_clear()
+    archives._open_cached.cache_clear()
 
 
 def archive(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> str:
@@ -46,7 +46,7 @@ def archive(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLA
 
 
 def patched(path: str, *changes: tuple[int, bytes]) -> str:
-    """Overwrite bytes; negative positions count from the end."""
+    """Overwrite bytes of a file; negative positions count from the end."""
     data = bytearray(Path(path).read_bytes())
     for at, new in changes:
         at %= len(data)
@@ -56,7 +56,7 @@ def patched(path: str, *changes: tuple[int, bytes]) -> str:
 
 
 def central(path: str) -> int:
-    """Position of the directory."""
+    """Return the position of the central directory."""
     return Path(path).read_bytes().index(b"PK\x01\x02")
 
 
@@ -70,11 +70,11 @@ def drain(f: BinaryIO, piece: int) -> None:
         pass
 
 
-def watched(act: Callable[[], object]) -> int:
-    """Return the most memory that something took at any time."""
+def peak_bytes(action: Callable[[], object]) -> int:
+    """Return the peak of memory that an action allocates."""
     tracemalloc.start()
     try:
-        act()
+        action()
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -82,7 +82,7 @@ def watched(act: Callable[[], object]) -> int:
 
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """A list that grows by one for each chunk that is unpacked."""
+    """Return a list that grows by one for each chunk that is unpacked."""
     seen: list[bool] = []
     real = archives._Stream._advance
 
@@ -95,13 +95,13 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def parses() -> int:
-    return archives._parsed.cache_info().misses
+    return archives._open_cached.cache_info().misses
 
 
-# What is sound
+# Sound files
 
 
-def test_kind_goes_by_the_first_bytes(tmp_path: Path) -> None:
+def test_the_container_format_is_detected_from_the_first_bytes(tmp_path: Path) -> None:
     assert kind(Path(archive(tmp_path / "a", {"x": b"1"})).read_bytes()[:4]) == "zip"
     assert kind(Path(archive(tmp_path / "b", {})).read_bytes()[:4]) == "zip"
     assert kind(gzip.compress(b"")[:4]) == "gzip"
@@ -118,7 +118,7 @@ def test_members_of_every_method_read_back(tmp_path: Path, method: int) -> None:
     assert list(members(archive(tmp_path / "b.zip", {}, method))) == []
 
 
-def test_folders_and_links_are_no_members(tmp_path: Path) -> None:
+def test_folders_and_links_are_not_listed_as_members(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as z:
         z.mkdir("folder")
@@ -127,7 +127,7 @@ def test_folders_and_links_are_no_members(tmp_path: Path) -> None:
         link.external_attr = 0o120777 << 16
         z.writestr(link, b"/etc/passwd")
         z.writestr(zipfile.ZipInfo("dos"), b"2")
-        piped = zipfile.ZipInfo("-")  # what `zip` makes of its standard input
+        piped = zipfile.ZipInfo("-")  # the entry that `zip` makes for its standard input
         piped.external_attr = 0o010600 << 16
         z.writestr(piped, b"3")
     assert [m.name for m in members(str(path))] == ["folder/file", "dos", "-"]
@@ -135,7 +135,7 @@ def test_folders_and_links_are_no_members(tmp_path: Path) -> None:
         open_member(str(path), "link")
 
 
-def test_of_two_members_of_a_name_the_later_one_counts(tmp_path: Path) -> None:
+def test_the_later_of_two_members_with_one_name_is_read(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.zip", {"twice": b"1"})
     with zipfile.ZipFile(path, "a") as z, pytest.warns(UserWarning, match="Duplicate"):
         z.writestr("twice", b"2")
@@ -143,25 +143,25 @@ def test_of_two_members_of_a_name_the_later_one_counts(tmp_path: Path) -> None:
     assert content(path, "twice") == b"2"
 
 
-def test_an_archive_behind_something_else(tmp_path: Path) -> None:
+def test_an_archive_after_a_script_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     path.write_bytes(b"#!/bin/sh\nexit\n" + Path(archive(path, {"x": MIXED})).read_bytes())
     assert content(str(path), "x") == MIXED
 
 
-def test_zip64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip64_archives_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
     files = {f"{n}.dcm": NOISE[n : n + 1000 * n] for n in range(6)}
     path = archive(tmp_path / "a.zip", files)
     data = Path(path).read_bytes()
     assert b"PK\x06\x06" in data
-    assert data.count(b"\xff\xff\xff\xff") >= 3  # so that the wide numbers are what is read
+    assert data.count(b"\xff\xff\xff\xff") >= 3  # the 64-bit fields have to be read
     assert [(m.name, m.bytes, m.error) for m in members(path)] == [(k, len(v), "") for k, v in files.items()]
     assert {name: content(path, name) for name in files} == files
 
 
-def test_an_archive_with_a_comment_and_data_descriptors(tmp_path: Path) -> None:
+def test_an_archive_with_a_comment_and_data_descriptors_is_read(tmp_path: Path) -> None:
     class Pipe(io.BytesIO):
         def seekable(self) -> bool:
             return False
@@ -184,14 +184,14 @@ def test_an_archive_with_a_comment_and_data_descriptors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [(MIXED,), (MIXED, NOISE, b"", b"tail"), (b"",)])
-def test_gzip_is_one_member_of_one_or_several_parts(tmp_path: Path, parts: tuple[bytes, ...]) -> None:
+def test_a_gzip_file_of_one_or_several_parts_is_one_member(tmp_path: Path, parts: tuple[bytes, ...]) -> None:
     path = tmp_path / "a.dcm.gz"
-    path.write_bytes(b"".join(gzip.compress(p) for p in parts) + bytes(70_000))  # filled up as on a tape
+    path.write_bytes(b"".join(gzip.compress(p) for p in parts) + bytes(70_000))  # zeros at the end, as on a tape
     assert list(members(str(path))) == [Member(GZIP_MEMBER, path.stat().st_size)]
     assert content(str(path), GZIP_MEMBER) == b"".join(parts)
 
 
-# Reading here and there
+# Seeking
 
 steps = st.lists(
     st.tuples(st.sampled_from(["read", "set", "cur", "end"]), st.integers(-700_000, 700_000)), min_size=1, max_size=12
@@ -210,7 +210,9 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
 
 
 @given(steps)
-def test_seeks_as_a_file_of_the_same_content(three: list[tuple[str, str]], steps: list[tuple[str, int]]) -> None:
+def test_members_seek_like_a_file_of_the_same_content(
+    three: list[tuple[str, str]], steps: list[tuple[str, int]]
+) -> None:
     for path, name in three:
         expected = io.BytesIO(MIXED)
         with open_member(path, name) as f:
@@ -225,7 +227,7 @@ def test_seeks_as_a_file_of_the_same_content(three: list[tuple[str, str]], steps
                 assert f.tell() == expected.tell()
 
 
-def test_odd_seeks_and_closed_files_raise(three: list[tuple[str, str]]) -> None:
+def test_invalid_seeks_and_closed_files_raise(three: list[tuple[str, str]]) -> None:
     for path, name in three:
         f = open_member(path, name)
         with pytest.raises(ValueError, match="negative"):
@@ -240,7 +242,9 @@ def test_odd_seeks_and_closed_files_raise(three: list[tuple[str, str]]) -> None:
 
 
 @pytest.mark.parametrize("method", [*METHODS, None])
-def test_only_what_is_read_is_unpacked(tmp_path: Path, chunks: list[bool], method: int | None) -> None:
+def test_members_are_unpacked_only_as_far_as_they_are_read(
+    tmp_path: Path, chunks: list[bool], method: int | None
+) -> None:
     data = np.random.default_rng(1).bytes(4 * MB)
     if method is None:
         path, name = str(tmp_path / "a.gz"), GZIP_MEMBER
@@ -263,7 +267,7 @@ def test_only_what_is_read_is_unpacked(tmp_path: Path, chunks: list[bool], metho
         while len(piece := f.read(1000)) == 1000:
             f.seek(-20, os.SEEK_CUR)
         assert piece == data[-len(piece) :]
-    assert len(chunks) < 4 * MB // archives.CHUNK_BYTES + 10  # small steps back do not begin again
+    assert len(chunks) < 4 * MB // archives.CHUNK_BYTES + 10  # short seeks backwards unpack nothing again
 
 
 def test_memory_does_not_grow_with_the_member(tmp_path: Path) -> None:
@@ -273,7 +277,7 @@ def test_memory_does_not_grow_with_the_member(tmp_path: Path) -> None:
         with open_member(path, "x") as f:
             drain(f, 10_000)
 
-    assert watched(read) < 2 * MB
+    assert peak_bytes(read) < 2 * MB
 
 
 def test_pydicom_reads_members(tmp_path: Path) -> None:
@@ -289,11 +293,11 @@ def test_pydicom_reads_members(tmp_path: Path) -> None:
         assert whole.PixelData == pydicom.dcmread(tmp_path / "series" / member.name).PixelData
 
 
-# What is not sound
+# Damaged files
 
 
 def refused(path: str, name: str, match: str) -> None:
-    """Both whole and piecewise, the stream must raise, and go on raising."""
+    """Assert that reading at once and in pieces raises, and that a second attempt raises again."""
     with pytest.raises(ContainerError, match=match) as info:
         content(path, name)
     assert "\n" not in str(info.value)
@@ -308,7 +312,7 @@ def refused(path: str, name: str, match: str) -> None:
                 drain(f, 777)
 
 
-def test_damaged_gzip(tmp_path: Path) -> None:
+def test_damaged_gzip_files_are_refused(tmp_path: Path) -> None:
     data = gzip.compress(MIXED)
     path = tmp_path / "a.gz"
     for length in (5, 12, 1000, len(data) // 2, len(data) - 9, len(data) - 8, len(data) - 1):
@@ -323,8 +327,8 @@ def test_damaged_gzip(tmp_path: Path) -> None:
         refused(str(path), GZIP_MEMBER, "cannot be read|cut short")
 
 
-def test_the_last_bytes_come_only_from_sound_files(tmp_path: Path) -> None:
-    """Whoever asks for exactly the bytes there are never sees the end, and must hear of damage all the same."""
+def test_the_last_bytes_of_damaged_files_are_not_returned(tmp_path: Path) -> None:
+    """A reader that requests exactly the declared size does not reach the end, but must still get an error."""
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(MIXED)[:-1])
     wrong = archive(tmp_path / "a.zip", {"x": MIXED})
@@ -336,7 +340,7 @@ def test_the_last_bytes_come_only_from_sound_files(tmp_path: Path) -> None:
             f.readinto(bytearray(len(MIXED)))  # type: ignore[attr-defined]
 
 
-def test_neither_gzip_nor_zip(tmp_path: Path) -> None:
+def test_files_that_are_neither_gzip_nor_zip_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a"
     for data in (b"", b"PK", b"PK\x03\x04", b"PK\x05\x06", NOISE):
         path.write_bytes(data)
@@ -357,10 +361,12 @@ def test_neither_gzip_nor_zip(tmp_path: Path) -> None:
     + [(10, n, f"compressed with an unusual method, number {n}") for n in (1, 6, 9, 12, 14, 93, 99)]
     + [(28, 0, "has no name")],
 )
-def test_members_that_cannot_be_opened(tmp_path: Path, field: int, value: int, error: str) -> None:
+def test_members_that_cannot_be_opened_are_listed_with_the_reason(
+    tmp_path: Path, field: int, value: int, error: str
+) -> None:
     path = archive(tmp_path / "a.zip", {"x": MIXED, "y": NOISE})
     patched(path, (central(path) + field, struct.pack("<H", value)))
-    if field == 28:  # what was the name is an extra field
+    if field == 28:  # the bytes of the name become an extra field
         patched(path, (central(path) + 30, b"\1"), (26, b"\0\0\1"))
     assert [m.error for m in members(path)] == [error, ""]
     if field == 28:
@@ -371,7 +377,7 @@ def test_members_that_cannot_be_opened(tmp_path: Path, field: int, value: int, e
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_damaged_members(tmp_path: Path, method: int) -> None:
+def test_damaged_members_are_refused(tmp_path: Path, method: int) -> None:
     path = archive(tmp_path / "a.zip", {"x": MIXED, "y": NOISE}, method)
     data = Path(path).read_bytes()
     at = central(path)
@@ -386,7 +392,7 @@ def test_damaged_members(tmp_path: Path, method: int) -> None:
         assert content(path, "y") == NOISE
 
 
-def test_damaged_archives(tmp_path: Path) -> None:
+def test_damaged_archives_are_refused(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.zip", {"x": MIXED, "y": NOISE})
     data = Path(path).read_bytes()
     at = central(path)
@@ -405,7 +411,7 @@ def test_damaged_archives(tmp_path: Path) -> None:
         refused(path, "y", "cannot be read")
 
 
-def test_failures_of_the_disk_keep_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_errors_keep_their_errno(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = archive(tmp_path / "a.zip", {"x": MIXED})
 
     def broken(*_: object) -> bytes:
@@ -418,18 +424,18 @@ def test_failures_of_the_disk_keep_their_number(tmp_path: Path, monkeypatch: pyt
     assert info.value.errno == errno.EIO
 
 
-# Bombs
+# Zip bombs
 
 
 def zeros(megabytes: int) -> bytes:
-    """Deflated: one block over and over."""
+    """Return deflated zeros, made of one repeated block."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = packer.compress(bytes(MB)) + packer.flush(zlib.Z_FULL_FLUSH)
     return block * megabytes + packer.flush()
 
 
 def zip_of(path: Path, packed: bytes, size: int) -> str:
-    """An archive around data that announce `size` bytes."""
+    """Make an archive of one deflated member whose directory announces `size` bytes."""
     archive(path, {"x": b"1"}, zipfile.ZIP_DEFLATED)
     data = path.read_bytes()
     at, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
@@ -441,7 +447,7 @@ def zip_of(path: Path, packed: bytes, size: int) -> str:
     return str(path)
 
 
-def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "RATIO_FREE_BYTES", 10 * MB)
     bomb = zeros(50)
     assert len(bomb) < 100_000
@@ -457,12 +463,12 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             with pytest.raises(ContainerError, match=match), open_member(path, name) as f:
                 drain(f, MB)
 
-    assert watched(try_all) < 4 * MB
+    assert peak_bytes(try_all) < 4 * MB
     with open_member(str(packed), GZIP_MEMBER) as f, pytest.raises(ContainerError, match="more than"):
         f.seek(0, os.SEEK_END)
 
 
-def test_largest_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_above_the_size_limit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = archive(tmp_path / "a.zip", {"x": NOISE})
     packed = tmp_path / "a.gz"
     packed.write_bytes(gzip.compress(NOISE))
@@ -474,8 +480,8 @@ def test_largest_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_huge_directories_are_not_loaded(tmp_path: Path, wide: bool) -> None:
-    """A sparse file of two gigabytes whose end record calls nearly all of it its directory."""
+def test_huge_directories_are_refused_without_loading(tmp_path: Path, wide: bool) -> None:
+    """The end record of a sparse file of two gigabytes declares nearly all of it as the directory."""
     path, size = tmp_path / "a.zip", 2 << 30
     if wide:
         end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, size - 1000, 1000)
@@ -488,14 +494,14 @@ def test_huge_directories_are_not_loaded(tmp_path: Path, wide: bool) -> None:
         f.seek(size)
         f.write(end)
 
-    def look() -> None:
+    def list_members() -> None:
         with pytest.raises(ContainerError, match="a directory of"):
             list(members(str(path)))
 
-    assert watched(look) < 2 * MB
+    assert peak_bytes(list_members) < 2 * MB
 
 
-def test_most_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archives_with_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = archive(tmp_path / "a.zip", {f"{n}": b"" for n in range(20)})
     monkeypatch.setattr(archives, "MOST_MEMBERS", 19)
     for claim in (20, 1):
@@ -525,12 +531,12 @@ def test_most_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (".", []),
     ],
 )
-def test_safe_parts(name: str, parts: list[str]) -> None:
+def test_safe_parts_of_names(name: str, parts: list[str]) -> None:
     assert safe_parts(name) == parts
 
 
 @given(st.one_of(st.text(), st.text("./\\:C\0a")))
-def test_safe_parts_stay_below(name: str) -> None:
+def test_safe_parts_stay_below_the_folder(name: str) -> None:
     path = os.path.join("/base", *safe_parts(name))
     assert os.path.normpath(path) == path
     assert path == "/base" or path.startswith("/base/")
@@ -552,13 +558,13 @@ def test_a_changed_archive_is_read_again(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.zip", {"x": b"old"}, zipfile.ZIP_STORED)
     assert content(path, "x") == b"old"
     status = os.stat(path)
-    archive(tmp_path / "a.zip", {"x": b"new"}, zipfile.ZIP_STORED)  # of the same size
+    archive(tmp_path / "a.zip", {"x": b"new"}, zipfile.ZIP_STORED)  # same size as before
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert content(path, "x") == b"new"
     assert parses() == 2
 
 
-def test_streams_outlive_the_cache_and_then_nothing_stays_open(tmp_path: Path) -> None:
+def test_streams_outlive_the_cache_and_leave_no_file_open(tmp_path: Path) -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     paths = [archive(tmp_path / f"{n}", {"x": MIXED}) for n in range(6)]
@@ -568,17 +574,17 @@ def test_streams_outlive_the_cache_and_then_nothing_stays_open(tmp_path: Path) -
                 open_member(path, "absent")
             content(path, "x")
         assert held.read(10) == MIXED[:10]
-        archives._parsed.cache_clear()
+        archives._open_cached.cache_clear()
         assert held.read() == MIXED[10:]
     Path(paths[0]).write_bytes(b"PK")
     with pytest.raises(ContainerError):
         open_member(paths[0], "x")
     del held
-    gc.collect()  # pytest keeps errors in cycles
+    gc.collect()  # pytest holds exceptions in reference cycles
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_threads_read_one_archive_at_once(tmp_path: Path) -> None:
+def test_threads_read_one_archive_at_the_same_time(tmp_path: Path) -> None:
     files = {f"{n}": NOISE[n : n + 100_000] for n in range(16)}
     path = archive(tmp_path / "a.zip", files)
     others = [archive(tmp_path / f"{n}.zip", {"x": bytes([n])}) for n in range(8)]
@@ -597,7 +603,7 @@ def test_threads_read_one_archive_at_once(tmp_path: Path) -> None:
         assert list(pool.map(work, range(8))) == [True] * 8
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside threads
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads
 def test_parent_and_child_read_the_same_archive_after_a_fork(tmp_path: Path) -> None:
     files = {f"{n}": NOISE[n : n + 50_000] for n in range(50)}
     path = archive(tmp_path / "a.zip", files)

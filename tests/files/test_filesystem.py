@@ -1,4 +1,4 @@
-"""Inputs at URLs: the same volumes as from disk, in the same folders, and one clear reason where they cannot be had."""
+"""Tests of inputs at URLs: the same volumes and folders as from disk, and one-line errors for unreadable URLs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def plain(tmp_path: Path, stored: NDArray[np.int16]) -> list[Path]:
 
 
 def outputs(out: Path) -> dict[str, bytes]:
-    """Return every file of the volumes under OUT; of the sidecars, what does not tell when inputs were changed."""
+    """Return every file of the volumes under OUT, without the fingerprints in volume.json, which hold input times."""
     found = {}
     for file in sorted(out.rglob("*/*")):
         if file.name == "volume.json":
@@ -82,13 +82,13 @@ def outputs(out: Path) -> dict[str, bytes]:
         (Path("a"), False, "a"),
     ],
 )
-def test_urls_are_told_from_paths(path: str | Path, url: bool, used: str) -> None:
+def test_urls_are_distinguished_from_paths(path: str | Path, url: bool, used: str) -> None:
     assert (filesystem.is_url(str(path)), filesystem.given(path)) == (url, used)
 
 
 @pytest.mark.parametrize("url", ["s3://key:hush@bucket/a", "https://host/a?Signature=hush", "file://host/a"])
-def test_urls_that_cannot_be_used_are_refused(url: str) -> None:
-    with pytest.raises(RequestError, match=r"the path from the root|password or a query") as caught:
+def test_urls_with_a_password_query_or_file_host_are_refused(url: str) -> None:
+    with pytest.raises(RequestError, match=r"absolute path after file|password or a query") as caught:
         gpuprep.discover(url)
     assert "hush" not in str(caught.value)
 
@@ -105,11 +105,11 @@ def test_urls_that_cannot_be_used_are_refused(url: str) -> None:
         (["s3://b/x", "/s3/b/x"], "/"),
     ],
 )
-def test_common_folders(folders: list[str], common: str) -> None:
+def test_common_folder_of_paths_and_urls(folders: list[str], common: str) -> None:
     assert filesystem.common_folder(folders) == common
 
 
-def test_without_urls_fsspec_is_not_imported(plain: list[Path]) -> None:
+def test_fsspec_is_not_imported_without_urls(plain: list[Path]) -> None:
     folder = str(plain[0].parent)
     code = f"import gpuprep, sys; assert len(gpuprep.discover({folder!r})) == 1; print('fsspec' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -131,7 +131,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, url: str, a
     assert str(caught.value) == text
 
 
-def test_file_urls_are_the_path_itself(tmp_path: Path, plain: list[Path]) -> None:
+def test_file_urls_are_treated_as_paths(tmp_path: Path, plain: list[Path]) -> None:
     folder = plain[0].parent.parent
     assert gpuprep.discover(f"file://{folder}").series == gpuprep.discover(folder).series
     gpuprep.convert(f"file://{folder}/", tmp_path / "out", SMALL)
@@ -140,7 +140,9 @@ def test_file_urls_are_the_path_itself(tmp_path: Path, plain: list[Path]) -> Non
 
 
 @pytest.mark.usefixtures("memory")
-def test_volumes_and_folders_are_those_from_disk(tmp_path: Path, plain: list[Path], stored: NDArray[np.int16]) -> None:
+def test_volumes_and_folders_equal_those_from_disk(
+    tmp_path: Path, plain: list[Path], stored: NDArray[np.int16]
+) -> None:
     write_series(tmp_path / "dicom" / "p2" / "ct", stored[:5] + 9, SPACING_MM)
     put(tmp_path / "dicom", "memory://dicom")
     here = gpuprep.convert(tmp_path / "dicom", tmp_path / "here", SMALL)
@@ -158,13 +160,13 @@ def test_volumes_and_folders_are_those_from_disk(tmp_path: Path, plain: list[Pat
 
 
 @pytest.mark.usefixtures("memory")
-def test_paths_on_disk_and_urls_together(tmp_path: Path, plain: list[Path]) -> None:
+def test_paths_on_disk_and_urls_are_converted_in_one_run(tmp_path: Path, plain: list[Path]) -> None:
     put(write_series(tmp_path / "other", np.ones((5, 8, 8), np.int16), SPACING_MM)[0].parent, "memory://bucket/p9")
     out = tmp_path / "out"
     run = gpuprep.convert([plain[0].parent, "memory://bucket/p9"], out, Recipe(policy="keep"))
     folder = str(plain[0].parent)[1:]
     assert {r.source: r.folder for r in run.results} == {f"/{folder}": folder, "memory://bucket/p9": "memory/bucket/p9"}
-    # One series in both: of images that lie nowhere in common, only the folder is not known.
+    # One series in both places has no common folder.
     for file in plain[4:]:
         put(file, f"memory://bucket/rest/{file.name}")
         file.unlink()
@@ -187,7 +189,7 @@ def test_every_wrapping_is_read(
     how: str,
     large: bool,
 ) -> None:
-    if large:  # no object comes whole, nor any header at once
+    if large:  # neither objects nor headers fit into the first request
         for name, size in {"WHOLE_BYTES": 300, "HEAD_BYTES": 200, "BLOCK_BYTES": 700}.items():
             monkeypatch.setattr(filesystem, name, size)
     given = wrapped(plain, tmp_path / "wrapped", how)
@@ -198,7 +200,7 @@ def test_every_wrapping_is_read(
     np.testing.assert_array_equal(gpuprep.read(series).stored, stored)
 
 
-def test_odd_seeks(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_seek_like_files(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe_file("/a", bytes(range(100)))
     memory.pipe_file("/empty", b"")
     monkeypatch.setattr(filesystem, "HEAD_BYTES", 10)
@@ -213,7 +215,7 @@ def test_odd_seeks(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (f.seek(0, 2), f.read()) == (0, b"")
 
 
-def test_what_changed_since_the_scan_is_not_read(plain: list[Path], memory: Any) -> None:
+def test_objects_changed_since_the_scan_are_not_read(plain: list[Path], memory: Any) -> None:
     put(plain[0].parent, "memory://p")
     (series,) = gpuprep.discover("memory://p")
     memory.pipe_file(f"/p/{plain[3].name}", plain[3].read_bytes()[:-1])
@@ -251,25 +253,25 @@ def test_an_unchanged_tree_is_scanned_again_without_opening_a_file(
     assert set(opened) == {f"memory://p/a/{plain[2].name}"}
 
 
-def test_an_etag_is_part_of_the_time_of_change() -> None:
+def test_the_etag_is_part_of_the_modification_time() -> None:
     def changed(etag: str, second: float, **more: Any) -> int:
-        return filesystem._changed_ns({"type": "file", "LastModified": second, "ETag": etag, **more})
+        return filesystem._mtime_ns({"type": "file", "LastModified": second, "ETag": etag, **more})
 
-    # A listing has the time to the millisecond, the object itself to the second; some leave the quotes away.
+    # Listings have milliseconds, the object itself has seconds; some stores omit the quotes.
     assert changed('"one"', 1_700_000_000.123) == changed("one", 1_700_000_000)
     assert changed("one", 1_700_000_000) != changed("two", 1_700_000_000)
     assert changed("one", 1_700_000_000) // 10**9 == 1_700_000_000
 
 
 @pytest.mark.usefixtures("memory")
-def test_the_output_is_not_searched_where_it_is_a_url(plain: list[Path]) -> None:
+def test_an_output_folder_at_a_url_is_excluded_from_the_search(plain: list[Path]) -> None:
     for folder in ("in", "out", "out/below", "outer"):
         put(plain[0], f"memory://p/{folder}/1")
     cohort = gpuprep.discover("memory://p", exclude="memory://p/out")
     assert sorted(s.path for series in cohort for s in series.slices) == ["memory://p/in/1", "memory://p/outer/1"]
 
 
-def test_segmentations_at_urls(tmp_path: Path, memory: Any) -> None:
+def test_segmentations_at_urls_are_used(tmp_path: Path, memory: Any) -> None:
     ct = Ct(tmp_path / "ct")
     put(ct.folder, "memory://dicom/ct")
     (tmp_path / "masks").mkdir()
@@ -281,7 +283,7 @@ def test_segmentations_at_urls(tmp_path: Path, memory: Any) -> None:
         run = gpuprep.convert("memory://dicom", out, RAW, masks=[masks])
         assert (run.counts, run.unmatched) == ({"ok": 1}, ())
         np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX)
-        # The time of change that an object is listed with is that which it has itself.
+        # The modification time in a listing equals that of the object itself.
         assert gpuprep.convert("memory://dicom", out, RAW, masks=[masks]).counts == {"skipped": 1}
     put(tmp_path / "masks", "memory://dicom/rt")
     _, (planned,), _ = scan("memory://dicom", RAW, masks="auto")
@@ -291,7 +293,7 @@ def test_segmentations_at_urls(tmp_path: Path, memory: Any) -> None:
         scan("memory://dicom", RAW, masks=["memory://nowhere"])
 
 
-def test_what_lies_beside_a_segmentation_is_found(memory: Any) -> None:
+def test_headers_beside_a_pinnacle_segmentation_are_found_at_urls(memory: Any) -> None:
     memory.pipe_file("/p/ImageSet_0.header", image("HFP", (0, 0)).encode())
     for folder in ("memory://p", "memory://p/Plan_0"):
         memory.pipe_file(f"{folder}/plan.roi", b"")
@@ -299,7 +301,7 @@ def test_what_lies_beside_a_segmentation_is_found(memory: Any) -> None:
         assert (found.beside, found.series_uids) == (("memory://p/ImageSet_0.header",), ("1.2.3",))
 
 
-def test_refusals_are_one_line(memory: Any, monkeypatch: pytest.MonkeyPatch, plain: list[Path]) -> None:
+def test_errors_of_a_store_are_one_line(memory: Any, monkeypatch: pytest.MonkeyPatch, plain: list[Path]) -> None:
     put(plain[0].parent, "memory://p")
 
     def refused(*_: Any, **__: Any) -> Any:
@@ -350,31 +352,31 @@ def test_a_cohort_on_s3_is_converted_as_from_disk(
     assert rejected.reason == f"DecodeError: {plain[3].name} cannot be read: No such file or directory"
 
 
-def test_what_a_slice_on_s3_costs(plain: list[Path], s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_requests_per_slice_on_s3(plain: list[Path], s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     put(plain[0].parent, "s3://bucket/cost")
     (tmp := plain[0].parent.parent / "gz").mkdir()
     for file in plain:
         (tmp / file.name).write_bytes(gzip.compress(file.read_bytes()))
     put(tmp, "s3://bucket/cost-gz")
-    asked: list[str] = []
+    requests: list[str] = []
     call = type(s3)._call_s3
 
     async def counted(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        asked.append(method)
+        requests.append(method)
         return await call(self, method, *args, **kwargs)
 
     monkeypatch.setattr(type(s3), "_call_s3", counted)
     for url, gets in (("s3://bucket/cost", 7), ("s3://bucket/cost-gz", 14)):
         (series,) = gpuprep.discover(url)
-        assert (asked.count("get_object"), asked.count("head_object")) == (gets, 1 + 7)  # 1: is it a folder?
-        assert asked.count("list_objects_v2") <= 2
-        asked.clear()
+        assert (requests.count("get_object"), requests.count("head_object")) == (gets, 1 + 7)  # 1: is it a folder?
+        assert requests.count("list_objects_v2") <= 2
+        requests.clear()
         gpuprep.read(series)
-        assert asked == ["head_object", "get_object"] * 7
-        asked.clear()
+        assert requests == ["head_object", "get_object"] * 7
+        requests.clear()
 
 
-def test_empty_objects_and_markers_of_folders(s3: Any) -> None:
+def test_empty_objects_and_folder_markers_are_handled(s3: Any) -> None:
     for key in ("odd/", "odd/below/", "odd/empty", "odd/empty.dcm"):
         s3.pipe_file(f"bucket/{key}", b"")
     cohort = gpuprep.discover("s3://bucket/odd")
@@ -382,7 +384,9 @@ def test_empty_objects_and_markers_of_folders(s3: Any) -> None:
     assert cohort.unreadable == (("s3://bucket/odd/empty.dcm", "ValueError: the file is empty"),)
 
 
-def test_what_is_not_on_s3_is_one_line(tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_or_unreachable_s3_objects_are_one_line_errors(
+    tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for url in ("s3://no-such-bucket", "s3://no-such-bucket/a", "s3://bucket/nothing"):
         with pytest.raises(RequestError, match=f"^{url} does not exist$"):
             gpuprep.discover(url)

@@ -236,7 +236,7 @@ def test_a_lost_volume_is_named(tmp_path: Path) -> None:
 def test_values_of_different_meaning_are_not_mixed(tmp_path: Path, changes: Any) -> None:
     for n, recipe in enumerate((RAW, replace(RAW, **changes))):
         gpuprep.convert(Ct(tmp_path / f"p{n}").folder, tmp_path / "out", recipe, backend="cpu")
-    with pytest.raises(RequestError, match=r"recipes whose values differ \(.* HU.* and .* HU.*\): convert all of it"):
+    with pytest.raises(RequestError, match=r"recipes whose values differ \(.* HU.* and .* HU.*\): convert all series"):
         CohortDataset(tmp_path / "out")
 
 
