@@ -94,7 +94,7 @@ def test_without_waiting_for_copies_the_stand_in_gives_something_else(
     foreign = ForeignBackend()
     expected = run(volume, RECIPES[0], NumpyBackend("matmul"))
     with monkeypatch.context() as patched:
-        patched.setattr(pinned_transfer, "_landed", lambda _, host: host)
+        patched.setattr(pinned_transfer, "_completed", lambda _, host: host)
         assert not np.array_equal(run(volume, RECIPES[0], foreign), expected)
     monkeypatch.setattr(pinned_transfer._Buffer, "wait", lambda _: None)
     with pytest.raises(AssertionError, match="overwritten while it was copied up"):

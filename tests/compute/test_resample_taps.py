@@ -30,11 +30,11 @@ from gpuprep.core.volume import StoredVolume
 RULES = [("nearest", True), ("constant", False), ("mirror", True)]
 
 
-def dense(line: resample_taps.Line, samples: int) -> NDArray[np.float64]:
+def dense(line: resample_taps.LineTables, samples: int) -> NDArray[np.float64]:
     """Return the matrix that a line stands for, by following its own description on unit vectors."""
     values = np.eye(samples)
-    if line.solve.shape[1]:
-        p, q, g = line.solve.astype(np.float64)
+    if line.recursion.shape[1]:
+        p, q, g = line.recursion.astype(np.float64)
         for k in range(samples):
             values[k] = p[k] * values[k] - (q[k] * values[k - 1] if k else 0)
         for k in reversed(range(samples - 1)):

@@ -182,7 +182,7 @@ def test_kernels_that_cannot_be_kept_are_an_error_of_ours(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(cupy, "ones", refuse)  # the first kernel is written into CuPy's folder
     with pytest.raises(BackendError, match=r"/kernel_cache/x.*set CUPY_CACHE_DIR"):
-        ours._opened(99)
+        ours._checked_device(99)
 
 
 @needs_cupy
@@ -194,7 +194,7 @@ def test_a_backend_travels_without_a_handle_of_the_device(monkeypatch: pytest.Mo
         asked.append(ordinal)
         return "imaginary (device 0)"
 
-    monkeypatch.setattr(module, "_opened", opened)
+    monkeypatch.setattr(module, "_checked_device", opened)
     backend = module.CupyBackend()
     backend.chunk_slices = 7
     there = pickle.loads(pickle.dumps(backend))  # noqa: S301
@@ -221,7 +221,7 @@ def test_errors_of_cupy_become_ours(raised: tuple[str, str, Any], expected: Any)
     backend = object.__new__(module.CupyBackend)
     backend._ordinal, backend.device = 0, "imaginary"
     exc = getattr(import_module(where), name)(*args)
-    known = module.translated(exc, backend)
+    known = module.device_error(exc, backend)
     assert (None if known is None else type(known)) == expected
     if expected is DeviceMemoryError:
         assert "imaginary has" in str(known)
