@@ -100,7 +100,7 @@ class _PlaneResampler:
                 values = self._resample_columns(values, self._columns)
             if self._across is not None:
                 p, q, _ = self._across.recursion[:, k]
-                numba_kernels.forward_pass(values, values if previous is None else previous, p, q)
+                numba_kernels.forwards(values, values if previous is None else previous, p, q)
                 previous = values
             yield values
 
@@ -109,20 +109,20 @@ class _PlaneResampler:
         assert self._across is not None  # noqa: S101 - only called if there is a prefilter
         out = self._scratch.like(slices, (self._max_slices, *slices.shape[1:]), "filtered")[: high - low]
         line = self._scratch.like(slices, slices.shape[2:], "line across")
-        numba_kernels.backward_pass(slices, self._across.recursion[2, low:], line, out)
+        numba_kernels.backwards(slices, self._across.recursion[2, low:], line, out)
         return np.asarray(out)
 
     def _resample_rows(self, values: NDArray[np.float32], tables: resample_taps.LineTables) -> NDArray[np.float32]:
         out = self._output(values, (tables.n_out, values.shape[2]), "rows")
         strip = self._scratch.like(values, (tables.n_in, numba_kernels.STRIP), "strip")
-        numba_kernels.resample_rows(values[0], tables.recursion, tables.start, tables.weights, strip, out[0])
+        numba_kernels.along_rows(values[0], tables.recursion, tables.start, tables.weights, strip, out[0])
         return out
 
     def _resample_columns(self, values: NDArray[np.float32], tables: resample_taps.LineTables) -> NDArray[np.float32]:
         out = self._output(values, (values.shape[1], tables.n_out), "columns")
         row = self._scratch.like(values, (tables.n_in + 2 * resample_taps.PREFILTER_RADIUS,), "line")
         solved = self._scratch.like(values, (tables.n_in,), "solved")
-        numba_kernels.resample_columns(
+        numba_kernels.along_columns(
             values[0], tables.boundary, tables.start, tables.weights_transposed, row, solved, out[0]
         )
         return out

@@ -125,7 +125,7 @@ def to_hu(stored: Any, slope: Any, intercept: Any, padding: Any, out: Any) -> No
 
 
 @_compiled
-def resample_rows(values: Any, recursion: Any, start: Any, weights: Any, strip: Any, out: Any) -> None:
+def along_rows(values: Any, recursion: Any, start: Any, weights: Any, strip: Any, out: Any) -> None:
     """Resample a slice along axis 0; `strip` is scratch of shape (rows, STRIP)."""
     rows, columns = values.shape
     if recursion.shape[1] == 0:
@@ -194,7 +194,7 @@ def combine_rounded(
 
 
 @_compiled
-def resample_columns(values: Any, boundary: Any, start: Any, weights: Any, line: Any, solved: Any, out: Any) -> None:
+def along_columns(values: Any, boundary: Any, start: Any, weights: Any, line: Any, solved: Any, out: Any) -> None:
     """Resample a slice along axis 1; `weights` has shape (taps, columns of `out`); `line` and `solved` are scratch."""
     columns = values.shape[1]
     for j in range(values.shape[0]):
@@ -236,7 +236,7 @@ def gather(line: Any, start: Any, weights: Any, out: Any) -> None:
 
 
 @_compiled
-def forward_pass(plane: Any, previous: Any, p: Any, q: Any) -> None:
+def forwards(plane: Any, previous: Any, p: Any, q: Any) -> None:
     """Apply the causal half of the spline prefilter across slices in place; `previous` is the filtered slice before."""
     for j in range(plane.shape[1]):
         for i in range(plane.shape[2]):
@@ -244,7 +244,7 @@ def forward_pass(plane: Any, previous: Any, p: Any, q: Any) -> None:
 
 
 @_compiled
-def backward_pass(planes: Any, g: Any, line: Any, out: Any) -> None:
+def backwards(planes: Any, g: Any, line: Any, out: Any) -> None:
     """Apply the anticausal half of the spline prefilter across slices, from the last of `planes` to the first."""
     count, rows, columns = planes.shape
     for j in range(rows):

@@ -47,7 +47,7 @@ def _compile(stored_type: type[np.integer[Any]], dtypes: tuple[Dtype, ...]) -> N
 
 
 def _warn_of_compilation() -> None:
-    """Log a warning if compilation is slow. Loading cached loops on a busy machine may take as long; it is not logged."""
+    """Log a warning if compiling the loops is slow; slow loading of cached loops is not reported."""
     while not _done.wait(WARN_AFTER_S):
         with contextlib.suppress(Exception):  # as below
             from gpuprep.compute.numba_kernels import compiling, unkept
