@@ -92,7 +92,7 @@ def test_the_floor_writes_files_of_the_given_sizes(tmp_path: Path) -> None:
     folder = tmp_path / "series"
     folder.mkdir()
     (folder / "a.dcm").write_bytes(b"1234")
-    sizes_bytes = [3, floor.PIECE_BYTES, 2 * floor.PIECE_BYTES + 5]
+    sizes_bytes = [3, floor.WRITE_BYTES, 2 * floor.WRITE_BYTES + 5]
     floor.copy(folder, tmp_path / "out", sizes_bytes)
     assert [f.stat().st_size for f in sorted((tmp_path / "out").iterdir())] == sizes_bytes
 
