@@ -251,7 +251,7 @@ def get_backends(name: BackendName = "auto", gpus: Sequence[int] | None = None) 
     if backend.name == "gpu":
         return open_gpus(gpus)
     if gpus is not None:
-        raise RequestError(f"gpus = {','.join(map(str, gpus))}: the CPU computes here, so leave them out")
+        raise RequestError(f"gpus = {','.join(map(str, gpus))} does not apply: the backend is the CPU; omit gpus")
     return [backend]
 
 

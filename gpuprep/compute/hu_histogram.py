@@ -58,7 +58,7 @@ STORED_STEPS = ((-1024, 16), (-192, 8), (320, 32), (1024, 128), (3072, 0))
 """Bins of a stored histogram, as (first HU, bin width in HU). Narrow in the range of soft tissue."""
 
 STORED_PARTS = 100_000
-"""Sum of a stored histogram: each bin holds its share of the voxels in units of 1/100,000."""
+"""A stored histogram holds the share of voxels in each bin in units of 1/100,000."""
 
 AIR_SEARCH_HU = (-1100, -925)
 TISSUE_SEARCH_HU = (-60, 200)
