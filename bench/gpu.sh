@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# GPU tests and benchmarks in one command, on a machine with an NVIDIA GPU, without a network.
+# Runs the GPU tests and benchmarks on a machine with an NVIDIA GPU, without network access.
 #
 #     bench/gpu.sh WHEELS_DIR [OUT_DIR]
 #
-# Needs python3 with CuPy, NumPy, SciPy, scikit-image, tifffile, typer and pytest. What else gpuprep and its tests import
-# is taken from WHEELS_DIR, as far as it is there and python3 lacks it. To fill it, on a machine with a network and the
-# same Python version, here 3.12:
+# Needs python3 with CuPy, NumPy, SciPy, scikit-image, tifffile, typer and pytest. Other missing packages are installed
+# from the wheels in WHEELS_DIR. To download these, on a machine with network access, for Python 3.12:
 #
 #     pip download --only-binary=:all: --no-deps --python-version 3.12 --platform manylinux_2_28_x86_64 -d WHEELS_DIR \
 #         pydicom cucim-cu13 click lazy-loader rich filelock tomli-w array-api-compat threadpoolctl imagecodecs pyjpegls \
 #         pylibjpeg pylibjpeg-openjpeg numba llvmlite psutil hypothesis sortedcontainers array-api-strict
 #
-# Figures go to OUT_DIR (bench/results) as kernels-gpu.json and compare-gpu.json, what the tests said as tests-gpu.txt.
+# Results are written to OUT_DIR (bench/results): kernels-gpu.json, compare-gpu.json, and tests-gpu.txt (pytest output).
 set -euo pipefail
 
 wheels=$(cd "${1:?usage: bench/gpu.sh WHEELS_DIR [OUT_DIR]}" && pwd)
@@ -22,7 +21,7 @@ out=$(cd "$out" && pwd)
 
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-# Only what is missing, and without dependencies: CuPy, NumPy and their like stay those of the machine.
+# Install missing packages only, and without dependencies, so that CuPy, NumPy etc. remain those of the machine.
 for wheel in "$wheels"/*.whl; do
     [ -e "$wheel" ] || continue
     name=$(basename "$wheel" | cut -d- -f1)
@@ -49,7 +48,7 @@ print(", ".join(f"{name} {version}" for name, version in versions(gpu=True).item
 PYTHON
 
 failed=0
-# By name, so that nothing is imported that only other tests need; other versions may warn of other things.
+# Select test files by name, so that packages of other tests are not needed. Other versions may raise other warnings.
 tests=(tests/gpu/test_gpu.py tests/gpu/test_gpu_seam.py tests/compute/test_process.py tests/dicom/test_irregular.py)
 python3 -m pytest -m gpu -W default -p no:cacheprovider "${tests[@]}" 2>&1 | tee "$out/tests-gpu.txt" || failed=1
 python3 -m bench.micro.kernels --out "$out/kernels-gpu.json" || failed=1

@@ -1,4 +1,4 @@
-"""What the benchmarks share: time, memory and processor time of processes, differences of volumes, the machine."""
+"""Shared functions of the benchmarks: time, memory and CPU time of processes, differences of volumes, the machine."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SAMPLING_S = 0.02
 
 
 class MemoryWatch:
-    """Watches a process and its descendants from a thread, as a context manager; watching slows them down.
+    """Context manager that samples the memory of a process and its descendants in a thread, which slows them down.
 
-    `peak_bytes` is the highest sum, over the processes, of the memory they do not share plus their part of what they
-    do (PSS). `largest_process_bytes` is the highest resident size (RSS) of any single one.
+    `peak_bytes` is the peak of the summed proportional set sizes (PSS). `largest_process_bytes` is the peak resident
+    set size (RSS) of a single process.
     """
 
     def __init__(self, process: psutil.Process) -> None:
         self._process = process
-        self._over = threading.Event()
+        self._finished = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.peak_bytes = 0
         self.largest_process_bytes = 0
@@ -41,7 +41,7 @@ class MemoryWatch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, at: TracebackType | None) -> None:
-        self._over.set()
+        self._finished.set()
         self._thread.join()
 
     def _watch(self) -> None:
@@ -51,26 +51,26 @@ class MemoryWatch:
                 try:
                     info = p.memory_full_info()
                 except (psutil.Error, OSError):
-                    continue  # it has just ended
+                    continue  # the process has ended
                 total += info.pss
                 self.largest_process_bytes = max(self.largest_process_bytes, info.rss)
             self.peak_bytes = max(self.peak_bytes, total)
-            if self._over.wait(SAMPLING_S):
+            if self._finished.wait(SAMPLING_S):
                 return
 
 
 def seconds(command: list[str]) -> float:
-    """Run a command to its end and return how long it took."""
+    """Run a command and return its duration in seconds."""
     started = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     taken = time.perf_counter() - started
     if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended {done.returncode}:\n{done.stderr.decode()}")
+        raise SystemExit(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stderr.decode()}")
     return taken
 
 
 def peak_bytes(command: list[str]) -> int:
-    """Run a command to its end and return the highest sum of PSS over its processes."""
+    """Run a command and return the peak of the summed PSS of its processes."""
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with MemoryWatch(process) as watch:
         process.wait()
@@ -78,7 +78,7 @@ def peak_bytes(command: list[str]) -> int:
 
 
 def tree(process: psutil.Process) -> list[psutil.Process]:
-    """Return a process and its descendants, as far as they still run."""
+    """Return a process and its descendants that are still running."""
     try:
         return [process, *process.children(recursive=True)]
     except psutil.Error:
@@ -86,7 +86,7 @@ def tree(process: psutil.Process) -> list[psutil.Process]:
 
 
 def cpu_s(process: psutil.Process) -> float:
-    """Return the processor time that a process, its descendants and those that they have waited for have used."""
+    """Return the CPU time of a process, its descendants, and their terminated children, in seconds."""
     total = 0.0
     for p in tree(process):
         try:
@@ -98,7 +98,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 def largest_difference(a: Path, b: Path) -> float:
-    """Return the largest difference between two folders of equal slices."""
+    """Return the largest difference of pixel values between two folders with slices of the same names."""
     names = sorted(f.name for f in a.glob("*.tif"))
     if names != sorted(f.name for f in b.glob("*.tif")) or not names:
         raise SystemExit(f"{a} and {b} do not hold the same slices")
@@ -106,20 +106,20 @@ def largest_difference(a: Path, b: Path) -> float:
 
 
 def save(out: Path | None, module: str, figures: dict[str, Any]) -> None:
-    """Write the figures of a benchmark as JSON, with command, machine and versions, if there is a file to write to."""
+    """Write the results of a benchmark to `out`, if given, as JSON with command, machine and versions."""
     if out is None:
         return
-    made_by = {
+    provenance = {
         "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "machine": machine(),
         "versions": versions(),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(made_by | figures, indent=1) + "\n")
+    out.write_text(json.dumps(provenance | figures, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return CPU, number of cores, memory and operating system."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# nibabel==5.4.2, numpy==2.4.6: labels that are loaded with get_fdata() and saved under their old header are no integers.
-# The header says uint8, so nibabel scales the floats into 0..255 and writes a slope. Labels 0..3 come back as
-# 1.00000002 and the like, and of labels 0..7 a cast to int, which cuts, gives other labels.
+# nibabel==5.4.2, numpy==2.4.6: labels loaded with get_fdata() and saved with their old header are no integers.
+# The header says uint8, so nibabel scales the floats to 0..255 and writes a slope. Labels 0..3 are then loaded as
+# 1.00000002 etc., and labels 0..7 change their values in a cast to int, which truncates.
 # Output seen:
 #   stored 0 85 170 255; labels that come back, to 8 decimals: 0.00000000 1.00000002 2.00000004 3.00000006
 #   labels 0..7 cast to int: 0 0 2 2 4 4 6 7

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# scipy==1.17.1: ndimage.zoom with its default mode="constant" ends in a plane of zeros for some sizes.
-# A volume of nothing but 100 is zoomed by 3 along its first axis; the last sample should be 100 for every length.
-# For 50 samples it is 0: the coordinate of the last output comes out a rounding error past the last input, which
-# mode="constant" takes for outside. mode="nearest" and grid_mode=True give 100.
+# scipy==1.17.1: ndimage.zoom with its default mode="constant" returns zeros in the last plane for some sizes.
+# A constant volume of 100 is zoomed by 3 along its first axis; the last sample should be 100 for every length.
+# For 50 samples it is 0: by a rounding error, the coordinate of the last output lies beyond the last input sample, and
+# mode="constant" treats it as outside. mode="nearest" gives 100.
 # Output seen:
 #   50 -> 150: last three samples 100.0 100.0 0.0; with mode="nearest" 100.0 100.0 100.0
 #   lengths from 20 to 400 that lose their last plane: 17, the first 29 50 101

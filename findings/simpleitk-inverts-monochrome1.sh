@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# simpleitk==2.5.7, pydicom==3.0.2: SimpleITK (GDCM) turns the values of a MONOCHROME1 CT over, pydicom does not.
-# Photometric Interpretation says how to display stored values; the rescale to HU comes before it (PS3.3, C.11.1 and
-# C.7.6.3.1.2). SimpleITK gives low + high - value over the whole range of the 16 bits, then the rescale.
+# simpleitk==2.5.7, pydicom==3.0.2: SimpleITK (GDCM) inverts the values of a MONOCHROME1 CT, pydicom does not.
+# Photometric Interpretation defines the display of stored values; the rescale to HU comes before it (PS3.3, C.11.1 and
+# C.7.6.3.1.2). SimpleITK computes low + high - value, with the limits of the 16-bit range, and then rescales.
 # Output seen:
 #   stored 1412, intercept -1024: pydicom 388, SimpleITK MONOCHROME2 388, MONOCHROME1 -2437
 set -euo pipefail

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.geometry import Shape3
+from gpuprep.core.hounsfield import AIR_HU
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
 from gpuprep.output.object_store import place_of
@@ -29,8 +30,6 @@ try:
     from torch.utils.data import Dataset
 except ImportError as exc:
     raise ImportError(f"gpuprep.torch needs PyTorch ({exc}): pip install 'gpuprep[torch]'") from exc
-
-AIR_HU = -1000.0
 
 Meta = dict[str, Any]
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.compute.backend import Body, NumpyBackend
-from gpuprep.compute.pinned_transfer import Empty, Lane
+from gpuprep.compute.pinned_transfer import Empty, Transfers
 from gpuprep.core import hounsfield
 from gpuprep.errors import DeviceLostError, DeviceMemoryError
 
@@ -72,19 +72,19 @@ class ForeignBackend:
         """Every large array so far, as long as someone holds it."""
 
     @contextmanager
-    def _session(self) -> Iterator[Lane]:
+    def _session(self) -> Iterator[Transfers]:
         self.sessions += 1
         stream = _Stream(self)
         try:
             self._check_alive()
-            yield Lane(stream)
+            yield Transfers(stream)
             stream.finish()
         except FakeMemoryError as exc:
             raise DeviceMemoryError(f"{exc}; the stand-in has {self._memory} bytes free") from exc
         except FakeCudaError as exc:
             raise DeviceLostError(f"the stand-in failed: {exc}") from exc
 
-    def session(self) -> AbstractContextManager[Lane]:
+    def session(self) -> AbstractContextManager[Transfers]:
         return self._session()
 
     def environment(self) -> dict[str, str]:

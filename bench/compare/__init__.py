@@ -1,1 +1,1 @@
-"""gpuprep against what people use instead, disk to disk."""
+"""Comparison of gpuprep with other programs, disk to disk."""

@@ -1,15 +1,16 @@
-"""gpuprep against what people use instead, disk to disk: DICOM → 1 mm → window → 512² → .tif.
+"""Compares gpuprep with other programs, disk to disk: DICOM → 1 mm → window → 512² → .tif.
 
     python -m bench.compare [--data DIR] [--series 8] [--backend cpu|gpu] [--out bench/results/compare-….json]
 
-First every contender converts a series, or where that is quick the cohort, while its memory is watched; the first
-series of those that claim the same recipe is compared with float64 SciPy. Then come the rounds, in which all contenders
-take turns, so that slow minutes of the machine hit all of them. Each time a fresh process converts one series, which is
-its cold start, and then what is timed: the cohort, or of slow contenders the few series that the table says. Outputs
-are deleted and the disk is synchronised in between. The floor reads the same input and writes as many files of the
-same sizes, and does nothing else. Rivals that are not installed are listed as absent.
+First each contender converts the cohort (slow contenders: one series) while its memory is measured. The first series of
+contenders that claim the same recipe is compared with SciPy in float64. Then all contenders take turns for some rounds,
+so that slow minutes of the machine affect all of them. In each round a fresh process converts one series, which
+measures the cold start, and then the timed cohort, or a few series for slow contenders (see the table). In between,
+outputs are emptied and the disk is synchronised. The floor only reads the same input and writes as many files of the
+same sizes. Programs that are not installed are listed as absent.
 
-A ratio to gpuprep is a contender's time over that of gpuprep with the same dtype (a stack for what writes one file).
+The ratio to gpuprep is the time of a contender over that of gpuprep with the same dtype (writing a stack, if the
+contender writes one file).
 """
 
 from __future__ import annotations
@@ -41,53 +42,53 @@ from gpuprep.pipeline.convert_series import versions
 RIVALS = ("numba", "SimpleITK", "monai", "torch", "torchio", "dcm2niix", "dicom2nifti")
 
 SETTLE_S = 1.0
-"""After space is given back, so that a disk that is told of it is done before the next output is timed."""
+"""Pause after outputs are emptied, so that the disk has freed the space before the next output is timed."""
 
 
 class Comparison:
-    """One run of it: the cohort, a folder to work in, and a record per contender."""
+    """One comparison: the cohort, a scratch folder, and a record per contender."""
 
-    def __init__(self, folders: list[Path], scratch: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, folders: list[Path], scratch: Path, log: Callable[[str], None]) -> None:
         self.folders = folders
         self.records: dict[str, dict[str, Any]] = {}
         self.sizes_bytes: dict[str, dict[str, list[int]]] = {}
-        """Of the files of each series, by the name of the floor."""
+        """Sizes of the output files of each series, by name of the floor."""
         self._out = scratch / "out"
-        self._spent = 0
-        self._say = say
+        self._cleaned = 0
+        self._log = log
         self._expected: dict[str, NDArray[np.float32]] = {}
         self._source_shape: tuple[int, ...] = ()
 
     def watch_and_check(self, all_: list[Contender]) -> None:
-        """Run everybody once: peak memory, sizes of outputs, agreement."""
+        """Run each contender once for peak memory, output sizes and agreement with the reference."""
         hu, spacing_mm = agreement.hounsfield(self.folders[0])
         self._source_shape = hu.shape
         for claim, order in (("cubic", 3), ("linear", 1)):
             self._expected[claim] = agreement.reference(hu, spacing_mm, order)
-            self._say(f"reference, {claim}")
-        for contender in sorted(all_, key=lambda c: c.module != "notebook"):  # whose values are a reference
+            self._log(f"reference, {claim}")
+        for contender in sorted(all_, key=lambda c: c.module != "notebook"):  # its values are a reference
             self._watch_and_check(contender)
         self._expected.clear()
 
     def _watch_and_check(self, contender: Contender) -> None:
-        todo = self.folders if contender.series is None else self.folders[:1]
+        folders = self.folders if contender.series is None else self.folders[:1]
         record: dict[str, Any] = {"status": "ok", "note": contender.note, "dtype": contender.dtype}
         self.records[contender.name] = record
         with Driver(contender) as driver:
             with MemoryWatch(driver.process) as memory:
-                answer = driver.ask(todo, self._out)
+                answer = driver.ask(folders, self._out)
             if self._stopped(contender, answer):
                 return
         record["peak_bytes"] = memory.peak_bytes
         record["largest_process_bytes"] = memory.largest_process_bytes
-        record["series_watched"] = len(todo)
+        record["series_watched"] = len(folders)
         record |= {k: answer[k] for k in ("device", "predicted_process_bytes") if k in answer}
-        made = {f.name: self._out / answer.get("outputs", {}).get(f.name, f.name) for f in todo}
+        outputs = {f.name: self._out / answer.get("outputs", {}).get(f.name, f.name) for f in folders}
         if contender.floor is not None and contender.floor not in self.sizes_bytes:
-            self.sizes_bytes[contender.floor] = {name: cohort.file_sizes_bytes(at) for name, at in made.items()}
+            self.sizes_bytes[contender.floor] = {name: cohort.file_sizes_bytes(out) for name, out in outputs.items()}
         if contender.claim is not None:
-            self._check(contender, record, made[self.folders[0].name])
-        self._say(f"{contender.name}: {memory.peak_bytes / 1e6:.0f} MB" + _agreement_in_words(record))
+            self._check(contender, record, outputs[self.folders[0].name])
+        self._log(f"{contender.name}: {memory.peak_bytes / 1e6:.0f} MB" + _agreement_text(record))
         self._clean()
 
     def _check(self, contender: Contender, record: dict[str, Any], folder: Path) -> None:
@@ -109,21 +110,21 @@ class Comparison:
         record["agrees"] = record["largest_difference_inside_hu"] <= tolerance_hu
 
     def time(self, all_: list[Contender], until: float) -> None:
-        """Let everybody take turns; from `until` on (seconds of `time.perf_counter`) nobody gets another round."""
-        lasted_s: dict[str, float] = {}
+        """Time all contenders in turns; skip repeated rounds that would end after `until` (`time.perf_counter`)."""
+        round_s: dict[str, float] = {}
         for n in range(max(c.rounds for c in all_)):
             for contender in all_:
                 record = self.records.setdefault(contender.name, {"status": "ok", "dtype": contender.dtype})
-                late = n > 0 and time.perf_counter() + lasted_s.get(contender.name, 0) > until
+                late = n > 0 and time.perf_counter() + round_s.get(contender.name, 0) > until
                 if n < contender.rounds and record["status"] == "ok" and not late:
                     started = time.perf_counter()
                     self._time_once(contender, record, n)
-                    lasted_s[contender.name] = time.perf_counter() - started
+                    round_s[contender.name] = time.perf_counter() - started
 
     def _time_once(self, contender: Contender, record: dict[str, Any], round_: int) -> None:
         count = contender.series or len(self.folders)
         first = round_ * count % len(self.folders)
-        todo = (self.folders[first:] + self.folders[:first])[:count]
+        folders = (self.folders[first:] + self.folders[:first])[:count]
         with Driver(contender) as driver:
             answer = driver.ask(self.folders[:1], self._out)
             cold_s = time.perf_counter() - driver.started
@@ -131,53 +132,53 @@ class Comparison:
                 return
             self._clean()
             cpu_before_s = driver.cpu_s()
-            answer = driver.ask(todo, self._out)
+            answer = driver.ask(folders, self._out)
             if self._stopped(contender, answer):
                 return
             cpu_s = driver.cpu_s() - cpu_before_s
         run = {
             "cold_s": cold_s,
             "seconds": answer["seconds"],
-            "series": len(todo),
+            "series": len(folders),
             "cpu_s": cpu_s,
-            "bytes_in": cohort.size_bytes(todo),
+            "bytes_in": cohort.size_bytes(folders),
             "bytes_out": cohort.size_bytes([self._out]),
         }
         record.setdefault("runs", []).append(run | {k: answer[k] for k in ("split",) if k in answer})
-        self._say(f"{contender.name}: {answer['seconds'] / len(todo):.3f} s/series")
+        self._log(f"{contender.name}: {answer['seconds'] / len(folders):.3f} s/series")
         self._clean()
 
     def _stopped(self, contender: Contender, answer: dict[str, Any]) -> bool:
-        """Whether a contender is absent or has failed; note it then."""
+        """Return whether a contender is absent or has failed, and record the reason."""
         for status in ("absent", "failed"):
             if status in answer:
                 self.records[contender.name] |= {"status": status, "reason": without_paths(answer[status])}
-                self._say(f"{contender.name}: {status}: {without_paths(answer[status])}")
+                self._log(f"{contender.name}: {status}: {without_paths(answer[status])}")
                 self._clean()
                 return True
         return False
 
     def _clean(self) -> None:
-        """Make room for the next output, at no cost to whoever writes it.
+        """Free the disk space of the last output without slowing down the next one.
 
-        Files are emptied and put aside, not deleted: for a minute after many deletions ext4 is slow to create files,
-        since it searches for inodes that were not in use just now.
+        Files are emptied and moved aside, not deleted: for a minute after many deletions ext4 creates files slowly,
+        because it avoids inodes that were freed recently.
         """
         if self._out.exists():
             for folder, _, names in os.walk(self._out):
                 for name in names:
                     os.truncate(os.path.join(folder, name), 0)
-            self._spent += 1
-            self._out.rename(self._out.with_name(f"spent-{self._spent}"))
+            self._cleaned += 1
+            self._out.rename(self._out.with_name(f"spent-{self._cleaned}"))
         os.sync()
         time.sleep(SETTLE_S)
 
 
-def _agreement_in_words(record: dict[str, Any]) -> str:
+def _agreement_text(record: dict[str, Any]) -> str:
     if "agrees" not in record:
         return ""
     if "shape" in record:
-        return f", a grid of its own: {record['shape']}"
+        return f", another grid: {record['shape']}"
     sign = "≤" if record["agrees"] else "but not ≤"
     return f", within {record['largest_difference_inside_hu']:.2g} HU of SciPy ({sign} {record['tolerance_hu']:.2g})"
 
@@ -203,9 +204,11 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="folder of real series, of which the regular ones are copied")
     parser.add_argument("--series", type=int, default=8)
-    parser.add_argument("--shape", type=_shape, default=(108, 512, 512), help="of a phantom; small ones to try it out")
-    parser.add_argument("--backend", choices=("cpu", "gpu"), default="cpu", help="gpu: there too")
-    parser.add_argument("--minutes", type=float, default=14, help="no second rounds beyond that")
+    parser.add_argument(
+        "--shape", type=_shape, default=(108, 512, 512), help="shape of a phantom; a small one for a quick test"
+    )
+    parser.add_argument("--backend", choices=("cpu", "gpu"), default="cpu", help="gpu: also gpuprep on the GPU")
+    parser.add_argument("--minutes", type=float, default=14, help="time limit for second and later rounds")
     parser.add_argument("--whole", action="store_true", help="slow contenders convert the whole cohort too")
     parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON, and the chart beside it")
@@ -216,7 +219,7 @@ def main() -> int:
     started = time.perf_counter()
     args = _arguments()
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(f"{time.perf_counter() - started:5.0f} s  {text}", flush=True)
 
     gpu, cores = args.backend == "gpu", usable_cores()
@@ -230,11 +233,11 @@ def main() -> int:
         if not folders:
             raise SystemExit(f"no regular series of single files under {args.data}")
         bytes_in = cohort.size_bytes(folders)
-        say(f"{len(folders)} series, {bytes_in / 1e6:.0f} MB")
+        log(f"{len(folders)} series, {bytes_in / 1e6:.0f} MB")
         all_ = contenders(cores, gpu, scratch)
         if args.whole:
             all_ = [replace(c, series=None) for c in all_]
-        comparison = Comparison(folders, scratch, say)
+        comparison = Comparison(folders, scratch, log)
         comparison.watch_and_check(all_)
         all_ = floors(cores, comparison.sizes_bytes) + all_
         comparison.time(all_, until=started + args.minutes * 60)
@@ -258,7 +261,7 @@ def main() -> int:
         try:
             report.chart(result, args.out.with_suffix(".png"))
         except ModuleNotFoundError as exc:
-            say(f"no chart: {exc.name} is not installed")
+            log(f"no chart: {exc.name} is not installed")
     ours = [records[c.name] for c in all_ if c.ours and records[c.name]["status"] != "absent"]
     return 0 if all(r["status"] == "ok" and r.get("agrees", True) for r in ours) else 1
 

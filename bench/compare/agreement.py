@@ -1,4 +1,4 @@
-"""Do contenders compute what they claim: their slices against float64 SciPy, in HU."""
+"""Compares the outputs of contenders with the recipe that they claim, computed by SciPy in float64."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import gpuprep
 LOW_HU, HIGH_HU = -1000.0, 400.0
 SIZE = (512, 512)
 TOLERANCE_HU = 0.05
-"""For float32 at every step; a contender that writes uint8 is granted half a step of it besides."""
+"""Tolerance for computation in float32. For uint8 output, half a quantisation step is added."""
 
 
 def hounsfield(folder: Path) -> tuple[NDArray[np.float64], tuple[float, float, float]]:
-    """Return a series in HU, padding made air, and its spacing in mm, slices first."""
+    """Return the HU of a series with padding replaced by air, and its spacing in mm (slices, rows, columns)."""
     volume = gpuprep.read(gpuprep.discover(folder)[0])
     hu = volume.stored * volume.slope[:, None, None] + volume.intercept[:, None, None]
     air = hu < -1024
@@ -32,7 +32,7 @@ def hounsfield(folder: Path) -> tuple[NDArray[np.float64], tuple[float, float, f
 
 
 def reference(hu: NDArray[np.float64], spacing_mm: tuple[float, float, float], order: int) -> NDArray[np.float32]:
-    """Return the default recipe's values, computed by `scipy.ndimage.zoom` in float64 alone."""
+    """Return the values of the default recipe, computed in float64 with `scipy.ndimage.zoom` only."""
     target = [max(1, round(n * mm)) for n, mm in zip(hu.shape, spacing_mm, strict=True)]
     values = _zoomed(hu, target, order)
     values = (np.clip(values, LOW_HU, HIGH_HU) - LOW_HU) / (HIGH_HU - LOW_HU)
@@ -49,7 +49,7 @@ def _zoomed(values: NDArray[np.float64], shape: Any, order: int) -> NDArray[np.f
 
 
 def read_output(folder: Path) -> NDArray[Any]:
-    """Return what a contender wrote for a series, in [0, 1]: slices, or one stack."""
+    """Return the output of a contender for a series, slices or one stack, scaled to [0, 1]."""
     files = sorted(folder.glob("*.tif"))
     images = [tifffile.imread(f) for f in files]
     values: NDArray[Any] = images[0] if len(images) == 1 else np.stack(images)
@@ -57,17 +57,17 @@ def read_output(folder: Path) -> NDArray[Any]:
 
 
 def largest_difference_hu(values: NDArray[Any], expected: NDArray[np.float32]) -> float:
-    """Return the largest difference of two volumes in [0, 1], in HU."""
+    """Return the largest difference in HU of two volumes scaled to [0, 1]."""
     pairs = zip(values, expected, strict=True)
     return max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs) * (HIGH_HU - LOW_HU)
 
 
 def tolerance_hu(dtype: str) -> float:
-    """Return how far a contender that writes this dtype may be from the reference."""
+    """Return the tolerance in HU for a contender that writes this dtype."""
     return TOLERANCE_HU + ((HIGH_HU - LOW_HU) / 255 / 2 if dtype == "uint8" else 0)
 
 
 def inner(shape: tuple[int, ...], source_shape: tuple[int, ...], border: int) -> tuple[slice, ...]:
-    """Return the output voxels inside a border given in source voxels, at least the middle third of each axis."""
+    """Return the part of the output inside a border given in source voxels: at least the middle third of each axis."""
     widths = [min(math.ceil(border * m / n), m // 3) for m, n in zip(shape, source_shape, strict=True)]
     return tuple(slice(width, m - width) for width, m in zip(widths, shape, strict=True))

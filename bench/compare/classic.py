@@ -1,7 +1,7 @@
 """The widely copied notebook as a script: pydicom, SciPy, scikit-image and Pillow, one series after the other.
 
-It shares no code with gpuprep, so it is both the rival to be timed and the answer that the ``classic`` recipe is
-checked against. It computes in float64 and writes float32.
+It shares no code with gpuprep, so it is timed as a contender and also serves as the reference for the ``classic``
+recipe. It computes in float64 and writes float32.
 
     python bench/compare/classic.py DICOM_DIR... --out OUT
 """
@@ -53,7 +53,7 @@ def normalize(image):
 
 
 def convert(folder, out):
-    """Convert one series; return the shapes on the way."""
+    """Convert one series; return the shapes of source, resampled volume and output."""
     slices = load_scan(folder)
     hu = get_pixels_hu(slices)
     resampled = resample(hu, slices)

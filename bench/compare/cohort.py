@@ -1,4 +1,4 @@
-"""The series that are converted: phantoms, or copies of real ones; each in a folder of its own, as rivals read one."""
+"""Makes the cohort: phantoms, or copies of real series. Each series has its own folder, as other programs require."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPACING_MM = (3.0, 0.6816, 0.6816)
 
 
 def phantoms(root: Path, count: int, shape: tuple[int, int, int]) -> list[Path]:
-    """Write so many phantoms; return their folders."""
+    """Write `count` phantoms; return their folders."""
     folders = [root / f"series-{n:03d}" for n in range(count)]
     for n, folder in enumerate(folders):
         write_series(folder, thorax(shape, SPACING_MM, seed=n), SPACING_MM)
@@ -21,7 +21,7 @@ def phantoms(root: Path, count: int, shape: tuple[int, int, int]) -> list[Path]:
 
 
 def copies(root: Path, data: Path, count: int) -> list[Path]:
-    """Copy at most so many series that every rival can read: regular, and one file per slice; return their folders."""
+    """Copy at most `count` series that all programs can read (regular, one file per slice); return their folders."""
     folders: list[Path] = []
     for series in gpuprep.discover(data):
         plain = all(s.member is None and s.frames == 1 for s in series.slices)
@@ -36,10 +36,10 @@ def copies(root: Path, data: Path, count: int) -> list[Path]:
 
 
 def size_bytes(folders: list[Path]) -> int:
-    """Return the bytes of all files in some folders."""
+    """Return the total size of all files in the folders in bytes."""
     return sum(size for folder in folders for size in file_sizes_bytes(folder))
 
 
 def file_sizes_bytes(folder: Path) -> list[int]:
-    """Return the size of every file under a folder."""
+    """Return the sizes of all files under a folder in bytes."""
     return [f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()]

@@ -1,4 +1,4 @@
-"""A contender's process as the comparison sees it: ask, wait for the answer, watch from outside."""
+"""Starts the process of a contender, sends it jobs, and reads its answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIME_LIMIT_S = 900
 
 
 class Driver:
-    """A process that runs one contender; it is started at once, and ended when the context is left."""
+    """Process of one contender. It is started by the constructor and ended by the context manager."""
 
     def __init__(self, contender: Contender) -> None:
         self._options = dict(contender.options)
@@ -49,7 +49,7 @@ class Driver:
         self._process.wait()
 
     def ask(self, folders: list[Path], out: Path) -> dict[str, Any]:
-        """Have it convert some series; return its answer."""
+        """Send a job to convert these series; return the answer."""
         assert self._process.stdin is not None  # noqa: S101 - it is a pipe
         assert self._process.stdout is not None  # noqa: S101
         job = {"folders": [str(f) for f in folders], "out": str(out), "options": self._options}
@@ -64,12 +64,12 @@ class Driver:
         finally:
             alarm.cancel()
         if not line:
-            return {"failed": f"its process ended without an answer, killed by the system or after {TIME_LIMIT_S} s"}
+            return {"failed": f"the process ended without an answer: killed by the system or after {TIME_LIMIT_S} s"}
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def cpu_s(self) -> float:
-        """Return the processor time that it has used so far."""
+        """Return the processor time that the process has used so far, in seconds."""
         return cpu_s(self.process)
 
     def _end(self) -> None:

@@ -1,8 +1,8 @@
-"""Draw pictures of the docs: a phantom before and after; a tilted one, kept and fixed; masks; a look; a report.
+"""Draws the pictures of the documentation: conversion, gantry tilt, masks, ``gpuprep show`` and the report page.
 
     python -m bench.compare.picture bench/results
 
-The report is drawn by Chromium, which has to be there.
+Chromium must be installed, for the screenshot of the report.
 """
 
 import argparse
@@ -36,8 +36,8 @@ CHROMIUM = shutil.which("chromium") or "chromium"
 COLOURS = ((235, 70, 60), (70, 160, 255))
 
 
-def before_and_after() -> list[tuple[str, NDArray[Any]]]:
-    """Return panels of a plain series: what is stored, what comes out."""
+def conversion_panels() -> list[tuple[str, NDArray[Any]]]:
+    """Return panels of a regular series: stored values and output."""
     stored = thorax(SHAPE, SPACING_MM, seed=1)
     affine = np.diag([*SPACING_MM, 1.0])[[2, 1, 0, 3]]
     count = len(stored)
@@ -54,8 +54,8 @@ def before_and_after() -> list[tuple[str, NDArray[Any]]]:
     ]
 
 
-def kept_and_fixed() -> list[tuple[str, NDArray[Any]]]:
-    """Return sagittal panels of balls, seen by a tilted gantry that lost two slices, under both policies."""
+def tilt_panels() -> list[tuple[str, NDArray[Any]]]:
+    """Return sagittal panels of balls scanned with a tilted gantry and two missing slices, under both policies."""
     tilt = np.radians(TILT_DEG)
     table_mm, j, i = np.meshgrid(np.arange(60) * 3.0, np.arange(160) * 1.4, np.arange(48) * 1.4, indexing="ij")
     z, y, x = table_mm - j * np.sin(tilt), j * np.cos(tilt), i
@@ -63,17 +63,17 @@ def kept_and_fixed() -> list[tuple[str, NDArray[Any]]]:
     for centre_z, centre_y, radius_mm in ((70, 60, 40), (110, 150, 25), (30, 165, 30), (128, 95, 12), (0, 110, 18)):
         distance_mm = np.sqrt((z - centre_z) ** 2 + (y - centre_y) ** 2 + (x - 33) ** 2)
         hu += 300 * np.clip(radius_mm - distance_mm, 0, 1)
-    leaning = (hu + 1024).astype(np.int16)
+    stored = (hu + 1024).astype(np.int16)
 
-    def place(ds: Dataset, k: int) -> None:
+    def set_position(ds: Dataset, k: int) -> None:
         ds.ImagePositionPatient = ["0", "0", f"{k * 3:g}"]
 
     panels = []
     with tempfile.TemporaryDirectory() as folder:
         orientation = (1, 0, 0, 0, float(np.cos(tilt)), float(-np.sin(tilt)))
-        files = write_series(Path(folder), leaning, (3.0, 1.4, 1.4), orientation=orientation, change=place)
-        for lost in (20, 41):
-            files[lost].unlink()
+        files = write_series(Path(folder), stored, (3.0, 1.4, 1.4), orientation=orientation, change=set_position)
+        for missing in (20, 41):
+            files[missing].unlink()
         for policy, title in (("keep", "kept: as if upright"), ("fix", "fixed: shifted, gaps filled")):
             recipe = gpuprep.Recipe(policy=policy, size=None, dtype="uint8", spacing_mm=(1.4, 1.4, 1.4))  # type: ignore[arg-type]
             series = gpuprep.discover(folder, recipe.rules)[0]
@@ -82,8 +82,8 @@ def kept_and_fixed() -> list[tuple[str, NDArray[Any]]]:
     return panels
 
 
-def masked() -> list[tuple[str, NDArray[Any]]]:
-    """Return panels of a patient with outlines as text, and of the masks made of them, in colours."""
+def mask_panels() -> list[tuple[str, NDArray[Any]]]:
+    """Return panels of a phantom with outlines as text, and of the label volume made from them, in colours."""
     spacing_mm = 3.0, 1.6, 1.6
     stored = thorax((60, 224, 224), spacing_mm, seed=1)
     organs = {name: found[8:52] for name, found in outlines(stored.shape, spacing_mm).items()}
@@ -104,17 +104,17 @@ def masked() -> list[tuple[str, NDArray[Any]]]:
     ]
 
 
-def shown() -> Image.Image:
-    """Return what ``gpuprep show --png`` draws of an output."""
+def show_picture() -> Image.Image:
+    """Return the picture that ``gpuprep show --png`` draws of an output."""
     spacing_mm = 3.0, 1.6, 1.6
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # whose name is nobody's business
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # keeps its path out of the picture
         write_series(Path("dicom/patient-1"), thorax((60, 224, 224), spacing_mm, seed=1), spacing_mm)
         gpuprep.convert("dicom", "volumes", gpuprep.Recipe(format="tif-stack"), backend="cpu")
         return montage(glance("volumes/dicom/patient-1"))
 
 
-def reported(file: Path) -> None:
-    """Write a picture of the report of the demo cohort and some patients more."""
+def save_report_picture(file: Path) -> None:
+    """Save a screenshot of the report of the demo cohort with some more patients."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_cohort(Path("demo", "dicom"))
         write_outlines(Path("demo", "masks"))
@@ -130,7 +130,7 @@ def reported(file: Path) -> None:
 
 
 def outlined(stored: NDArray[Any], contours: list[NDArray[Any]]) -> NDArray[Any]:
-    """Return a slice in grey with outlines drawn on it."""
+    """Return a slice in grey values with outlines drawn on it."""
     grey = np.clip((stored.astype(np.float32) - 1024 + 1000) / 1400 * 255, 0, 255).astype(np.uint8)
     picture = Image.fromarray(grey).resize((896, 896)).convert("RGB")
     for points, colour in zip(contours, COLOURS, strict=False):
@@ -140,7 +140,7 @@ def outlined(stored: NDArray[Any], contours: list[NDArray[Any]]) -> NDArray[Any]
 
 
 def tinted(image: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
-    """Return an image in grey with its labels in colours."""
+    """Return an image in grey values with its labels in colours."""
     picture = np.repeat(image[..., None], 3, axis=-1).astype(np.float32)
     for value, colour in enumerate(COLOURS, 1):
         picture[labels == value] = 0.45 * picture[labels == value] + 0.55 * np.array(colour)
@@ -148,7 +148,7 @@ def tinted(image: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
 
 
 def draw(panels: list[tuple[str, NDArray[Any]]], file: Path) -> None:
-    """Write panels side by side."""
+    """Save panels side by side."""
     mode = "L" if all(pixels.ndim == 2 for _, pixels in panels) else "RGB"
     sheet = Image.new(mode, (PANEL * len(panels) + 8 * (len(panels) - 1), PANEL + 22), "white")
     pen = ImageDraw.Draw(sheet)
@@ -165,11 +165,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    draw(before_and_after(), folder / "before-after.png")
-    draw(kept_and_fixed(), folder / "tilt.png")
-    draw(masked(), folder / "masks.png")
-    shown().resize((816, 978)).quantize(128, Image.Quantize.FASTOCTREE).save(folder / "show.png", optimize=True)
-    reported(folder / "report.png")
+    draw(conversion_panels(), folder / "before-after.png")
+    draw(tilt_panels(), folder / "tilt.png")
+    draw(mask_panels(), folder / "masks.png")
+    show_picture().resize((816, 978)).quantize(128, Image.Quantize.FASTOCTREE).save(folder / "show.png", optimize=True)
+    save_report_picture(folder / "report.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a comparison found, as a table and as a chart: ``python -m bench.compare.report RESULT.json`` makes both again.
+"""Prints the results of a comparison as a table and draws them as a chart.
 
-Prints the table in Markdown and draws the chart beside the result.
+``python -m bench.compare.report RESULT.json`` prints the table in Markdown and draws the chart next to the result.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("timed", lambda r: _timed(r)),
 )
 STAGES = ("scan_s", "read_s", "process_s", "write_s", "accounted_share", "upload_s", "kernels_s", "download_s")
-ACCENT, RIVAL, CONVERTER = "#0b6e4f", "#9aa5b1", "#d5dbe1"
+GPUPREP_COLOUR, OTHER_COLOUR, CONVERTER_COLOUR = "#0b6e4f", "#9aa5b1", "#d5dbe1"
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
 
@@ -53,7 +53,7 @@ def _timed(record: Record) -> str:
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """Return a heading and a line per contender."""
+    """Return a header row and one row per contender."""
     lines = [["contender", *(name for name, _ in COLUMNS), "note"]]
     for name, record in result["contenders"].items():
         note = record.get("note", "") if record["status"] == "ok" else f"{record['status']}: {record['reason']}"
@@ -62,8 +62,8 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def split_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Return where gpuprep's time went: of the scan in all, of the other stages per series."""
-    lines = [["mean per series; the scan in all", *(s.removesuffix("_s").replace("_", " ") for s in STAGES)]]
+    """Return the times of gpuprep's stages: the scan in total, the other stages per series."""
+    lines = [["mean per series; scan in total", *(s.removesuffix("_s").replace("_", " ") for s in STAGES)]]
     for name, record in result["contenders"].items():
         if "split" in record:
             lines.append([name, *(_number(record["split"], stage) for stage in STAGES)])
@@ -71,13 +71,13 @@ def split_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return both tables in columns."""
+    """Return both tables as plain text with aligned columns."""
     return "\n\n".join("\n".join(_aligned(lines)) for lines in (rows(result), split_rows(result)))
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return both tables in Markdown."""
-    return "\n\n".join("\n".join(_marked(lines)) for lines in (rows(result), split_rows(result)))
+    return "\n\n".join("\n".join(_markdown_rows(lines)) for lines in (rows(result), split_rows(result)))
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:
@@ -85,13 +85,13 @@ def _aligned(lines: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def _marked(lines: list[list[str]]) -> list[str]:
-    marked = ["| " + " | ".join(line) + " |" for line in lines]
-    return [marked[0], "|---" * len(lines[0]) + "|", *marked[1:]]
+def _markdown_rows(lines: list[list[str]]) -> list[str]:
+    header, *rest = ["| " + " | ".join(line) + " |" for line in lines]
+    return [header, "|---" * len(lines[0]) + "|", *rest]
 
 
 def chart(result: dict[str, Any], file: Path) -> None:
-    """Draw seconds per series, the fastest on top, and the floors as lines."""
+    """Draw bars of seconds per series, the fastest on top, and the floors as vertical lines."""
     from matplotlib.figure import Figure
 
     timed = {n: r for n, r in result["contenders"].items() if "seconds_per_series" in r}
@@ -101,7 +101,10 @@ def chart(result: dict[str, Any], file: Path) -> None:
         return
     names = [name for name, _ in bars]
     seconds = [record["seconds_per_series"] for _, record in bars]
-    colours = [ACCENT if n.startswith("gpuprep") else CONVERTER if r["dtype"] == "source" else RIVAL for n, r in bars]
+    colours = [
+        GPUPREP_COLOUR if n.startswith("gpuprep") else CONVERTER_COLOUR if r["dtype"] == "source" else OTHER_COLOUR
+        for n, r in bars
+    ]
 
     figure = Figure(figsize=(9, 0.32 * len(bars) + 1.4), layout="constrained")
     axes = figure.add_subplot()

@@ -1,9 +1,8 @@
-"""Runs one contender in a process of its own: ``python -m bench.compare.run_contender MODULE``.
+"""Runs one contender in a separate process: ``python -m bench.compare.run_contender MODULE``.
 
-Each line on stdin asks for a job, ``{"folders": [...], "out": "...", "options": {...}}``, and is answered by a line on
-stdout: ``{"seconds": ...}`` with what else the contender tells, ``{"absent": reason}`` or ``{"failed": reason}``. The
-first answer after the start of the process is thus a cold start, and the next ones are steady state. What libraries
-print goes to stderr.
+Each line on stdin is a job, ``{"folders": [...], "out": "...", "options": {...}}``. The answer is a line on stdout:
+``{"seconds": ...}`` with further results of the contender, ``{"absent": reason}`` or ``{"failed": reason}``. The first
+job of a process measures the cold start, later ones the steady state. Output of libraries goes to stderr.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from bench.compare.contenders import AbsentError
 
 
 def answer(module: str, options: dict[str, Any], folders: list[Path], out: Path) -> dict[str, Any]:
-    """Do a job and return what to say of it."""
+    """Run a job and return its answer."""
     started = time.perf_counter()
     try:
         contender = importlib.import_module(f"bench.compare.contenders.{module}")
         if hasattr(contender, "convert_all"):
-            told = contender.convert_all(folders, out, **options) or {}
+            results = contender.convert_all(folders, out, **options) or {}
         else:
-            told = {}
+            results = {}
             for folder in folders:
                 contender.convert(folder, out / folder.name, **options)
     except ModuleNotFoundError as exc:
         return {"absent": f"{exc.name} is not installed"}
     except AbsentError as exc:
         return {"absent": str(exc)}
-    except Exception as exc:  # whatever a rival raises is a result
+    except Exception as exc:  # any error of a contender is a result of the comparison
         traceback.print_exc()
         return {"failed": f"{type(exc).__name__}: {exc}"}
-    return {"seconds": time.perf_counter() - started} | told
+    return {"seconds": time.perf_counter() - started} | results
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the runs of a comparison amount to: medians, ratios, and how much of gpuprep's time its stages explain."""
+"""Summarises the runs of a comparison: medians, ratios, and the share of gpuprep's time that its stages account for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.compare.contenders import Contender
 
 
 def summarise(records: dict[str, dict[str, Any]], all_: list[Contender]) -> None:
-    """Add to each record what its runs amount to."""
+    """Add medians, ratios and stage times to each record."""
     for contender in all_:
         record = records[contender.name]
         runs = record.get("runs", [])
@@ -38,16 +38,16 @@ def summarise(records: dict[str, dict[str, Any]], all_: list[Contender]) -> None
 
 
 def accounted_share(split: dict[str, float], runs: list[dict[str, Any]], jobs: int) -> float:
-    """Return which share of the wall time the stages explain: the scan, then `jobs` series at a time.
+    """Return the share of the wall time that the stages account for: the scan, then `jobs` series at a time.
 
-    What a device does meanwhile is no time of its own.
+    Times on a device are not added, because they overlap these stages.
     """
     series = runs[0]["series"]
     stages_s = split["read_s"] + split["process_s"] + split["write_s"]
-    explained_s: float = split["scan_s"] + stages_s * series / min(jobs, series)
-    return explained_s / statistics.fmean(r["seconds"] for r in runs)
+    accounted_s: float = split["scan_s"] + stages_s * series / min(jobs, series)
+    return accounted_s / statistics.fmean(r["seconds"] for r in runs)
 
 
 def without_paths(text: str) -> str:
-    """Return text on one line, absolute paths cut to their last part: results name no folders of the machine."""
+    """Return the text on one line, with absolute paths cut to their last part to keep local folders out of results."""
     return re.sub(r"""(?<![\w.…/])/(?:[^\s/'"]+/)*([^\s/'"]+)/?""", r"…/\1", " ".join(text.split()))

@@ -1,1 +1,1 @@
-"""Parts of gpuprep by themselves: kernels, stages, decoders, contours."""
+"""Benchmarks of parts of gpuprep: GPU kernels, compiled loops, decoders, contours, report."""

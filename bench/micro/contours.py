@@ -1,17 +1,20 @@
-"""Outlines to pixels against what people use: ``python -m bench.micro.contours [--out bench/results/contours-….json]``.
+"""Rasterisation of contours, compare with other programs.
 
-A structure set of 300 slices of 512 × 512 with 200 outlines of 60 points each in every slice, half of them discs with a
-hole in each, all of one region. No two discs overlap: there the programs mean the same pixels. Timed is the way from
+    python -m bench.micro.contours [--out bench/results/contours-….json]
+
+The structure set has 300 slices of 512 × 512 pixels and one region. Each slice has 200 outlines of 60 points, which are
+100 discs with a hole each. Discs do not overlap, so all programs should fill the same pixels. The time is measured from
 points in memory, in patient coordinates, to one mask volume:
 
 * gpuprep: `place`, then `Placed.paint` of every slice;
 * dcmrtstruct2nii: its ``DcmPatientCoords2Mask.convert``;
-* rt-utils: its ``create_series_mask_from_contour_sequence``, from data elements of pydicom. It looks through all
-  contours for every slice, so that time grows with their square: it gets a few slices only (``--rt-utils-slices``).
+* rt-utils: its ``create_series_mask_from_contour_sequence``, from data elements of pydicom. It searches all contours
+  for each slice, so the time is quadratic in the number of slices; it gets a few slices only (``--rt-utils-slices``).
 
-Both rivals fill with scikit-image or OpenCV, one outline after the other, and by other rules on the border: the share
-of voxels that differ is reported. All run in one process, one after the other; of gpuprep's rounds the fastest counts.
-Its way from an RTSTRUCT on disk to masks is timed as well. Needs ``pip install dcmrtstruct2nii rt-utils``.
+Both other programs fill one outline after the other, with scikit-image or OpenCV, and have other rules for pixels on
+the border; the share of differing voxels is reported. All run in one process, one after the other. The fastest round of
+gpuprep is reported. Its time from an RTSTRUCT on disk to masks is measured as well. Needs
+``pip install dcmrtstruct2nii rt-utils``.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ POINTS = 60
 
 
 def outlines(n: int, z: float, seed: int) -> list[NDArray[np.float64]]:
-    """Return the outlines of one slice in mm: a disc somewhere in each cell of a grid, and a hole in every one."""
+    """Return the outlines of one slice in mm: a disc with a hole at a random position in each cell of a grid."""
     rng = np.random.default_rng(seed)
     angles = np.linspace(0, 2 * np.pi, POINTS, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles), 0 * angles], axis=1)
@@ -63,16 +66,16 @@ def outlines(n: int, z: float, seed: int) -> list[NDArray[np.float64]]:
     return found
 
 
-def masked(segmentation: Segmentation, stacked: Stack) -> NDArray[np.bool_]:
+def gpuprep_mask(segmentation: Segmentation, stacked: Stack) -> NDArray[np.bool_]:
     (structure, *_), _ = place(segmentation, stacked, Reading())
     mask = np.zeros(stacked.geometry.shape, dtype=bool)
     for n in structure.parts:
-        within, painted = structure.paint(n, mask.shape[1:])
-        mask[n][within] = painted
+        box, painted = structure.paint(n, mask.shape[1:])
+        mask[n][box] = painted
     return mask
 
 
-def by_dcmrtstruct2nii(contours: list[NDArray[np.float64]], stacked: Stack) -> NDArray[np.bool_]:
+def dcmrtstruct2nii_mask(contours: list[NDArray[np.float64]], stacked: Stack) -> NDArray[np.bool_]:
     from dcmrtstruct2nii.adapters.convert.rtstructcontour2mask import DcmPatientCoords2Mask
 
     slices, rows, columns = stacked.geometry.shape
@@ -85,7 +88,7 @@ def by_dcmrtstruct2nii(contours: list[NDArray[np.float64]], stacked: Stack) -> N
     return SimpleITK.GetArrayFromImage(DcmPatientCoords2Mask().convert(given, image, 0, 1)) > 0
 
 
-def by_rt_utils(sequence: Sequence, series: list[Dataset]) -> NDArray[np.bool_]:
+def rt_utils_mask(sequence: Sequence, series: list[Dataset]) -> NDArray[np.bool_]:
     from rt_utils import image_helper
 
     mask: NDArray[np.bool_] = image_helper.create_series_mask_from_contour_sequence(series, sequence)
@@ -130,17 +133,19 @@ def timed(function: Callable[[], Any], rounds: int) -> tuple[float, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slices", type=int, default=300)
-    parser.add_argument("--contours", type=int, default=200, help="in every slice")
+    parser.add_argument("--contours", type=int, default=200, help="outlines per slice")
     parser.add_argument("--rt-utils-slices", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3, help="of gpuprep; the rivals get one, of minutes")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds of gpuprep; the other programs take minutes and run once"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = compared(args, Path(folder))
+        figures = compare(args, Path(folder))
     save(args.out, "bench.micro.contours", figures)
 
 
-def compared(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     write_series(folder / "ct", np.zeros((args.slices, MATRIX, MATRIX), np.int16), SPACING_MM)
     (series,) = discover(folder / "ct")
     stacked = stack(series)
@@ -148,36 +153,37 @@ def compared(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     by_slice = [[c + origin for c in outlines(args.contours, k * SPACING_MM[0], k)] for k in range(len(stacked.slices))]
     contours = [c for found in by_slice for c in found]
     given = Segmentation("", "", "", (Structure("discs", tuple(Contour(c, "patient") for c in contours)),))
-    ours_s, ours = timed(lambda: masked(given, stacked), args.rounds)
+    ours_s, ours = timed(lambda: gpuprep_mask(given, stacked), args.rounds)
     print(f"gpuprep          {len(contours)} outlines {ours_s:.2f} s")
 
     sequence = contour_sequence(contours, stacked)
     write_rtstruct(folder / "rs.dcm", sequence)
-    file_s, from_file = timed(lambda: masked(read_segmentation(folder / "rs.dcm"), stacked), args.rounds)
+    file_s, from_file = timed(lambda: gpuprep_mask(read_segmentation(folder / "rs.dcm"), stacked), args.rounds)
     print(f"gpuprep, RTSTRUCT of {(folder / 'rs.dcm').stat().st_size / 1e6:.0f} MB to masks {file_s:.2f} s")
 
-    rival_s, rival = timed(lambda: by_dcmrtstruct2nii(contours, stacked), 1)
-    print(f"dcmrtstruct2nii  {len(contours)} outlines {rival_s:.2f} s: {rival_s / ours_s:.1f} times gpuprep")
+    dcmrtstruct2nii_s, dcmrtstruct2nii = timed(lambda: dcmrtstruct2nii_mask(contours, stacked), 1)
+    ratio = dcmrtstruct2nii_s / ours_s
+    print(f"dcmrtstruct2nii  {len(contours)} outlines {dcmrtstruct2nii_s:.2f} s: {ratio:.1f} times gpuprep")
     few = min(args.rt_utils_slices, args.slices)
-    some = [c for found in by_slice[:few] for c in found]
-    some_given = Segmentation("", "", "", (Structure("discs", tuple(Contour(c, "patient") for c in some)),))
-    some_s, _ = timed(lambda: masked(some_given, stacked), args.rounds)
-    headers, sequence = [rt_slice(k, stacked) for k in range(few)], contour_sequence(some, stacked)
-    rt_s, rt = timed(lambda: by_rt_utils(sequence, headers), 1)
-    print(f"rt-utils         {len(some)} outlines {rt_s:.2f} s, gpuprep {some_s:.2f} s")
+    subset = [c for found in by_slice[:few] for c in found]
+    subset_given = Segmentation("", "", "", (Structure("discs", tuple(Contour(c, "patient") for c in subset)),))
+    subset_s, _ = timed(lambda: gpuprep_mask(subset_given, stacked), args.rounds)
+    headers, sequence = [slice_header(k, stacked) for k in range(few)], contour_sequence(subset, stacked)
+    rt_s, rt = timed(lambda: rt_utils_mask(sequence, headers), 1)
+    print(f"rt-utils         {len(subset)} outlines {rt_s:.2f} s, gpuprep {subset_s:.2f} s")
     return {
         "outlines": len(contours),
         "points_each": POINTS,
         "gpuprep_s": ours_s,
         "gpuprep_from_rtstruct_s": file_s,
-        "dcmrtstruct2nii_s": rival_s,
-        "dcmrtstruct2nii_ratio": rival_s / ours_s,
-        "dcmrtstruct2nii_differing_share_of_mask": float((rival != ours).sum() / ours.sum()),
+        "dcmrtstruct2nii_s": dcmrtstruct2nii_s,
+        "dcmrtstruct2nii_ratio": ratio,
+        "dcmrtstruct2nii_differing_share_of_mask": float((dcmrtstruct2nii != ours).sum() / ours.sum()),
         "rt_utils": {
-            "outlines": len(some),
+            "outlines": len(subset),
             "seconds": rt_s,
-            "gpuprep_s": some_s,
-            "ratio": rt_s / some_s,
+            "gpuprep_s": subset_s,
+            "ratio": rt_s / subset_s,
             "differing_share_of_mask": float((rt != ours[:few]).sum() / ours[:few].sum()),
         },
         "rtstruct_differing_share_of_mask": float((from_file != ours).sum() / ours.sum()),
@@ -186,8 +192,8 @@ def compared(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def rt_slice(k: int, stacked: Stack) -> Dataset:
-    """Return what rt-utils wants to know of a slice."""
+def slice_header(k: int, stacked: Stack) -> Dataset:
+    """Return a data set with the elements of a slice that rt-utils needs."""
     ds = Dataset()
     header = stacked.slices[k]
     ds.SOPInstanceUID = header.sop_instance_uid

@@ -1,11 +1,11 @@
 """Reading speed by transfer syntax and decoder: ``python -m bench.micro.decoders [--out FILE.json]``.
 
-A phantom of 512 × 512 pixels, 12 bits in words of 16, is written in each syntax, with headers as long as a scanner's.
-What is timed is the whole way from files to stored values in spatial order (`SeriesReader.slab`), after the scan and a
-first slab that loads the libraries: in one process, and in several at once that each read all of it. Each decoder
-is measured as the only one; those marked * are what gpuprep asks first. MB are 10⁶ bytes of decoded pixels, of all
-processes together. Of the rounds the fastest counts, because whatever else the machine does only adds to the others.
-Files are in the cache of the operating system.
+A phantom of 512 × 512 pixels with 12 of 16 bits is written in each transfer syntax, with headers as long as those of
+scanners. The time is measured from files to stored values in spatial order (`SeriesReader.slab`), after the scan and a
+first slab, which loads the libraries: in one process, and in several processes that each read the whole series at the
+same time. Each decoder is measured alone; * marks the one that gpuprep tries first. MB are 10⁶ bytes of decoded pixels,
+summed over the processes. The fastest round is reported, because other load on the machine only adds time. Files are in
+the page cache.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from gpuprep.testing import thorax, write_series
 
 SPACING_MM = (3.0, 0.6816, 0.6816)
 SLAB = 8
-"""Slices that are asked for at a time."""
+"""Slices per slab."""
 
 Encoder = Callable[[NDArray[Any]], bytes | bytearray]
 ENCODERS: dict[UID, Encoder | None] = {
     ExplicitVRLittleEndian: None,
-    RLELossless: None,  # pydicom's
+    RLELossless: None,  # pydicom encodes it
     JPEGLosslessSV1: lambda v: imagecodecs.jpeg8_encode(v, lossless=True, predictor=1, bitspersample=12),
     JPEGLSLossless: imagecodecs.jpegls_encode,
     JPEG2000Lossless: lambda v: imagecodecs.jpeg2k_encode(
@@ -64,7 +64,7 @@ ENCODERS: dict[UID, Encoder | None] = {
 
 
 def write(folder: Path, stored: NDArray[Any], syntax: UID) -> list[Path]:
-    """Write a series of 12 bits in a transfer syntax."""
+    """Write a 12-bit series in a transfer syntax."""
 
     def change(ds: Dataset, k: int) -> None:
         lengthen(ds, k)
@@ -80,16 +80,16 @@ def write(folder: Path, stored: NDArray[Any], syntax: UID) -> list[Path]:
     return write_series(folder, stored, SPACING_MM, change=change)
 
 
-_together: Barrier
+_barrier: Barrier
 
 
-def _join(barrier: Barrier) -> None:
-    global _together
-    _together = barrier
+def _set_barrier(barrier: Barrier) -> None:
+    global _barrier
+    _barrier = barrier
 
 
 def _seconds(task: tuple[str, str | None, int]) -> list[tuple[float, float]]:
-    """Read a series some times with one decoder alone, as the other processes do; return seconds by clock and CPU."""
+    """Read a series several times with one decoder, in step with other processes; return wall and CPU seconds."""
     folder, name, rounds = task
     for kind, decoders in decode.DECODERS.items():
         decode.DECODERS[kind] = tuple(d for d in decoders if d.name == name) or decoders
@@ -98,7 +98,7 @@ def _seconds(task: tuple[str, str | None, int]) -> list[tuple[float, float]]:
     taken = []
     for _ in range(rounds):
         reader = SeriesReader(series)
-        _together.wait()
+        _barrier.wait()
         started, busy = time.perf_counter(), time.process_time()
         for start in range(0, len(series.slices), SLAB):
             reader.slab(start, min(start + SLAB, len(series.slices)))
@@ -107,9 +107,9 @@ def _seconds(task: tuple[str, str | None, int]) -> list[tuple[float, float]]:
 
 
 def measure(folder: Path, name: str | None, processes: int, shape: tuple[int, ...], rounds: int) -> dict[str, float]:
-    """Return the time of a slice in a process, and what that makes for all of them."""
+    """Return the time per slice in a process, and the throughput of all processes."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, _join, (context.Barrier(processes),)) as pool:
+    with context.Pool(processes, _set_barrier, (context.Barrier(processes),)) as pool:
         by_process = pool.map(_seconds, [(str(folder), name, rounds)] * processes, chunksize=1)
     taken = [statistics.mean(clock for clock, _ in times) for times in zip(*by_process, strict=True)]
     busy = min(busy for times in by_process for _, busy in times)
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="reading speed by transfer syntax and decoder")
     parser.add_argument("--slices", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--processes", type=int, default=2, help="besides one")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes, in addition to a single one")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     options = parser.parse_args()
     stored = thorax((options.slices, 512, 512), SPACING_MM).clip(0, 4095).astype(np.uint16)

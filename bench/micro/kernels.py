@@ -1,10 +1,10 @@
-"""What the table's series takes on a GPU alone: kernels, copies, and the least that its bytes could take.
+"""Measures kernels and copies of one series on a GPU, and compares kernels with a lower limit from their bytes.
 
     python -m bench.micro.kernels [--out bench/results/kernels-….json]
 
-The series is a phantom of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm, in memory, by the default recipe. Its kernels
-are timed by CUDA events in the stream in which they run, and not while it waits for the host. The floor is the stored
-integers in once and the output out once, at the bandwidth of a copy on the device, which is measured here, too.
+The series is a phantom of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm, in memory, processed by the default recipe. CUDA
+events time the kernels in their stream, without waiting for the host. The floor is the time to read the stored integers
+once and write the output once at the bandwidth of a copy on the device, which is measured here, too.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ COPIED_BYTES = 2**30
 
 
 def bandwidths(cupy: Any, repeats: int) -> dict[str, float]:
-    """Return the median bytes per second of copies up, down and on the device, where both ends count."""
+    """Return the median bytes per second of uploads, downloads and copies on the device (bytes read plus written)."""
     pinned = import_module("cupyx").empty_pinned((COPIED_BYTES,), dtype="uint8")
     pinned[...] = 1
-    here, there = cupy.empty(COPIED_BYTES, dtype="uint8"), cupy.empty(COPIED_BYTES, dtype="uint8")
+    source, target = cupy.empty(COPIED_BYTES, dtype="uint8"), cupy.empty(COPIED_BYTES, dtype="uint8")
     copies: dict[str, tuple[Callable[[], Any], int]] = {
-        "up": (lambda: here.set(pinned), COPIED_BYTES),
-        "down": (lambda: here.get(out=pinned, blocking=False), COPIED_BYTES),
-        "device": (lambda: cupy.copyto(there, here), 2 * COPIED_BYTES),
+        "up": (lambda: source.set(pinned), COPIED_BYTES),
+        "down": (lambda: source.get(out=pinned, blocking=False), COPIED_BYTES),
+        "device": (lambda: cupy.copyto(target, source), 2 * COPIED_BYTES),
     }
     found = {}
     for name, (copy, moved) in copies.items():
@@ -63,8 +63,8 @@ def bandwidths(cupy: Any, repeats: int) -> dict[str, float]:
     return found
 
 
-def series(volume: Any, plan: Plan, gpu: Any, engine: Engine, repeats: int) -> dict[str, float]:
-    """Return the median seconds of each stage and of the whole, and of the first run, which compiles and builds."""
+def stage_times_s(volume: Any, plan: Plan, gpu: Any, engine: Engine, repeats: int) -> dict[str, float]:
+    """Return the median seconds of each stage and in total, and those of the first run, which compiles kernels."""
     runs = []
     for _ in range(repeats + 1):
         seconds: dict[str, float] = {}
@@ -77,8 +77,8 @@ def series(volume: Any, plan: Plan, gpu: Any, engine: Engine, repeats: int) -> d
     }
 
 
-def table_series() -> StoredVolume:
-    """Return the series without going through files."""
+def phantom() -> StoredVolume:
+    """Return the phantom as a stacked series in memory."""
     dz, dy, dx = SPACING_MM
     affine = np.array([[0, 0, dx, 0], [0, dy, 0, 0], [dz, 0, 0, 0], [0, 0, 0, 1.0]])
     slope, intercept = np.ones(SHAPE[0]), np.full(SHAPE[0], -1024.0)
@@ -102,18 +102,18 @@ def main() -> None:
     copied = bandwidths(cupy, args.repeats)
     print(" · ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in copied.items()), flush=True)
 
-    volume = table_series()
-    own = gpu.block_rows, gpu.slab_slices
+    volume = phantom()
+    defaults = gpu.block_rows, gpu.slab_slices
     rows: list[dict[str, Any]] = []
     for dtype in DTYPES:
         plan = make_plan(volume.geometry, Recipe(dtype=dtype))
         moved = volume.stored.nbytes + plan.output_bytes
         floor = moved / copied["device"]
         settings = [("operators", r, s) for r in args.block_rows for s in args.slab_slices]
-        for engine, block_rows, slab_slices in (("operators", *own), ("ndimage", *own), *settings):
+        for engine, block_rows, slab_slices in (("operators", *defaults), ("ndimage", *defaults), *settings):
             gpu.block_rows, gpu.slab_slices = block_rows, slab_slices
             cupy.get_default_memory_pool().free_all_blocks()
-            taken = series(volume, plan, gpu, engine, args.repeats)  # type: ignore[arg-type]
+            taken = stage_times_s(volume, plan, gpu, engine, args.repeats)  # type: ignore[arg-type]
             row = {"dtype": dtype, "engine": engine, "block_rows": block_rows, "slab_slices": slab_slices}
             row |= taken | {"floor_s": floor, "times_floor": taken["kernels_s"] / floor}
             row["predicted_bytes"] = device_bytes(plan, gpu, engine)  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def main() -> None:
         "versions": versions(gpu=True),
         "shape": SHAPE,
         "spacing_mm": SPACING_MM,
-        "defaults": {"block_rows": own[0], "slab_slices": own[1]},
+        "defaults": {"block_rows": defaults[0], "slab_slices": defaults[1]},
         "bytes_per_second": copied,
         "runs": rows,
     }

@@ -1,10 +1,10 @@
-"""What the report costs: collecting its figures and pictures during conversion, and opening it with many series.
+"""Measures the cost of the report: collecting metrics and pictures during conversion, and opening a long page.
 
     python -m bench.micro.quality [--series 5000] [--repeats 9] [--out bench/results/quality-….json]
 
-One series of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm is converted in this process by the default recipe, in turns
-with collecting and without it, so that both see the same machine; and the time of what collects is added up.
-Then a report of many made-up series, each with a picture, is written and opened in headless Chromium, if that is there.
+One series of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm is converted in this process by the default recipe, alternately
+with and without collecting, so that both run under the same load. The time spent in the collecting functions is summed.
+Then a report of many synthetic series with pictures is written, and opened in headless Chromium if it is installed.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ COLLECTING: tuple[tuple[Any, str, Any], ...] = (
     (read, "sampled", np.empty(0)), (Histogram, "add", None), (Histogram, "to_dict", None), (Planes, "take", None),
     (convert_series, "_write_preview", None),
 )  # fmt: skip
-"""The functions that collect, by who has them, and what stands for what they return where nothing is collected."""
+"""Functions that collect metrics and pictures: owner, name, and a return value for runs without collecting."""
 
 
 @contextlib.contextmanager
-def replaced(by: Callable[[Callable[..., Any], Any], Callable[..., Any]]) -> Iterator[None]:
-    """Have other functions in place of those that collect."""
+def patched(replacement: Callable[[Callable[..., Any], Any], Callable[..., Any]]) -> Iterator[None]:
+    """Patch the collecting functions with ``replacement(function, return value without collecting)``."""
     with contextlib.ExitStack() as patches:
-        for owner, name, nothing in COLLECTING:
-            patches.enter_context(mock.patch.object(owner, name, by(getattr(owner, name), nothing)))
+        for owner, name, empty in COLLECTING:
+            patches.enter_context(mock.patch.object(owner, name, replacement(getattr(owner, name), empty)))
         yield
 
 
-def converted_s(dicom: Path, out: Path, dtype: Dtype) -> tuple[float, SeriesResult]:
-    """Return how long it takes to convert a series, scan included, and what came of it."""
+def timed_conversion(dicom: Path, out: Path, dtype: Dtype) -> tuple[float, SeriesResult]:
+    """Convert a series; return the seconds, scan included, and the result."""
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
     (result,) = gpuprep.convert(dicom, out, Recipe(dtype=dtype), backend="cpu").results
@@ -64,7 +64,7 @@ def converted_s(dicom: Path, out: Path, dtype: Dtype) -> tuple[float, SeriesResu
 
 
 def cost(scratch: Path, dtype: Dtype, repeats: int) -> dict[str, float]:
-    """Return the seconds of a conversion with and without collecting, and those spent in what collects."""
+    """Return the seconds of a conversion with and without collecting, and those spent in collecting functions."""
     spent = 0.0
 
     def timed(function: Callable[..., Any], _: Any) -> Callable[..., Any]:
@@ -81,13 +81,13 @@ def cost(scratch: Path, dtype: Dtype, repeats: int) -> dict[str, float]:
     with_s, without_s, collecting_s = [], [], []
     for n in range(repeats + 1):
         spent = 0.0
-        with replaced(timed):
-            seconds, _ = converted_s(scratch / "dicom", scratch / "out", dtype)
-        with replaced(lambda _, nothing: lambda *_: nothing):
-            bare, _ = converted_s(scratch / "dicom", scratch / "out", dtype)
+        with patched(timed):
+            collecting_run_s, _ = timed_conversion(scratch / "dicom", scratch / "out", dtype)
+        with patched(lambda _, empty: lambda *_: empty):
+            plain_run_s, _ = timed_conversion(scratch / "dicom", scratch / "out", dtype)
         if n:  # the first round imports, compiles and fills caches
-            with_s.append(seconds)
-            without_s.append(bare)
+            with_s.append(collecting_run_s)
+            without_s.append(plain_run_s)
             collecting_s.append(spent)
     return {
         "with_s": statistics.median(with_s),
@@ -98,8 +98,8 @@ def cost(scratch: Path, dtype: Dtype, repeats: int) -> dict[str, float]:
     }
 
 
-def many(out: Path, one: SeriesResult, picture: bytes, series: int) -> None:
-    """Make an output folder of many series like one, all somewhat different, without volumes."""
+def make_output_folder(out: Path, template: SeriesResult, picture: bytes, series: int) -> None:
+    """Make an output folder, without volumes, of many series that vary a template."""
     with closing(Manifest(out / "manifest.sqlite")) as manifest, manifest._transaction():
         for n in range(series):
             folder = f"patient-{n // 3:05d}/series-{n % 3}"
@@ -107,15 +107,15 @@ def many(out: Path, one: SeriesResult, picture: bytes, series: int) -> None:
             (out / folder / "preview.jpg").write_bytes(picture)
             manifest.put(
                 replace(
-                    one, key=f"1.2.{n}", series_uid=f"1.2.{n}", source=f"/dicom/{folder}", folder=folder,
+                    template, key=f"1.2.{n}", series_uid=f"1.2.{n}", source=f"/dicom/{folder}", folder=folder,
                     slices=60 + n * 7 % 240, hu_mean=-700.0 + n % 311, read_s=0.2 + n % 17 / 20,
                     source_spacing_mm=(1.0 + n % 5 / 2, 0.5 + n % 40 / 100, 0.5 + n % 40 / 100),
                 )
             )  # fmt: skip
 
 
-def opened(page: Path) -> dict[str, float] | None:
-    """Return when a browser shows the first of a page and when it has all of it, and how long sorting takes; in s."""
+def browser_times_s(page: Path) -> dict[str, float] | None:
+    """Return the seconds to first paint, full load, sorting and filtering in Chromium; None if it is not installed."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         return None
@@ -134,11 +134,11 @@ def opened(page: Path) -> dict[str, float] | None:
                 options.add_argument(f"--{switch}")
             with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as browser:
                 browser.get(page.as_uri())
-                found.append(browser.execute_script(_LOOK))
+                found.append(browser.execute_script(_MEASURE_PAGE))
     return {key: statistics.median(f[key] / 1000 for f in found) for key in found[0]}
 
 
-_LOOK = """
+_MEASURE_PAGE = """
 const timed = (act) => {
   const started = performance.now();
   act();
@@ -158,7 +158,7 @@ return {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--series", type=int, default=5000, help="in the report")
+    parser.add_argument("--series", type=int, default=5000, help="number of series in the report")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
@@ -174,16 +174,16 @@ def main() -> None:
                 f"{c['collecting_s'] * 1e3:.1f} ms are spent collecting, {c['share']:.1%}",
                 flush=True,
             )
-        _, one = converted_s(scratch / "dicom", scratch / "out", "uint8")
-        picture = (scratch / "out" / one.folder / "preview.jpg").read_bytes()
+        _, template = timed_conversion(scratch / "dicom", scratch / "out", "uint8")
+        picture = (scratch / "out" / template.folder / "preview.jpg").read_bytes()
         (scratch / "many").mkdir()
-        many(scratch / "many", one, picture, args.series)
+        make_output_folder(scratch / "many", template, picture, args.series)
         started = time.perf_counter()
         page = Path(write_report(scratch / "many"))
         report = {"write_s": time.perf_counter() - started, "bytes": page.stat().st_size}
         print(f"{args.series} series: {report['bytes'] / 1e6:.1f} MB, written in {report['write_s']:.2f} s", flush=True)
-        seen = opened(page)
-        print("no browser" if seen is None else ", ".join(f"{key} {value:.2f}" for key, value in seen.items()))
+        browser = browser_times_s(page)
+        print("no browser" if browser is None else ", ".join(f"{key} {value:.2f}" for key, value in browser.items()))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     figures = {
@@ -193,7 +193,7 @@ def main() -> None:
         "series": args.series,
         "picture_bytes": len(picture),
         "report": report,
-        "browser": seen,
+        "browser": browser,
     }
     save(args.out, "bench.micro.quality", figures)
 

@@ -1,10 +1,10 @@
-"""The compiled loops, one by one, against what the machine allows: bytes over bandwidth, and products over arithmetic.
+"""Times the compiled loops one by one and compares them with limits from memory bandwidth and arithmetic throughput.
 
     python -m bench.micro.stages [--out bench/results/stages-….json]
 
-One core, one series of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm, to uint8. Each stage has two floors: the bytes it has
-to move in or out of the process or of the planes between the passes, at the speed of a copy measured in the same run,
-and its multiplications, at the rate of a loop that does nothing else. ``docs/performance.md`` discusses them.
+One core, one series of 108 × 512 × 512 at 3 × 0.6816 × 0.6816 mm, to uint8. Each loop has two floors: the bytes that it
+moves beyond the cache (stored values, planes between the passes, output) at the speed of a copy measured in the same
+run, and its multiplications at the rate of a loop that does nothing else. ``docs/performance.md`` discusses them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STAGES = ("summary", "to_hu", "along_rows", "along_columns", "forwards", "backwa
 
 @numba.njit(fastmath=True)
 def _products(values: Any, times: int) -> None:
-    """Multiply and add in registers: as many as the core can."""
+    """Multiply and add in registers, at the peak rate of the core."""
     for x in range(0, len(values), 128):
         part = values[x : x + 128]
         for _ in range(times):
@@ -47,7 +47,7 @@ def _products(values: Any, times: int) -> None:
 
 
 def best_s(function: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """Return the shortest of several runs, after one that does not count."""
+    """Return the seconds of the fastest run, after one warm-up run."""
     function()
     taken = []
     for _ in range(rounds):
@@ -58,20 +58,20 @@ def best_s(function: Callable[[], Any], rounds: int = ROUNDS) -> float:
 
 
 def copy_bytes_per_s() -> float:
-    """Return how fast memory is copied, reading and writing counted once each."""
+    """Return the bandwidth of a memory copy in bytes per second, read plus written."""
     source = np.ones(2**25, dtype=np.float32)
     target = np.empty_like(source)
     return 2 * source.nbytes / best_s(lambda: np.copyto(target, source))
 
 
 def products_per_s() -> float:
-    """Return how many multiplications with an addition one core does when it does nothing else."""
+    """Return the peak number of multiply-add operations per second of one core."""
     values, times = np.ones(128, dtype=np.float32), 10_000_000
     return values.size * times / best_s(lambda: _products(values, times), 3)
 
 
 def stages_s(volume: StoredVolume) -> dict[str, float]:
-    """Return the seconds of each loop, and of all the rest of the arithmetic, in the fastest of several runs."""
+    """Return the shortest times of each loop, and of the code between the loops, in seconds."""
     plan = make_plan(volume.geometry, Recipe(dtype="uint8"))
     spent: dict[str, float] = defaultdict(float)
 
@@ -107,7 +107,7 @@ def stages_s(volume: StoredVolume) -> dict[str, float]:
 
 
 def needs(plan: Any) -> dict[str, tuple[float, float]]:
-    """Return the bytes that each loop has to move beyond its cache, and its multiplications."""
+    """Return the bytes that each loop moves beyond the cache, and its number of multiplications."""
     n, rows, columns = plan.resample.source
     m, j, i = plan.resample.target
     _, height, width = plan.target.shape
@@ -145,8 +145,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, row in table.items():
         spent, *floors = (row[key] * 1e3 for key in ("s", "bytes_floor_s", "products_floor_s"))
-        far = f"{spent / max(floors):.1f}" if max(floors) else ""
-        print(f"| {name} | {spent:.1f} | {floors[0]:.1f} | {floors[1]:.1f} | {far} |")
+        ratio = f"{spent / max(floors):.1f}" if max(floors) else ""
+        print(f"| {name} | {spent:.1f} | {floors[0]:.1f} | {floors[1]:.1f} | {ratio} |")
     figures = {"copy_bytes_per_s": bandwidth, "products_per_s": rate, "stages": table}
     save(args.out, "bench.micro.stages", figures)
 

@@ -1,1 +1,1 @@
-"""Large cohorts, long runs, and scans of what is known."""
+"""Benchmarks of large cohorts, long runs, and repeated scans."""

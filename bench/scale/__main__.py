@@ -1,11 +1,15 @@
-"""A cohort of 100,000 series without pixels: what scheduling, manifest and status cost by themselves.
+"""Measures scheduling, manifest and status for a cohort of 100,000 series without pixels.
 
     python -m bench.scale [--series 100000] [--slices 4] [--out bench/results/scale-….json]
 
-Headers are made up, and what stands for the conversion writes a ``volume.json`` and nothing else. All the rest is as it
-is: plan of every series, worker processes, manifest, layout of folders, a second run that finds everything done,
-status. What the audit of headers and the plan of a series take is measured by itself, as it is no part of scheduling.
-Memory is the peak resident size of the parent (the headers among it, so it grows with the number of slices).
+def stub_conversion(task: Task) -> SeriesResult:
+    """Replace the conversion of a series; runs in a worker."""
+    planned = task.planned
+    folder = task.output.root / planned.folder
+    folder.mkdir(parents=True)
+    text = json.dumps({"key": planned.series.key})
+    (folder / "volume.json").write_text(text)
+    done = replace(task.result(), status="ok", folder=planned.folder, files=1, bytes=len(text), finished=now())
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gpuprep.pipeline.cohort
+import gpuprep.pipeline.prepare
 import gpuprep.pipeline.retry
 from bench.measure import save
 from gpuprep.core.plan import make_plan
@@ -37,8 +41,8 @@ from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.task import Task
 
 
-def made_up(number: int, slices: int) -> Series:
-    """Return a series of which nothing exists."""
+def synthetic_series(number: int, slices: int) -> Series:
+    """Return a series of synthetic headers without files."""
     uid = f"1.2.826.0.1.3680043.8.498.{number:039d}"
     folder = f"/data/cohort/patient-{number // 3:06d}/study-1/series-{number % 3}"
     headers = tuple(
@@ -59,23 +63,23 @@ def made_up(number: int, slices: int) -> Series:
     )  # fmt: skip
 
 
-def pretend(task: Task) -> SeriesResult:
-    """Stand for the conversion of a series; runs in a worker."""
+def stub_conversion(task: Task) -> SeriesResult:
+    """Replace the conversion of a series; runs in a worker."""
     planned = task.planned
-    place = task.output.root / planned.folder
-    place.mkdir(parents=True)
+    folder = task.output.root / planned.folder
+    folder.mkdir(parents=True)
     text = json.dumps({"key": planned.series.key})
-    (place / "volume.json").write_text(text)
+    (folder / "volume.json").write_text(text)
     done = replace(task.result(), status="ok", folder=planned.folder, files=1, bytes=len(text), finished=now())
     return replace(done, source_shape=(4, 512, 512), shape=(12, 512, 512), process_s=0.25, read_s=0.1, write_s=0.1)
 
 
 def run(out: Path, series: int, slices: int) -> dict[str, Any]:
-    """Run once in this process; return time and memory of the parent."""
-    cohort = Cohort(tuple(made_up(n, slices) for n in range(series)), {}, ())
+    """Run a conversion in this process; return time and memory of the parent."""
+    cohort = Cohort(tuple(synthetic_series(n, slices) for n in range(series)), {}, ())
     headers_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    gpuprep.pipeline.cohort.discover = lambda *_, **__: cohort  # type: ignore[attr-defined]
-    gpuprep.pipeline.retry.convert_series = pretend  # type: ignore[attr-defined]
+    gpuprep.pipeline.prepare.discover = lambda *_, **__: cohort  # type: ignore[attr-defined]
+    gpuprep.pipeline.retry.convert_series = stub_conversion  # type: ignore[attr-defined]
     recipe = Recipe(dtype="uint8")
     processor_s = time.process_time()
     for one in cohort:
@@ -95,8 +99,8 @@ def run(out: Path, series: int, slices: int) -> dict[str, Any]:
     }
 
 
-def look(out: Path) -> dict[str, Any]:
-    """Ask for the status once."""
+def timed_status(out: Path) -> dict[str, Any]:
+    """Compute the status once; return counts, time and memory."""
     started = time.perf_counter()
     counts = status(out).counts
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -106,11 +110,12 @@ def look(out: Path) -> dict[str, Any]:
 STAGE = """
 import json, sys
 from pathlib import Path
-from bench.scale.__main__ import look, run
+from bench.scale.__main__ import timed_status, run
 out = Path(sys.argv[1])
 print(json.dumps({}))
 """
-"""A stage by itself, so that its memory is its own; workers find `pretend` only in a module that is not the script."""
+"""Code of one stage, run in a separate process to measure its memory alone. It imports this module by name, because
+workers cannot unpickle `stub_conversion` from a script."""
 
 
 def main() -> None:
@@ -124,7 +129,7 @@ def main() -> None:
     try:
         for name, call in (
             ("first run", f"run(out, {args.series}, {args.slices})"),
-            ("status", "look(out)"),
+            ("status", "timed_status(out)"),
             ("second run", f"run(out, {args.series}, {args.slices})"),
         ):
             command = [sys.executable, "-c", STAGE.format(call), str(scratch / "out")]
@@ -132,16 +137,16 @@ def main() -> None:
             figures[name] = found = json.loads(answer)
             each = 1000 / args.series
             found["ms_per_series"] = found["seconds"] * each
-            by_itself = ""
+            scheduling = ""
             if name == "first run":
                 found["scheduling_ms_per_series"] = (found["parent_processor_s"] - found["audits_processor_s"]) * each
-                by_itself = (
-                    f"; of the parent, without audits and plans ({found['audits_processor_s'] * each:.2f} ms): "
+                scheduling = (
+                    f"; CPU of the parent without audits and plans ({found['audits_processor_s'] * each:.2f} ms): "
                     f"{found['scheduling_ms_per_series']:.2f} ms"
                 )
             print(
-                f"{name:10} {found['seconds']:7.1f} s, {found['ms_per_series']:.3f} ms a series, peak "
-                f"{found['peak_bytes'] / 1e6:.0f} MB {found['counts']}{by_itself}",
+                f"{name:10} {found['seconds']:7.1f} s, {found['ms_per_series']:.3f} ms per series, peak "
+                f"{found['peak_bytes'] / 1e6:.0f} MB {found['counts']}{scheduling}",
                 flush=True,
             )
     finally:

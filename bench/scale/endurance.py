@@ -1,9 +1,8 @@
-"""Memory over a long run: nothing may grow with the number of series done.
+"""Measures memory over a long run, to show that it does not grow with the number of converted series.
 
     python -m bench.scale.endurance [--series 500] [--out bench/results/endurance-….json]
 
-Converts many small series in one run, and notes after each tenth of them how much memory (PSS) the parent and the
-workers hold.
+Converts many small series in one run, and records the memory (PSS) of parent and workers after each tenth of them.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from gpuprep.testing import thorax, write_series
 SHAPE, SPACING_MM = (40, 128, 128), (3.0, 2.7, 2.7)
 
 
-class _Scales(Listener):
-    """Weighs the processes now and then."""
+class _MemoryLog(Listener):
+    """Records the memory of parent and workers after each tenth of the series."""
 
     def __init__(self, series: int) -> None:
         self._every = max(1, series // 10)
         self._done = 0
-        self.weights: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
 
     def finished(self, result: SeriesResult) -> None:
         if result.status != "ok":
@@ -42,7 +41,7 @@ class _Scales(Listener):
         self._done += 1
         if self._done % self._every == 0:
             parent, *others = (p.memory_full_info().pss for p in tree(psutil.Process()))
-            self.weights.append({"series": self._done, "parent_bytes": parent, "others_bytes": sum(others)})
+            self.samples.append({"series": self._done, "parent_bytes": parent, "others_bytes": sum(others)})
             print(
                 f"{self._done:5} series  parent {parent / 1e6:5.0f} MB  others {sum(others) / 1e6:5.0f} MB", flush=True
             )
@@ -54,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp())
-    scales = _Scales(args.series)
+    memory_log = _MemoryLog(args.series)
     try:
         stored = thorax(SHAPE, SPACING_MM)
         for n in range(args.series):
@@ -62,18 +61,18 @@ def main() -> None:
         started = time.perf_counter()
         jobs = len(os.sched_getaffinity(0))
         recipe = Recipe(dtype="uint8", size=(128, 128))
-        gpuprep.convert(scratch / "dicom", scratch / "out", recipe, backend="cpu", jobs=jobs, listener=scales)
+        gpuprep.convert(scratch / "dicom", scratch / "out", recipe, backend="cpu", jobs=jobs, listener=memory_log)
         seconds = time.perf_counter() - started
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    first, last = scales.weights[1], scales.weights[-1]
+    first, last = memory_log.samples[1], memory_log.samples[-1]
     growth = {key: last[key] / first[key] - 1 for key in ("parent_bytes", "others_bytes")}
     print(f"from the second tenth to the last: {', '.join(f'{key} {g:+.1%}' for key, g in growth.items())}")
     figures = {
         "series": args.series,
         "shape": SHAPE,
         "seconds": seconds,
-        "weights": scales.weights,
+        "weights": memory_log.samples,
         "growth": growth,
     }
     save(args.out, "bench.scale.endurance", figures)

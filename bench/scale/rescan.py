@@ -1,8 +1,8 @@
-"""A first scan of a tree against a second one: ``python -m bench.scale.rescan [--files N] [--out FILE]``.
+"""Compares the first scan of a folder tree with later ones: ``python -m bench.scale.rescan [--files N] [--out FILE]``.
 
-Files carry as many header elements as a scanner writes, and few pixels: it is headers that count. Each scan is a fresh
-process; its time is given without and with the start of Python. The operating system has the files in its cache every
-time, which favours the first.
+Files have as many header elements as those of scanners, and few pixels, because only headers are read. Each scan runs
+in a fresh process; its time is reported without and with the start of Python. Files are always in the page cache, which
+favours the first scan.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SLICES = 200
 
 
 def lengthen(ds: Dataset, k: int) -> None:
-    """Add some seventy elements, as scanners do: text, numbers, a few sequences and private ones."""
+    """Add about seventy elements like those of scanners: text, numbers, sequences and private elements."""
     for element in range(0x1000, 0x1030):
         ds.add_new((0x0018, element), "LO", f"setting {element}")
     private = ds.private_block(0x0043, "PHANTOM", create=True)
@@ -52,7 +52,7 @@ for o in planned: print(o.verdict, o.series.key, o.audit.to_dict())
 
 
 def _scan(tree: Path, index: Path) -> dict[str, Any]:
-    """Return how long a scan in a fresh process takes, by itself and with everything, and what it says."""
+    """Scan in a fresh process; return the seconds of the scan and of the process, and the verdicts."""
     started = time.perf_counter()
     command = [sys.executable, "-c", SCAN, str(tree), str(index)]
     seconds, *lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -71,7 +71,7 @@ def main() -> None:
             write_series(tree / f"series-{n:04d}", stored, (2.0, 1.0, 1.0), change=lengthen)
         runs = [_scan(tree, index) for _ in range(4)]
         if any(run["lines"] != runs[0]["lines"] for run in runs):
-            raise SystemExit("a second scan says something else than the first")
+            raise SystemExit("a later scan gives other verdicts than the first")
         again = runs[1:]
         result = {
             "command": "python -m bench.scale.rescan " + " ".join(sys.argv[1:]),

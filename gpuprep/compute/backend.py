@@ -1,8 +1,8 @@
-"""Opens the backends that compute: NumPy on the host, or CuPy on a GPU.
+"""Defines and opens the compute backends: NumPy on the host, or CuPy on a GPU.
 
-Kernels take their namespace from the array they are given. What a backend adds is the way there and back, the passes
-over voxels that a GPU fuses, and the library calls of the ``ndimage`` engine, which have other names on each side.
-`gpuprep.compute.cupy_backend` is imported only when a GPU is asked for.
+Kernels take the array namespace of their arguments. A backend adds host-device transfers, the element-wise passes that
+a GPU fuses, and the library calls of the ``ndimage`` engine, whose names differ between the libraries.
+`gpuprep.compute.cupy_backend` is imported only when a GPU is requested.
 """
 
 from __future__ import annotations
@@ -25,58 +25,61 @@ log = logging.getLogger(__name__)
 
 BackendName = Literal["auto", "cpu", "gpu"]
 Engine = Literal["operators", "ndimage"]
-"""How the arithmetic is done on either: banded matrices, or the libraries' own calls."""
+"""Resampling method: banded matrices, or calls to SciPy, scikit-image and their GPU counterparts."""
 Body = Literal["matmul", "loops"]
-"""How banded matrices are applied: by an array library, or on the host by loops that Numba compiles."""
+"""Implementation of the engine ``operators``: matrix products of an array library, or CPU loops compiled by Numba."""
 
 
-class Lane(Protocol):
-    """The way of one series to where it is computed and back: see `gpuprep.compute.pinned_transfer`."""
+class Transfers(Protocol):
+    """Host-device transfers of one series: see `gpuprep.compute.pinned_transfer`."""
 
     def uploads(self, read: Callable[..., NDArray[Any]], spans: Sequence[tuple[int, int]]) -> Iterator[Any]:
         """Yield ``read(start, stop)`` of each span as an array of the backend."""
         ...
 
     def downloads(self, chunks: Iterator[Any]) -> Iterator[NDArray[Any]]:
-        """Yield arrays of the backend as NumPy, each valid until the next is asked for."""
+        """Yield arrays of the backend as NumPy arrays, each valid until the next is requested."""
         ...
 
     def seconds(self) -> dict[str, float]:
-        """Return the time spent in each stage on a device, "upload_s", "kernels_s" and "download_s", after the last."""
+        """Return the device time of each stage, "upload_s", "kernels_s" and "download_s"; call it after the last chunk.
+
+        Empty on the host.
+        """
         ...
 
 
 class Backend(Protocol):
-    """What `process` needs to know of the machine under it. An instance travels to worker processes."""
+    """Compute device and its array operations. Instances can be pickled and sent to worker processes."""
 
     name: str
     device: str
     chunk_slices: int
-    """Output slices made at a time along z: the more, the less often the source slices are read."""
+    """Output slices per chunk along z. Larger chunks read source slices less often."""
     slab_slices: int
-    """Slices that then go through window and resize at a time: few stay in a CPU's cache, more keep a GPU busy."""
+    """Slices per upload, and per pass through window and resize: few stay in a CPU's cache, more keep a GPU busy."""
     block_rows: int
-    """Rows of an in-plane operator multiplied at a time: the more, the fewer calls and the more zeros in them."""
+    """Output rows per block of an in-plane operator. Larger blocks take fewer calls, but contain more zeros."""
     body: Body
-    """What does the arithmetic of the engine ``operators``."""
+    """Implementation of the engine ``operators``."""
 
-    def session(self) -> AbstractContextManager[Lane]:
-        """Make the device and a stream of its own current in this thread; around the work on one volume.
+    def session(self) -> AbstractContextManager[Transfers]:
+        """Make the device and a new stream current in this thread, for the work on one volume.
 
-        Raises DeviceMemoryError or DeviceLostError for what went wrong on the device.
+        Raises DeviceMemoryError or DeviceLostError for errors of the device.
         """
         ...
 
     def free_bytes(self) -> int | None:
-        """Return how much memory the device has to give; None where that is the host's."""
+        """Return the free memory of the device in bytes; None for the host."""
         ...
 
     def environment(self) -> dict[str, str]:
-        """Return the variables with which a process that is about to start sees this device alone, as its first."""
+        """Return the environment variables that make this device the only one that a new process sees."""
         ...
 
     def alone(self) -> Self:
-        """Return this backend as such a process takes it."""
+        """Return this backend for a process with that `environment`, where the device is the first one."""
         ...
 
     def to_device(self, host: Any) -> Any:
@@ -84,28 +87,28 @@ class Backend(Protocol):
         ...
 
     def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
-        """Return `gpuprep.core.hounsfield.to_hu`, or the same in one pass."""
+        """Return the result of `gpuprep.core.hounsfield.to_hu`, perhaps computed in one pass."""
         ...
 
     def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
-        """Return `gpuprep.core.hounsfield.finish`, or the same in one pass."""
+        """Return the result of `gpuprep.core.hounsfield.finish`, perhaps computed in one pass."""
         ...
 
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
-        """Return `scipy.ndimage.zoom`, or its namesake on the device."""
+        """Call `scipy.ndimage.zoom` or its CuPy counterpart."""
         ...
 
     def gaussian_filter(self, values: Any, sigma: Sequence[float], *, mode: str) -> Any:
-        """Return `scipy.ndimage.gaussian_filter`, or its namesake on the device."""
+        """Call `scipy.ndimage.gaussian_filter` or its CuPy counterpart."""
         ...
 
     def resize(self, values: Any, shape: Sequence[int], *, mode: str, anti_aliasing: bool) -> Any:
-        """Return `skimage.transform.resize`, linear and with the range kept, or its namesake on the device."""
+        """Call `skimage.transform.resize` or its cuCIM counterpart: linear interpolation, value range preserved."""
         ...
 
 
-class Direct:
-    """No way at all: what is read is where it is computed, and what is computed is where it is written."""
+class NoTransfers:
+    """No-op transfers for backends that compute on the host."""
 
     def uploads(self, read: Callable[..., NDArray[Any]], spans: Sequence[tuple[int, int]]) -> Iterator[Any]:
         return (read(start, stop) for start, stop in spans)
@@ -118,7 +121,7 @@ class Direct:
 
 
 class NumpyBackend:
-    """NumPy, SciPy and scikit-image; going to the device and back is the identity."""
+    """CPU backend: NumPy, SciPy and scikit-image, or loops compiled by Numba. Arrays stay where they are."""
 
     name = "cpu"
     device = "cpu"
@@ -127,11 +130,11 @@ class NumpyBackend:
 
     def __init__(self, body: Body | None = None) -> None:
         self.body: Body = body or ("loops" if numba_works() else "matmul")
-        # Loops take a slice at a time through the cache; products are worth their calls from a few on.
+        # Loops process one slice at a time in the cache; a matrix product needs a few slices to be worth its call.
         self.slab_slices = 1 if self.body == "loops" else 4
 
-    def session(self) -> AbstractContextManager[Lane]:
-        return nullcontext(Direct())
+    def session(self) -> AbstractContextManager[Transfers]:
+        return nullcontext(NoTransfers())
 
     def free_bytes(self) -> None:
         return None
@@ -150,8 +153,9 @@ class NumpyBackend:
             return hounsfield.to_hu(stored, slope, intercept, padding, rule)
         hu = np.empty(stored.shape, dtype=np.float32)
         limits = np.iinfo(stored.dtype)
-        nothing = np.array([[limits.max, limits.min]] * len(stored), dtype=stored.dtype)
-        compiled_loops().to_hu(stored, slope, intercept, nothing if padding is None else padding, hu)
+        if padding is None:
+            padding = np.array([[limits.max, limits.min]] * len(stored), dtype=stored.dtype)  # empty ranges
+        compiled_loops().to_hu(stored, slope, intercept, padding, hu)
         return hu
 
     def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
@@ -177,12 +181,12 @@ class NumpyBackend:
 
 
 def numba_works() -> bool:
-    """Whether Numba is there to compile loops; nothing is imported for it."""
+    """Whether Numba is installed and not disabled. Does not import it."""
     return find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
 
 def compiled_loops() -> Any:
-    """Return `gpuprep.compute.numba_kernels`, and say once if every run has to compile them anew."""
+    """Return the module `gpuprep.compute.numba_kernels`; warn once if compiled loops cannot be cached on disk."""
     loops = imported_loops()
     if loops.unkept.is_set():
         _say_unkept()
@@ -195,36 +199,36 @@ def _say_unkept() -> None:
 
 
 def imported_loops() -> Any:
-    """Return `gpuprep.compute.numba_kernels`; Numba takes its time to import, and is an extra."""
+    """Import and return `gpuprep.compute.numba_kernels`. Numba is an optional dependency and slow to import."""
     try:
         from gpuprep.compute import numba_kernels
-    except Exception as exc:  # Numba checks its surroundings when it is imported, and raises what it likes
+    except Exception as exc:  # Numba checks its environment on import and may raise any exception
         raise BackendError(
-            f"Numba is installed and does not work ({exc}): pip install 'gpuprep[fast]' again, or set "
-            "NUMBA_DISABLE_JIT=1 to do without it"
+            f"Numba is installed but cannot be imported ({exc}): reinstall it with pip install 'gpuprep[fast]', or set "
+            "NUMBA_DISABLE_JIT=1 to run without it"
         ) from exc
     return numba_kernels
 
 
 def checked_engine(name: str) -> Engine:
-    """Return the name of an engine, or raise a RequestError."""
+    """Return the name if it is one of an engine; raise a RequestError otherwise."""
     if name not in get_args(Engine):
         raise RequestError(f"there is no engine {name!r}: choose one of {', '.join(get_args(Engine))}")
     return cast(Engine, name)
 
 
 def get_backend(name: BackendName = "auto") -> Backend:
-    """Return the backend of that name.
+    """Return the backend with this name.
 
     Parameters
     ----------
     name : {"auto", "cpu", "gpu"}
-        "auto" takes the GPU where one works and says once, in the log, why not otherwise; "gpu" never falls back.
+        "auto" uses the GPU if one works, and otherwise the CPU, with one warning in the log; "gpu" never falls back.
 
     Raises
     ------
     BackendError
-        If "gpu" is asked for and cannot run, with the reason and the remedy.
+        If "gpu" is requested and cannot run; the message has the reason and the remedy.
     """
     if name not in ("auto", "cpu", "gpu"):
         raise BackendError(f"there is no backend {name!r}: choose auto, cpu or gpu")
@@ -234,26 +238,26 @@ def get_backend(name: BackendName = "auto") -> Backend:
 
 
 def get_backends(name: BackendName = "auto", gpus: Sequence[int] | None = None) -> list[Backend]:
-    """Return the backend of that name, once for each of some GPUs, or of all that can be seen.
+    """Return one backend for each of the given GPUs, or for all visible GPUs; on the CPU, a single one.
 
     Raises
     ------
     BackendError
         As `get_backend`.
     RequestError
-        If GPUs are named and nothing computes on one.
+        If GPUs are given and the backend is the CPU.
     """
     backend = get_backend(name)
     if backend.name == "gpu":
         return open_gpus(gpus)
     if gpus is not None:
-        raise RequestError(f"gpus = {','.join(map(str, gpus))}: the CPU computes here, so leave them out")
+        raise RequestError(f"gpus = {','.join(map(str, gpus))} does not apply: the backend is the CPU; omit gpus")
     return [backend]
 
 
 @cache
 def _gpu_or_cpu() -> Backend:
-    """Look for a GPU once per process, and say once that there is none."""
+    """Look for a GPU once per process; without one, log a warning and return the CPU backend."""
     try:
         return open_gpus([0])[0]
     except BackendError as exc:
@@ -262,12 +266,12 @@ def _gpu_or_cpu() -> Backend:
 
 
 def open_gpus(ordinals: Sequence[int] | None = None) -> list[Backend]:
-    """Return a CuPy backend for each of some GPUs, or of all that can be seen.
+    """Return a CuPy backend for each of the given GPUs, or for all visible GPUs.
 
     Raises
     ------
     BackendError
-        If CuPy or cuCIM is missing, or one of the GPUs cannot be used, with the reason and the remedy.
+        If CuPy or cuCIM is missing, or one of the GPUs cannot be used; the message has the reason and the remedy.
     """
     try:
         from gpuprep.compute.cupy_backend import CupyBackend, device_count
@@ -276,7 +280,7 @@ def open_gpus(ordinals: Sequence[int] | None = None) -> list[Backend]:
             f"CuPy or cuCIM is not installed ({exc}): pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'"
         ) from exc
     except OSError as exc:
-        # CuPy makes its folder of compiled kernels when it is imported.
+        # CuPy creates its kernel cache folder on import.
         hint = "set CUPY_CACHE_DIR to a folder that can be written" if exc.filename else "install CuPy and cuCIM again"
         raise BackendError(f"CuPy cannot be imported ({exc}): {hint}") from exc
     return [CupyBackend(n) for n in (range(max(1, device_count())) if ordinals is None else dict.fromkeys(ordinals))]

@@ -1,8 +1,9 @@
-"""Holds the CUDA source of the two passes over voxels that CuPy's `ElementwiseKernel` fuses into one kernel each.
+"""Holds the CUDA source of the fused kernels for `cupy.ElementwiseKernel`: HU conversion, and window with quantisation.
 
-Text only, so that it can be compiled for the host and tried without a GPU. No shape is in it: a kernel is compiled
-once per type of voxel. Each one computes to the bit what `gpuprep.core.hounsfield` does in several passes, which is why
-the product and the sum are kept apart: a compiler may contract them into one operation, which rounds once.
+The source is plain text, so that tests can compile it for the host without a GPU. It contains no shapes: a kernel is
+compiled once per voxel type. Results are bit-identical to those of `gpuprep.core.hounsfield`. For that, products and
+sums are rounded separately (`__fmul_rn`, `__fadd_rn`); a compiler could otherwise contract them into one operation that
+rounds once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What `cupy.ElementwiseKernel` takes."""
+    """Arguments of `cupy.ElementwiseKernel`."""
 
     name: str
     inputs: str
@@ -35,7 +36,7 @@ HU = Kernel(
     hu = air && (filled || number < {LOWEST_HU}f) ? {AIR_HU}f : number;
     """,
 )
-"""Stored integers to HU with padding made air: see `gpuprep.core.hounsfield.to_hu`.
+"""Convert stored values to HU and padding to air: see `gpuprep.core.hounsfield.to_hu`.
 
 `plane` is the number of voxels in a slice."""
 
@@ -47,7 +48,7 @@ WINDOW = Kernel(
     "float32 out",
     f"out = {_WINDOWED}",
 )
-"""The window alone: see `gpuprep.core.hounsfield.finish`."""
+"""Apply the window: see `gpuprep.core.hounsfield.finish`."""
 
 QUANTISE = Kernel(
     "gpuprep_quantise",
@@ -55,4 +56,4 @@ QUANTISE = Kernel(
     "T out",
     f"out = static_cast<T>(fminf(fmaxf(rintf({_WINDOWED}), least), most))",
 )
-"""The window and then the integers of the output: see `gpuprep.core.hounsfield.finish`."""
+"""Apply the window and round to the integer type of the output: see `gpuprep.core.hounsfield.finish`."""

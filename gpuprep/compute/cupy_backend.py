@@ -20,7 +20,7 @@ from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-i
 from numpy.typing import NDArray
 
 from gpuprep.compute import cuda_kernels
-from gpuprep.compute.pinned_transfer import DEVICE, Empty, Lane
+from gpuprep.compute.pinned_transfer import DEVICE, Empty, Transfers
 from gpuprep.core.sampling import lost_samples
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 
@@ -35,17 +35,17 @@ HU, WINDOW, QUANTISE = (_elementwise(k) for k in (cuda_kernels.HU, cuda_kernels.
 class CupyBackend:
     """One GPU.
 
-    Each `session` has a stream of its own, on which everything for one volume happens: upload, kernels, download.
-    CuPy keeps one memory arena per stream and does not track use across streams, so arrays must not leave theirs.
-    Memory goes back to the driver with the session, because other processes share the GPU.
+    Each `session` has its own stream, which runs everything for one volume: upload, kernels, download.
+    CuPy keeps one memory arena per stream and does not track use across streams, so an array must stay on its stream.
+    Memory is returned to the driver at the end of the session, because other processes share the GPU.
 
-    An instance holds no handle of the device and so travels to worker processes; a context is made in the process
-    that opens a session, and never in one that is forked later.
+    An instance holds no handle of the device, so it can be pickled and sent to worker processes. The CUDA context is
+    created in the process that opens a session, never in one that is forked later.
 
     Raises
     ------
     BackendError
-        If there is no driver, no GPU, or a first tiny kernel fails.
+        If there is no driver or no GPU, or if a small test kernel fails.
     """
 
     name = "gpu"
@@ -53,34 +53,34 @@ class CupyBackend:
 
     def __init__(self, ordinal: int = 0) -> None:
         self._ordinal = ordinal
-        self.device = _opened(ordinal)
+        self.device = _checked_device(ordinal)
         self.chunk_slices = 64
         self.slab_slices = 32
         self.block_rows = 128
 
     @contextmanager
-    def _session(self) -> Iterator[Lane]:
-        _opened(self._ordinal)
+    def _session(self) -> Iterator[Transfers]:
+        _checked_device(self._ordinal)
         try:
             with cupy.cuda.Device(self._ordinal), cupy.cuda.Stream(non_blocking=True):
-                lane = Lane(_Copies())
+                transfers = Transfers(_Copies())
                 try:
-                    yield lane
+                    yield transfers
                 except BaseException:
-                    with suppress(Exception):  # what went wrong first is what counts
+                    with suppress(Exception):  # keep the first error
                         _event().synchronize()
                     raise
                 _event().synchronize()
         except Exception as exc:
-            traceback.clear_frames(exc.__traceback__)  # those that are finished hold arrays
-            if (known := translated(exc, self)) is None:
+            traceback.clear_frames(exc.__traceback__)  # finished frames hold references to arrays
+            if (device_exc := device_error(exc, self)) is None:
                 raise
-            raise known from exc
+            raise device_exc from exc
         finally:
-            with suppress(Exception):  # of a lost device
+            with suppress(Exception):  # fails if the device is lost
                 cupy.get_default_memory_pool().free_all_blocks()
 
-    def session(self) -> AbstractContextManager[Lane]:
+    def session(self) -> AbstractContextManager[Transfers]:
         return self._session()
 
     def free_bytes(self) -> int:
@@ -118,9 +118,9 @@ class CupyBackend:
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
         if mode != "constant":
             return cupy_ndimage.zoom(values, factors, order=order, mode=mode, grid_mode=grid_mode)
-        # CuPy reckons places in float32 and so leaves other planes at 0 than SciPy. Mirrored, no place is outside, and
-        # within the volume values are the same, as the spline of mode="constant" is continued by mirroring too. The
-        # planes that SciPy leaves at 0 are then put there.
+        # CuPy computes sample positions in float32, so the planes it leaves at 0 differ from SciPy's. With
+        # mode="mirror" no position is outside. Values inside the volume are the same, because the spline of
+        # mode="constant" is also extended by mirroring. The planes that SciPy leaves at 0 are then set to 0.
         zoomed = cupy_ndimage.zoom(values, factors, order=order, mode="mirror", grid_mode=grid_mode)
         for axis, samples in enumerate(values.shape):
             for index in lost_samples(samples, zoomed.shape[axis], mode, grid_mode):
@@ -131,17 +131,17 @@ class CupyBackend:
         return cupy_ndimage.gaussian_filter(values, sigma, mode=mode)
 
     def resize(self, values: Any, shape: Sequence[int], *, mode: str, anti_aliasing: bool) -> Any:
-        # clip=False: the default would wait for the GPU twice, and linear interpolation cannot overshoot.
+        # clip=True would synchronise with the GPU twice, and linear interpolation cannot overshoot.
         return cucim_resize(
             values, shape, order=1, mode=mode, clip=False, preserve_range=True, anti_aliasing=anti_aliasing
         )
 
 
 class _Copies:
-    """Copies in the current stream: see `gpuprep.compute.pinned_transfer.Device`."""
+    """Asynchronous copies on the current stream: see `gpuprep.compute.pinned_transfer.Device`."""
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
-        # From CuPy's pool, which keeps it for the next series: page-locking takes as long as reading a slab.
+        # CuPy's pinned memory pool keeps the buffer for the next series: page-locking takes as long as reading a slab.
         buffer: NDArray[np.uint8] = cupyx.empty_pinned((size,), dtype=np.uint8)
         return buffer
 
@@ -164,21 +164,21 @@ class _Copies:
 
 
 def _event(*, timing: bool = False) -> Any:
-    """Return the present point in the current stream; to wait for it leaves the core to others."""
+    """Record an event on the current stream; waiting for it blocks without using a CPU core."""
     event = cupy.cuda.Event(block=True, disable_timing=not timing)
     event.record(cupy.cuda.get_current_stream())
     return event
 
 
-def translated(exc: Exception, backend: CupyBackend) -> BackendError | None:
-    """Return what an error of CuPy's means for a series; None for an error that is not CuPy's.
+def device_error(exc: Exception, backend: CupyBackend) -> BackendError | None:
+    """Return the BackendError for an exception raised by CuPy or CUDA; None for other exceptions.
 
-    After most errors of CUDA nothing works any more in this process, and which ones those are is not said. So all but
-    a lack of memory count as the loss of the device, and a worker ends with it.
+    Most CUDA errors leave the context unusable, and CUDA does not document which. So every error except lack of memory
+    counts as loss of the device, and the worker process ends.
     """
     if not type(exc).__module__.startswith(("cupy", "cuda.")):
         return None
-    if _is_lack_of_memory(exc):
+    if _is_out_of_memory(exc):
         free = "?"
         with suppress(Exception):
             free = f"{backend.free_bytes() / 1e9:.2f}"
@@ -186,13 +186,13 @@ def translated(exc: Exception, backend: CupyBackend) -> BackendError | None:
     return DeviceLostError(f"the GPU failed: {type(exc).__name__}: {exc}")
 
 
-def _is_lack_of_memory(exc: Exception) -> bool:
+def _is_out_of_memory(exc: Exception) -> bool:
     words = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(exc, cupy.cuda.memory.OutOfMemoryError) or any(word in str(exc) for word in words)
 
 
 def device_count() -> int:
-    """Return how many GPUs this process can see; 0 where there is no driver."""
+    """Return the number of GPUs visible to this process; 0 without a driver."""
     try:
         return int(cupy.cuda.runtime.getDeviceCount())
     except cupy.cuda.runtime.CUDARuntimeError:
@@ -200,25 +200,25 @@ def device_count() -> int:
 
 
 @cache
-def _opened(ordinal: int) -> str:
-    """Try a device, once per process, and return its name."""
+def _checked_device(ordinal: int) -> str:
+    """Test a device, once per process, and return its name."""
     if os.environ.get("CUPY_TF32", "0") not in ("", "0"):
         raise BackendError("CUPY_TF32 is set: TF32 products are wrong by up to 1.7 HU; unset it")
     if not cupy.is_available():
         raise BackendError("CuPy finds no GPU: check that nvidia-smi lists one and that the driver is loaded")
     try:
         with cupy.cuda.Device(ordinal):
-            # One kernel, compiled and run, and one product: the driver, NVRTC and cuBLAS all have to be there.
+            # One compiled kernel and one matrix product: they need the driver, NVRTC and cuBLAS.
             ones = cupy.ones((2, 2), dtype=cupy.float32) * 2
             if float((ones @ ones).sum()) != 32.0:
-                raise BackendError("a first product on the GPU came out wrong; do not use this device")
+                raise BackendError("a test product on the GPU gave a wrong result: do not use this device")
             properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
-    # CUDA's errors are RuntimeErrors, a missing cuBLAS is an ImportError, what NVRTC refuses or memory lacks neither.
-    except OSError as exc:  # compiled kernels are kept on disk
+    # CUDA errors are RuntimeErrors, and a missing cuBLAS is an ImportError; NVRTC and memory errors are neither.
+    except OSError as exc:  # CuPy caches compiled kernels on disk
         hint = "set CUPY_CACHE_DIR to a folder that can be written"
-        raise BackendError(f"CuPy cannot keep its compiled kernels ({exc}): {hint}") from exc
+        raise BackendError(f"CuPy cannot cache its compiled kernels ({exc}): {hint}") from exc
     except (RuntimeError, ImportError, MemoryError, cupy.cuda.compiler.CompileException) as exc:
-        if _is_lack_of_memory(exc):
-            raise DeviceMemoryError(f"no memory left on the GPU to begin with: {exc}") from exc
+        if _is_out_of_memory(exc):
+            raise DeviceMemoryError(f"the GPU has no memory left for a small test kernel: {exc}") from exc
         raise BackendError(f"the GPU does not work: {exc}") from exc
     return f"{properties['name'].decode()} (device {ordinal})"

@@ -1,7 +1,7 @@
-"""Compiles loops that resample one line after the other, with the tables of `gpuprep.compute.resample_taps`.
+"""Defines the Numba loops that resample line by line with the tables of `gpuprep.compute.resample_taps`.
 
-The loops let other threads run, and compute in float32. Inner loops run over neighbours in memory, so that compilers
-make vectors of them. Compilation takes a few seconds, once per machine: Numba keeps the result on disk, if it can.
+The loops release the GIL and compute in float32. Inner loops run over adjacent memory, so that the compiler can
+vectorise them. Compilation takes ten to thirty seconds; Numba caches the result on disk if it can.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 
-from gpuprep.compute.resample_taps import INVERSE, REACH
+from gpuprep.compute.resample_taps import INVERSE, PREFILTER_RADIUS
 from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU
 
 STRIP = 128
-"""Columns taken at a time where lines run down the rows: few enough that a strip of a slice stays in the cache."""
+"""Columns filtered together when resampling along axis 0: few enough that a strip of a slice stays in the cache."""
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
 compiling = Event()
-"""Set as soon as a loop is compiled that no cache has."""
+"""Set when a loop has to be compiled because it is not in the cache."""
 
 unkept = Event()
-"""Set where a compiled loop cannot be kept, so that every process that needs it compiles it."""
+"""Set when a compiled loop cannot be cached on disk, so that every process has to compile it."""
 
 
 def why_unkept() -> str:
-    """Say which folders cannot be written, and how to name another one."""
-    places = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "__pycache__"), "this user's cache folder"]
+    """Return a message that names the folders that cannot be written, and the remedy."""
+    folders = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "__pycache__"), "this user's cache folder"]
     if named := os.environ.get("NUMBA_CACHE_DIR"):
-        places.insert(0, named)
+        folders.insert(0, named)
     return (
-        f"compiled code cannot be kept, because neither {' nor '.join(places)} can be written: set NUMBA_CACHE_DIR to "
-        "a folder that can"
+        f"compiled code cannot be cached, because neither {' nor '.join(folders)} can be written: "
+        "set NUMBA_CACHE_DIR to a folder that can"
     )
 
 
-class _Forgiving:
-    """A cache of compiled loops whose damage or lack of room costs time, and nothing else."""
+class _FaultTolerantCache:
+    """Wrapper of Numba's cache that treats a damaged or unwritable cache as empty."""
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache
 
     def load_overload(self, *args: Any) -> Any:
         found = None
-        with suppress(Exception):  # Numba unpickles whatever it finds
+        with suppress(Exception):  # a damaged cache file may raise anything when it is unpickled
             found = self._cache.load_overload(*args)
         if found is None:
             compiling.set()
@@ -71,8 +71,8 @@ def _compiler(**options: Any) -> Callable[[Loop], Loop]:
         loop: Any = numba.njit(nogil=True, error_model="numpy", **options)(function)
         try:
             loop.enable_caching()
-            loop._cache = _Forgiving(loop._cache)
-        except RuntimeError:  # no folder to write to
+            loop._cache = _FaultTolerantCache(loop._cache)
+        except RuntimeError:  # Numba found no writable cache folder
             unkept.set()
             compiling.set()
         return cast(Loop, loop)
@@ -81,8 +81,8 @@ def _compiler(**options: Any) -> Callable[[Loop], Loop]:
 
 
 _compiled = _compiler(fastmath={"contract"})
-_exactly = _compiler()
-"""Every operation rounded for itself, as NumPy does."""
+_compiled_exact = _compiler()
+"""Without contraction of products and sums: each operation is rounded separately, as in NumPy."""
 
 _AIR, _LOWEST = np.float32(AIR_HU), np.float32(LOWEST_HU)
 _INVERSE = tuple(np.float32(w) for w in INVERSE)
@@ -90,9 +90,9 @@ _INVERSE = tuple(np.float32(w) for w in INVERSE)
 
 @_compiled
 def summary(stored: Any, padding: Any) -> Any:
-    """Return minimum, maximum and sum of a slice, and how many values lie in any of two ranges of `padding`.
+    """Return minimum, maximum and sum of a slice, and the number of values in either of the two ranges of `padding`.
 
-    Three loops over each row, and sums that are kept to 32 bits: that is what becomes vectors.
+    Three loops per row with 32-bit sums, because the compiler vectorises them.
     """
     least, most, total, count = stored[0, 0], stored[0, 0], 0, 0
     a, b, c, d = padding[0, 0], padding[0, 1], padding[1, 0], padding[1, 1]
@@ -111,9 +111,9 @@ def summary(stored: Any, padding: Any) -> Any:
     return least, most, total, count
 
 
-@_exactly
+@_compiled_exact
 def to_hu(stored: Any, slope: Any, intercept: Any, padding: Any, out: Any) -> None:
-    """Put HU of slices into `out`: air below all CT numbers, and for stored values in the range of each slice."""
+    """Write the HU of slices to `out`: air below `LOWEST_HU`, and for values in the padding range of the slice."""
     for k in range(stored.shape[0]):
         m, b, low, high = slope[k], intercept[k], padding[k, 0], padding[k, 1]
         for j in range(stored.shape[1]):
@@ -125,23 +125,23 @@ def to_hu(stored: Any, slope: Any, intercept: Any, padding: Any, out: Any) -> No
 
 
 @_compiled
-def along_rows(values: Any, solve: Any, start: Any, weights: Any, strip: Any, out: Any) -> None:
-    """Resample a slice along axis 0; `strip` is scratch of (rows, STRIP)."""
+def along_rows(values: Any, recursion: Any, start: Any, weights: Any, strip: Any, out: Any) -> None:
+    """Resample a slice along axis 0; `strip` is scratch of shape (rows, STRIP)."""
     rows, columns = values.shape
-    if solve.shape[1] == 0:
+    if recursion.shape[1] == 0:
         combine(values, start, weights, out, 0, 0, columns)
         return
     for left in range(0, columns, STRIP):
         width = min(STRIP, columns - left)
         for x, v in enumerate(values[0, left : left + width]):
-            strip[0, x] = solve[0, 0] * v
+            strip[0, x] = recursion[0, 0] * v
         for j in range(1, rows):
-            p, q = solve[0, j], solve[1, j]
+            p, q = recursion[0, j], recursion[1, j]
             row, to, before = values[j, left : left + width], strip[j, :width], strip[j - 1, :width]
             for x in range(width):
                 to[x] = p * row[x] - q * before[x]
         for j in range(rows - 2, -1, -1):
-            g = solve[2, j]
+            g = recursion[2, j]
             to, after = strip[j, :width], strip[j + 1, :width]
             for x in range(width):
                 to[x] -= g * after[x]
@@ -150,7 +150,7 @@ def along_rows(values: Any, solve: Any, start: Any, weights: Any, strip: Any, ou
 
 @_compiled
 def combine(values: Any, start: Any, weights: Any, out: Any, top: int, left: int, width: int) -> None:
-    """Put weighted sums of rows of `values` into rows of `out`, from row `top` and column `left` on."""
+    """Write weighted sums of rows of `values` to rows of `out`, starting at row `top` and column `left`."""
     for y in range(len(start)):
         s, o = start[y], out[top + y, left : left + width]
         if weights.shape[1] == 4:
@@ -177,7 +177,7 @@ def combine(values: Any, start: Any, weights: Any, out: Any, top: int, left: int
 def combine_rounded(
     values: Any, start: Any, weights: Any, least: Any, most: Any, line: Any, out: Any, top: int, left: int
 ) -> None:
-    """As `combine`, rounded to the integers of `out`; `line` is scratch of (1, columns)."""
+    """Like `combine`, with rounding to the integer type of `out`; `line` is scratch of shape (1, columns)."""
     width = values.shape[1]
     for y in range(len(start)):
         o = out[top + y, left : left + width]
@@ -194,20 +194,20 @@ def combine_rounded(
 
 
 @_compiled
-def along_columns(values: Any, beyond: Any, start: Any, weights: Any, line: Any, solved: Any, out: Any) -> None:
+def along_columns(values: Any, boundary: Any, start: Any, weights: Any, line: Any, solved: Any, out: Any) -> None:
     """Resample a slice along axis 1; `weights` has shape (taps, columns of `out`); `line` and `solved` are scratch."""
     columns = values.shape[1]
     for j in range(values.shape[0]):
-        if beyond.shape[1]:
-            for x in range(REACH):
-                line[x] = values[j, beyond[0, x]]
-                line[REACH + columns + x] = values[j, beyond[1, x]]
+        if boundary.shape[1]:
+            for x in range(PREFILTER_RADIUS):
+                line[x] = values[j, boundary[0, x]]
+                line[PREFILTER_RADIUS + columns + x] = values[j, boundary[1, x]]
             for x in range(columns):
-                line[REACH + x] = values[j, x]
+                line[PREFILTER_RADIUS + x] = values[j, x]
             for x in range(columns):
-                c = _INVERSE[0] * line[x + REACH]
-                for t in range(1, REACH + 1):
-                    c += _INVERSE[t] * (line[x + REACH - t] + line[x + REACH + t])
+                c = _INVERSE[0] * line[x + PREFILTER_RADIUS]
+                for t in range(1, PREFILTER_RADIUS + 1):
+                    c += _INVERSE[t] * (line[x + PREFILTER_RADIUS - t] + line[x + PREFILTER_RADIUS + t])
                 solved[x] = c
             gather(solved, start, weights, out[j])
         else:
@@ -216,7 +216,7 @@ def along_columns(values: Any, beyond: Any, start: Any, weights: Any, line: Any,
 
 @_compiled
 def gather(line: Any, start: Any, weights: Any, out: Any) -> None:
-    """Put weighted sums of a line's neighbours into `out`."""
+    """Write weighted sums of neighbouring values of a line to `out`."""
     if weights.shape[0] == 4:
         a, b, c, d = weights[0], weights[1], weights[2], weights[3]
         for x in range(len(out)):
@@ -236,16 +236,16 @@ def gather(line: Any, start: Any, weights: Any, out: Any) -> None:
 
 
 @_compiled
-def forwards(plane: Any, former: Any, p: Any, q: Any) -> None:
-    """First half of the spline filter across slices, in place; `former` is the slice before, filtered."""
+def forwards(plane: Any, previous: Any, p: Any, q: Any) -> None:
+    """Apply the causal half of the spline prefilter across slices in place; `previous` is the filtered slice before."""
     for j in range(plane.shape[1]):
         for i in range(plane.shape[2]):
-            plane[0, j, i] = p * plane[0, j, i] - q * former[0, j, i]
+            plane[0, j, i] = p * plane[0, j, i] - q * previous[0, j, i]
 
 
 @_compiled
 def backwards(planes: Any, g: Any, line: Any, out: Any) -> None:
-    """Second half of the spline filter across slices, from the last of `planes` down to the first; fills `out`."""
+    """Apply the anticausal half of the spline prefilter across slices, from the last of `planes` to the first."""
     count, rows, columns = planes.shape
     for j in range(rows):
         for i in range(columns):
@@ -266,9 +266,9 @@ def backwards(planes: Any, g: Any, line: Any, out: Any) -> None:
 def finish(
     planes: Any, weights_k: Any, top: int, left: int, window: Any, start: Any, weights: Any, line: Any, out: Any
 ) -> None:
-    """Combine slices into one, from row `top` and column `left` on, window it, and resample it along its columns.
+    """Combine slices into one, starting at row `top` and column `left`, apply the window, and resample along axis 1.
 
-    `line` is scratch for a row; `window` has the lowest and highest HU, what is added, and what that is multiplied by.
+    `line` is scratch for a row. `window` has the lowest and highest HU, the shift in HU and the scale factor.
     """
     low, high, shift, scale = window[0], window[1], window[2], window[3]
     width = len(line)

@@ -1,7 +1,7 @@
-"""Compiles the loops for the usual types, or loads them from Numba's cache, by being imported.
+"""Compiles the loops for the common types, or loads them from Numba's cache, when it is imported.
 
-The fork server does that once, so that workers are born with the loops. Where compiled loops cannot be kept on disk, it
-compiles them for all types, because each worker would have to compile what it lacks.
+The fork server imports it once, so that worker processes start with compiled loops. If compiled loops cannot be cached
+on disk, they are compiled for all types here, because each worker would have to compile the missing ones.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.core.volume import StoredVolume
 
-PATIENCE_S = 1.5
-"""Before compiling deserves a word."""
+WARN_AFTER_S = 1.5
+"""Seconds of compilation after which a warning is logged."""
 
-USUAL: tuple[Dtype, ...] = ("float32", "uint8")
-UNUSUAL: tuple[Dtype, ...] = ("int16", "uint16")
+COMMON_DTYPES: tuple[Dtype, ...] = ("float32", "uint8")
+OTHER_DTYPES: tuple[Dtype, ...] = ("int16", "uint16")
 
 
 def _warm() -> None:
-    _compile(np.int16, USUAL)
+    _compile(np.int16, COMMON_DTYPES)
     if compiled_loops().unkept.is_set():
-        _compile(np.int16, UNUSUAL)
+        _compile(np.int16, OTHER_DTYPES)
         for stored in (np.uint16, np.uint8, np.int8):
-            _compile(stored, USUAL[:1])  # the type of the output matters after the HU are made
+            _compile(stored, COMMON_DTYPES[:1])  # only the loops before the HU depend on the stored type
 
 
 def _compile(stored_type: type[np.integer[Any]], dtypes: tuple[Dtype, ...]) -> None:
-    """Compile the loops for one type of stored values and some of the output."""
+    """Compile the loops for one type of stored values and the given output types."""
     stored = np.arange(5 * 9 * 9).reshape(5, 9, 9).astype(stored_type)
     ones = np.ones(len(stored))
     volume = StoredVolume(stored, ones, ones, None, Geometry(stored.shape, np.diag([2.0, 2, 2, 1])), HuStatistics())
@@ -46,13 +46,13 @@ def _compile(stored_type: type[np.integer[Any]], dtypes: tuple[Dtype, ...]) -> N
         process(volume, Recipe(dtype=dtype, size=(8, 8)), backend=NumpyBackend("loops"))
 
 
-def _say() -> None:
-    """Say so if it is compiling that takes its time: a busy machine may be as slow to load what it has."""
-    while not _done.wait(PATIENCE_S):
+def _warn_of_compilation() -> None:
+    """Log a warning if compiling the loops is slow; slow loading of cached loops is not reported."""
+    while not _done.wait(WARN_AFTER_S):
         with contextlib.suppress(Exception):  # as below
             from gpuprep.compute.numba_kernels import compiling, unkept
 
-            if unkept.is_set():  # said already, and for longer than once
+            if unkept.is_set():  # `compiled_loops` has already logged a warning
                 return
             if compiling.is_set():
                 logging.getLogger("gpuprep").warning(
@@ -62,11 +62,11 @@ def _say() -> None:
 
 
 _done = threading.Event()
-_saying = threading.Thread(target=_say)
-_saying.start()
+_watcher = threading.Thread(target=_warn_of_compilation)
+_watcher.start()
 try:
-    with contextlib.suppress(Exception):  # which would end the fork server; the first series will say what is wrong
+    with contextlib.suppress(Exception):  # an exception would end the fork server; the first series reports the error
         _warm()
 finally:
     _done.set()
-    _saying.join()  # no thread may live when processes are forked
+    _watcher.join()  # no thread may be running when processes are forked

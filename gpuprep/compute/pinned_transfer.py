@@ -1,10 +1,10 @@
-"""Reads, copies and computes at the same time, on a device with memory and a stream of its own.
+"""Overlaps reading, host-device copies and computation, for a device with its own memory and stream.
 
-While the device works on one slab, the next one is read into page-locked memory by a thread; while a finished chunk is
-written, the next one is computed and copied down. All of it happens in one stream, so the device does it in the order
-in which it was asked for, and only the host has to wait: for a buffer that is still being copied from or into.
+While the device processes one slab, a thread reads the next one into page-locked memory; while a finished chunk is
+written, the next one is computed and downloaded. Everything runs in one stream, so the device works in order of
+submission. Only the host has to wait, for buffers that are still being copied from or to.
 
-Nothing in here knows CUDA. A `Device` starts copies and says when they are done; a test has one without a GPU.
+This module does not depend on CUDA. A `Device` starts copies and provides events; tests use a stand-in without a GPU.
 """
 
 from __future__ import annotations
@@ -20,100 +20,100 @@ import numpy as np
 from numpy.typing import NDArray
 
 Empty = Callable[[Any, Any], NDArray[Any]]
-"""``empty(shape, dtype)`` returns an array to be filled, as `numpy.empty` does."""
+"""``empty(shape, dtype)`` returns an uninitialised array, like `numpy.empty`."""
 
 Read = Callable[[int, int, Empty], NDArray[Any]]
-"""``read(start, stop, empty)`` returns slices [start, stop) in an array that it got from `empty`."""
+"""``read(start, stop, empty)`` returns slices [start, stop) in an array allocated with `empty`."""
 
 Span = tuple[int, int]
 
 UPLOAD, KERNELS, DOWNLOAD, IDLE = "upload_s", "kernels_s", "download_s", ""
 
 SLOTS = 2
-"""Page-locked buffers in either direction: one is filled or emptied by the host while the other one is copied."""
+"""Page-locked buffers per direction: the host fills or empties one while the other one is being copied."""
 
 DEVICE = "GPUPREP_DEVICE"
-"""Variable with the name of the device that a worker has for itself."""
+"""Environment variable with the name of the device that is assigned to a worker."""
 
 
 class Event(Protocol):
     """A point in the stream."""
 
     def synchronize(self) -> None:
-        """Wait, without using a core, until the device has come to it."""
+        """Wait, without using a CPU core, until the device has reached this point."""
         ...
 
 
 class Device(Protocol):
-    """What the choreography asks of a device; everything happens in the stream of the session."""
+    """Device operations that `Transfers` needs; all of them run in the stream of the session."""
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
-        """Return page-locked host memory of so many bytes."""
+        """Return page-locked host memory of `size` bytes."""
         ...
 
     def start_upload(self, host: NDArray[Any]) -> tuple[Any, Event]:
-        """Begin to copy page-locked memory up; return the array and the event after which `host` may change."""
+        """Start to upload page-locked memory; return the array and the event after which `host` may change."""
         ...
 
     def start_download(self, array: Any, empty: Empty) -> tuple[NDArray[Any], Event]:
-        """Begin to copy an array down into what `empty` gives; it is there after the event."""
+        """Start to download an array into memory from `empty`; return that memory and the event of completion."""
         ...
 
     def mark(self) -> Any:
-        """Return the present point in the stream, for `elapsed`."""
+        """Return a marker of the current point in the stream, for `elapsed`."""
         ...
 
     def elapsed(self, start: Any, stop: Any) -> float:
-        """Return the seconds between two marks, waiting for the later one if need be."""
+        """Return the seconds between two markers; wait for the later one if necessary."""
         ...
 
 
-class Lane:
-    """The way of one series to a device and back."""
+class Transfers:
+    """Uploads and downloads of one series."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._marks: list[tuple[str, Any]] = []
-        # Held to the end of the session, which waits for the stream: a copy may be under way when an error ends it.
+        # Kept until the session ends and the stream is synchronised: after an error, a copy may still be running.
         self._up = [_Buffer(device) for _ in range(SLOTS)]
         self._down = [_Buffer(device) for _ in range(SLOTS)]
 
     def uploads(self, read: Read, spans: Sequence[Span]) -> Iterator[Any]:
-        """Yield the slices of each span as an array on the device; the next ones are read meanwhile, by a thread."""
+        """Yield the slices of each span as an array on the device, while a thread reads the next span."""
         with ThreadPoolExecutor(1, thread_name_prefix="gpuprep-read") as reader:
             ahead = [reader.submit(read, *span, self._up[0].empty) for span in spans[:1]]
             for n in range(len(spans)):
-                self._switch(IDLE)
+                self._enter_stage(IDLE)
                 host = ahead.pop().result()
                 if n + 1 < len(spans):
                     ahead.append(reader.submit(read, *spans[n + 1], self._up[(n + 1) % SLOTS].empty))
                 else:
                     reader.shutdown(wait=False)
-                self._switch(UPLOAD)
+                self._enter_stage(UPLOAD)
                 array, self._up[n % SLOTS].event = self._device.start_upload(host)
-                self._switch(KERNELS)
+                self._enter_stage(KERNELS)
                 yield array
 
     def downloads(self, chunks: Iterator[Any]) -> Iterator[NDArray[Any]]:
-        """Yield each chunk as NumPy, valid until the next is asked for, which is computed and copied meanwhile."""
-        flying: deque[tuple[_Buffer, NDArray[Any]]] = deque()
+        """Yield each chunk as a NumPy array, valid until the next is requested; later chunks are computed meanwhile."""
+        in_flight: deque[tuple[_Buffer, NDArray[Any]]] = deque()
         for n, chunk in enumerate(chunks):
             buffer = self._down[n % SLOTS]
-            self._switch(DOWNLOAD)
+            self._enter_stage(DOWNLOAD)
             host, buffer.event = self._device.start_download(chunk, buffer.empty)
-            self._switch(IDLE)
-            flying.append((buffer, host))
-            if len(flying) == SLOTS:
-                yield _landed(*flying.popleft())
-            self._switch(KERNELS)
-        self._switch(IDLE)
-        while flying:
-            yield _landed(*flying.popleft())
+            self._enter_stage(IDLE)
+            in_flight.append((buffer, host))
+            if len(in_flight) == SLOTS:
+                yield _completed(*in_flight.popleft())
+            self._enter_stage(KERNELS)
+        self._enter_stage(IDLE)
+        while in_flight:
+            yield _completed(*in_flight.popleft())
 
     def seconds(self) -> dict[str, float]:
-        """Return the time the stream has spent in uploads, kernels and downloads, once everything is done.
+        """Return the seconds that the stream has spent in uploads, kernels and downloads; call it after the last chunk.
 
-        Without the time it had nothing to do. Where several processes share a device, their turns are in it.
+        Idle time is excluded. If several processes share the device, the time of the others is included.
         """
         total = dict.fromkeys((UPLOAD, KERNELS, DOWNLOAD), 0.0)
         for (stage, start), (_, stop) in pairwise(self._marks):
@@ -121,21 +121,21 @@ class Lane:
                 total[stage] += self._device.elapsed(start, stop)
         return total
 
-    def _switch(self, stage: str) -> None:
+    def _enter_stage(self, stage: str) -> None:
         self._marks.append((stage, self._device.mark()))
 
 
 class _Buffer:
-    """Page-locked memory for one array at a time, grown as needed."""
+    """Page-locked memory for one array at a time; grows as needed."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._bytes: NDArray[np.uint8] | None = None
         self.event: Event | None = None
-        """After it, the last copy from or into the memory is done."""
+        """Completion of the last copy from or to this memory."""
 
     def empty(self, shape: Any, dtype: Any) -> NDArray[Any]:
-        """Return an array in this memory, once nothing is copied from or into it any more."""
+        """Wait for the last copy, and return an array in this memory."""
         self.wait()
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if self._bytes is None or self._bytes.size < size:
@@ -149,6 +149,6 @@ class _Buffer:
             self.event = None
 
 
-def _landed(buffer: _Buffer, host: NDArray[Any]) -> NDArray[Any]:
+def _completed(buffer: _Buffer, host: NDArray[Any]) -> NDArray[Any]:
     buffer.wait()
     return host

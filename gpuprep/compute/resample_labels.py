@@ -1,10 +1,10 @@
-"""Resamples labels onto the grid of the image; labels are never interpolated as numbers.
+"""Resamples label volumes onto the grid of the image; labels are never interpolated as numbers.
 
-The plan of the series says where the voxels of the output lie; labels are looked up there in one step from the slices
-as acquired, however many steps the image takes. "nearest" takes the label of the nearest voxel. "smooth" gives each of
-the eight voxels around a place its trilinear share and takes the label with the largest sum: what interpolating each
-label by itself and comparing them gives. Shares are whole numbers, multiples of 2⁻²⁴, so sums do not depend on order,
-and a GPU gives the same labels as a CPU, voxel for voxel.
+The plan of the series defines the positions of the output voxels. Labels are looked up there in one step from the
+slices as acquired, however many resampling steps the image takes. "nearest" takes the label of the nearest voxel.
+"smooth" adds up the trilinear weights of the eight surrounding voxels per label and takes the label with the largest
+sum; this equals linear interpolation of each label as a binary mask, followed by the maximum. Weights are integer
+multiples of 2⁻²⁴, so sums do not depend on their order, and a GPU gives the same labels as a CPU.
 """
 
 from __future__ import annotations
@@ -22,47 +22,48 @@ from gpuprep.core.geometry import Placement
 from gpuprep.core.mask_options import Resampling
 from gpuprep.core.plan import Plan
 
-PARTS = 256
-"""A place between two voxels is rounded to so many parts: the shares of three axes together then fill 24 bits."""
+SHARE_UNITS = 256
+"""Positions between two voxels are rounded to 1/256, so that products of the shares along three axes fit in 24 bits."""
 
 LABELS = 2**16
-"""More than any label."""
+"""Upper limit of label values, exclusive."""
 
 
 def label_chunks(
     labels: NDArray[Any], plan: Plan, placement: Placement | None, resampling: Resampling, backend: Backend
 ) -> Iterator[Any]:
-    """Yield the labels of the output in chunks of slices, where the backend computes; inside its session.
+    """Yield the labels of the output in chunks of slices on the compute device, within a session of the backend.
 
     Parameters
     ----------
     labels : array of uint8 or uint16, shape (slices, rows, columns)
-        Of the slices as they were acquired; 0 is background.
+        Labels of the slices as acquired; 0 is background.
     plan : Plan
-        Of the image.
+        Plan of the image.
     placement : Placement, optional
-        Where the slices lie, if not one in each layer of ``plan.source``.
+        Positions of the slices in ``plan.source``; None for one slice per layer.
     resampling : {"nearest", "smooth"}
-        How to choose a label. Ties: the voxel that comes later along an axis, or the higher label.
+        How to choose a label. Ties go to the later voxel along an axis ("nearest") or to the higher label ("smooth").
     backend : Backend
-        Where to compute.
+        Compute backend.
 
     Yields
     ------
     array of the dtype of `labels`, shape (chunk, rows, columns)
+        Labels of the next slices of the output.
     """
-    look = _Lookup(labels, placement, resampling, backend)
-    places = _places(plan)
-    first = plan.turn.axes[0]  # the axis of the source along which the output is cut into chunks
+    lookup = _Lookup(labels, placement, resampling, backend)
+    positions = _positions(plan)
+    chunk_axis = plan.turn.axes[0]  # source axis along which the output is split into chunks
     for start in range(0, plan.target.shape[0], backend.chunk_slices):
-        part = list(places)
-        part[first] = places[first][start : start + backend.chunk_slices]
-        chunk = look.volume(*part)
+        chunk_positions = list(positions)
+        chunk_positions[chunk_axis] = positions[chunk_axis][start : start + backend.chunk_slices]
+        chunk = lookup.volume(*chunk_positions)
         yield chunk if plan.turn.axes == (0, 1, 2) else array_namespace(chunk).permute_dims(chunk, plan.turn.axes)
 
 
 def slice_volumes_ml(plan: Plan, placement: Placement | None) -> NDArray[np.float64]:
-    """Return the volume of a voxel of each slice, half-way to its neighbours, in millilitres, shape (slices,)."""
+    """Return the voxel volume of each slice in ml, shape (slices,). Voxels extend half-way to the neighbour slices."""
     layer_ml = abs(float(np.linalg.det(plan.source.affine))) / 1000
     if placement is None:
         return np.full(plan.source.shape[0], layer_ml)
@@ -70,8 +71,8 @@ def slice_volumes_ml(plan: Plan, placement: Placement | None) -> NDArray[np.floa
     return layer_ml * np.diff([placement.along[0] - 0.5, *middles, placement.along[-1] + 0.5])
 
 
-def _places(plan: Plan) -> list[NDArray[np.float64]]:
-    """Return where the voxels of the output lie along each axis of the source, in its voxels."""
+def _positions(plan: Plan) -> list[NDArray[np.float64]]:
+    """Return the positions of the output voxels along each axis of the source, in source voxels."""
     to_source = np.linalg.inv(plan.source.affine) @ plan.target.affine
     return [
         np.round(to_source[source, axis] * np.arange(plan.target.shape[axis]) + to_source[source, 3], 6)
@@ -81,19 +82,20 @@ def _places(plan: Plan) -> list[NDArray[np.float64]]:
 
 @dataclass(frozen=True, slots=True)
 class _Taps:
-    """Along one axis, the voxels on both sides of each place, and how far it is from the first to the second."""
+    """Along one axis, the two voxels next to each position and their linear weights."""
 
     low: Any
-    """Index, shape (n,); 0 for places outside, where a margin without labels lies."""
+    """Index of the lower voxel in the box of labels, shape (n,); 0, in the background margin, if it lies outside."""
     high: Any
+    """Index of the upper voxel, likewise, shape (n,)."""
     share: Any
-    """Of the second, of `PARTS`: int32, shape (n,)."""
+    """Weight of the upper voxel in units of 1/`SHARE_UNITS`: int32, shape (n,)."""
 
 
 class _Lookup:
-    """Labels at places of the source grid.
+    """Looks up labels at positions of the source grid.
 
-    Only the box that holds all labels, with a margin of one voxel without any, is where the backend computes.
+    Only the bounding box of the labels is on the compute device, with an in-plane margin of one background voxel.
     """
 
     def __init__(
@@ -109,46 +111,47 @@ class _Lookup:
         self._box = backend.to_device(np.pad(labels[k:k_stop, j:j_stop, i:i_stop], ((0, 0), (1, 1), (1, 1))))
 
     def volume(self, k: NDArray[Any], j: NDArray[Any], i: NDArray[Any]) -> Any:
-        """Return the labels at all combinations of places along the three axes."""
+        """Return the labels on the grid spanned by positions along the three axes."""
         xp = array_namespace(self._box)
         out = xp.zeros((len(k), len(j), len(i)), dtype=self._box.dtype, device=device(self._box))
         taps: dict[tuple[float, float], tuple[_Taps, _Taps]] = {}
-        for q, place in enumerate(k.tolist()):
+        for q, position in enumerate(k.tolist()):
             layers = []
-            for n, share in self._slices(place):
+            for n, share in self._slices(position):
                 shift = (0.0, 0.0) if self._shift is None else tuple(self._shift[n].tolist())
                 if shift not in taps:
                     taps[shift] = (self._taps(j - shift[0], 1), self._taps(i - shift[1], 2))
                 layers.append((self._box[n - self._low[0], :, :], share, *taps[shift]))
             if layers:
-                out[q, :, :] = _first(layers[0]) if self._nearest else _voted(layers)
+                out[q, :, :] = _nearest_labels(layers[0]) if self._nearest else _majority_labels(layers)
         return out
 
-    def _slices(self, place: float) -> list[tuple[int, int]]:
-        """Return the slices that have a say at a place between them and have labels, each with its share."""
-        if not self._along[0] - 0.5 <= place < self._along[-1] + 0.5:
+    def _slices(self, position: float) -> list[tuple[int, int]]:
+        """Return the slices with labels next to a position along the slice axis, each with its weight."""
+        if not self._along[0] - 0.5 <= position < self._along[-1] + 0.5:
             return []
-        above = int(np.searchsorted(self._along, place, side="right"))
+        above = int(np.searchsorted(self._along, position, side="right"))
         low, high = max(above - 1, 0), min(above, self._count - 1)
         apart = self._along[high] - self._along[low]
-        share = round((place - self._along[low]) / apart * PARTS) if apart else 0
+        share = round((position - self._along[low]) / apart * SHARE_UNITS) if apart else 0
         if self._nearest:
-            low, share = (high, 0) if 2 * (place - self._along[low]) >= apart > 0 else (low, 0)
+            low, share = (high, 0) if 2 * (position - self._along[low]) >= apart > 0 else (low, 0)
         labelled = range(self._low[0], self._low[0] + self._box.shape[0])
-        return [(n, s) for n, s in ((low, PARTS - share), (high, share)) if s and n in labelled]
+        return [(n, s) for n, s in ((low, SHARE_UNITS - share), (high, share)) if s and n in labelled]
 
-    def _taps(self, places: NDArray[np.float64], axis: int) -> _Taps:
+    def _taps(self, positions: NDArray[np.float64], axis: int) -> _Taps:
+        """Return the voxels next to positions along rows (axis 1) or columns (axis 2), with their weights."""
         voxels = self._matrix[axis - 1]
         last = voxels - 1
-        places = np.round(places, 6)
-        inside = (places >= -0.5) & (places < voxels - 0.5)
+        positions = np.round(positions, 6)
+        inside = (positions >= -0.5) & (positions < voxels - 0.5)
         if self._nearest:
-            low = high = np.floor(places + 0.5)
-            share = np.zeros(len(places))
+            low = high = np.floor(positions + 0.5)
+            share = np.zeros(len(positions))
         else:
-            low = np.clip(np.floor(places), 0, last)
+            low = np.clip(np.floor(positions), 0, last)
             high = np.minimum(low + 1, last)
-            share = np.rint(np.clip(places - low, 0, 1) * PARTS)
+            share = np.rint(np.clip(positions - low, 0, 1) * SHARE_UNITS)
         start, stop = self._low[axis], self._low[axis] + self._box.shape[axis] - 2
 
         def index(n: NDArray[np.float64]) -> Any:
@@ -159,7 +162,7 @@ class _Lookup:
 
 
 def _box(labels: NDArray[Any]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Return the first index, and one past the last, of labels along each axis; an empty box where there are none."""
+    """Return the start and stop indices of the bounding box of all labels; an empty box without labels."""
     slices = np.flatnonzero([plane.any() for plane in labels])
     if not len(slices):
         return (0, 0, 0), (0, 0, 0)
@@ -169,44 +172,45 @@ def _box(labels: NDArray[Any]) -> tuple[tuple[int, int, int], tuple[int, int, in
     return (k, int(rows[0]), int(columns[0])), (k_stop, int(rows[-1]) + 1, int(columns[-1]) + 1)
 
 
-def _first(layer: tuple[Any, int, _Taps, _Taps]) -> Any:
+def _nearest_labels(layer: tuple[Any, int, _Taps, _Taps]) -> Any:
+    """Return the labels of one slice at the nearest voxels."""
     plane, _, rows, columns = layer
     xp = array_namespace(plane)
     return xp.take(xp.take(plane, rows.low, axis=0), columns.low, axis=1)
 
 
-def _voted(layers: list[tuple[Any, int, _Taps, _Taps]]) -> Any:
-    """Return the label with the largest sum of shares at each place of one slice.
+def _majority_labels(layers: list[tuple[Any, int, _Taps, _Taps]]) -> Any:
+    """Return the label with the largest sum of weights at each position of one output slice.
 
-    Slices that are not among `layers` have no labels: their share goes to the background.
+    Slices that are missing from `layers` have no labels: their weight goes to the background.
     """
     xp = array_namespace(layers[0][0])
     corners = [
         (xp.take(xp.take(plane, row, axis=0), column, axis=1), share, row_share, column_share)
         for plane, share, rows, columns in layers
-        for row, row_share in ((rows.low, PARTS - rows.share), (rows.high, rows.share))
-        for column, column_share in ((columns.low, PARTS - columns.share), (columns.high, columns.share))
+        for row, row_share in ((rows.low, SHARE_UNITS - rows.share), (rows.high, rows.share))
+        for column, column_share in ((columns.low, SHARE_UNITS - columns.share), (columns.high, columns.share))
     ]
-    least = most = corners[0][0]
+    lowest = highest = corners[0][0]
     for labels, *_ in corners[1:]:
-        least, most = xp.minimum(least, labels), xp.maximum(most, labels)
-    missing = PARTS - sum(share for _, share, *_ in layers)
-    mixed = most != (xp.zeros_like(least) if missing else least)
-    row, column = xp.nonzero(mixed)  # at the borders of labels, and only there, it has to be counted
+        lowest, highest = xp.minimum(lowest, labels), xp.maximum(highest, labels)
+    missing = SHARE_UNITS - sum(share for _, share, *_ in layers)
+    mixed = highest != (xp.zeros_like(lowest) if missing else lowest)
+    row, column = xp.nonzero(mixed)  # only positions at the borders of labels need a vote
     if not row.shape[0]:
-        return most
+        return highest
     votes = [
         (
-            xp.astype(xp.take(xp.reshape(labels, (-1,)), row * most.shape[1] + column), xp.int64),
+            xp.astype(xp.take(xp.reshape(labels, (-1,)), row * highest.shape[1] + column), xp.int64),
             xp.astype(share * xp.take(row_share, row) * xp.take(column_share, column), xp.int64),
         )
         for labels, share, row_share, column_share in corners
     ]
-    votes.append((xp.zeros_like(row), xp.full_like(row, missing * PARTS**2)))
+    votes.append((xp.zeros_like(row), xp.full_like(row, missing * SHARE_UNITS**2)))
     best = xp.zeros_like(row)
     for label, _ in votes:
         total = sum(xp.where(other == label, weight, 0) for other, weight in votes)
         best = xp.maximum(best, total * LABELS + label)
-    nth = xp.cumulative_sum(xp.reshape(xp.astype(mixed, xp.int64), (-1,))) - 1  # of the places that were counted
-    counted = xp.take(xp.astype(best % LABELS, most.dtype), xp.maximum(nth, xp.zeros_like(nth)))
-    return xp.where(mixed, xp.reshape(counted, most.shape), most)
+    vote_index = xp.cumulative_sum(xp.reshape(xp.astype(mixed, xp.int64), (-1,))) - 1
+    voted = xp.take(xp.astype(best % LABELS, highest.dtype), xp.maximum(vote_index, xp.zeros_like(vote_index)))
+    return xp.where(mixed, xp.reshape(voted, highest.shape), highest)

@@ -1,13 +1,13 @@
-"""Resamples an axis by one small banded matrix.
+"""Resamples an axis with a banded matrix.
 
-Zoom, spline prefilter, boundary rule and anti-aliasing are linear and act along one axis at a time, so for given
-sizes they *are* a matrix: what SciPy makes of the identity. It is built once, on the host, in float64, and applied
-with `matmul` by whatever library holds the voxels. SciPy's own arithmetic is thereby reproduced on every backend,
+Zoom, spline prefilter, boundary rule and anti-aliasing are linear and act along one axis at a time. For given sizes
+they equal one matrix, which SciPy computes from the identity. The matrix is built once, on the host, in float64, and is
+applied with `matmul` of the array library that holds the voxels. So every backend reproduces the arithmetic of SciPy,
 and no kernel has to be compiled for a new shape.
 
-The matrix is almost empty. A cubic prefilter reaches everywhere, but its weights fall by 0.268 per voxel; those under
-`NEGLIGIBLE` are dropped, because in float32 they turn into denormals on which BLAS slows down several times.
-A block of output rows then needs only the narrow band of input rows it touches.
+The matrix is sparse. A cubic prefilter has infinite support, but its weights fall by a factor of 0.268 per voxel.
+Weights under `NEGLIGIBLE` are dropped, because in float32 they become denormals, which slow BLAS down several times.
+A block of output rows then depends on a narrow band of input rows only.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 NEGLIGIBLE = 1e-8
-"""Weights below this are dropped: 28 remain around a cubic sample, and 4000 HU change by less than 1e-3 HU."""
+"""Smaller weights are dropped: 28 remain per cubic sample, and a result of 4000 HU changes by less than 1e-3 HU."""
 
 BLOCK_ROWS = 32
-"""Output rows multiplied at a time: enough for BLAS, few enough for a narrow band."""
+"""Output rows per block: enough for BLAS to be efficient, few enough for a narrow band."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Output rows [start, stop) as weights of the input rows [low, high)."""
+    """Block of the matrix: output rows [start, stop), computed from input rows [low, high)."""
 
     start: int
     stop: int
@@ -40,7 +40,7 @@ class Block:
     weights: Any
     """Array of float32, shape (stop − start, high − low)."""
     transposed: Any
-    """The same, transposed and contiguous: twice as fast from the right."""
+    """`weights` transposed and contiguous, which makes products from the right twice as fast."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +52,7 @@ class Operator:
     blocks: tuple[Block, ...]
 
     def on(self, upload: Callable[[Any], Any]) -> Operator:
-        """Return the same operator with its weights where `upload` puts them."""
+        """Return the operator with its weights copied to a device by `upload`."""
         blocks = (replace(b, weights=upload(b.weights), transposed=upload(b.transposed)) for b in self.blocks)
         return Operator(self.n_in, self.n_out, tuple(blocks))
 
@@ -70,7 +70,7 @@ def build(
     blur_mode: str,
     block_rows: int,
 ) -> Operator:
-    """Return the operator of a `matrix`, in blocks of `block_rows` output rows."""
+    """Return `matrix` as an operator with blocks of `block_rows` output rows."""
     return _banded(
         matrix(n_in, n_out, along=along, order=order, mode=mode, grid_mode=grid_mode, sigma=sigma, blur_mode=blur_mode),
         block_rows,
@@ -88,15 +88,15 @@ def matrix(
     sigma: float,
     blur_mode: str,
 ) -> NDArray[np.float64]:
-    """Return the matrix that resamples `n_in` samples to `n_out`: array of shape (n_out, samples).
+    """Return the matrix that resamples `n_in` samples to `n_out`: array of shape (n_out, number of samples).
 
     Parameters
     ----------
     n_in, n_out : int
-        Samples before and after.
+        Number of samples before and after.
     along : tuple of float, optional
-        Where the samples truly lie, ascending, in units of the regular grid of `n_in`; there may be more of them than
-        `n_in`, or fewer. They are interpolated by a spline through these places.
+        Positions of unevenly spaced samples, ascending, in units of the regular grid of `n_in`; their number may
+        differ from `n_in`. They are interpolated by a spline through these positions.
     order, mode, grid_mode
         As for `scipy.ndimage.zoom`.
     sigma : float
@@ -114,31 +114,31 @@ def matrix(
     return np.asarray(ndimage.zoom(rows, (n_out / n_in, 1), order=order, mode=mode, grid_mode=grid_mode))
 
 
-def _interpolation(places: NDArray[Any], at: NDArray[Any], order: int) -> NDArray[np.float64]:
-    """Return the matrix of spline interpolation from samples at `places` to `at`; beyond the ends the ends are kept."""
-    at = np.clip(at, places[0], places[-1])
+def _interpolation(positions: NDArray[Any], at: NDArray[Any], order: int) -> NDArray[np.float64]:
+    """Return the matrix of spline interpolation from samples at `positions` to `at`, constant beyond both ends."""
+    at = np.clip(at, positions[0], positions[-1])
     if order == 0:
-        nearest = np.searchsorted((places[1:] + places[:-1]) / 2, at)
-        return np.eye(len(places))[nearest]
-    return np.asarray(_spline(places, order)(at))
+        nearest = np.searchsorted((positions[1:] + positions[:-1]) / 2, at)
+        return np.eye(len(positions))[nearest]
+    return np.asarray(_spline(positions, order)(at))
 
 
-def _spline(places: NDArray[Any], order: int) -> Any:
-    """Return the spline through samples at `places`, each of which is one column."""
-    from scipy import interpolate  # 27 MB that only irregular stacks need
+def _spline(positions: NDArray[Any], order: int) -> Any:
+    """Return the interpolating spline for samples at `positions`; column n is its response to a unit sample n."""
+    from scipy import interpolate  # takes 27 MB, and only irregular stacks need it
 
-    return interpolate.make_interp_spline(places, np.eye(len(places)), k=min(order, len(places) - 1))
+    return interpolate.make_interp_spline(positions, np.eye(len(positions)), k=min(order, len(positions) - 1))
 
 
 def shifted(n_in: int, n_out: int, shift: float, *, order: int) -> tuple[Operator, NDArray[np.bool_]]:
-    """Return the operator that puts `n_in` samples at `shift` in a row of `n_out`, and where nothing is put.
+    """Return the operator that shifts `n_in` samples in a line of `n_out`, and the mask of outputs without a source.
 
     Parameters
     ----------
     n_in, n_out : int
-        Samples before and after.
+        Number of samples before and after.
     shift : float
-        Where the first sample comes to lie.
+        Position of the first sample in the output, in samples.
     order : int
         Spline order.
     """
@@ -149,50 +149,56 @@ def shifted(n_in: int, n_out: int, shift: float, *, order: int) -> tuple[Operato
 
 @lru_cache(maxsize=16)
 def _shift_spline(n: int, order: int) -> Any:
-    """Return the spline through n even samples: what every shift of them evaluates."""
+    """Return the spline through `n` evenly spaced samples, which all shifts evaluate."""
     return _spline(np.arange(n), order)
 
 
 def _banded(matrix: NDArray[np.float64], block_rows: int) -> Operator:
-    """Cut a dense matrix into blocks of rows, each with the columns it uses; where they begin never falls."""
+    """Split a dense matrix into blocks of rows with their non-zero columns; first columns are non-decreasing."""
     matrix[np.abs(matrix) < NEGLIGIBLE] = 0
     n_out, n_in = matrix.shape
     blocks: list[Block] = []
-    later_low = n_in - 1
+    next_low = n_in - 1
     for start in reversed(range(0, n_out, block_rows)):
         rows = matrix[start : start + block_rows]
         used = np.flatnonzero(rows.any(axis=0))
-        low, high = (int(used[0]), int(used[-1]) + 1) if used.size else (later_low, later_low + 1)
-        later_low = low = min(low, later_low)
+        low, high = (int(used[0]), int(used[-1]) + 1) if used.size else (next_low, next_low + 1)
+        next_low = low = min(low, next_low)
         weights = np.ascontiguousarray(rows[:, low:high], dtype=np.float32)
         blocks.insert(0, Block(start, start + len(rows), low, high, weights, np.ascontiguousarray(weights.T)))
     return Operator(n_in, n_out, tuple(blocks))
 
 
 def apply_block(block: Block, band: Any, out: Any) -> Any:
-    """Put the output slices of one block, the operator along axis 0, into `out` and return it.
+    """Apply one block along axis 0, write the output slices to `out`, and return it.
 
     Parameters
     ----------
     band : array of float32, shape (high − low, j, i)
-        The input slices of the block.
+        Input slices of the block.
     out : array of float32, shape (stop − start, j, i), contiguous
+        Output slices.
     """
     xp = array_namespace(band, out)
     plane = band.shape[1] * band.shape[2]
-    into = xp.reshape(out, (out.shape[0], plane), copy=False)
-    _multiply(xp, block.weights, xp.reshape(band, (band.shape[0], plane)), into)
+    flat_out = xp.reshape(out, (out.shape[0], plane), copy=False)
+    _multiply(xp, block.weights, xp.reshape(band, (band.shape[0], plane)), flat_out)
     return out
 
 
 def apply_in_plane(operator: Operator, values: Any, axis: int, out: Any) -> Any:
-    """Put `values` resampled along its rows (axis 1) or columns (axis 2) into `out` and return it.
+    """Resample `values` along axis 1 (rows) or 2 (columns), write the result to `out`, and return it.
 
     Parameters
     ----------
+    operator : Operator
+        Operator along that axis.
     values : array of float32, shape (k, j, i)
+        Slices.
     axis : {1, 2}
+        Axis to resample.
     out : array of float32, shape (k, j, i) with `operator.n_out` along `axis`
+        Resampled slices.
     """
     xp = array_namespace(values, out)
     for b in operator.blocks:
@@ -204,8 +210,8 @@ def apply_in_plane(operator: Operator, values: Any, axis: int, out: Any) -> Any:
 
 
 def _multiply(xp: Any, a: Any, b: Any, out: Any) -> None:
-    """Put the product of two matrices, or stacks of them, where `out` is a view of."""
+    """Write the product of two matrices, or stacks of matrices, to `out`, which may be a view."""
     if is_numpy_namespace(xp) or is_cupy_namespace(xp):
         xp.matmul(a, b, out=out)
-    else:  # the array API standard knows no out=
+    else:  # the array API standard has no out=
         out[...] = xp.matmul(a, b)

@@ -1,8 +1,8 @@
-"""Resamples a line by few weights per sample.
+"""Builds tables that resample a line with few weights per sample.
 
-The cubic spline through samples takes two steps: samples become coefficients, which solve a tridiagonal system, and
-four coefficients give a value. Together they are the matrix of `gpuprep.compute.resample_matrix`, in a seventh of the
-multiplications. Anything else is taken from that matrix, as the narrow band that it is.
+Cubic spline interpolation takes two steps: a prefilter solves a tridiagonal system for the B-spline coefficients, and
+four coefficients give an output value. This equals the matrix of `gpuprep.compute.resample_matrix`, with a seventh of
+the multiplications. Linear interpolation takes two weights. All other cases use the narrow band of that matrix.
 
 References
 ----------
@@ -22,39 +22,40 @@ from numpy.typing import NDArray
 from gpuprep.core.sampling import lost_samples, sample_positions
 
 POLE = math.sqrt(3) - 2
-"""Of the cubic spline: what one sample does to coefficients falls by this per sample."""
+"""Pole of the cubic B-spline prefilter."""
 
-REACH = 12
-"""Samples to either side beyond which that is nothing: 1.4e-7 of it is left."""
+PREFILTER_RADIUS = 12
+"""Truncation radius of the prefilter in samples (|POLE|¹² = 1.4e-7 remains)."""
 
-GROUP = 16
-"""Source slices whose span of output is made at a time: many, and few are filtered twice; few, and memory is small."""
+GROUP_SLICES = 16
+"""Source slices per group of output slices. Larger groups filter fewer slices twice; smaller ones need less memory."""
 
-INVERSE = tuple(-6 * POLE / (1 - POLE**2) * POLE**t for t in range(REACH + 1))
-"""What a sample does to the coefficients at its own place, one further, two further, …, far from both ends."""
+INVERSE = tuple(-6 * POLE / (1 - POLE**2) * POLE**t for t in range(PREFILTER_RADIUS + 1))
+"""Impulse response of the prefilter at distances of 0, 1, 2, … samples, far from both ends."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Line:
-    """How a line of `n_in` samples becomes one of `n_out`."""
+class LineTables:
+    """Tables that resample a line of `n_in` samples to `n_out`."""
 
     n_in: int
     n_out: int
     start: NDArray[np.uint32]
-    """First sample, or coefficient, that counts for each output; shape (n_out,)."""
+    """Index of the first sample, or coefficient, with a weight for each output; shape (n_out,)."""
     weights: NDArray[np.float32]
-    """Of that one and those after it; shape (n_out, taps)."""
-    solve: NDArray[np.float32]
-    """Samples s to coefficients c: d = ``solve[0]`` · s − ``solve[1]`` · (d before), upwards, then c = d −
-    ``solve[2]`` · (c after), downwards. Shape (3, n_in); (3, 0) where samples are used as they are."""
-    beyond: NDArray[np.uint32]
-    """The samples that stand for the `REACH` ones before the first and after the last; shape (2, REACH), or (2, 0)."""
-    columns: NDArray[np.float32]
-    """The weights transposed."""
+    """Weights of that sample and the following ones; shape (n_out, taps)."""
+    recursion: NDArray[np.float32]
+    """Prefilter from samples s to coefficients c: d[k] = ``recursion[0, k]`` · s[k] − ``recursion[1, k]`` · d[k − 1]
+    forwards, then c[k] = d[k] − ``recursion[2, k]`` · c[k + 1] backwards. Shape (3, n_in); (3, 0) without prefilter."""
+    boundary: NDArray[np.uint32]
+    """Indices of the samples that extend the line by the truncation radius before its start and after its end; shape
+    (2, PREFILTER_RADIUS), or (2, 0) without prefilter."""
+    weights_transposed: NDArray[np.float32]
+    """`weights` transposed and contiguous; shape (taps, n_out)."""
 
     @property
     def taps(self) -> int:
-        """Number of weights per output."""
+        """Number of weights per output sample."""
         return int(self.weights.shape[1])
 
 
@@ -69,38 +70,42 @@ def build(
     grid_mode: bool,
     sigma: float,
     blur_mode: str,
-) -> Line:
-    """Return how to resample a line; the arguments are those of `gpuprep.compute.resample_matrix.matrix`."""
-    places = sample_positions(n_in, n_out, mode, grid_mode) if order in (1, 3) and along is None and not sigma else None
-    if places is None or n_in < 4:
-        from gpuprep.compute import resample_matrix  # and SciPy, which most lines do without
+) -> LineTables:
+    """Return the tables that resample a line; the arguments are those of `gpuprep.compute.resample_matrix.matrix`."""
+    positions = (
+        sample_positions(n_in, n_out, mode, grid_mode) if order in (1, 3) and along is None and not sigma else None
+    )
+    if positions is None or n_in < 4:
+        from gpuprep.compute import resample_matrix  # imports SciPy, which most lines do not need
 
         matrix = resample_matrix.matrix(
             n_in, n_out, along=along, order=order, mode=mode, grid_mode=grid_mode, sigma=sigma, blur_mode=blur_mode
         )
-        return _line(matrix.shape[1], *_band(matrix, resample_matrix.NEGLIGIBLE))
+        return _line_tables(matrix.shape[1], *_band(matrix, resample_matrix.NEGLIGIBLE))
     if order == 1:
-        start = np.clip(np.floor(places), 0, n_in - 2)
-        part = np.clip(places, 0, n_in - 1) - start
-        return _line(n_in, start, _blank(np.stack([1 - part, part], axis=1), n_in, mode, grid_mode))
+        start = np.clip(np.floor(positions), 0, n_in - 2)
+        part = np.clip(positions, 0, n_in - 1) - start
+        return _line_tables(n_in, start, _zero_lost(np.stack([1 - part, part], axis=1), n_in, mode, grid_mode))
     edge = np.array([4 + POLE, 1]) / (5 + POLE) if mode == "nearest" else np.array([4, 2]) / 6
-    ghosts = _edge_ghosts(edge) if mode == "nearest" else np.eye(4)[[2, 1]]
-    start, weights = _cubic(places, n_in, np.concatenate([ghosts, np.eye(4)]))
-    beyond = np.pad(np.arange(n_in), REACH, mode="edge" if mode == "nearest" else "reflect")
-    return _line(n_in, start, _blank(weights, n_in, mode, grid_mode), _elimination(n_in, edge), beyond)
+    ghosts = _ghost_coefficients(edge) if mode == "nearest" else np.eye(4)[[2, 1]]
+    start, weights = _cubic(positions, n_in, np.concatenate([ghosts, np.eye(4)]))
+    boundary = np.pad(np.arange(n_in), PREFILTER_RADIUS, mode="edge" if mode == "nearest" else "reflect")
+    return _line_tables(n_in, start, _zero_lost(weights, n_in, mode, grid_mode), _recursion(n_in, edge), boundary)
 
 
-def unchanged(n: int) -> Line:
-    """Return the line that stays as it is."""
-    return _line(n, np.arange(n), np.ones((n, 1)))
+def identity(n: int) -> LineTables:
+    """Return the tables that leave a line of `n` samples unchanged."""
+    return _line_tables(n, np.arange(n), np.ones((n, 1)))
 
 
-def _line(
-    n_in: int, start: Any, weights: NDArray[np.float64], solve: Any = None, beyond: NDArray[Any] | None = None
-) -> Line:
-    tables = np.zeros((3, 0)) if solve is None else solve
-    ends = np.zeros((2, 0)) if beyond is None else np.stack([beyond[:REACH], beyond[-REACH:]])
-    return Line(
+def _line_tables(
+    n_in: int, start: Any, weights: NDArray[np.float64], recursion: Any = None, boundary: NDArray[Any] | None = None
+) -> LineTables:
+    tables = np.zeros((3, 0)) if recursion is None else recursion
+    ends = (
+        np.zeros((2, 0)) if boundary is None else np.stack([boundary[:PREFILTER_RADIUS], boundary[-PREFILTER_RADIUS:]])
+    )
+    return LineTables(
         n_in,
         len(start),
         np.asarray(start).astype(np.uint32),
@@ -111,55 +116,56 @@ def _line(
     )
 
 
-def _blank(weights: NDArray[Any], n_in: int, mode: str, grid_mode: bool) -> NDArray[Any]:
-    """Return the weights, with zeros for the outputs that SciPy leaves at 0."""
+def _zero_lost(weights: NDArray[Any], n_in: int, mode: str, grid_mode: bool) -> NDArray[Any]:
+    """Set the weights of the outputs that SciPy leaves at 0 to zero, and return the weights."""
     weights[lost_samples(n_in, len(weights), mode, grid_mode)] = 0
     return weights
 
 
-def _cubic(places: NDArray[Any], n_in: int, extended: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return first coefficient and four weights of cubic B-splines at places in a line.
+def _cubic(positions: NDArray[Any], n_in: int, extended: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the index of the first coefficient and the four weights of cubic B-splines at positions on a line.
 
-    `extended` has the coefficients −2, −1, 0, … 3 in terms of 0, … 3; at the other end it is the same, mirrored.
+    `extended` expresses the coefficients −2, −1, 0, … 3 by those at 0, … 3; the other end is its mirror image.
     """
-    first = np.floor(places)
-    t = (places - first)[:, None]
+    first = np.floor(positions)
+    t = (positions - first)[:, None]
     weights = np.concatenate([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], 1) / 6
     start = first.astype(int) - 1
     for q in np.flatnonzero(start < 0):
         weights[q], start[q] = weights[q] @ extended[start[q] + 2 : start[q] + 6], 0
     for q in np.flatnonzero(start > n_in - 4):
-        s = n_in - 4 - start[q]  # where it starts, seen from the other end
+        s = n_in - 4 - start[q]  # start index counted from the other end
         weights[q], start[q] = (weights[q][::-1] @ extended[s + 2 : s + 6])[::-1], n_in - 4
     return start, weights
 
 
-def _edge_ghosts(edge: NDArray[Any]) -> NDArray[Any]:
-    """Return the coefficients −2 and −1 in terms of 0, … 3, of a line whose first sample is repeated for ever.
+def _ghost_coefficients(edge: NDArray[Any]) -> NDArray[Any]:
+    """Return the coefficients −2 and −1, expressed by 0, … 3, for a line whose first sample is repeated without end.
 
-    Without samples that change, coefficients approach the sample by POLE per step; the sample is ``edge`` · (0, 1).
+    Along constant samples, coefficients approach the sample by a factor of POLE per step. The first sample is ``edge``
+    times the coefficients 0 and 1.
     """
     sample = np.array([*edge, 0, 0])
-    own = np.array([1, 0, 0, 0])
-    return np.stack([sample + (own - sample) * POLE**2, sample + (own - sample) * POLE])
+    first = np.array([1, 0, 0, 0])
+    return np.stack([sample + (first - sample) * POLE**2, sample + (first - sample) * POLE])
 
 
-def _elimination(n: int, edge: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the tables of `Line.solve` for the system whose rows are (1, 4, 1)/6, the outer ones `edge`."""
+def _recursion(n: int, edge: NDArray[Any]) -> NDArray[np.float64]:
+    """Return `LineTables.recursion` for the tridiagonal system with rows (1, 4, 1)/6, and `edge` in the outer rows."""
     table = np.zeros((3, n))
-    former = 0.0
+    previous = 0.0
     for k in range(n):
         below = 0.0 if k == 0 else edge[1] if k == n - 1 else 1 / 6
         above = 0.0 if k == n - 1 else edge[1] if k == 0 else 1 / 6
-        own = edge[0] if k in (0, n - 1) else 4 / 6
-        p = 1 / (own - below * former)
-        former = above * p
-        table[:, k] = p, below * p, former
+        diagonal = edge[0] if k in (0, n - 1) else 4 / 6
+        p = 1 / (diagonal - below * previous)
+        previous = above * p
+        table[:, k] = p, below * p, previous
     return table
 
 
 def _band(matrix: NDArray[np.float64], negligible: float) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Return the first column and the weights of each row, all equally many; where rows begin never falls."""
+    """Return first column and weights of each row: equally many weights per row, and non-decreasing first columns."""
     used = np.abs(matrix) >= negligible
     n_in = matrix.shape[1]
     empty = ~used.any(axis=1)

@@ -20,7 +20,8 @@ SliceOrder = Literal["stack", "instance"]
 TEXT_FORMATS = (
     "imagej-xy", "imagej-text-image", "imagej-values", "points", "polygons", "cxt", "pinnacle", "lidc-xml", "pylidc",
 )  # fmt: skip
-"""Names of the text formats: see `gpuprep.masks.formats.number_tables.TABLES` and `gpuprep.masks.detect_format.TEXTS`."""
+"""Names of the text formats: `TABLES` of `gpuprep.masks.formats.number_tables`, and `TEXTS` of
+`gpuprep.masks.detect_format`."""
 
 Layout = Literal["labels", "per-roi"]
 Resampling = Literal["nearest", "smooth"]

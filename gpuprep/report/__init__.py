@@ -1,1 +1,1 @@
-"""A cohort on one page: a table of all series, a picture of each, distributions, and what stands out."""
+"""Report page of a cohort (table, pictures, distributions, flags), and inspection of a single series."""

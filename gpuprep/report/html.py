@@ -1,8 +1,8 @@
-"""Writes the report page from the manifests and pictures of an output folder; what they hold is text to it.
+"""Writes the report page of an output folder from its manifests and preview pictures.
 
-One file without anything from elsewhere: its policy (CSP) lets no script run but its own, by hash, and nothing be
-fetched. What comes from DICOM or the file system goes in as JSON without ``<``, and the script shows it as text. The
-table comes first; what is shown of a series when it is asked for follows, in a block of its own.
+The page is one self-contained file. Its Content Security Policy (CSP) allows only the embedded script, by hash, and no
+requests. Strings from DICOM or the file system are embedded as JSON without ``<``, and the script shows them as text.
+The table comes first; the details of each series follow in separate JSON blocks.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from gpuprep.output.preview import COLOURS
 from gpuprep.output.records import SeriesResult, now
 from gpuprep.output.verify import Records
 
-MOST_PICTURES = 10_000
-"""In one page, those of the first series: some 120 MB then, and browsers do not open much more."""
+MAX_PICTURES = 10_000
+"""Maximum number of pictures per page, those of the first series: about 120 MB. Browsers do not open much more."""
 
-AT_A_TIME = 64
-"""Pictures that are read together."""
+PICTURES_PER_BATCH = 64
+"""Pictures read in parallel and held in memory together."""
 
 COLUMNS = (
     "name", "number", "source", "uid", "status", "reason", "slices", "spacing_mm", "shape", "hu_min", "hu_mean",
@@ -45,37 +45,42 @@ COLUMNS = (
 
 
 def write_report(out: str | Path, to: Path | None = None) -> str:
-    """Write the report of an output folder, complete or not at all, and return where it is.
+    """Write the report of an output folder atomically, and return its path.
 
     Parameters
     ----------
     out : path
-        An output folder, on disk or in a store.
+        Output folder, on disk or in an object store.
     to : path, optional
-        Where to; ``report.html`` in `out` if absent.
+        File to write; ``report.html`` in `out` if absent.
+
+    Returns
+    -------
+    str
+        Path or URL of the report.
 
     Raises
     ------
     RequestError
-        If there is no manifest, or `to` is a place of something else in `out`.
+        If there is no manifest, if `to` is another path inside `out`, or if its folder does not exist.
     OutputError
-        If something cannot be read or written.
+        If a file cannot be read or written.
     """
-    place = place_of(out)
-    if to is not None and isinstance(place, Path):
+    folder = place_of(out)
+    if to is not None and isinstance(folder, Path):
         file = to.resolve()
-        if file != place.resolve() / REPORT and file.is_relative_to(place.resolve()):
-            raise RequestError(f"{to} lies in {out}: choose a place outside of it, or leave --to out")
+        if file != folder.resolve() / REPORT and file.is_relative_to(folder.resolve()):
+            raise RequestError(f"{to} lies in the output folder {out}: choose a path outside of it, or omit --to")
     try:
-        if to is None and isinstance(place, Path):
-            to = place / REPORT
+        if to is None and isinstance(folder, Path):
+            to = folder / REPORT
         if to is not None:
             _write(out, to)
             return str(to)
         with tempfile.TemporaryDirectory(prefix="gpuprep-") as scratch:
             _write(out, Path(scratch, REPORT))
-            filesystem.upload(Path(scratch, REPORT), f"{place}/{REPORT}")
-        return f"{place}/{REPORT}"
+            filesystem.upload(Path(scratch, REPORT), f"{folder}/{REPORT}")
+        return f"{folder}/{REPORT}"
     except OSError as exc:
         raise OutputError(f"cannot write the report of {out}: {exc}") from exc
 
@@ -83,16 +88,16 @@ def write_report(out: str | Path, to: Path | None = None) -> str:
 def _write(out: str | Path, file: Path) -> None:
     with closing(Records(out)) as records:
         if not file.parent.is_dir():
-            raise RequestError(f"cannot write {file}: there is no such folder")
+            raise RequestError(f"cannot write {file}: there is no folder {file.parent}")
         with replacing(file) as page:
             _write_page(page, records, output_at(out))
 
 
 def _write_page(page: TextIO, records: Records, output: Output) -> None:
-    """Write the page, the table first, then a block per series."""
+    """Write the page: the table first, then one block of details per series."""
     style, script = _asset("page.css"), _asset("page.js")
     policy = (
-        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
+        f"default-src 'none'; img-src data:; style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; "
         "base-uri 'none'; form-action 'none'"
     )
     rows: list[list[Any]] = []
@@ -100,13 +105,13 @@ def _write_page(page: TextIO, records: Records, output: Output) -> None:
     size = 0
     for result in records:
         numbers[result.key] = len(rows)
-        rows.append(_row(result))
+        rows.append(_table_row(result))
         size += result.bytes
     cohort = {
         "made": now()[:16].replace("T", " ") + " UTC",
         "made_by": f"gpuprep {__version__}",
         "bytes": size,
-        "pictures": MOST_PICTURES,
+        "pictures": MAX_PICTURES,
         "columns": COLUMNS,
         "rows": rows,
         "flags": FLAGS,
@@ -118,15 +123,15 @@ def _write_page(page: TextIO, records: Records, output: Output) -> None:
     before, _, after = head.partition("@COHORT@")
     middle, _, end = after.partition("@SERIES@")
     page.writelines((before, as_json(cohort), middle))
-    for number, block in _blocks(records, numbers, output):
+    for number, block in _detail_blocks(records, numbers, output):
         page.writelines((f'<script type="application/json" id="s{number}">', as_json(block), "</script>\n"))
     page.write(end)
 
 
-def _row(result: SeriesResult) -> list[Any]:
-    """Return what the table shows of a series: a value for each of `COLUMNS`."""
+def _table_row(result: SeriesResult) -> list[Any]:
+    """Return the table row of a series: one value per column of `COLUMNS`."""
     quality = result.quality or {}
-    spent_s = result.read_s + result.process_s + result.write_s + (result.masks_s or 0)
+    total_s = result.read_s + result.process_s + result.write_s + (result.masks_s or 0)
     return [
         result.folder or result.source or result.key,
         result.series_number,
@@ -143,24 +148,24 @@ def _row(result: SeriesResult) -> list[Any]:
         quality.get("air_peak_hu"),
         quality.get("tissue_peak_hu"),
         _rounded(result.padding_share, 4),
-        _rounded(spent_s, 3) if spent_s else None,
+        _rounded(total_s, 3) if total_s else None,
         list(dict.fromkeys([*result.codes, *(flag.code for flag in flags(result))])),
     ]
 
 
-def _blocks(
+def _detail_blocks(
     records: Iterable[SeriesResult], numbers: dict[str, int], output: Output
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what is shown of each series when it is asked for, with its number in the table."""
-    known = ((numbers[r.key], r) for r in records if r.key in numbers)  # a run may be adding others
-    with ThreadPoolExecutor(8) as threads:  # which wait, for a disk or for the network
-        while batch := list(islice(known, AT_A_TIME)):
-            wanted = [r.folder if number < MOST_PICTURES else "" for number, r in batch]
-            for (number, result), picture in zip(batch, threads.map(output.preview, wanted), strict=True):
-                yield number, _block(result, picture)
+    """Yield the details of each series with its row number in the table."""
+    listed = ((numbers[r.key], r) for r in records if r.key in numbers)  # a concurrent run may have added series
+    with ThreadPoolExecutor(8) as threads:  # reading waits for the disk or the network
+        while batch := list(islice(listed, PICTURES_PER_BATCH)):
+            folders = [r.folder if number < MAX_PICTURES else "" for number, r in batch]
+            for (number, result), picture in zip(batch, threads.map(output.preview, folders), strict=True):
+                yield number, _detail_block(result, picture)
 
 
-def _block(result: SeriesResult, picture: bytes | None) -> dict[str, Any]:
+def _detail_block(result: SeriesResult, picture: bytes | None) -> dict[str, Any]:
     return {
         "picture": picture and base64.b64encode(picture).decode("ascii"),
         "quality": result.quality,
@@ -181,12 +186,12 @@ def _block(result: SeriesResult, picture: bytes | None) -> dict[str, Any]:
 
 
 def _rounded(value: Any, digits: int) -> Any:
-    """Return numbers as short as a page needs them."""
+    """Return a number, or a list of those in a tuple, rounded to `digits` decimals; None stays None."""
     return [round(v, digits) for v in value] if isinstance(value, tuple) else value and round(value, digits)
 
 
 def as_json(value: Any) -> str:
-    """Return JSON that may stand within any element of a page: nothing in it is markup."""
+    """Return JSON without ``<``, which no element of a page can parse as markup."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -194,6 +199,6 @@ def _asset(name: str) -> str:
     return files("gpuprep.report").joinpath(name).read_text("utf-8")
 
 
-def _hash(text: str) -> str:
-    """Return the source of a policy that allows just this text."""
+def _csp_hash(text: str) -> str:
+    """Return the CSP source expression that allows an inline script or style with this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

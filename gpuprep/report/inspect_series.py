@@ -1,4 +1,4 @@
-"""Inspects one series, DICOM or a finished output: verdict, grid, HU, middle planes, some slices."""
+"""Inspects one series, from DICOM or a finished output: verdict, grid, HU, middle planes and some slices."""
 
 from __future__ import annotations
 
@@ -30,97 +30,104 @@ from gpuprep.output.read_volume import Finished
 from gpuprep.pipeline.load import one_series
 
 AS_ACQUIRED = Recipe(spacing_mm=None, size=None, dtype="uint8")
-"""Put right where it has to be, shown in the default window, and nothing else."""
+"""Recipe for DICOM: irregularities are fixed and the default window is applied, without resampling or resizing."""
 
 DISPLAY_HU = (-1000.0, 400.0)
-"""Where an output has no window of its own."""
+"""Display window of outputs whose recipe has no window."""
 
-SLICES = 20
-"""That are kept of a series, at equal distances."""
+MAX_SLICES = 20
+"""Maximum number of slices kept of a series, at equal distances."""
 
-NAMED = 5
-"""Outputs that a complaint lists."""
+MAX_LISTED = 5
+"""Maximum number of outputs listed in an error message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Glance:
-    """What can be seen of one series."""
+    """Summary of one series for display."""
 
     title: str
     verdict: str
     codes: tuple[str, ...]
     notes: tuple[str, ...]
-    """Why it is rejected, or what is irregular about it, for people."""
+    """Reason of the rejection, or irregularities and warnings, as text."""
     grid: Geometry | None = None
-    """Of what is shown; None where nothing could be stacked."""
+    """Geometry of the volume shown; None if the series could not be stacked."""
     hu: tuple[float, float, float] | None = None
-    """Lowest, mean and highest of the stack, padding included."""
+    """Lowest, mean and highest HU of the stack, padding included."""
     padding_share: float | None = None
+    """Share of padding among the voxels of the stack."""
     quality: dict[str, Any] | None = None
-    """See `gpuprep.compute.hu_histogram.Histogram.to_dict`."""
+    """HU metrics: see `gpuprep.compute.hu_histogram.Histogram.to_dict`."""
     structures: tuple[str, ...] = ()
+    """Names of the structures in the label volumes of an output."""
     planes: NDArray[np.uint8] | None = None
-    """See `gpuprep.output.preview.picture`; shape (rows, columns, 3)."""
+    """Picture of the middle planes, shape (rows, columns, 3): see `gpuprep.output.preview.picture`."""
     slices: tuple[tuple[int, NDArray[np.uint8]], ...] = ()
-    """Number of each slice, and what it shows, shape (j, i)."""
+    """Index and grey values, shape (j, i), of some slices."""
 
 
 def glance(path: str, series_uid: str | None = None, group_by: GroupBy = "uid") -> Glance:
-    """Return what can be seen of one series.
+    """Return a summary of one series.
 
     Parameters
     ----------
     path : str
-        The folder of a finished output; or DICOM, as `gpuprep.discover` takes it.
+        Folder of a finished output, or DICOM as for `gpuprep.discover`.
     series_uid : str, optional
-        Which one, where there are several.
+        Series Instance UID; needed if there are several series.
     group_by : {"uid", "folder"}
-        Whether images of one UID or of one folder form a series.
+        Whether images with one Series Instance UID or in one folder form a series.
+
+    Returns
+    -------
+    Glance
+        Summary; also of a series that is rejected.
 
     Raises
     ------
     RequestError
-        If there are several series.
+        If there are several series or outputs and none is chosen.
     NothingFoundError
-        If there is none.
+        If there is no CT series, or none with this UID.
     InputError
         If pixels cannot be read.
     OutputError
-        If an output is not as it was written.
+        If an output was modified or damaged.
     """
     if os.path.isfile(os.path.join(path, SIDECAR)):
         return _of_output(Path(path))
     if os.path.isdir(path) and manifest_path(Path(path)).is_file():
         with closing(Manifest(manifest_path(Path(path)), reading=True)) as manifest:
-            made = [os.path.join(path, folder) for (folder,) in manifest.columns("folder") if folder]
-        if len(made) != 1:
-            raise RequestError(f"{path} is the --out of a run that made {_listed(made)}: choose one")
-        return _of_output(Path(made[0]))
+            folders = [os.path.join(path, folder) for (folder,) in manifest.columns("folder") if folder]
+        if len(folders) != 1:
+            raise RequestError(f"{path} is the --out of a run that made {_listed(folders)}: choose one")
+        return _of_output(Path(folders[0]))
     return _of_series(one_series(path, replace(AS_ACQUIRED.rules, group_by=group_by), series_uid))
 
 
-def _listed(things: Sequence[str]) -> str:
-    return first_few([printable(t) for t in things], NAMED) or "nothing"
+def _listed(folders: Sequence[str]) -> str:
+    return first_few([printable(f) for f in folders], MAX_LISTED) or "nothing"
 
 
 def _of_series(series: Series) -> Glance:
-    judged = audit(series, AS_ACQUIRED.rules)
+    audited = audit(series, AS_ACQUIRED.rules)
     title = f"{printable(series.folder)}: series {series.label}, {len(series.slices)} images"
-    if judged.stack is None:
-        return Glance(title=title, verdict=judged.verdict, codes=judged.codes, notes=(plain_reason(judged.reason),))
-    source = SeriesReader(series, AS_ACQUIRED, stacked=judged.stack)
+    if audited.stack is None:
+        return Glance(title=title, verdict=audited.verdict, codes=audited.codes, notes=(plain_reason(audited.reason),))
+    source = SeriesReader(series, AS_ACQUIRED, stacked=audited.stack)
     plan = make_plan(source.geometry, AS_ACQUIRED, source.placement)
     planes = Planes(plan.target.shape)
-    wanted = set(spread(plan.target.shape[0]))
-    kept: list[tuple[int, NDArray[np.uint8]]] = []
-    k = 0
+    selected = set(spread(plan.target.shape[0]))
+    slices: list[tuple[int, NDArray[np.uint8]]] = []
+    start = 0
     for chunk in planes.passing(host_chunks(source, plan, NumpyBackend("matmul"))):
-        kept += [(n, values.copy()) for n, values in enumerate(chunk, k) if n in wanted]
-        k += len(chunk)
-    irregularities, warnings = judged.irregularities + source.irregularities, judged.warnings + source.warnings
+        slices += [(k, values.copy()) for k, values in enumerate(chunk, start) if k in selected]
+        start += len(chunk)
+    irregularities, warnings = audited.irregularities + source.irregularities, audited.warnings + source.warnings
     return Glance(
         title=title,
-        verdict="fixed" if irregularities else judged.verdict,
+        verdict="fixed" if irregularities else audited.verdict,
         codes=codes((*irregularities, *warnings)),
         notes=texts((*irregularities, *warnings)),
         grid=plan.target,
@@ -128,20 +135,20 @@ def _of_series(series: Series) -> Glance:
         padding_share=source.padding_voxels / source.statistics.voxels,
         quality=source.histogram.to_dict(),
         planes=picture(planes, plan.target, 0, 255),
-        slices=tuple(kept),
+        slices=tuple(slices),
     )
 
 
 def _of_output(folder: Path) -> Glance:
     output = Finished(folder)
-    told, image = output.sidecar, output.recipe.image
+    sidecar, image = output.sidecar, output.recipe.image
     try:
-        source = told["source"]
+        source = sidecar["source"]
         return Glance(
             title=f"{folder}: {'image' if image else 'masks'} of a series of {source['slices']} images",
-            verdict=told["verdict"],
-            codes=tuple(told["codes"]),
-            notes=tuple(told["irregularities"]) + tuple(told["warnings"]),
+            verdict=sidecar["verdict"],
+            codes=tuple(sidecar["codes"]),
+            notes=tuple(sidecar["irregularities"]) + tuple(sidecar["warnings"]),
             grid=output.geometry,
             hu=(source["hu_min"], source["hu_mean"], source["hu_max"]) if image else None,
             padding_share=source.get("padding_share"),
@@ -151,16 +158,18 @@ def _of_output(folder: Path) -> Glance:
             slices=tuple(_slices(output)) if image else (),
         )
     except (KeyError, TypeError, ValueError) as exc:
-        raise OutputError(f"{folder / SIDECAR} is not as it was written ({exc}): see gpuprep verify") from exc
+        raise OutputError(
+            f"{folder / SIDECAR} is not as it was written ({type(exc).__name__}: {exc}): see gpuprep verify"
+        ) from exc
 
 
 def spread(count: int) -> list[int]:
-    """Return the numbers of at most `SLICES` slices of so many."""
-    return sorted({round(k) for k in np.linspace(0, count - 1, min(count, SLICES))})
+    """Return the indices of at most `MAX_SLICES` of `count` slices, at equal distances."""
+    return sorted({round(k) for k in np.linspace(0, count - 1, min(count, MAX_SLICES))})
 
 
 def _preview(file: Path) -> NDArray[np.uint8] | None:
-    if not file.exists():  # of an earlier version
+    if not file.exists():  # outputs of earlier versions have none
         return None
     from imagecodecs import jpeg8_decode
 
@@ -168,7 +177,7 @@ def _preview(file: Path) -> NDArray[np.uint8] | None:
 
 
 def _slices(output: Finished) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Yield some slices of an output, shown in its window."""
+    """Yield index and grey values of some slices of an output, in its window."""
     slope, intercept = output.hu
     low_hu, high_hu = output.recipe.window_hu or DISPLAY_HU
     slices, rows, columns = output.geometry.shape

@@ -1,5 +1,5 @@
 "use strict";
-/* Texts of a cohort reach the page as text alone: nothing here parses them as markup. */
+/* Strings of the cohort are inserted as text only and never parsed as markup. */
 (() => {
   const cohort = JSON.parse(document.getElementById("cohort").textContent);
   const at = Object.fromEntries(cohort.columns.map((name, n) => [name, n]));
@@ -23,27 +23,27 @@
 
   const number = (value, digits = 3) => value === null || value === undefined ? "–" :
     String(Number(value.toPrecision(digits))).replace("-", "−");
-  const whole = (value) => value === null || value === undefined ? "–" : String(Math.round(value)).replace("-", "−");
+  const integer = (value) => value === null || value === undefined ? "–" : String(Math.round(value)).replace("-", "−");
   const percent = (value) => value === null || value === undefined ? "–" : number(value * 100, 2) + " %";
   const times = (values, format) => values ? values.map(format).join(" × ") : "–";
-  const many = (count, what) => count.toLocaleString("en") + " " + what + (count === 1 || what === "series" ? "" : "s");
+  const counted = (count, what) => count.toLocaleString("en") + " " + what + (count === 1 || what === "series" ? "" : "s");
   function sized(bytes) {
     for (const [unit, size] of [["TB", 1e12], ["GB", 1e9], ["MB", 1e6], ["kB", 1e3]])
       if (bytes >= size) return number(bytes / size) + " " + unit;
     return bytes + " bytes";
   }
 
-  /* What the columns of the table show, and by what they are sorted. */
+  /* Columns of the table: title, sort key and cell content. */
   const COLUMNS = [
     { title: "Series", key: (r) => r[at.name], cell: seriesCell, kind: "series" },
     { title: "Status", key: (r) => STATUSES.indexOf(r[at.status]), cell: (r) => status(r[at.status]) },
     { title: "Flags", key: (r) => r[at.flags].length || null, cell: (r) => r[at.flags].map(chip), kind: "flags", down: true },
-    { title: "Slices", key: (r) => r[at.slices], cell: (r) => whole(r[at.slices]), kind: "number" },
+    { title: "Slices", key: (r) => r[at.slices], cell: (r) => integer(r[at.slices]), kind: "number" },
     { title: "Source, mm", key: (r) => r[at.spacing_mm] && r[at.spacing_mm][0], cell: (r) => times(r[at.spacing_mm], (v) => number(v)), kind: "number" },
     { title: "Becomes", key: (r) => r[at.shape] && r[at.shape][0], cell: (r) => times(r[at.shape], String), kind: "number" },
-    { title: "HU min, mean, max", key: (r) => r[at.hu_mean], cell: (r) => r[at.hu_mean] === null ? "–" : [r[at.hu_min], r[at.hu_mean], r[at.hu_max]].map(whole).join("\u2002"), kind: "number" },
-    { title: "Air peak", key: (r) => r[at.air_hu], cell: (r) => whole(r[at.air_hu]), kind: "number" },
-    { title: "Tissue peak", key: (r) => r[at.tissue_hu], cell: (r) => whole(r[at.tissue_hu]), kind: "number" },
+    { title: "HU min, mean, max", key: (r) => r[at.hu_mean], cell: (r) => r[at.hu_mean] === null ? "–" : [r[at.hu_min], r[at.hu_mean], r[at.hu_max]].map(integer).join("\u2002"), kind: "number" },
+    { title: "Air peak", key: (r) => r[at.air_hu], cell: (r) => integer(r[at.air_hu]), kind: "number" },
+    { title: "Tissue peak", key: (r) => r[at.tissue_hu], cell: (r) => integer(r[at.tissue_hu]), kind: "number" },
     { title: "Padding", key: (r) => r[at.padding_share], cell: (r) => percent(r[at.padding_share]), kind: "number" },
     { title: "Time, s", key: (r) => r[at.seconds], cell: (r) => number(r[at.seconds], 2), kind: "number" },
   ];
@@ -61,27 +61,27 @@
   const status = (name) => make("span", { class: "status " + name }, name);
   const chip = (code) => make("span", { class: "chip" }, code);
   function seriesCell(row) {
-    const slash = row[at.name].lastIndexOf("/", row[at.name].lastIndexOf("/") - 1) + 1; /* the last two names count */
+    const slash = row[at.name].lastIndexOf("/", row[at.name].lastIndexOf("/") - 1) + 1; /* the last two folder names are emphasised */
     const open = make("button", { type: "button" }, make("small", {}, row[at.name].slice(0, slash)), row[at.name].slice(slash));
     return [open, row[at.number] === null ? null : make("span", { class: "muted" }, " #" + row[at.number]), row[at.reason] ? make("p", {}, row[at.reason]) : null];
   }
 
-  /* State: which rows are shown, in which order, from which one on. */
-  const wanted = { text: "", statuses: new Set(), flag: "" };
+  /* State: filters, sort order, rows shown, first row of the page, row of the open dialog. */
+  const filters = { text: "", statuses: new Set(), flag: "" };
   let order = { column: null, down: false };
   let shown = rows;
   let first = 0;
   let open = -1;
 
-  const words = rows.map((r) => [r[at.name], r[at.source], r[at.uid], r[at.status], r[at.reason], ...r[at.flags]].join("\n").toLowerCase());
+  const searchTexts = rows.map((r) => [r[at.name], r[at.source], r[at.uid], r[at.status], r[at.reason], ...r[at.flags]].join("\n").toLowerCase());
   const numbers = new Map(rows.map((row, n) => [row, n]));
 
   function select() {
-    const parts = wanted.text.toLowerCase().split(/\s+/).filter(Boolean);
+    const parts = filters.text.toLowerCase().split(/\s+/).filter(Boolean);
     shown = rows.filter((row, n) =>
-      (!wanted.statuses.size || wanted.statuses.has(row[at.status])) &&
-      (!wanted.flag || (wanted.flag === "*" ? row[at.flags].length : row[at.flags].includes(wanted.flag))) &&
-      parts.every((part) => words[n].includes(part)));
+      (!filters.statuses.size || filters.statuses.has(row[at.status])) &&
+      (!filters.flag || (filters.flag === "*" ? row[at.flags].length : row[at.flags].includes(filters.flag))) &&
+      parts.every((part) => searchTexts[n].includes(part)));
     if (order.column) {
       const { key } = order.column;
       const texts = new Intl.Collator("en", { numeric: true });
@@ -98,17 +98,17 @@
 
   const detail = (row) => {
     const block = byId("s" + numbers.get(row));
-    return block ? JSON.parse(block.textContent) : null; /* null: not here yet, the file is long */
+    return block ? JSON.parse(block.textContent) : null; /* null: this part of a long file has not been loaded yet */
   };
   function picture(row) {
     const block = detail(row);
-    const lacking = numbers.get(row) < cohort.pictures ? "no picture" : "not on this page";
-    if (block && !block.picture) return make("div", { class: "frame empty" }, lacking);
+    const placeholder = numbers.get(row) < cohort.pictures ? "no picture" : "not on this page";
+    if (block && !block.picture) return make("div", { class: "frame empty" }, placeholder);
     return make("div", { class: "frame" }, block ? image(row, block) : null);
   }
   const image = (row, block) => make("img", { src: "data:image/jpeg;base64," + block.picture, alt: "Middle planes of " + row[at.name] });
 
-  function line(row, n) {
+  function tableRow(row, n) {
     const cells = COLUMNS.map((column) => make("td", { class: column.kind || null }, column.cell(row)));
     return make("tr", { "data-n": n }, make("td", { class: "picture" }, picture(row)), ...cells);
   }
@@ -116,15 +116,15 @@
   function show(count = PAGE) {
     const page = shown.slice(first, first + count);
     const body = document.querySelector("tbody");
-    const nothing = make("tr", {}, make("td", { class: "nothing", colspan: COLUMNS.length + 1 }, rows.length ? "No series is like that." : "There are no series."));
-    body.replaceChildren(...(page.length ? page.map((row, n) => line(row, first + n)) : [nothing]));
-    byId("count").value = shown.length === rows.length ? many(rows.length, "series") : `${shown.length.toLocaleString("en")} of ${many(rows.length, "series")}`;
+    const nothing = make("tr", {}, make("td", { class: "nothing", colspan: COLUMNS.length + 1 }, rows.length ? "No series matches the filters." : "There are no series."));
+    body.replaceChildren(...(page.length ? page.map((row, n) => tableRow(row, first + n)) : [nothing]));
+    byId("count").value = shown.length === rows.length ? counted(rows.length, "series") : `${shown.length.toLocaleString("en")} of ${counted(rows.length, "series")}`;
     byId("page").textContent = page.length ? `${first + 1} – ${first + page.length} of ${shown.length.toLocaleString("en")}` : "";
     byId("previous").disabled = first === 0;
     byId("next").disabled = first + PAGE >= shown.length;
     byId("pages").hidden = shown.length <= PAGE;
   }
-  function turn(by) {
+  function turnPage(by) {
     first = Math.max(0, first + by * PAGE);
     show();
     document.querySelector(".scroll").scrollIntoView({ block: "start" });
@@ -143,9 +143,9 @@
   }
 
   /* Charts. */
-  function nice(low, high, most) {
-    const step = 10 ** Math.floor(Math.log10((high - low) / most || 1));
-    const width = [1, 2, 5, 10].map((n) => n * step).find((w) => (high - low) / w <= most);
+  function ticks(low, high, maxTicks) {
+    const step = 10 ** Math.floor(Math.log10((high - low) / maxTicks || 1));
+    const width = [1, 2, 5, 10].map((n) => n * step).find((w) => (high - low) / w <= maxTicks);
     const found = [];
     for (let v = Math.ceil(low / width) * width; v <= high + width * 1e-6; v += width) found.push(Math.round(v / width) * width);
     return found;
@@ -155,14 +155,14 @@
     const values = rows.map(key).filter((v) => v !== null);
     const now = shown.map(key).filter((v) => v !== null).sort((a, b) => a - b);
     const median = now.length ? number(now[now.length >> 1]) + (unit && " " + unit) : "–";
-    const card = make("figure", { class: "card" }, make("figcaption", { title: "In the middle below: the median of what is shown" }, title));
+    const card = make("figure", { class: "card" }, make("figcaption", { title: "The number in the middle is the median of the series shown" }, title));
     if (!values.length) return card;
     const sorted = values.slice().sort((a, b) => a - b);
     const share = (q) => sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))];
     let [low, high] = [share(0), share(1)];
-    if (sorted.length > 100) [low, high] = [share(.002), share(.998)]; /* a slip of one series must not flatten all others */
-    const one = low === high;
-    if (one) [low, high] = [low - .5, high + .5];
+    if (sorted.length > 100) [low, high] = [share(.002), share(.998)]; /* ignore outliers, which would compress the scale */
+    const constant = low === high;
+    if (constant) [low, high] = [low - .5, high + .5];
     const bin = (v) => Math.max(0, Math.min(BINS - 1, Math.floor((v - low) / (high - low) * BINS)));
     const count = (list) => list.reduce((bins, v) => { bins[bin(v)] += 1; return bins; }, new Array(BINS).fill(0));
     const all = count(values), some = count(now);
@@ -174,7 +174,7 @@
         if (list[n]) chart.append(draw("rect", { class: kind, x: n + .08, width: .84, y: H - height(list[n]), height: height(list[n]) },
           draw("title", {}, `${number(low + n * (high - low) / BINS)} to ${number(low + (n + 1) * (high - low) / BINS)} ${unit}: ${some[n]} of ${all[n]} series`)));
     }
-    card.append(chart, make("p", { class: "ends" }, [one ? "" : number(low), median, one ? "" : number(high)].map((text) => make("span", {}, text || "\u00a0"))));
+    card.append(chart, make("p", { class: "ends" }, [constant ? "" : number(low), median, constant ? "" : number(high)].map((text) => make("span", {}, text || "\u00a0"))));
     return card;
   }
   const showDistributions = () => byId("distributions").replaceChildren(...DISTRIBUTIONS.map(distribution));
@@ -216,17 +216,17 @@
       if (hu === null || hu < low || hu > high) continue;
       const side = x(hu) > W - 90 ? "end" : "start";
       chart.append(draw("line", { class: "peak", x1: x(hu), x2: x(hu), y1: TOP, y2: H }));
-      chart.append(draw("text", { class: "peak-name", x: x(hu) + (side === "end" ? -4 : 4), y: TOP + 8, "text-anchor": side }, `${name} ${whole(hu)}`));
+      chart.append(draw("text", { class: "peak-name", x: x(hu) + (side === "end" ? -4 : 4), y: TOP + 8, "text-anchor": side }, `${name} ${integer(hu)}`));
     }
     chart.append(draw("line", { class: "axis", x1: 0, x2: W, y1: H, y2: H }));
-    for (const v of nice(low, high, 8)) {
+    for (const v of ticks(low, high, 8)) {
       const anchor = x(v) < 12 ? "start" : x(v) > W - 12 ? "end" : "middle";
-      chart.append(draw("text", { x: x(v), y: H + 13, "text-anchor": anchor }, whole(v)));
+      chart.append(draw("text", { x: x(v), y: H + 13, "text-anchor": anchor }, integer(v)));
     }
     return make("figure", {}, chart, make("figcaption", {}, label));
   }
 
-  /* One series. */
+  /* Details of one series. */
   const pairs = (list) => make("dl", {}, list.filter(([, value]) => value !== null && value !== "" && value !== undefined)
     .map(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
   const section = (title, ...content) => content.length && content.some(Boolean) ? [make("h3", {}, title), ...content.filter(Boolean)] : [];
@@ -257,18 +257,18 @@
         block.picture ? make("div", { class: "large" }, image(row, block)) : null,
         structures(block.labels),
         row[at.reason] ? section("Reason", make("p", {}, row[at.reason])) : [],
-        section("What stands out", notes([...block.flags, ...block.irregularities])),
+        section("Flags and irregularities", notes([...block.flags, ...block.irregularities])),
         section("Warnings", notes(block.warnings)),
         q ? section("HU of the source", make("div", { class: "charts" },
           histogram(q, -1024, 1600, true, ["air", "lung", "fat", "bone"], "All HU; heights are square roots of shares"),
           histogram(q, -200, 200, false, ["fat", "water", "blood", "muscle", "liver"], "Soft tissue; heights are shares"))) : [],
-        section("In numbers", pairs([
+        section("Metrics", pairs([
           ["Bands", shares],
-          ["HU", row[at.hu_min] === null ? null : `${whole(row[at.hu_min])} to ${whole(row[at.hu_max])}, mean ${number(row[at.hu_mean])}`],
+          ["HU", row[at.hu_min] === null ? null : `${integer(row[at.hu_min])} to ${integer(row[at.hu_max])}, mean ${number(row[at.hu_mean])}`],
           ["Clipped by the window", q && q.below_share !== null ? `${percent(q.below_share)} below, ${percent(q.above_share)} above; ${percent(q.clipped_share)} of what is not air` : null],
           ["Padding", row[at.padding_share] === null ? null : percent(row[at.padding_share])],
           ["Source", block.source_shape ? `${times(block.source_shape, String)} voxels of ${times(row[at.spacing_mm], (v) => number(v, 4))} mm` : `${row[at.slices]} slices`],
-          ["Output", row[at.shape] ? `${times(row[at.shape], String)} voxels of ${times(block.spacing_mm, (v) => number(v, 4))} mm; ${many(block.files, "file")}, ${sized(block.bytes)}` : null],
+          ["Output", row[at.shape] ? `${times(row[at.shape], String)} voxels of ${times(block.spacing_mm, (v) => number(v, 4))} mm; ${counted(block.files, "file")}, ${sized(block.bytes)}` : null],
           ["Time", row[at.seconds] === null ? null : `${number(row[at.seconds], 3)} s: reading ${number(block.read_s, 2)}, processing ${number(block.process_s, 2)}, writing ${number(block.write_s, 2)}` + (block.masks_s === null ? "" : `, masks ${number(block.masks_s, 2)}`)],
           ["Source folder", row[at.source]],
           ["Series", row[at.uid]],
@@ -279,17 +279,17 @@
     dialog.scrollTop = 0;
   }
 
-  /* The frame: what does not change. */
+  /* Static parts of the page: summary, filter controls, table header, legend. */
   const counts = Object.fromEntries(STATUSES.map((name) => [name, rows.filter((r) => r[at.status] === name).length]));
-  byId("about").textContent = `${many(rows.length, "series")}: ` +
+  byId("about").textContent = `${counted(rows.length, "series")}: ` +
     STATUSES.filter((s) => counts[s]).map((s) => `${counts[s].toLocaleString("en")} ${s}`).join(", ") +
-    ` · ${many(rows.reduce((sum, r) => sum + r[at.slices], 0), "slice")} in, ${sized(cohort.bytes)} out · ${cohort.made_by}, ${cohort.made}`;
+    ` · ${counted(rows.reduce((sum, r) => sum + r[at.slices], 0), "slice")} in, ${sized(cohort.bytes)} out · ${cohort.made_by}, ${cohort.made}`;
   for (const name of STATUSES.filter((s) => counts[s]))
     byId("statuses").append(make("button", {
       type: "button", "aria-pressed": "false",
       onclick: (event) => {
-        const on = !wanted.statuses.delete(name);
-        if (on) wanted.statuses.add(name);
+        const on = !filters.statuses.delete(name);
+        if (on) filters.statuses.add(name);
         event.currentTarget.setAttribute("aria-pressed", on);
         select();
       },
@@ -304,28 +304,28 @@
       make("button", { type: "button", onclick: () => sortBy(column) }, column.title, make("span", {}))))));
   byId("flags").append(...Object.entries(cohort.flags).flatMap(([code, text]) => [make("dt", {}, chip(code)), make("dd", {}, text)]),
     make("dt", {}, "others"), make("dd", {}, "Codes of the audit: why a series was rejected, or what was irregular and put right."));
-  byId("bands").append(...cohort.bands.flatMap(([name, low, high]) => [make("dt", {}, name), make("dd", {}, `${whole(low)} to ${whole(high)} HU`)]),
+  byId("bands").append(...cohort.bands.flatMap(([name, low, high]) => [make("dt", {}, name), make("dd", {}, `${integer(low)} to ${integer(high)} HU`)]),
     make("dt", {}, "sources"), make("dd", {}, cohort.sources));
 
   let waiting = 0;
   byId("text").addEventListener("input", (event) => {
     clearTimeout(waiting);
-    wanted.text = event.target.value;
+    filters.text = event.target.value;
     waiting = setTimeout(select, 80);
   });
-  byId("flag").addEventListener("change", (event) => { wanted.flag = event.target.value; select(); });
+  byId("flag").addEventListener("change", (event) => { filters.flag = event.target.value; select(); });
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
   byId("controls").addEventListener("reset", () => {
-    Object.assign(wanted, { text: "", flag: "" });
-    wanted.statuses.clear();
+    Object.assign(filters, { text: "", flag: "" });
+    filters.statuses.clear();
     for (const button of byId("statuses").querySelectorAll("button")) button.setAttribute("aria-pressed", "false");
     select();
   });
-  byId("previous").addEventListener("click", () => turn(-1));
-  byId("next").addEventListener("click", () => turn(1));
+  byId("previous").addEventListener("click", () => turnPage(-1));
+  byId("next").addEventListener("click", () => turnPage(1));
   document.querySelector("tbody").addEventListener("click", (event) => {
-    const line = event.target.closest("tr[data-n]");
-    if (line) showDetail(Number(line.dataset.n));
+    const row = event.target.closest("tr[data-n]");
+    if (row) showDetail(Number(row.dataset.n));
   });
   byId("detail").addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -338,7 +338,7 @@
       byId("text").focus();
     }
   });
-  document.addEventListener("DOMContentLoaded", () => show()); /* by now all pictures are here */
+  document.addEventListener("DOMContentLoaded", () => show()); /* all pictures are loaded now */
   addEventListener("beforeprint", () => { first = 0; show(PRINTED); });
   addEventListener("afterprint", () => show());
   select();

@@ -1,4 +1,4 @@
-"""The comparison's own arithmetic; no rival is needed, and nothing is timed."""
+"""The arithmetic of the comparison; no other program is needed, and nothing is timed."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def _summarised() -> dict[str, dict[str, Any]]:
     return records
 
 
-def test_medians_per_series_and_ratios() -> None:
+def test_a_summary_has_medians_per_series_and_ratios() -> None:
     records = _summarised()
     assert records["floor, float32"]["seconds_per_series"] == 0.5
     ours = records["gpuprep, float32"]
@@ -60,7 +60,7 @@ def test_medians_per_series_and_ratios() -> None:
     assert "ratio_to_gpuprep" not in records["gone"]
 
 
-def test_the_split_is_held_against_the_wall_clock() -> None:
+def test_the_accounted_share_compares_stage_times_with_wall_time() -> None:
     split = _summarised()["gpuprep, float32"]["split"]
     assert split["accounted_share"] == (1 + 1.5 * 4 / 2) / 4
 
@@ -71,28 +71,28 @@ def _result() -> dict[str, Any]:
     return result
 
 
-def test_tables_name_everybody() -> None:
+def test_tables_list_all_contenders() -> None:
     assert "absent: gone is not installed" in report.table(_result())
     assert report.markdown(_result()).count("\n|---") == 2
 
 
-def test_chart(tmp_path: Path) -> None:
+def test_the_chart_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     report.chart(_result(), tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
 
 
-def test_every_contender_has_a_name_of_its_own() -> None:
+def test_names_of_contenders_are_unique() -> None:
     names = [c.name for c in contenders(16, True, Path("scratch"))]
     assert len(names) == len(set(names))
-    assert {"gpuprep, float32", "gpuprep, uint8", "gpuprep, uint8 stack"} <= set(names)  # what ratios are taken to
+    assert {"gpuprep, float32", "gpuprep, uint8", "gpuprep, uint8 stack"} <= set(names)  # references of the ratios
 
 
-def test_the_floor_writes_as_many_bytes(tmp_path: Path) -> None:
+def test_the_floor_writes_files_of_the_given_sizes(tmp_path: Path) -> None:
     folder = tmp_path / "series"
     folder.mkdir()
     (folder / "a.dcm").write_bytes(b"1234")
-    sizes_bytes = [3, floor.PIECE_BYTES, 2 * floor.PIECE_BYTES + 5]
+    sizes_bytes = [3, floor.WRITE_BYTES, 2 * floor.WRITE_BYTES + 5]
     floor.copy(folder, tmp_path / "out", sizes_bytes)
     assert [f.stat().st_size for f in sorted((tmp_path / "out").iterdir())] == sizes_bytes
 
@@ -100,16 +100,16 @@ def test_the_floor_writes_as_many_bytes(tmp_path: Path) -> None:
 def test_gpuprep_agrees_with_the_reference_and_a_shifted_volume_does_not(tmp_path: Path) -> None:
     folder = tmp_path / "dicom" / "patient"
     write_series(folder, thorax((8, 48, 48), SPACING_MM), SPACING_MM)
-    told = with_gpuprep.convert_all([folder], tmp_path / "out", recipe={})
+    converted = with_gpuprep.convert_all([folder], tmp_path / "out", recipe={})
     hu, spacing_mm = agreement.hounsfield(folder)
     expected = agreement.reference(hu, spacing_mm, order=3)
-    values = agreement.read_output(tmp_path / "out" / told["outputs"]["patient"])
+    values = agreement.read_output(tmp_path / "out" / converted["outputs"]["patient"])
     assert agreement.largest_difference_hu(values, expected) <= agreement.tolerance_hu("float32")
     assert agreement.largest_difference_hu(np.roll(values, 1, axis=2), expected) > agreement.tolerance_hu("uint8")
-    assert set(told["split"]) >= {"scan_s", "read_s", "process_s", "write_s"}
+    assert set(converted["split"]) >= {"scan_s", "read_s", "process_s", "write_s"}
 
 
-def test_a_stack_reads_as_slices_do(tmp_path: Path) -> None:
+def test_a_stack_and_slices_are_read_alike(tmp_path: Path) -> None:
     values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     for name in ("stack", "slices"):
         (tmp_path / name).mkdir()
@@ -121,12 +121,12 @@ def test_a_stack_reads_as_slices_do(tmp_path: Path) -> None:
     np.testing.assert_array_equal(slices, values / np.float32(255))
 
 
-def test_a_border_is_left_out_but_never_all() -> None:
+def test_at_least_the_middle_third_remains_inside_the_border() -> None:
     assert agreement.inner((24, 60), (8, 60), border=2) == (slice(6, 18), slice(2, 58))
     assert agreement.inner((9,), (3,), border=8) == (slice(3, 6),)
 
 
-def test_what_a_contender_raises_is_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_a_contender_are_returned_as_its_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not installed" in answer("nothing_of_that_name", {}, [], tmp_path)["absent"]
     assert "TypeError" in answer("floor", {}, [], tmp_path)["failed"]
     assert "Traceback" in capsys.readouterr().err
@@ -140,5 +140,5 @@ def test_what_a_contender_raises_is_an_answer(tmp_path: Path, capsys: pytest.Cap
         ("--data ../ct ./here", "--data ../ct ./here"),
     ],
 )
-def test_results_name_no_folders_of_the_machine(text: str, expected: str) -> None:
+def test_paths_in_results_are_cut_to_their_last_part(text: str, expected: str) -> None:
     assert without_paths(text) == expected

@@ -1,6 +1,6 @@
-"""The CUDA source of the fused passes, compiled for the host by a C++ compiler, against the passes that they replace.
+"""The CUDA source of the fused kernels, compiled for the host by a C++ compiler, against `gpuprep.core.hounsfield`.
 
-What is emulated is CuPy's frame around the source: one element after the other, arguments by value or as pointers.
+The tests emulate the code that CuPy puts around the source: a loop over elements, arguments by value or as pointers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ extern "C" void run({declared}) {{
 
 
 def compiled(kernel: Kernel, voxel: str, folder: Path) -> Callable[..., NDArray[Any]]:
-    """Return the kernel for one type of voxel, as a function of its inputs that returns its output."""
+    """Return the kernel for one voxel type as a Python function of its inputs."""
     declared, elements, raw = ["ptrdiff_t _count"], [], []
     inputs = [(p.split()[-2], p.split()[-1], p.split()[0] == "raw") for p in kernel.inputs.split(", ")]
     ((out_type, out_name),) = [p.split() for p in kernel.outputs.split(", ")]
@@ -53,7 +53,7 @@ def compiled(kernel: Kernel, voxel: str, folder: Path) -> Callable[..., NDArray[
         c = C_TYPES[voxel if kind == "T" else kind]
         if is_raw:
             declared.append(f"const {c}* {name}")
-        elif n == 0 or n == len(inputs):  # the voxels, in and out
+        elif n == 0 or n == len(inputs):  # voxel arrays: input and output
             declared.append(f"{c}* _raw_{name}")
             elements.append(f"{c}& {name} = _raw_{name}[i];")
         else:
@@ -87,11 +87,11 @@ def compiled(kernel: Kernel, voxel: str, folder: Path) -> Callable[..., NDArray[
 @needs_compiler
 @pytest.mark.parametrize("rule", ["air", "keep", "minus2000-to-0"])
 @pytest.mark.parametrize("dtype", ["int16", "uint16", "int32"])
-def test_stored_values_become_hu_to_the_bit(tmp_path: Path, dtype: str, rule: str) -> None:
+def test_hu_of_the_kernel_are_bit_identical(tmp_path: Path, dtype: str, rule: str) -> None:
     rng = np.random.default_rng(1)
     low, high = (-3100, 40000) if dtype == "int32" else (-3100, 32767) if dtype == "int16" else (0, 65535)
     stored = rng.integers(low, high, (5, 17, 13), endpoint=True).astype(dtype)
-    stored[1, 2, :4] = np.array([-2000, 0, 63536 - 65536, 7]).astype(dtype)  # 63536 has the bits of −2000
+    stored[1, 2, :4] = np.array([-2000, 0, 63536 - 65536, 7]).astype(dtype)  # as uint16, −2000 is 63536
     slope = np.array([1, 0.7310585, 2.5, -1, 1.0000001], np.float32)
     intercept = np.array([-1024, -1000.1, 0.3, 0, -8192], np.float32)
     padding = np.array([[1, 0], [0, 5], [-20 if low else 20, 500], [32767, 32767], [1, 0]]).astype(dtype)
@@ -111,7 +111,7 @@ def test_stored_values_become_hu_to_the_bit(tmp_path: Path, dtype: str, rule: st
 @needs_compiler
 @pytest.mark.parametrize("window", [None, (-1000.0, 400.0), (-1350.5, 149.25)])
 @pytest.mark.parametrize("dtype", ["float32", "uint8", "uint16", "int16"])
-def test_window_and_output_types_are_the_same_to_the_bit(
+def test_window_and_quantisation_of_the_kernels_are_bit_identical(
     tmp_path: Path, dtype: str, window: tuple[float, float] | None
 ) -> None:
     rng = np.random.default_rng(2)
@@ -119,7 +119,7 @@ def test_window_and_output_types_are_the_same_to_the_bit(
         [
             rng.uniform(-40_000, 80_000, 4000),
             rng.uniform(-1400, 500, 20_000),
-            np.arange(-1400, 500, 0.5),  # halves are rounded to even
+            np.arange(-1400, 500, 0.5),  # halves, which are rounded to even
             [-1000, 400, 32767.5, -32768.5, 65535.5, 255.5, 0.5, 1.5, -0.5],
         ]
     ).astype(np.float32)
@@ -139,8 +139,8 @@ def test_window_and_output_types_are_the_same_to_the_bit(
     np.testing.assert_array_equal(out, expected)
 
 
-def test_no_number_in_a_kernel_comes_from_a_series() -> None:
-    # Whatever differs between series is an argument: a kernel is compiled per type, not per shape or recipe.
+def test_kernels_contain_no_constants_of_a_series() -> None:
+    # Values that differ between series are arguments, so a kernel is compiled per type and not per shape or recipe.
     for kernel in (cuda_kernels.HU, cuda_kernels.WINDOW, cuda_kernels.QUANTISE):
         numbers = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", kernel.operation))
         assert numbers <= {"0", "1", "2", "2000", "1000.0", "1024.0"}

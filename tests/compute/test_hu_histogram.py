@@ -1,4 +1,4 @@
-"""The distribution of HU, what it is reduced to, and what is raised as a flag; the small picture of a volume."""
+"""HU histogram, its metrics and flags; the preview picture of a volume."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ from gpuprep.output.records import SeriesResult
 from gpuprep.testing import write_series
 
 QUALITY: dict[str, Any] = {"air_peak_hu": -1000, "tissue_peak_hu": 50, "clipped_share": 0.01}
-USUAL = SeriesResult(
+UNREMARKABLE = SeriesResult(
     key="1.2", series_uid="1.2", study_uid="1", series_number=1, source="/data/p", status="ok", slices=100,
     source_spacing_mm=(2.5, 0.7, 0.7), padding_share=0.2, quality=QUALITY,
 )  # fmt: skip
 
 
 def histogram(hu: dict[int, int], window_hu: tuple[float, float] | None = None) -> Histogram:
-    """Return the histogram of so many voxels of each HU, stored as HU + 1024."""
-    made = Histogram(window_hu)
-    made.add(np.repeat(np.array([v + 1024 for v in hu], dtype=np.int16), list(hu.values())), 1.0, -1024.0)
-    return made
+    """Return a histogram from numbers of voxels by HU; stored values are HU + 1024."""
+    counted = Histogram(window_hu)
+    counted.add(np.repeat(np.array([v + 1024 for v in hu], dtype=np.int16), list(hu.values())), 1.0, -1024.0)
+    return counted
 
 
-def hill(top: int, width: int = 20) -> dict[int, int]:
-    """Return a symmetric hill of voxels: most at its top."""
+def triangle(top: int, width: int = 20) -> dict[int, int]:
+    """Return numbers of voxels by HU that form a triangular peak at `top`."""
     return {top + d: 10 * (width - abs(d)) for d in range(-width + 1, width)}
 
 
-def test_stored_values_count_as_what_their_rescale_makes_of_them() -> None:
-    made = Histogram()
-    # 2 · v − 1024: −1000, 0, 40 and 50 HU; then v − 1000, of other slices: 0, 50 HU.
-    made.add(np.array([[12, 512], [532, 537]], dtype=np.uint16), 2.0, -1024.0)
-    made.add(np.array([1000, 1050], dtype=np.uint16), 1.0, -1000.0)
-    counts = {int(n) - 1024: int(made.counts[n]) for n in np.flatnonzero(made.counts)}
+def test_stored_values_are_counted_as_hu_by_the_rescale_of_their_slice() -> None:
+    counted = Histogram()
+    # 2 · v − 1024: −1000, 0, 40 and 50 HU; then another slice with v − 1000: 0, 50 HU.
+    counted.add(np.array([[12, 512], [532, 537]], dtype=np.uint16), 2.0, -1024.0)
+    counted.add(np.array([1000, 1050], dtype=np.uint16), 1.0, -1000.0)
+    counts = {int(n) - 1024: int(counted.counts[n]) for n in np.flatnonzero(counted.counts)}
     assert counts == {-1000: 1, 0: 2, 40: 1, 50: 2}
-    found = made.to_dict()
+    found = counted.to_dict()
     assert found is not None
     assert found["voxels"] == 6
     assert found["bands"] == pytest.approx(
@@ -65,44 +65,45 @@ def test_stored_values_count_as_what_their_rescale_makes_of_them() -> None:
     assert found["below_share"] is found["above_share"] is found["clipped_share"] is None
 
 
-def test_padding_does_not_count_declared_or_not() -> None:
-    made = Histogram()
+def test_declared_and_undeclared_padding_is_not_counted() -> None:
+    counted = Histogram()
     stored = np.array([-2000, -1025, -1024, 40, 41, 5000], dtype=np.int16)
-    made.add(stored, 1.0, 0.0, np.array([40, 40], dtype=np.int16))
-    assert {int(n) - 1024 for n in np.flatnonzero(made.counts)} == {-1024, 41, 3071}  # 5000 as the highest
-    assert made.voxels == 3
+    counted.add(stored, 1.0, 0.0, np.array([40, 40], dtype=np.int16))
+    assert {int(n) - 1024 for n in np.flatnonzero(counted.counts)} == {-1024, 41, 3071}  # 5000 is in the highest bin
+    assert counted.voxels == 3
     empty = Histogram((-1000, 400))
     empty.add(np.array([-3000], dtype=np.int16), 1.0, 0.0)
     assert empty.to_dict() is None
 
 
-def test_what_the_window_cuts() -> None:
-    # Of 100 voxels: 20 air below the window, 10 at its edges, 60 inside, 8 above; 2 at −900 HU, below and not air.
+def test_clipped_shares_count_voxels_outside_the_window() -> None:
+    # Of 100 voxels, 20 are air below the window, 10 lie on its limits, 60 inside, 8 above; 2 at −900 HU are below it,
+    # but not air.
     found = histogram({-1000: 20, -500: 5, 100: 5, 0: 60, 101: 8, -900: 2}, (-500, 100)).to_dict()
     assert found is not None
     assert (found["below_share"], found["above_share"]) == (0.22, 0.08)
     assert found["clipped_share"] == 10 / 80
 
 
-def test_peaks_are_where_most_voxels_are() -> None:
-    made = histogram(hill(-993) | hill(47) | hill(-105) | {-1024: 9000, 0: 1})
-    assert (made.peak_hu(-1100, -925), made.peak_hu(-60, 200)) == (-993, 47)
+def test_peaks_are_at_the_hu_with_most_voxels() -> None:
+    counted = histogram(triangle(-993) | triangle(47) | triangle(-105) | {-1024: 9000, 0: 1})
+    assert (counted.peak_hu(-1100, -925), counted.peak_hu(-60, 200)) == (-993, 47)
 
 
 @pytest.mark.parametrize(
-    "hu", [hill(-100), {-1024: 5000}, hill(700), hill(-60, 30) | {150: 3, 152: 3}, {700: 100_000, 50: 5}]
+    "hu", [triangle(-100), {-1024: 5000}, triangle(700), triangle(-60, 30) | {150: 3, 152: 3}, {700: 100_000, 50: 5}]
 )
-def test_a_slope_a_few_voxels_or_what_lies_elsewhere_are_no_peak(hu: dict[int, int]) -> None:
-    made = histogram(hu)
-    assert made.peak_hu(-50, 200) is None
-    assert made.peak_hu(-1100, -925) is None
+def test_a_slope_a_few_voxels_or_a_peak_outside_the_range_give_no_peak(hu: dict[int, int]) -> None:
+    counted = histogram(hu)
+    assert counted.peak_hu(-50, 200) is None
+    assert counted.peak_hu(-1100, -925) is None
 
 
-def test_a_stored_histogram_has_fine_bins_where_soft_tissues_lie() -> None:
+def test_a_stored_histogram_has_narrow_bins_in_the_range_of_soft_tissue() -> None:
     found = histogram({-1000: 1, -993: 1, 0: 2, 7: 1, 8: 1, 330: 1, 1024: 1, 3000: 2}).to_dict()
     assert found is not None
     parts = found["histogram"]["parts"]
-    # 52 bins of 16 HU from −1024, 64 of 8 from −192, 22 of 32 from 320, 16 of 128 from 1024 to 3072.
+    # 52 bins of 16 HU from −1024, 64 of 8 HU from −192, 22 of 32 HU from 320, 16 of 128 HU from 1024 to 3072.
     assert found["histogram"]["steps"] == [[-1024, 16], [-192, 8], [320, 32], [1024, 128], [3072, 0]]
     assert len(parts) == 52 + 64 + 22 + 16
     assert {n: v for n, v in enumerate(parts) if v} == {
@@ -121,15 +122,15 @@ SLICES = st.lists(
 
 
 @given(SLICES, st.sampled_from([np.int16, np.int32]))
-def test_any_slices_are_counted_as_one_by_one(
+def test_counts_of_random_slices_equal_a_voxel_by_voxel_count(
     slices: list[tuple[list[int], float, float, tuple[int, int] | None]], dtype: Any
 ) -> None:
-    made = Histogram((-200, 300))
+    counted = Histogram((-200, 300))
     expected: Counter[int] = Counter()
     outside = [0, 0]
     for values, slope, intercept, padding in slices:
         declared = None if padding is None else (padding[0], padding[0] + padding[1])
-        made.add(np.array(values, dtype=dtype), slope, intercept, None if declared is None else np.array(declared))
+        counted.add(np.array(values, dtype=dtype), slope, intercept, None if declared is None else np.array(declared))
         for v in values:
             hu = v * slope + intercept
             if hu < -1024 or (declared is not None and declared[0] <= v <= declared[1]):
@@ -137,20 +138,20 @@ def test_any_slices_are_counted_as_one_by_one(
             expected[min(3071, max(-1024, round(hu)))] += 1
             outside[0] += hu < -200
             outside[1] += hu > 300
-    assert {int(n) - 1024: int(made.counts[n]) for n in np.flatnonzero(made.counts)} == dict(expected)
-    found = made.to_dict()
+    assert {int(n) - 1024: int(counted.counts[n]) for n in np.flatnonzero(counted.counts)} == dict(expected)
+    found = counted.to_dict()
     if found is not None:
         shares = found["below_share"], found["above_share"]
         assert shares == tuple(pytest.approx(n / expected.total(), abs=1e-5) for n in outside)
 
 
-def test_a_large_slice_is_looked_at_in_every_nth_row_and_column() -> None:
+def test_a_large_slice_is_sampled_in_every_nth_row_and_column() -> None:
     values = np.arange(512 * 700).reshape(512, 700)
     assert sampled(values).tolist() == values[::4, ::5].tolist()
     assert sampled(values[:127, :255]).tolist() == values[:127, :255].tolist()
 
 
-def test_a_reader_counts_what_it_reads(tmp_path: Path) -> None:
+def test_a_reader_counts_sampled_voxels_of_the_slices_it_reads(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     stored = rng.integers(0, 2000, (4, 256, 300)).astype(np.int16)
     write_series(tmp_path / "ct", stored, (2.0, 1.0, 1.0))
@@ -162,7 +163,7 @@ def test_a_reader_counts_what_it_reads(tmp_path: Path) -> None:
         assert reader.histogram.counts.tolist() == np.bincount(stored[:, ::2, ::2].ravel(), minlength=4096).tolist()
 
 
-def test_fill_that_nobody_declared_does_not_count(tmp_path: Path) -> None:
+def test_undeclared_fill_around_the_circle_is_not_counted(tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
     stored = rng.integers(900, 1100, (3, 64, 64)).astype(np.int16)
     y, x = np.ogrid[:64, :64]
@@ -177,7 +178,7 @@ def test_fill_that_nobody_declared_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "changed", "said"),
+    ("code", "changed", "text"),
     [
         ("air-peak", {"quality": QUALITY | {"air_peak_hu": -976}}, "air peaks at −976 HU instead of −1000"),
         ("tissue-peak", {"quality": QUALITY | {"tissue_peak_hu": 140}}, "soft tissue peaks at 140 HU"),
@@ -191,30 +192,30 @@ def test_fill_that_nobody_declared_does_not_count(tmp_path: Path) -> None:
         ("clipped", {"quality": QUALITY | {"clipped_share": 0.25}}, "the window clips 25% of what is not air"),
     ],
 )
-def test_what_stands_out_is_flagged(code: str, changed: dict[str, Any], said: str) -> None:
-    assert flags(USUAL) == []
-    assert flags(replace(USUAL, **changed)) == [(code, said)]
+def test_a_metric_outside_its_thresholds_is_flagged(code: str, changed: dict[str, Any], text: str) -> None:
+    assert flags(UNREMARKABLE) == []
+    assert flags(replace(UNREMARKABLE, **changed)) == [(code, text)]
     assert code in FLAGS
 
 
-def test_a_series_without_metrics_is_flagged_for_what_is_known() -> None:
-    older = replace(USUAL, quality=None, padding_share=None, source_spacing_mm=None)
+def test_missing_metrics_raise_no_flags() -> None:
+    older = replace(UNREMARKABLE, quality=None, padding_share=None, source_spacing_mm=None)
     assert flags(older) == []
-    assert flags(replace(USUAL, quality=QUALITY | {"air_peak_hu": None})) == []  # none within a body
+    assert flags(replace(UNREMARKABLE, quality=QUALITY | {"air_peak_hu": None})) == []  # no air in the field of view
 
 
-# The picture.
+# Preview picture
 
 
 def planes(values: NDArray[Any]) -> Planes:
-    """Return the planes of a volume whose chunks are of uneven sizes."""
-    made = Planes((len(values), values.shape[1], values.shape[2]))
-    passed = list(made.passing(iter([values[:1], values[1:4], values[4:]])))
+    """Return the middle planes of a volume that is passed in chunks of different sizes."""
+    counted = Planes((len(values), values.shape[1], values.shape[2]))
+    passed = list(counted.passing(iter([values[:1], values[1:4], values[4:]])))
     assert np.array_equal(np.concatenate(passed), values)
-    return made
+    return counted
 
 
-def test_middle_planes_are_kept_as_chunks_pass() -> None:
+def test_middle_planes_are_collected_from_passing_chunks() -> None:
     values = np.arange(7 * 6 * 5, dtype=np.float32).reshape(7, 6, 5)
     across, along_rows, along_columns = planes(values).values
     assert across.tolist() == values[3].tolist()
@@ -236,28 +237,28 @@ def test_planes_are_side_by_side_in_true_proportions() -> None:
     assert shown.shape == (HEIGHT, 64 + GAP + 64 + GAP + 128, 3)
     across, front, side = shown[:, :64], shown[:, 68:132], shown[:, 136:]
     assert np.unique(across[:64]).tolist() == [255]
-    assert np.unique(across[64:]).tolist() == [128]  # 0 HU is in the middle: 127.5, rounded to even
-    assert np.unique(front[:2]).tolist() == [255]  # upwards is up
+    assert np.unique(across[64:]).tolist() == [128]  # 0 HU is the middle of the range: 127.5, rounded to even
+    assert np.unique(front[:2]).tolist() == [255]  # the topmost slice is on top
     assert np.unique(front[2:]).tolist() == [128]
     assert np.unique(side[2:, :64]).tolist() == [255]
     assert np.unique(side[2:, 64:]).tolist() == [128]
     assert np.unique(shown[:, 64:68]).tolist() == [0]
 
 
-def test_a_flat_volume_is_no_wider_than_a_plane_may_be() -> None:
+def test_planes_of_a_flat_volume_are_limited_in_width() -> None:
     shown = picture(planes(np.ones((8, 100, 100))), axial((8, 100, 100), (5.0, 4.0, 4.0)), 0.0, 1.0)
-    # 40 × 400 × 400 mm: 128 × 128, then 160 wide and 16 high, in the middle.
+    # 40 × 400 × 400 mm: one plane of 128 × 128 pixels and two of 160 × 16 pixels, centred vertically.
     assert shown.shape == (HEIGHT, HEIGHT + GAP + WIDTH + GAP + WIDTH, 3)
     lit = np.flatnonzero(shown[:, 140, 0])
     assert (lit[0], lit[-1]) == (56, 71)
 
 
-def test_structures_are_outlined_each_in_its_colour() -> None:
+def test_each_structure_is_outlined_in_its_own_colour() -> None:
     grid = axial((128, 128, 128), (1.0, 1.0, 1.0))
     one, other = (np.zeros((128, 128, 128), dtype=np.uint8) for _ in range(2))
     one[50:80, 40:90, 60:70] = 1
     one[50:80, 10:20, 60:70] = 2
-    other[60:70, 100:110, 60:70] = 1  # of a volume of its own, the second
+    other[60:70, 100:110, 60:70] = 1  # label 1 of the second volume has the second colour
     shown = picture(None, grid, 0.0, 1.0, [planes(one), planes(other)])
     across = shown[:, :128]
     expected = np.zeros((128, 128, 3), dtype=np.uint8)
@@ -278,7 +279,7 @@ def test_a_picture_survives_jpeg() -> None:
     assert np.abs(imagecodecs.jpeg8_decode(data).astype(int) - pixels).max() < 16
 
 
-# Through the pipeline.
+# Pipeline
 
 
 @pytest.mark.parametrize("format_", ["tif", "tif-stack"])
@@ -299,7 +300,8 @@ def test_metrics_and_picture_are_part_of_an_output(
     assert sidecar["source"]["quality"] == result.quality
     preview = folder / "preview.jpg"
     assert sidecar["outputs"]["preview.jpg"] == {"bytes": preview.stat().st_size, "crc32": checksum(preview)}
-    # 15 × 16 × 16.8 mm. Across, 16 mm are 128 pixels, 16.8 mm 134; then 15 mm are 128, 16.8 mm 143, 16 mm 137.
+    # 15 × 16 × 16.8 mm. In the first plane 16 mm are 128 pixels and 16.8 mm are 134. In the others 15 mm are 128
+    # pixels, so 16.8 mm are 143 and 16 mm are 137.
     shown = imagecodecs.jpeg8_decode(preview.read_bytes())
     assert shown.shape == (128, 134 + GAP + 143 + GAP + 137, 3)
     expected = np.clip((hu[3] + 1000) / 1400, 0, 1) * 255
@@ -307,16 +309,16 @@ def test_metrics_and_picture_are_part_of_an_output(
     assert np.corrcoef(seen.ravel(), expected[[(6 * n + 3) * 20 // 128 for n in range(20)]].ravel())[0, 1] > 0.9
 
 
-def test_an_output_whose_record_was_lost_keeps_its_metrics(small_series: Path, tmp_path: Path) -> None:
+def test_metrics_survive_the_loss_of_the_manifest(small_series: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (first,) = gpuprep.convert(small_series, out, Recipe(size=(8, 8)), backend="cpu").results
     (out / "manifest.sqlite").unlink()
     (again,) = gpuprep.convert(small_series, out, Recipe(size=(8, 8)), backend="cpu").results
     assert again.quality == first.quality is not None
-    assert again.read_s == 0  # recognised, and not made again
+    assert again.read_s == 0  # the output was recognised, not converted again
 
 
-def test_a_manifest_without_metrics_is_taken_on(small_series: Path, tmp_path: Path) -> None:
+def test_a_manifest_without_a_column_for_metrics_can_be_continued(small_series: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     gpuprep.convert(small_series, out, Recipe(size=(8, 8)), backend="cpu")
     with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as old:

@@ -1,4 +1,4 @@
-"""The predicted memory of a device, against what the same arithmetic really takes on the host."""
+"""Predicted device and host memory against the traced memory of the same computation on the host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gpuprep.core.recipe import Recipe
 
 
 class Fused(NumpyBackend):
-    """The host with passes that take no memory but for their result, as a GPU's fused ones."""
+    """CPU backend whose element-wise passes allocate only their result, like the fused kernels of a GPU."""
 
     def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
         out = np.empty(stored.shape, np.float32)
@@ -46,10 +46,10 @@ class Fused(NumpyBackend):
         return out
 
 
-def peak(shape: tuple[int, int, int], spacing: Any, recipe: Recipe, backend: NumpyBackend, engine: Engine) -> int:
+def peak_bytes(shape: tuple[int, int, int], spacing: Any, recipe: Recipe, backend: NumpyBackend, engine: Engine) -> int:
     volume = stored_volume(np.zeros(shape, np.int16), spacing)
     plan = make_plan(volume.geometry, recipe)
-    for _ in host_chunks(volume, plan, backend, engine):  # operators are cached, and not the device's
+    for _ in host_chunks(volume, plan, backend, engine):  # fills the cache of operators, which is not device memory
         pass
     tracemalloc.start()
     try:
@@ -71,16 +71,16 @@ def peak(shape: tuple[int, int, int], spacing: Any, recipe: Recipe, backend: Num
     ],
 )
 @pytest.mark.parametrize("engine", ["operators", "ndimage"])
-def test_a_prediction_is_an_upper_estimate_and_not_far_off(
+def test_predicted_device_memory_is_at_most_four_times_the_traced_memory(
     shape: tuple[int, int, int], spacing: Any, recipe: Recipe, engine: Engine
 ) -> None:
     backend = Fused("matmul")
     backend.chunk_slices, backend.slab_slices = 32, 16
     plan = make_plan(axial(shape, spacing), recipe)
     predicted = device_bytes(plan, backend, engine)
-    real = peak(shape, spacing, recipe, backend, engine)
-    # The host makes no copies for `matmul`, pads nothing for a prefilter and holds no integers twice.
-    assert real <= predicted <= 4 * real, (real, predicted)
+    traced = peak_bytes(shape, spacing, recipe, backend, engine)
+    # The host makes no copies for `matmul`, has no padding for a prefilter, and holds the integers once.
+    assert traced <= predicted <= 4 * traced, (traced, predicted)
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,17 @@ def test_a_prediction_is_an_upper_estimate_and_not_far_off(
         ((40, 96, 96), (1.25, 1.5, 1.5), Recipe(size=(96, 96), dtype="uint8"), "ndimage"),
     ],
 )
-def test_what_a_series_takes_on_the_host_is_within_a_quarter_of_what_was_said(
+def test_predicted_host_memory_is_within_25_percent_of_the_traced_memory(
     shape: tuple[int, int, int], spacing: Any, recipe: Recipe, engine: Engine
 ) -> None:
     backend = NumpyBackend("loops")
     predicted = host_bytes(make_plan(axial(shape, spacing), recipe), backend, engine)
-    # The series is in memory here, which the reader never has it; the slice that is read is a view of it.
-    real = peak(shape, spacing, recipe, backend, engine)
-    assert 0.75 * real <= predicted <= 1.25 * real, (real, predicted)
+    # Unlike with the reader, the whole series is in memory here, and slices are views of it.
+    traced = peak_bytes(shape, spacing, recipe, backend, engine)
+    assert 0.75 * traced <= predicted <= 1.25 * traced, (traced, predicted)
 
 
-def test_memory_that_a_container_or_the_machine_has_left() -> None:
+def test_free_host_memory_is_positive_and_at_most_the_total() -> None:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         pytest.skip("no /proc/meminfo: not Linux")
@@ -116,12 +116,12 @@ def test_memory_that_a_container_or_the_machine_has_left() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "MemTotal: 5 kB\n", "MemAvailable:\n", "MemAvailable: many kB\n"])
-def test_a_system_that_does_not_say_what_is_left(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_host_memory_is_none_if_it_cannot_be_read(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_: text)
     assert host_bytes_free() is None
 
 
-def test_smaller_chunks_need_less() -> None:
+def test_smaller_chunks_need_less_memory() -> None:
     plan = make_plan(axial((400, 512, 512), (1.25, 0.7, 0.7)), Recipe(dtype="uint8"))
     backend = NumpyBackend("matmul")
     predictions = []
@@ -130,14 +130,14 @@ def test_smaller_chunks_need_less() -> None:
         predictions.append(device_bytes(plan, backend, "operators"))
     first, second, third = predictions
     assert third < second / 2 < first / 4
-    # Nothing of it grows with the length of the series…
+    # The estimate does not grow with the number of slices …
     longer = make_plan(axial((4000, 512, 512), (1.25, 0.7, 0.7)), Recipe(dtype="uint8"))
     assert device_bytes(longer, backend, "operators") < 1.05 * third
-    # …unless an axis in the plane becomes the slices, or the library calls are made: one float per voxel, and both.
+    # … except for the engine "ndimage", which holds the whole volume in float32 before and after resampling.
     assert device_bytes(longer, backend, "ndimage") > 4 * (4000 * 512 * 512 + 5000 * 358 * 358)
 
 
-def test_a_turned_stack_is_held_whole() -> None:
+def test_a_stack_with_another_slice_axis_is_held_whole() -> None:
     geometry = axial((300, 256, 256), (1.0, 1.0, 1.0))
     coronal = replace(geometry, affine=geometry.affine[:, [1, 0, 2, 3]])
     plan = make_plan(coronal, Recipe(orient="LPS"))
@@ -145,7 +145,7 @@ def test_a_turned_stack_is_held_whole() -> None:
     assert device_bytes(plan, NumpyBackend("matmul"), "operators") > 4 * 300 * 256 * 256
 
 
-def test_uneven_stacks_are_counted_by_their_slices() -> None:
+def test_uneven_stacks_have_an_estimate() -> None:
     grid = axial((100, 64, 64), (1.0, 1.0, 1.0))
     along = np.sort(np.concatenate([[0.0, 99.0], np.random.default_rng(0).uniform(0, 99, 60)]))
     plan = make_plan(grid, Recipe(size=None), Placement(along, None, (64, 64)))
@@ -156,7 +156,7 @@ def test_uneven_stacks_are_counted_by_their_slices() -> None:
     ("free_gb", "wanted", "expected"),
     [(140, 16, 16), (8, 16, 5), (1, 16, 1), (8, 2, 2)],  # 0.8 · 8 GB / 2 / 0.63 GB = 5.09
 )
-def test_contexts_take_half_of_a_device_at_most(free_gb: int, wanted: int, expected: int) -> None:
+def test_cuda_contexts_take_at_most_half_of_the_usable_memory(free_gb: int, wanted: int, expected: int) -> None:
     free = free_gb * 10**9
     assert workers(free, wanted) == expected
     left = for_volumes(free, expected)

@@ -1,4 +1,4 @@
-"""Reading, copying and computing at the same time, on a stand-in that shows what a GPU would do wrong silently."""
+"""Overlap of reading, copies and computation, on a stand-in for a GPU that makes silent errors visible."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPACING = (3.0, 0.7, 0.8)
 
 
 class Source:
-    """A volume whose slabs can be watched."""
+    """Volume with a replaceable function for reading slabs."""
 
     def __init__(self, volume: StoredVolume, slab: Callable[..., NDArray[Any]]) -> None:
         self.geometry, self.placement = volume.geometry, volume.placement
@@ -34,7 +34,7 @@ class Source:
         self.slab = slab
 
 
-def readers() -> list[str]:
+def reader_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("gpuprep-read")]
 
 
@@ -56,8 +56,8 @@ RECIPES = [
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("engine", ["operators", "ndimage"])
-def test_the_stand_in_gives_what_the_cpu_gives(noise: Any, recipe: Recipe, engine: Engine) -> None:
-    # 31 slices in slabs of 4 and chunks of 8: every buffer is used again several times, the last one in part.
+def test_the_stand_in_gives_the_same_values_as_the_cpu(noise: Any, recipe: Recipe, engine: Engine) -> None:
+    # 31 slices in slabs of 4 and chunks of 8: every buffer is reused several times, and the last one is partly filled.
     volume = stored_volume(noise((31, 40, 37)), SPACING)
     cpu, foreign = NumpyBackend("matmul"), ForeignBackend()
     for backend in (cpu, foreign):
@@ -69,7 +69,7 @@ def test_the_stand_in_gives_what_the_cpu_gives(noise: Any, recipe: Recipe, engin
 
 
 @pytest.mark.parametrize("orientation", [(2, 0, 1), (0, 2, 1)])
-def test_turned_and_flipped_stacks_come_up_in_the_order_they_are_needed(
+def test_reoriented_stacks_are_uploaded_in_the_order_of_processing(
     noise: Any, orientation: tuple[int, int, int]
 ) -> None:
     volume = stored_volume(noise((11, 14, 13)), (1.0, 1.0, 1.0))
@@ -86,28 +86,26 @@ def test_turned_and_flipped_stacks_come_up_in_the_order_they_are_needed(
     np.testing.assert_array_equal(run(volume, recipe, foreign), run(volume, recipe, cpu))
 
 
-def test_without_waiting_for_copies_the_stand_in_gives_something_else(
-    noise: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # So that the tests above are worth something.
+def test_the_stand_in_detects_missing_synchronisation(noise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Shows that the tests above can fail.
     volume = stored_volume(noise((31, 40, 37)), SPACING)
     foreign = ForeignBackend()
     expected = run(volume, RECIPES[0], NumpyBackend("matmul"))
     with monkeypatch.context() as patched:
-        patched.setattr(pinned_transfer, "_landed", lambda _, host: host)
+        patched.setattr(pinned_transfer, "_completed", lambda _, host: host)
         assert not np.array_equal(run(volume, RECIPES[0], foreign), expected)
     monkeypatch.setattr(pinned_transfer._Buffer, "wait", lambda _: None)
     with pytest.raises(AssertionError, match="overwritten while it was copied up"):
         run(volume, RECIPES[0], foreign)
 
 
-def test_the_next_slab_is_read_while_the_device_works_on_one(
+def test_the_next_slab_is_read_while_the_device_processes_one(
     noise: Any, foreign: ForeignBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Each slab's first kernel waits until the slab after it is being read: without reading ahead, for ever.
+    # The first kernel of each slab waits until reading of the next slab has begun. Without reading ahead it times out.
     volume = stored_volume(noise((24, 10, 10)), SPACING)
     begun = {start: threading.Event() for start in (0, 8, 16, 24)}
-    begun[24].set()  # there is none after the last
+    begun[24].set()  # no slab follows the last one
     reading: list[str] = []
 
     def slab(start: int, stop: int, empty: Any) -> NDArray[Any]:
@@ -129,7 +127,7 @@ def test_the_next_slab_is_read_while_the_device_works_on_one(
     assert next(computed, None) is None
 
 
-def test_what_reading_raises_arrives_and_no_thread_is_left(noise: Any, foreign: ForeignBackend) -> None:
+def test_a_read_error_is_raised_and_ends_the_reader_thread(noise: Any, foreign: ForeignBackend) -> None:
     volume = stored_volume(noise((40, 10, 10)), SPACING)
 
     def slab(start: int, stop: int, empty: Any) -> NDArray[Any]:
@@ -140,21 +138,21 @@ def test_what_reading_raises_arrives_and_no_thread_is_left(noise: Any, foreign: 
     with pytest.raises(DecodeError, match="slice 17") as caught:
         run(Source(volume, slab), RECIPES[0], foreign)
     assert caught.value.code == "truncated"
-    assert readers() == []
+    assert reader_threads() == []
 
 
-def test_a_consumer_may_stop_midway(noise: Any, foreign: ForeignBackend) -> None:
+def test_closing_the_iterator_early_ends_the_reader_thread(noise: Any, foreign: ForeignBackend) -> None:
     volume = stored_volume(noise((64, 10, 10)), SPACING)
     chunks: Iterator[Any] = host_chunks(volume, make_plan(volume.geometry, RECIPES[0]), foreign)
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
-    assert readers() == []
+    assert reader_threads() == []
 
 
 @pytest.mark.parametrize("engine", ["operators", "ndimage"])
-@pytest.mark.parametrize("whole", [True, False])
-def test_no_array_outlives_the_session(noise: Any, engine: Engine, whole: bool) -> None:
-    # A cycle would hold device memory until some later collection, while other processes wait for it.
+@pytest.mark.parametrize("to_the_end", [True, False])
+def test_no_array_outlives_the_session(noise: Any, engine: Engine, to_the_end: bool) -> None:
+    # A reference cycle would hold device memory until the next garbage collection, while other processes need it.
     volume = stored_volume(noise((20, 10, 10)), SPACING)
     foreign = ForeignBackend()
     gc.collect()
@@ -162,7 +160,7 @@ def test_no_array_outlives_the_session(noise: Any, engine: Engine, whole: bool) 
     try:
         chunks = host_chunks(volume, make_plan(volume.geometry, RECIPES[1]), foreign, engine)
         next(chunks)
-        if whole:
+        if to_the_end:
             list(chunks)
         del chunks
         alive = [array for array in foreign.arrays if array() is not None]
@@ -173,8 +171,8 @@ def test_no_array_outlives_the_session(noise: Any, engine: Engine, whole: bool) 
 
 
 @pytest.mark.parametrize(("slices", "uploads"), [(1, 1), (8, 1), (9, 2), (31, 4)])
-def test_the_time_of_each_stage_is_told_apart(noise: Any, slices: int, uploads: int) -> None:
-    # One mm, 16 output slices to a chunk along z, 8 of them at a time from there on. 1 mm becomes 1 mm: no other step.
+def test_the_time_of_each_stage_is_measured_separately(noise: Any, slices: int, uploads: int) -> None:
+    # Source and output have 1 mm, so nothing is resampled. Slabs of 8 slices are uploaded, windowed and downloaded.
     volume = stored_volume(noise((slices, 12, 12)), (1.0, 1.0, 1.0))
     seconds: dict[str, float] = {}
     list(host_chunks(volume, make_plan(volume.geometry, Recipe(size=None)), ForeignBackend(), "operators", seconds))
@@ -186,7 +184,7 @@ def test_the_time_of_each_stage_is_told_apart(noise: Any, slices: int, uploads: 
     }
 
 
-def test_the_cpu_needs_no_thread_and_no_copy_and_tells_no_times(noise: Any) -> None:
+def test_the_cpu_uses_no_thread_and_no_copy_and_reports_no_transfer_times(noise: Any) -> None:
     volume = stored_volume(noise((9, 10, 10)), SPACING)
     given: list[NDArray[Any]] = []
 
@@ -202,11 +200,11 @@ def test_the_cpu_needs_no_thread_and_no_copy_and_tells_no_times(noise: Any) -> N
     assert seconds == {}
 
 
-def test_errors_of_a_device_are_told_apart(noise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_memory_and_a_lost_device_are_different_errors(noise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("standin._lost", set())
     volume = stored_volume(noise((9, 30, 30)), SPACING)
     with pytest.raises(DeviceMemoryError, match="out of memory allocating 28800 bytes"):  # 8 × 30 × 30 floats
         run(volume, RECIPES[0], ForeignBackend(largest=20_000))
     with pytest.raises(DeviceLostError, match="illegal memory access"):
         run(volume, RECIPES[0], ForeignBackend(lost_at=9))
-    assert readers() == []
+    assert reader_threads() == []

@@ -38,9 +38,9 @@ def scipy_hu(stored: NDArray[Any], factors: tuple[float, ...], order: int = 3, *
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 5])
 def test_resampling_equals_scipy_in_float64(noise: Any, backend: Backend, engine: Engine, order: int) -> None:
-    # Traps 16, 19: one convention on every backend, and no border of zeros.
+    # Traps 16, 19: the same grid convention on every backend, and no border of zeros.
     stored = noise((9, 40, 37))
-    shape = (27, 27, 26)  # round(9 · 3), round(40 · 0.6816), round(37 · 0.7) by hand
+    shape = (27, 27, 26)  # round(9 · 3), round(40 · 0.6816), round(37 · 0.7)
     factors = tuple(m / n for n, m in zip(stored.shape, shape, strict=True))
     expected = scipy_hu(stored, factors, order, mode="nearest", grid_mode=True)
     values = run(stored_volume(stored, SPACING), replace(HU_ONLY, order=order), backend, engine)
@@ -62,7 +62,7 @@ def test_corner_alignment_equals_scipy_defaults(noise: Any, backend: Backend, en
 def test_classic_recipe_equals_the_library_calls(
     noise: Any, backend: Backend, engine: Engine, size: tuple[int, int]
 ) -> None:
-    # Trap 26: −2000 → 0 before rescale; growing and shrinking, the latter with scikit-image's own anti-aliasing.
+    # Trap 26: −2000 becomes 0 before rescaling. Sizes grow and shrink; scikit-image anti-aliases the latter.
     stored = noise((9, 40, 37))
     stored[:, :3, :5] = -2000
     image = stored.copy()
@@ -94,8 +94,8 @@ def test_constant_volume_stays_constant(backend: Backend, engine: Engine) -> Non
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_anti_aliasing_works_when_on_and_only_then(noise: Any, engine: Engine) -> None:
-    # Trap 20: white noise must lose contrast, a ramp must not change.
+def test_anti_aliasing_is_applied_only_if_requested(noise: Any, engine: Engine) -> None:
+    # Trap 20: white noise must lose contrast, and a ramp must not change.
     recipe = replace(HU_ONLY, spacing_mm=(1.0, 4.0, 4.0), order=1)
     shape = (2, 80, 80)
     sd = {}
@@ -117,7 +117,7 @@ def test_anti_aliasing_works_when_on_and_only_then(noise: Any, engine: Engine) -
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_anti_aliasing_of_the_resize_is_separate(noise: Any, backend: Backend, engine: Engine) -> None:
+def test_anti_aliasing_of_the_resize_can_be_requested_separately(noise: Any, backend: Backend, engine: Engine) -> None:
     stored = noise((3, 40, 40))
     recipe = Recipe(spacing_mm=None, window_hu=None, size=(10, 16), padding="keep", anti_alias="resize")
     hu = stored.astype(np.float64) - 1024
@@ -135,10 +135,10 @@ def test_anti_aliasing_of_the_resize_is_separate(noise: Any, backend: Backend, e
         ("int16", -1000.0, 400.0, [-1000, -1000, 0, 400, 400]),
     ],
 )
-def test_window_and_output_types_by_hand(
+def test_windowed_values_in_each_output_type_equal_values_computed_by_hand(
     backend: Backend, dtype: Any, low: float, high: float, expected: list[float]
 ) -> None:
-    # Trap 28: the window works on floats and quantising comes last.
+    # Trap 28: the window is applied to floats, and quantisation comes last.
     stored = np.broadcast_to(np.array([-976, 24, 1024, 1424, 4095], dtype=np.int16), (2, 3, 5)).copy()
     recipe = Recipe(spacing_mm=None, size=None, window_hu=(low, high), dtype=dtype, padding="keep")
     values = run(stored_volume(stored, (1.0, 1.0, 1.0)), recipe, backend, "operators")
@@ -146,15 +146,15 @@ def test_window_and_output_types_by_hand(
     np.testing.assert_allclose(values[1, 2], expected, atol=1e-6)
 
 
-def test_hu_beyond_12_bits_and_overshoot_survive_int16(backend: Backend) -> None:
-    # Trap 21 and the quirk of HU above 3071: clipped only by the type.
+def test_int16_keeps_hu_beyond_12_bits_up_to_the_limit_of_the_type(backend: Backend) -> None:
+    # Trap 21, and HU above 3071: only the output type clips.
     stored = np.array([[[0, 32767, 0, 60000]]], dtype=np.uint16).repeat(2, axis=0)
     recipe = Recipe(spacing_mm=None, size=None, window_hu=None, dtype="int16", padding="keep")
     values = run(stored_volume(stored, (1.0, 1.0, 1.0)), recipe, backend, "operators")
     assert values[0, 0].tolist() == [-1024, 31743, -1024, 32767]
 
 
-def test_hu_come_back_from_the_stored_values(noise: Any) -> None:
+def test_hu_slope_and_intercept_of_the_output_restore_hu(noise: Any) -> None:
     stored = noise((3, 8, 8))
     for dtype, tolerance in (("float32", 1e-3), ("uint8", 1400 / 255 / 2 + 1e-3), ("uint16", 0.011), ("int16", 1e-3)):
         volume = process(
@@ -177,14 +177,14 @@ def test_pad_and_crop_keep_voxels_about_the_centre(
     values = run(volume, recipe, backend, engine)
     target = make_plan(volume.geometry, recipe).target
     assert values.shape == (2, *size)
-    # Every output voxel that lies on a source voxel has its value, and every other one is air.
+    # Each output voxel that lies on a source voxel has its value; all others are air.
     inverse = np.linalg.inv(volume.geometry.affine)
     for index in np.ndindex(values.shape):
         k, j, i = np.round(inverse[:3, :3] @ target.points_mm(index) + inverse[:3, 3], 6)
         inside = 0 <= j < 5 and 0 <= i < 7
         expected = float(stored[int(k), int(j), int(i)]) - 1024 if inside else -1000.0
         assert values[index] == expected
-    # About the centre: what is cut or added differs by at most one voxel between the two sides.
+    # Centred: the numbers of voxels cropped or added on the two sides differ by at most one.
     before = np.array(make_plan(volume.geometry, recipe).offset)
     after = np.array([5, 7]) - np.array(size) - before
     assert np.abs(after - before).max() <= 1
@@ -192,35 +192,35 @@ def test_pad_and_crop_keep_voxels_about_the_centre(
 
 def test_padded_air_is_in_output_units(noise: Any) -> None:
     volume = stored_volume(noise((2, 5, 7)), (1.0, 1.0, 1.0))
-    plan = Recipe(spacing_mm=None, size=(9, 9), fit="pad", window_hu=(-1200, 800), dtype="uint8")
-    assert run(volume, plan, NumpyBackend(), "operators")[0, 0, 0] == round(200 / 2000 * 255)
+    recipe = Recipe(spacing_mm=None, size=(9, 9), fit="pad", window_hu=(-1200, 800), dtype="uint8")
+    assert run(volume, recipe, NumpyBackend(), "operators")[0, 0, 0] == round(200 / 2000 * 255)
 
 
-def test_pad_refuses_to_cut() -> None:
+def test_fit_pad_refuses_to_crop() -> None:
     with pytest.raises(PlanError, match=r"600 × 600 do not fit into 512 × 512.*--fit crop"):
         make_plan(axial((3, 600, 600), (1.0, 1.0, 1.0)), Recipe(fit="pad"))
 
 
-def test_absurd_output_is_refused_before_memory_is() -> None:
+def test_an_absurdly_large_output_is_refused_when_planning() -> None:
     with pytest.raises(PlanError, match="more than 16384 along an axis"):
         make_plan(axial((3, 512, 512), (3000.0, 1.0, 1.0)), Recipe(spacing_mm=(0.1, 1.0, 1.0)))
 
 
 def test_padding_becomes_air_before_interpolation(backend: Backend) -> None:
-    # Trap 27: a field of −3024 HU beside tissue must not throw a halo: the result equals that of a field of air.
+    # Trap 27: an area of −3024 HU beside tissue must not cause ringing: the result equals that for an area of air.
     stored = np.full((4, 24, 24), 1064, dtype=np.int16)
     stored[:, :, :10] = -2000
     air = stored.copy()
     air[air == -2000] = 24
     volume = replace_padding(stored_volume(stored, (2.0, 0.7, 0.7)), (-2000, -2000))
     recipe = replace(HU_ONLY, padding="air")
-    halo = run(volume, recipe, backend, "operators")
-    clean = run(stored_volume(air, (2.0, 0.7, 0.7)), recipe, backend, "operators")
-    np.testing.assert_array_equal(halo, clean)
+    values = run(volume, recipe, backend, "operators")
+    expected = run(stored_volume(air, (2.0, 0.7, 0.7)), recipe, backend, "operators")
+    np.testing.assert_array_equal(values, expected)
 
 
 def test_undeclared_padding_below_any_ct_number_becomes_air(backend: Backend) -> None:
-    # Trap 26: LIDC fills with −2048 HU and declares something else.
+    # Trap 26: LIDC images are filled with −2048 HU and declare another value.
     stored = np.array([[[-1024, -1, 0, 1, 1024]]], dtype=np.int16).repeat(2, axis=0)
     recipe = Recipe(spacing_mm=None, size=None, window_hu=None)
     values = run(stored_volume(stored, (1.0, 1.0, 1.0)), recipe, backend, "operators")
@@ -240,8 +240,8 @@ def test_each_slice_has_its_own_padding_and_rescale(backend: Backend) -> None:
     assert values[:, 0].tolist() == [[-1000, -80], [25.5, 50.5], [-10, -1000]]
 
 
-def test_unchanged_axes_are_left_alone(noise: Any, backend: Backend) -> None:
-    # No prefilter, no rounding: bit for bit.
+def test_axes_with_an_unchanged_size_are_not_resampled(noise: Any, backend: Backend) -> None:
+    # No prefilter and no rounding: values are bit-identical.
     stored = noise((5, 30, 30))
     recipe = replace(HU_ONLY, spacing_mm=(1.0, 0.999, 1.001), dtype="int16")
     values = run(stored_volume(stored, (1.0, 1.0, 1.0)), recipe, backend, "operators")
@@ -249,7 +249,7 @@ def test_unchanged_axes_are_left_alone(noise: Any, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_integers_go_up_once_and_each_chunk_comes_down_once(
+def test_integers_are_uploaded_once_and_each_chunk_is_downloaded_once(
     noise: Any, foreign: ForeignBackend, engine: Engine
 ) -> None:
     stored = noise((9, 40, 37))
@@ -259,7 +259,7 @@ def test_integers_go_up_once_and_each_chunk_comes_down_once(
     integers = [t for t in up if t[1] == "int16"]
     assert sum(t[2][0] for t in integers) == 9
     assert all(t[2][1:] == (40, 37) for t in integers)
-    assert all(len(t[2]) < 3 for t in up if t[1] != "int16")  # beside them only small tables and vectors
+    assert all(len(t[2]) < 3 for t in up if t[1] != "int16")  # the other uploads are matrices and vectors
     down = [t for t in foreign.transfers if t[0] == "down"]
     assert sum(t[2][0] for t in down) == 27
     assert all(t[1] == "float32" and t[2][1:] == (16, 16) for t in down)
@@ -271,7 +271,7 @@ def test_integers_go_up_once_and_each_chunk_comes_down_once(
 def test_engines_agree_with_anti_aliasing_everywhere(
     noise: Any, foreign: ForeignBackend, align: Any, order: int, spacing: tuple[float, float, float]
 ) -> None:
-    # Shrinking and growing along every axis; more slices than the sliding window of the operators holds.
+    # Each axis shrinks and grows; there are more slices than the sliding window of the operators holds.
     volume = stored_volume(noise((90, 21, 24)), (2.5, 0.8, 0.7))
     recipe = Recipe(
         spacing_mm=spacing, align=align, order=order, anti_alias="both", window_hu=None, size=(9, 40), padding="keep"
@@ -282,7 +282,7 @@ def test_engines_agree_with_anti_aliasing_everywhere(
         assert np.abs(run(volume, recipe, backend, "operators") - expected).max() < 0.01
 
 
-def test_a_chunked_run_equals_a_whole_one(noise: Any) -> None:
+def test_results_do_not_depend_on_the_chunk_size(noise: Any) -> None:
     volume = stored_volume(noise((40, 30, 31)), (2.0, 0.7, 1.3))
     backend = NumpyBackend("matmul")
     whole = np.asarray(process(volume, HU_ONLY, backend=backend))
@@ -291,7 +291,7 @@ def test_a_chunked_run_equals_a_whole_one(noise: Any) -> None:
         np.testing.assert_allclose(np.asarray(process(volume, HU_ONLY, backend=backend)), whole, atol=1e-3)
 
 
-def test_processed_volume_speaks_dlpack_and_numpy(noise: Any) -> None:
+def test_a_processed_volume_supports_dlpack_and_numpy(noise: Any) -> None:
     volume = process(stored_volume(noise((3, 8, 8)), (1.0, 1.0, 1.0)), Recipe(size=None), backend="cpu")
     assert np.shares_memory(np.from_dlpack(volume), volume.values)
     assert np.asarray(volume) is not None

@@ -1,4 +1,4 @@
-"""Labels on the grid of the image, against SimpleITK and SciPy on geometry alone; never interpolated as numbers."""
+"""Label resampling against SimpleITK (nearest) and SciPy (interpolated binary masks)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ from gpuprep.core.geometry import Geometry, Placement
 from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Recipe
 
-How = Literal["nearest", "smooth"]
+Resampling = Literal["nearest", "smooth"]
 
-SHARE = 4 / 256
-"""By so much places between voxels, rounded to 256 parts along each axis, can change a share of a voxel's say."""
+WEIGHT_TOLERANCE = 4 / 256
+"""Upper limit of the error of a voxel's weight from rounding positions to 1/256 voxel along each axis."""
 
 
 def resampled(
-    labels: NDArray[Any], plan: Plan, how: How, backend: Backend | None = None, placement: Placement | None = None
+    labels: NDArray[Any],
+    plan: Plan,
+    resampling: Resampling,
+    backend: Backend | None = None,
+    placement: Placement | None = None,
 ) -> NDArray[Any]:
     backend = backend or NumpyBackend("matmul")
     with backend.session():
-        return np.concatenate([to_numpy(c) for c in label_chunks(labels, plan, placement, how, backend)])
+        return np.concatenate([to_numpy(c) for c in label_chunks(labels, plan, placement, resampling, backend)])
 
 
 def blobs(shape: tuple[int, int, int], count: int = 5, seed: int = 0, dtype: Any = np.uint8) -> NDArray[Any]:
@@ -69,8 +73,8 @@ def by_simpleitk(labels: NDArray[Any], plan: Plan) -> NDArray[Any]:
     )
 
 
-def places(plan: Plan) -> NDArray[np.float64]:
-    """Where the voxels of the output lie in those of the source, by the affines: shape (3, k, j, i)."""
+def source_positions(plan: Plan) -> NDArray[np.float64]:
+    """Return the positions of the output voxels in source voxels, by the affines: shape (3, k, j, i)."""
     index = np.indices(plan.target.shape).reshape(3, -1).T
     source = (plan.target.points_mm(index) - plan.source.affine[:3, 3]) @ np.linalg.inv(plan.source.affine[:3, :3]).T
     return source.T.reshape(3, *plan.target.shape)
@@ -95,54 +99,54 @@ GRIDS = {
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_nearest_takes_the_voxel_that_simpleitk_takes(grid: Geometry, recipe: Recipe, backend: Backend) -> None:
+def test_nearest_labels_equal_those_of_simpleitk(grid: Geometry, recipe: Recipe, backend: Backend) -> None:
     plan = make_plan(grid, recipe)
     labels = blobs(grid.shape)
     got = resampled(labels, plan, "nearest", backend)
     assert got.dtype == np.uint8
     assert got.shape == plan.target.shape
-    where = places(plan)
-    clear = (np.abs(where - np.floor(where) - 0.5) > 1e-4).all(axis=0)  # half-way, either voxel is the nearest
+    positions = source_positions(plan)
+    clear = (np.abs(positions - np.floor(positions) - 0.5) > 1e-4).all(axis=0)  # half-way, both voxels are nearest
     assert clear.mean() > 0.5
     np.testing.assert_array_equal(got[clear], by_simpleitk(labels, plan)[clear])
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_smooth_takes_the_label_whose_interpolation_is_largest(
+def test_smooth_takes_the_label_with_the_largest_interpolated_mask(
     grid: Geometry, recipe: Recipe, backend: Backend
 ) -> None:
-    # Trap 22: each label interpolated by itself, as 0 and 1, by SciPy in float64; then compared.
+    # Trap 22: SciPy interpolates the binary mask of each label in float64; the largest value wins.
     plan = make_plan(grid, recipe)
     labels = blobs(grid.shape, dtype=np.uint16)
     got = resampled(labels, plan, "smooth", backend)
     assert got.dtype == np.uint16
-    where = places(plan)
+    positions = source_positions(plan)
     shares = np.stack(
         [
-            ndimage.map_coordinates((labels == v).astype(float), where, order=1, mode="nearest", prefilter=False)
+            ndimage.map_coordinates((labels == v).astype(float), positions, order=1, mode="nearest", prefilter=False)
             for v in range(labels.max() + 1)
         ]
     )
-    inside = ((where > -0.5) & (where < np.array(grid.shape)[:, None, None, None] - 0.5)).all(axis=0)
+    inside = ((positions > -0.5) & (positions < np.array(grid.shape)[:, None, None, None] - 0.5)).all(axis=0)
     shares[0, ~inside], shares[1:, ~inside] = 1, 0
     best = np.sort(shares, axis=0)
-    clear = best[-1] - best[-2] > 2 * SHARE
+    clear = best[-1] - best[-2] > 2 * WEIGHT_TOLERANCE
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(got[clear], shares.argmax(axis=0)[clear])
 
 
-@pytest.mark.parametrize("how", ["nearest", "smooth"])
+@pytest.mark.parametrize("resampling", ["nearest", "smooth"])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_gpu_gives_the_same_labels_voxel_for_voxel(how: How, recipe: Recipe) -> None:
+def test_the_stand_in_for_a_gpu_gives_identical_labels(resampling: Resampling, recipe: Recipe) -> None:
     grid = GRIDS["oblique"]
     plan = make_plan(grid, recipe)
     labels = blobs(grid.shape, seed=2)
     foreign = ForeignBackend()
     np.testing.assert_array_equal(
-        resampled(labels, plan, how, foreign), resampled(labels, plan, how, NumpyBackend("matmul"))
+        resampled(labels, plan, resampling, foreign), resampled(labels, plan, resampling, NumpyBackend("matmul"))
     )
-    assert ("up", "uint8") in {(way, dtype) for way, dtype, _ in foreign.transfers}
+    assert ("up", "uint8") in {(direction, dtype) for direction, dtype, _ in foreign.transfers}
 
 
 @given(
@@ -151,41 +155,43 @@ def test_a_gpu_gives_the_same_labels_voxel_for_voxel(how: How, recipe: Recipe) -
     st.integers(0, 2**31),
     st.sampled_from(["nearest", "smooth"]),
 )
-def test_no_label_is_made_up(shape: Any, spacing_mm: Any, seed: int, how: How) -> None:
-    # As numbers, 1 beside 200 would give all that lies between.
+def test_no_new_label_values_occur(shape: Any, spacing_mm: Any, seed: int, resampling: Resampling) -> None:
+    # Interpolation as numbers would give values between 1 and 200 at a border of these labels.
     labels = np.random.default_rng(seed).choice([0, 1, 7, 200, 255], shape).astype(np.uint8)
     plan = make_plan(axial(shape, spacing_mm), Recipe(size=None))
-    assert set(np.unique(resampled(labels, plan, how))) <= set(np.unique(labels))
+    assert set(np.unique(resampled(labels, plan, resampling))) <= set(np.unique(labels))
 
 
 @given(st.integers(0, 2**31), st.sampled_from(["nearest", "smooth"]))
-def test_where_nothing_is_resampled_labels_stay(seed: int, how: How) -> None:
+def test_labels_are_unchanged_on_an_unchanged_grid(seed: int, resampling: Resampling) -> None:
     shape = (3, 8, 9)
     labels = np.random.default_rng(seed).integers(0, 65536, shape).astype(np.uint16)
     for recipe in (Recipe(spacing_mm=None, size=None), Recipe(spacing_mm=(1, 1, 1), size=(8, 9))):
-        # The second one shrinks and then stretches the image; labels are looked up in one step.
+        # The second recipe shrinks and then stretches the image; labels are looked up in one step.
         plan = make_plan(axial(shape, (1.0, 0.7, 0.6)), recipe)
-        np.testing.assert_array_equal(resampled(labels, plan, how), labels)
+        np.testing.assert_array_equal(resampled(labels, plan, resampling), labels)
 
 
-def test_labels_at_the_rim_reach_the_rim() -> None:
+def test_labels_at_the_border_of_the_source_reach_the_border_of_the_output() -> None:
     labels = np.full((4, 5, 6), 3, np.uint8)
     plan = make_plan(axial((4, 5, 6), (2.5, 1.7, 1.7)), Recipe(size=None))
-    for how in ("nearest", "smooth"):
-        assert (resampled(labels, plan, how) == 3).all()
+    for resampling in ("nearest", "smooth"):
+        assert (resampled(labels, plan, resampling) == 3).all()
 
 
-def test_no_labels_no_labels() -> None:
+def test_an_empty_label_volume_stays_empty() -> None:
     plan = make_plan(axial((4, 5, 6), (2.5, 1.7, 1.7)), Recipe(size=None))
-    for how in ("nearest", "smooth"):
-        got = resampled(np.zeros((4, 5, 6), np.uint8), plan, how)
+    for resampling in ("nearest", "smooth"):
+        got = resampled(np.zeros((4, 5, 6), np.uint8), plan, resampling)
         assert got.shape == plan.target.shape
         assert not got.any()
 
 
-@pytest.mark.parametrize("how", ["nearest", "smooth"])
-def test_slices_of_a_tilted_and_uneven_stack_are_looked_up_where_they_lie(how: How, backend: Backend) -> None:
-    # A ball, painted slice by slice where each slice truly lies; on the regular grid it must be a ball again.
+@pytest.mark.parametrize("resampling", ["nearest", "smooth"])
+def test_labels_of_a_tilted_and_uneven_stack_are_looked_up_at_true_slice_positions(
+    resampling: Resampling, backend: Backend
+) -> None:
+    # A ball is painted slice by slice at the true slice positions. On the regular grid it must be a ball again.
     rng = np.random.default_rng(1)
     count, matrix = 24, (60, 50)
     along = np.arange(count) + np.r_[0, rng.uniform(-0.15, 0.15, count - 2), 0]
@@ -201,11 +207,11 @@ def test_slices_of_a_tilted_and_uneven_stack_are_looked_up_where_they_lie(how: H
         ]
     ).astype(np.uint8)
     plan = make_plan(grid, Recipe(size=None), placement)
-    got = resampled(labels, plan, how, backend, placement)
+    got = resampled(labels, plan, resampling, backend, placement)
     index = np.indices(plan.target.shape).reshape(3, -1)
     at = (plan.target.affine[[2, 1, 0], :3] @ index).T + plan.target.affine[[2, 1, 0], 3] - grid.affine[[2, 1, 0], 3]
     distance = np.linalg.norm(at - centre, axis=1).reshape(plan.target.shape)
-    # Half a slice and half a pixel: nobody can know the border better than that.
+    # The border is known to within half a slice and half a pixel.
     assert got[distance < radius - 1.1].all()
     assert not got[distance > radius + 1.1].any()
     truth = distance < radius
@@ -213,7 +219,7 @@ def test_slices_of_a_tilted_and_uneven_stack_are_looked_up_where_they_lie(how: H
     assert dice > 0.96
 
 
-def test_the_volume_of_a_voxel_reaches_half_way_to_the_next_slices() -> None:
+def test_voxel_volumes_extend_half_way_to_the_neighbour_slices() -> None:
     grid = axial((5, 4, 4), (2.0, 0.5, 0.5))  # a layer is 0.5 mm³
     plan = make_plan(grid, Recipe())
     np.testing.assert_allclose(slice_volumes_ml(plan, None), np.full(5, 0.5e-3))

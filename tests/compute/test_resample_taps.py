@@ -1,4 +1,4 @@
-"""Few weights per sample against SciPy's matrix, and compiled loops against matrix products."""
+"""Resampling tables against the matrix from SciPy, and compiled loops against matrix products."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from gpuprep.core.volume import StoredVolume
 RULES = [("nearest", True), ("constant", False), ("mirror", True)]
 
 
-def dense(line: resample_taps.Line, samples: int) -> NDArray[np.float64]:
-    """Return the matrix that a line stands for, by following its own description on unit vectors."""
+def dense(tables: resample_taps.LineTables, samples: int) -> NDArray[np.float64]:
+    """Return the matrix that the tables represent, by applying them to unit vectors."""
     values = np.eye(samples)
-    if line.solve.shape[1]:
-        p, q, g = line.solve.astype(np.float64)
+    if tables.recursion.shape[1]:
+        p, q, g = tables.recursion.astype(np.float64)
         for k in range(samples):
             values[k] = p[k] * values[k] - (q[k] * values[k - 1] if k else 0)
         for k in reversed(range(samples - 1)):
             values[k] -= g[k] * values[k + 1]
-    matrix = np.zeros((line.n_out, samples))
-    for row, start, weights in zip(matrix, line.start.astype(int), line.weights, strict=True):
-        row[:] = weights @ values[start : start + line.taps]
+    matrix = np.zeros((tables.n_out, samples))
+    for row, start, weights in zip(matrix, tables.start.astype(int), tables.weights, strict=True):
+        row[:] = weights @ values[start : start + tables.taps]
     return matrix
 
 
 @given(n=st.integers(1, 600), m=st.integers(1, 800))
 @example(50, 150)
 @example(512, 360)
-def test_lost_outputs_are_those_that_scipy_leaves_at_zero(n: int, m: int) -> None:
-    # Of a line of ones, by SciPy alone. An output lies outside for every order or for none.
+def test_lost_samples_are_those_that_scipy_leaves_at_zero(n: int, m: int) -> None:
+    # Expected values from SciPy, for a line of ones. Whether an output is lost does not depend on the order.
     ones = np.ones((1, n))
     zoomed = ndimage.zoom(ones, (1, m / n), order=1)[0]
     assert lost_samples(n, m, "constant", False).tolist() == np.flatnonzero(zoomed == 0).tolist()
@@ -65,19 +65,17 @@ def test_lost_outputs_are_those_that_scipy_leaves_at_zero(n: int, m: int) -> Non
     rule=st.sampled_from(RULES),
     sigma=st.sampled_from([0.0, 0.0, 0.7]),
 )
-def test_a_line_is_the_matrix_that_scipy_makes(
-    n: int, m: int, order: int, rule: tuple[str, bool], sigma: float
-) -> None:
+def test_tables_equal_the_matrix_from_scipy(n: int, m: int, order: int, rule: tuple[str, bool], sigma: float) -> None:
     mode, grid_mode = rule
     options: dict[str, Any] = {"order": order, "mode": mode, "grid_mode": grid_mode, "sigma": sigma}
     expected = resample_matrix.matrix(n, m, along=None, blur_mode="nearest", **options)
-    line = resample_taps.build(n, m, along=None, blur_mode="nearest", **options)
-    # 3e-7 of 4000 HU is a thousandth of one.
-    assert np.abs(dense(line, n) - expected).max() < 3e-7
-    assert (np.diff(line.start.astype(int)) >= 0).all()  # or slices that are gone would be asked for
+    tables = resample_taps.build(n, m, along=None, blur_mode="nearest", **options)
+    # An error of 3e-7 is 0.001 HU at 4000 HU.
+    assert np.abs(dense(tables, n) - expected).max() < 3e-7
+    assert (np.diff(tables.start.astype(int)) >= 0).all()  # otherwise slices that were dropped would be requested
 
 
-def test_cubic_lines_take_four_weights_and_others_what_their_matrix_has() -> None:
+def test_cubic_tables_have_four_weights_and_linear_ones_two() -> None:
     options: dict[str, Any] = {"mode": "nearest", "grid_mode": True, "blur_mode": "nearest", "along": None}
     assert resample_taps.build(512, 349, order=3, sigma=0.0, **options).taps == 4
     assert resample_taps.build(349, 512, order=1, sigma=0.0, **options).taps == 2
@@ -116,17 +114,17 @@ def test_loops_and_matrix_products_give_the_same_volume(volume: StoredVolume, or
     recipe = Recipe(order=order, window_hu=(-1000.0, 3000.0), dtype="float32", **fields)
     plan = make_plan(volume.geometry, recipe, volume.placement)
 
-    def made_by(body: Any) -> NDArray[Any]:
+    def processed(body: Any) -> NDArray[Any]:
         return np.concatenate([c.copy() for c in host_chunks(volume, plan, NumpyBackend(body))])
 
-    expected, values = made_by("matmul"), made_by("loops")
+    expected, values = processed("matmul"), processed("loops")
     assert values.shape == plan.target.shape
     assert np.abs(values - expected).max() * 4000 < 0.01  # HU
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
 def test_loops_round_as_numpy_does(dtype: Any) -> None:
-    # A ramp in HU that falls on halves in output units: half to even, by both.
+    # A ramp in HU with values of n + 0.5 in output units: both round half to even.
     stored = np.tile(np.arange(64, dtype=np.int16), (3, 4, 1))
     recipe = Recipe(spacing_mm=None, size=None, dtype=dtype, window_hu=(0.0, 31.875 if dtype == "uint8" else 32.0))
     volume = StoredVolume(stored, np.full(3, 0.0625), np.zeros(3), None, axial(stored.shape, (1, 1, 1)), HuStatistics())
@@ -143,7 +141,7 @@ def test_loops_round_as_numpy_does(dtype: Any) -> None:
     intercept=st.sampled_from([-1024.0, 0.0, 5000.0, -9000.0]),
     declared=st.one_of(st.none(), st.tuples(st.integers(-3000, 3000), st.integers(-3000, 3000))),
 )
-def test_the_summary_of_a_slice_is_what_counting_gives(
+def test_the_summary_of_a_slice_equals_a_count_in_python(
     values: list[int], slope: float, intercept: float, declared: tuple[int, int] | None
 ) -> None:
     padding = None if declared is None else np.array(declared, dtype=np.int16)
@@ -155,7 +153,7 @@ def test_the_summary_of_a_slice_is_what_counting_gives(
         assert summary(slice_, slope, intercept, padding, loops=loops) == expected
 
 
-def test_without_numba_matrix_products_serve() -> None:
+def test_matrix_products_are_used_if_numba_is_disabled() -> None:
     code = "from gpuprep.compute.backend import get_backend; print(get_backend('cpu').body)"
     for switch, body in (("0", "loops"), ("1", "matmul")):
         run = subprocess.run(
@@ -168,7 +166,7 @@ def test_without_numba_matrix_products_serve() -> None:
         assert run.stdout.strip() == body
 
 
-def test_a_damaged_cache_of_loops_costs_time_only(tmp_path: Path) -> None:
+def test_a_damaged_numba_cache_is_ignored(tmp_path: Path) -> None:
     code = (
         "import numpy as np; from gpuprep.compute.slice_summary import summary; "
         "print(summary(np.full((2, 3), 7, np.int16), 1.0, 0.0, None, loops=True))"
@@ -184,7 +182,7 @@ def test_a_damaged_cache_of_loops_costs_time_only(tmp_path: Path) -> None:
 
 
 def test_rescaling_rounds_twice_as_numpy_does() -> None:
-    # 10240 · 0.7 − 8192 is −1024 where the product is rounded, and just below where it is not: air, 24 HU away.
+    # 10240 · 0.7 − 8192 is −1024 if the product is rounded; otherwise it is slightly less and becomes air (−1000 HU).
     stored, slope, intercept = (
         np.full((1, 2, 2), 10240, np.int16),
         np.array([0.7], np.float32),

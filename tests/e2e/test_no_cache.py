@@ -187,7 +187,7 @@ def test_a_loop_that_cannot_be_saved_counts_as_unkept(loops_unkept: Any) -> None
         def save_overload(self, *_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-    loops_unkept._Forgiving(Full()).save_overload()
+    loops_unkept._FaultTolerantCache(Full()).save_overload()
     assert loops_unkept.unkept.is_set()
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show; `python -m pytest -m gpu` also runs every test that has a backend as its fixture there."""
+"""Tests that need a GPU. `python -m pytest -m gpu` also runs all tests with the fixture `backend` on the GPU."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def gpu() -> Any:
 
 
 @pytest.fixture
-def cupy(gpu: Any) -> Any:  # noqa: ARG001 - to be skipped with it
+def cupy(gpu: Any) -> Any:  # noqa: ARG001 - skipped without a GPU
     return import_module("cupy")
 
 
 @pytest.fixture
 def pool(cupy: Any) -> Iterator[Any]:
-    """CuPy's memory pool, empty and without a limit before and after."""
+    """CuPy's memory pool, empty and without a limit before and after the test."""
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
     yield pool
@@ -75,7 +75,7 @@ HU = Recipe(window_hu=None, size=None)
 
 @pytest.mark.parametrize("align", ["edge", "corner"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_hu_are_those_of_the_cpu(gpu: Any, chest: StoredVolume, engine: Engine, align: Any) -> None:
+def test_hu_equal_those_of_the_cpu(gpu: Any, chest: StoredVolume, engine: Engine, align: Any) -> None:
     recipe = replace(HU, align=align)
     values = run(chest, recipe, gpu, engine)
     expected = run(chest, recipe, NumpyBackend("matmul"), engine)
@@ -88,12 +88,12 @@ def test_hu_are_those_of_the_cpu(gpu: Any, chest: StoredVolume, engine: Engine, 
     ("shape", "spacing"),
     [
         ((50, 9, 8), (3.0, 1.0, 1.0)),  # SciPy leaves the last slice at 0
-        ((3, 512, 24), (1.0, 0.703125, 1.0)),  # CuPy, whose places have 32 bits, would leave the last row at 0
+        ((3, 512, 24), (1.0, 0.703125, 1.0)),  # CuPy's float32 positions would leave the last row at 0
         ((3, 24, 512), (1.0, 1.0, 0.703125)),
         ((50, 512, 7), (3.0, 0.703125, 2.0)),
     ],
 )
-def test_the_classic_zoom_leaves_those_planes_at_zero_that_scipy_does(
+def test_the_classic_zoom_leaves_the_same_planes_at_zero_as_scipy(
     gpu: Any, engine: Engine, shape: Any, spacing: Any, order: int
 ) -> None:
     stored = np.full(shape, 324, np.int16)  # −700 HU
@@ -105,8 +105,8 @@ def test_the_classic_zoom_leaves_those_planes_at_zero_that_scipy_does(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_hu_are_those_of_scipy_in_float64(gpu: Any, chest: StoredVolume, engine: Engine) -> None:
-    # By SciPy itself, in float64, without anything of ours but the rule for padding, which is kept away here.
+def test_hu_equal_those_of_scipy_in_float64(gpu: Any, chest: StoredVolume, engine: Engine) -> None:
+    # The expected values use SciPy alone; `padding="keep"` leaves the padding as it is.
     values = run(chest, replace(HU, padding="keep"), gpu, engine)
     factors = [m / n for n, m in zip(chest.stored.shape, values.shape, strict=True)]
     hu = chest.stored.astype(np.float64) - 1024
@@ -114,7 +114,7 @@ def test_hu_are_those_of_scipy_in_float64(gpu: Any, chest: StoredVolume, engine:
     assert np.abs(values - expected).max() <= TOLERANCE_HU[engine]
 
 
-def test_the_classic_recipe_is_that_of_the_library_calls(gpu: Any, noise: Any) -> None:
+def test_the_classic_recipe_equals_the_library_calls(gpu: Any, noise: Any) -> None:
     stored = noise((9, 40, 37))
     resampled = ndimage.zoom(stored.astype(np.float64) - 1024, (3.0, 27 / 40, 25 / 37), order=3)
     windowed = np.clip((resampled + 1000) / 1400, 0, 1)
@@ -126,15 +126,13 @@ def test_the_classic_recipe_is_that_of_the_library_calls(gpu: Any, noise: Any) -
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", ["float32", "uint8", "uint16", "int16"])
-def test_two_runs_are_the_same_to_the_bit_in_every_dtype(
-    gpu: Any, chest: StoredVolume, dtype: Any, engine: Engine
-) -> None:
+def test_two_runs_are_bit_identical_in_every_dtype(gpu: Any, chest: StoredVolume, dtype: Any, engine: Engine) -> None:
     recipe = Recipe(dtype=dtype, size=(200, 200))
     first, second = (run(chest, recipe, gpu, engine) for _ in range(2))
     assert first.dtype == np.dtype(dtype)
     assert first.tobytes() == second.tobytes()
     expected = run(chest, recipe, NumpyBackend("matmul"), engine).astype(np.float64)
-    # One step of an integer, where rounding falls the other way.
+    # Integers may differ by one step where values round differently.
     hu_per_unit = 1400 / {"float32": 1.0, "uint8": 255.0, "uint16": 65535.0, "int16": 1400.0}[dtype]
     step = 0 if dtype == "float32" else 1
     assert np.abs(first - expected).max() <= TOLERANCE_HU[engine] / hu_per_unit + step
@@ -142,7 +140,7 @@ def test_two_runs_are_the_same_to_the_bit_in_every_dtype(
 
 @pytest.mark.parametrize("stored_type", ["int16", "uint16", "int32"])
 @pytest.mark.parametrize("rule", ["air", "keep", "minus2000-to-0"])
-def test_padding_and_rescale_are_the_same_to_the_bit(gpu: Any, noise: Any, stored_type: str, rule: Any) -> None:
+def test_padding_and_rescale_are_bit_identical_to_the_cpu(gpu: Any, noise: Any, stored_type: str, rule: Any) -> None:
     stored = (noise((7, 19, 23)) + (0 if stored_type == "uint16" else -2100)).astype(stored_type)
     base = stored_volume(stored, (1.0, 1.0, 1.0))
     padding = np.array([[5, 40]] * 3 + [[1, 0]] * 4, dtype=stored_type)
@@ -153,12 +151,12 @@ def test_padding_and_rescale_are_the_same_to_the_bit(gpu: Any, noise: Any, store
 
 
 def shapes() -> list[tuple[int, int, int]]:
-    """Return twenty different ones."""
+    """Return twenty different shapes of volumes."""
     return [(20 + 3 * n, 64 + 5 * n, 90 - 2 * n) for n in range(20)]
 
 
 def kernels_of(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return how many kernels there are after each shape, and how many of ours; in a process without any before."""
+    """Return the number of compiled kernels after each shape, and that of gpuprep's kernels; for a fresh process."""
     compiler = import_module("cupy").cuda.compiler
     original, sources = compiler._compile_module_with_cache, []
 
@@ -174,7 +172,7 @@ def kernels_of(recipe: dict[str, Any]) -> dict[str, Any]:
         run(volume, Recipe.from_dict(recipe), backend, "operators")
         counts.append(len(sources))
     names = ("gpuprep_hu", "gpuprep_window", "gpuprep_quantise")
-    return {"counts": counts, "ours": {name: sum(name in source for source in sources) for name in names}}
+    return {"counts": counts, "own_kernels": {name: sum(name in source for source in sources) for name in names}}
 
 
 @pytest.mark.usefixtures("gpu")
@@ -188,13 +186,13 @@ def test_no_kernel_is_compiled_for_a_shape(recipe: Recipe) -> None:
     found = json.loads(done.stdout)
     counts = found["counts"]
     assert 0 < counts[0] <= counts[-1] <= 24
-    # A last slab or block may be of one slice or row, which CuPy sees as an array of fewer dimensions: a few early on.
+    # A last slab or block of one slice or row has fewer dimensions for CuPy: a few more kernels are compiled early on.
     assert counts[-1] == counts[9], counts
-    assert found["ours"]["gpuprep_hu"] == 1
-    assert all(n <= 1 for n in found["ours"].values())
+    assert found["own_kernels"]["gpuprep_hu"] == 1
+    assert all(n <= 1 for n in found["own_kernels"].values())
 
 
-def test_too_little_memory_is_told_and_leaves_nothing_behind(gpu: Any, pool: Any, chest: StoredVolume) -> None:
+def test_lack_of_memory_is_reported_and_all_memory_is_freed(gpu: Any, pool: Any, chest: StoredVolume) -> None:
     pool.set_limit(size=2**20)
     with pytest.raises(DeviceMemoryError, match=r"Out of memory allocating .* GB free"):
         run(chest, HU, gpu, "operators")
@@ -217,12 +215,12 @@ def test_smaller_chunks_fit_where_larger_ones_do_not(gpu: Any, pool: Any, chest:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(dtype="uint8"), Recipe(size=None, spacing_mm=(1.0, 0.5, 0.5))])
-def test_the_predicted_memory_is_what_is_taken(
+def test_the_predicted_memory_is_within_a_third_above_the_peak(
     gpu: Any, cupy: Any, pool: Any, noise: Any, recipe: Recipe, engine: Engine
 ) -> None:
     volume = stored_volume(noise((108, 512, 512)), SPACING)
     plan = make_plan(volume.geometry, recipe)
-    run(volume, recipe, gpu, engine)  # what cuBLAS and the kernels take stays
+    run(volume, recipe, gpu, engine)  # cuBLAS and the kernels keep their memory
     pool.free_all_blocks()
 
     class Peak(cupy.cuda.MemoryHook):  # type: ignore[misc]
@@ -238,14 +236,14 @@ def test_the_predicted_memory_is_what_is_taken(
     assert Peak.most <= predicted <= Peak.most / 0.75, (Peak.most, predicted)
 
 
-def test_a_session_gives_its_memory_back(gpu: Any, pool: Any, chest: StoredVolume) -> None:
+def test_a_session_frees_its_memory_at_the_end(gpu: Any, pool: Any, chest: StoredVolume) -> None:
     # Other processes share the device.
     for _ in range(3):
         run(chest, Recipe(), gpu, "operators")
         assert pool.total_bytes() == 0
 
 
-def test_the_times_of_the_stages_are_told(gpu: Any, chest: StoredVolume) -> None:
+def test_the_times_of_all_stages_are_reported(gpu: Any, chest: StoredVolume) -> None:
     seconds: dict[str, float] = {}
     for _ in host_chunks(chest, make_plan(chest.geometry, Recipe()), gpu, "operators", seconds):
         pass
@@ -253,7 +251,7 @@ def test_the_times_of_the_stages_are_told(gpu: Any, chest: StoredVolume) -> None
     assert all(s > 0 for s in seconds.values())
 
 
-def test_a_whole_cohort_through_the_command(gpu: Any, tmp_path: Path) -> None:
+def test_the_command_converts_a_cohort_on_the_gpu(gpu: Any, tmp_path: Path) -> None:
     for n in range(5):
         shape = (24 + n, 96, 112)
         write_series(tmp_path / "dicom" / f"p{n}", thorax(shape, (2.5, 3.0, 3.0), seed=n), (2.5, 3.0, 3.0))
@@ -261,13 +259,13 @@ def test_a_whole_cohort_through_the_command(gpu: Any, tmp_path: Path) -> None:
     options = ["--size", "128", "--dtype", "uint8", "--jobs", "2", "--quiet"]
     command = [sys.executable, "-m", "gpuprep", "convert", str(tmp_path / "dicom"), "--out", str(tmp_path / "gpu")]
     done = subprocess.run([*command, "--backend", "gpu", *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr  # one is truncated
+    assert done.returncode == 1, done.stderr  # one series is truncated
     on_cpu = convert(tmp_path / "dicom", tmp_path / "cpu", Recipe(size=(128, 128), dtype="uint8"), backend="cpu")
     again = convert(tmp_path / "dicom", tmp_path / "gpu", Recipe(size=(128, 128), dtype="uint8"), backend="gpu")
     assert again.counts["skipped"] == 4
-    whole = [r for r in again.results if r.status == "skipped"]
-    assert {(r.backend, r.device) for r in whole} == {("gpu", gpu.device)}
-    assert all(r.kernels_s and r.upload_s and r.download_s for r in whole)
+    skipped = [r for r in again.results if r.status == "skipped"]
+    assert {(r.backend, r.device) for r in skipped} == {("gpu", gpu.device)}
+    assert all(r.kernels_s and r.upload_s and r.download_s for r in skipped)
     assert on_cpu.counts == {"ok": 4, "rejected": 1}
     names = sorted(p.relative_to(tmp_path / "cpu") for p in (tmp_path / "cpu").rglob("*.tif"))
     assert names == sorted(p.relative_to(tmp_path / "gpu") for p in (tmp_path / "gpu").rglob("*.tif"))
@@ -276,7 +274,7 @@ def test_a_whole_cohort_through_the_command(gpu: Any, tmp_path: Path) -> None:
         assert np.abs(cpu - on_gpu).max() <= 1
 
 
-def test_the_memory_of_a_turned_stack_is_predicted_too(gpu: Any, pool: Any, noise: Any) -> None:
+def test_a_reoriented_stack_fits_into_its_predicted_memory(gpu: Any, pool: Any, noise: Any) -> None:
     geometry = axial((90, 120, 130), (1.0, 1.0, 1.0))
     coronal = replace(geometry, affine=geometry.affine[:, [1, 0, 2, 3]])
     volume = replace(stored_volume(noise((90, 120, 130)), (1.0, 1.0, 1.0)), geometry=coronal)

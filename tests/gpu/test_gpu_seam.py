@@ -1,4 +1,4 @@
-"""The seam to CuPy and cuCIM, as far as it can be tried without a GPU; on a GPU `-m gpu` runs the rest."""
+"""The interface to CuPy and cuCIM, as far as it can be tested without a GPU; `test_gpu.py` needs one."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def gpu_works() -> bool:
     return True
 
 
-def test_the_package_imports_nothing_heavy() -> None:
+def test_importing_gpuprep_loads_no_large_package() -> None:
     heavy = ("cupy", "cupyx", "cucim", "skimage", "rich", "numpy", "scipy", "pydicom")
     code = f"import gpuprep, sys; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "[]"
 
 
-def test_gpu_by_name_never_falls_back_and_says_what_to_do() -> None:
+def test_backend_gpu_never_falls_back_and_its_error_names_a_remedy() -> None:
     if gpu_works():
         pytest.skip("a GPU works here")
     with pytest.raises(BackendError, match=r"gpuprep\[cuda12\]|nvidia-smi|does not work"):
         get_backend("gpu")
 
 
-def test_auto_falls_back_to_the_cpu_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_backend_auto_falls_back_to_the_cpu_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     if gpu_works():
         pytest.skip("a GPU works here")
     _gpu_or_cpu.cache_clear()
@@ -62,7 +62,7 @@ def test_auto_falls_back_to_the_cpu_and_says_so_once(caplog: pytest.LogCaptureFi
 
 
 @needs_cupy
-def test_without_a_driver_cupy_is_no_traceback() -> None:
+def test_cupy_without_a_driver_is_a_backend_error() -> None:
     if gpu_works():
         pytest.skip("a GPU works here")
     with pytest.raises(BackendError, match="finds no GPU"):
@@ -71,14 +71,14 @@ def test_without_a_driver_cupy_is_no_traceback() -> None:
 
 @needs_cupy
 def test_tensor_float_32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Its products are wrong by more than the tolerance between backends.
+    # The error of TF32 products exceeds the tolerance between backends.
     monkeypatch.setitem(os.environ, "CUPY_TF32", "1")
     with pytest.raises(BackendError, match="CUPY_TF32"):
         get_backend("gpu")
 
 
 @needs_cupy
-def test_the_library_calls_take_the_arguments_they_are_given() -> None:
+def test_the_library_functions_accept_the_arguments_of_our_calls() -> None:
     module: Any = import_module("gpuprep.compute.cupy_backend")
     volume = np.zeros((2, 2, 2), dtype=np.float32)
     zoom = inspect.signature(module.cupy_ndimage.zoom)
@@ -91,14 +91,14 @@ def test_the_library_calls_take_the_arguments_they_are_given() -> None:
 
 @needs_cupy
 @pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("", "1"), ("4,7", "7"), ("GPU-aa,GPU-bb", "GPU-bb")])
-def test_a_worker_is_shown_one_gpu_and_takes_the_first_it_sees(
+def test_a_worker_sees_one_gpu_and_uses_it_as_its_first(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, name: str
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     module: Any = import_module("gpuprep.compute.cupy_backend")
-    backend = module.CupyBackend.__new__(module.CupyBackend)  # one that opens no device
+    backend = module.CupyBackend.__new__(module.CupyBackend)  # without opening a device
     backend._ordinal, backend.device = 1, "H200 (device 1)"
     assert backend.environment() == {"CUDA_VISIBLE_DEVICES": name, "GPUPREP_DEVICE": "H200 (device 1)"}
     assert (backend.alone()._ordinal, backend._ordinal) == (0, 1)
@@ -121,9 +121,9 @@ def test_both_backends_offer_the_same_methods() -> None:
 
 
 @needs_cupy
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of an event that never came to be
-def test_copies_and_events_are_asked_for_in_words_that_cupy_knows() -> None:
-    # A wrong argument is a TypeError before anything else; a right one gets as far as the driver.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from an event whose creation failed
+def test_copies_and_events_are_created_with_arguments_that_cupy_accepts() -> None:
+    # A wrong argument is a TypeError; correct arguments get as far as the missing driver.
     if gpu_works():
         pytest.skip("a GPU works here")
     cupy: Any = import_module("cupy")
@@ -142,12 +142,12 @@ def test_copies_and_events_are_asked_for_in_words_that_cupy_knows() -> None:
     get = cupy.ndarray.get.__doc__
     assert "out=None, blocking=True" in get
     with pytest.raises(TypeError):
-        cupy.cuda.Event(blocks=True)  # so that the above means something
+        cupy.cuda.Event(blocks=True)  # shows that wrong arguments are detected
 
 
 @needs_cupy
 @pytest.mark.parametrize("file", ["gpuprep/compute/cupy_backend.py", "bench/micro/kernels.py", "tests/gpu/test_gpu.py"])
-def test_every_name_of_cupy_that_is_used_is_there(file: str) -> None:
+def test_every_cupy_name_that_is_used_exists(file: str) -> None:
     tree = ast.parse((Path(__file__).parents[2] / file).read_text("utf-8"))
     used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     dotted = {name for name in used if re.fullmatch(r"(cupy|cupyx)(\.\w+)+", name)}
@@ -159,7 +159,7 @@ def test_every_name_of_cupy_that_is_used_is_there(file: str) -> None:
 
 
 @needs_cupy
-def test_the_fused_kernels_are_parsed_by_cupy() -> None:
+def test_cupy_parses_the_signatures_of_the_fused_kernels() -> None:
     module: Any = import_module("gpuprep.compute.cupy_backend")
     counts = {"HU": (8, 1), "WINDOW": (5, 1), "QUANTISE": (7, 1)}
     for name, (inputs, outputs) in counts.items():
@@ -171,7 +171,7 @@ def test_the_fused_kernels_are_parsed_by_cupy() -> None:
 
 
 @needs_cupy
-def test_kernels_that_cannot_be_kept_are_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_kernel_cache_is_a_backend_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy, ours = import_module("cupy"), import_module("gpuprep.compute.cupy_backend")
     monkeypatch.delenv("CUPY_TF32", raising=False)
     monkeypatch.setattr(cupy, "is_available", lambda: True)
@@ -180,27 +180,27 @@ def test_kernels_that_cannot_be_kept_are_an_error_of_ours(monkeypatch: pytest.Mo
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "/kernel_cache/x")
 
-    monkeypatch.setattr(cupy, "ones", refuse)  # the first kernel is written into CuPy's folder
+    monkeypatch.setattr(cupy, "ones", refuse)  # CuPy caches its first kernel on disk
     with pytest.raises(BackendError, match=r"/kernel_cache/x.*set CUPY_CACHE_DIR"):
-        ours._opened(99)
+        ours._checked_device(99)
 
 
 @needs_cupy
-def test_a_backend_travels_without_a_handle_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_is_pickled_without_a_handle_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = import_module("gpuprep.compute.cupy_backend")
-    asked: list[int] = []
+    checked: list[int] = []
 
-    def opened(ordinal: int) -> str:
-        asked.append(ordinal)
+    def checked_device(ordinal: int) -> str:
+        checked.append(ordinal)
         return "imaginary (device 0)"
 
-    monkeypatch.setattr(module, "_opened", opened)
+    monkeypatch.setattr(module, "_checked_device", checked_device)
     backend = module.CupyBackend()
     backend.chunk_slices = 7
-    there = pickle.loads(pickle.dumps(backend))  # noqa: S301
-    assert (there.device, there.chunk_slices) == ("imaginary (device 0)", 7)
-    assert asked == [0]  # by the parent; a worker asks once it has work
-    assert all(isinstance(v, str | int) for v in vars(there).values())
+    unpickled = pickle.loads(pickle.dumps(backend))  # noqa: S301
+    assert (unpickled.device, unpickled.chunk_slices) == ("imaginary (device 0)", 7)
+    assert checked == [0]  # by the parent; a worker checks the device when its first session begins
+    assert all(isinstance(v, str | int) for v in vars(unpickled).values())
 
 
 @needs_cupy
@@ -215,29 +215,29 @@ def test_a_backend_travels_without_a_handle_of_the_device(monkeypatch: pytest.Mo
         (("gpuprep.errors", "DecodeError", ("truncated",)), None),
     ],
 )
-def test_errors_of_cupy_become_ours(raised: tuple[str, str, Any], expected: Any) -> None:
+def test_errors_of_cupy_become_backend_errors(raised: tuple[str, str, Any], expected: Any) -> None:
     module: Any = import_module("gpuprep.compute.cupy_backend")
-    where, name, args = raised
+    source, name, args = raised
     backend = object.__new__(module.CupyBackend)
     backend._ordinal, backend.device = 0, "imaginary"
-    exc = getattr(import_module(where), name)(*args)
-    known = module.translated(exc, backend)
-    assert (None if known is None else type(known)) == expected
+    exc = getattr(import_module(source), name)(*args)
+    found = module.device_error(exc, backend)
+    assert (None if found is None else type(found)) == expected
     if expected is DeviceMemoryError:
-        assert "imaginary has" in str(known)
-        assert "free" in str(known)
+        assert "imaginary has" in str(found)
+        assert "free" in str(found)
 
 
 @needs_cupy
-def test_importing_the_backend_loads_no_driver() -> None:
-    # A process that has talked to the driver cannot be forked, and the fork server must stay one that can.
+def test_importing_the_backend_does_not_load_the_driver() -> None:
+    # CUDA does not work in a process forked after the driver was initialised, so the fork server must not load it.
     code = "import gpuprep.compute.cupy_backend; print(any('libcuda.so' in line for line in open('/proc/self/maps')))"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "False"
 
 
 @needs_cupy
-def test_the_fork_server_does_not_even_import_it() -> None:
+def test_the_fork_server_does_not_import_cupy() -> None:
     assert not any("cupy" in module or "cucim" in module for module in FOR_VOLUMES)
     code = (
         "import gpuprep.compute.process, gpuprep.dicom.read, gpuprep.output.writers, sys; print('cupy' in sys.modules)"

@@ -1,4 +1,4 @@
-"""The report: one page that holds all it needs, whatever names and texts are in it, and that works in a browser."""
+"""The report page: self-contained, safe with hostile names and texts, and usable in a browser."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ JPEG = jpeg(np.full((128, 392, 3), 90, dtype=np.uint8))
 
 
 class Page(HTMLParser):
-    """What an HTML parser other than a browser's sees: tags, and the content of scripts and styles."""
+    """A page as parsed by `html.parser`: tags, and the content of scripts and styles."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -59,11 +59,11 @@ class Page(HTMLParser):
 
 
 def result(number: int, **more: Any) -> SeriesResult:
-    """Return a series that looks as it should."""
+    """Return the result of a series without flags."""
     histogram = Histogram((-1000, 400))
     for hu, voxels in ((-1000, 400), (-850, 200), (-100, 80), (50, 300), (600, 20)):
         histogram.add(np.repeat(np.arange(hu - 10, hu + 11, dtype=np.int16), voxels), 1.0, 0.0)
-    usual: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "key": f"1.2.{number}", "series_uid": f"1.2.{number}", "study_uid": "1", "series_number": number,
         "source": f"/dicom/patient-{number:03d}", "status": "ok", "slices": 100 + number, "folder": f"p{number:03d}",
         "source_shape": (100 + number, 512, 512), "source_spacing_mm": (2.5, 0.7, 0.7), "hu_min": -1024.0,
@@ -71,11 +71,11 @@ def result(number: int, **more: Any) -> SeriesResult:
         "shape": (250, 512, 512), "spacing_mm": (1.0, 0.7, 0.7), "files": 252, "bytes": 10**8, "read_s": 0.25,
         "process_s": 0.5, "write_s": 0.25 + number, "finished": "2026-01-02T03:04:05.000+00:00",
     }  # fmt: skip
-    return SeriesResult(**(usual | more))
+    return SeriesResult(**(defaults | more))
 
 
 def output(out: Path, results: list[SeriesResult]) -> Path:
-    """Make an output folder of a manifest and pictures."""
+    """Make an output folder with a manifest and preview pictures."""
     out.mkdir()
     with closing(Manifest(out / "manifest.sqlite")) as manifest:
         for r in results:
@@ -87,16 +87,18 @@ def output(out: Path, results: list[SeriesResult]) -> Path:
 
 
 def rejected(number: int, **more: Any) -> SeriesResult:
-    """Return a series that was left out."""
-    none = dict.fromkeys(("source_shape", "source_spacing_mm", "hu_min", "hu_mean", "hu_max", "padding_share", "shape"))
+    """Return the result of a rejected series."""
+    missing = dict.fromkeys(
+        ("source_shape", "source_spacing_mm", "hu_min", "hu_mean", "hu_max", "padding_share", "shape")
+    )
     reason = {"status": "rejected", "codes": ("gap",), "reason": "GeometryError: slices are missing", "folder": ""}
     times = dict.fromkeys(("read_s", "process_s", "write_s"), 0.0)
-    return result(number, **(none | reason | times | {"quality": None} | more))
+    return result(number, **(missing | reason | times | {"quality": None} | more))
 
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
-    """An output folder whose names and texts are markup wherever there is a text."""
+    """An output folder with markup in all names and texts."""
     label = {"name": HOSTILE, "value": 1, "file": "labels", "ml": 1.5}
     folder = HOSTILE.replace("/", "|")
     texts: Any = {"warnings": (HOSTILE,), "irregularities": (HOSTILE,), "labels": (label,), "folder": folder}
@@ -109,7 +111,7 @@ def hostile(tmp_path: Path) -> Path:
     )
 
 
-def test_the_page_holds_each_series_and_its_picture(tmp_path: Path) -> None:
+def test_the_page_contains_each_series_and_its_picture(tmp_path: Path) -> None:
     out = output(tmp_path / "out", [result(1), rejected(2), result(3, slices=5)])
     assert write_report(out) == str(out / "report.html")
     page = Page(out / "report.html")
@@ -129,7 +131,7 @@ def test_the_page_holds_each_series_and_its_picture(tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["manifest.sqlite", "p001", "p003", "report.html"]
 
 
-def test_texts_cannot_become_markup(hostile: Path) -> None:
+def test_texts_are_not_parsed_as_markup(hostile: Path) -> None:
     write_report(hostile)
     page = Page(hostile / "report.html")
     assert not [tag for tag, _ in page.tags if tag == "img"]
@@ -140,7 +142,7 @@ def test_texts_cannot_become_markup(hostile: Path) -> None:
     assert HOSTILE not in (hostile / "report.html").read_text()
 
 
-def test_the_policy_allows_the_pages_own_script_and_nothing_from_elsewhere(hostile: Path) -> None:
+def test_the_policy_allows_the_embedded_script_and_style_only(hostile: Path) -> None:
     write_report(hostile)
     page = Page(hostile / "report.html")
     (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
@@ -156,10 +158,12 @@ def test_the_policy_allows_the_pages_own_script_and_nothing_from_elsewhere(hosti
     assert not [a for _, a in page.tags for name in ("src", "style", "onclick", "onload") if name in a]
     assert [a["href"] for _, a in page.tags if "href" in a] == ["data:,"]
     text = (hostile / "report.html").read_text()
-    assert re.findall(r"https?://[^\"'\s]+", text) == ["http://www.w3.org/2000/svg"]  # a name, which nobody fetches
+    assert re.findall(r"https?://[^\"'\s]+", text) == [
+        "http://www.w3.org/2000/svg"
+    ]  # a namespace, which is not fetched
 
 
-def test_a_report_is_made_on_request_and_is_no_stray(tmp_path: Path) -> None:
+def test_the_report_is_written_on_request_and_passes_verification(tmp_path: Path) -> None:
     stored = np.random.default_rng(0).integers(0, 3000, (6, 16, 16)).astype(np.int16)
     write_series(tmp_path / "dicom" / "report.html" / "ct", stored, (2.0, 0.8, 0.7))
     write_series(tmp_path / "dicom" / "p2", stored, (2.0, 0.8, 0.7))
@@ -171,7 +175,7 @@ def test_a_report_is_made_on_request_and_is_no_stray(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert f"report in {out}/report.html" in ran.stdout
     names = [row[0] for row in Page(out / "report.html").json("cohort")["rows"]]
-    assert names == ["p2", "%72eport.html/ct"]  # as no folder may have the name of the report
+    assert names == ["p2", "%72eport.html/ct"]  # escaped, because an output folder must not have the name of the report
     assert findings(out) == []
     elsewhere = tmp_path / "mine.html"
     ran = gpuprep("report", out, "--to", elsewhere)
@@ -179,19 +183,19 @@ def test_a_report_is_made_on_request_and_is_no_stray(tmp_path: Path) -> None:
     assert Page(elsewhere).json("cohort")["rows"] == Page(out / "report.html").json("cohort")["rows"]
 
 
-def test_what_cannot_be_is_said_in_one_line(tmp_path: Path) -> None:
+def test_errors_of_the_report_name_cause_and_remedy(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="has no manifest: give the --out of a run"):
         write_report(tmp_path)
     out = output(tmp_path / "out", [result(1)])
-    with pytest.raises(RequestError, match=r"lies in .*: choose a place outside of it, or leave --to out"):
+    with pytest.raises(RequestError, match=r"lies in .*: choose a path outside of it, or omit --to"):
         write_report(out, out / "p001" / "page.html")
-    with pytest.raises(RequestError, match="there is no such folder"):
+    with pytest.raises(RequestError, match="there is no folder"):
         write_report(out, tmp_path / "absent" / "page.html")
     assert write_report(out, out / "report.html") == str(out / "report.html")
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_series_without_picture_or_metrics_is_listed_too(tmp_path: Path) -> None:
+def test_a_series_without_picture_or_metrics_is_listed(tmp_path: Path) -> None:
     out = output(tmp_path / "out", [result(1, quality=None), result(2)])
     shutil.rmtree(out / "p002")
     os.unlink(out / "p001" / "preview.jpg")
@@ -202,15 +206,15 @@ def test_a_series_without_picture_or_metrics_is_listed_too(tmp_path: Path) -> No
     ]
 
 
-def test_a_page_holds_so_many_pictures_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpuprep.report.html.MOST_PICTURES", 2)
+def test_the_number_of_pictures_per_page_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpuprep.report.html.MAX_PICTURES", 2)
     out = output(tmp_path / "out", [result(n) for n in range(3)])
     page = Page(Path(write_report(out)))
     assert [page.json(f"s{n}")["picture"] is None for n in range(3)] == [False, False, True]
     assert page.json("cohort")["pictures"] == 2
 
 
-def test_a_report_of_a_store_lies_in_the_store(memory: Any, tmp_path: Path) -> None:
+def test_the_report_of_an_object_store_is_uploaded_to_the_store(memory: Any, tmp_path: Path) -> None:
     import gpuprep
 
     stored = np.random.default_rng(0).integers(0, 3000, (4, 16, 16)).astype(np.int16)
@@ -224,12 +228,12 @@ def test_a_report_of_a_store_lies_in_the_store(memory: Any, tmp_path: Path) -> N
     assert base64.b64decode(page.json("s0")["picture"]) == preview
 
 
-# In a browser.
+# In a browser
 
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Chromium without a window; tests that ask for it are skipped where it is absent."""
+    """Headless Chromium; tests that use it are skipped if it is not installed."""
     webdriver = pytest.importorskip("selenium.webdriver")
     paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if None in paths:
@@ -248,8 +252,8 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-class Shown:
-    """A report in a browser, looked at as a person does."""
+class BrowserPage:
+    """A report opened in a browser."""
 
     def __init__(self, driver: Any, out: Path) -> None:
         self.driver = driver
@@ -258,7 +262,7 @@ class Shown:
         driver.get(self.url)
 
     def column(self, title: str) -> Any:
-        """Return what sorts by a column."""
+        """Return the button that sorts by a column."""
         return next(button for button in self.all("thead button") if button.text.startswith(title))
 
     def all(self, selector: str) -> list[Any]:
@@ -283,9 +287,9 @@ class Shown:
         self.driver.switch_to.active_element.send_keys(getattr(Keys, key, key))
 
     def requests(self) -> list[str]:
-        """What was fetched, but for the page itself."""
-        said = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        urls = [m["params"]["request"]["url"] for m in said if m["method"] == "Network.requestWillBeSent"]
+        """Return the URLs that were requested, without the page itself."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
         assert self.url in urls
         return [url for url in urls if not url.startswith((self.url, "data:", "chrome:"))]
 
@@ -297,10 +301,10 @@ def test_a_browser_sorts_filters_and_opens_details(chromium: Any, tmp_path: Path
         [result(1, slices=300), rejected(2), result(3, slices=5), result(4, status="fixed", codes=("tilt",),
          irregularities=("leans by 5°",), labels=(label,), slices=40)],
     )  # fmt: skip
-    page = Shown(chromium, out)
-    everything = ["p001", "/dicom/patient-002", "p003", "p004"]
-    # By source folder, as the manifest.
-    page.wait_for(everything)
+    page = BrowserPage(chromium, out)
+    all_names = ["p001", "/dicom/patient-002", "p003", "p004"]
+    # Sorted by source folder, like the manifest.
+    page.wait_for(all_names)
     assert "4 series: 2 ok, 1 fixed, 1 rejected" in page.one("#about").text
     assert len(page.all("td.picture img")) == 3
     assert chromium.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth === 392)")
@@ -312,7 +316,7 @@ def test_a_browser_sorts_filters_and_opens_details(chromium: Any, tmp_path: Path
     assert [th.get_attribute("aria-sort") for th in page.all("thead th[aria-sort]")] == ["ascending"]
     slices.click()
     page.wait_for(["p001", "/dicom/patient-002", "p004", "p003"])
-    page.column("Air peak").click()  # the air peak, which a rejected series has not: last
+    page.column("Air peak").click()  # the rejected series has no air peak and comes last
     page.wait_for(["p001", "p003", "p004", "/dicom/patient-002"])
 
     page.press("/")
@@ -333,10 +337,10 @@ def test_a_browser_sorts_filters_and_opens_details(chromium: Any, tmp_path: Path
 
     page.all("td.series button")[2].send_keys("\n")
     assert page.one("dialog[open] h2").text == "p004"
-    said = page.one("dialog").text
-    assert "leans by 5°" in said
-    assert "Heart 512 ml" in said
-    assert "air 40 %" in said  # (400 · 21) of 21,000 voxels
+    text = page.one("dialog").text
+    assert "leans by 5°" in text
+    assert "Heart 512 ml" in text
+    assert "air 40 %" in text  # (400 · 21) of 21,000 voxels
     swatch = page.one("dialog .swatch").value_of_css_property("background-color")
     assert swatch.replace(" ", "") in ("rgb(64,196,255)", "rgba(64,196,255,1)")  # the second colour
     assert len(page.all("dialog figure svg")) == 2
@@ -349,23 +353,23 @@ def test_a_browser_sorts_filters_and_opens_details(chromium: Any, tmp_path: Path
     assert page.requests() == []
 
 
-def test_in_a_browser_markup_is_shown_as_text(chromium: Any, hostile: Path) -> None:
-    page = Shown(chromium, hostile)
+def test_a_browser_shows_markup_as_text(chromium: Any, hostile: Path) -> None:
+    page = BrowserPage(chromium, hostile)
     page.wait_for([HOSTILE.replace("/", "|"), f"/dicom/{HOSTILE}"])
-    assert f"#2\n{HOSTILE}\nrejected" in page.one("tbody").text  # a reason, without its class
+    assert f"#2\n{HOSTILE}\nrejected" in page.one("tbody").text  # the reason without the class of the error
     assert HOSTILE in [option.text.rpartition(" (")[0] for option in page.all("#flag option")]
     page.all("td.series button")[0].click()
-    said = page.one("dialog").text
-    assert said.count(HOSTILE) == 4  # a structure, what stands out, a warning, the source folder
+    text = page.one("dialog").text
+    assert text.count(HOSTILE) == 4  # structure, irregularity, warning, source folder
     assert page.all("img[src=x]") == []
-    assert chromium.get_log("browser") == []  # no alert, and nothing that the policy had to stop
+    assert chromium.get_log("browser") == []  # no alert and no violation of the policy
     assert page.requests() == []
 
 
-def test_in_a_browser_many_series_are_shown_a_page_at_a_time(chromium: Any, tmp_path: Path) -> None:
+def test_a_browser_shows_many_series_in_pages(chromium: Any, tmp_path: Path) -> None:
     one = result(0)
     results = [replace(one, key=str(n), folder=f"p{n:03d}", source=f"/d/{n:03d}", slices=30 + n) for n in range(120)]
-    page = Shown(chromium, output(tmp_path / "out", results))
+    page = BrowserPage(chromium, output(tmp_path / "out", results))
     page.wait_for([f"p{n:03d}" for n in range(50)])
     page.one("#next").click()
     page.wait_for([f"p{n:03d}" for n in range(50, 100)])

@@ -1,4 +1,4 @@
-"""A look at one series: what is told of it, the histogram in text, pictures in a terminal and in a file; refusals."""
+"""`gpuprep show`: text, histogram, pictures in the terminal and in a file, and error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = 24
 
 
 def two_halves(slices: int = 6) -> np.ndarray[Any, Any]:
-    """Return stored values: fat on the left, something dense on the right; a line of voxels more in each slice."""
+    """Return stored values of slices with −100 HU in the left half and 200 HU in the right half."""
     stored = np.full((slices, 20, COLUMNS), LEFT_HU + 1024, dtype=np.int16)
     stored[:, :, COLUMNS // 2 :] = RIGHT_HU + 1024
     return stored
@@ -48,7 +48,7 @@ def show(*args: str | Path, **env: str) -> Any:
     return CliRunner().invoke(app, ["show", *map(str, args)], env=env, catch_exceptions=False)
 
 
-def test_dicom_is_told_in_lines(series: Path) -> None:
+def test_a_dicom_series_is_summarised_in_text(series: Path) -> None:
     result = show(series)
     lines = result.stdout.splitlines()
     assert result.exit_code == 0
@@ -61,14 +61,14 @@ def test_dicom_is_told_in_lines(series: Path) -> None:
     assert "\x1b" not in result.stdout
 
 
-def test_an_output_is_told_in_the_same_lines(series: Path, out: Path) -> None:
-    told, of_output = show(series).stdout.splitlines(), show(out / "ct").stdout.splitlines()
+def test_an_output_has_the_same_summary_as_its_dicom(series: Path, out: Path) -> None:
+    of_dicom, of_output = show(series).stdout.splitlines(), show(out / "ct").stdout.splitlines()
     assert of_output[0] == f"{out / 'ct'}: image of a series of 6 images"
-    assert of_output[1:] == told[1:]
-    assert show(out).stdout.splitlines() == of_output  # the only one there
+    assert of_output[1:] == of_dicom[1:]
+    assert show(out).stdout.splitlines() == of_output  # the only output of the run
 
 
-def test_what_is_irregular_is_told_and_mended(tmp_path: Path) -> None:
+def test_a_missing_slice_is_reported_and_filled(tmp_path: Path) -> None:
     write_series(tmp_path / "gap", two_halves(12), (2.5, 0.8, 0.7))[4].unlink()
     result = show(tmp_path / "gap")
     assert result.stdout.splitlines()[1] == "fixed gap"
@@ -76,18 +76,18 @@ def test_what_is_irregular_is_told_and_mended(tmp_path: Path) -> None:
     assert "1 missing" in result.stdout
 
 
-def test_what_is_rejected_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_a_rejected_series_is_reported_with_its_reason(tmp_path: Path) -> None:
     write_series(tmp_path / "one", two_halves(1), (2.5, 0.8, 0.7))
     result = show(tmp_path / "one")
     assert result.exit_code == 1
     assert result.stdout.splitlines()[1] == "rejected one-slice"
 
 
-def test_planes_are_half_blocks_where_there_are_colours(series: Path) -> None:
+def test_planes_are_drawn_with_half_blocks_if_the_terminal_has_colours(series: Path) -> None:
     result = show(series, FORCE_COLOR="1", COLORTERM="truecolor", TERM="xterm", COLUMNS="100")
     rows = [line for line in result.stdout.splitlines() if "▀" in line]
     assert len({line.count("▀") for line in rows}) == 1
-    # In [−1000, 400] HU −100 is (900 / 1400) · 255 = 164, left of the middle, and 200 is 1200 / 1400 · 255 = 219.
+    # In the window [−1000, 400] HU, −100 HU is 900 / 1400 · 255 = 164, and 200 HU is 1200 / 1400 · 255 = 219.
     colours = re.findall(r"38;2;(\d+);(\d+);(\d+)", rows[len(rows) // 2])
     assert colours[3] == ("164", "164", "164")
     assert ("219", "219", "219") in colours
@@ -101,18 +101,18 @@ def test_the_picture_has_slices_at_equal_distances_and_the_histogram(series: Pat
         assert result.stdout.endswith(f"{tmp_path / 'look.png'} has 6 slices and the histogram\n")
         with Image.open(tmp_path / "look.png") as sheet:
             pixels = np.asarray(sheet)
-        # Tiles are 208 pixels wide; columns of 24 · 0.7 mm are longer than rows of 20 · 0.8 mm.
+        # Tiles are 208 pixels wide, because the width of 24 · 0.7 mm exceeds the height of 20 · 0.8 mm.
         first = pixels[:, 16 : 16 + 208]
         left = np.flatnonzero((first[:, 30] == 164).all(axis=1))
         right = np.flatnonzero((first[:, 180] == 219).all(axis=1))
-        assert len(left) == len(right) == 2 * round(208 * 16 / 16.8)  # two rows of tiles: five, and one
+        assert len(left) == len(right) == 2 * round(208 * 16 / 16.8)  # two rows of tiles: five and one
 
 
 @pytest.mark.parametrize(
     ("format_", "compression"),
     [("tif-stack", "zlib"), ("npy", "none"), ("nifti", "zlib"), ("zarr", "zstd"), ("tif", "zstd")],
 )
-def test_slices_of_every_format_are_the_same(format_: Any, compression: Any, series: Path, tmp_path: Path) -> None:
+def test_slices_are_read_from_every_format(format_: Any, compression: Any, series: Path, tmp_path: Path) -> None:
     for extra in {"nifti": ("nibabel", "isal"), "zarr": ("zarr",)}.get(format_, ()):
         pytest.importorskip(extra)
     recipe = gpuprep.Recipe(size=None, spacing_mm=None, dtype="int16", format=format_, compression=compression)
@@ -125,7 +125,7 @@ def test_slices_of_every_format_are_the_same(format_: Any, compression: Any, ser
         assert set(values[:, COLUMNS // 2 :].ravel()) == {219}
 
 
-def test_slices_are_at_equal_distances() -> None:
+def test_at_most_20_slices_are_selected_at_equal_distances() -> None:
     assert spread(1) == [0]
     assert spread(20) == list(range(20))
     assert spread(39) == list(range(0, 39, 2))
@@ -133,22 +133,22 @@ def test_slices_are_at_equal_distances() -> None:
     assert (spread(1000)[0], spread(1000)[-1]) == (0, 999)
 
 
-def test_a_histogram_in_text_has_each_voxel_in_its_column() -> None:
+def test_a_text_histogram_counts_each_voxel_in_its_column() -> None:
     histogram = Histogram()
     histogram.add(np.array([-1000] * 3 + [52], dtype=np.int16), 1, 0)
     quality = histogram.to_dict()
     assert quality is not None
-    # 128 columns of 16 HU from −1024 on: −1000 is in the second, whose bin is stored as such; 52 in the 68th.
+    # 128 columns of 16 HU from −1024 on: −1000 HU is in the second, which equals a stored bin, and 52 HU in the 68th.
     found = shares(quality, 128)
     assert found[1] == pytest.approx(0.75)
     assert found[67] == pytest.approx(0.25)
     assert found.sum() == pytest.approx(1)
     *bars, bands, axis = text_histogram(quality, 128)
     assert [line[1] for line in bars] == ["█"] * 6
-    assert "".join(line[67] for line in bars).count("█") == 3  # the root of a third of 48 eighths: 27.7
+    assert "".join(line[67] for line in bars).count("█") == 3  # √(0.25 / 0.75) · 48 eighths = 27.7
     assert bands[0] == "a"
     assert bands[(-1024 + 1024 + 16 * 5) // 16] == "l"
-    assert bands[67:69] == "mi"  # muscle ends at 55 HU, and liver at 70
+    assert bands[67:69] == "mi"  # muscle ends at 55 HU, and liver at 70 HU
     assert axis.rstrip(" HU").split() == ["-1000", "-500", "0", "500", "1000"]
 
 
@@ -176,10 +176,10 @@ def test_several_outputs_are_listed_in_one_line(series: Path, tmp_path: Path) ->
     )
 
 
-def test_what_is_not_there_and_what_is_damaged_is_one_line(series: Path, out: Path, tmp_path: Path) -> None:
+def test_missing_and_damaged_inputs_give_one_line_of_error(series: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (out / "ct" / "0003.tif").write_bytes(b"")
-    for args, code, words in (
+    for args, code, message in (
         ([tmp_path / "nowhere"], 2, "does not exist"),
         ([tmp_path / "empty"], 3, "there is no CT series in"),
         ([series, "--series-uid", "9"], 3, "there is no series 9 in"),
@@ -188,7 +188,7 @@ def test_what_is_not_there_and_what_is_damaged_is_one_line(series: Path, out: Pa
     ):
         result = show(*args)
         assert (result.exit_code, result.stderr.count("\n")) == (code, 1), result.stderr
-        assert words in result.stderr
+        assert message in result.stderr
     (out / "ct" / "volume.json").write_text("{}")
     assert "is not as it was written" in show(out / "ct").stderr
     file = next(series.glob("*.dcm"))
@@ -198,6 +198,6 @@ def test_what_is_not_there_and_what_is_damaged_is_one_line(series: Path, out: Pa
     assert "rejected truncated" in result.stdout
 
 
-def test_a_montage_of_what_has_no_picture_says_so_all_the_same(tmp_path: Path) -> None:
+def test_the_montage_of_a_rejected_series_has_no_slices_but_is_drawn(tmp_path: Path) -> None:
     write_series(tmp_path / "one", two_halves(1), (2.5, 0.8, 0.7))
     assert montage(glance(str(tmp_path / "one"))).width > 0

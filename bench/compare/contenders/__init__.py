@@ -1,4 +1,4 @@
-"""Who is compared: how each is run, what it claims to compute, and how often it can be afforded.
+"""Defines the contenders: how each is run, which recipe it claims to compute, and how often it is timed.
 
 A module of this package has either ``convert(folder, out, **options)`` for one series, as a competent user of that
 library would write it, or ``convert_all(folders, out, **options)`` for a cohort. Only `with_gpuprep` uses gpuprep.
@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 Claim = Literal["cubic", "linear", "classic"]
-"""Whose values it says it computes: gpuprep's default recipe, the same with linear resampling, or the notebook's."""
+"""Recipe that a contender claims to compute: gpuprep's default, the same with linear resampling, or the notebook's."""
 
 GPU_JOBS = 4
-"""Series in flight on a GPU: gpuprep's default."""
+"""Series in parallel on a GPU: gpuprep's default."""
 
 MIRRORED_VOXELS = 8
-"""Source voxels from each border in which SimpleITK's B-spline, which mirrors the volume there, differs from one that
-repeats its border; what reaches further has fallen below 1e-4."""
+"""Width of the border in source voxels where SimpleITK's B-spline, which mirrors the volume, differs from a spline that
+repeats the border voxels; further inside, the difference is below 1e-4."""
 
 
 class AbsentError(Exception):
-    """A contender lacks something that it needs here: not a failure."""
+    """A package or device that a contender needs is missing. This does not count as a failure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """One line of the comparison."""
+    """One row of the comparison: a program with its options."""
 
     name: str
     module: str
@@ -36,43 +36,43 @@ class Contender:
     environment: Mapping[str, str] = field(default_factory=dict)
     dtype: str
     claim: Claim | None = None
-    """None: it has a grid of its own, or does not resample."""
+    """Recipe it claims to compute; None if it uses another grid or does not resample."""
     border: int = 0
-    """Source voxels from each border in which it does not claim agreement."""
+    """Width of the border, in source voxels, that is excluded from the comparison of values."""
     floor: str | None = None
-    """Name of the floor that has its input and output."""
+    """Name of the floor with the same input and output."""
     series: int | None = None
-    """How many it converts per round; None: the whole cohort."""
+    """Number of series per round; None for the whole cohort."""
     rounds: int = 3
     note: str = ""
     against: str = ""
-    """Name of the gpuprep contender that its ratio is taken to; that of its dtype where empty."""
+    """Name of the gpuprep contender for the ratio; if empty, the one with the same dtype."""
 
     @property
     def ours(self) -> bool:
-        """Whether it is gpuprep."""
+        """Whether this is gpuprep."""
         return self.module == "with_gpuprep"
 
     @property
     def jobs(self) -> int:
-        """Series at a time."""
+        """Number of series converted in parallel."""
         return int(self.options.get("jobs") or (GPU_JOBS if self.options.get("gpu") else 1))
 
 
 FLOORS = {"uint8": {"dtype": "uint8"}, "float32": {}, "uint8 stack": {"dtype": "uint8", "format": "tif-stack"}}
-"""Recipes whose bytes of output have a floor."""
+"""Recipe fields of the gpuprep runs that have a floor, by name of the floor."""
 
 SLOW: dict[str, Any] = {"series": 1, "rounds": 2}
 MEDIUM: dict[str, Any] = {"series": 2, "rounds": 2}
 
 
 def contenders(cores: int, gpu: bool, scratch: Path) -> list[Contender]:
-    """Return all contenders, gpuprep with the default recipe in both dtypes first."""
+    """Return all contenders; gpuprep with the default recipe in both dtypes comes first."""
     return [*_gpuprep(cores, scratch), *(_gpuprep_gpu() if gpu else ()), *_rivals(), *_converters()]
 
 
 def floors(cores: int, sizes_bytes: Mapping[str, dict[str, list[int]]]) -> list[Contender]:
-    """Return the floors of the outputs whose file sizes are known, by output and series."""
+    """Return one floor per output with known file sizes; `sizes_bytes` is by floor and series."""
     return [
         Contender(
             name=f"floor, {name}",
@@ -144,7 +144,7 @@ def _rivals() -> list[Contender]:
             module="with_monai",
             options={"device": device, "dtype": "uint8"},
             dtype="uint8",
-            note="grid of its own",
+            note="different grid",
             **MEDIUM,
         )
 
@@ -160,7 +160,7 @@ def _rivals() -> list[Contender]:
             module="with_torchio",
             options={"dtype": "uint8"},
             dtype="uint8",
-            note="grid of its own",
+            note="different grid",
             **MEDIUM,
         ),
     ]

@@ -13,4 +13,4 @@ def convert(folder: Path, out: Path) -> None:
     command = [dcm2niix.bin, "-z", "n", "-b", "n", "-f", "volume", "-o", str(out), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"dcm2niix ended {done.returncode}: {done.stdout.strip().splitlines()[-1]}")
+        raise RuntimeError(f"dcm2niix ended with exit code {done.returncode}: {done.stdout.strip().splitlines()[-1]}")

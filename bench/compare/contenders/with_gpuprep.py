@@ -1,4 +1,4 @@
-"""gpuprep: a cohort at a time, as users run it, and where its time went."""
+"""gpuprep: converts a whole cohort, as users run it, and returns the time of each stage."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Run
 
 STAGES = ("read", "process", "write", "upload", "kernels", "download")
-"""Of one series, as its `SeriesResult` has them in `<stage>_s`; the last three are of a device, beside the others."""
+"""Stages of a series, with times in `<stage>_s` of `SeriesResult`. The last three, on a device, overlap the others."""
 
 
 class _Clock(Listener):
-    """Notes when headers are read and conversion begins, and what is expected."""
+    """Records the time until the scan ends and conversion begins, and the predicted memory."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -44,7 +44,7 @@ def convert_all(
     jobs: int | None = None,
     index: str | None = None,
 ) -> dict[str, Any]:
-    """Convert a cohort; return where each series is, where the time went and on what."""
+    """Convert a cohort; return the output folder of each series, the times of the stages, and the device."""
     clock = _Clock()
     try:
         run = gpuprep.convert(
@@ -59,9 +59,9 @@ def convert_all(
         )
     except BackendError as exc:
         raise AbsentError(str(exc)) from exc
-    bad = [f"{Path(r.source).name} {r.status}: {r.reason}" for r in run.results if r.status not in DONE]
-    if bad or len(run.results) != len(folders):
-        raise RuntimeError("; ".join(bad) or f"{len(run.results)} results for {len(folders)} series")
+    unfinished = [f"{Path(r.source).name} {r.status}: {r.reason}" for r in run.results if r.status not in DONE]
+    if unfinished or len(run.results) != len(folders):
+        raise RuntimeError("; ".join(unfinished) or f"{len(run.results)} results for {len(folders)} series")
     return {
         "outputs": {Path(r.source).name: r.folder for r in run.results},
         "split": _split(run, clock.planned_s),
@@ -71,7 +71,7 @@ def convert_all(
 
 
 def _split(run: Run, scan_s: float) -> dict[str, float]:
-    """Return mean seconds of each stage per series, and of the scan of the cohort."""
+    """Return the mean seconds of each stage per series, and the seconds of the scan of the cohort."""
     split = {"scan_s": scan_s}
     for stage in STAGES:
         times = [getattr(r, f"{stage}_s", None) for r in run.results]

@@ -1,6 +1,7 @@
-"""MONAI: its transforms on torch tensors, linear, on the CPU or on a GPU.
+"""MONAI: transforms on torch tensors with linear interpolation, on the CPU or on a GPU.
 
-`Spacing` keeps the centres of the first voxels, so its grid is not gpuprep's. Its cubic is SciPy's on the CPU.
+`Spacing` aligns the centres of the first voxels, so the grid differs from gpuprep's. Its cubic interpolation on the CPU
+is that of SciPy and is not timed.
 """
 
 from __future__ import annotations

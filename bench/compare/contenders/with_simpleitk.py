@@ -1,11 +1,11 @@
-"""SimpleITK: GDCM reads, B-spline or linear resampling onto the grid that keeps the physical extent, as gpuprep's."""
+"""SimpleITK: reading by GDCM, B-spline or linear resampling onto the same grid as gpuprep (physical extent kept)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 - as everybody calls it
+import SimpleITK as sitk  # noqa: N813 - the usual alias
 
 from bench.compare.contenders.slices import write_slices
 
@@ -25,7 +25,7 @@ def convert(folder: Path, out: Path, *, interpolation: str, dtype: str) -> None:
 
 
 def _resampled(image: sitk.Image, size: list[int], interpolator: int) -> sitk.Image:
-    """Return the image in so many voxels of the same physical extent."""
+    """Return the image resampled to `size` voxels with the same physical extent."""
     factors = [m / n for n, m in zip(image.GetSize(), size, strict=True)]
     resample = sitk.ResampleImageFilter()
     resample.SetInterpolator(interpolator)

@@ -1,7 +1,7 @@
-"""TorchIO: its transforms, linear.
+"""TorchIO: transforms with linear interpolation.
 
-`Resample` rounds the number of voxels down and keeps 1 mm, so its grid is not quite gpuprep's. Its B-spline is
-SimpleITK's.
+`Resample` keeps 1 mm and rounds the number of voxels down, so the grid differs slightly from gpuprep's. Its B-spline
+interpolation is that of SimpleITK and is not timed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def convert(folder: Path, out: Path, *, dtype: str) -> None:
 def _transforms() -> Any:
     return tio.Compose(
         [
-            tio.Lambda(_air_outside),
+            tio.Lambda(_padding_to_air),
             tio.Resample(1),
             tio.Clamp(-1000, 400),
             tio.RescaleIntensity((0, 1), in_min_max=(-1000, 400)),
@@ -34,7 +34,7 @@ def _transforms() -> Any:
     )
 
 
-def _air_outside(hu: torch.Tensor) -> torch.Tensor:
+def _padding_to_air(hu: torch.Tensor) -> torch.Tensor:
     hu = hu.float()
     hu[hu < -1024] = -1000
     return hu
