@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gpuprep.masks.overlapping_outlines import Arranged, arranged
-from gpuprep.masks.rasterize import filled, united
+from gpuprep.masks.overlapping_outlines import OutlineGroups, grouped
+from gpuprep.masks.rasterize import filled, filled_union
 
 SHAPE = (40, 44)
 
@@ -32,14 +32,14 @@ def disc(x: float, y: float, radius: float, points: int = 60) -> NDArray[np.floa
 
 
 def mask(polygons: list[NDArray[np.float64]]) -> NDArray[np.bool_]:
-    found = arranged(polygons, SHAPE)
+    found = grouped(polygons, SHAPE)
     painted = filled(found.alone, SHAPE)
     for group in found.united:
-        painted ^= united(group, SHAPE)
+        painted ^= filled_union(group, SHAPE)
     return painted
 
 
-def told(found: Arranged) -> tuple[int, list[int], int, int]:
+def told(found: OutlineGroups) -> tuple[int, list[int], int, int]:
     return len(found.alone), sorted(map(len, found.united)), found.repeated, found.holes
 
 
@@ -57,28 +57,28 @@ class TestWhatIsDrawn:
     def test_overlap_in_part_is_one_area(self) -> None:
         found = [box(10.3, 10.3, 20.3, 20.3), box(15.3, 15.3, 25.3, 25.3)]
         assert mask(found).sum() == 175
-        assert told(arranged(found, SHAPE)) == (0, [2], 0, 0)
+        assert told(grouped(found, SHAPE)) == (0, [2], 0, 0)
 
     def test_a_cross_none_of_whose_corners_lies_in_the_other_bar(self) -> None:
         found = [box(4.5, 14.5, 34.5, 18.5), box(16.5, 2.5, 22.5, 36.5)]
         assert mask(found).sum() == 30 * 4 + 6 * 34 - 6 * 4
-        assert told(arranged(found, SHAPE)) == (0, [2], 0, 0)
+        assert told(grouped(found, SHAPE)) == (0, [2], 0, 0)
 
     def test_a_chain_is_one_area(self) -> None:
         found = [disc(8 + 5 * n, 20.3, 4.2) for n in range(6)]
         expected = np.any([inside(p) for p in found], axis=0)
         np.testing.assert_array_equal(mask(found), expected)
-        assert told(arranged(found, SHAPE)) == (0, [6], 0, 0)
+        assert told(grouped(found, SHAPE)) == (0, [6], 0, 0)
 
     def test_a_hole_and_an_island_in_it(self) -> None:
         found = [box(2.5, 2.5, 32.5, 32.5), box(7.5, 7.5, 27.5, 27.5), box(12.5, 12.5, 22.5, 22.5)]
         assert mask(found).sum() == 900 - 400 + 100
-        assert told(arranged(found, SHAPE)) == (3, [], 0, 1)  # one hole: the island is none
+        assert told(grouped(found, SHAPE)) == (3, [], 0, 1)  # one hole: the island is none
 
     def test_a_hole_that_shares_an_edge_with_what_it_is_in(self) -> None:
         found = [box(2.5, 2.5, 32.5, 32.5), box(2.5, 7.5, 12.5, 27.5)]
         assert mask(found).sum() == 900 - 200
-        assert told(arranged(found, SHAPE)) == (2, [], 0, 1)
+        assert told(grouped(found, SHAPE)) == (2, [], 0, 1)
 
     @pytest.mark.parametrize("off", [-0.2, -0.01, 0.01, 0.2])
     def test_a_hole_that_reaches_beyond_by_rounding_stays_a_hole(self, off: float) -> None:
@@ -93,10 +93,10 @@ class TestWhatIsDrawn:
     def test_a_hole_in_what_was_drawn_in_two_pieces(self) -> None:
         found = [box(2.5, 2.5, 20.5, 32.5), box(16.5, 2.5, 36.5, 32.5), box(5.5, 5.5, 10.5, 10.5)]
         assert mask(found).sum() == 34 * 30 - 25
-        assert told(arranged(found, SHAPE)) == (1, [2], 0, 1)
+        assert told(grouped(found, SHAPE)) == (1, [2], 0, 1)
         found[2] = box(17.5, 5.5, 19.5, 10.5)  # where the pieces overlap
         assert mask(found).sum() == 34 * 30 - 10
-        assert told(arranged(found, SHAPE)) == (1, [2], 0, 1)
+        assert told(grouped(found, SHAPE)) == (1, [2], 0, 1)
 
     def test_a_keyhole_is_a_hole_in_which_islands_may_lie(self) -> None:
         outer, inner = box(2.5, 2.5, 32.5, 32.5), box(7.5, 7.5, 27.5, 27.5)[::-1]
@@ -126,8 +126,8 @@ class TestRepeats:
         again = again[::-1] if backwards else again
         again = np.concatenate([again, again[:1]]) if closed else again
         np.testing.assert_array_equal(mask([first, again]), inside(first))
-        assert told(arranged([first, again], SHAPE)) == (1, [], 1, 0)
-        assert told(arranged([first, again, first], SHAPE)) == (1, [], 2, 0)
+        assert told(grouped([first, again], SHAPE)) == (1, [], 1, 0)
+        assert told(grouped([first, again, first], SHAPE)) == (1, [], 2, 0)
 
     def test_one_that_was_rounded_is_no_hole_in_itself(self) -> None:
         first = disc(20.3, 18.7, 9.1)
@@ -138,13 +138,13 @@ class TestRepeats:
         ring = [box(2.5, 2.5, 32.5, 32.5), box(7.5, 7.5, 27.5, 27.5)]
         found = [*ring, *(np.roll(p, 1, axis=0)[::-1] for p in ring)]
         assert mask(found).sum() == 900 - 400
-        assert told(arranged(found, SHAPE)) == (2, [], 2, 1)
+        assert told(grouped(found, SHAPE)) == (2, [], 2, 1)
 
     def test_the_same_points_in_another_order_are_another_outline(self) -> None:
         square = box(4.5, 4.5, 24.5, 24.5)
         bow = square[[0, 2, 1, 3]]
         np.testing.assert_array_equal(mask([square, bow]), filled([square], SHAPE) & ~filled([bow], SHAPE))
-        assert told(arranged([square, bow], SHAPE)) == (2, [], 0, 1)
+        assert told(grouped([square, bow], SHAPE)) == (2, [], 0, 1)
 
 
 corner = st.integers(0, 18)
@@ -196,12 +196,12 @@ def test_the_union_holds_what_any_of_them_holds(found: list[Box]) -> None:
     expected = np.zeros(SHAPE, dtype=bool)
     for polygon in polygons:
         expected |= inside(polygon)
-    np.testing.assert_array_equal(united(polygons, SHAPE), expected)
+    np.testing.assert_array_equal(filled_union(polygons, SHAPE), expected)
 
 
 def test_what_lies_apart_is_left_as_it_is() -> None:
     found = [disc(6 + 10 * x, 6 + 10 * y, 4) for x in range(4) for y in range(3)]
-    arrangement = arranged(found, SHAPE)
+    arrangement = grouped(found, SHAPE)
     assert all(a is b for a, b in zip(arrangement.alone, found, strict=True))
     assert told(arrangement) == (12, [], 0, 0)
 

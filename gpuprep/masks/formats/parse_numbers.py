@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gpuprep.core.formatting import numbered, quoted
 from gpuprep.errors import SegmentationError
-from gpuprep.masks.text_parsing import FARTHEST, NUMBER
+from gpuprep.masks.text_parsing import LARGEST_COORDINATE, NUMBER
 
 MOST_CHARACTERS = 2**27
 """Numbers and their places take some twenty times that while they are read."""
@@ -103,10 +103,10 @@ def parse(text: str) -> Table:
     if values is None:
         raise _no_number(text)
     with np.errstate(invalid="ignore"):
-        if not (fine := np.abs(values) <= FARTHEST).all():
+        if not (fine := np.abs(values) <= LARGEST_COORDINATE).all():
             at = int(places[np.argmin(fine)])
             raise SegmentationError(
-                f"{_where(text, at)}: {quoted(_word(text, at))} is beyond ±{FARTHEST:.0f}: "
+                f"{_where(text, at)}: {quoted(_word(text, at))} is beyond ±{LARGEST_COORDINATE:.0f}: "
                 "the file is damaged, or no list of coordinates"
             )
     ends = np.append(np.searchsorted(places, np.flatnonzero(array == ord("\n"))), len(places))

@@ -19,7 +19,7 @@ from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.files import filesystem
 from gpuprep.masks.model import Contour, Segmentation, Structure
-from gpuprep.masks.text_parsing import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
+from gpuprep.masks.text_parsing import LARGEST_COORDINATE, distinct, is_number, is_uid, lines, numbers, refusal
 
 FORMAT = "Pinnacle plan.roi"
 
@@ -185,7 +185,7 @@ def _points_cm(rows: list[tuple[int, str]]) -> NDArray[np.float64]:
         line, row = rows[wrong // 3]
         return line, list(re.finditer(r"\S+", row))[wrong % 3].start() + 1
 
-    return numbers(parts, place, FARTHEST / MM_PER_CM).reshape(-1, 3)
+    return numbers(parts, place, LARGEST_COORDINATE / MM_PER_CM).reshape(-1, 3)
 
 
 def _agree(announced: tuple[int, int] | None, found: int, what: str) -> None:
@@ -233,12 +233,12 @@ def _shift_cm(header: dict[str, str], rois: list[_Roi]) -> tuple[NDArray[np.floa
     nothing = np.zeros(3)
     keys = [f"{axis}_{what}" for what in ("dim", "pixdim", "start") for axis in "xyz"]
     points = [curve for roi in rois for curve in roi.curves_cm if len(curve)]
-    if not points or not all(is_number(header.get(key, ""), FARTHEST / MM_PER_CM) for key in keys):
+    if not points or not all(is_number(header.get(key, ""), LARGEST_COORDINATE / MM_PER_CM) for key in keys):
         return nothing, []
     size, step, start = np.array([float(header[key]) for key in keys]).reshape(3, 3)
     dicom = start.copy()
     for axis, key in enumerate(("x_start_dicom", "y_start_dicom")):
-        if is_number(header.get(key, ""), FARTHEST / MM_PER_CM):
+        if is_number(header.get(key, ""), LARGEST_COORDINATE / MM_PER_CM):
             dicom[axis] = float(header[key])
     least = np.min([p.min(axis=0) for p in points], axis=0)
     most = np.max([p.max(axis=0) for p in points], axis=0)

@@ -23,7 +23,7 @@ from gpuprep.core.mask_options import Reading
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.dicom_elements import decimals, image_frames, integer, items, name, raw, text, uid
 from gpuprep.masks.model import Collector, Contour, ImageFrame, References, Segmentation
-from gpuprep.masks.text_parsing import FARTHEST, distinct
+from gpuprep.masks.text_parsing import LARGEST_COORDINATE, distinct
 
 if TYPE_CHECKING:
     import pydicom
@@ -130,7 +130,7 @@ def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images
             left_out["fewer than 3 points"] += 1
             continue
         # What was outlined lies so far from the points (C.8.8.6.2).
-        if any(offset_mm := decimals(item, "ContourOffsetVector", 3, FARTHEST) or ()):
+        if any(offset_mm := decimals(item, "ContourOffsetVector", 3, LARGEST_COORDINATE) or ()):
             points = points + offset_mm
             moved += 1
         collector.add(structure, Contour(points, "patient", rule="even-odd" if kind == "CLOSED_PLANAR" else "xor"))
@@ -157,13 +157,13 @@ def _points(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
         if data.translate(None, _NUMERIC):
             raise ValueError
         values = np.fromiter(map(float, parts), np.float64, len(parts))
-        if not (np.abs(values) <= FARTHEST).all():
+        if not (np.abs(values) <= LARGEST_COORDINATE).all():
             raise ValueError
     except ValueError:
         n = next(n for n, part in enumerate(parts) if not _is_coordinate(part))
         raise SegmentationError(
             f"{roi}, contour {contour}, value {n + 1} of {len(parts)}: {quoted(parts[n].decode('latin-1'))} is no "
-            f"coordinate in mm of at most {FARTHEST:.0f}"
+            f"coordinate in mm of at most {LARGEST_COORDINATE:.0f}"
         ) from None
     if len(values) % 3:
         raise SegmentationError(f"{roi}, contour {contour}: {len(values)} values are no points of x, y and z")
@@ -172,7 +172,7 @@ def _points(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
 
 def _is_coordinate(part: bytes) -> bool:
     try:
-        return not part.translate(None, _NUMERIC) and math.fabs(float(part)) <= FARTHEST
+        return not part.translate(None, _NUMERIC) and math.fabs(float(part)) <= LARGEST_COORDINATE
     except ValueError:
         return False
 

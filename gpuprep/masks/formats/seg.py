@@ -18,7 +18,7 @@ from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.dicom_elements import binary, items, name, text, uid
 from gpuprep.masks.formats.seg_frames import Groups
 from gpuprep.masks.formats.seg_image import MOST_PAINTED, SegImage
-from gpuprep.masks.model import Collector, ImageFrame, References, Segmentation, painted
+from gpuprep.masks.model import Collector, ImageFrame, References, Segmentation, bounding_raster
 from gpuprep.masks.text_parsing import distinct
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
                 names[number] = _name_of_unknown(number, names)
                 notes.append(f"segment {number} has pixels and no description")
                 collector.declare(names[number])
-            raster = painted(mask, place.slice, place.geometry, place.slab)
+            raster = bounding_raster(mask, place.slice, place.geometry, place.slab)
             if raster is None:
                 continue
             painted_px += raster.mask.size

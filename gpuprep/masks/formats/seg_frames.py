@@ -15,7 +15,7 @@ from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.dicom_elements import binary, decimals, image_frames, items, raw, text
 from gpuprep.masks.formats.seg_image import SegImage
 from gpuprep.masks.model import ONE_PLANE_MM, ImageFrame, Slab, SliceKey
-from gpuprep.masks.text_parsing import FARTHEST
+from gpuprep.masks.text_parsing import LARGEST_COORDINATE
 
 if TYPE_CHECKING:
     import pydicom
@@ -101,7 +101,7 @@ class Groups:
             *(text(measures, k) for k in ("PixelSpacing", *distances)),
         )
         if key not in self._places:
-            position = decimals(where, "ImagePositionPatient", 3, FARTHEST)
+            position = decimals(where, "ImagePositionPatient", 3, LARGEST_COORDINATE)
             orientation = decimals(oriented, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
             spacing = decimals(measures, "PixelSpacing", 2, COARSEST_MM)
             if position is None or orientation is None or spacing is None:
@@ -203,7 +203,7 @@ NO_PLANES = Planes(np.empty(0))
 
 def _distance(measures: pydicom.Dataset, keyword: str) -> float | None:
     """Return a distance along the normal; None where there is none that can be."""
-    found = decimals(measures, keyword, 1, FARTHEST)
+    found = decimals(measures, keyword, 1, LARGEST_COORDINATE)
     return found[0] if found and found[0] >= FINEST_MM else None
 
 
