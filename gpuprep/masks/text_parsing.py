@@ -87,7 +87,7 @@ def numbers(
     )
 
 
-def distinct(named: Iterable[tuple[str, int]]) -> list[str]:
+def unique_names(named: Iterable[tuple[str, int]]) -> list[str]:
     """Return unique names: each name that occurs more than once gets its number appended, as in "PTV (3)"."""
     named = list(named)
     count = Counter(name for name, _ in named)
