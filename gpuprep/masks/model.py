@@ -64,7 +64,7 @@ class Slab(NamedTuple):
 
     below_mm: float
     above_mm: float
-    """Half the distance to the neighbouring planes of the file, painted or not."""
+    """Half the distance to the next plane of the file, painted or not; half the spacing if there is none nearby."""
     is_known: bool = True
     """Whether the extent is more than a slice thickness: the spacing of planes is stated, or measured on several evenly
     spaced planes, or the plane was derived from several images."""

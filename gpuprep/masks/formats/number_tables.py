@@ -86,7 +86,7 @@ def _outline(source: _Source) -> _Result:
     frame: Frame = "pixel" if unit == "px" else "corner"
     points = _in_mm(points, unit) if frame == "corner" else points - 0.5
     key, name = slice_and_structure(source.path, reading.slice_from)
-    return _collect(source, [(name, key)], points, np.flatnonzero(table.apart), frame, closing=False), True
+    return _collect(source, [(name, key)], points, np.flatnonzero(table.follows_blank), frame, closing=False), True
 
 
 def _points(source: _Source) -> _Result:
@@ -122,7 +122,7 @@ def _points(source: _Source) -> _Result:
         if reading.slice_from not in (None, "column"):
             raise SegmentationError(f"--slice-from {reading.slice_from}: a column gives the slice; omit the option")
 
-    changes = table.apart.copy()
+    changes = table.follows_blank.copy()
     for role in ("slice", "object", "contour"):
         if role in by_role:
             changes[1:] |= np.diff(by_role[role]) != 0

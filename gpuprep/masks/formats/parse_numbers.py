@@ -44,7 +44,7 @@ class Table:
     """Index in `values` at which each line begins, and at which the last line ends, shape (n + 1,)."""
     lines: NDArray[np.int64]
     """Line numbers in the file, counted from 1, shape (n,)."""
-    apart: NDArray[np.bool_]
+    follows_blank: NDArray[np.bool_]
     """Whether a blank line precedes each line, shape (n,)."""
     labels: tuple[str, ...] | None
     """Word at the beginning of each line; None if there are none."""
@@ -115,9 +115,9 @@ def parse(text: str) -> Table:
     blank = counts == 0
     blank[skipped] = False
     blanks = np.cumsum(blank)[lines]
-    apart = np.diff(blanks, prepend=blanks[0]) > 0
-    if apart[1:].all():  # blank lines between all lines separate no contours
-        apart[:] = False
+    follows_blank = np.diff(blanks, prepend=blanks[0]) > 0
+    if follows_blank[1:].all():  # blank lines between all lines separate no contours
+        follows_blank[:] = False
     if labels and (unlabelled := np.flatnonzero(~np.isin(lines, list(labels))).tolist()):
         raise SegmentationError(
             f"line {lines[unlabelled[0]] + 1}, column 1: no label, where line {next(iter(labels)) + 1} begins with one"
@@ -126,7 +126,7 @@ def parse(text: str) -> Table:
         values,
         np.append(0, ends[lines]),
         lines + 1,
-        apart,
+        follows_blank,
         tuple(labels[n] for n in lines.tolist()) if labels else None,
         header,
         b"." in data or b"e" in data or b"E" in data,
