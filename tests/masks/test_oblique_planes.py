@@ -369,7 +369,7 @@ class TestMasksWithoutVoxels:
         assert "none of 1 structure (dot) has a voxel left on the grid of the output, of 1 voxel" in result.reason
 
     def test_frames_outside_of_the_stack_are_counted_in_a_note(self, tmp_path: Path, stacked: Stack) -> None:
-        # Frames rotation by 60 degrees rise beyond the top of the series.
+        # Frames rotated by 60 degrees rise beyond the top of the series.
         own = grid(rotation(60, 0), (60, 6, 6), (1.0, 1.0, 1.0))
         volume = np.ones(own.shape, bool)
         _, notes = painted(write_seg(tmp_path / "s.dcm", {"a": volume}, own), stacked)
