@@ -1,4 +1,4 @@
-"""Structure sets and segmentation images, written as other programs write them."""
+"""Writes structure sets and segmentation images as other programs do; reads them and checks refusals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pydicom
+import pytest
+from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
@@ -18,13 +20,62 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLos
 from pydicom.valuerep import format_number_as_ds
 
 from gpuprep.core.geometry import Geometry
-from gpuprep.masks.model import Structure
+from gpuprep.core.mask_options import Reading
+from gpuprep.errors import SegmentationError
+from gpuprep.masks.formats.dicom_objects import read_object
+from gpuprep.masks.model import Segmentation, Structure
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 DEFLATED_FRAMES = UID("1.2.840.10008.1.2.8.1")
 UNCOMPRESSED = UID("1.2.840.10008.1.2.1.98")
 ENCODERS = {RLELossless: "pydicom", JPEGLSLossless: "pyjpegls", JPEG2000Lossless: "pylibjpeg"}
-"""What pydicom encodes with: GDCM, where it is installed, ends the process over small frames."""
+"""Plugins for encoding; pydicom would use GDCM if it is installed, which ends the process on small frames."""
+
+
+def read(path: Path, threshold: float = 0.5) -> Segmentation:
+    """Read a structure set or segmentation image."""
+    return read_object(str(path), Reading(threshold=threshold))
+
+
+def refused(path: Path) -> str:
+    """Return the message of the error of a file that cannot be read; it must be one line without the patient."""
+    with pytest.raises(SegmentationError) as caught:
+        read(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "Doe" not in text
+    assert "4711" not in text
+    return text
+
+
+def check_truncations_are_refused(path: Path, content: bytes) -> None:
+    """Write every proper beginning of a content to a file, and check that it is refused."""
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        refused(path)
+
+
+def read_damaged(path: Path, data: st.DataObject) -> Segmentation | None:
+    """Change up to 4 bytes of a file; return its structures, or None if it is refused with one line."""
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        return read(path)
+    except SegmentationError as exc:
+        assert "\n" not in str(exc)  # noqa: PT017 - damage may be harmless
+        return None
+
+
+def setting(**attributes: Any) -> Callable[[Dataset], None]:
+    """Return a function that sets attributes of a data set."""
+
+    def change(ds: Dataset) -> None:
+        for keyword, value in attributes.items():
+            setattr(ds, keyword, value)
+
+    return change
 
 
 def write_rtstruct(
@@ -45,17 +96,17 @@ def write_rtstruct(
     path : Path
         The file.
     rois : mapping of str to arrays of shape (n, 3)
-        The contours of each ROI, points as (x, y, z) in millimetres.
+        Contours of each ROI, points as (x, y, z) in mm.
     series_uid, frame_uid : str
-        The series it belongs to, and the frame of reference.
+        UIDs of the series and of its frame of reference.
     sop_uids : sequence of str
-        The images of the series.
+        UIDs of the images of the series.
     kind : str
         *Contour Geometric Type* of all contours.
     syntax : UID
         Transfer syntax.
     change : callable, optional
-        May alter the data set before it is written.
+        Function that changes the data set before it is written.
     """
     ds = _object("1.2.840.10008.5.1.4.1.1.481.3", "RTSTRUCT", syntax)
     ds.StructureSetLabel = "test"
@@ -83,7 +134,7 @@ def write_rtstruct(
 def _contour(points: NDArray[np.float64], kind: str) -> Dataset:
     item = _item(NumberOfContourPoints=len(points))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one name that is in use is too long
+        warnings.simplefilter("ignore")  # CLOSED_PLANAR_XOR exceeds the 16 characters of a code string
         item.ContourGeometricType = kind
     item.ContourData = [format_number_as_ds(float(v)) for v in points.ravel()]
     return item
@@ -114,31 +165,31 @@ def write_seg(
     path : Path
         The file.
     masks : mapping of str to array, shape (k, rows, columns)
-        The segments, of bool; for a fractional one, shares from 0 to 1. In a label map the last one wins.
+        Masks of the segments; for a fractional object, shares from 0 to 1. In a label map, later segments overwrite.
     geometry : Geometry
-        Where they lie.
+        Grid of the masks.
     kind : str
         *Segmentation Type*.
     sparse : bool
-        Leave out frames without pixels, but for one where there are no others.
+        Whether to omit frames without pixels; one frame is written in any case.
     numbers : sequence of int, optional
-        *Segment Number* of each; 1, 2, … where absent.
+        *Segment Number* of each segment; by default 1, 2, ….
     bits : int, optional
-        *Bits Allocated*; 1, or 8 where it is not binary, where absent.
+        *Bits Allocated*; by default 1 for a binary object, else 8.
     whole : int
         *Maximum Fractional Value*.
     padding : int, optional
-        *Pixel Padding Value*, which a label map is filled with.
+        *Pixel Padding Value*, the background of a label map.
     series_uid, frame_uid : str
-        The series it belongs to, and the frame of reference.
+        UIDs of the series and of its frame of reference.
     sop_uids : sequence of str
-        The image of each slice.
+        UID of the image of each slice.
     placed : bool
-        Whether frames say where they lie.
+        Whether frames have a position, an orientation and a pixel spacing.
     syntax : UID
         Transfer syntax; also RLE, JPEG-LS, JPEG 2000, deflated frames and uncompressed fragments.
     change : callable, optional
-        May alter the data set before it is written.
+        Function that changes the data set before it is written.
     """
     numbers = numbers or range(1, len(masks) + 1)
     bits = bits or (1 if kind == "binary" else 8)
@@ -222,7 +273,7 @@ def _put_pixels(ds: Dataset, stack: NDArray[Any], bits: int, syntax: UID) -> Non
         for plane in stack:
             pack = zlib.compressobj(wbits=-zlib.MAX_WBITS)
             streams.append(pack.compress(packed(plane)) + pack.flush())
-        ds.file_meta.TransferSyntaxUID = JPEG2000Lossless  # pydicom does not know the true one
+        ds.file_meta.TransferSyntaxUID = JPEG2000Lossless  # pydicom cannot write the right one; replaced later
         ds["PixelData"] = pydicom.DataElement(0x7FE0_0010, "OB", encapsulate(streams), is_undefined_length=True)
     elif syntax.is_encapsulated:
         ds.compress(syntax, encoding_plugin=ENCODERS[syntax], generate_instance_uid=False)
@@ -231,7 +282,7 @@ def _put_pixels(ds: Dataset, stack: NDArray[Any], bits: int, syntax: UID) -> Non
 
 
 def placed(structure: Structure, geometry: Geometry) -> NDArray[np.bool_]:
-    """Return the voxels of a grid that the rasters of a structure cover; each must lie on voxels of it."""
+    """Return the mask of a structure on a grid; the pixels of its rasters must coincide with voxels of the grid."""
     volume = np.zeros(geometry.shape, dtype=bool)
     back = np.linalg.inv(geometry.affine)
     for raster in structure.rasters:
@@ -274,7 +325,7 @@ def _decimals(values: ArrayLike) -> list[str]:
 
 def _written(path: Path, ds: Dataset, change: Callable[[Dataset], None] | None) -> Path:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some are to be odd
+        warnings.simplefilter("ignore")  # tests write invalid values
         if change is not None:
             change(ds)
         pydicom.dcmwrite(path, ds, enforce_file_format=True)

@@ -1,4 +1,4 @@
-"""Joins files that hold parts of one segmentation, such as one per slice."""
+"""Joins the files of a segmentation that has one file per slice."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from gpuprep.errors import SegmentationError
 from gpuprep.masks.model import Contour, Raster, Segmentation, SliceKey, Structure
 
 
-def group_paths(found: Sequence[PerFile]) -> list[str]:
-    """Return the path that each of some files goes by: that of its folder if it is one of several, one per slice."""
+def group_paths(found: Sequence[SegmentationFile]) -> list[str]:
+    """Return for each file the path of its segmentation: its folder if the folder has one file per slice, else itself.
+
+    The files of a folder belong together if they have the same format and hold one slice each.
+    """
     groups = [(os.path.dirname(f.path), f.format) for f in found]
     sizes = Counter(group for f, group in zip(found, groups, strict=True) if f.per_slice)
     return [group[0] if f.per_slice and sizes[group] > 1 else f.path for f, group in zip(found, groups, strict=True)]
 
 
-class PerFile(Protocol):
-    """What `group_paths` has to know of a file."""
+class SegmentationFile(Protocol):
+    """Attributes of a file that `group_paths` reads."""
 
     @property
     def path(self) -> str: ...
@@ -32,7 +35,7 @@ class PerFile(Protocol):
 
 
 def joined(found: Sequence[Segmentation]) -> list[Segmentation]:
-    """Return segmentations, those that are one file per slice put together by folder, format and structure."""
+    """Return segmentations, with those of one file per slice merged by folder and format."""
     groups: dict[tuple[str, str], list[Segmentation]] = defaultdict(list)
     for path, segmentation in zip(group_paths(found), found, strict=True):
         groups[path, segmentation.format].append(segmentation)
@@ -49,8 +52,8 @@ def _merged(path: str, members: Sequence[Segmentation]) -> Segmentation:
                 if (other := owners.setdefault((structure.name, key), member)) is not member:
                     first, second = (printable(os.path.basename(m.path)) for m in (other, member))
                     raise SegmentationError(
-                        f"{first} and {second} are both of {printable(structure.name)} on one slice: keep one of them, "
-                        "or put each into a folder of its own"
+                        f"{first} and {second} both hold {printable(structure.name)} on one slice: keep one of them, "
+                        "or put them into different folders"
                     )
             contours[structure.name] += structure.contours
             rasters[structure.name] += structure.rasters

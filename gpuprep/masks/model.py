@@ -1,7 +1,7 @@
-"""Defines `Segmentation`: the structures of a file, made of outlines and of painted pixels, in its own terms.
+"""Defines `Segmentation`: the outlines and painted pixels of the structures of a file, in the coordinates of the file.
 
-Nothing here knows the series. Where a point lies is said in one of three frames, and on which slice by a key; what a
-key means, and whether there is such a slice, `gpuprep.masks.place_on_slices` finds out.
+Nothing here depends on the series. Points have one of three coordinate frames, and slices are named by a key;
+`gpuprep.masks.place_on_slices` finds the slice of each key.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from gpuprep.core.geometry import Geometry
 from gpuprep.errors import SegmentationError
 
 Frame = Literal["patient", "pixel", "corner"]
-"""patient: (x, y, z) in mm, LPS. pixel: (column, row) in pixels, the centre of the first pixel at (0, 0). corner:
-(x, y) in mm from the outer corner of the first pixel, as a calibrated ImageJ writes them."""
+"""Coordinate frame of points. patient: (x, y, z) in mm, LPS. pixel: (column, row) in pixels, with the centre of the
+first pixel at (0, 0). corner: (x, y) in mm from the outer corner of the first pixel, as a calibrated ImageJ writes."""
 
 Rule = Literal["even-odd", "xor", "inside", "hole"]
-"""xor: with all other such contours of the structure on the slice, by parity. even-odd: by parity too, but contours
-that overlap in part are united, and one that is there twice counts once. inside: strictly inside, the outline itself is
-not part of it. hole: taken away, the outline too."""
+"""How the contours of a structure on one slice combine. xor: by parity. even-odd: by parity, but contours that overlap
+in part are united, and repeated ones count once. inside: adds the pixels inside, without those on the outline. hole:
+removes the pixels inside and on the outline."""
 
 
 class ImageFrame(NamedTuple):
-    """An image, or one frame of it, that a file refers to."""
+    """Image, or one frame of an image, that a file refers to."""
 
     sop_uid: str
     number: int = 0
-    """*Referenced Frame Number*, counted from 1; 0: the whole image."""
+    """*Referenced Frame Number*, counted from 1; 0 for the whole image."""
 
 
 class SliceKey(NamedTuple):
-    """How a file says which slice it means."""
+    """Identifier of a slice, as the file gives it."""
 
     by: Literal["z", "uid", "number"]
-    """z: *Image Position (Patient)* z in mm. uid: SOP Instance UID. number: it counts slices, from 0 or 1, in an order
-    that the file may leave open."""
+    """z: *Image Position (Patient)* z in mm. uid: SOP Instance UID. number: slice number, counted from 0 or 1, in an
+    order that the file may leave open."""
     value: float | str
 
 
@@ -51,12 +51,12 @@ class Contour:
     """Shape (n, 3) in the frame "patient", else (n, 2); at least 3 points, all finite."""
     frame: Frame
     slice: SliceKey | None = None
-    """None where the points themselves say it, or where the file does not (then the series must have one slice)."""
+    """None in the frame "patient", whose points give the slice, or if the file names no slice (then an error)."""
     rule: Rule = "even-odd"
 
 
 ONE_PLANE_MM = 0.01
-"""Painted planes that lie closer together are one."""
+"""Painted planes at most this far apart are one plane."""
 
 
 class Slab(NamedTuple):
@@ -64,107 +64,107 @@ class Slab(NamedTuple):
 
     below_mm: float
     above_mm: float
-    """Up to half-way to the neighbouring planes of the file, painted or not."""
+    """Half the distance to the next plane of the file, painted or not; half the spacing if there is none nearby."""
     is_known: bool = True
-    """Whether that is more than a thickness: the distance between planes is stated, or measured on several even ones,
-    or the plane was made from several images."""
+    """Whether the extent is more than a slice thickness: the spacing of planes is stated, or measured on several evenly
+    spaced planes, or the plane was derived from several images."""
     source_uid: str = ""
-    """*SOP Instance UID* of the one image that the plane was painted on; "" where the file names none or several."""
+    """*SOP Instance UID* of the image that the plane was painted on; "" if the file names none or several."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Raster:
-    """Painted pixels of one plane: a rectangle of it that holds them all."""
+    """Painted pixels of one plane, in their bounding rectangle."""
 
     mask: NDArray[np.bool_]
     """Shape (rows, columns)."""
     row: int
-    """Of the plane, at which the rectangle begins."""
+    """Row of the plane at which the rectangle begins."""
     column: int
     matrix: tuple[int, int] | None
-    """Rows and columns of the plane, which the series has to share; None where the file does not say."""
+    """Rows and columns of the plane, if the file states them. Without `geometry`, the series must have the same."""
     slice: SliceKey | None = None
     geometry: Geometry | None = None
-    """Of the plane, shape (1, rows, columns), where the file says where it lies in the patient."""
+    """Geometry of the plane, shape (1, rows, columns), if the file gives its place in the patient."""
     slab: Slab | None = None
-    """Absent: half the thickness of `geometry` to both sides."""
+    """None: half the thickness of `geometry` to both sides."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Structure:
-    """One thing that was outlined or painted."""
+    """Outlined or painted structure, such as an organ."""
 
     name: str
     contours: tuple[Contour, ...] = ()
     rasters: tuple[Raster, ...] = ()
     frame_of_reference_uid: str = ""
-    """In which its points lie, where a file may hold structures of several; "" where that is not known."""
+    """Frame of reference of the points, for formats that name one for each structure; else ""."""
 
 
 class References(NamedTuple):
-    """What a file names, as far as it could be read."""
+    """UIDs that a damaged file refers to, as far as they could be read."""
 
     series_uids: tuple[str, ...] = ()
     frame_of_reference_uid: str = ""
     sop_uids: frozenset[str] = frozenset()
 
-    def told_by(self, error: SegmentationError) -> SegmentationError:
-        """Return an error about the file that tells them too."""
+    def attach_to(self, error: SegmentationError) -> SegmentationError:
+        """Store the UIDs in an error about the file, and return the error."""
         error.series_uids, error.frame_of_reference_uid, error.sop_uids = self
         return error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segmentation:
-    """What one file, or the files of one folder, one per slice, hold."""
+    """Content of one file, or of a folder with one file per slice."""
 
     path: str
-    """For messages."""
+    """Path for messages."""
     format: str
     """Name of the format: "RTSTRUCT", "ImageJ XY coordinates", …"""
     why: str
-    """By what it was recognised."""
+    """Evidence by which the format was recognised."""
     structures: tuple[Structure, ...]
-    """In the order of the file, names as they stand there; no two have the same name."""
+    """Structures in the order of the file; their names are unique."""
     series_uids: tuple[str, ...] = ()
-    """Series it says it belongs to."""
+    """Series that the file refers to."""
     study_uids: frozenset[str] = frozenset()
-    """Studies it says it belongs to."""
+    """Studies that the file refers to, or its own."""
     frame_of_reference_uid: str = ""
-    """Of most of its structures."""
+    """Frame of reference of most structures."""
     series_by_frame: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Series that it lists under each frame of reference."""
+    """Series that the file lists, by frame of reference."""
     sop_uids: frozenset[str] = frozenset()
-    """Images it refers to."""
+    """Images that the file refers to."""
     drawn_on: frozenset[ImageFrame] = frozenset()
-    """Of these, the images that its contours or painted frames say they were made on, where each of them says so."""
+    """Images that single contours or painted frames refer to, not only the file as a whole."""
     per_slice: bool = False
-    """Whether it is one of several files, one for each slice, that belong together."""
+    """Whether the file holds one slice, so that it may belong together with other files."""
     notes: tuple[str, ...] = ()
-    """What was left out of it, and why."""
+    """Parts that were left out, with the reason."""
     beside: tuple[str, ...] = ()
-    """Other files that were read to understand it."""
+    """Paths of further files that were read, such as a header."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """What a reader has to know of the slices of the series, where it is known already."""
+    """Matrix and pixel spacing of the slices of the series."""
 
     rows: int
     columns: int
     pixel_spacing_mm: tuple[float, float]
-    """Between rows, between columns."""
+    """Spacing of rows and of columns."""
 
 
 @dataclass(slots=True)
 class Collector:
-    """Structures as they are found in a file, by name, in order."""
+    """Collects contours and rasters by structure; structures are in the order in which their names first occur."""
 
     contours: dict[str, list[Contour]] = field(default_factory=dict)
     rasters: dict[str, list[Raster]] = field(default_factory=dict)
 
     def add(self, name: str, part: Contour | Raster) -> None:
-        """Add to the structure of that name."""
+        """Add a contour or raster to the structure of that name."""
         self.declare(name)
         if isinstance(part, Contour):
             self.contours[name].append(part)
@@ -172,23 +172,23 @@ class Collector:
             self.rasters[name].append(part)
 
     def declare(self, name: str) -> None:
-        """Make sure that there is a structure of that name, be it empty."""
+        """Add an empty structure of that name, unless it exists."""
         self.contours.setdefault(name, [])
         self.rasters.setdefault(name, [])
 
     @property
     def structures(self) -> tuple[Structure, ...]:
-        """All of them, in the order in which their names came up."""
+        """All structures collected so far."""
         return tuple(Structure(n, tuple(c), tuple(self.rasters[n])) for n, c in self.contours.items())
 
 
-def painted(
+def bounding_raster(
     mask: NDArray[Any],
     slice_: SliceKey | None = None,
     geometry: Geometry | None = None,
     slab: Slab | None = None,
 ) -> Raster | None:
-    """Return the rectangle of a plane that holds its non-zero pixels; None where there are none."""
+    """Return the bounding rectangle of the non-zero pixels of a plane; None if all are zero."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return None

@@ -1,4 +1,4 @@
-"""Reads one segmentation file of any known kind."""
+"""Reads one segmentation file of any known format."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gpuprep.masks.formats.number_tables import TABLES, Source
 from gpuprep.masks.model import Plane, Segmentation
 
 LARGEST_BYTES = 1 << 30
-"""A larger file is no segmentation."""
+"""Size of the largest segmentation file; larger files are refused."""
 
 DAMAGED_OBJECT = "mask-damaged"
-"""Code of the error for DICOM that cannot be read: whose it is, it would have said itself."""
+"""Error code: a DICOM file cannot be read. If its UIDs are lost too, its series is unknown."""
 
 _BARE_DICOM = re.compile(rb"(?s)[\x02\x08]\x00.\x00|\x00[\x02\x08]\x00.")
-"""How a data set without a preamble begins: an element of group 0002 or 0008, in either byte order."""
+"""First bytes of a data set without a preamble: an element of group 0002 or 0008, in either byte order."""
 
-_BINARY = (
+_BINARY_FORMATS = (
     (b"NRRD", "NRRD"),
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
@@ -45,28 +45,28 @@ _BINARY = (
     (b"SQLite format 3", "SQLite"),
 )
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def read_segmentation(
     path: str | os.PathLike[str], reading: Reading | None = None, plane: Plane | None = None
 ) -> Segmentation:
-    """Return what a segmentation file holds.
+    """Return the structures of a segmentation file.
 
     Parameters
     ----------
     path : str or path
-        DICOM (RTSTRUCT or SEG), or text of any format of `gpuprep.core.mask_options.TEXT_FORMATS`. What it is its
-        content says, not its name; the name says slice and structure of text that does not.
+        DICOM file (RTSTRUCT or SEG), or text in any format of `gpuprep.core.mask_options.TEXT_FORMATS`. The content
+        decides the format, not the name. The name gives the slice and the structure if the text does not.
     reading : Reading, optional
-        What the file does not say itself.
+        Options for text that is ambiguous by itself, and the threshold of fractional SEG.
     plane : Plane, optional
-        Of the series, where it is known: some files can only be understood with it.
+        Matrix and pixel spacing of the series, if known. Some texts are ambiguous without them.
 
     Raises
     ------
     SegmentationError
-        If it cannot be read, is of another kind, or could mean two things.
+        If the file cannot be read, is no segmentation, or is ambiguous.
 
     Examples
     --------
@@ -101,7 +101,7 @@ def read_segmentation(
 
 
 def names_by_path(files: Iterable[tuple[str, str]]) -> set[str]:
-    """Return the names of structures that some files, given with their format, may have from their paths alone."""
+    """Return all structure names that the paths of files, given as (path, format), can yield."""
     titles = {known.title for known in TABLES.values()}
     return {name for path, format_ in files if format_ in titles for name in path_names(path)}
 
@@ -115,26 +115,26 @@ def _content(path: str) -> bytes:
             raise SegmentationError(f"has {status.st_size / 2**30:.1f} GiB: no segmentation is that large")
         with io.BufferedReader(filesystem.opened(path)) as f:
             return f.read(LARGEST_BYTES + 1)
-    except (OSError, ValueError) as exc:  # a name with a NUL
+    except (OSError, ValueError) as exc:  # ValueError: a path with a NUL
         why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
         raise SegmentationError(f"cannot be opened: {printable(why)}") from exc
 
 
 def _text(data: bytes) -> str:
-    """Return a file as text, lines ended by line feeds and without a byte order mark."""
+    """Return the text of a file, with line feeds as line ends and without a byte order mark."""
     if data.startswith(b"Iout"):
         raise SegmentationError("is an ImageJ .roi: in ImageJ, save it with Save As > XY Coordinates")
     if packed := kind(data[:4]):
         hint = " (a RoiSet of ImageJ: save each ROI with Save As > XY Coordinates)" if packed == "zip" else ""
         raise NotASegmentationError(f"is binary: packed with {packed}; unpack it{hint}", UNKNOWN)
-    for magic, what in _BINARY:
+    for magic, name in _BINARY_FORMATS:
         if data.startswith(magic):
-            raise NotASegmentationError(f"is binary: {what}, which is not read as a segmentation")
+            raise NotASegmentationError(f"is binary: {name}, which is not read as a segmentation")
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
-    if found := _CONTROLS.search(text):
+    if found := _CONTROL_CHARACTERS.search(text):
         line = len(re.findall(r"\r\n|\r|\n", text[: found.start()])) + 1
         raise NotASegmentationError(f"is binary: character {ord(found[0]):#04x} in line {line}")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -12,53 +12,55 @@ from numpy.typing import NDArray
 from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 
-FARTHEST = 1e6
-"""Coordinates beyond it, in mm or pixels, are damage."""
+LARGEST_COORDINATE = 1e6
+"""Largest magnitude of a coordinate, in mm or pixels; larger ones are treated as damage."""
 
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-"""What Python takes beyond that, 1_0 and digits of other scripts, no program writes."""
+"""Decimal number. Python's float() also accepts 1_0 and the digits of other scripts, which no program writes."""
 
 LONGEST_NUMBER = 40
-"""Characters; nobody writes longer ones."""
+"""Characters of the longest number; longer ones are treated as damage."""
 
-_PADDED = re.compile(rf"[ \t]*{NUMBER.pattern}[ \t]*")
-_ALPHABET = re.compile(r"[0-9+\-.eE \t]*")
+_PADDED_NUMBER = re.compile(rf"[ \t]*{NUMBER.pattern}[ \t]*")
+_NUMBER_CHARACTERS = re.compile(r"[0-9+\-.eE \t]*")
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)+")
 
 
 def lines(text: str) -> list[str]:
-    r"""Return the lines of a text, whether they end in LF, CR LF or CR; a BOM is dropped."""
+    r"""Return the lines of a text, which may end in LF, CR LF or CR, without the byte order mark."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def refusal(line: int, column: int, what: str) -> SegmentationError:
-    """Return the error for something at a place of a text, both counted from 1."""
+    """Return the error for a line and column of a text, both counted from 1."""
     return SegmentationError(f"line {line}, column {column}: {what}")
 
 
 def is_uid(text: str) -> bool:
-    """Whether a text can be a DICOM UID."""
+    """Return whether a text can be a DICOM UID."""
     return len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
-def is_number(text: str, farthest: float = FARTHEST) -> bool:
-    """Whether a text is a decimal number of a size that coordinates have."""
-    return len(text) <= LONGEST_NUMBER and _PADDED.fullmatch(text) is not None and -farthest <= float(text) <= farthest
+def is_number(text: str, largest: float = LARGEST_COORDINATE) -> bool:
+    """Return whether a text is a decimal number with a magnitude of at most `largest`."""
+    if len(text) > LONGEST_NUMBER or _PADDED_NUMBER.fullmatch(text) is None:
+        return False
+    return -largest <= float(text) <= largest
 
 
 def numbers(
-    parts: Sequence[str], place: Callable[[int], tuple[int, int]], farthest: float = FARTHEST
+    parts: Sequence[str], position: Callable[[int], tuple[int, int]], largest: float = LARGEST_COORDINATE
 ) -> NDArray[np.float64]:
-    """Return numbers that were written as text.
+    """Return numbers that are written as text.
 
     Parameters
     ----------
     parts : sequence of str
-        One number each.
-    place : callable
-        Gives line and column, counted from 1, of a part by its index; called only for a part that is no number.
-    farthest : float
-        The largest number, either way.
+        Text of each number.
+    position : callable
+        Returns line and column, counted from 1, of the part with a given index. Called only for an invalid part.
+    largest : float
+        Largest magnitude of a number.
 
     Returns
     -------
@@ -67,26 +69,26 @@ def numbers(
     Raises
     ------
     SegmentationError
-        If a part is anything but a decimal number of that size.
+        If a part is not a decimal number, or is too large.
     """
-    # float() takes more than numbers, as 1_0, nan and the digits of all scripts: not where only these characters occur.
-    if max(map(len, parts), default=0) <= LONGEST_NUMBER and _ALPHABET.fullmatch("".join(parts)):
+    # float() also accepts 1_0, nan and the digits of other scripts. The check of characters excludes all these.
+    if max(map(len, parts), default=0) <= LONGEST_NUMBER and _NUMBER_CHARACTERS.fullmatch("".join(parts)):
         try:
             values = np.fromiter(map(float, parts), np.float64, len(parts))
         except ValueError:
             pass
         else:
-            if (np.abs(values) <= farthest).all():
+            if (np.abs(values) <= largest).all():
                 return values
-    wrong = next(i for i, part in enumerate(parts) if not is_number(part, farthest))
+    wrong = next(i for i, part in enumerate(parts) if not is_number(part, largest))
     raise refusal(
-        *place(wrong),
-        f"{quoted(parts[wrong])} is not a number from {-farthest:.0f} to {farthest:.0f}; correct it or save again",
+        *position(wrong),
+        f"{quoted(parts[wrong])} is not a number from {-largest:.0f} to {largest:.0f}; correct it or save again",
     )
 
 
-def distinct(named: Iterable[tuple[str, int]]) -> list[str]:
-    """Return names no two of which are equal: those that occur more than once get their number, as in "PTV (3)"."""
+def unique_names(named: Iterable[tuple[str, int]]) -> list[str]:
+    """Return unique names: each name that occurs more than once gets its number appended, as in "PTV (3)"."""
     named = list(named)
     count = Counter(name for name, _ in named)
     taken = {name for name, n in count.items() if n == 1}

@@ -111,7 +111,7 @@ def test_two_files_of_one_slice_are_refused(tmp_path: Path) -> None:
         (folder / name).write_text(OUTLINE)
     run = convert(tmp_path, folder, COUNTED)
     assert run.results[0].status == "rejected"
-    assert "roi_03.txt and roi_3.txt are both of roi on one slice" in run.results[0].reason
+    assert "roi_03.txt and roi_3.txt both hold roi on one slice" in run.results[0].reason
 
 
 def test_an_outline_that_is_there_twice_counts_once_and_is_reported(tmp_path: Path, ct: Ct, out: Path) -> None:

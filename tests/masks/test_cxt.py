@@ -1,4 +1,4 @@
-"""Contours as plastimatch writes them."""
+"""Reading contours of plastimatch (CXT)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats import cxt
-from gpuprep.masks.text_parsing import distinct, numbers
+from gpuprep.masks.text_parsing import numbers, unique_names
 
 HEADER = "CT_SERIES_UID 1.2.3\nPATIENT_NAME Doe^Jane\nROI_NAMES\n1|255 0 0|Lung\n2|0 0 255|Heart\nEND_OF_ROI_NAMES\n"
 TRIANGLE = "0\\0\\5\\3\\0\\5\\0\\4\\5"
@@ -31,8 +31,8 @@ def written(structures: list[tuple[str, list[Polygon]]], colour: str = "255 0 0"
     text.append("END_OF_ROI_NAMES")
     for i, (_, contours) in enumerate(structures, 1):
         for k, points in enumerate(contours):
-            place = f"{k}|1.2.5.{k}" if k % 2 == 0 else "|"  # both are optional
-            text.append(f"{i}||{len(points)}|{place}|" + "\\".join(repr(v) for point in points for v in point))
+            image = f"{k}|1.2.5.{k}" if k % 2 == 0 else "|"  # slice number and UID are optional
+            text.append(f"{i}||{len(points)}|{image}|" + "\\".join(repr(v) for point in points for v in point))
     return "\n".join(text) + "\n"
 
 
@@ -42,7 +42,9 @@ def written(structures: list[tuple[str, list[Polygon]]], colour: str = "255 0 0"
     st.sampled_from(["", "\ufeff"]),
     st.sampled_from(["255 0 0", "255\\0\\0"]),
 )
-def test_round_trip(structures: list[tuple[str, list[Polygon]]], newline: str, bom: str, colour: str) -> None:
+def test_contours_of_a_written_file_are_read_back(
+    structures: list[tuple[str, list[Polygon]]], newline: str, bom: str, colour: str
+) -> None:
     text = bom + written(structures, colour).replace("\n", newline)
     assert cxt.recognised(text) == "its line ROI_NAMES"
     found = cxt.read(text, "a.cxt")
@@ -56,25 +58,25 @@ def test_round_trip(structures: list[tuple[str, list[Polygon]]], newline: str, b
     assert (found.format, found.notes) == ("plastimatch CXT", ())
 
 
-def test_names() -> None:
+def test_equal_names_get_their_number_and_missing_ones_a_default() -> None:
     text = "ROI_NAMES\n3|1 2 3|PTV\n4|1 2 3|\n5|1 2 3\n6|1 2 3|a|b\n9|1 2 3|PTV\nEND_OF_ROI_NAMES\n"
     found = cxt.read(text, "")
     assert [s.name for s in found.structures] == ["PTV (3)", "ROI 4", "ROI 5", "a|b", "PTV (9)"]
     assert not any(s.contours for s in found.structures)
 
 
-def test_names_that_look_as_if_they_had_been_told_apart() -> None:
-    assert distinct([("a", 1), ("a (1)", 2), ("a", 3)]) == ["a (1) (1)", "a (1)", "a (3)"]
+def test_a_name_that_ends_in_a_number_does_not_collide_with_a_numbered_one() -> None:
+    assert unique_names([("a", 1), ("a (1)", 2), ("a", 3)]) == ["a (1) (1)", "a (1)", "a (3)"]
 
 
-def test_marks_are_counted() -> None:
+def test_contours_of_fewer_than_three_points_are_counted_in_a_note() -> None:
     found = cxt.read(f"{HEADER}1||0|||\n1||1|||1\\2\\3\n2||2|||1\\2\\3\\4\\5\\6\n2||3|||{TRIANGLE}\n", "")
     assert [len(s.contours) for s in found.structures] == [0, 1]
     assert found.notes == ("3 of its contours have fewer than 3 points: marks, not areas, left out",)
 
 
 @pytest.mark.parametrize(
-    ("lines", "place", "words"),
+    ("lines", "position", "words"),
     [
         ("1||3|||0\\0\\5\\3\\0\\5\\0\\4", "line 7, column 4: ", "3 × 3 coordinates, but 8 follow"),
         ("1||4|||" + TRIANGLE, "line 7, column 4: ", "4 points are announced"),
@@ -92,10 +94,10 @@ def test_marks_are_counted() -> None:
         ("\x00\x01", "line 7, column 3: ", "1 of 6 fields"),
     ],
 )
-def test_damage_is_refused_where_it_is(lines: str, place: str, words: str) -> None:
+def test_damage_is_refused_with_line_and_column(lines: str, position: str, words: str) -> None:
     with pytest.raises(SegmentationError) as caught:
         cxt.read(HEADER + lines, "")
-    assert str(caught.value).startswith(place)
+    assert str(caught.value).startswith(position)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -119,7 +121,7 @@ def test_incomplete_files_are_refused(text: str, words: str) -> None:
     assert "Doe" not in str(caught.value)
 
 
-def test_huge_lines() -> None:
+def test_huge_lines_are_read_or_refused() -> None:
     count = 500_000
     found = cxt.read(f"{HEADER}1||{count}|||" + "\\".join(["1.25\\-2.5\\300.125"] * count), "")
     points = found.structures[0].contours[0].points
@@ -142,7 +144,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 @given(st.text("0123456789+-.eE_ \tnaif٣５", max_size=8))
-def test_numbers_are_what_python_reads_but_decimal_only(text: str) -> None:
+def test_decimal_numbers_are_read_as_python_reads_them_and_others_refused(text: str) -> None:
     try:
         expected = float(text) if text.isascii() and not set(text) & set("_naif") else None
     except ValueError:
@@ -154,8 +156,8 @@ def test_numbers_are_what_python_reads_but_decimal_only(text: str) -> None:
         assert numbers(["1", text], lambda i: (3, 4 * i)).tolist() == [1.0, expected]
 
 
-def test_the_contours_are_those_of_the_rtstruct_it_was_made_from(data: Path) -> None:
-    # Both read without the code under test: pydicom alone for the RTSTRUCT.
+def test_contours_equal_those_of_the_rtstruct_the_file_was_made_from(data: Path) -> None:
+    # The RTSTRUCT is read by pydicom alone.
     file = data / "txt-formats" / "plastimatch_cxt" / "4dlung-113_0.cxt"
     found = cxt.read(file.read_text(), str(file))
     for candidate in (data / "4dlung-113-crop").rglob("*.dcm"):

@@ -1,4 +1,4 @@
-"""Segmentations that cannot be read, but still say to which series they belong: it gets no image without its masks."""
+"""Damaged segmentations that still name their series: the series is rejected, not converted without its masks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 from pydicom import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
-from segmentations import write_rtstruct, write_seg
+from segmentations import read, write_rtstruct, write_seg
 from test_convert_masks import LEFT, LEFT_BOX, ORIGIN_MM, RAW, SHAPE, SPACING_MM, Ct
 
 import gpuprep
 from gpuprep.core.geometry import Geometry
-from gpuprep.core.mask_options import Reading
 from gpuprep.errors import SegmentationError
-from gpuprep.masks.formats.dicom_objects import read_object
 
-MARK = b"7777.77"
-"""Stands in Contour Data where the damage is going to be; as long as each of `DAMAGE`."""
+PLACEHOLDER = b"7777.77"
+"""Value in Contour Data that is replaced by one of `DAMAGE`, which have the same length."""
 
 DAMAGE = {
     "NaN": b"NaN    ",
@@ -36,9 +34,9 @@ def pair(tmp_path: Path) -> tuple[Ct, Ct]:
     return Ct(tmp_path / "dicom" / "a"), Ct(tmp_path / "dicom" / "b", series_number=2)
 
 
-def marked() -> dict[str, Any]:
+def rois_with_placeholder() -> dict[str, Any]:
     odd = LEFT[1].copy()
-    odd[2, 1] = float(MARK)
+    odd[2, 1] = float(PLACEHOLDER)
     return {"left": [LEFT[0], odd, LEFT[2]]}
 
 
@@ -52,20 +50,22 @@ REJECTED = {"a": ("ok", ()), "b": ("rejected", ("mask-damaged",))}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_contours_that_are_no_numbers_reject_the_series_that_the_file_names(
+def test_invalid_coordinates_reject_the_series_that_the_file_names(
     tmp_path: Path, pair: tuple[Ct, Ct], damage: bytes
 ) -> None:
     _, ct = pair
     (tmp_path / "masks").mkdir()
-    path = write_rtstruct(tmp_path / "masks" / "rs.dcm", marked(), series_uid=ct.uid, frame_uid=ct.frame_uid)
+    path = write_rtstruct(
+        tmp_path / "masks" / "rs.dcm", rois_with_placeholder(), series_uid=ct.uid, frame_uid=ct.frame_uid
+    )
     content = path.read_bytes()
-    assert content.count(MARK) == 1
-    path.write_bytes(content.replace(MARK, damage))
+    assert content.count(PLACEHOLDER) == 1
+    path.write_bytes(content.replace(PLACEHOLDER, damage))
     assert results(tmp_path, tmp_path / "masks") == REJECTED
 
 
 @pytest.mark.parametrize("named", ["series", "listed images", "images of contours", "frame"])
-def test_whatever_it_names_it_by(tmp_path: Path, pair: tuple[Ct, Ct], named: str) -> None:
+def test_a_damaged_file_rejects_its_series_by_any_reference(tmp_path: Path, pair: tuple[Ct, Ct], named: str) -> None:
     _, ct = pair
 
     def change(ds: Dataset) -> None:
@@ -117,14 +117,15 @@ def test_lidc_xml_that_breaks_off_rejects_the_series_in_its_header(tmp_path: Pat
     assert results(tmp_path, tmp_path / "masks") == expected
 
 
-def told(path: Path) -> tuple[tuple[str, ...], str, frozenset[str]]:
+def references(path: Path) -> tuple[tuple[str, ...], str, frozenset[str]]:
+    """Return series UIDs, frame of reference UID and SOP Instance UIDs in the error of a damaged file."""
     with pytest.raises(SegmentationError) as caught:
-        read_object(str(path), Reading())
+        read(path)
     return caught.value.series_uids, caught.value.frame_of_reference_uid, caught.value.sop_uids
 
 
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian])
-def test_in_every_syntax(tmp_path: Path, syntax: Any) -> None:
+def test_references_are_read_in_every_transfer_syntax(tmp_path: Path, syntax: Any) -> None:
     def change(ds: Dataset) -> None:
         ds.ROIContourSequence[0].ContourSequence[0].ContourData = ["1", "2", "3", "4"]
 
@@ -137,11 +138,11 @@ def test_in_every_syntax(tmp_path: Path, syntax: Any) -> None:
         syntax=syntax,
         change=change,
     )
-    assert told(path) == (("1.2.9",), "1.2.8", frozenset({"1.7"}))
+    assert references(path) == (("1.2.9",), "1.2.8", frozenset({"1.7"}))
 
 
 def test_a_file_cut_within_sequences_of_undefined_length_still_names_its_series(tmp_path: Path) -> None:
-    # pydicom reads such sequences as it comes to them, and gives up the whole file at its end.
+    # pydicom parses such sequences while it reads the file, and so fails for the whole file.
     def undefined(ds: Dataset) -> None:
         for keyword in ("ReferencedFrameOfReferenceSequence", "StructureSetROISequence", "ROIContourSequence"):
             ds[keyword].is_undefined_length = True
@@ -153,10 +154,10 @@ def test_a_file_cut_within_sequences_of_undefined_length_still_names_its_series(
     contours = content.index(bytes.fromhex("06303900"))
     for end in range(contours + 20, len(content) - 8, 7):
         path.write_bytes(content[:end])
-        series, _, sops = told(path)
+        series, _, sops = references(path)
         assert (series, sops) == (("1.2.9",), frozenset({"1.7"}))
 
 
-def test_what_names_nothing_is_told_by_nothing(tmp_path: Path) -> None:
+def test_a_file_without_references_has_none_in_its_error(tmp_path: Path) -> None:
     (tmp_path / "no.dcm").write_bytes(bytes(128) + b"DICM" + bytes(100))
-    assert told(tmp_path / "no.dcm") == ((), "", frozenset())
+    assert references(tmp_path / "no.dcm") == ((), "", frozenset())

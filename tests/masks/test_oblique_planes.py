@@ -1,7 +1,7 @@
-"""Segmentation images whose frames are not parallel to the slices, and how thick a frame is.
+"""Segmentation images whose frames are not parallel to the slices, and the thickness of frames.
 
-What is expected is the nearest voxel of the segmentation's own grid, worked out for the centre of every voxel of the
-series by inverting affines, or counted by hand.
+Expected values are those of the nearest voxel of the segmentation's own grid, computed for the centre of every voxel of
+the series by inverting affines, or are counted by hand.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gpuprep.testing import write_series
 SHAPE = (9, 22, 20)
 SPACING = (2.5, 0.9, 0.8)
 MIDDLE = np.array([-93.0, -111.0, -290.0])
-"""A place in the series, off every symmetry."""
+"""Point in the series, in mm, off all symmetry planes."""
 
 
 @pytest.fixture(scope="module")
@@ -49,33 +49,33 @@ def stacked(series: Path) -> Stack:
     return stack(gpuprep.discover(series)[0])
 
 
-def turned(degrees: float, axis: int) -> NDArray[np.float64]:
-    """Return a rotation about x, y or z."""
-    turn = np.eye(3)
+def rotation(degrees: float, axis: int) -> NDArray[np.float64]:
+    """Return the matrix of a rotation about x, y or z."""
+    matrix = np.eye(3)
     a, b = (n for n in range(3) if n != axis)
-    turn[a, a] = turn[b, b] = np.cos(np.deg2rad(degrees))
-    turn[a, b], turn[b, a] = -np.sin(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
-    return turn
+    matrix[a, a] = matrix[b, b] = np.cos(np.deg2rad(degrees))
+    matrix[a, b], matrix[b, a] = -np.sin(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    return matrix
 
 
 def grid(turn: NDArray[np.float64], shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> Geometry:
-    """Return a grid about `MIDDLE`; unturned, its axes are z, y and x."""
+    """Return a rotated grid with its centre at `MIDDLE`; without rotation, its axes are z, y and x."""
     affine = np.eye(4)
     affine[:3, :3] = turn @ np.eye(3)[::-1].T * spacing
     affine[:3, 3] = MIDDLE - affine[:3, :3] @ (np.array(shape) / 2)
     return Geometry(shape, affine)
 
 
-def looked_up(own: Geometry, series: Geometry) -> NDArray[np.float64]:
-    """Return the place of the centre of each voxel of a series in a grid, in its voxels, shape (k, j, i, 3)."""
+def indices_in(own: Geometry, series: Geometry) -> NDArray[np.float64]:
+    """Return the index in grid `own`, with fractions, of the centre of each voxel of a series, shape (k, j, i, 3)."""
     k, j, i = np.indices(series.shape)
     points = np.stack([k, j, i, np.ones_like(k)], axis=-1) @ (np.linalg.inv(own.affine) @ series.affine).T
     return np.round(points[..., :3], 6)
 
 
 def nearest(volume: NDArray[np.bool_], own: Geometry, series: Geometry) -> NDArray[np.bool_]:
-    """Return the voxel of a volume that is nearest to the centre of each voxel of a series; False outside."""
-    index = np.floor(looked_up(own, series) + 0.5).astype(int)
+    """Return for each voxel of a series the value of the nearest voxel of a volume; False outside of the volume."""
+    index = np.floor(indices_in(own, series) + 0.5).astype(int)
     inside = ((index >= 0) & (index < volume.shape)).all(axis=-1)
     found = np.zeros(series.shape, dtype=bool)
     found[inside] = volume[tuple(index[inside].T)]
@@ -83,7 +83,7 @@ def nearest(volume: NDArray[np.bool_], own: Geometry, series: Geometry) -> NDArr
 
 
 def painted(path: Path, stacked: Stack) -> tuple[dict[str, NDArray[np.bool_]], list[str]]:
-    """Return the masks of a file on a series, by structure, and the notes."""
+    """Return the masks of a file on a series by structure, and the notes."""
     structures, notes = place(read_object(str(path), Reading()), stacked, Reading())
     masks = {}
     for structure in structures:
@@ -95,25 +95,25 @@ def painted(path: Path, stacked: Stack) -> tuple[dict[str, NDArray[np.bool_]], l
     return masks, notes
 
 
-TURNS = {
-    "sagittal": turned(90, 1) @ turned(90, 0),
-    "coronal": turned(-90, 0),
-    "7-degrees": turned(7, 0),
-    "30-degrees": turned(30, 0),
-    "80-degrees": turned(80, 1),
-    "doubly": turned(37, 0) @ turned(-21, 1) @ turned(13, 2),
+ROTATIONS = {
+    "sagittal": rotation(90, 1) @ rotation(90, 0),
+    "coronal": rotation(-90, 0),
+    "7-degrees": rotation(7, 0),
+    "30-degrees": rotation(30, 0),
+    "80-degrees": rotation(80, 1),
+    "doubly": rotation(37, 0) @ rotation(-21, 1) @ rotation(13, 2),
 }
 
 
 class TestNotParallel:
-    @pytest.mark.parametrize("turn", TURNS.values(), ids=TURNS)
+    @pytest.mark.parametrize("turn", ROTATIONS.values(), ids=ROTATIONS)
     @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "full"])
-    def test_each_voxel_has_what_the_nearest_one_of_the_segmentation_has(
+    def test_each_voxel_has_the_value_of_the_nearest_voxel_of_the_segmentation(
         self, tmp_path: Path, stacked: Stack, turn: NDArray[np.float64], sparse: bool
     ) -> None:
         own = grid(turn, (14, 15, 16), (1.1, 1.0, 0.7))
         volume = np.random.default_rng(1).random(own.shape) < 0.4
-        volume[4:7] = False  # frames that a sparse file leaves out
+        volume[4:7] = False  # empty frames, which a sparse file omits
         solid = np.zeros(own.shape, dtype=bool)
         solid[2:12, 4:11, 5:13] = True
         path = write_seg(tmp_path / "s.dcm", {"noise": volume, "solid": solid}, own, sparse=sparse)
@@ -129,26 +129,26 @@ class TestNotParallel:
         st.integers(0, 2**32),
     )
     @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    def test_whichever_way_it_is_turned(
+    def test_random_orientations_and_spacings_give_the_nearest_voxel(
         self, tmp_path: Path, stacked: Stack, angles: Any, spacing: Any, seed: int
     ) -> None:
-        turn = turned(angles[0], 0) @ turned(angles[1], 1) @ turned(angles[2], 2)
+        turn = rotation(angles[0], 0) @ rotation(angles[1], 1) @ rotation(angles[2], 2)
         own = grid(turn, (9, 12, 12), spacing)
         rise = np.abs((np.linalg.inv(stacked.geometry.affine) @ own.affine)[0, 1:3]).sum() * 11
-        assume(rise > 0.11)  # else it is parallel to the slices, and a frame fills those within its thickness
+        assume(rise > 0.11)  # frames parallel to the slices fill all slices within their thickness instead
         volume = np.random.default_rng(seed).random(own.shape) < 0.5
         masks, _ = painted(write_seg(tmp_path / "s.dcm", {"a": volume}, own), stacked)
-        fraction = np.abs(looked_up(own, stacked.geometry) % 1 - 0.5)
-        clear = (fraction > 1e-4).all(axis=-1)  # of centres half-way between two voxels, either is right
+        fraction = np.abs(indices_in(own, stacked.geometry) % 1 - 0.5)
+        clear = (fraction > 1e-4).all(axis=-1)  # half-way between two voxels, both values are right
         np.testing.assert_array_equal(masks["a"][clear], nearest(volume, own, stacked.geometry)[clear])
 
-    def test_frames_of_a_sagittal_one_in_any_order_and_a_label_map(self, tmp_path: Path, stacked: Stack) -> None:
+    def test_sagittal_frames_of_a_label_map_may_have_any_order(self, tmp_path: Path, stacked: Stack) -> None:
         def reverse(ds: Dataset) -> None:
             frames = np.frombuffer(ds.PixelData, np.uint8).reshape(-1, ds.Rows, ds.Columns)
             ds.PixelData = frames[::-1].tobytes()
             ds.PerFrameFunctionalGroupsSequence = list(ds.PerFrameFunctionalGroupsSequence)[::-1]
 
-        own = grid(TURNS["sagittal"], (10, 12, 14), (0.8, 1.1, 0.9))
+        own = grid(ROTATIONS["sagittal"], (10, 12, 14), (0.8, 1.1, 0.9))
         masks = {"a": np.zeros(own.shape, bool), "b": np.zeros(own.shape, bool)}
         masks["a"][2:5, 3:8, 4:9] = masks["b"][5:8, 3:8, 4:9] = True
         path = write_seg(tmp_path / "s.dcm", masks, own, kind="labelmap", change=reverse)
@@ -156,8 +156,8 @@ class TestNotParallel:
         for name, mask in masks.items():
             np.testing.assert_array_equal(found[name], nearest(mask, own, stacked.geometry))
 
-    def test_one_sagittal_frame_covers_the_column_it_is_thick(self, tmp_path: Path, stacked: Stack) -> None:
-        # In the middle of column 7, 0.8 mm thick, from slice 2 to 5 and row 3 to 9: 4 × 7 voxels.
+    def test_one_sagittal_frame_covers_the_column_within_its_thickness(self, tmp_path: Path, stacked: Stack) -> None:
+        # The frame lies in the middle of column 7, is 0.8 mm thick, and covers slices 2 to 5 and rows 3 to 9.
         def forget(ds: Dataset) -> None:
             del ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices
 
@@ -170,8 +170,8 @@ class TestNotParallel:
         expected[2:6, 3:10, 7] = True
         np.testing.assert_array_equal(painted(path, stacked)[0]["a"], expected)
 
-    def test_uneven_frames_reach_half_way_to_their_neighbours(self, tmp_path: Path, stacked: Stack) -> None:
-        # Sagittal frames on columns 2, 4, 7, 9 and 11: between 4 and 7, column 5 is nearer to 4, and 6 to 7.
+    def test_unevenly_spaced_frames_extend_half_way_to_their_neighbours(self, tmp_path: Path, stacked: Stack) -> None:
+        # Sagittal frames on columns 2, 4, 7, 9 and 11. Between 4 and 7, column 5 is nearer to 4, and column 6 to 7.
         columns = [2, 4, 7, 9, 11]
 
         def move(ds: Dataset) -> None:
@@ -191,13 +191,13 @@ class TestNotParallel:
         assert np.flatnonzero(found.any(axis=(0, 1))).tolist() == [1, 2, 3, 4, 5, 6, 7, 10, 11]
         np.testing.assert_array_equal(found[2:6, 3:10, [2, 5, 6, 11]], True)
 
-    def test_on_a_tilted_series_each_slice_is_where_it_lies(self, tmp_path: Path) -> None:
+    def test_slices_of_a_tilted_series_are_sampled_at_their_true_positions(self, tmp_path: Path) -> None:
         def tilt(ds: Dataset, k: int) -> None:
             ds.ImagePositionPatient = [-100.0, -120.0 + 0.7 * k, -300.0 + 2.5 * k]
 
         write_series(tmp_path / "in", np.zeros(SHAPE, np.int16), SPACING, change=tilt)
         stacked = stack(gpuprep.discover(tmp_path / "in")[0], Rules(policy="fix"))
-        own = grid(TURNS["coronal"], (16, 14, 15), (1.03, 1.1, 0.9))
+        own = grid(ROTATIONS["coronal"], (16, 14, 15), (1.03, 1.1, 0.9))
         volume = np.random.default_rng(2).random(own.shape) < 0.5
         found = painted(write_seg(tmp_path / "s.dcm", {"a": volume}, own), stacked)[0]["a"]
         for k in range(SHAPE[0]):
@@ -209,7 +209,7 @@ class TestNotParallel:
 
 
 class TestThicknessOfAFrame:
-    """Slices of 5 mm every 2.5 mm; a frame that was painted on slice 4 stands for slice 4."""
+    """Overlapping slices, 5 mm thick every 2.5 mm: a frame that was painted on slice 4 covers slice 4 only."""
 
     def write(
         self,
@@ -220,7 +220,7 @@ class TestThicknessOfAFrame:
         change: Callable[[Dataset], None] | None = None,
         own: Geometry | None = None,
     ) -> Path:
-        """Write 4 × 5 pixels on some slices, 5 mm thick, with no word about the spacing between them."""
+        """Write 4 × 5 pixels on some slices, with a thickness of 5 mm and no spacing between slices."""
 
         def thick(ds: Dataset) -> None:
             measures = ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
@@ -242,21 +242,27 @@ class TestThicknessOfAFrame:
         return [header.sop_instance_uid for header in stacked.slices]
 
     @pytest.mark.parametrize("slices", [[4], [4, 6], [2, 4, 7], [3, 4, 5]], ids=str)
-    def test_the_image_it_was_painted_on_says_it(self, tmp_path: Path, stacked: Stack, slices: list[int]) -> None:
+    def test_a_frame_covers_only_the_image_it_was_painted_on(
+        self, tmp_path: Path, stacked: Stack, slices: list[int]
+    ) -> None:
         path = self.write(tmp_path / "s.dcm", stacked, dict.fromkeys(slices, 0), self.uids(stacked))
         assert self.voxels(path, stacked) == dict.fromkeys(slices, 20)
 
-    def test_even_where_a_wrong_spacing_is_stated(self, tmp_path: Path, stacked: Stack) -> None:
+    def test_the_source_image_overrules_a_wrong_spacing(self, tmp_path: Path, stacked: Stack) -> None:
         def state(ds: Dataset) -> None:
             ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices = "5.0"
 
         path = self.write(tmp_path / "s.dcm", stacked, {4: 0}, self.uids(stacked), state)
         assert self.voxels(path, stacked) == {4: 20}
 
-    def test_else_the_pixels_it_lies_on_do(self, tmp_path: Path, stacked: Stack) -> None:
+    def test_a_frame_without_source_image_on_the_pixels_of_a_slice_covers_that_slice(
+        self, tmp_path: Path, stacked: Stack
+    ) -> None:
         assert self.voxels(self.write(tmp_path / "s.dcm", stacked, {4: 0}, None), stacked) == {4: 20}
 
-    def test_a_stated_spacing_is_believed_where_no_image_is_named(self, tmp_path: Path, stacked: Stack) -> None:
+    def test_without_source_image_a_stated_spacing_is_the_extent_of_a_frame(
+        self, tmp_path: Path, stacked: Stack
+    ) -> None:
         def state(ds: Dataset) -> None:
             ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices = "5.0"
 
@@ -272,7 +278,7 @@ class TestThicknessOfAFrame:
         path = self.write(tmp_path / "s.dcm", stacked, {4: 0}, [f"1.2.3.{n}" for n in range(SHAPE[0])])
         assert set(self.voxels(path, stacked)) == {3, 4, 5}
 
-    def test_a_frame_made_of_several_images_is_as_thick_as_it_says(self, tmp_path: Path, stacked: Stack) -> None:
+    def test_a_frame_derived_from_several_images_has_its_stated_thickness(self, tmp_path: Path, stacked: Stack) -> None:
         def several(ds: Dataset) -> None:
             images = ds.ReferencedSeriesSequence[0].ReferencedInstanceSequence
             for group in ds.PerFrameFunctionalGroupsSequence:
@@ -282,7 +288,7 @@ class TestThicknessOfAFrame:
         assert set(self.voxels(path, stacked)) == {3, 4, 5}
 
     def test_thick_frames_side_by_side_fill_all_thin_slices(self, tmp_path: Path, stacked: Stack) -> None:
-        # Frames at slices 0.5, 2.5, 4.5 and 6.5, which have no slice of their own.
+        # Frames half-way between slices, at 0.5, 2.5, 4.5 and 6.5.
         affine = stacked.geometry.affine.copy()
         affine[:3, 3] += affine[:3, 0] / 2
         affine[:3, 0] *= 2
@@ -290,8 +296,10 @@ class TestThicknessOfAFrame:
         path = self.write(tmp_path / "s.dcm", stacked, {1: 0, 2: 0}, None, own=own)
         assert self.voxels(path, stacked) == {2: 20, 3: 20, 4: 20, 5: 20}
 
-    def test_frames_of_one_enhanced_image(self, tmp_path: Path, stacked: Stack) -> None:
-        # All frames name one image of several frames: their place says which of them it was.
+    def test_a_frame_painted_on_a_frame_of_an_enhanced_image_covers_that_frame(
+        self, tmp_path: Path, stacked: Stack
+    ) -> None:
+        # All slices are frames of one image, so the position decides which of them it was painted on.
         one = replace(stacked, slices=tuple(s._replace(sop_instance_uid="1.2.99") for s in stacked.slices))
 
         def number(ds: Dataset) -> None:
@@ -302,16 +310,18 @@ class TestThicknessOfAFrame:
         assert self.voxels(path, one) == {4: 20}
 
 
-class TestNothingIsNoBackground:
+class TestMasksWithoutVoxels:
     def convert(self, tmp_path: Path, masks: Any, recipe: gpuprep.Recipe = RAW) -> Any:
         run = gpuprep.convert(tmp_path / "dicom", tmp_path / "out", recipe, masks=masks, backend="cpu")
         return run.results[0]
 
     @pytest.mark.parametrize("turn", ["sagittal", "parallel"])
     @pytest.mark.parametrize("layout", ["labels", "per-roi"])
-    def test_a_segmentation_beside_its_series_rejects_it(self, tmp_path: Path, turn: str, layout: Any) -> None:
+    def test_a_segmentation_outside_of_its_series_rejects_the_series(
+        self, tmp_path: Path, turn: str, layout: Any
+    ) -> None:
         ct = Ct(tmp_path / "dicom" / "p")
-        own = grid(TURNS.get(turn, np.eye(3)), (8, 9, 10), (1.0, 1.0, 1.0))  # 100 mm away
+        own = grid(ROTATIONS.get(turn, np.eye(3)), (8, 9, 10), (1.0, 1.0, 1.0))  # 100 mm away
         volume = np.ones(own.shape, bool)
         path = write_seg(tmp_path / "seg.dcm", {"tumour": volume}, own, series_uid=ct.uid, frame_uid=ct.frame_uid)
         result = self.convert(tmp_path, path, replace(RAW, masks=Masks(layout=layout)))
@@ -319,7 +329,7 @@ class TestNothingIsNoBackground:
         assert "seg.dcm: none of 1 structure (tumour) of it covers a voxel of the series" in result.reason
         assert not (tmp_path / "out" / "p").exists()
 
-    def test_so_do_outlines_that_lie_between_pixels_or_off_the_slices(self, tmp_path: Path) -> None:
+    def test_outlines_between_pixel_centres_or_off_the_slices_reject_the_series(self, tmp_path: Path) -> None:
         ct = Ct(tmp_path / "dicom" / "p")
         rois = {"dot": [square(2, 4.6, 4.9)], "far": [square(40)], "empty": []}
         path = write_rtstruct(tmp_path / "rs.dcm", rois, series_uid=ct.uid, frame_uid=ct.frame_uid)
@@ -327,7 +337,7 @@ class TestNothingIsNoBackground:
         assert (result.status, result.codes) == ("rejected", ("mask-empty",))
         assert "rs.dcm: none of 2 structures (dot, far)" in result.reason
 
-    def test_one_file_of_two_is_enough(self, tmp_path: Path) -> None:
+    def test_one_file_of_two_without_voxels_rejects_the_series(self, tmp_path: Path) -> None:
         ct = Ct(tmp_path / "dicom" / "p")
         good = write_rtstruct(tmp_path / "good.dcm", {"a": LEFT}, series_uid=ct.uid, frame_uid=ct.frame_uid)
         bad = write_rtstruct(tmp_path / "bad.dcm", {"b": [square(40)]}, series_uid=ct.uid, frame_uid=ct.frame_uid)
@@ -335,7 +345,7 @@ class TestNothingIsNoBackground:
         assert (result.status, result.codes) == ("rejected", ("mask-empty",))
         assert "bad.dcm: none of 1 structure (b)" in result.reason
 
-    def test_a_structure_of_several_is_left_out_with_a_note(self, tmp_path: Path) -> None:
+    def test_one_structure_without_voxels_among_others_is_left_out_with_a_warning(self, tmp_path: Path) -> None:
         ct = Ct(tmp_path / "dicom" / "p")
         rois = {"a": LEFT, "b": [square(40)]}
         path = write_rtstruct(tmp_path / "rs.dcm", rois, series_uid=ct.uid, frame_uid=ct.frame_uid)
@@ -343,14 +353,14 @@ class TestNothingIsNoBackground:
         assert result.status == "ok"
         assert "b: it covers no voxel" in " ".join(result.warnings)
 
-    def test_nothing_drawn_is_no_error(self, tmp_path: Path) -> None:
+    def test_a_file_without_contours_is_no_error(self, tmp_path: Path) -> None:
         ct = Ct(tmp_path / "dicom" / "p")
         path = write_rtstruct(tmp_path / "rs.dcm", {"a": []}, series_uid=ct.uid, frame_uid=ct.frame_uid)
         result = self.convert(tmp_path, path)
         assert (result.status, result.labels) == ("ok", ())
         assert "nothing is drawn on it: no masks are written" in " ".join(result.warnings)
 
-    def test_what_resampling_loses_altogether_rejects_the_series(self, tmp_path: Path) -> None:
+    def test_a_structure_that_resampling_loses_rejects_the_series(self, tmp_path: Path) -> None:
         ct = Ct(tmp_path / "dicom" / "p")
         dot = {"dot": [square(1, 4.5, 5.5)]}
         path = write_rtstruct(tmp_path / "rs.dcm", dot, series_uid=ct.uid, frame_uid=ct.frame_uid)
@@ -358,9 +368,9 @@ class TestNothingIsNoBackground:
         assert (result.status, result.codes) == ("rejected", ("mask-empty",))
         assert "none of 1 structure (dot) has a voxel left on the grid of the output, of 1 voxel" in result.reason
 
-    def test_frames_beyond_the_slices_are_counted(self, tmp_path: Path, stacked: Stack) -> None:
-        # Frames turned by 60 degrees rise beyond the top of the series.
-        own = grid(turned(60, 0), (60, 6, 6), (1.0, 1.0, 1.0))
+    def test_frames_outside_of_the_stack_are_counted_in_a_note(self, tmp_path: Path, stacked: Stack) -> None:
+        # Frames rotated by 60 degrees rise beyond the top of the series.
+        own = grid(rotation(60, 0), (60, 6, 6), (1.0, 1.0, 1.0))
         volume = np.ones(own.shape, bool)
         _, notes = painted(write_seg(tmp_path / "s.dcm", {"a": volume}, own), stacked)
         corners = np.array([(f, r, c) for f in range(60) for r in (0, 5) for c in (0, 5)])
@@ -371,13 +381,13 @@ class TestNothingIsNoBackground:
         assert notes == [f"a: {beyond} frames left out: on no slice of the series"]
 
 
-def test_a_volume_as_highdicom_writes_it_lies_where_highdicom_says(
+def test_a_volume_written_by_highdicom_has_the_voxels_that_highdicom_computes(
     tmp_path: Path, series: Path, stacked: Stack
 ) -> None:
     hd = pytest.importorskip("highdicom")
     from pydicom.sr.codedict import codes
 
-    own = grid(turned(25, 0) @ turned(90, 1), (12, 13, 14), (1.3, 1.2, 0.9))
+    own = grid(rotation(25, 0) @ rotation(90, 1), (12, 13, 14), (1.3, 1.2, 0.9))
     values = np.zeros(own.shape, np.uint8)
     values[2:9, 3:11, 4:12] = np.random.default_rng(5).random((7, 8, 8)) < 0.7
     volume = hd.Volume(values, own.affine, "PATIENT")
@@ -393,7 +403,7 @@ def test_a_volume_as_highdicom_writes_it_lies_where_highdicom_says(
         images, volume, "BINARY", [described], "1.2.3.4", 9, "1.2.3.5", 1, "m", "m", "1", "1", omit_empty_frames=True
     )
     written.save_as(tmp_path / "s.dcm")
-    written._db_con.close()  # highdicom leaves its database open, and Python warns of it later, in another test
+    written._db_con.close()  # highdicom leaves its database open, of which Python would warn in a later test
     index = volume.map_reference_to_indices(stacked.geometry.points_mm(np.argwhere(np.ones(SHAPE))))
     index = np.floor(np.round(index, 6) + 0.5).astype(int)
     inside = ((index >= 0) & (index < own.shape)).all(axis=1)

@@ -1,4 +1,4 @@
-"""Regions of interest as Pinnacle keeps them."""
+"""Reading regions of interest of Pinnacle."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def image(position: str, start: tuple[float, float], dicom: tuple[float, float] 
     st.sampled_from(["\n", "\r\n", "\r"]),
     st.sampled_from(["", "\ufeff"]),
 )
-def test_round_trip(rois: list[tuple[str, list[Polygon]]], newline: str, bom: str) -> None:
+def test_regions_of_a_written_file_are_read_back(rois: list[tuple[str, list[Polygon]]], newline: str, bom: str) -> None:
     text = bom + written(rois).replace("\n", newline)
     assert pinnacle.recognised(text) == "its blocks roi={"
     found = pinnacle.read(text, "/nowhere/plan.roi")
     assert [s.name for s in found.structures] == [name for name, _ in rois]
     for structure, (_, curves) in zip(found.structures, rois, strict=True):
-        # Without a header head first and supine: x to the left, y up, z to the feet. cm to mm.
+        # Without a header, head first and supine is assumed: x to the left, y up, z to the feet, cm to mm.
         expected = [[(10 * x, -10 * y, -10 * z) for x, y, z in points] for points in curves]
         assert [[*map(tuple, c.points.tolist())] for c in structure.contours] == expected
         assert {(c.frame, c.slice, c.rule) for c in structure.contours} <= {("patient", None, "even-odd")}
@@ -79,28 +79,30 @@ def test_round_trip(rois: list[tuple[str, list[Polygon]]], newline: str, bom: st
 @pytest.mark.parametrize(
     ("position", "left", "posterior", "superior"),
     [
-        # Where Pinnacle's +x (to the right of someone at the foot of the table), +y (up) and +z (out of the gantry)
-        # point in the patient: on the back with the head in front, left, anterior, inferior, …
+        # Directions in the patient of Pinnacle's +x (right, seen from the foot of the table), +y (up) and +z (out of
+        # the gantry). HFS: left, anterior, inferior.
         ("HFS", 1, -1, -1),
         ("HFP", -1, 1, -1),
         ("FFS", -1, -1, 1),
         ("FFP", 1, 1, 1),
     ],
 )
-def test_positions_of_the_patient(tmp_path: Path, position: str, left: int, posterior: int, superior: int) -> None:
+def test_axes_are_converted_for_every_patient_position(
+    tmp_path: Path, position: str, left: int, posterior: int, superior: int
+) -> None:
     found = in_folder(tmp_path, image(position, (0, 0)))
     expected = [[10 * left * x, 10 * posterior * y, 10 * superior * z] for x, y, z in TRIANGLE]
     assert found.structures[0].contours[0].points.tolist() == expected
     assert (found.series_uids, found.notes) == (("1.2.3",), ())
 
 
-def test_the_header_lies_one_folder_up_where_pinnacle_has_it(tmp_path: Path) -> None:
+def test_the_header_may_be_one_folder_above_a_plan_folder(tmp_path: Path) -> None:
     (tmp_path / "ImageSet_3.header").write_text(image("FFP", (0, 0)))
     assert in_folder(tmp_path / "Plan_0").structures[0].contours[0].points[0].tolist() == [10, 20, 30]
     assert in_folder(tmp_path / "other").structures[0].contours[0].points[0].tolist() == [10, -20, -30]
 
 
-def test_two_headers_are_none(tmp_path: Path) -> None:
+def test_several_headers_are_ignored_with_a_note(tmp_path: Path) -> None:
     (tmp_path / "ImageSet_1.header").write_text(image("FFP", (0, 0)))
     found = in_folder(tmp_path, image("FFP", (0, 0)))
     assert found.structures[0].contours[0].points[0].tolist() == [10, -20, -30]
@@ -108,8 +110,8 @@ def test_two_headers_are_none(tmp_path: Path) -> None:
     assert "several" in found.notes[0]
 
 
-def test_origin_of_dicom(tmp_path: Path) -> None:
-    # The points lie at x 1..4, y 2..5 cm; the image is 10 × 10 cm large.
+def test_positions_of_old_versions_are_moved_to_the_origin_of_dicom(tmp_path: Path) -> None:
+    # The points are at x = 1 to 4 cm and y = 2 to 5 cm; the image has 10 × 10 cm.
     inside = in_folder(tmp_path / "a", image("HFS", (0, -50), (0, 0)))
     assert (inside.structures[0].contours[0].points[0].tolist(), inside.notes) == ([10, -20, -30], ())
     old = in_folder(tmp_path / "b", image("HFS", (0, 0), (-20, -30)))
@@ -122,12 +124,12 @@ def test_origin_of_dicom(tmp_path: Path) -> None:
         in_folder(tmp_path / "d", image("HFS", (50, 0), (-20, -30)))
 
 
-def test_unknown_positions_are_refused(tmp_path: Path) -> None:
+def test_unknown_patient_positions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SegmentationError, match="patient_position 'HFDL'; known are HFS, HFP, FFS, FFP"):
         in_folder(tmp_path, image("HFDL", (0, 0)))
 
 
-def test_names_and_marks() -> None:
+def test_equal_names_get_their_number_and_short_curves_are_counted() -> None:
     text = written([("PTV", [TRIANGLE]), ("", []), ("PTV", [TRIANGLE[:1], TRIANGLE[:2]])])
     found = pinnacle.read(text, "/nowhere/plan.roi")
     assert [(s.name, len(s.contours)) for s in found.structures] == [("PTV (1)", 1), ("ROI 2", 0), ("PTV (3)", 0)]
@@ -141,7 +143,7 @@ def test_names_and_marks() -> None:
         ("// Region of Interest file\n", "there is no roi={"),
         ("};", "line 1, column 1: a block ends here that never began"),
         ("roi={\nname: a\n", "line 3, column 1: the file ends inside of 'roi', which began in line 1"),
-        ("roi={ name: a };", "line 1, column 6: more follows on the beginning of a block"),
+        ("roi={ name: a };", "line 1, column 6: more follows in the first line of a block"),
         ("roi={\nnum_curve = 2;\n};", "line 2, column 1: 2 curves are announced, but 0 follow"),
         ("roi={\nnum_curve = x;\n};", "line 2, column 13: num_curve is 'x'"),
         ("a={\n" * 40, "line 33, column 1: blocks are nested more than 32 deep"),
@@ -158,7 +160,7 @@ def test_names_and_marks() -> None:
         (START + "1 2 3\n" * 3 + "};\npoints={\n};\n", "line 23, column 1: a curve has points twice"),
     ],
 )
-def test_damage_is_refused_where_it_is(text: str, words: str) -> None:
+def test_damage_is_refused_with_line_and_column(text: str, words: str) -> None:
     if text.startswith(START):
         text += "};\n};\n};\n"
     with pytest.raises(SegmentationError, match=r"^[^\n]*$") as caught:
@@ -167,7 +169,7 @@ def test_damage_is_refused_where_it_is(text: str, words: str) -> None:
     assert "DOE" not in str(caught.value)
 
 
-def test_huge_files() -> None:
+def test_huge_files_are_read_or_refused() -> None:
     count = 300_000
     found = pinnacle.read(written([("a", [[(1.5, -2.25, 3.0)] * count])]), "/nowhere/plan.roi")
     points = found.structures[0].contours[0].points
@@ -213,10 +215,10 @@ def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
         assert len(found.structures) == 1
 
 
-def test_a_real_plan_fills_the_volumes_it_states_inside_of_its_image(data: Path) -> None:
-    # Checked by other means: the volumes that Pinnacle wrote beside the curves, in cm³, against areas by the shoelace
-    # formula times the distance of slices (z_pixdim, 2.5 mm); and where the header's image lies by its x_start_dicom,
-    # y_start_dicom and z_start, taken into the patient (head first, supine) by hand.
+def test_regions_of_a_real_plan_have_the_stated_volumes_and_lie_in_its_image(data: Path) -> None:
+    # Independent checks: the volumes in cm³ that Pinnacle wrote, against areas by the shoelace formula times the slice
+    # spacing (z_pixdim, 2.5 mm); and the extent of the image by x_start_dicom, y_start_dicom and z_start of the header,
+    # converted to patient coordinates (head first, supine) by hand.
     file = data / "txt-formats" / "pinnacle" / "plan.roi"
     text = file.read_text()
     found = pinnacle.read(text, str(file))
@@ -231,13 +233,13 @@ def test_a_real_plan_fills_the_volumes_it_states_inside_of_its_image(data: Path)
         for contour in structure.contours:
             x, y, z = contour.points.T
             mm3 += 2.5 * abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
-            # x from −250, 512 pixels of 0.97656; y of the last row 249.02, of the first 249.02 − 511 × 0.97656 = −250;
-            # z from 87.5 down in 101 steps of 2.5.
+            # x begins at −250, with 512 pixels of 0.97656 mm; y of the last row is 249.02, of the first
+            # 249.02 − 511 × 0.97656 = −250; z decreases from 87.5 in 101 steps of 2.5 mm.
             assert -250 <= x.min() <= x.max() <= 249.1
             assert -250 <= y.min() <= y.max() <= 249.1
             np.testing.assert_array_equal(np.unique(z), z[:1])
             assert 0 <= (87.5 - z[0]) / 2.5 <= 100
             assert (87.5 - z[0]) % 2.5 == 0
         assert mm3 / 1000 == pytest.approx(volume_cm3, abs=0.025)
-    # The first curve's first point, -1.07428 11.914 2 in the file.
+    # The first point of the first curve is -1.07428 11.914 2 in the file.
     np.testing.assert_allclose(found.structures[0].contours[0].points[0], [-10.7428, -119.14, -20], rtol=0, atol=1e-9)

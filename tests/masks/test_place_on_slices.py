@@ -1,4 +1,4 @@
-"""Parts of structures on the slices of a series: painted in rectangles, as if on whole slices."""
+"""Placing outlines and painted pixels on the slices of a series."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpuprep.core.mask_options import Reading
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.joined_files import joined
-from gpuprep.masks.model import Contour, Raster, Segmentation, SliceKey, Structure, painted
+from gpuprep.masks.model import Contour, Raster, Segmentation, SliceKey, Structure, bounding_raster
 from gpuprep.masks.place_on_slices import place
 from gpuprep.masks.rasterize import filled, on_outline
 from gpuprep.testing import write_series
@@ -53,13 +53,15 @@ KEY = SliceKey("number", 1)
 
 
 @given(st.lists(outlines, min_size=1, max_size=3, unique_by=lambda points: points.tobytes()))
-def test_a_rectangle_holds_what_the_whole_slice_would(stacked: Stack, polygons: list[NDArray[np.float64]]) -> None:
+def test_a_structure_painted_in_a_rectangle_equals_one_painted_on_the_whole_slice(
+    stacked: Stack, polygons: list[NDArray[np.float64]]
+) -> None:
     structure = Structure("a", tuple(Contour(p, "pixel", KEY, "xor") for p in polygons))
     np.testing.assert_array_equal(on_slice(stacked, structure), filled(polygons, MATRIX))
 
 
 @given(outlines.map(np.rint), outlines.map(np.rint))
-def test_insides_and_holes_leave_their_outlines_out(
+def test_insides_and_holes_exclude_the_pixels_of_their_outlines(
     stacked: Stack, inside: NDArray[np.float64], hole: NDArray[np.float64]
 ) -> None:
     structure = Structure("a", (Contour(inside, "pixel", KEY, "inside"), Contour(hole, "pixel", KEY, "hole")))
@@ -69,10 +71,10 @@ def test_insides_and_holes_leave_their_outlines_out(
 
 
 @given(st.integers(0, 2**32), st.integers(-4, 4), st.integers(-4, 4), st.booleans(), st.booleans())
-def test_a_painted_plane_is_looked_up_by_position(
+def test_a_painted_plane_is_placed_by_its_position_and_orientation(
     stacked: Stack, seed: int, down: int, right: int, flipped: bool, turned: bool
 ) -> None:
-    # A plane of other size, shifted by whole pixels, perhaps upside down or with rows for columns.
+    # A plane of another size, shifted by whole pixels, perhaps flipped or transposed.
     values = np.random.default_rng(seed).random((9, 10)) < 0.3
     affine = stacked.geometry.affine.copy()
     affine[:3, 3] = stacked.geometry.points_mm((1, down, right))
@@ -87,12 +89,12 @@ def test_a_painted_plane_is_looked_up_by_position(
         affine[:3, :3] = stacked.geometry.affine[:3, [0, 2, 1]]
         shown = values.T
     expected[10 + down : 10 + down + shown.shape[0], 10 + right : 10 + right + shown.shape[1]] = shown
-    raster = painted(values, geometry=Geometry((1, 9, 10), affine))
+    raster = bounding_raster(values, geometry=Geometry((1, 9, 10), affine))
     structure = Structure("a", rasters=(raster,) if raster else ())
     np.testing.assert_array_equal(on_slice(stacked, structure), expected[10 : 10 + MATRIX[0], 10 : 10 + MATRIX[1]])
 
 
-def test_an_outline_that_is_there_twice_counts_once(stacked: Stack) -> None:
+def test_a_repeated_outline_counts_once(stacked: Stack) -> None:
     square = np.array([(2.5, 2.5), (6.5, 2.5), (6.5, 6.5), (2.5, 6.5)])
     twice = Structure("a", (Contour(square, "pixel", KEY), Contour(square.copy(), "pixel", KEY)))
     assert on_slice(stacked, twice).sum() == 16
@@ -100,7 +102,7 @@ def test_an_outline_that_is_there_twice_counts_once(stacked: Stack) -> None:
     assert notes == ["a: 1 outline left out: the same as another, point by point"]
 
 
-def test_half_way_between_slices_is_always_the_lower_one(stacked: Stack) -> None:
+def test_a_contour_half_way_between_slices_lies_on_the_lower_one(stacked: Stack) -> None:
     square = np.array([(2.5, 2.5), (6.5, 2.5), (6.5, 6.5), (2.5, 6.5)])
     for off in (-1e-4, 0, 1e-4):
         contours = []
@@ -112,13 +114,13 @@ def test_half_way_between_slices_is_always_the_lower_one(stacked: Stack) -> None
         assert notes == []
 
 
-def test_pixels_of_another_matrix_are_refused_with_both(stacked: Stack) -> None:
+def test_a_raster_of_another_matrix_is_refused_with_both_sizes(stacked: Stack) -> None:
     raster = Raster(np.ones((1, 1), bool), 0, 0, (512, 512), KEY)
     with pytest.raises(SegmentationError, match="it has 512 × 512 pixels, the slices of the series have 12 × 15"):
         place(segmentation(Structure("a", rasters=(raster,))), stacked, IN_ORDER)
 
 
-def test_millimetres_from_the_corner_become_pixels_from_the_centre(tmp_path: Path) -> None:
+def test_mm_from_the_image_corner_are_converted_to_pixels(tmp_path: Path) -> None:
     write_series(tmp_path, np.zeros((4, *MATRIX), np.int16), (2.0, 0.703125, 0.351562))
     stacked = stack(gpuprep.discover(tmp_path)[0])
     px = np.array([(2.0, 3.0), (6.0, 3.0), (6.0, 8.0), (2.0, 8.0)])
@@ -129,11 +131,10 @@ def test_millimetres_from_the_corner_become_pixels_from_the_centre(tmp_path: Pat
     np.testing.assert_array_equal(mask, expected)
 
 
-def test_contours_far_outside_of_the_slice_are_in_other_units(stacked: Stack) -> None:
+def test_contours_far_outside_of_the_slice_are_refused(stacked: Stack) -> None:
     contour = Contour(np.array([(40.0, 3.0), (60.0, 3.0), (60.0, 8.0)]), "pixel", KEY)
-    with pytest.raises(
-        SegmentationError, match=r"from column 40, row 3 to 60, 8, but slices have 15 columns and 12 rows"
-    ):
+    message = r"from column 40, row 3 to 60, 8, but slices have 15 columns and 12 rows"
+    with pytest.raises(SegmentationError, match=message):
         place(segmentation(Structure("a", (contour,))), stacked, IN_ORDER)
 
 
@@ -143,7 +144,7 @@ def test_a_file_that_names_no_slice_is_refused(stacked: Stack) -> None:
         place(segmentation(Structure("a", (contour,))), stacked, IN_ORDER)
 
 
-def test_files_of_one_folder_one_per_slice_become_one_segmentation() -> None:
+def test_files_with_one_slice_each_are_joined_by_folder() -> None:
     def one(path: str, n: int, name: str) -> Segmentation:
         contour = Contour(np.zeros((3, 2)), "pixel", SliceKey("number", n))
         return segmentation(Structure(name, (contour,)), path=path, per_slice=True)

@@ -1,4 +1,4 @@
-"""Shapes whose volume is known by formula, outlined as RTSTRUCT and as text, on their way to the grid of the image."""
+"""Shapes with a volume known by formula, outlined as RTSTRUCT and as text and converted to labels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def box(half_x: float, half_y: float, z: float, turn_deg: float = 0) -> Any:
 
 
 class Shape:
-    """A body: whether points (x, y, z) from its centre are inside, its outlines at a height, its volume in mm³."""
+    """Shape: test whether points relative to its centre are inside, outlines at a given z, and volume in mm³."""
 
     def __init__(self, inside: Inside, outlines: Callable[[float], Outlines], volume_mm3: float) -> None:
         self.inside = inside
@@ -81,7 +81,7 @@ SHAPES = {
         lambda z: [circle(9, z), circle(6, z)] if abs(z - CENTRE_MM[2]) < 22 else [],
         np.pi * (9**2 - 6**2) * 44,
     ),
-    "thin sheet": Shape(  # of two pixels, aslant
+    "thin sheet": Shape(  # two pixels thick, rotated about z
         lambda p: (
             (np.abs(p[..., 0] * np.cos(0.5) + p[..., 1] * np.sin(0.5)) < 0.8)
             & (np.abs(-p[..., 0] * np.sin(0.5) + p[..., 1] * np.cos(0.5)) < 25)
@@ -98,14 +98,14 @@ def heights() -> Any:
 
 
 def truth(shape: Shape, grid: Any) -> Any:
-    """Which voxel centres of a grid lie inside, by formula alone."""
+    """Return whether the voxel centres of a grid lie inside, by formula alone."""
     index = np.moveaxis(np.indices(grid["shape"]), 0, -1)
     affine = np.array(grid["affine_lps"])
     return shape.inside(index @ affine[:3, :3].T + affine[:3, 3] - CENTRE_MM)
 
 
 def write_ct(folder: Path, shape: Shape | None = None, matrix: tuple[int, int, int] = SHAPE) -> str:
-    """Write a series in which the shape is at 1000 HU, in air; return its UID."""
+    """Write a series with the shape at 1000 HU in air; return its UID."""
     spacing = np.array(SPACING_MM[::-1])
     index = np.moveaxis(np.indices(matrix), 0, -1)[..., ::-1]
     bright = shape.inside(index * spacing + ORIGIN_MM - CENTRE_MM) if shape else np.zeros(matrix, bool)
@@ -150,21 +150,21 @@ NATIVE = Recipe(spacing_mm=None, size=None, image=False, masks=Masks(units="mm")
 
 @pytest.mark.parametrize("write", [as_rtstruct, as_text])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_at_native_resolution_a_mask_holds_the_voxels_whose_centres_are_inside(
+def test_a_mask_at_native_resolution_has_the_voxels_whose_centres_are_inside(
     tmp_path: Path, shape: Shape, write: Any
 ) -> None:
     # Traps 37 and 39.
     uid = write_ct(tmp_path / "dicom")
     got, sidecar = masks(tmp_path, write(tmp_path, shape, uid), NATIVE)
     expected = truth(shape, sidecar)
-    # A circle of 720 points lies up to 2e-4 mm inside of the true one: a centre in between is possible, many are not.
+    # A polygon of 720 points lies up to 2e-4 mm inside of the circle, so a few centres may lie in between.
     assert (got.astype(bool) != expected).sum() <= 2
     (label,) = sidecar["labels"]
     voxel_mm3 = float(np.prod(SPACING_MM))
     assert label["source_voxels"] == label["voxels"] == got.sum()
     assert label["source_ml"] * 1000 == pytest.approx(got.sum() * voxel_mm3)
     round_ = shape in (SHAPES["sphere"], SHAPES["hollow sphere"])
-    bound = 0.01 if round_ else 0.5 * SPACING_MM[0] / 18.1  # of a prism, half a slice at either end may be wrong
+    bound = 0.01 if round_ else 0.5 * SPACING_MM[0] / 18.1  # a prism may have half a slice too much or too few per end
     assert label["ml"] * 1000 == pytest.approx(shape.volume_mm3, rel=bound)
 
 
@@ -176,16 +176,16 @@ BOUNDS = {
     "straw": (0.88, 0.91),
     "thin sheet": (0.84, 0.88),
 }
-"""Least Dice with the formula, nearest and smooth, on voxels of 1 mm made from slices of 3 mm: half a slice may be
-wrong at the ends in z and half a pixel at the sides, and a sheet two pixels thin is nearly all side."""
+"""Smallest Dice coefficient with the formula, for nearest and smooth, on voxels of 1 mm from slices of 3 mm. Errors are
+up to half a slice at the ends and half a pixel at the sides, which weighs most for a sheet two pixels thick."""
 
-KEPT = {"nearest": 0.07, "smooth": 0.02}
-"""By how much resampling may change the volume; most for the thin sheet, of which nearest takes whole pixels."""
+VOLUME_CHANGES = {"nearest": 0.07, "smooth": 0.02}
+"""Largest relative change of the volume by resampling. The thin sheet changes most, as nearest takes whole pixels."""
 
 
 @pytest.mark.parametrize("resampling", ["nearest", "smooth"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_at_1_mm_shape_and_volume_are_kept(
+def test_resampling_to_1_mm_keeps_shape_and_volume(
     tmp_path: Path, name: str, resampling: Literal["nearest", "smooth"], backend: Backend
 ) -> None:
     # Trap 22.
@@ -198,12 +198,12 @@ def test_at_1_mm_shape_and_volume_are_kept(
     (label,) = sidecar["labels"]
     assert label["voxels"] == (got == 1).sum()
     assert label["ml"] == pytest.approx(got.sum() * np.prod(sidecar["spacing_mm"]) / 1000)
-    assert label["ml"] == pytest.approx(label["source_ml"], rel=KEPT[resampling])
+    assert label["ml"] == pytest.approx(label["source_ml"], rel=VOLUME_CHANGES[resampling])
 
 
 @pytest.mark.parametrize("resampling", ["nearest", "smooth"])
 @pytest.mark.parametrize("name", ["sphere", "hollow sphere", "cube", "cylinder"])
-def test_image_and_mask_of_a_bright_object_coincide_after_the_whole_default_recipe(
+def test_image_and_mask_of_a_bright_object_coincide_after_the_default_recipe(
     tmp_path: Path, name: str, resampling: Literal["nearest", "smooth"]
 ) -> None:
     shape = SHAPES[name]

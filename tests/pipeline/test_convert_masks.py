@@ -357,7 +357,7 @@ def test_slice_numbers_that_may_mean_two_things_are_refused_with_the_options_tha
     (tmp_path / "points.txt").write_text("\n".join(lines))
     run = convert(tmp_path, tmp_path / "points.txt", replace(RAW, masks=Masks(units="px")))
     assert run.results[0].status == "rejected"
-    assert "say --index-base 0|1 and --slice-order stack|instance" in run.results[0].reason
+    assert "use --index-base 0|1 and --slice-order stack|instance" in run.results[0].reason
     for masks, first in (
         (Masks(units="px", slice_order="stack", index_base=0), 1),
         (Masks(units="px", slice_order="instance"), 3),  # Instance Numbers fall from 6 to 1

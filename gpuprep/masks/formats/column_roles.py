@@ -1,4 +1,4 @@
-"""Finds what the columns of a table of numbers mean, by their names or by how the numbers run."""
+"""Determines the role of each column of a table of numbers, by the header or by the values."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ ROLES = {
     "value": ("value", "val"),
     "": ("", "point", "pointid", "vertex", "index", "id", "n"),
 }
-"""Names of columns in headers, in small letters and without marks, by what they hold; the last hold nothing needed."""
+"""Column names in headers by role, in lower case and without separators. Columns of the role "" are ignored."""
 
 _ROLE = {name: role for role, names in ROLES.items() for name in names}
 _UNITS: dict[str, Units] = {
     "px": "px", "pixel": "px", "pixels": "px", "vox": "px", "voxel": "px", "mm": "mm", "cm": "cm"
 }  # fmt: skip
 _UNIT = re.compile(r"[ _]*[(\[]?(mm|cm|px|pixels?|vox|voxel)[)\]]?$")
-_MARKS = re.compile(r"[ _.\-]+")
+_SEPARATORS = re.compile(r"[ _.\-]+")
 _BOX = re.compile(r"^(?:x_?min|x_?max|y_?min|y_?max|bbox.*|width|height|left|top|x1|y1|x2|y2)$")
 
 HEADER_HINT = "name the columns in a first line, such as 'slice x y' or 'contour x y z'"
 
-LONGEST_LIST = 64
-"""Distinct values up to which a list of pixels can be one of labels."""
+MOST_LIST_LABELS = 64
+"""Largest number of distinct values in a list of pixels that can be labels."""
 
 MOST_LABELS = 256
 """Distinct values beyond which an image is no mask."""
 
-SHORTEST_LIST = 6
-"""Lines from which on points that run row by row are no outline by any chance."""
+SHORTEST_PIXEL_LIST = 6
+"""Smallest number of points that are recognised as a list of pixels; fewer may be an outline by chance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What each column holds, one of `ROLES`; by what that was found; the units, where the header says them."""
+    """Role of each column (one of `ROLES`), the evidence for it, and the units if the header names them."""
 
     roles: tuple[str, ...]
     why: str
@@ -56,36 +56,35 @@ class Columns:
 
 
 def named(header: tuple[str, ...], labelled: bool) -> Columns:
-    """Return what the names of columns say.
+    """Return the columns that a header names.
 
     Parameters
     ----------
     header : tuple of str
+        Names of the columns.
     labelled : bool
-        Whether the first column holds words, which are no part of the table; it has no role then.
+        Whether the first column holds words. They are not in the table, so the column gets no role.
 
     Raises
     ------
     SegmentationError
-        If they name boxes, name a column twice or not, or give different units.
+        If it names boxes, unknown columns, a column twice, z and slice, or different units, or lacks x or y.
     """
     names = [name.lower() for name in header]
-    if sum(bool(_BOX.match(_MARKS.sub("_", name))) for name in names) >= 2:
-        raise SegmentationError(
-            "its header names the corners of boxes: boxes around things, not contours, which gpuprep does not read"
-        )
+    if sum(bool(_BOX.match(_SEPARATORS.sub("_", name))) for name in names) >= 2:
+        raise SegmentationError("its header names the corners of boxes: gpuprep reads contours, not boxes")
     units: set[Units] = set()
     roles: list[str] = []
     for name in names:
         if found := _UNIT.search(name):
             units.add(_UNITS[found[1]])
             name = name[: found.start()]
-        role = _ROLE.get(_MARKS.sub("", name))
+        role = _ROLE.get(_SEPARATORS.sub("", name))
         if role is None:
             if {"x", "y"} & set(names):
                 raise SegmentationError(
                     f"the header names a column {quoted(name)}, which is none of x, y, z, slice, contour, object, "
-                    "value, point: rename it, or leave it out"
+                    "value, point: rename it, or remove it"
                 )
             raise SegmentationError("its first line is no header of coordinates: no known kind of segmentation text")
         roles.append(role)
@@ -96,34 +95,34 @@ def named(header: tuple[str, ...], labelled: bool) -> Columns:
         if roles.count(role) > 1:
             raise SegmentationError(f"the header names two columns for {role}: keep one of them")
     if {"z", "slice"} <= set(roles):
-        raise SegmentationError("the header names both z and slice: keep the one that says the slice")
+        raise SegmentationError("the header names both z and slice: keep the one that gives the slice")
     if len(units) > 1:
         raise SegmentationError(f"the header names different units, {' and '.join(sorted(units))}: use one")
     if labelled:
         if roles[0] not in ("object", ""):
-            raise SegmentationError(f"the header calls the first column {quoted(header[0])}, but it holds words")
+            raise SegmentationError(f"the header names the first column {quoted(header[0])}, but it holds words")
         roles = roles[1:]
     return Columns(tuple(roles), f"a header that names {', '.join(r for r in roles if r)}", next(iter(units), None))
 
 
 def of_points(table: Table, reading: Reading, plane: Plane | None) -> Columns | None:
-    """Return the columns of a list of points on several slices that has no header; None if it is no such list.
+    """Return the columns of a list of points on several slices without header; None if it is no such list.
 
-    A slice is a number that stays the same for three points at least, every time it comes up, as no x or y of an
-    outline does. Of three columns the first may be it (``slice x y``) or the last (``x y z``), of four and five there
-    is a contour before ``x y z`` that does so too.
+    A column that keeps each value for at least three lines is no x or y of an outline. Of three columns, such a column
+    is the slice (``slice x y`` or ``x y z``). Before ``x y z``, it is the contour, and two are the object and the
+    contour.
 
     Raises
     ------
     SegmentationError
-        If two meanings fit.
+        If the columns are ambiguous.
     """
     grid = table.grid()
     width = grid.shape[1]
     if table.labels and width == 2:
         return Columns(("x", "y"), "a label and two numbers in every line")
     if width == 3:
-        return _three(grid, reading, plane)
+        return _three_columns(grid, reading, plane)
     if width == 4 and steady(grid[:, 0]):
         if steady(grid[:, 1]) and not steady(grid[:, 3]):
             raise SegmentationError(f"its first two columns could both be the slice or the contour: {HEADER_HINT}")
@@ -134,7 +133,7 @@ def of_points(table: Table, reading: Reading, plane: Plane | None) -> Columns | 
     return None
 
 
-def _three(grid: NDArray[np.float64], reading: Reading, plane: Plane | None) -> Columns | None:
+def _three_columns(grid: NDArray[np.float64], reading: Reading, plane: Plane | None) -> Columns | None:
     first, last = steady(grid[:, 0]), steady(grid[:, 2], whole_only=False)
     slice_x_y = Columns(("slice", "x", "y"), "three columns, and the first one stays the same from point to point")
     x_y_z = Columns(("x", "y", "z"), "three columns, and the last one stays the same from point to point")
@@ -144,19 +143,19 @@ def _three(grid: NDArray[np.float64], reading: Reading, plane: Plane | None) -> 
         raise SegmentationError(f"its first and its last column could both be the slice: {HEADER_HINT}")
     if first or last:
         return slice_x_y if first else x_y_z
-    if in_patient(grid, plane):  # in slices that are not axial no coordinate stays the same
+    if in_patient(grid, plane):  # in slices that are not axial, no coordinate is constant
         return Columns(("x", "y", "z"), "three columns of coordinates in mm")
     return None
 
 
 def in_patient(xyz: NDArray[np.float64], plane: Plane | None) -> bool:
-    """Return whether coordinates lie where no pixel does: more than one before the first, or beyond the last."""
+    """Return whether a coordinate lies more than a pixel outside of the slice, and so must be in mm in the patient."""
     beyond = plane is not None and bool((xyz[:, :2] > np.array([plane.columns, plane.rows]) + 1).any())
     return beyond or bool(xyz[:, :2].min() < -1)
 
 
 def steady(column: NDArray[np.float64], *, whole_only: bool = True) -> bool:
-    """Return whether a column stays the same for three lines at least, every time that it changes."""
+    """Return whether a column keeps each value for at least three lines."""
     if whole_only and not (is_whole(column) and column.min() >= 0):
         return False
     changes = np.flatnonzero(np.diff(column)) + 1
@@ -164,14 +163,14 @@ def steady(column: NDArray[np.float64], *, whole_only: bool = True) -> bool:
 
 
 def is_whole(values: NDArray[np.float64]) -> bool:
-    """Return whether all are whole numbers."""
+    """Return whether all values are whole numbers."""
     return bool((values == np.rint(values)).all())
 
 
 def check_outlines(grid: NDArray[np.float64]) -> None:
-    """Raise where points run like the pixels of an area, whatever the order of columns: they are no outline."""
+    """Raise if points are in the order of a list of pixels, for any order of columns, so that they are no outline."""
     orders = [(0, 1), (1, 0), (0, 1, 2), (1, 0, 2), (2, 1, 0), (1, 2, 0)]
-    if len(grid) >= SHORTEST_LIST and any(
+    if len(grid) >= SHORTEST_PIXEL_LIST and any(
         is_scan(grid[:, order], len(order)) for order in orders if max(order) < grid.shape[1]
     ):
         raise SegmentationError(
@@ -181,13 +180,14 @@ def check_outlines(grid: NDArray[np.float64]) -> None:
 
 
 def is_scan(grid: NDArray[np.float64], depth: int) -> bool:
-    """Return whether points are pixels as a program lists them, row by row: no outline runs like that.
+    """Return whether points are in the order in which programs list pixels, row by row. No outline has this order.
 
     Parameters
     ----------
     grid : array of float, shape (n, ≥ depth)
-        x, y and, if `depth` is 3, z first.
+        Points; the first columns are x, y and, if `depth` is 3, z.
     depth : {2, 3}
+        Number of coordinates.
     """
     pixels = grid[:, :depth]
     if len(pixels) < 2 or not is_whole(pixels) or pixels.min() < 0:
@@ -198,7 +198,7 @@ def is_scan(grid: NDArray[np.float64], depth: int) -> bool:
     down = steps[in_slice, 1]
     return bool(
         (steps[:, 2:] >= 0).all()
-        and ((down >= 0).all() or (down <= 0).all())  # upwards where ImageJ was told to count so
+        and ((down >= 0).all() or (down <= 0).all())  # y decreases with ImageJ's option Invert Y
         and (steps[in_row, 0] > 0).all()
         and 2 * (steps[in_row, 0] == 1).sum() >= len(steps)
     )

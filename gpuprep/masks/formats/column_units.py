@@ -1,4 +1,4 @@
-"""Decides whether coordinates are pixels or mm, where the file does not say it."""
+"""Decides whether coordinates are pixels or mm if the file does not state it."""
 
 from __future__ import annotations
 
@@ -11,35 +11,37 @@ from gpuprep.masks.formats.column_roles import Columns, in_patient, is_whole
 from gpuprep.masks.model import Plane
 
 ROUNDING_PX = 2e-3
-"""How far from a whole number of pixels a length may be that was written in mm, with four decimals."""
+"""Largest distance, in pixels, from a whole number of pixels of a length that was written in mm with four decimals."""
 
 
-def said(reading: Reading, columns: Columns | None) -> Units | None:
-    """Return the units that the header or somebody names; raise where they differ."""
+def stated(reading: Reading, columns: Columns | None) -> Units | None:
+    """Return the units that the header or the options state, None if neither does; raise if they differ."""
     header = columns.units if columns else None
     if header and reading.units and header != reading.units:
-        raise SegmentationError(f"--units {reading.units}, but the header says {header}: leave the option out")
+        raise SegmentationError(f"--units {reading.units}, but the header says {header}: omit the option")
     return header or reading.units
 
 
 def of_outline(points: NDArray[np.float64], pointed: bool, plane: Plane | None) -> Units:
     """Return the units of an ImageJ outline, "px" or "mm", both counted from the corner of the image.
 
-    Whole numbers are pixels: so ImageJ writes an outline along pixels, in an image without a scale. With a scale it
-    writes mm; then all points are whole numbers of pixels once they are divided by the spacing. What is neither is mm,
-    or an outline between pixels, and only tells itself apart if one of the two lies outside of the slice.
+    ImageJ writes an outline along pixel edges as whole numbers in an image without a scale, and in mm with a scale. In
+    mm, the points divided by the spacing are whole numbers. Other points are in mm, or in pixels with fractions; they
+    are decided only if one of the two lies outside of the slice.
 
     Parameters
     ----------
     points : array of float, shape (n, 2)
+        Points as (x, y).
     pointed : bool
-        Whether any number was written with a decimal point. Whole numbers with one can be mm where pixels are large.
+        Whether any number is written with a decimal point. Whole numbers with one can be mm if pixels are large.
     plane : Plane or None
+        Matrix and pixel spacing of the series, if known.
 
     Raises
     ------
     SegmentationError
-        If it could be both.
+        If both units are possible.
     """
     whole = is_whole(points)
     if whole and (not pointed or plane is None):
@@ -48,15 +50,15 @@ def of_outline(points: NDArray[np.float64], pointed: bool, plane: Plane | None) 
         raise SegmentationError("coordinates with decimals are pixels or mm: say which with --units px or --units mm")
     spacing_mm = np.array(plane.pixel_spacing_mm[::-1])
     if (spacing_mm == 1).all():
-        return "px"  # it makes no difference
+        return "px"  # pixels and mm are equal
     in_px = points / spacing_mm
     on_pixels = bool((np.abs(in_px - np.rint(in_px)) <= ROUNDING_PX).all())
     if whole and not on_pixels:
         return "px"
-    # Halves and quarters are what outlines between pixels have, and some spacings too.
+    # Outlines in pixels may have halves and quarters, and so may outlines in mm with some spacings.
     if on_pixels and not is_whole(points * 4):
         return "mm"
-    fits_px, fits_mm = _within(points, plane), _within(in_px, plane)
+    fits_px, fits_mm = _in_slice(points, plane), _in_slice(in_px, plane)
     if fits_px == fits_mm:
         what = (
             "lie in the slice both as pixels and as mm" if fits_px else "lie in the slice neither as pixels nor as mm"
@@ -65,17 +67,17 @@ def of_outline(points: NDArray[np.float64], pointed: bool, plane: Plane | None) 
     return "px" if fits_px else "mm"
 
 
-def _within(points: NDArray[np.float64], plane: Plane) -> bool:
+def _in_slice(points: NDArray[np.float64], plane: Plane) -> bool:
     return bool(points.min() >= 0 and (points <= np.array([plane.columns, plane.rows])).all())
 
 
 def of_points(xyz: NDArray[np.float64], plane: Plane | None) -> Units:
-    """Return the units of points x, y, z: "px" with z a slice number, or "mm" in the patient.
+    """Return the units of points (x, y, z): "px" if z is a slice number, or "mm" in the patient.
 
     Raises
     ------
     SegmentationError
-        If it could be both, or z is in mm but x and y are pixels.
+        If both are possible, or z is no slice number although x and y can be pixels.
     """
     if in_patient(xyz, plane):
         return "mm"
@@ -83,6 +85,6 @@ def of_points(xyz: NDArray[np.float64], plane: Plane | None) -> Units:
         if is_whole(xyz[:, 2]) and xyz[:, 2].min() >= 0:
             return "px"
         raise SegmentationError(
-            "x and y could be pixels, but z counts no slices: say --units mm, or --units px --slice-from z"
+            "x and y could be pixels, but z is no slice number: use --units mm, or --units px --slice-from z"
         )
     raise SegmentationError("coordinates with decimals are pixels or mm: say which with --units px or --units mm")

@@ -7,7 +7,7 @@ import re
 from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.model import Contour, Segmentation, Structure
-from gpuprep.masks.text_parsing import distinct, is_uid, lines, numbers, refusal
+from gpuprep.masks.text_parsing import is_uid, lines, numbers, refusal, unique_names
 
 FORMAT = "plastimatch CXT"
 
@@ -19,22 +19,22 @@ _FRAME = "CT_FRAME_OF_REFERENCE_UID"
 
 
 def recognised(text: str) -> str | None:
-    """Return why a text is a CXT file; None where it is not."""
+    """Return the evidence that a text is a CXT file; None if it is not."""
     return f"its line {_NAMES}" if _BLOCK.search(text) else None
 
 
 def read(text: str, path: str) -> Segmentation:
     """Return the structures of a CXT file.
 
-    Contours lie in the patient. Where a line names a slice, that is not used to place it: writers leave it out, and
-    the points say it too. Structures without contours are kept, empty.
+    Contours are in patient coordinates. The slice that a line may name is not used: some writers omit it, and the
+    points give it too. Structures without contours are kept, empty.
 
     Parameters
     ----------
     text : str
-        The whole file.
+        Content of the file.
     path : str
-        For messages.
+        Path for messages.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def read(text: str, path: str) -> Segmentation:
     header = dict(_key_value(row) for row in rows[:first])
     names, at = _names(rows, first + 1)
     contours: dict[int, list[Contour]] = {number: [] for number in names}
-    uids, marks = set(), 0
+    uids, too_short = set(), 0
     for line, row in enumerate(rows[at:], at + 1):
         if not row or row.isspace():
             continue
@@ -61,7 +61,7 @@ def read(text: str, path: str) -> Segmentation:
         if uid:
             uids.add(uid)
         if contour is None:
-            marks += 1
+            too_short += 1
         else:
             contours[number].append(contour)
     series = next((header[key] for key in _SERIES if is_uid(header.get(key, ""))), "")
@@ -72,17 +72,19 @@ def read(text: str, path: str) -> Segmentation:
         why=f"its line {_NAMES}",
         structures=tuple(
             Structure(name, tuple(contours[number]))
-            for number, name in zip(names, distinct((name, number) for number, name in names.items()), strict=True)
+            for number, name in zip(names, unique_names((name, number) for number, name in names.items()), strict=True)
         ),
         series_uids=(series,) if series else (),
         frame_of_reference_uid=frame if is_uid(frame) else "",
         sop_uids=frozenset(uids),
-        notes=(f"{marks} of its contours have fewer than 3 points: marks, not areas, left out",) if marks else (),
+        notes=(f"{too_short} of its contours have fewer than 3 points: marks, not areas, left out",)
+        if too_short
+        else (),
     )
 
 
 def _key_value(row: str) -> tuple[str, str]:
-    """Return key and value of a line of the header."""
+    """Return the key and the value of a header line."""
     key, _, value = row.strip().partition(" ")
     return key, value.strip()
 
@@ -101,7 +103,7 @@ def _names(rows: list[str], first: int) -> tuple[dict[int, str], int]:
         number, *rest = row.split("|", 2)  # a name may hold the separator
         number = number.strip()
         if not _NUMBER.fullmatch(number):
-            # Not shown: where files were put together by hand it may be a line of the header, with a name.
+            # The line is not shown: in a file edited by hand it may be a header line with the patient's name.
             raise refusal(i + 1, 1, "the line does not begin with the number of a structure: number|colour|name")
         if int(number) in names:
             raise refusal(i + 1, 1, f"structure number {quoted(number)} is listed twice; give each its own")
@@ -111,7 +113,7 @@ def _names(rows: list[str], first: int) -> tuple[dict[int, str], int]:
 
 
 def _contour(row: str, line: int, names: dict[int, str]) -> tuple[int, Contour | None, str]:
-    """Return the number of a contour's structure, the contour (None where it is a mark), and its UID ("" if none)."""
+    """Return structure number, contour (None if it has fewer than 3 points) and image UID ("" if absent) of a line."""
     fields = row.split("|", 5)
     if len(fields) < 6:
         raise refusal(
@@ -128,10 +130,10 @@ def _contour(row: str, line: int, names: dict[int, str]) -> tuple[int, Contour |
     parts = fields[5].rstrip().split("\\") if not fields[5].isspace() and fields[5] else []
     begin = len(row) - len(fields[5])
 
-    def place(wrong: int) -> tuple[int, int]:
+    def position(wrong: int) -> tuple[int, int]:
         return line, begin + sum(map(len, parts[:wrong])) + wrong + 1
 
-    values = numbers(parts, place)
+    values = numbers(parts, position)
     if len(values) != 3 * int(count):
         raise refusal(
             line,

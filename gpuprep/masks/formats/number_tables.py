@@ -1,8 +1,8 @@
 """Turns tables of numbers into structures: outlines, points, polygons, lists of pixels, images of labels.
 
-Where pixels are meant, the centre of the first one is at (0, 0), or at (1, 1) with ``--pixel-base 1``; but in an
-``imagej-xy`` it is at (0.5, 0.5), as ImageJ counts from the corner of the image. Two columns that count centres of
-pixels are ``--text-format points``. Fractions of a slice (YOLO) count from its corner too.
+In pixel coordinates, the centre of the first pixel is at (0, 0), or at (1, 1) with ``--pixel-base 1``. In the format
+``imagej-xy`` it is at (0.5, 0.5), because ImageJ counts from the corner of the image. Two columns that count from pixel
+centres are read with ``--text-format points``. Fractions of a slice (YOLO) count from its corner too.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from gpuprep.dicom.header_checks import LARGEST_SIDE
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.filename_hints import slice_and_structure, stem
 from gpuprep.masks.formats import column_units
-from gpuprep.masks.formats.column_roles import LONGEST_LIST, MOST_LABELS, Columns, is_scan, is_whole, of_points
+from gpuprep.masks.formats.column_roles import MOST_LABELS, MOST_LIST_LABELS, Columns, is_scan, is_whole, of_points
 from gpuprep.masks.formats.parse_numbers import Table
-from gpuprep.masks.model import Collector, Contour, Frame, Plane, Raster, Segmentation, SliceKey, painted
-from gpuprep.masks.text_parsing import FARTHEST
+from gpuprep.masks.model import Collector, Contour, Frame, Plane, Raster, Segmentation, SliceKey, bounding_raster
+from gpuprep.masks.text_parsing import LARGEST_COORDINATE
 
 MOST_CELLS = 2**30
-"""Pixels of all rectangles around the pixels of one list. More come from pixels strewn about."""
+"""Largest number of pixels in the bounding rectangles of a list of pixels; more means scattered pixels."""
 
 EMPTY = "nothing is painted: every value is 0"
 
@@ -34,10 +34,10 @@ NO_AREA = "of fewer than 3 points, which have no area"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file, what is known about it, and the structures found in it so far."""
+    """A table of numbers, the options for reading it, and the structures found so far."""
 
     path: str
-    """It says slice and structure where the content does not."""
+    """Gives slice and structure if the content does not."""
     table: Table
     columns: Columns
     reading: Reading
@@ -47,40 +47,41 @@ class Source:
 
 
 Result = tuple[tuple[str, ...], bool]
-"""Notes, and whether it is of one slice."""
+"""Notes, and whether the file holds one slice."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableFormat:
-    """A format of tables of numbers, which does not say what it is."""
+    """A format of tables of numbers, which is recognised from its columns."""
 
     title: str
     reader: Callable[[Source], Result]
-    """Collects the structures of a file."""
+    """Collects the structures of a table."""
     roles: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    """What columns without a header hold, by how many there are; empty: it has no columns."""
+    """Roles of columns without a header, by the number of columns; empty: it has no columns."""
     guessed: Callable[[Table, Reading, Plane | None], Columns | None] | None = None
-    """Finds what other numbers of columns hold."""
+    """Returns the roles of other numbers of columns; None: they cannot be of this format."""
     needed: frozenset[str] = frozenset()
     """Roles that its columns must have."""
     has_more: bool = True
-    """Whether there may be columns of other roles."""
+    """Whether columns of other roles are allowed."""
     has_labels: bool = False
-    """Whether a word may stand before the numbers."""
+    """Whether a line may begin with a word, which is its label."""
 
     def read(self, source: Source, why: str) -> Segmentation:
-        """Return what a file holds.
+        """Return the structures of a table.
 
         Parameters
         ----------
         source : Source
+            The table.
         why : str
-            By what its format was recognised.
+            How its format was recognised.
 
         Raises
         ------
         SegmentationError
-            If it does not hold what its format has to, or units are not clear.
+            If the content does not fit the format, or the units are ambiguous.
         """
         notes, per_slice = self.reader(source)
         return Segmentation(source.path, self.title, why, source.found.structures, per_slice=per_slice, notes=notes)
@@ -90,28 +91,28 @@ def _outline(source: Source) -> Result:
     table, reading = source.table, source.reading
     roles = source.columns.roles
     points = table.grid()[:, [roles.index("x"), roles.index("y")]]
-    said = column_units.said(reading, source.columns)
-    _check_not_patient(points, said)
-    unit = said or column_units.of_outline(points, table.pointed, source.plane)
+    stated = column_units.stated(reading, source.columns)
+    _check_not_patient(points, stated)
+    unit = stated or column_units.of_outline(points, table.pointed, source.plane)
     frame: Frame = "pixel" if unit == "px" else "corner"
     points = _in_mm(points, unit) if frame == "corner" else points - 0.5
     key, name = slice_and_structure(source.path, reading.slice_from)
-    return _collected(source, [(name, key)], points, np.flatnonzero(table.apart), frame, closing=False), True
+    return _collect(source, [(name, key)], points, np.flatnonzero(table.follows_blank), frame, closing=False), True
 
 
 def _points(source: Source) -> Result:
     table, reading, columns = source.table, source.reading, source.columns
     grid = table.grid()
-    of = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
-    unit = column_units.said(reading, columns)
-    xy = np.stack([of["x"], of["y"]], axis=1)
+    by_role = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
+    unit = column_units.stated(reading, columns)
+    xy = np.stack([by_role["x"], by_role["y"]], axis=1)
     base = reading.pixel_base
-    keys: NDArray[np.float64] | None = of.get("slice", of.get("z"))
+    keys: NDArray[np.float64] | None = by_role.get("slice", by_role.get("z"))
     by = "number"
     frame: Frame = "pixel"
     points = xy - base
-    if "z" in of:
-        xyz = np.stack([of["x"], of["y"], of["z"]], axis=1)
+    if "z" in by_role:
+        xyz = np.stack([by_role["x"], by_role["y"], by_role["z"]], axis=1)
         if (unit or column_units.of_points(xyz, source.plane)) != "px":
             frame, points, keys = "patient", _in_mm(xyz, unit), None
         elif reading.slice_from == "z":
@@ -121,45 +122,45 @@ def _points(source: Source) -> Result:
         if unit in ("mm", "cm"):
             if keys is not None:
                 raise SegmentationError(
-                    "mm with a number of the slice: in mm it takes x, y, z; say --units px for pixels"
+                    "coordinates in mm with a slice number: in mm, x, y and z are needed; use --units px for pixels"
                 )
             frame, points = "corner", _in_mm(xy, unit)
     if keys is not None and by == "number":
         if not is_whole(keys) or keys.min() < 0:
             bad = int(np.argmax((keys != np.rint(keys)) | (keys < 0)))
-            hint = ": say --slice-from z if it is in mm" if "z" in of else ""
-            raise SegmentationError(f"line {table.lines[bad]}: {keys[bad]:g} is no number of a slice{hint}")
+            hint = ": use --slice-from z if it is in mm" if "z" in by_role else ""
+            raise SegmentationError(f"line {table.lines[bad]}: {keys[bad]:g} is no slice number{hint}")
         if reading.slice_from not in (None, "column"):
-            raise SegmentationError(f"--slice-from {reading.slice_from}: a column says the slice; leave the option out")
+            raise SegmentationError(f"--slice-from {reading.slice_from}: a column gives the slice; omit the option")
 
-    changes = table.apart.copy()
+    changes = table.follows_blank.copy()
     for role in ("slice", "object", "contour"):
-        if role in of:
-            changes[1:] |= np.diff(of[role]) != 0
+        if role in by_role:
+            changes[1:] |= np.diff(by_role[role]) != 0
     if table.labels:
         changes[1:] |= np.array([a != b for a, b in zip(table.labels, table.labels[1:], strict=False)], dtype=bool)
-    if "z" in of:
-        steps = np.diff(of["z"]) != 0
+    if "z" in by_role:
+        steps = np.diff(by_role["z"]) != 0
         if frame == "pixel" or 3 * (np.count_nonzero(steps) + 1) <= len(steps) + 1:
-            changes[1:] |= steps  # but not in slices that are not axial
+            changes[1:] |= steps  # more frequent steps are within contours of slices that are not axial
     per_slice = frame != "patient" and keys is None
     key, name = (
         slice_and_structure(source.path, reading.slice_from) if per_slice else (None, printable(stem(source.path)))
     )
     starts = np.flatnonzero(changes)
     firsts = np.append(0, starts) if not len(starts) or starts[0] else starts
-    heads: list[tuple[str, SliceKey | None]] = []
+    targets: list[tuple[str, SliceKey | None]] = []
     for n in firsts.tolist():
-        own = table.labels[n] if table.labels else f"{of['object'][n]:g}" if "object" in of else name
+        label = table.labels[n] if table.labels else f"{by_role['object'][n]:g}" if "object" in by_role else name
         if keys is not None:
             key = SliceKey("z", float(keys[n])) if by == "z" else SliceKey("number", float(keys[n]))
-        heads.append((printable(own) or name, key))
-    return _collected(source, heads, points, starts, frame, closing=True), per_slice
+        targets.append((printable(label) or name, key))
+    return _collect(source, targets, points, starts, frame, closing=True), per_slice
 
 
-def _collected(
+def _collect(
     source: Source,
-    heads: list[tuple[str, SliceKey | None]],
+    targets: list[tuple[str, SliceKey | None]],
     points: NDArray[np.float64],
     starts: NDArray[np.int64],
     frame: Frame,
@@ -168,30 +169,31 @@ def _collected(
 ) -> tuple[str, ...]:
     """Collect contours; return notes.
 
-    A piece begins at the first point and at each of `starts`; `heads` are the names and slices of the pieces, or a
-    single one of all. Where `closing`, a piece holds another contour after a point that is its first again.
+    A piece begins at the first point and at each of `starts`. `targets` has the structure and slice of each piece, or
+    of all. With `closing`, a contour ends where its first point recurs, and the next contour of the piece begins.
     """
     firsts = [0, *(n for n in starts.tolist() if n)]
-    again = _again(points) if closing else None
-    lost: list[int] = []
+    recurrences = _recurrences(points) if closing else None
+    too_short: list[int] = []
     kept = False
     for n, (begin, end) in enumerate(zip(firsts, [*firsts[1:], len(points)], strict=True)):
-        name, key = heads[n if len(heads) > 1 else 0]
-        for first, last in _closed(again, begin, end):
+        name, key = targets[n if len(targets) > 1 else 0]
+        for first, last in _closed_parts(recurrences, begin, end):
             if last - first < 3:
-                lost.append(first)
+                too_short.append(first)
                 continue
             source.found.add(name, Contour(points[first:last], frame, key))
             kept = True
     if not kept:
         raise SegmentationError(f"holds {numbered(len(points), 'point')}, but no contour: one takes at least 3 points")
-    if not lost:
+    if not too_short:
         return ()
-    return (f"{numbered(len(lost), 'contour')} {NO_AREA}, the first in line {source.table.lines[lost[0]]}",)
+    first_line = source.table.lines[too_short[0]]
+    return (f"{numbered(len(too_short), 'contour')} {NO_AREA}, the first in line {first_line}",)
 
 
-def _again(points: NDArray[np.float64]) -> list[int]:
-    """Return for each point the index of the next one that equals it, or the number of points."""
+def _recurrences(points: NDArray[np.float64]) -> list[int]:
+    """Return for each point the index of the next equal point, or the number of points if there is none."""
     order = np.lexsort(points.T)  # stable
     same = (points[order[1:]] == points[order[:-1]]).all(axis=1)
     following = np.full(len(points), len(points))
@@ -199,12 +201,12 @@ def _again(points: NDArray[np.float64]) -> list[int]:
     return following.tolist()
 
 
-def _closed(again: list[int] | None, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a piece of points, each up to where its first point comes up again."""
-    while again is not None and begin < end:
-        close = again[begin]
+def _closed_parts(recurrences: list[int] | None, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the range of each part of a piece of points; a part ends where its first point recurs."""
+    while recurrences is not None and begin < end:
+        close = recurrences[begin]
         while close < end and close - begin < 3:
-            close = again[close]
+            close = recurrences[close]
         if close >= end - 1:
             break
         yield begin, close + 1
@@ -219,8 +221,10 @@ def _polygons(source: Source) -> Result:
     odd = counts % 2 == 1
     if odd.any() and (table.labels is not None or not odd.all()):
         at = int(np.argmax(odd != odd[0])) if table.labels is None else int(np.argmax(odd))
+        expected = "odd" if table.labels is None and odd[0] else "even"
         raise SegmentationError(
-            f"line {table.lines[at]}: {numbered(int(counts[at]))}, where pairs are due: cut short or damaged"
+            f"line {table.lines[at]}: {numbered(int(counts[at]))}, but an {expected} count is expected: cut short or "
+            "damaged"
         )
     if (few := counts - odd < 6).any():
         at = int(np.argmax(few))
@@ -234,9 +238,9 @@ def _polygons(source: Source) -> Result:
     classes = table.values[table.starts[:-1]]
     if numeric and not is_whole(classes):
         at = int(np.argmax(classes != np.rint(classes)))
-        raise SegmentationError(f"line {table.lines[at]}: {classes[at]:g} is no number of a class before pairs x, y")
+        raise SegmentationError(f"line {table.lines[at]}: {classes[at]:g} is no class number before pairs x, y")
     unit = reading.units
-    fractions = unit is None and table.pointed and _fractions(values)
+    fractions = unit is None and table.pointed and _are_fractions(values)
     rest = np.delete(table.values, table.starts[:-1])
     if (
         unit is None
@@ -244,16 +248,16 @@ def _polygons(source: Source) -> Result:
         and not table.labels
         and is_whole(classes)
         and not is_whole(rest)
-        and _fractions(rest)
+        and _are_fractions(rest)
     ):
         raise SegmentationError(
-            "fractions after a whole number, but an even count: class and confidence? Leave that out"
+            "fractions after a whole number, but an even count of numbers: is there a confidence? Remove it"
         )
     points = values.reshape(-1, 2)
     frame: Frame = "pixel"
     if fractions:
         if plane is None:
-            raise SegmentationError("its coordinates are fractions of a slice, of which the size is not known here")
+            raise SegmentationError("its coordinates are fractions of a slice, but the size of the slice is not known")
         points = points * [plane.columns, plane.rows] - 0.5
     elif unit in ("mm", "cm"):
         frame, points = "corner", _in_mm(points, unit)
@@ -264,91 +268,97 @@ def _polygons(source: Source) -> Result:
     key, name = slice_and_structure(source.path, reading.slice_from)
     ends = np.cumsum((counts - odd) // 2).tolist()
     for n, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        own = table.labels[n] if table.labels else f"{classes[n]:g}" if numeric else name
-        source.found.add(printable(own) or name, Contour(points[begin:end], frame, key))
+        label = table.labels[n] if table.labels else f"{classes[n]:g}" if numeric else name
+        source.found.add(printable(label) or name, Contour(points[begin:end], frame, key))
     return (), True
 
 
-def _fractions(values: NDArray[np.float64]) -> bool:
+def _are_fractions(values: NDArray[np.float64]) -> bool:
     return bool(values.min() >= 0 and values.max() <= 1)
 
 
 def _pixel_list(source: Source) -> Result:
     table, reading, columns = source.table, source.reading, source.columns
     grid = table.grid()
-    of = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
-    depth = "z" if "z" in of else "slice"
+    by_role = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
+    depth = "z" if "z" in by_role else "slice"
     for role in ("x", "y", depth):
-        bad = (of[role] != np.rint(of[role])) | (of[role] < 0) if role in of else np.zeros(1, dtype=bool)
+        bad = (
+            (by_role[role] != np.rint(by_role[role])) | (by_role[role] < 0)
+            if role in by_role
+            else np.zeros(1, dtype=bool)
+        )
         if role != depth:
-            bad |= of[role] - reading.pixel_base >= LARGEST_SIDE
+            bad |= by_role[role] - reading.pixel_base >= LARGEST_SIDE
         if bad.any():
             at = int(np.argmax(bad))
             raise SegmentationError(
-                f"line {table.lines[at]}: {role} = {of[role][at]:g} is no number of a pixel or slice"
+                f"line {table.lines[at]}: {role} = {by_role[role][at]:g} is no pixel or slice number"
             )
-    x, y = ((of[role] - reading.pixel_base).astype(np.int64) for role in ("x", "y"))
+    x, y = ((by_role[role] - reading.pixel_base).astype(np.int64) for role in ("x", "y"))
     if min(x.min(), y.min()) < 0:
-        raise SegmentationError("--pixel-base 1, but it counts from 0")
-    if column_units.said(reading, columns) not in (None, "px"):
-        raise SegmentationError("a list of pixels counts pixels: leave --units out")
-    order = ["x", "y", depth] if depth in of else ["x", "y"]
-    if is_scan(np.stack([of[role] for role in order], axis=1), len(order)) and _upwards(of, depth):
+        raise SegmentationError("--pixel-base 1, but its pixels are counted from 0: omit the option")
+    if column_units.stated(reading, columns) not in (None, "px"):
+        raise SegmentationError("a list of pixels has coordinates in pixels, not mm or cm: correct --units or header")
+    order = ["x", "y", depth] if depth in by_role else ["x", "y"]
+    if is_scan(np.stack([by_role[role] for role in order], axis=1), len(order)) and _runs_upwards(by_role, depth):
         raise SegmentationError("y runs upwards (in ImageJ, Edit > Options > Invert Y): save it with y downwards")
-    if (plane := source.plane) is not None and depth not in of and len(x) >= plane.rows * plane.columns:
+    if (plane := source.plane) is not None and depth not in by_role and len(x) >= plane.rows * plane.columns:
         raise SegmentationError("lists every pixel of the slice: an image, not a mask")
 
-    values = of["value"]
+    values = by_role["value"]
     notes: tuple[str, ...] = ()
-    if not _labels(values, of):
+    if not _are_labels(values, by_role):
         notes = ("values are intensities; all the pixels listed are taken as the mask",)
         values = np.ones_like(values)
     key, name = (
         slice_and_structure(source.path, reading.slice_from)
-        if depth not in of
+        if depth not in by_role
         else (None, printable(stem(source.path)))
     )
-    slices = of.get(depth, np.zeros_like(values))
+    slices = by_role.get(depth, np.zeros_like(values))
     labels = np.unique(values[values != 0]).tolist()
     cells = 0
-    sorting = np.lexsort((values, slices))
-    pieces = np.flatnonzero(np.diff(slices[sorting]) != 0) + 1
-    inner = np.flatnonzero(np.diff(values[sorting]) != 0) + 1
-    for part in np.split(sorting, np.union1d(pieces, inner)):
+    order_by_slice = np.lexsort((values, slices))
+    slice_changes = np.flatnonzero(np.diff(slices[order_by_slice]) != 0) + 1
+    value_changes = np.flatnonzero(np.diff(values[order_by_slice]) != 0) + 1
+    for part in np.split(order_by_slice, np.union1d(slice_changes, value_changes)):
         if not (value := float(values[part[0]])):
             continue
-        if depth in of:
+        if depth in by_role:
             key = SliceKey("number", float(slices[part[0]]))
         top, left = int(y[part].min()), int(x[part].min())
         shape = int(y[part].max()) - top + 1, int(x[part].max()) - left + 1
         cells += shape[0] * shape[1]
         if cells > MOST_CELLS:
-            raise SegmentationError("its pixels are strewn all over the slices: damaged, or no list of pixels")
+            raise SegmentationError("its pixels are scattered over the slices: damaged, or no list of pixels")
         mask = np.zeros(shape, dtype=bool)
         mask[y[part] - top, x[part] - left] = True
-        source.found.add(_label_name(value, labels, name, whole_series=depth in of), Raster(mask, top, left, None, key))
+        source.found.add(
+            _label_name(value, labels, name, whole_series=depth in by_role), Raster(mask, top, left, None, key)
+        )
     if not labels:
         notes = (EMPTY,)
-    return notes, depth not in of
+    return notes, depth not in by_role
 
 
-def _upwards(of: dict[str, NDArray[np.float64]], depth: str) -> bool:
-    steps = np.diff(of["y"])
-    if depth in of:
-        steps = steps[np.diff(of[depth]) == 0]
+def _runs_upwards(by_role: dict[str, NDArray[np.float64]], depth: str) -> bool:
+    steps = np.diff(by_role["y"])
+    if depth in by_role:
+        steps = steps[np.diff(by_role[depth]) == 0]
     return bool((steps < 0).any())
 
 
-def _labels(values: NDArray[np.float64], of: dict[str, NDArray[np.float64]]) -> bool:
-    """Return whether values are labels: few, and mostly the same from pixel to pixel, as intensities never are."""
+def _are_labels(values: NDArray[np.float64], by_role: dict[str, NDArray[np.float64]]) -> bool:
+    """Return whether values are labels: few, and mostly equal in neighbouring pixels, unlike intensities."""
     if not is_whole(values) or values.min() < 0:
         return False
     distinct = len(np.unique(values))
     if distinct <= 2:
         return True
-    side_by_side = (np.diff(of["x"]) == 1) & (np.diff(of["y"]) == 0)
+    side_by_side = (np.diff(by_role["x"]) == 1) & (np.diff(by_role["y"]) == 0)
     equal = np.diff(values)[side_by_side] == 0
-    return distinct <= LONGEST_LIST and bool(2 * np.count_nonzero(equal) >= len(equal))
+    return distinct <= MOST_LIST_LABELS and bool(2 * np.count_nonzero(equal) >= len(equal))
 
 
 def _text_image(source: Source) -> Result:
@@ -369,16 +379,16 @@ def _text_image(source: Source) -> Result:
         raise SegmentationError(f"more than {MOST_LABELS} different values: an image, not a mask")
     key, name = slice_and_structure(source.path, reading.slice_from)
     for label in labels:
-        if (raster := painted(grid == label, key)) is not None:
+        if (raster := bounding_raster(grid == label, key)) is not None:
             source.found.add(_label_name(label, labels, name, whole_series=False), raster)
     return () if labels else (EMPTY,), True
 
 
 def _label_name(label: float, labels: list[float], name: str, *, whole_series: bool) -> str:
-    """Return the name of a structure: the file's, or the label where there are several.
+    """Return the name of a structure: the name from the file's path if it is the only label, else the label.
 
-    Of one slice there may be others in other slices, and one alone may be any of them; only 1 and 255 are what masks
-    consist of.
+    A file of one slice may hold one of several labels, and other files the others. So the only label of such a file
+    gets the name from the path only if it is 1 or 255, the values of masks.
     """
     alone = len(labels) == 1 and (whole_series or label in (1, 255))
     return name if alone else f"{label:g}"
@@ -387,17 +397,17 @@ def _label_name(label: float, labels: list[float], name: str, *, whole_series: b
 def _in_mm(points: NDArray[np.float64], unit: Units | None) -> NDArray[np.float64]:
     if unit != "cm":
         return points
-    if np.abs(points).max() * 10 > FARTHEST:
-        raise SegmentationError(f"a coordinate of {np.abs(points).max():g} cm is in no patient: leave --units cm out")
+    if np.abs(points).max() * 10 > LARGEST_COORDINATE:
+        raise SegmentationError(f"a coordinate of {np.abs(points).max():g} cm is too large: omit --units cm")
     return points * 10
 
 
-def _check_not_patient(points: NDArray[np.float64], said: Units | None) -> None:
-    """Raise where coordinates in a slice lie well before its first pixel, unless somebody says that they are pixels."""
-    if said != "px" and points.min() < -1:
+def _check_not_patient(points: NDArray[np.float64], stated: Units | None) -> None:
+    """Raise if coordinates in a slice lie more than 1 before its first pixel, unless pixels are stated as the units."""
+    if stated != "px" and points.min() < -1:
         raise SegmentationError(
-            f"a coordinate of {points.min():g} lies before the slice: in the patient it takes x, y and z; "
-            "for pixels that lie outside, say --units px"
+            f"a coordinate of {points.min():g} lies before the slice: coordinates in the patient need x, y and z; "
+            "for pixels outside of the slice, use --units px"
         )
 
 

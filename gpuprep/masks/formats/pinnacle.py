@@ -1,8 +1,8 @@
-"""Reads regions of interest of Pinnacle (plan.roi), in cm, in the frame of the treatment table.
+"""Reads regions of interest of Pinnacle (plan.roi), in cm, in the coordinates of the treatment table.
 
-Where Pinnacle's axes lie in the patient depends on how the patient lies on the table, which the header of the image
-set says. x runs to the right of someone who looks from the foot of the table, y up, z out of the gantry, so the four
-positions differ by half turns about y (feet first for head first) and z (prone for supine).
+Seen from the foot of the table, x points to the right, y up and z out of the gantry. The directions in the patient
+depend on the patient position, which the header of the image set states. The four positions differ by half turns about
+y (feet first instead of head first) and z (prone instead of supine).
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from gpuprep.core.formatting import quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.files import filesystem
 from gpuprep.masks.model import Contour, Segmentation, Structure
-from gpuprep.masks.text_parsing import FARTHEST, distinct, is_number, is_uid, lines, numbers, refusal
+from gpuprep.masks.text_parsing import LARGEST_COORDINATE, is_number, is_uid, lines, numbers, refusal, unique_names
 
 FORMAT = "Pinnacle plan.roi"
 
 SIGNS = {"HFS": (1, -1, -1), "HFP": (-1, 1, -1), "FFS": (-1, -1, 1), "FFP": (1, 1, 1)}
-"""LPS from Pinnacle's axes, by *Patient Position*."""
+"""Signs of x, y and z that convert Pinnacle's axes to LPS, by *Patient Position*."""
 
 MM_PER_CM = 10.0
 
-_DEEPEST = 32
+_MAX_DEPTH = 32
 _HEADER_BYTES = 2**20
 
 _ROI = re.compile(r"(?:\A\ufeff?|[\r\n])[ \t]*roi[ \t]*=[ \t]*\{")
 _HEAD = "// Region of Interest file"
 _OPENING = re.compile(r"([A-Za-z_]\w*)\s*=\s*\{\s*(.*)")
 _CLOSING = re.compile(r"\}\s*;?")
-_TEXT = re.compile(r"([A-Za-z_]\w*)\s*:(.*)")  # to the end of the line, whatever it holds
+_TEXT = re.compile(r"([A-Za-z_]\w*)\s*:(.*)")  # the text extends to the end of the line
 _VALUE = re.compile(r"([A-Za-z_]\w*)\s*=([^;]*);")
 _COUNT = re.compile(r"[0-9]{1,9}")
 _HEADER_NAME = re.compile(r"ImageSet_\w+\.header")
 
 
 def recognised(text: str) -> str | None:
-    """Return why a text is Pinnacle's plan.roi; None where it is not."""
+    """Return the evidence that a text is Pinnacle's plan.roi; None if it is not."""
     if _ROI.search(text):
         return "its blocks roi={"
     return f'its first line "{_HEAD}"' if text.removeprefix("\ufeff").startswith(_HEAD) else None
@@ -51,21 +51,21 @@ def recognised(text: str) -> str | None:
 class _Roi(NamedTuple):
     name: str
     curves_cm: list[NDArray[np.float64]]
-    """Points of each, shape (n, 3)."""
+    """Points of each curve, shape (n, 3)."""
 
 
 def read(text: str, path: str) -> Segmentation:
-    """Return the regions of a plan.roi, in the patient.
+    """Return the regions of a plan.roi, in patient coordinates.
 
-    The header of the image set is looked for beside the file, and one folder up where the file lies in a Plan_…
-    folder, as Pinnacle has it.
+    The header of the image set is read from the folder of the file. If that is a Plan_… folder, as in Pinnacle's own
+    directories, it may also be one folder up.
 
     Parameters
     ----------
     text : str
-        The whole file.
+        Content of the file.
     path : str
-        Of the file.
+        Path of the file.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def read(text: str, path: str) -> Segmentation:
     Raises
     ------
     SegmentationError
-        If the file or the header is damaged, or one does not belong to the other.
+        If the file or the header is damaged, or they do not belong together.
     """
     rois = _rois(lines(text))
     if not rois:
@@ -83,10 +83,10 @@ def read(text: str, path: str) -> Segmentation:
     position = header.get("patient_position", "").upper()
     if not position:
         position = "HFS"
-        notes.append("the position of the patient is not known, head first and supine (HFS) was assumed")
+        notes.append("the position of the patient is unknown: head first and supine (HFS) is assumed")
     if position not in SIGNS:
         raise SegmentationError(
-            f"the header of the image set says patient_position {quoted(position)}; known are {', '.join(SIGNS)}"
+            f"the header of the image set has patient_position {quoted(position)}; known are {', '.join(SIGNS)}"
         )
     shift_cm, shifted = _shift_cm(header, rois)
     notes += shifted
@@ -94,7 +94,7 @@ def read(text: str, path: str) -> Segmentation:
     few = sum(len(points) < 3 for roi in rois for points in roi.curves_cm)
     if few:
         notes.append(f"{few} of its curves have fewer than 3 points: marks, not areas, left out")
-    names = distinct((roi.name or f"ROI {i}", i) for i, roi in enumerate(rois, 1))
+    names = unique_names((roi.name or f"ROI {i}", i) for i, roi in enumerate(rois, 1))
     uid = header.get("series_UID", "")
     return Segmentation(
         path=path,
@@ -114,11 +114,11 @@ def read(text: str, path: str) -> Segmentation:
 
 
 def _rois(rows: list[str]) -> list[_Roi]:
-    """Return the regions of a plan.roi. Lines that are not understood are passed over, but not inside of curves."""
-    # Whole lines are never shown: in a damaged file each of them may be the patient's name.
+    """Return the regions of a plan.roi. Unknown lines are ignored, except within curves."""
+    # Messages never show whole lines: in a damaged file, any line may hold the patient's name.
     rois: list[_Roi] = []
-    opened: list[tuple[str, int]] = []  # blocks: name, line
-    announced: dict[str, tuple[int, int]] = {}  # of the current roi and curve: number, line
+    opened: list[tuple[str, int]] = []  # name and first line of each open block
+    announced: dict[str, tuple[int, int]] = {}  # num_curve and num_points of the open blocks: value, line
     name, curves, points = "", list[NDArray[np.float64]](), list[tuple[int, str]]()
     for line, row in enumerate(rows, 1):
         text = row.strip()
@@ -131,18 +131,18 @@ def _rois(rows: list[str]) -> list[_Roi]:
             opened.pop()
             if inside == ("roi", "curve"):
                 curves.append(_points_cm(points))
-                _agree(announced.pop("num_points", None), len(points), "points")
+                _check_count(announced.pop("num_points", None), len(points), "points")
                 points = []
             elif inside == ("roi",):
-                _agree(announced.pop("num_curve", None), len(curves), "curves")
+                _check_count(announced.pop("num_curve", None), len(curves), "curves")
                 rois.append(_Roi(name, curves))
         elif inside == ("roi", "curve", "points"):
             points.append((line, row))
         elif match := _OPENING.match(text):
             if match[2] and not match[2].startswith("//"):
-                raise refusal(line, row.index("{") + 2, "more follows on the beginning of a block; break the line")
-            if len(opened) == _DEEPEST:
-                raise refusal(line, 1, f"blocks are nested more than {_DEEPEST} deep; is it a plan.roi?")
+                raise refusal(line, row.index("{") + 2, "more follows in the first line of a block; break the line")
+            if len(opened) == _MAX_DEPTH:
+                raise refusal(line, 1, f"blocks are nested more than {_MAX_DEPTH} deep; is it a plan.roi?")
             opened.append((match[1], line))
             path = (*inside, match[1])
             if path == ("roi",):
@@ -173,7 +173,7 @@ def _rois(rows: list[str]) -> list[_Roi]:
 
 
 def _points_cm(rows: list[tuple[int, str]]) -> NDArray[np.float64]:
-    """Return the points of a curve from their lines, which come with their numbers."""
+    """Return the points of a curve from its lines, given as (line number, text)."""
     parts: list[str] = []
     for line, row in rows:
         point = row.split()
@@ -181,15 +181,15 @@ def _points_cm(rows: list[tuple[int, str]]) -> NDArray[np.float64]:
             raise refusal(line, 1, "the line is not a point, x y z; export the file again")
         parts += point
 
-    def place(wrong: int) -> tuple[int, int]:
+    def position(wrong: int) -> tuple[int, int]:
         line, row = rows[wrong // 3]
         return line, list(re.finditer(r"\S+", row))[wrong % 3].start() + 1
 
-    return numbers(parts, place, FARTHEST / MM_PER_CM).reshape(-1, 3)
+    return numbers(parts, position, LARGEST_COORDINATE / MM_PER_CM).reshape(-1, 3)
 
 
-def _agree(announced: tuple[int, int] | None, found: int, what: str) -> None:
-    """Refuse where a file holds another number of things than it says."""
+def _check_count(announced: tuple[int, int] | None, found: int, what: str) -> None:
+    """Raise if a file holds more or fewer points or curves than it announces."""
     if announced is not None and announced[0] != found:
         raise refusal(
             announced[1], 1, f"{announced[0]} {what} are announced, but {found} follow; export the file again"
@@ -197,15 +197,15 @@ def _agree(announced: tuple[int, int] | None, found: int, what: str) -> None:
 
 
 def _header(path: str) -> tuple[dict[str, str], list[str], tuple[str, ...]]:
-    """Return what the header of the image set says, notes on why it was not read, and its path."""
-    folder = os.path.dirname(path if filesystem.is_url(path) else os.path.abspath(path))
-    around = [folder, os.path.dirname(folder)] if os.path.basename(folder).startswith("Plan_") else [folder]
-    for place in around:
+    """Return the entries of the header of the image set, notes if it was not read, and its path."""
+    own_folder = os.path.dirname(path if filesystem.is_url(path) else os.path.abspath(path))
+    is_plan = os.path.basename(own_folder).startswith("Plan_")
+    for folder in [own_folder, os.path.dirname(own_folder)] if is_plan else [own_folder]:
         try:
-            names = [name for name in filesystem.listed(place) if _HEADER_NAME.fullmatch(name)]
-            found = [file for name in names if filesystem.isfile(file := os.path.join(place, name))]
+            names = [name for name in filesystem.listed(folder) if _HEADER_NAME.fullmatch(name)]
+            found = [file for name in names if filesystem.isfile(file := os.path.join(folder, name))]
             if len(found) > 1:
-                return {}, ["there are several ImageSet_….header; leave beside plan.roi the one it was drawn on"], ()
+                return {}, ["there are several ImageSet_….header; keep only the one that plan.roi was drawn on"], ()
             if found:
                 with io.BufferedReader(filesystem.opened(found[0])) as f:
                     return _keys(f.read(_HEADER_BYTES).decode("utf-8", "replace")), [], (found[0],)
@@ -215,7 +215,7 @@ def _header(path: str) -> tuple[dict[str, str], list[str], tuple[str, ...]]:
 
 
 def _keys(text: str) -> dict[str, str]:
-    """Return the pairs of an image set's header: ``key = value;`` and ``key : value``."""
+    """Return the entries of an image set's header: ``key = value;`` and ``key : value``."""
     pairs = {}
     for row in lines(text):
         if match := _TEXT.match(row.strip()) or _VALUE.match(row.strip()):
@@ -224,39 +224,40 @@ def _keys(text: str) -> dict[str, str]:
 
 
 def _shift_cm(header: dict[str, str], rois: list[_Roi]) -> tuple[NDArray[np.float64], list[str]]:
-    """Return what to add to points, so that the image begins where DICOM has it, and notes on it.
+    """Return the shift from the origin of the plan to the origin of DICOM, and notes.
 
-    Since version 9 Pinnacle counts from the origin of DICOM. Before, and in plans made then, it put the image where it
-    liked, which is where the header says x_start and y_start rather than x_start_dicom and y_start_dicom. Which one it
-    was, plan.roi does not say: the curves have to lie inside of the image.
+    Plans of Pinnacle 9 and later have the origin of DICOM (x_start_dicom and y_start_dicom in the header); older plans
+    have Pinnacle's own (x_start and y_start). plan.roi does not state which. The curves have to lie inside the image,
+    which decides.
     """
-    nothing = np.zeros(3)
+    no_shift = np.zeros(3)
     keys = [f"{axis}_{what}" for what in ("dim", "pixdim", "start") for axis in "xyz"]
     points = [curve for roi in rois for curve in roi.curves_cm if len(curve)]
-    if not points or not all(is_number(header.get(key, ""), FARTHEST / MM_PER_CM) for key in keys):
-        return nothing, []
+    if not points or not all(is_number(header.get(key, ""), LARGEST_COORDINATE / MM_PER_CM) for key in keys):
+        return no_shift, []
     size, step, start = np.array([float(header[key]) for key in keys]).reshape(3, 3)
     dicom = start.copy()
     for axis, key in enumerate(("x_start_dicom", "y_start_dicom")):
-        if is_number(header.get(key, ""), FARTHEST / MM_PER_CM):
+        if is_number(header.get(key, ""), LARGEST_COORDINATE / MM_PER_CM):
             dicom[axis] = float(header[key])
-    least = np.min([p.min(axis=0) for p in points], axis=0)
-    most = np.max([p.max(axis=0) for p in points], axis=0)
+    low = np.min([p.min(axis=0) for p in points], axis=0)
+    high = np.max([p.max(axis=0) for p in points], axis=0)
 
-    def holds(first: NDArray[np.float64]) -> bool:
-        # Curves may run around the outermost pixels: one pixel more on every side.
-        return bool((least >= first - step).all() and (most <= first + size * step).all())
+    def contains_curves(first: NDArray[np.float64]) -> bool:
+        # Curves may surround the outermost pixels, so the image is extended by one pixel on every side.
+        return bool((low >= first - step).all() and (high <= first + size * step).all())
 
-    if holds(dicom):
-        other = np.abs(start - dicom).max()
-        if other > step.min() / 2 and holds(start):
-            return nothing, [
-                f"in a plan made before Pinnacle 9 it may lie {other * MM_PER_CM:g} mm off: its header has two origins"
+    if contains_curves(dicom):
+        difference_cm = np.abs(start - dicom).max()
+        if difference_cm > step.min() / 2 and contains_curves(start):
+            return no_shift, [
+                f"if the plan was made before Pinnacle 9, its curves are {difference_cm * MM_PER_CM:g} mm off: "
+                "its header has two origins"
             ]
-        return nothing, []
-    if holds(start):
+        return no_shift, []
+    if contains_curves(start):
         return dicom - start, ["positions are those of Pinnacle before version 9, moved to the origin of DICOM"]
     raise SegmentationError(
         "its curves lie outside of the image that the header beside it describes; "
-        "put the header of the image set there that they were drawn on"
+        "replace the header by that of the image set on which they were drawn"
     )

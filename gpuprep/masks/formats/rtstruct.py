@@ -23,52 +23,52 @@ from gpuprep.core.mask_options import Reading
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.segmentation_values import decimals, image_frames, integer, items, name, raw, text, uid
 from gpuprep.masks.model import Collector, Contour, ImageFrame, References, Segmentation
-from gpuprep.masks.text_parsing import FARTHEST, distinct
+from gpuprep.masks.text_parsing import LARGEST_COORDINATE, unique_names
 
 if TYPE_CHECKING:
     import pydicom
 
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR")
-"""*Contour Geometric Type* of outlines that enclose an area. The third is a common slip for the second."""
+"""*Contour Geometric Type* of closed outlines. The third is a common misspelling of the second."""
 
 _NUMERIC = b"0123456789eE+-. \\"
-"""What a list of decimal strings is made of: Python takes more for numbers than the standard does."""
+"""Characters of decimal strings and their separator. Python's float() accepts more than the standard does."""
 
 
-def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # noqa: ARG001 - nothing to be said of it
+def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # noqa: ARG001 - as in `seg.read`
     """Return the closed outlines of a structure set.
 
-    A contour's slice is where its points are: the images it refers to may be absent or other ones. What is open, or has
-    fewer than three points, has no inside and is left out, with a note.
+    The points of a contour give its slice, because the images it refers to may be absent or wrong. Open contours and
+    contours of fewer than three points enclose no area and are left out with a note.
 
     Parameters
     ----------
     ds : pydicom.Dataset
-        The file, its elements as they were read.
+        Data set with the elements as read from the file.
     path : str
-        For messages.
+        Path for messages.
     reading : Reading
-        Nothing in it matters here.
+        Options; not used.
 
     Raises
     ------
     SegmentationError
-        If coordinates are no numbers, or it is not clear to which ROI contours belong.
+        If coordinates are no numbers, or contours cannot be assigned to ROIs.
     """
     rois, frames = _rois(ds)
     sequence = items(ds, "ROIContourSequence")
-    if not rois or not sequence:  # the standard wants both: without, a file was cut where nothing shows it
+    if not rois or not sequence:  # both are required; a file cut short between elements may lack one
         raise SegmentationError(
             f"it names {len(rois)} ROIs and has contours of {len(sequence)}: cut short, or nothing was outlined"
         )
-    for n, roi in enumerate(sequence, 1):  # those without a description have to be known before they are named
+    for n, roi in enumerate(sequence, 1):  # adds ROIs without a description, before names are made unique
         number = integer(roi, "ReferencedROINumber")
         if number is None and items(roi, "ContourSequence"):
             raise SegmentationError(f"contours {n} of {len(sequence)} do not say to which ROI they belong")
         if number is not None and number not in rois:
             rois[number] = ""
     numbers = list(rois)
-    names = dict(zip(numbers, distinct((rois[n] or f"ROI {n}", n) for n in numbers), strict=True))
+    names = dict(zip(numbers, unique_names((rois[n] or f"ROI {n}", n) for n in numbers), strict=True))
     collector = Collector()
     for n in numbers:
         collector.declare(names[n])
@@ -78,8 +78,8 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # n
         number = integer(roi, "ReferencedROINumber")
         if number is not None:
             notes += _contours(roi, names[number], collector, images)
-    by_name = {names[number]: frame for number, frame in frames.items()}
-    structures = (replace(s, frame_of_reference_uid=by_name.get(s.name, "")) for s in collector.structures)
+    frame_by_name = {names[number]: frame for number, frame in frames.items()}
+    structures = (replace(s, frame_of_reference_uid=frame_by_name.get(s.name, "")) for s in collector.structures)
     series, studies, listed = _references(ds)
     return Segmentation(
         path=path,
@@ -88,7 +88,7 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # n
         structures=tuple(structures),
         series_uids=tuple(dict.fromkeys(chain.from_iterable(series.values()))),
         study_uids=studies,
-        frame_of_reference_uid=_frame_of_most(ds, frames.values()),
+        frame_of_reference_uid=_main_frame(ds, frames.values()),
         series_by_frame={frame: frozenset(uids) for frame, uids in series.items()},
         sop_uids=frozenset(image.sop_uid for image in images.found | listed),
         drawn_on=frozenset(images.found),
@@ -97,54 +97,54 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # n
 
 
 def _rois(ds: pydicom.Dataset) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the name of each ROI by number, and the UIDs of their frames of reference by number."""
+    """Return the names of ROIs by number, and their *Referenced Frame of Reference UID* by number."""
     rois: dict[int, str] = {}
     frames: dict[int, str] = {}
     for n, item in enumerate(items(ds, "StructureSetROISequence"), 1):
-        number, called = integer(item, "ROINumber"), name(item, "ROIName")
+        number, roi_name = integer(item, "ROINumber"), name(item, "ROIName")
         if number is None:
-            raise SegmentationError(f"ROI {n} in the file, {quoted(called)}, has no ROI Number")
-        if rois.setdefault(number, called) != called:
+            raise SegmentationError(f"ROI {n} in the file, {quoted(roi_name)}, has no ROI Number")
+        if rois.setdefault(number, roi_name) != roi_name:
             raise SegmentationError(
-                f"two ROIs, {quoted(rois[number])} and {quoted(called)}, have the number {number}: it is not clear "
-                "whose contours are whose"
+                f"two ROIs, {quoted(rois[number])} and {quoted(roi_name)}, have the number {number}: it is not clear "
+                "which contours belong to which"
             )
         frames[number] = uid(item, "ReferencedFrameOfReferenceUID")
     return rois, frames
 
 
 def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images: _Images) -> list[str]:
-    """Collect the contours of one ROI; return what there is to say about them."""
+    """Collect the contours of one ROI; return notes on irregular ones."""
     left_out: Counter[str] = Counter()
     miscounted = moved = 0
-    called = f"ROI {quoted(structure)}"
+    label = f"ROI {quoted(structure)}"
     for n, item in enumerate(items(roi, "ContourSequence"), 1):
         kind = text(item, "ContourGeometricType").upper()
         if kind not in CLOSED:
             left_out[kind if kind.replace("_", "").isalpha() and len(kind) <= 16 else "no known type"] += 1
             continue
-        points = _points(raw(item, "ContourData"), called, n)
-        said = text(item, "NumberOfContourPoints")
-        miscounted += bool(said) and said != str(len(points))
+        points = _points(raw(item, "ContourData"), label, n)
+        stated_count = text(item, "NumberOfContourPoints")
+        miscounted += bool(stated_count) and stated_count != str(len(points))
         if len(points) < 3:
             left_out["fewer than 3 points"] += 1
             continue
-        # What was outlined lies so far from the points (C.8.8.6.2).
-        if any(offset_mm := decimals(item, "ContourOffsetVector", 3, FARTHEST) or ()):
+        # The offset leads from the points to the outlined structure (C.8.8.6.2).
+        if any(offset_mm := decimals(item, "ContourOffsetVector", 3, LARGEST_COORDINATE) or ()):
             points = points + offset_mm
             moved += 1
         collector.add(structure, Contour(points, "patient", rule="even-odd" if kind == "CLOSED_PLANAR" else "xor"))
         images.add(item)
-    notes = [f"{called}: {count} contours left out: {why}" for why, count in left_out.items()]
+    notes = [f"{label}: {count} contours left out: {why}" for why, count in left_out.items()]
     if moved:
-        notes.append(f"{called}: {numbered(moved, 'contour')} moved by Contour Offset Vector")
+        notes.append(f"{label}: {numbered(moved, 'contour')} moved by Contour Offset Vector")
     if miscounted:
-        notes.append(f"{called}: {miscounted} contours have not as many points as they say")
+        notes.append(f"{label}: {numbered(miscounted, 'contour')} with a wrong Number of Contour Points")
     return notes
 
 
 def _points(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
-    """Return points from the text of *Contour Data*, shape (n, 3)."""
+    """Return the points of *Contour Data*, shape (n, 3)."""
     if data is None:
         return np.empty((0, 3))
     if not isinstance(data, bytes):
@@ -157,13 +157,13 @@ def _points(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
         if data.translate(None, _NUMERIC):
             raise ValueError
         values = np.fromiter(map(float, parts), np.float64, len(parts))
-        if not (np.abs(values) <= FARTHEST).all():
+        if not (np.abs(values) <= LARGEST_COORDINATE).all():
             raise ValueError
     except ValueError:
         n = next(n for n, part in enumerate(parts) if not _is_coordinate(part))
         raise SegmentationError(
             f"{roi}, contour {contour}, value {n + 1} of {len(parts)}: {quoted(parts[n].decode('latin-1'))} is no "
-            f"coordinate in mm of at most {FARTHEST:.0f}"
+            f"coordinate in mm of at most {LARGEST_COORDINATE:.0f}"
         ) from None
     if len(values) % 3:
         raise SegmentationError(f"{roi}, contour {contour}: {len(values)} values are no points of x, y and z")
@@ -172,40 +172,40 @@ def _points(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
 
 def _is_coordinate(part: bytes) -> bool:
     try:
-        return not part.translate(None, _NUMERIC) and math.fabs(float(part)) <= FARTHEST
+        return not part.translate(None, _NUMERIC) and math.fabs(float(part)) <= LARGEST_COORDINATE
     except ValueError:
         return False
 
 
 class _Images:
-    """The images that contours refer to."""
+    """Collects the images that contours refer to."""
 
     def __init__(self) -> None:
         self.found: set[ImageFrame] = set()
         self._seen: set[bytes] = set()
 
     def add(self, ds: pydicom.Dataset) -> None:
-        """Add the images of a *Contour Image Sequence*; contours of one slice refer to it in the same bytes."""
-        packed = raw(ds, "ContourImageSequence")
-        if isinstance(packed, bytes):
-            if packed in self._seen:
+        """Add the images of a *Contour Image Sequence*. Contours of one slice repeat the same bytes, parsed once."""
+        encoded = raw(ds, "ContourImageSequence")
+        if isinstance(encoded, bytes):
+            if encoded in self._seen:
                 return
-            self._seen.add(packed)
+            self._seen.add(encoded)
         for image in items(ds, "ContourImageSequence"):
             self.found |= image_frames(image)
 
     @property
     def sop_uids(self) -> frozenset[str]:
-        """Their SOP Instance UIDs."""
+        """SOP Instance UIDs of the images."""
         return frozenset(image.sop_uid for image in self.found)
 
 
 def references(ds: pydicom.Dataset) -> References:
-    """Return what a structure set names, as far as it can be read: for one that is damaged."""
+    """Return the UIDs that a damaged structure set refers to, as far as they can be read."""
     series: dict[str, list[str]] = {}
     images = _Images()
     frames: list[str] = []
-    with suppress(Exception):  # what is damaged further on does not matter
+    with suppress(Exception):  # UIDs before the damage are kept
         _add_listed(ds, series, set(), images)
     with suppress(Exception):
         frames.extend(uid(item, "ReferencedFrameOfReferenceUID") for item in items(ds, "StructureSetROISequence"))
@@ -215,12 +215,12 @@ def references(ds: pydicom.Dataset) -> References:
                 images.add(item)
     frame = ""
     with suppress(Exception):
-        frame = _frame_of_most(ds, frames)
+        frame = _main_frame(ds, frames)
     return References(tuple(dict.fromkeys(chain.from_iterable(series.values()))), frame, images.sop_uids)
 
 
 def _references(ds: pydicom.Dataset) -> tuple[dict[str, list[str]], frozenset[str], set[ImageFrame]]:
-    """Return the series that a structure set lists by their frame of reference, their studies, and listed images."""
+    """Return the series that a structure set lists, by frame of reference, their studies, and their images."""
     series: dict[str, list[str]] = {}
     studies: set[str] = set()
     images = _Images()
@@ -241,9 +241,9 @@ def _add_listed(ds: pydicom.Dataset, series: dict[str, list[str]], studies: set[
                 images.add(item)
 
 
-def _frame_of_most(ds: pydicom.Dataset, of_rois: Iterable[str]) -> str:
-    """Return the UID of the frame of reference of most ROIs; where they have none, that of the structure set."""
-    own = [uid(f, "FrameOfReferenceUID") for f in items(ds, "ReferencedFrameOfReferenceSequence")]
-    counts = Counter(filter(None, of_rois))
-    most = [frame for frame, _ in counts.most_common(1)]
-    return next(filter(None, [*most, *own, uid(ds, "FrameOfReferenceUID")]), "")
+def _main_frame(ds: pydicom.Dataset, roi_frames: Iterable[str]) -> str:
+    """Return the frame of reference UID of most ROIs; if they have none, that of the structure set."""
+    listed = [uid(f, "FrameOfReferenceUID") for f in items(ds, "ReferencedFrameOfReferenceSequence")]
+    counts = Counter(filter(None, roi_frames))
+    most_common = [frame for frame, _ in counts.most_common(1)]
+    return next(filter(None, [*most_common, *listed, uid(ds, "FrameOfReferenceUID")]), "")

@@ -1,4 +1,4 @@
-"""Reads segmentation images (SEG): painted frames, each with its place in the patient.
+"""Reads segmentation images (SEG): painted frames, each with its position in the patient.
 
 References
 ----------
@@ -18,70 +18,70 @@ from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.seg_frames import Groups
 from gpuprep.masks.formats.seg_image import MOST_PAINTED, SegImage
 from gpuprep.masks.formats.segmentation_values import binary, items, name, text, uid
-from gpuprep.masks.model import Collector, ImageFrame, References, Segmentation, painted
-from gpuprep.masks.text_parsing import distinct
+from gpuprep.masks.model import Collector, ImageFrame, References, Segmentation, bounding_raster
+from gpuprep.masks.text_parsing import unique_names
 
 if TYPE_CHECKING:
     import pydicom
 
-# gpuprep.dicom.decode, which imports pydicom, is imported where frames are encoded.
+# gpuprep.dicom.decode, which imports pydicom, is imported only if frames are encapsulated.
 
 
 def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
     """Return the painted pixels of a segmentation image, frame by frame.
 
-    Of a fractional one, a pixel belongs to the segment where its share, which is value / *Maximum Fractional Value*, is
-    `reading.threshold` or more, and more than 0. Of a label map, the *Pixel Padding Value* is background, and so is 0
-    unless it is described as something else.
+    In a fractional segmentation, a pixel belongs to the segment if value / *Maximum Fractional Value* is at least
+    `reading.threshold` and above 0. In a label map, *Pixel Padding Value* is background, and so is 0 unless a segment 0
+    is described as something else.
 
     Parameters
     ----------
     ds : pydicom.Dataset
-        The file, its elements as they were read.
+        Data set with the elements as read from the file.
     path : str
-        For messages.
+        Path for messages.
     reading : Reading
-        Says the threshold.
+        Options; only `threshold` is used.
 
     Raises
     ------
     SegmentationError
-        If frames cannot be decoded, do not say where they are, or are not as many and as large as the header says.
+        If frames cannot be decoded, have no position, or differ from the header in number or size.
     """
     image = SegImage.of(ds, path)
     segments = _segments(ds)
     background = _background(ds, segments) if image.type == "LABELMAP" else frozenset()
-    names = {n: called for n, called in segments.items() if n not in background}
+    names = {n: label for n, label in segments.items() if n not in background}
     groups = Groups(ds, image)
     drawn_on: set[ImageFrame] = set()
     collector = Collector()
-    for called in names.values():
-        collector.declare(called)
-    values_that_belong = _belonging(ds, image, reading.threshold)
+    for label in names.values():
+        collector.declare(label)
+    is_segment_value = _segment_values(ds, image, reading.threshold)
     painted_px = 0
     notes: list[str] = []
     for frame, values in enumerate(image.decoded(ds)):
-        place = groups.place(frame)
+        position = groups.position(frame)
         if image.type == "LABELMAP":
             numbers = [int(n) for n in np.unique(values) if int(n) not in background]
         else:
             numbers = [groups.segment(frame, segments)]
-            values = values != 0 if image.type == "BINARY" else values_that_belong.take(values)
+            values = values != 0 if image.type == "BINARY" else is_segment_value.take(values)
         for number in numbers:
             mask = values == number if image.type == "LABELMAP" else values
             if number not in names:
-                names[number] = _name_of_unknown(number, names)
-                notes.append(f"segment {number} has pixels and no description")
+                names[number] = _unused_name(number, names)
+                notes.append(f"segment {number} has pixels but no description")
                 collector.declare(names[number])
-            raster = painted(mask, place.slice, place.geometry, place.slab)
+            raster = bounding_raster(mask, position.slice, position.geometry, position.slab)
             if raster is None:
                 continue
             painted_px += raster.mask.size
             if painted_px > MOST_PAINTED:
                 raise SegmentationError(f"its segments take more than {MOST_PAINTED} pixels, up to frame {frame + 1}")
             collector.add(names[number], raster)
-            drawn_on |= place.sources
-    series, of_series = _references(ds)
+            drawn_on |= position.sources
+    series, listed_images = _references(ds)
     return Segmentation(
         path=path,
         format="SEG",
@@ -90,21 +90,21 @@ def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
         series_uids=series,
         study_uids=frozenset({uid(ds, "StudyInstanceUID")} - {""}),
         frame_of_reference_uid=uid(ds, "FrameOfReferenceUID"),
-        sop_uids=frozenset(of_series | groups.sop_uids),
+        sop_uids=frozenset(listed_images | groups.sop_uids),
         drawn_on=frozenset(drawn_on),
         notes=tuple(notes),
     )
 
 
-def _belonging(ds: pydicom.Dataset, image: SegImage, threshold: float) -> NDArray[np.bool_]:
-    """Return which values of a fractional frame belong to its segment, by value."""
+def _segment_values(ds: pydicom.Dataset, image: SegImage, threshold: float) -> NDArray[np.bool_]:
+    """Return for each stored value of a fractional frame whether it belongs to the segment; else an empty array."""
     if image.type != "FRACTIONAL":
         return np.empty(0, dtype=bool)
     values = np.arange(2**image.bits)
-    whole = binary(ds, "MaximumFractionalValue")
-    if not whole:
-        raise SegmentationError("it is fractional and has no Maximum Fractional Value: what a whole is is not known")
-    return (values / whole >= threshold) & (values > 0)
+    maximum = binary(ds, "MaximumFractionalValue")
+    if not maximum:
+        raise SegmentationError("it is fractional, but has no Maximum Fractional Value: its shares are unknown")
+    return (values / maximum >= threshold) & (values > 0)
 
 
 def _segments(ds: pydicom.Dataset) -> dict[int, str]:
@@ -113,21 +113,21 @@ def _segments(ds: pydicom.Dataset) -> dict[int, str]:
     for n, item in enumerate(items(ds, "SegmentSequence"), 1):
         number = binary(item, "SegmentNumber")
         if number is None or any(number == other for _, other in named):
-            raise SegmentationError(f"segment {n} in the file has no number of its own: {number}")
+            raise SegmentationError(f"segment {n} in the file has no unique Segment Number: {number}")
         named.append((name(item, "SegmentLabel") or f"segment {number}", number))
-    return {number: called for (_, number), called in zip(named, distinct(named), strict=True)}
+    return {number: label for (_, number), label in zip(named, unique_names(named), strict=True)}
 
 
-def _name_of_unknown(number: int, names: dict[int, str]) -> str:
-    """Return a name for a segment without description that no other has."""
-    called = f"segment {number}"
-    while called in names.values():
-        called += f" ({number})"
-    return called
+def _unused_name(number: int, names: dict[int, str]) -> str:
+    """Return a unique name for a segment without description."""
+    label = f"segment {number}"
+    while label in names.values():
+        label += f" ({number})"
+    return label
 
 
 def _background(ds: pydicom.Dataset, segments: dict[int, str]) -> frozenset[int]:
-    """Return the values of a label map that stand for no segment."""
+    """Return the values of a label map that are background."""
     padding = binary(ds, "PixelPaddingValue")
     values = set() if padding is None else {padding}
     for item in items(ds, "SegmentSequence"):
@@ -141,10 +141,10 @@ def _background(ds: pydicom.Dataset, segments: dict[int, str]) -> frozenset[int]
 
 
 def references(ds: pydicom.Dataset) -> References:
-    """Return what a segmentation names, as far as it can be read: for one that is damaged."""
+    """Return the UIDs that a damaged segmentation refers to, as far as they can be read."""
     series: dict[str, None] = {}
     images: set[str] = set()
-    with suppress(Exception):  # what is damaged further on does not matter
+    with suppress(Exception):  # UIDs before the damage are kept
         _add_listed(ds, series, images)
     with suppress(Exception):
         for frame in items(ds, "PerFrameFunctionalGroupsSequence"):
@@ -158,7 +158,7 @@ def references(ds: pydicom.Dataset) -> References:
 
 
 def _references(ds: pydicom.Dataset) -> tuple[tuple[str, ...], set[str]]:
-    """Return the series that a segmentation refers to, and the images of them."""
+    """Return the series that a segmentation lists, and their images."""
     series: dict[str, None] = {}
     images: set[str] = set()
     _add_listed(ds, series, images)

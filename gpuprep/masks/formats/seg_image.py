@@ -1,4 +1,4 @@
-"""Checks what the header of a segmentation image (SEG) says of its pixels."""
+"""Checks the header of a segmentation image (SEG) and decodes its frames."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 BITS = {"BINARY": (1, 8), "FRACTIONAL": (8, 16), "LABELMAP": (8, 16)}
-"""*Bits Allocated* by *Segmentation Type*. The standard has 1 and 8 for the first two; the others are harmless."""
+"""Accepted *Bits Allocated* by *Segmentation Type*. The standard allows only 1 for BINARY and 8 for FRACTIONAL."""
 
 
 MOST_PIXELS = 2**26
-"""Of a frame: 8192 × 8192. A code stream of a few bytes can announce any number."""
+"""Limit of the pixels of a frame: 8192 × 8192. A code stream of a few bytes can announce any size."""
 
 
 MOST_PAINTED = 2**32
-"""Pixels in the rectangles of all frames together, which take a byte each."""
+"""Limit of the pixels in the bounding rectangles of all frames together; each pixel takes a byte."""
 
 
 @dataclass(frozen=True, slots=True)
 class SegImage:
-    """What the header says of the pixels."""
+    """Pixel description in the header of a segmentation image."""
 
     path: str
     type: str
@@ -48,22 +48,20 @@ class SegImage:
 
     @staticmethod
     def of(ds: pydicom.Dataset, path: str) -> SegImage:
-        """Return it, checked, before anything is made room for."""
+        """Return the pixel description of a data set, checked before memory is allocated for pixels."""
         kind = text(ds, "SegmentationType").upper()
         if kind not in BITS:
             raise SegmentationError(f"its Segmentation Type is {quoted(kind)}, not one of {', '.join(BITS)}")
         if text(ds, "DimensionOrganizationType").upper().startswith("TILED"):
-            raise SegmentationError("it is made of tiles, as for microscopy: only whole slices can be read")
+            raise SegmentationError("it consists of tiles, as in microscopy: only whole slices can be read")
         rows, columns, bits = (binary(ds, k) or 0 for k in ("Rows", "Columns", "BitsAllocated"))
         frames = 1 if (count := integer(ds, "NumberOfFrames")) is None else count
         if not 1 <= rows * columns <= MOST_PIXELS or frames < 1:
-            raise SegmentationError(
-                f"it says that it has {frames} frames of {rows} × {columns} pixels: the header is damaged"
-            )
+            raise SegmentationError(f"the header announces {frames} frames of {rows} × {columns} pixels: it is damaged")
         if (binary(ds, "SamplesPerPixel") or 1) != 1 or bits not in BITS[kind]:
             raise SegmentationError(
-                f"its pixels have {binary(ds, 'SamplesPerPixel')} samples of {bits} bits: {kind} has one of "
-                f"{' or '.join(map(str, BITS[kind]))}"
+                f"its pixels have {binary(ds, 'SamplesPerPixel')} samples of {bits} bits: {kind} needs one sample of "
+                f"{' or '.join(map(str, BITS[kind]))} bits"
             )
         pixels = ds.get_item(0x7FE0_0010)
         if pixels is None or not isinstance(raw(ds, "PixelData"), bytes):
@@ -85,7 +83,7 @@ class SegImage:
                 f"{self.bits} bits take {need}: the file is cut short, or its header is damaged"
             )
         _, little = ds.original_encoding
-        if not little and self.bits != 16:  # 8 bits may be packed two to a big-endian word
+        if not little and self.bits != 16:  # 8-bit values may be swapped in pairs, as big-endian words
             raise SegmentationError("its pixels are big-endian: write it with another transfer syntax")
         for frame in range(self.frames):
             if self.bits == 1:
@@ -96,7 +94,7 @@ class SegImage:
                 yield values.reshape(self.rows, self.columns)
 
     def _bits(self, data: bytes, start: int) -> NDArray[Any]:
-        """Return a frame that begins at any bit: frames are packed one right after the other (PS3.5, 8.1.1)."""
+        """Return the frame that begins at bit `start`: frames of single bits are not padded (PS3.5, 8.1.1)."""
         size = self.rows * self.columns
         packed = np.frombuffer(data, np.uint8, (start % 8 + size + 7) // 8, start // 8)
         return np.unpackbits(packed, bitorder="little")[start % 8 :][:size].reshape(self.rows, self.columns)
@@ -118,20 +116,20 @@ class SegImage:
             raise SegmentationError(str(exc)) from exc
 
     def _single_bits(self, stream: bytes) -> bytes:
-        """Return the bytes of a frame of single bits, each of which begins at a byte."""
+        """Return the bytes of an encapsulated frame of single bits; each such frame begins at a byte."""
         size = -(-self.rows * self.columns // 8)
         encoding = ENCODINGS.get(self.syntax)
         if encoding == "deflate":
             return inflated_frame(stream, size)
         if encoding != "none":
-            how = "run lengths" if encoding == "RLE" else syntax_name(self.syntax)
-            raise SegmentationError(f"its pixels are {how} of single bits: write it with another transfer syntax")
+            name = "run lengths" if encoding == "RLE" else syntax_name(self.syntax)
+            raise SegmentationError(f"its pixels are {name} of single bits: write it with another transfer syntax")
         if len(stream) < size:
             raise SegmentationError(f"a frame has {len(stream)} bytes, not {size}: it is damaged")
         return stream
 
     def _header(self, frame: int) -> SliceHeader:
-        """Return what the decoders of CT want to know."""
+        """Return a header with the fields that `gpuprep.dicom.decode` reads; the others are empty."""
         return SliceHeader(
             path=self.path,
             mtime_ns=0,
