@@ -20,7 +20,7 @@ from gpuprep.core.geometry import Shape3
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
 from gpuprep.output.object_store import place_of
-from gpuprep.output.read_volume import Box, Finished, whole
+from gpuprep.output.read_volume import Box, Finished, full_box
 from gpuprep.output.records import DONE
 from gpuprep.output.verify import Records
 
@@ -209,7 +209,7 @@ def _start(there: int, wanted: int) -> int:
 
 def _within(start: list[int], size: Shape3, shape: Shape3) -> tuple[Box, list[tuple[int, int]]]:
     """Return the part of a patch that is in the volume, and how much is missing before and after it on each axis."""
-    box, margins = list(whole(shape)), []
+    box, margins = list(full_box(shape)), []
     for axis, (first, wanted, there) in enumerate(zip(start, size, shape, strict=True)):
         low, high = max(0, first), min(there, first + wanted)
         box[axis] = slice(low, high)

@@ -484,7 +484,7 @@ def test_shards_run_beside_each_other_and_nothing_else_beside_them(
     counts["first"] = len(go(dicom, out, shard=Shard(1, 2), listener=Planned(beside_a_shard)).results)
     assert counts["first"] + counts["second"] == 12
     before = marks(out)
-    monkeypatch.setattr("gpuprep.output.folder_store.OTHER_SHARD_S", 0.1)
+    monkeypatch.setattr("gpuprep.output.folder_store.WHOLE_LOCK_TIMEOUT_S", 0.1)
 
     def beside_everything() -> None:
         for shard in (Shard(1, 2), WHOLE):

@@ -230,7 +230,7 @@ def test_a_stranger_among_the_labels_is_not_removed(tmp_path: Path, ct: Ct, out:
     stranger.write_text("a day's work")
     run = convert(tmp_path, path, replace(RAW, dtype="float32"))
     assert run.results[0].status == "failed"
-    assert "also holds labels/corrected.nii, which is not gpuprep's to remove" in run.results[0].reason
+    assert "also holds labels/corrected.nii, which gpuprep did not write" in run.results[0].reason
     assert stranger.read_text() == "a day's work"
 
 

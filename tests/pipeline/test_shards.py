@@ -265,7 +265,7 @@ def test_shards_write_the_files_of_the_run_beside_each_other(tmp_path: Path) -> 
 
 def test_what_a_killed_run_left_of_a_text_file_is_swept(tmp_path: Path) -> None:
     with open_output(tmp_path, Shard(1, 2)) as output:
-        part = output.workshop / "recipe.toml.part"
+        part = output.work_folder / "recipe.toml.part"
     part.write_text("half")
     with open_output(tmp_path):
         assert not part.exists()
