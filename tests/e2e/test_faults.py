@@ -524,8 +524,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cohort(tmp_path_factory.mktemp("many") / "dicom", 40)
 
 
-FINISHING = "gpuprep: finishing what is in flight; once more stops now"
-INTERRUPTED = "gpuprep: interrupted; what is finished stays, and the same command goes on from there"
+FINISHING = "gpuprep: finishing the series in flight; interrupt again to stop at once"
+INTERRUPTED = "gpuprep: interrupted; completed outputs are kept: run the same command again to continue"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

@@ -143,7 +143,7 @@ def check_orderly(run: Interrupted, out: Path) -> None:
     assert run.code == 130
     assert "Traceback" not in run.stderr
     assert [line for line in run.stderr.splitlines() if "interrupted" in line] == [
-        "gpuprep: interrupted; what is finished stays, and the same command goes on from there"
+        "gpuprep: interrupted; completed outputs are kept: run the same command again to continue"
     ]
     with (out / "manifest.csv").open(newline="") as f, closing(sqlite3.connect(out / "manifest.sqlite")) as db:
         assert sorted(row["key"] for row in csv.DictReader(f)) == sorted(

@@ -559,7 +559,7 @@ def test_the_command_for_masks_alone(tmp_path: Path, ct: Ct, out: Path) -> None:
     ("arguments", "code", "words"),
     [
         (("--masks", "nowhere.dcm"), 2, "the segmentation nowhere.dcm does not exist"),
-        (("--masks", "auto", "x"), 2, "--masks auto stands alone"),
+        (("--masks", "auto", "x"), 2, "--masks auto excludes paths"),
         (("--masks", "auto", "--roi", "("), 2, "masks.roi = '(' is no regular expression"),
         (("--masks", "auto", "--text-format", "excel"), 2, "masks.text_format = 'excel': choose one of imagej-xy"),
         (("--masks", "auto", "--seg-threshold", "2"), 2, "masks.threshold = 2.0"),

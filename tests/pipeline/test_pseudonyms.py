@@ -294,7 +294,7 @@ def test_flags_belong_together(small_series: Path, tmp_path: Path) -> None:
     alone = CliRunner().invoke(app, ["convert", str(small_series), "--out", str(tmp_path / "o"), "--names", "hash"])
     assert (alone.exit_code, "needs --key FILE" in alone.stderr) == (2, True)
     useless = CliRunner().invoke(app, ["convert", str(small_series), "--out", str(tmp_path / "o"), "--key", "k"])
-    assert (useless.exit_code, "--key is for --names hash: give both" in useless.stderr) == (2, True)
+    assert (useless.exit_code, "--key is only for --names hash: give both" in useless.stderr) == (2, True)
 
 
 def test_of_what_was_measured_only_what_is_listed_leaves(dicom: Path) -> None:
