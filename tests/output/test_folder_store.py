@@ -70,7 +70,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def in_the_making(out: Path) -> list[str]:
+def unfinished_folders(out: Path) -> list[str]:
     return [p.name for p in (out / WORK_FOLDER).iterdir() if p.is_dir()]
 
 
@@ -96,7 +96,7 @@ def test_a_folder_appears_on_commit_and_not_before(out: Path) -> None:
         },
     }
     assert written == Written(3, 1 + 2 + len(sidecar), hashlib.sha256(sidecar).hexdigest())
-    assert in_the_making(out) == []
+    assert unfinished_folders(out) == []
 
 
 def test_two_pending_folders_for_one_path_do_not_interfere(out: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_discarded_folder_leaves_nothing(out: Path) -> None:
     pending.discard()
     pending.discard()
     assert tree(out) == {}
-    assert in_the_making(out) == []
+    assert unfinished_folders(out) == []
 
 
 def test_discarding_after_commit_keeps_what_was_committed(out: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_former_output_of_the_same_series_is_replaced_completely(out: Path) 
     filled(out, "p", "volume.tif").commit({"key": "1", "n": 2})
     assert set(tree(out)) == {"p", "p/volume.tif", "p/volume.json"}
     assert json.loads((out / "p" / "volume.json").read_text())["n"] == 2
-    assert in_the_making(out) == []
+    assert unfinished_folders(out) == []
 
 
 def occupy_with_another_series(out: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_path_taken_by_anything_but_an_output_of_this_series_is_left_alone(
     assert tree(out) == before
     assert os.path.lexists(out / "p")
     pending.discard()
-    assert in_the_making(out) == []
+    assert unfinished_folders(out) == []
 
 
 def test_a_foreign_file_in_an_output_is_not_deleted(out: Path) -> None:
@@ -309,14 +309,14 @@ def test_unfinished_folders_of_an_interrupted_run_are_removed_by_the_next(tmp_pa
     (out / WORK_FOLDER / "0123.former" / "0000.tif").write_text("x")
     assert stale.path.is_dir()
     with open_output(out):
-        assert in_the_making(out) == []
+        assert unfinished_folders(out) == []
         assert set(tree(out)) == {"q", "q/0000.tif", "q/volume.json"}
 
 
 def test_unfinished_folders_of_a_dead_worker_are_removed_at_the_end_of_the_run(tmp_path: Path) -> None:
     with open_output(tmp_path):
         filled(tmp_path, "p", "0000.tif")
-    assert in_the_making(tmp_path) == []
+    assert unfinished_folders(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [OSError("no space left on device"), sqlite3.OperationalError("disk I/O error")])
@@ -354,7 +354,7 @@ def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path) -> None:
             pass
         assert pending.is_dir(), "the other run's work was swept away"
     with open_output(out):
-        assert in_the_making(out) == []
+        assert unfinished_folders(out) == []
 
 
 def test_a_killed_run_does_not_block_the_next_one(tmp_path: Path) -> None:

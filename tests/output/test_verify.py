@@ -214,7 +214,7 @@ def lose_a_slice(out: Path) -> list[tuple[str, str]]:
     return [("torn", "dicom/p2/0000.tif")]
 
 
-def one_slice_more(out: Path) -> list[tuple[str, str]]:
+def add_a_slice(out: Path) -> list[tuple[str, str]]:
     (out / "dicom" / "p2" / "0777.tif").write_bytes(b"x")
     return [("torn", "dicom/p2/0777.tif")]
 
@@ -225,26 +225,26 @@ def leave_notes(out: Path) -> list[tuple[str, str]]:
     return [("stray", "dicom/p2/notes.txt"), ("stray", "notes.txt")]
 
 
-def leave_something_half_made(out: Path) -> list[tuple[str, str]]:
+def leave_an_unfinished_folder(out: Path) -> list[tuple[str, str]]:
     (out / WORK_FOLDER / "0123").mkdir()
     return [("unfinished", f"{WORK_FOLDER}/0123")]
 
 
-def forget_one(out: Path) -> list[tuple[str, str]]:
+def remove_a_row(out: Path) -> list[tuple[str, str]]:
     with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
         db.execute("DELETE FROM series WHERE source LIKE '%p2'")
     return [("unrecorded", "dicom/p2")]
 
 
-HARM: list[Callable[[Path], list[tuple[str, str]]]] = [
-    lose_the_folder, flip_a_bit, flip_a_bit_of_the_sidecar, cut_a_slice, lose_a_slice, one_slice_more, leave_notes,
-    leave_something_half_made, forget_one,
+DAMAGE: list[Callable[[Path], list[tuple[str, str]]]] = [
+    lose_the_folder, flip_a_bit, flip_a_bit_of_the_sidecar, cut_a_slice, lose_a_slice, add_a_slice, leave_notes,
+    leave_an_unfinished_folder, remove_a_row,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("harm", HARM)
-def test_verify_finds_each_kind_of_damage_and_nothing_else(out: Path, harm: Callable[[Path], Any]) -> None:
-    expected = harm(out)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_verify_finds_each_kind_of_damage_and_nothing_else(out: Path, damage: Callable[[Path], Any]) -> None:
+    expected = damage(out)
     assert sorted(findings(out)) == sorted(expected)
 
 

@@ -229,7 +229,7 @@ def test_the_same_key_goes_on_and_any_other_is_refused(made: tuple[Path, Path], 
         assert words in refused.stderr
     retried = CliRunner().invoke(app, ["retry", str(out), "--rejected"])
     assert retried.exit_code == 2
-    assert "run gpuprep convert again, with --names hash and its --key" in retried.stderr
+    assert "run gpuprep convert again with --names hash and the same --key" in retried.stderr
     looked = convert(dicom, out, tmp_path / "k2", "--dry-run")
     assert (looked.exit_code, "was made with another --key" in looked.stderr) == (2, True)
 
