@@ -21,7 +21,7 @@ from gpuprep.core.hounsfield import AIR_HU
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
 from gpuprep.output.object_store import place_of
-from gpuprep.output.read_volume import Box, Finished, whole
+from gpuprep.output.read_volume import Box, Finished, full_box
 from gpuprep.output.records import DONE
 from gpuprep.output.verify import Records
 
@@ -210,7 +210,7 @@ def _patch_start(length: int, wanted: int) -> int:
 
 def _box_and_margins(start: list[int], size: Shape3, shape: Shape3) -> tuple[Box, list[tuple[int, int]]]:
     """Return the box of a patch inside the volume, and the voxels to pad before and after it along each axis."""
-    box, margins = list(whole(shape)), []
+    box, margins = list(full_box(shape)), []
     for axis, (first, wanted, length) in enumerate(zip(start, size, shape, strict=True)):
         low, high = max(0, first), min(length, first + wanted)
         box[axis] = slice(low, high)

@@ -15,10 +15,9 @@ import typer
 from typer.core import TyperCommand
 
 from gpuprep._version import __version__
-from gpuprep.cli.asked import asked_options, asked_recipe, jobs_or_cores, shown
 from gpuprep.cli.convert_command import run_conversion
-from gpuprep.cli.exit_codes import complain, errors_to_exit_codes, print_csv, print_json
-from gpuprep.cli.inspect_commands import LOOKING
+from gpuprep.cli.exit_codes import errors_to_exit_codes, print_csv, print_error, print_json
+from gpuprep.cli.inspect_commands import INSPECT_COMMANDS
 from gpuprep.cli.options import (
     MASK_FLAGS,
     MASKS,
@@ -30,10 +29,11 @@ from gpuprep.cli.options import (
     Out,
     Paths,
     RecipeOption,
-    some,
-    takes,
+    add_flags,
+    select,
 )
-from gpuprep.cli.output_commands import KEEPING
+from gpuprep.cli.output_commands import OUTPUT_COMMANDS
+from gpuprep.cli.parse_flags import display_flags, jobs_or_cores, options_from_flags, recipe_from_flags
 from gpuprep.core.formatting import printable
 from gpuprep.core.stacking_rules import texts
 from gpuprep.errors import GpuprepError, RequestError
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
     from gpuprep.pipeline.options import ConvertOptions
     from gpuprep.pipeline.planned_series import PlannedSeries
 
-# Everything else is imported where it is used: `--help` must not wait for NumPy.
+# Everything else is imported where it is used, so that `--help` does not wait for NumPy.
 
 app = typer.Typer(
     name="gpuprep",
-    help="Cohorts of CT DICOM to training-ready volumes, on a GPU or without one.",
+    help="Convert cohorts of CT DICOM to training-ready volumes, on a GPU or without one.",
     epilog="Exit codes: 0 all done, 1 some series rejected or failed or some file unreadable, 2 bad request, "
-    "3 nothing found, 4 backend, 130 interrupted.",
+    "3 nothing found, 4 backend does not work, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -58,7 +58,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         print(f"gpuprep {__version__}")  # noqa: T201
@@ -88,7 +88,7 @@ class _WithMasks(TyperCommand):
 
 
 @app.command(cls=_WithMasks)
-@takes(RECIPE_FLAGS, STACKING_FLAGS, MASK_FLAGS, RUN_FLAGS, OUTPUT_FLAGS)
+@add_flags(RECIPE_FLAGS, STACKING_FLAGS, MASK_FLAGS, RUN_FLAGS, OUTPUT_FLAGS)
 def convert(
     paths: Paths,
     out: Out,
@@ -96,91 +96,98 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="SEG_PATH|auto",
-            help="A segmentation file, or a folder of them, to make masks of beside the images; may be repeated. "
-            "auto: RTSTRUCT, SEG and LIDC XML among the inputs.",
+            help="A segmentation file, or a folder of them, to convert to masks; may be repeated. auto: RTSTRUCT, SEG "
+            "and LIDC XML among the inputs.",
             rich_help_panel=MASKS,
         ),
     ] = None,
     recipe: RecipeOption = "default",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would happen, and write nothing to OUT.", rich_help_panel=RUN)
+        bool,
+        typer.Option("--dry-run", help="Show what a run would do and need; write nothing to OUT.", rich_help_panel=RUN),
     ] = False,
     **flags: Any,
 ) -> None:
-    """Convert every CT series under DICOM_DIR into a folder of its own under OUT.
+    """Convert every CT series under DICOM_DIR; each gets its own folder under OUT.
 
-    Running it again skips what is complete and unchanged. A bad series never stops the others: it is named, with the
-    reason, on the screen and in OUT/manifest.csv.
+    Running the command again skips complete and unchanged series. A rejected or failed series does not stop the
+    others: it is listed with the reason on the screen and in OUT/manifest.csv.
     """
     with errors_to_exit_codes() as stop:
-        wanted = asked_recipe(recipe, flags, image=True)
-        options = asked_options(flags, out, recipe=wanted, masks=_one_or_all(masks))
+        resolved = recipe_from_flags(recipe, flags, image=True)
+        options = options_from_flags(flags, out, recipe=resolved, masks=_mask_paths(masks))
         if dry_run:
             _show_scan(paths, options, "json" if flags["json_"] else "table", out=out, calibrate=True)
         else:
-            run_conversion(paths, out, options, stop, **shown(flags))
+            run_conversion(paths, out, options, stop, **display_flags(flags))
 
 
 @app.command()
-@takes(
-    some(RECIPE_FLAGS, "spacing_mm", "size", "fit", "format", "compression"),
-    some(STACKING_FLAGS, "group_by", "policy", "orient"),
+@add_flags(
+    select(RECIPE_FLAGS, "spacing_mm", "size", "fit", "format", "compression"),
+    select(STACKING_FLAGS, "group_by", "policy", "orient"),
     MASK_FLAGS,
-    some(RUN_FLAGS, "backend", "jobs", "names", "key", "index"),
-    some(OUTPUT_FLAGS, "log", "log_format", "quiet", "json_"),
+    select(RUN_FLAGS, "backend", "jobs", "names", "key", "index"),
+    select(OUTPUT_FLAGS, "log", "log_format", "quiet", "json_"),
 )
 def mask(
     segmentations: Annotated[
         list[str],
-        typer.Argument(metavar="SEG...", help="Segmentation files, or folders of them: RTSTRUCT, SEG, XML, text."),
+        typer.Argument(
+            metavar="SEG...", help="Segmentation files, or folders of them: RTSTRUCT, SEG, LIDC XML or text."
+        ),
     ],
     series: Annotated[
         list[str],
-        typer.Option(metavar="DICOM_DIR", help="The series they belong to. If it is one, all go to it."),
+        typer.Option(
+            metavar="DICOM_DIR",
+            help="CT series that the segmentations belong to. A single series gets all of them.",
+        ),
     ],
     out: Out,
     recipe: RecipeOption = "default",
     **flags: Any,
 ) -> None:
-    """Make masks alone: on the grid that `convert` with the same flags gives the images."""
+    """Convert segmentations alone, on the grid that `convert` with the same flags gives the images."""
     with errors_to_exit_codes() as stop:
-        wanted = asked_recipe(recipe, flags, image=False)
-        options = asked_options(flags, out, recipe=wanted, masks=segmentations)
-        run_conversion(series, out, options, stop, **shown(flags))
+        resolved = recipe_from_flags(recipe, flags, image=False)
+        options = options_from_flags(flags, out, recipe=resolved, masks=segmentations)
+        run_conversion(series, out, options, stop, **display_flags(flags))
 
 
 @app.command()
-@takes(STACKING_FLAGS, some(RUN_FLAGS, "jobs", "index"), some(OUTPUT_FLAGS, "json_"))
+@add_flags(STACKING_FLAGS, select(RUN_FLAGS, "jobs", "index"), select(OUTPUT_FLAGS, "json_"))
 def scan(
     paths: Paths,
     recipe: RecipeOption = "default",
     csv: Annotated[
-        bool, typer.Option("--csv", help="Print a line per series instead of tables.", rich_help_panel=RUN)
+        bool, typer.Option("--csv", help="Print CSV with a row per series instead of tables.", rich_help_panel=RUN)
     ] = False,
     **flags: Any,
 ) -> None:
-    """Show what is there, what is irregular about it and what would happen to it; reads headers, never pixels."""
+    """List series, their irregularities and what `convert` would do; reads headers, never pixels."""
     with errors_to_exit_codes():
-        wanted = asked_recipe(recipe, flags)
+        resolved = recipe_from_flags(recipe, flags)
         if csv and flags["json_"]:
             raise RequestError("--csv and --json: give one of them")
-        options = asked_options(flags | {"backend": "cpu"}, None, recipe=wanted)
+        options = options_from_flags(flags | {"backend": "cpu"}, None, recipe=resolved)
         _show_scan(paths, options, "csv" if csv else "json" if flags["json_"] else "table")
 
 
-for _command in KEEPING + LOOKING:
+for _command in OUTPUT_COMMANDS + INSPECT_COMMANDS:
     app.command()(_command)
 
 
 @app.command()
-@takes(some(RUN_FLAGS, "backend", "jobs"))
+@add_flags(select(RUN_FLAGS, "backend", "jobs"))
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for the demo; made if need be.")], **flags: Any
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the demo, created if it does not exist.")],
+    **flags: Any,
 ) -> None:
-    """Write a small synthetic cohort as DICOM, convert it, and say where to look."""
+    """Write a small synthetic cohort as DICOM, convert it, and print the paths of the results."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.cli.console import Monitor, say, show_recipe, show_run
+            from gpuprep.cli.console import Monitor, print_line, show_recipe, show_run
             from gpuprep.cli.demo import run_demo
             from gpuprep.compute.backend import get_backend
             from gpuprep.core.recipe import Recipe
@@ -190,23 +197,24 @@ def demo(
         show_recipe(Recipe(), chosen.device, "operators")
         with Monitor() as monitor:
             jobs = jobs_or_cores(flags["jobs"], chosen.name)
-            made = run_demo(out, backend=chosen.name, jobs=jobs, listener=monitor)  # type: ignore[arg-type]
-        show_run(made.run, str(made.volumes), time.perf_counter() - started)
-        if made.run.counts not in ({"ok": 3, "fixed": 1, "rejected": 1}, {"skipped": 4, "rejected": 1}):
-            raise GpuprepError(f"the demo should convert 4 series and reject 1, but gave {made.run.counts}")
-        first = made.volumes / min(r.folder for r in made.run.results if r.folder)
-        say(f"DICOM in    {made.dicom}  (on purpose, patient-3 lacks a slice, which is filled, and patient-4 six)")
-        say(f"outlines in {made.masks}  (heart and spine of patient-1, as text)")
-        say(f"look at     {first / '0100.tif'}  (float32 in [0, 1]: ImageJ shows it)")
-        say(f"            {first / 'labels' / '0100.tif'}  (heart 1, spine 2, elsewhere 0, on the same pixels)")
-        say(f"            {first / 'volume.json'}")
-        say(f"            {made.volumes / 'manifest.csv'}")
+            result = run_demo(out, backend=chosen.name, jobs=jobs, listener=monitor)  # type: ignore[arg-type]
+        show_run(result.run, str(result.volumes), time.perf_counter() - started)
+        if result.run.counts not in ({"ok": 3, "fixed": 1, "rejected": 1}, {"skipped": 4, "rejected": 1}):
+            raise GpuprepError(f"the demo should convert 4 series and reject 1, but the result is {result.run.counts}")
+        first = result.volumes / min(r.folder for r in result.run.results if r.folder)
+        gaps = "on purpose, patient-3 lacks one slice, which is interpolated, and patient-4 lacks six"
+        print_line(f"DICOM in    {result.dicom}  ({gaps})")
+        print_line(f"outlines in {result.masks}  (heart and spine of patient-1, as text)")
+        print_line(f"look at     {first / '0100.tif'}  (float32 in [0, 1]: ImageJ shows it)")
+        print_line(f"            {first / 'labels' / '0100.tif'}  (0 background, 1 heart, 2 spine, on the same pixels)")
+        print_line(f"            {first / 'volume.json'}")
+        print_line(f"            {result.volumes / 'manifest.csv'}")
 
 
 @app.command()
-@takes(some(OUTPUT_FLAGS, "json_"))
+@add_flags(select(OUTPUT_FLAGS, "json_"))
 def doctor(**flags: Any) -> None:
-    """Show backends, devices, decoders and versions; why something is missing and what to install."""
+    """Show backends, devices, decoders and versions, and what to install for those that do not work."""
     with errors_to_exit_codes():
         with held_back():
             from gpuprep.cli.console import show_findings
@@ -229,19 +237,19 @@ def main() -> None:
     app()
 
 
-def _one_or_all(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
-    """Return the words after --masks as `gpuprep.convert` takes them."""
+def _mask_paths(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
+    """Return the values of ``--masks`` as the option `masks` of `gpuprep.convert`."""
     if masks is None or masks == ["auto"]:
         return None if masks is None else "auto"
     if "auto" in masks:
-        raise RequestError("--masks auto stands alone: give it, or paths")
+        raise RequestError("--masks auto excludes paths: give either auto or paths")
     return masks
 
 
 def _show_scan(
     paths: list[str],
     options: ConvertOptions,
-    how: Literal["table", "csv", "json"],
+    form: Literal["table", "csv", "json"],
     *,
     out: str | None = None,
     calibrate: bool = False,
@@ -255,21 +263,21 @@ def _show_scan(
     unmatched: list[tuple[str, str]] = []
     unused: list[tuple[str, str]] = []
 
-    class Unmatched(Listener):
+    class UnmatchedCollector(Listener):
         def matched(self, matched: Matched) -> None:
             unmatched.extend(matched.complaints)
             unused.extend(matched.unused)
 
-    found = scan_cohort(paths, options, out, Unmatched(), calibrate=calibrate)
+    found = scan_cohort(paths, options, out, UnmatchedCollector(), calibrate=calibrate)
     cohort, planned = found.cohort, found.planned
-    if how == "csv":
-        print_csv([_row(o) for o in planned])
+    if form == "csv":
+        print_csv([_scan_entry(o) for o in planned])
         for path, reason in cohort.unreadable:
-            complain(f"unreadable: {path}: {reason}")
-    elif how == "json":
+            print_error(f"unreadable: {path}: {reason}")
+    elif form == "json":
         print_json(
             {
-                "series": [_row(o) for o in planned],
+                "series": [_scan_entry(o) for o in planned],
                 "passed_over": cohort.passed_over,
                 "unreadable": cohort.unreadable,
                 "unmatched": unmatched,
@@ -280,12 +288,12 @@ def _show_scan(
     else:
         show_scan(found, unmatched, unused)
     if not cohort:
-        complain(f"no CT series under {', '.join(paths)}")
+        print_error(f"no CT series under {', '.join(paths)}")
         raise typer.Exit(3)
     raise typer.Exit(1 if cohort.unreadable or unmatched or any(o.action == "reject" for o in planned) else 0)
 
 
-def _row(o: PlannedSeries) -> dict[str, Any]:
+def _scan_entry(o: PlannedSeries) -> dict[str, Any]:
     plan = o.plan
     return {
         "action": o.action,

@@ -1,6 +1,6 @@
 """Prints recipes, progress, tables and lines about series to the terminal.
 
-Nothing from a file is taken as markup, and results go to standard output, the rest to standard error.
+Text from files is never interpreted as markup. Results go to standard output, everything else to standard error.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ if TYPE_CHECKING:
 STATES = {"running": "green", "finished": "", "interrupted": "yellow", "killed": "red"}
 STYLES = {"ok": "green", "fixed": "cyan", "skipped": "dim", "rejected": "yellow"}
 PIPE_WIDTH = 160
-"""Columns where the output is no terminal."""
+"""Width in columns if the output is not a terminal."""
 
-UNUSED_NAMED = 20
-"""Segmentations named on the screen that belong to no series and that nobody named."""
+MAX_UNUSED_LINES = 20
+"""Maximum number of printed lines about segmentations that ``--masks auto`` found and that belong to no series."""
 
 HISTOGRAM_WIDTH = 96
-"""Columns that a histogram takes at most."""
+"""Maximum width of a histogram in columns."""
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Go on without a reader: what matters is in the files and in the exit code."""
+        """Continue silently if the reader has closed the pipe: files and exit code are still needed."""
         self.quiet = True
-        mute(self.file)
+        discard_output(self.file)
 
 
-def mute(stream: IO[str]) -> None:
-    """Let a stream that nobody reads lead nowhere, so that neither writing nor flushing it is an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+def discard_output(stream: IO[str]) -> None:
+    """Redirect a stream whose reader is gone to the null device, so that writing and flushing raise no error."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _console(stderr: bool) -> Console:
@@ -72,7 +72,7 @@ def _console(stderr: bool) -> Console:
 
 
 def show_recipe(recipe: Recipe, backend: str, engine: str) -> None:
-    """Print the resolved recipe and where it will run."""
+    """Print the resolved recipe, the backend and the engine."""
     masks = {f"masks.{k}": v for k, v in recipe.masks.to_dict().items() if v not in ("none", {})}
     values = {k: v for k, v in recipe.to_dict().items() if k != "masks"} | masks
     values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
@@ -82,8 +82,8 @@ def show_recipe(recipe: Recipe, backend: str, engine: str) -> None:
     )
 
 
-class Complaints(Listener):
-    """A line for every series that is left out, and nothing else."""
+class ProblemPrinter(Listener):
+    """Listener that prints a line for each unreadable file, unmatched segmentation, and rejected or failed series."""
 
     def __init__(self) -> None:
         self._console = _console(stderr=True)
@@ -97,15 +97,15 @@ class Complaints(Listener):
 
     def finished(self, result: SeriesResult) -> None:
         if result.status in ("rejected", "failed"):
-            self._line(result, f"{result.codes[0]}: {plain_reason(result.reason)}")
+            self._print(result, f"{result.codes[0]}: {plain_reason(result.reason)}")
 
-    def _line(self, result: SeriesResult, text: str) -> None:
+    def _print(self, result: SeriesResult, text: str) -> None:
         style = STYLES.get(result.status, "red")
         self._console.print(f"{result.status:8}  {result.source}: {text}", style=style)
 
 
-class Monitor(Complaints):
-    """A progress bar over source slices, and a line for every series that needs a word."""
+class Monitor(ProblemPrinter):
+    """Listener that shows a progress bar of series, and also prints irregularities and warnings of converted series."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,16 +133,16 @@ class Monitor(Complaints):
 
     def scanned(self, cohort: Cohort) -> None:
         slices = sum(len(s.slices) for s in cohort)
-        self._console.print(f"found   {len(cohort)} series with {slices} slices" + _beside(cohort.passed_over))
+        self._console.print(f"found   {len(cohort)} series with {slices} slices" + _passed_over(cohort.passed_over))
         super().scanned(cohort)
 
     def matched(self, matched: Matched) -> None:
-        used = {g.path: g.format or "to be read with its series" for found in matched.by_key.values() for g in found}
+        used = {g.path: g.format or "read with its series" for found in matched.by_key.values() for g in found}
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(used.values()).items()))
         others = len(matched.unmatched) - len(matched.complaints) - len(matched.unused)
         self._console.print(
             f"masks   {numbered(len(used), 'segmentation')} of {len(matched.by_key)} series ({kinds or 'none'})"
-            + (f"; {numbered(others, 'other file')} beside them" if others else "")
+            + (f"; {numbered(others, 'other file')} skipped" if others else "")
         )
         super().matched(matched)
 
@@ -153,7 +153,7 @@ class Monitor(Complaints):
     def finished(self, result: SeriesResult) -> None:
         super().finished(result)
         if result.status in ("ok", "fixed") and (notes := result.irregularities + result.warnings):
-            self._line(result, "; ".join(notes))
+            self._print(result, "; ".join(notes))
         if result.status in ("ok", "fixed"):
             self._slices += result.slices
         if self._task is not None:
@@ -175,15 +175,15 @@ def show_run(run: Run, out: str, seconds: float) -> None:
             )  # fmt: skip
     console = _console(stderr=False)
     console.print(table)
-    notes = f"{seconds:.1f} s; volumes and manifest in {printable(out)}" + _beside(run.passed_over)
+    notes = f"{seconds:.1f} s; volumes and manifest in {printable(out)}" + _passed_over(run.passed_over)
     if run.postponed:
-        notes += f"; {run.postponed} series left for later by --limit"
+        notes += f"; {run.postponed} series not converted because of --limit"
     if run.stopped:
-        notes += f"; {run.stopped} series not begun"
+        notes += f"; {run.stopped} series not started"
     if run.arranged is not None:
         training, others, apart = run.arranged
         notes += f"; for nnU-Net {numbered(training, 'training case')}, {others} in imagesTs"
-        notes += f" ({apart} series left out: by another recipe, or leaning)" if apart else ""
+        notes += f" ({apart} series left out: made by another recipe, or with leaning slices)" if apart else ""
     if without := len(run.unmatched) + len(run.unused):
         notes += f"; {numbered(without, 'segmentation')} without a series"
     if run.unreadable:
@@ -192,7 +192,7 @@ def show_run(run: Run, out: str, seconds: float) -> None:
 
 
 def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Sequence[tuple[str, str]] = ()) -> None:
-    """Print what is there and what would happen."""
+    """Print the series that a scan found, their irregularities, and what a conversion would do."""
     cohort, planned = scan.cohort, scan.planned
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("verdict", "series", "folder"):
@@ -223,8 +223,8 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Seq
             text = f"{o.codes[0]}: {plain_reason(o.reason)}"
             console.print(f"rejected  {o.series.label}  {text}", style=STYLES["rejected"])
         for g in o.segmentations:
-            told = f"unreadable: {g.error}" if g.error else f"{g.format} ({g.why}) with {_names(g.names)}"
-            console.print(f"masks     {o.series.label}  {printable(g.path)}: {told}", soft_wrap=True)
+            text = f"unreadable: {g.error}" if g.error else f"{g.format} ({g.why}) with {_names(g.names)}"
+            console.print(f"masks     {o.series.label}  {printable(g.path)}: {text}", soft_wrap=True)
         if o.segmentations and o.action == "convert":
             console.print(f"masks     {o.series.label}  used: {_names(o.structures)}", soft_wrap=True)
         for irregularity in o.audit.irregularities if o.audit and not o.reason else ():
@@ -237,14 +237,14 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Seq
     _show_unused(console, unused)
     sums = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
     console.print(
-        f"{len(cohort)} series: {sums or 'none'}; {total / 1e9:.2f} GB to write" + _beside(cohort.passed_over)
+        f"{len(cohort)} series: {sums or 'none'}; {total / 1e9:.2f} GB to write" + _passed_over(cohort.passed_over)
     )
     if scan.forecast.free_disk_bytes is not None:
         show_forecast(scan.forecast)
 
 
 def show_presets(presets: Mapping[str, Preset]) -> None:
-    """Print the recipes that have names."""
+    """Print the named recipes."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("recipe", no_wrap=True)
     table.add_column("for", overflow="fold")
@@ -255,7 +255,7 @@ def show_presets(presets: Mapping[str, Preset]) -> None:
 
 
 def show_glance(seen: Glance) -> None:
-    """Print what can be seen of one series; pictures where the terminal has colours."""
+    """Print the overview of one series; with three planes if the terminal has colours."""
     from gpuprep.report.montage import LETTERS, grid_lines, text_histogram
 
     console = _console(stderr=False)
@@ -269,8 +269,8 @@ def show_glance(seen: Glance) -> None:
             console.print(line, soft_wrap=True)
         for bands in (BANDS[:4], BANDS[4:]):
             shares = ((b, f"{seen.quality['bands'][b.name]:.1%}") for b in bands)
-            told = (f"{LETTERS[b.name]} {b.name:6} {share:>5} of {b.low_hu}…{b.high_hu}" for b, share in shares)
-            console.print("".join(f"{t:31}" for t in told).rstrip(), soft_wrap=True)
+            entries = (f"{LETTERS[b.name]} {b.name:6} {share:>5} of {b.low_hu}…{b.high_hu}" for b, share in shares)
+            console.print("".join(f"{entry:31}" for entry in entries).rstrip(), soft_wrap=True)
     if seen.planes is not None and console.is_terminal and console.color_system is not None:
         console.print()
         for row in _half_blocks(seen.planes, min(console.width - 1, seen.planes.shape[1])):
@@ -278,11 +278,11 @@ def show_glance(seen: Glance) -> None:
 
 
 def _half_blocks(pixels: NDArray[np.uint8], width: int) -> Iterator[Text]:
-    """Yield the lines of a picture, shape (rows, columns, 3): each character is two pixels, one above the other."""
+    """Yield the lines of a picture, shape (rows, columns, 3): each character shows two pixels, one above the other."""
     from PIL import Image
 
-    high = max(2, round(pixels.shape[0] * width / pixels.shape[1]) // 2 * 2)
-    small = np.asarray(Image.fromarray(pixels).resize((width, high), Image.Resampling.BOX))
+    height = max(2, round(pixels.shape[0] * width / pixels.shape[1]) // 2 * 2)
+    small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX))
     for upper, lower in zip(small[::2], small[1::2], strict=True):
         line = Text(no_wrap=True)
         for above, below in zip(upper.tolist(), lower.tolist(), strict=True):
@@ -291,7 +291,7 @@ def _half_blocks(pixels: NDArray[np.uint8], width: int) -> Iterator[Text]:
 
 
 def show_forecast(forecast: Forecast) -> None:
-    """Print what a run would take."""
+    """Print the disk space, memory and time that a run would need."""
     console = _console(stderr=False)
     disk = forecast.disk_bytes
     most = "" if disk is not None else "at most "
@@ -302,20 +302,21 @@ def show_forecast(forecast: Forecast) -> None:
         f"{sized(forecast.largest_bytes)} for the largest series"
     )
     if forecast.expected_s is not None and forecast.experience is not None:
-        told = numbered(forecast.experience.series, "conversion")
-        console.print(f"time    {_duration(forecast.expected_s)}, going by {told}")
+        conversions = numbered(forecast.experience.series, "conversion")
+        console.print(f"time    {_duration(forecast.expected_s)}, estimated from {conversions}")
     if forecast.misfit:
         console.print(f"does not fit: {forecast.misfit}", style="red")
 
 
 def show_status(status: Status, out: str) -> None:
-    """Print what an output folder holds and how far its runs are."""
+    """Print the contents of an output folder and the progress of its runs."""
     console = _console(stderr=False)
     for p in status.progress:
         shard = f"shard {p.shard.number}/{p.shard.count}, " if p.shard.name else ""
         rate = f", {p.series_per_s:.3g} series/s" if p.series_per_s is not None else ""
         left = f", {_duration(p.left_s)} left" if p.left_s is not None else ""
-        last = "" if p.state == "running" else "last run "  # which may have been a shard, of all that is counted below
+        # The counts below are of all shards; this line may be of one.
+        last = "" if p.state == "running" else "last run "
         console.print(
             f"{last}{p.state}: {shard}{p.done} of {p.run.todo} series done{rate}{left} "
             f"({p.run.skipped} skipped; since {p.run.started} on {p.run.host}, {p.run.device})",
@@ -332,20 +333,20 @@ def show_status(status: Status, out: str) -> None:
     if status.other_recipe:
         console.print(
             f"{numbered(status.other_recipe, 'output')} by another recipe than the last run's: convert their inputs "
-            f"with --recipe {printable(out)}/recipe.toml to make all alike; gpuprep manifest {printable(out)} has the "
-            "recipe_sha256 of each",
+            f"with --recipe {printable(out)}/recipe.toml to make all outputs alike; gpuprep manifest {printable(out)} "
+            "shows which they are in its column recipe_sha256",
             style="yellow",
             soft_wrap=True,
         )
 
 
-class Counting:
-    """A bar that counts, for work of unknown length."""
+class CountingBar:
+    """Progress display with a counter, for work of unknown length."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, label: str) -> None:
         console = _console(stderr=True)
         self._progress = Progress(
-            TextColumn(what), MofNCompleteColumn(), console=console, disable=not console.is_terminal
+            TextColumn(label), MofNCompleteColumn(), console=console, disable=not console.is_terminal
         )
         self._task = self._progress.add_task("", total=None)
         self.count = 0
@@ -364,7 +365,7 @@ class Counting:
 
 
 def show_damage(findings: Sequence[Damage], outputs: int) -> None:
-    """Print what was found about the files of an output folder."""
+    """Print the findings about the files of an output folder."""
     console = _console(stderr=False)
     for f in findings:
         style = "red" if f.kind in ("missing", "torn") else "yellow"
@@ -374,7 +375,7 @@ def show_damage(findings: Sequence[Damage], outputs: int) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """Return a time as people say it."""
+    """Return a duration as text in s, min or h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -393,8 +394,8 @@ def show_findings(findings: Iterable[Finding]) -> None:
     _console(stderr=False).print(table)
 
 
-def say(text: str) -> None:
-    """Print a line of result."""
+def print_line(text: str) -> None:
+    """Print one line to standard output."""
     _console(stderr=False).print(printable(text), soft_wrap=True)
 
 
@@ -409,14 +410,14 @@ def _show_unmatched(console: Console, unmatched: Iterable[tuple[str, str]]) -> N
 
 
 def _show_unused(console: Console, unused: Sequence[tuple[str, str]]) -> None:
-    _show_unmatched(console, unused[:UNUSED_NAMED])
-    if len(unused) > UNUSED_NAMED:
-        more = f"{len(unused) - UNUSED_NAMED} more: a run lists them in the table segmentations of manifest.sqlite"
+    _show_unmatched(console, unused[:MAX_UNUSED_LINES])
+    if len(unused) > MAX_UNUSED_LINES:
+        more = f"{len(unused) - MAX_UNUSED_LINES} more: a run lists all in the table segmentations of manifest.sqlite"
         console.print(f"unmatched  {more}", style="yellow", soft_wrap=True)
 
 
-def _beside(passed_over: Mapping[str, int]) -> str:
-    """Say what was passed over, by kind."""
+def _passed_over(passed_over: Mapping[str, int]) -> str:
+    """Return a phrase with the number of other files by kind; "" if there are none."""
     if not passed_over:
         return ""
     kinds = ", ".join(f"{n} {kind}" for kind, n in passed_over.items())
@@ -424,6 +425,5 @@ def _beside(passed_over: Mapping[str, int]) -> str:
 
 
 def _names(names: Iterable[str]) -> str:
-    """Return the first names of structures."""
-    shown = [printable(name) for name in names]
-    return first_few(shown, 8) or "nothing"
+    """Return the first few names of structures as text."""
+    return first_few([printable(name) for name in names], 8) or "nothing"

@@ -1,4 +1,4 @@
-"""Runs a conversion for a command: shows its progress, writes its log, and leaves with its exit code."""
+"""Runs a conversion for a command: shows its progress, writes its log, and exits with its exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import typer
 
-from gpuprep.cli.exit_codes import INTERRUPTED, complain, print_json
+from gpuprep.cli.exit_codes import INTERRUPTED, print_error, print_json
 from gpuprep.executors.signals import Stop, held_back
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ def run_conversion(
     json_: bool,
     report: bool = False,
 ) -> None:
-    """Convert, show what happens as was asked for, and leave with the exit code."""
+    """Convert, print or log progress as the flags ask for, and exit with the exit code of the run."""
     with held_back():
-        from gpuprep.cli.console import Complaints, Monitor, say, show_recipe, show_run
-        from gpuprep.cli.run_log import Journal, Together
+        from gpuprep.cli.console import Monitor, ProblemPrinter, print_line, show_recipe, show_run
+        from gpuprep.cli.run_log import EventLog, Listeners
         from gpuprep.compute.backend import get_backend
         from gpuprep.pipeline.cohort import run_cohort
         from gpuprep.pipeline.events import Listener
@@ -48,14 +48,14 @@ def run_conversion(
         options = replace(options, backend=cast("BackendName", chosen.name))
         device = chosen.device
     else:
-        device = f"whatever the workers of {options.scheduler} have"
-    monitor: Any = nullcontext(Complaints() if quiet else Listener())
+        device = f"chosen by each worker of {options.scheduler}"
+    monitor: Any = nullcontext(ProblemPrinter() if quiet else Listener())
     if not (quiet or json_):
         show_recipe(options.recipe, device, options.engine)
         monitor = Monitor()
-    journal: Any = nullcontext(Listener()) if log is None else Journal.appending(log, log_format)
-    with monitor as shown, journal as written:
-        run = run_cohort(paths, out, options, Together(shown, written), stop)
+    event_log: Any = nullcontext(Listener()) if log is None else EventLog.appending(log, log_format)
+    with monitor as console_listener, event_log as log_listener:
+        run = run_cohort(paths, out, options, Listeners(console_listener, log_listener), stop)
     page = write_report(out) if report else None
     if json_:
         print_json(
@@ -75,10 +75,10 @@ def run_conversion(
     elif not quiet:
         show_run(run, out, time.perf_counter() - started)
         if page is not None:
-            say(f"report in {page}")
+            print_line(f"report in {page}")
     if run.exit_code == 3:
-        what = "no CT series" if options.recipe.image else "no segmentation of a CT series"
-        complain(f"{what} under {', '.join(paths)}")
+        missing = "no CT series" if options.recipe.image else "no segmentation of a CT series"
+        print_error(f"{missing} under {', '.join(paths)}")
     if run.stopped is not None:
-        complain(INTERRUPTED)
+        print_error(INTERRUPTED)
     raise typer.Exit(run.exit_code)

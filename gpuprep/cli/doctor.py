@@ -1,4 +1,4 @@
-"""Examines this machine: which backends and decoders work, and what to install for the others."""
+"""Reports which backends and decoders work on this machine, and what to install for the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.8.1",  # Deflated Image Frame Compression
     "1.2.840.10008.1.2.1.98",  # Encapsulated Uncompressed
 )
-"""Encodings that CT is found in."""
+"""Compressed transfer syntaxes in which CT occurs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,11 @@ class Finding:
     name: str
     ok: bool
     detail: str
-    """What was found, or what is missing and what to install."""
+    """Version, device or decoders; or what is missing and what to install."""
 
 
 def examine() -> list[Finding]:
-    """Return the state of backends, decoders and versions."""
+    """Return findings about backends, decoders, formats and versions."""
     findings = [Finding("backend", "cpu", True, f"NumPy, SciPy and scikit-image on {usable_cores()} cores")]
     findings.append(_loops())
     try:
@@ -58,12 +58,12 @@ def examine() -> list[Finding]:
         findings.append(Finding("backend", "gpu", False, str(exc)))
     for syntax in COMPRESSED_SYNTAXES:
         decoders = available_decoders(syntax)
-        detail = ", ".join(decoders) or "no decoder: reinstall gpuprep, whose dependencies bring one"
+        detail = ", ".join(decoders) or "no decoder: reinstall gpuprep with its dependencies"
         findings.append(Finding("decoder", syntax_name(syntax), bool(decoders), detail))
     for format_ in LIBRARIES:
         try:
             Recipe.from_dict({"format": format_}).check_installed()
-            findings.append(Finding("format", format_, True, "what writes it is installed"))
+            findings.append(Finding("format", format_, True, "its packages are installed"))
         except RecipeError as exc:
             findings.append(Finding("format", format_, False, str(exc)))
     for package, version in versions(gpu=True).items():
@@ -74,16 +74,16 @@ def examine() -> list[Finding]:
 
 
 def _loops() -> Finding:
-    """Return whether the loops that make the CPU twice as fast can be compiled."""
+    """Return whether Numba can compile the CPU loops, which are twice as fast as the alternative."""
     if not numba_works():
-        why = (
+        reason = (
             "NUMBA_DISABLE_JIT is set" if find_spec("numba") else "Numba is not installed: pip install 'gpuprep[fast]'"
         )
-        return Finding("backend", "cpu loops", False, f"{why}; without them the CPU takes twice as long")
+        return Finding("backend", "cpu loops", False, f"{reason}; without compiled loops, the CPU takes twice as long")
     try:
         loops = imported_loops()
     except BackendError as exc:
         return Finding("backend", "cpu loops", False, str(exc))
     if loops.unkept.is_set():
-        return Finding("backend", "cpu loops", True, f"compiled by Numba, in every run anew: {loops.why_unkept()}")
+        return Finding("backend", "cpu loops", True, f"compiled by Numba again in each run: {loops.why_unkept()}")
     return Finding("backend", "cpu loops", True, "compiled by Numba")

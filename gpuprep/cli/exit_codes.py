@@ -1,4 +1,4 @@
-"""Turns errors into one line and an exit code, and prints results to standard output."""
+"""Turns errors into one line and an exit code, and prints results as JSON or CSV to standard output."""
 
 from __future__ import annotations
 
@@ -20,73 +20,73 @@ from gpuprep.executors.signals import Stop
 
 @contextmanager
 def errors_to_exit_codes() -> Iterator[Stop]:
-    """Turn errors into one clear line and an exit code; Ctrl-C and SIGTERM utter the wish to stop that is given."""
-    stop = Stop(_tell_of_stopping)
+    """Turn errors into one line and an exit code; SIGINT and SIGTERM request a graceful stop by the yielded `Stop`."""
+    stop = Stop(_announce_stop)
     signal.signal(signal.SIGINT, stop.interrupt)
     signal.signal(signal.SIGTERM, stop.interrupt)
     try:
-        _check_folder()
+        _check_current_folder()
         yield stop
     except GpuprepError as exc:
-        complain(str(exc))
+        print_error(str(exc))
         raise typer.Exit(exc.exit_code) from exc
     except OSError as exc:
-        complain(str(exc))
+        print_error(str(exc))
         raise typer.Exit(1) from exc
     except KeyboardInterrupt as exc:
-        complain(INTERRUPTED)
+        print_error(INTERRUPTED)
         raise typer.Exit(130) from exc
 
 
-INTERRUPTED = "interrupted; what is finished stays, and the same command goes on from there"
+INTERRUPTED = "interrupted; completed outputs are kept: run the same command again to continue"
 
 
-def _tell_of_stopping() -> None:
-    # Not by print, which the signal may have come in the middle of.
+def _announce_stop() -> None:
+    # Not by print, which the signal may have interrupted.
     with suppress(OSError):
-        os.write(2, b"gpuprep: finishing what is in flight; once more stops now\n")
+        os.write(2, b"gpuprep: finishing the series in flight; interrupt again to stop at once\n")
 
 
-def _check_folder() -> None:
+def _check_current_folder() -> None:
     try:
         os.getcwd()
     except OSError as exc:
-        raise RequestError("the current folder no longer exists: go to another one") from exc
+        raise RequestError("the current folder no longer exists: change to another one") from exc
 
 
-def complain(text: str) -> None:
-    """Print one line of error; by itself, so that it works in the middle of an import."""
-    with suppress(OSError):  # where nobody listens, the exit code has to do
+def print_error(text: str) -> None:
+    """Print one line to standard error, without other modules, so that it works during an interrupted import."""
+    with suppress(OSError):  # if standard error is closed, the exit code has to suffice
         print(f"gpuprep: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 @contextmanager
-def readers_may_leave() -> Iterator[None]:
-    """Have it be no error if whoever reads standard output has seen enough."""
-    from gpuprep.cli.console import mute
+def ignore_closed_pipe() -> Iterator[None]:
+    """Ignore it if the reader of standard output closes its pipe."""
+    from gpuprep.cli.console import discard_output
 
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        mute(sys.stdout)
+        discard_output(sys.stdout)
 
 
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
-    with readers_may_leave():
+    with ignore_closed_pipe():
         print(json.dumps(value, indent=1))  # noqa: T201
 
 
 def print_csv(rows: list[dict[str, Any]]) -> None:
-    """Print dicts as lines of a table; what they hold within becomes columns of its own, and lists JSON."""
+    """Print dicts as rows of CSV; each field of the audit becomes a column, and lists become JSON."""
     import csv
 
     flat = [
         {k: v for k, v in row.items() if k != "audit"} | {f"audit_{k}": v for k, v in (row["audit"] or {}).items()}
         for row in rows
     ]
-    with readers_may_leave():
+    with ignore_closed_pipe():
         writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(k for row in flat for k in row)))
         writer.writeheader()
         for row in flat:
@@ -94,7 +94,7 @@ def print_csv(rows: list[dict[str, Any]]) -> None:
 
 
 def header_index(given: str | None) -> Path | None:
-    """Return where headers are kept between scans; None where that is not wanted."""
+    """Return the file of the header cache for the value of ``--index``; None for no cache."""
     if given == "none":
         return None
     if given is not None:

@@ -1,4 +1,4 @@
-"""Defines the commands that only look: `recipes`, and `show` for one series."""
+"""Defines the commands that only read: `recipes`, and `show` for one series."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gpuprep.cli.exit_codes import errors_to_exit_codes, print_json
-from gpuprep.cli.options import STACKING_FLAGS, preset_names, some, takes
+from gpuprep.cli.options import STACKING_FLAGS, add_flags, preset_names, select
 from gpuprep.errors import RequestError
 from gpuprep.executors.signals import held_back
 
@@ -18,11 +18,11 @@ from gpuprep.executors.signals import held_back
 def recipes(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="Print this one as TOML.", autocompletion=preset_names),
+        typer.Argument(metavar="NAME", help="Print this recipe as TOML.", autocompletion=preset_names),
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipe files.")] = False,
 ) -> None:
-    """List recipes that have names; print one, to start a file from; or the schema by which editors check files."""
+    """List the named recipes, print one as the start of a recipe file, or print the JSON Schema for editors."""
     with errors_to_exit_codes():
         with held_back():
             from gpuprep.cli.console import show_presets
@@ -30,7 +30,7 @@ def recipes(
             from gpuprep.core.recipe_schema import recipe_schema
 
         if schema and name is not None:
-            raise RequestError("--schema is that of every recipe: give it alone, or a name")
+            raise RequestError("--schema is the same for all recipes: give either --schema or a name")
         if schema:
             print_json(recipe_schema())
         elif name is None:
@@ -40,21 +40,23 @@ def recipes(
             sys.stdout.write(PRESETS[name].to_toml())
 
 
-@takes(some(STACKING_FLAGS, "group_by"))
+@add_flags(select(STACKING_FLAGS, "group_by"))
 def show(
     series: Annotated[
-        str, typer.Argument(metavar="SERIES", help="DICOM of one series, or the folder of a finished output.")
+        str, typer.Argument(metavar="SERIES", help="DICOM files of one series, or the folder of a finished output.")
     ],
-    series_uid: Annotated[str | None, typer.Option(metavar="UID", help="This one, where there are several.")] = None,
+    series_uid: Annotated[
+        str | None, typer.Option(metavar="UID", help="Series Instance UID of the series, if there are several.")
+    ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a montage of slices and the histogram, as PNG.")
+        Path | None, typer.Option(metavar="FILE", help="Write a montage of slices and the histogram to a PNG file.")
     ] = None,
     **flags: Any,
 ) -> None:
-    """Look at one series: verdict, grid, HU, a histogram with the bands of tissues, and three planes."""
+    """Show one series: verdict, grid, HU range, a histogram with bands of tissues, and three planes."""
     with errors_to_exit_codes():
         with held_back():
-            from gpuprep.cli.console import say, show_glance
+            from gpuprep.cli.console import print_line, show_glance
             from gpuprep.report.inspect_series import glance
             from gpuprep.report.montage import montage
 
@@ -65,8 +67,8 @@ def show(
                 montage(seen).save(png, "PNG", optimize=True)
             except OSError as exc:
                 raise RequestError(f"cannot write {png}: {exc.strerror}") from exc
-            say(f"{png} has {len(seen.slices)} slices and the histogram")
+            print_line(f"{png} has {len(seen.slices)} slices and the histogram")
         raise typer.Exit(1 if seen.verdict == "rejected" else 0)
 
 
-LOOKING: tuple[Callable[..., None], ...] = (recipes, show)
+INSPECT_COMMANDS: tuple[Callable[..., None], ...] = (recipes, show)

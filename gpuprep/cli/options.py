@@ -1,6 +1,6 @@
-"""Declares the flags of the command line: each stands once, under the name of what it sets.
+"""Declares the flags of the command line, each once, under the name of the field that it sets.
 
-A command takes whole tables of them, or some of a table, with `takes`; they reach it as keyword arguments.
+A command takes whole tables of flags, or a selection, with `add_flags`, and receives them as keyword arguments.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ RUN = "Run"
 
 Paths = Annotated[
     list[str],
-    typer.Argument(metavar="DICOM_DIR...", help="Folders, searched to any depth, or single files; or their URLs."),
+    typer.Argument(metavar="DICOM_DIR...", help="Folders, which are searched recursively, or files; paths or URLs."),
 ]
 
 
 def preset_names(begun: str) -> Iterator[tuple[str, str]]:
-    """Yield the presets that begin so, each with its reason, for the shell to complete."""
-    from gpuprep.core.recipe import PRESETS  # not by `--help`
+    """Yield names and descriptions of the presets that begin with a text, for shell completion."""
+    from gpuprep.core.recipe import PRESETS  # late, because it imports NumPy
 
     return ((name, preset.why) for name, preset in PRESETS.items() if name.startswith(begun))
 
@@ -33,152 +33,179 @@ def preset_names(begun: str) -> Iterator[tuple[str, str]]:
 RecipeOption = Annotated[
     str,
     typer.Option(
-        "--recipe", metavar="NAME|FILE", help="A preset (see gpuprep recipes) or a TOML file; flags override it.",
+        "--recipe", metavar="NAME|FILE", help="Preset (see gpuprep recipes) or TOML file; flags override its values.",
         rich_help_panel=RECIPE, autocompletion=preset_names,
     ),
 ]  # fmt: skip
 Out = Annotated[
-    str, typer.Option("--out", "-o", metavar="OUT", help="Where volumes and the manifest go; a path or URL.")
+    str, typer.Option("--out", "-o", metavar="OUT", help="Output folder for volumes and manifest; a path or URL.")
 ]
 
 
 class Flag(NamedTuple):
-    """One flag: what typer is told of it, and what it is if it is not given."""
+    """Declaration of a flag for typer, and its default."""
 
     annotation: Any
     default: Any
 
 
-def _flag(kind: Any, panel: str, *names: str, default: Any = None, **about: Any) -> Flag:
-    return Flag(cast(Any, Annotated)[kind, typer.Option(*names, rich_help_panel=panel, **about)], default)
+def _flag(type_: Any, panel: str, *names: str, default: Any = None, **options: Any) -> Flag:
+    return Flag(cast(Any, Annotated)[type_, typer.Option(*names, rich_help_panel=panel, **options)], default)
 
 
 RECIPE_FLAGS: dict[str, Flag] = {
     "spacing_mm": _flag(
-        str | None, RECIPE, "--spacing", metavar="MM", help="Target spacing: one number, or z,y,x in mm, or none [1]."
+        str | None,
+        RECIPE,
+        "--spacing",
+        metavar="MM",
+        help="Target voxel spacing in mm: one number, or slices,rows,columns; none: keep the source spacing [1].",
     ),
     "order": _flag(
-        int | None, RECIPE, "--order", metavar="N", help="Spline order, 0 to 5: 0 nearest, 1 linear, 3 cubic [3]."
+        int | None,
+        RECIPE,
+        "--order",
+        metavar="N",
+        help="Spline order of the resampling, 0 to 5: 0 nearest, 1 linear, 3 cubic [3].",
     ),
     "anti_alias": _flag(
         Literal["none", "resample", "resize", "both"] | None,
         RECIPE,
         "--anti-alias",
-        help="Steps that blur an axis before shrinking it \\[none].",
+        help="Blur an axis before it shrinks: in resampling to the spacing, in resizing of slices, or both \\[none].",
     ),
     "window_hu": _flag(
         str | None,
         RECIPE,
         "--window",
         metavar="LOW,HIGH",
-        help="Clip to these HU and scale to 0…1, or none: keep HU [-1000,400].",
+        help="Window in HU: values are clipped to it and scaled to 0…1; none: keep HU [-1000,400].",
     ),
     "size": _flag(
-        str | None, RECIPE, "--size", metavar="N", help="Slice size: one number, or rows,columns, or none [512]."
+        str | None,
+        RECIPE,
+        "--size",
+        metavar="N",
+        help="Slice size in pixels: one number, or rows,columns; none: keep the resampled size [512].",
     ),
     "fit": _flag(
         Literal["stretch", "pad", "crop"] | None,
         RECIPE,
         "--fit",
-        help="How a slice gets that size: interpolate; air around it; cut about the centre \\[stretch].",
+        help="Resize slices by interpolation (stretch), add air around them (pad) or cut around the centre (crop) "
+        "\\[stretch].",
     ),
     "dtype": _flag(
         Literal["float32", "uint8", "uint16", "int16"] | None,
         RECIPE,
         "--dtype",
-        help="Output type; int16 holds HU, unscaled \\[float32].",
+        help="Output type; int16 holds HU, without scaling \\[float32].",
     ),
     "format": _flag(
         Literal["tif", "tif-stack", "nifti", "zarr", "npy"] | None,
         RECIPE,
         "--format",
-        help="One .tif per slice, one ImageJ stack, NIfTI, OME-Zarr or NumPy \\[tif].",
+        help="Output format: one TIFF per slice, one TIFF stack for ImageJ, NIfTI, OME-Zarr or NumPy \\[tif].",
     ),
     "compression": _flag(
         Literal["none", "zlib", "zstd"] | None,
         RECIPE,
         "--compression",
-        help="Lossless; with nifti zlib makes .nii.gz \\[none].",
+        help="Lossless compression; nifti with zlib is .nii.gz \\[none].",
     ),
 }
-"""By the fields of `Recipe`."""
+"""Flags by the field of `Recipe` that they set."""
 
 STACKING_FLAGS: dict[str, Flag] = {
     "group_by": _flag(
         Literal["uid", "folder"] | None,
         STACKING,
         "--group-by",
-        help="Images of one Series Instance UID form a series; or those of one folder, where each file has a UID of "
-        "its own, or none \\[uid].",
+        help="Images with one Series Instance UID form a series; or all images of a folder, for files with a different "
+        "UID each, or none \\[uid].",
     ),
     "policy": _flag(
         Literal["fix", "strict", "keep"] | None,
         STACKING,
         "--policy",
-        help="Irregular series: fix puts right what can be put right truthfully, strict rejects them, keep stacks them "
-        "as they are; all say so \\[fix].",
+        help="Irregular series: fix corrects what can be corrected truthfully, strict rejects them, keep stacks slices "
+        "as they are. The irregularity is always recorded \\[fix].",
     ),
     "orient": _flag(
         Literal["native", "LPS"] | None,
         STACKING,
         "--orient",
-        help="Axes as acquired, or turned to the nearest axial ones \\[native].",
+        help="Axes as acquired, or reordered and flipped to the nearest axial orientation (LPS) \\[native].",
     ),
     "spacing_tolerance": _flag(
         float | None,
         STACKING,
         "--spacing-tolerance",
         metavar="SHARE",
-        help="Slice distances may differ from their median by this share [0.01] …",
+        help="Tolerated difference of slice distances from their median, as a share of it [0.01] …",
     ),
     "position_tolerance_mm": _flag(
-        float | None, STACKING, "--position-tolerance-mm", metavar="MM", help="… or by this, whichever is more [0.02]."
+        float | None,
+        STACKING,
+        "--position-tolerance-mm",
+        metavar="MM",
+        help="… or in mm; the larger tolerance applies [0.02].",
     ),
     "lean_tolerance_mm": _flag(
         float | None,
         STACKING,
         "--lean-tolerance-mm",
         metavar="MM",
-        help="Slices may lie this far beside the normal; more is tilt [0.1].",
+        help="Tolerated sideways offset of slices from the slice normal; a larger one is a tilt [0.1].",
     ),
     "max_missing": _flag(
-        int | None, STACKING, "--max-missing", metavar="N", help="Missing slices in a row that are still filled [3]."
+        int | None,
+        STACKING,
+        "--max-missing",
+        metavar="N",
+        help="Maximum number of consecutive missing slices that are interpolated [3].",
     ),
     "max_missing_share": _flag(
         float | None,
         STACKING,
         "--max-missing-share",
         metavar="SHARE",
-        help="Share of all slices that may be missing [0.1].",
+        help="Maximum share of missing slices among all slices of a series [0.1].",
     ),
     "assume_hu": _flag(
         bool | None,
         STACKING,
         "--assume-hu",
-        help="Take values as HU although Rescale Type is another, or no rescale is given.",
+        help="Treat values as HU even if Rescale Type is not HU, or there is no rescale.",
     ),
 }
-"""By the fields of `Recipe` that say how slices are stacked."""
+"""Flags by the field of `Recipe` that they set: rules for stacking slices."""
 
 MASK_FLAGS: dict[str, Flag] = {
-    "mask_roi": _flag(str | None, MASKS, "--roi", metavar="REGEX", help="Only structures whose name matches."),
+    "mask_roi": _flag(
+        str | None, MASKS, "--roi", metavar="REGEX", help="Use only structures whose name matches; case is ignored."
+    ),
     "mask_layout": _flag(
         Literal["labels", "per-roi"] | None,
         MASKS,
         "--mask-layout",
-        help="One volume of labels, or one of 0 and 1 per structure \\[labels].",
+        help="One label volume for all structures, or one volume of 0 and 1 for each \\[labels].",
     ),
     "mask_resampling": _flag(
         Literal["nearest", "smooth"] | None,
         MASKS,
         "--mask-resampling",
-        help="The label of the nearest voxel, or the one that most of the eight voxels around have \\[nearest].",
+        help="Label of the nearest voxel, or the label with the largest weight among the eight voxels around "
+        "\\[nearest].",
     ),
     "mask_text_format": _flag(
-        str | None, MASKS, "--text-format", metavar="NAME", help="Format of text files, where they leave it open."
+        str | None, MASKS, "--text-format", metavar="NAME", help="Format of text files that could have several."
     ),
     "mask_units": _flag(
-        Literal["px", "mm", "cm"] | None, MASKS, "--units", help="Unit of coordinates, where text files leave it open."
+        Literal["px", "mm", "cm"] | None,
+        MASKS,
+        "--units",
+        help="Unit of coordinates in text files that do not state it.",
     ),
     "mask_index_base": _flag(
         int | None,
@@ -187,7 +214,7 @@ MASK_FLAGS: dict[str, Flag] = {
         min=0,
         max=1,
         metavar="0|1",
-        help="Number of the first slice, where text files leave it open.",
+        help="Number of the first slice in text files that do not state it.",
     ),
     "mask_pixel_base": _flag(
         int | None,
@@ -196,29 +223,29 @@ MASK_FLAGS: dict[str, Flag] = {
         min=0,
         max=1,
         metavar="0|1",
-        help="Coordinate of the centre of the first pixel [0].",
+        help="Coordinate of the centre of the first pixel in text files [0].",
     ),
     "mask_slice_from": _flag(
         Literal["name", "column", "z", "uid"] | None,
         MASKS,
         "--slice-from",
-        help="Where a text file says the slice of a contour.",
+        help="Source of the slice of a contour in text files: file name, column of numbers, z, or column of UIDs.",
     ),
     "mask_slice_order": _flag(
         Literal["stack", "instance"] | None,
         MASKS,
         "--slice-order",
-        help="What slice numbers count: slices along the normal, or Instance Number.",
+        help="Meaning of slice numbers: position along the slice normal, or Instance Number.",
     ),
     "mask_threshold": _flag(
         float | None,
         MASKS,
         "--seg-threshold",
         metavar="SHARE",
-        help="Share from which a voxel of a fractional SEG belongs to its segment [0.5].",
+        help="Minimum fraction for a voxel of a fractional SEG to count [0.5].",
     ),
 }
-"""By the fields of `Masks`, with ``mask_`` before each."""
+"""Flags by the field of `Masks` that they set, with the prefix ``mask_``."""
 
 RUN_FLAGS: dict[str, Flag] = {
     "backend": _flag(
@@ -226,99 +253,116 @@ RUN_FLAGS: dict[str, Flag] = {
         RUN,
         "--backend",
         default="auto",
-        help="auto takes a GPU that works; gpu never falls back.",
+        help="auto uses a GPU if one works; gpu never falls back to the CPU.",
     ),
     "engine": _flag(
         Literal["operators", "ndimage"],
         RUN,
         "--engine",
         default="operators",
-        help="Banded matrices, or the literal SciPy/CuPy and scikit-image/cuCIM calls.",
+        help="Resample by banded matrices, or by the library calls of SciPy/CuPy and scikit-image/cuCIM.",
     ),
     "jobs": _flag(
         int | None,
         RUN,
         "--jobs",
         min=1,
-        help="Series at a time, a worker process each (default: one per core; on GPUs as their memory allows).",
+        help="Number of worker processes, each for one series at a time (default: one per core; on GPUs as many as "
+        "fit into their memory).",
     ),
-    "gpus": _flag(str | None, RUN, "--gpus", metavar="0,1,…", help="GPUs to use; a worker sees one of them [all]."),
+    "gpus": _flag(str | None, RUN, "--gpus", metavar="0,1,…", help="GPUs to use; each worker uses one \\[all]."),
     "memory_share": _flag(
         float | None,
         RUN,
         "--memory-share",
         metavar="SHARE",
-        help="Share of the free memory that series in flight may take together [0.8].",
+        help="Share of the free memory that all series in flight may use together [0.8].",
     ),
-    "limit_s": _flag(float | None, RUN, "--time-limit", metavar="S", help="Seconds after which a series is given up."),
+    "limit_s": _flag(
+        float | None, RUN, "--time-limit", metavar="S", help="Time limit in seconds; a series that takes longer fails."
+    ),
     "shard": _flag(
         str | None,
         RUN,
         "--shard",
         metavar="I/N",
-        help="Convert one of N equal shares, beside others; then gpuprep merge OUT.",
+        help="Convert only share I of N of the cohort; other runs may convert the others at the same time. Afterwards, "
+        "run gpuprep merge OUT.",
     ),
     "layout": _flag(
         Literal["folders", "nnunet"],
         RUN,
         "--layout",
         default="folders",
-        help="A folder per series; nnunet: also the folders that nnU-Net v2 trains on, made of links.",
+        help="A folder for each series; nnunet: also imagesTr, labelsTr and imagesTs for nnU-Net v2, made of links.",
     ),
     "names": _flag(
         Literal["source", "hash"],
         RUN,
         "--names",
         default="source",
-        help="source: folders named as in the input; hash: keyed hashes, and no UID, path or text in OUT.",
+        help="Names of output folders: as in the input, or keyed hashes; hash also keeps UIDs, paths and texts out of "
+        "OUT.",
     ),
     "key": _flag(
         Path | None,
         RUN,
         "--key",
         metavar="FILE",
-        help="The key of --names hash, made if need be; FILE.crosswalk.csv says who is who.",
+        help="Key file for --names hash, created if it does not exist; FILE.crosswalk.csv maps hashes to originals.",
     ),
     "scheduler": _flag(
-        str | None, RUN, "--scheduler", metavar="ADDRESS|local", help="Have the workers of a Dask scheduler convert."
+        str | None,
+        RUN,
+        "--scheduler",
+        metavar="ADDRESS|local",
+        help="Convert on the workers of a Dask scheduler; local: start Dask workers on this machine.",
     ),
-    "limit": _flag(int | None, RUN, "--limit", min=1, help="Convert at most so many series now."),
+    "limit": _flag(int | None, RUN, "--limit", min=1, help="Convert at most this many series in this run."),
     "no_room_check": _flag(
-        bool, RUN, "--no-room-check", default=False, help="Begin even if the disk seems too small for all outputs."
+        bool, RUN, "--no-room-check", default=False, help="Start even if the disk seems too small for all outputs."
     ),
     "index": _flag(
         str | None,
         RUN,
         "--index",
         metavar="FILE|none",
-        help="Where headers are kept, so that unchanged files are not read again [~/.cache/gpuprep/headers.sqlite].",
+        help="Cache of DICOM headers, so that unchanged files are not read again; none: no cache "
+        "[~/.cache/gpuprep/headers.sqlite].",
     ),
 }
-"""By the fields of `ConvertOptions`, but for ``key``, which goes with ``names``, and ``no_room_check``."""
+"""Flags by the field of `ConvertOptions` that they set. ``key`` belongs to ``names``; ``no_room_check`` sets
+``room_check`` to False."""
 
 OUTPUT_FLAGS: dict[str, Flag] = {
     "log": _flag(
-        Path | None, RUN, "--log", metavar="FILE", help="Append what happens to a file; no names, paths or texts."
+        Path | None,
+        RUN,
+        "--log",
+        metavar="FILE",
+        help="Append the events of the run to a log file, without file names, paths and messages.",
     ),
     "log_format": _flag(
-        Literal["text", "json"], RUN, "--log-format", default="text", help="Form of the lines in the log."
+        Literal["text", "json"], RUN, "--log-format", default="text", help="Format of the lines in the log."
     ),
-    "report": _flag(bool, RUN, "--report", default=False, help="Write OUT/report.html afterwards: gpuprep report."),
+    "report": _flag(
+        bool, RUN, "--report", default=False, help="Write OUT/report.html after the run, as gpuprep report does."
+    ),
     "quiet": _flag(
-        bool, RUN, "--quiet", "-q", default=False, help="Print only the series that are left out, and errors."
+        bool, RUN, "--quiet", "-q", default=False, help="Print only rejected and failed series, and errors."
     ),
     "json_": _flag(bool, RUN, "--json", default=False, help="Print one JSON object instead of tables."),
 }
-"""What a person sees of a run."""
+"""Flags for the printed output, log and report of a run."""
 
 
-def some(flags: Mapping[str, Flag], *names: str) -> dict[str, Flag]:
-    """Return a few flags of a table."""
+def select(flags: Mapping[str, Flag], *names: str) -> dict[str, Flag]:
+    """Return the named flags of a table."""
     return {name: flags[name] for name in names}
 
 
-def takes(*tables: Mapping[str, Flag]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Have a command take the flags of some tables: they are added to its own parameters, before ``**flags``."""
+def add_flags(*tables: Mapping[str, Flag]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command so that it takes the flags of some tables in its keyword arguments ``**flags``."""
 
     def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)

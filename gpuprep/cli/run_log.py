@@ -1,6 +1,7 @@
 """Writes the log of a run: one line per event, as text or JSON, without names of patients.
 
-It has keys and numbers. Names of files and folders, and the texts of reasons, which repeat them, stay in the manifest.
+Lines have series keys and numbers. Names of files and folders, and messages, which contain them, are only in the
+manifest.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from gpuprep.pipeline.match_masks import Matched
 Format = Literal["text", "json"]
 
 
-class Journal(Listener):
-    """Writes what it hears to a file, each line at once."""
+class EventLog(Listener):
+    """Listener that writes events to a file, line by line."""
 
     def __init__(self, file: IO[str], format_: Format) -> None:
         self._file = file
@@ -31,12 +32,12 @@ class Journal(Listener):
     @classmethod
     @contextmanager
     def appending(cls, path: Path, format_: Format) -> Iterator[Self]:
-        """Open a file to append to.
+        """Open a log that appends to a file.
 
         Raises
         ------
         RequestError
-            If it cannot be written.
+            If the file cannot be written.
         """
         try:
             file = path.open("a", encoding="utf-8", buffering=1)
@@ -76,13 +77,13 @@ class Journal(Listener):
         if self._format == "json":
             line = json.dumps({"time": now(), "level": level, "event": event, **facts})
         else:
-            told = " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in facts.items())
-            line = f"{now()} {level:5} {event:9} {told}"
+            pairs = " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in facts.items())
+            line = f"{now()} {level:5} {event:9} {pairs}"
         self._file.write(line + "\n")
 
 
-class Together(Listener):
-    """Tells several listeners."""
+class Listeners(Listener):
+    """Listener that passes each event on to several others."""
 
     def __init__(self, *listeners: Listener) -> None:
         self._listeners = listeners

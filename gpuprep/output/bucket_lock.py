@@ -13,18 +13,19 @@ from typing import Any
 from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
-from gpuprep.output.paths import WORKSHOP
+from gpuprep.output.paths import WORK_FOLDER
 from gpuprep.output.records import now, this_host
 
 LEASE_S = 900.0
-"""A lock that was not renewed for so long was left behind."""
+"""Seconds without renewal after which a lock counts as abandoned."""
 
 
 class BucketLock:
-    """An object that says who is writing; one not renewed any more, or whose process is dead, counts for nothing.
+    """Lock object in the store: host, process ID and the times of its start and last renewal.
 
-    It is written first, on condition that there is none, and then those of others are looked at. So of two runs that
-    begin at the same time one sees the other, or both do, and none goes on.
+    A lock is ignored if it is no longer renewed, or if its process is known to be dead. A run first writes its own
+    lock, on condition that there is none, and then reads the locks of other runs. So of two runs that begin at the same
+    time, at least one sees the other and stops.
     """
 
     def __init__(self, url: str, shard: Shard) -> None:
@@ -34,116 +35,116 @@ class BucketLock:
         self._content = {
             "host": this_host(),
             "pid": os.getpid(),
-            "home": home_of_run(),
+            "home": process_namespace(),
             "since": now(),
             "token": uuid.uuid4().hex,
         }
 
-    def take(self) -> None:
-        """Take it.
+    def acquire(self) -> None:
+        """Acquire the lock.
 
         Raises
         ------
         RequestError
-            If another run has it, or one that must not be beside this one.
+            If another run holds this lock, or one that excludes it.
         OSError
-            If nothing can be written there.
+            If the store cannot be written.
         """
-        former = note_at(self.url)
-        if is_alive(former):  # not left to the condition, which some stores pass over
-            raise RequestError(self._taken(self.url, former))
+        former = read_lock(self.url)
+        if is_held(former):  # checked here too, because some stores ignore conditions
+            raise RequestError(self._held_message(self.url, former))
         if former is not None:
             filesystem.remove(self.url)
         with suppress(OSError):
             self._write(new=True)
-        there = note_at(self.url)
-        if there is None:  # the store knows no conditions, or nothing can be written at all
+        stored = read_lock(self.url)
+        if stored is None:  # the store has no conditional writes, or cannot be written; the latter raises here
             self._write()
-            there = note_at(self.url)
-        if not self._is_ours(there):
-            raise RequestError(self._taken(self.url, there))
-        for url in self._rivals():
-            if is_alive(other := note_at(url)):
+            stored = read_lock(self.url)
+        if not self._is_ours(stored):
+            raise RequestError(self._held_message(self.url, stored))
+        for url in self._excluding_locks():
+            if is_held(other := read_lock(url)):
                 self.release()
-                raise RequestError(self._taken(url, other))
+                raise RequestError(self._held_message(url, other))
 
     def renew(self) -> None:
-        """Say that the run goes on.
+        """Update the time of the last renewal.
 
         Raises
         ------
         OutputError
-            If somebody has taken the lock away, and may have written since.
+            If another run has taken the lock over, and may have written since, or if the lock was removed.
         """
-        if not self._is_ours(note_at(self.url)):
+        if not self._is_ours(read_lock(self.url)):
             raise OutputError(
-                f"{self._out} was taken over by another run, or its lock removed: the manifest of this run is not "
-                "put back; volumes that are complete will be recognised"
+                f"{self._out} was taken over by another run, or its lock was removed: the manifest of this run is not "
+                "uploaded; the next run recognises complete volumes"
             )
         self._write()
 
     def release(self) -> None:
-        """Let others in."""
+        """Remove the lock, if it is still ours."""
         with suppress(OSError):
-            if self._is_ours(note_at(self.url)):
+            if self._is_ours(read_lock(self.url)):
                 filesystem.remove(self.url)
 
     def _write(self, *, new: bool = False) -> None:
         filesystem.write_bytes(self.url, json.dumps(self._content | {"renewed": now()}).encode(), new=new)
 
-    def _is_ours(self, note: dict[str, Any] | None) -> bool:
-        return note is not None and note.get("token") == self._content["token"]
+    def _is_ours(self, lock: dict[str, Any] | None) -> bool:
+        return lock is not None and lock.get("token") == self._content["token"]
 
-    def _rivals(self) -> list[str]:
-        """Return the locks that must not be held beside this one: shards go together, and nothing else does."""
+    def _excluding_locks(self) -> list[str]:
+        """Return the URLs of other locks that exclude this one: only runs of different shards may go on together."""
         if self._shard != WHOLE:
             return [lock_url(self._out, WHOLE)]
-        found = filesystem.walk(f"{self._out}/{WORKSHOP}")
+        found = filesystem.walk(f"{self._out}/{WORK_FOLDER}")
         return [path for _, files in found for path, _ in files if path.endswith("/lock") and path != self.url]
 
-    def _taken(self, url: str, note: dict[str, Any] | None) -> str:
-        said = note or {}
+    def _held_message(self, url: str, lock: dict[str, Any] | None) -> str:
+        holder = lock or {}
         return (
-            f"another gpuprep is writing into {self._out}: process {said.get('pid')} on {said.get('host')}, since "
-            f"{said.get('since')}, last heard of at {said.get('renewed')}. Wait for it, or choose another --out; if it "
-            f"was killed, remove {url}, or wait {LEASE_S / 60:.0f} minutes from then"
+            f"another gpuprep is writing into {self._out}: process {holder.get('pid')} on {holder.get('host')}, since "
+            f"{holder.get('since')}, lock last renewed at {holder.get('renewed')}. Wait for it, or choose another "
+            f"--out; if it was killed, remove {url}, or wait until {LEASE_S / 60:.0f} minutes after the last renewal"
         )
 
 
 def lock_url(url: str, shard: Shard) -> str:
     """Return the URL of the lock of an output folder, or of a shard of it."""
-    return "/".join(part for part in (url, WORKSHOP, shard.name, "lock") if part)
+    return "/".join(part for part in (url, WORK_FOLDER, shard.name, "lock") if part)
 
 
-def note_at(url: str) -> dict[str, Any] | None:
-    """Return what a lock says; None where there is none."""
+def read_lock(url: str) -> dict[str, Any] | None:
+    """Return the content of a lock; None if there is no lock, {} if its content is no JSON object."""
     try:
-        note = json.loads(filesystem.read_bytes(url))
+        lock = json.loads(filesystem.read_bytes(url))
     except FileNotFoundError:
         return None
     except ValueError:
-        note = None
-    return note if isinstance(note, dict) else {}
+        lock = None
+    return lock if isinstance(lock, dict) else {}
 
 
-def is_alive(note: dict[str, Any] | None) -> bool:
-    """Whether a lock has been renewed of late, by a process that is not known to be dead."""
+def is_held(lock: dict[str, Any] | None) -> bool:
+    """Return whether a lock was renewed within `LEASE_S` by a process that is not known to be dead."""
     try:
-        if (note or {}).get("home") == home_of_run() != "":
-            os.kill((note or {})["pid"], 0)
+        if (lock or {}).get("home") == process_namespace() != "":
+            os.kill((lock or {})["pid"], 0)
     except ProcessLookupError:
         return False
-    except (OSError, KeyError, TypeError):  # not ours to ask about
+    except (OSError, KeyError, TypeError):  # another user's process, or a damaged lock
         pass
     try:
-        renewed = datetime.fromisoformat((note or {})["renewed"])
+        renewed = datetime.fromisoformat((lock or {})["renewed"])
         return (datetime.now(UTC) - renewed).total_seconds() < LEASE_S
     except (KeyError, ValueError, TypeError):
         return False
 
 
-def home_of_run() -> str:
-    """Return where a process number means the same: one start of a machine, and a container; "" if unknown."""
+def process_namespace() -> str:
+    """Return the boot ID and PID namespace in which a process ID is unique; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

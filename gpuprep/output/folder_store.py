@@ -1,9 +1,9 @@
 """Stores outputs in folders on disk that appear complete or not at all.
 
-A series is written into a folder of its own in the workshop (``OUT/.gpuprep``). Each file is on disk, and its checksum
-known, before ``volume.json`` lists them all; that is written last, and then the folder is renamed into place, in one
-step with the former one if there is any. What an interrupted run leaves in the workshop is swept by the next one, which
-a lock keeps from starting while another is at work.
+A series is written into a new folder inside the work folder (``OUT/.gpuprep``). Each file is flushed to disk and its
+checksum computed. Then ``volume.json``, which lists them all, is written, and the folder is renamed into place; a
+former output is exchanged for it in the same step. The next run removes what an interrupted run left in the work
+folder. A lock keeps two runs from writing at the same time.
 """
 
 from __future__ import annotations
@@ -35,59 +35,59 @@ from gpuprep.output.own_files import (
     PREVIEW,
     SIDECAR,
     check_folder,
+    checked_folder,
     contents,
     entries,
-    inside,
+    foreign_names_in,
     is_own,
-    strangers_in,
 )
-from gpuprep.output.paths import WORKSHOP
+from gpuprep.output.paths import WORK_FOLDER
 
-SETTLING_THREADS = 4
-"""They wait for the disk, mostly; one would wait for a journal once per file."""
+FLUSH_THREADS = 4
+"""Threads that flush files to disk. A single one would wait for the file system's journal once per file."""
 
-ASKING_S = 0.5
-"""Time for whoever only looks whether a run is on, by taking its lock, to let go of it."""
+LOCK_TIMEOUT_S = 0.5
+"""Timeout for a lock that another process may take for a moment, only to see whether a run is active."""
 
-OTHER_SHARD_S = 10.0
-"""Time for shards that start together to look at the lock of whole runs, one after the other."""
+WHOLE_LOCK_TIMEOUT_S = 10.0
+"""Timeout for the lock of whole runs. Shards that start together check it one after the other."""
 
-_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
-_FROM_HERE = -100  # AT_FDCWD: paths as for any other call
+_RENAME_EXCHANGE = 2  # flag of renameat2(2)
+_AT_FDCWD = -100  # relative paths start at the current folder
 
 
 class Written(NamedTuple):
-    """What stands in its place after a commit."""
+    """Size and checksum of a committed output folder."""
 
     files: int
     bytes: int
     sha256: str
-    """Of ``volume.json``, which has size and CRC-32 of every other file."""
+    """SHA-256 of ``volume.json``, which has size and CRC-32 of every other file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A folder of outputs, as workers and the parent know it; `open_output` gives it."""
+    """Access to an output folder, for the parent process and for workers; see `open_output`."""
 
     root: Path
-    """Where the manifest is during a run."""
-    workshop: Path
-    """Where this run makes what is not finished."""
+    """Folder that holds the manifest during a run."""
+    work_folder: Path
+    """Folder for unfinished outputs of this run."""
 
     def pending(self, folder: str) -> PendingFolder:
-        """Return a new folder that will become `folder`."""
+        """Return a new folder that becomes `folder` when it is committed."""
         return PendingFolder(self, folder)
 
     def contents(self, folder: str) -> tuple[int, int]:
-        """Return the number of an output's files and their bytes together; (0, 0) where there is no such folder."""
-        return contents(self.root / inside(folder))
+        """Return the number of files of an output and their total size in bytes; (0, 0) if there is no such folder."""
+        return contents(self.root / checked_folder(folder))
 
     def intact(self, folder: str) -> tuple[dict[str, Any], Written] | None:
-        """Return the ``volume.json`` of an output all of whose files are as it says, to the bit; None for any other."""
+        """Return the ``volume.json`` of an output whose files all match its checksums; None for any other."""
         try:
-            text = (self.root / inside(folder) / SIDECAR).read_bytes()
+            text = (self.root / checked_folder(folder) / SIDECAR).read_bytes()
             sha256 = hashlib.sha256(text).hexdigest()
-            if self.torn(folder, sha256):
+            if self.damaged_files(folder, sha256):
                 return None
             sidecar = json.loads(text)
             sizes = [file["bytes"] for file in sidecar["outputs"].values()]
@@ -95,56 +95,56 @@ class Output:
             return None
         return sidecar, Written(len(sizes) + 1, sum(sizes) + len(text), sha256)
 
-    def torn(self, folder: str, sha256: str) -> list[str]:
-        """Return the files of an output that are not as they were written, or not there, or there besides.
+    def damaged_files(self, folder: str, sha256: str) -> list[str]:
+        """Return the files of an output that have changed, are missing, or are not listed in ``volume.json``.
 
         Parameters
         ----------
         folder : str
-            The output.
+            Output folder, relative to OUT.
         sha256 : str
-            Of its ``volume.json``, which has the checksums of the others; "" if nobody knows it any more.
+            SHA-256 of its ``volume.json``, which has the checksums of the others; "" if unknown.
         """
-        place = self.root / inside(folder)
+        path = self.root / checked_folder(folder)
         try:
-            text = (place / SIDECAR).read_bytes()
+            text = (path / SIDECAR).read_bytes()
             listed: dict[str, Any] = json.loads(text)["outputs"]
             if (sha256 and hashlib.sha256(text).hexdigest() != sha256) or not all(map(is_own, listed)):
                 return [SIDECAR]
-            there = {name for name, entry in entries(place) if name != SIDECAR and is_own(name) and entry.is_file()}
-            return sorted(there - set(listed)) + [name for name, file in listed.items() if _differs(place / name, file)]
+            found = {name for name, entry in entries(path) if name != SIDECAR and is_own(name) and entry.is_file()}
+            return sorted(found - set(listed)) + [name for name, file in listed.items() if _differs(path / name, file)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return [SIDECAR]
 
-    def strangers(self, folder: str) -> list[str]:
-        """Return what is in an output's folder and not of it."""
-        return strangers_in(self.root / inside(folder))
+    def foreign_names(self, folder: str) -> list[str]:
+        """Return the names of files in an output folder that gpuprep did not write."""
+        return foreign_names_in(self.root / checked_folder(folder))
 
     def holds(self, folder: str) -> bool:
-        """Whether there is anything at that place."""
-        return (self.root / inside(folder)).is_dir()
+        """Return whether there is a folder of this name."""
+        return (self.root / checked_folder(folder)).is_dir()
 
     def preview(self, folder: str) -> bytes | None:
-        """Return the small picture of an output, as JPEG; None where there is none."""
+        """Return the preview picture of an output as JPEG; None if it has none."""
         try:
-            return (self.root / inside(folder) / PREVIEW).read_bytes()
+            return (self.root / checked_folder(folder) / PREVIEW).read_bytes()
         except (OSError, OutputError):
             return None
 
     def retire(self, folder: str, key: str) -> None:
-        """Remove the former output of a series that has moved elsewhere; other things in the folder stay."""
-        retire(self.root / inside(folder), key)
+        """Remove the output of a series from a folder; files that are not gpuprep's stay."""
+        retire(self.root / checked_folder(folder), key)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small text file at the top, complete or not at all."""
-        write_text(self.root / name, text, self.workshop)
+        """Write a small text file at the top of OUT, complete or not at all."""
+        write_text(self.root / name, text, self.work_folder)
 
     def lasting(self, name: str) -> str:
-        """Return where a file at the top is to be found when the run is over."""
+        """Return the path or URL of a file at the top of OUT after the run."""
         return str(self.root / name)
 
     def free_bytes(self) -> int | None:
-        """Return how much the disk has left for us, None if there is no end; OUT itself need not be there yet."""
+        """Return the free disk space in bytes, or None if it is unlimited; OUT itself need not exist yet."""
         for path in (self.root, *self.root.parents):
             with suppress(FileNotFoundError):
                 return shutil.disk_usage(path).free
@@ -153,116 +153,117 @@ class Output:
 
 @contextmanager
 def open_output(out: Path, shard: Shard = WHOLE) -> Iterator[Output]:
-    """Make OUT, keep other runs out of it, and sweep what an interrupted one left behind.
+    """Make OUT, lock it against other runs, and remove what an interrupted run left behind.
 
-    Shards of one cohort may be at work at the same time, each in a workshop of its own; but not two runs of the same
-    shard, and none beside a run over everything.
+    Different shards of one cohort may run at the same time, each with its own work folder. Two runs of one shard
+    exclude each other, and a run over the whole cohort excludes every other run.
 
     Raises
     ------
     RequestError
         If OUT cannot be made, or another run is writing into it.
     OutputError
-        If writing the run's own files fails later: a full disk, say.
+        If the run's own files cannot be written later, for instance because the disk is full.
     """
-    top = out / WORKSHOP
+    top = out / WORK_FOLDER
     output = Output(out, top / shard.name if shard.name else top)
     with ExitStack() as locks:
         try:
-            output.workshop.mkdir(parents=True, exist_ok=True)
+            output.work_folder.mkdir(parents=True, exist_ok=True)
             _lock(top, shard, locks)
         except Timeout as exc:
             raise RequestError(f"another gpuprep is writing into {out}: wait for it, or choose another --out") from exc
         except OSError as exc:
             raise RequestError(f"cannot write into {out}: {exc.strerror}; choose another --out") from exc
         try:
-            _sweep(output)
+            _remove_unfinished(output)
             yield output
         except (OSError, sqlite3.Error) as exc:
             raise OutputError(f"cannot write into {out}: {exc}") from exc
         finally:
             with suppress(OSError):
-                _sweep(output)
+                _remove_unfinished(output)
 
 
 def _lock(top: Path, shard: Shard, locks: ExitStack) -> None:
-    """Take the lock of a shard, or all of them; raise Timeout where somebody else has one."""
-    everything = FileLock(top / "lock")
+    """Take the lock of a shard, or for a whole run all locks; raise Timeout if another run holds one of them."""
+    whole = FileLock(top / "lock")
     if shard.name:
-        locks.enter_context(FileLock(top / shard.name / "lock", timeout=ASKING_S))
-        # Others look at it for a moment, as this one does; a run over everything keeps it.
-        with everything.acquire(timeout=OTHER_SHARD_S):
+        locks.enter_context(FileLock(top / shard.name / "lock", timeout=LOCK_TIMEOUT_S))
+        # A shard takes this lock only for a moment, to check it; a whole run keeps it.
+        with whole.acquire(timeout=WHOLE_LOCK_TIMEOUT_S):
             return
-    locks.enter_context(everything.acquire(timeout=ASKING_S))
-    for held in top.glob("*-of-*/lock"):
-        locks.enter_context(FileLock(held, timeout=ASKING_S))
+    locks.enter_context(whole.acquire(timeout=LOCK_TIMEOUT_S))
+    for path in top.glob("*-of-*/lock"):
+        locks.enter_context(FileLock(path, timeout=LOCK_TIMEOUT_S))
 
 
 def is_open(out: Path, shard: Shard = WHOLE) -> bool:
-    """Whether a run is writing into OUT at this moment; for a shard, whether that one is."""
-    lock = out / WORKSHOP / shard.name / "lock"
+    """Return whether a whole run, or the run of the given shard, is writing into OUT at this moment."""
+    lock = out / WORK_FOLDER / shard.name / "lock"
     try:
         with FileLock(lock, blocking=False):
             return False
     except Timeout:
         return True
-    except OSError:  # a folder that cannot be written: nobody does
+    except OSError:  # a folder that cannot be written has no active run
         return False
 
 
-def _sweep(output: Output) -> None:
-    """Remove what is not finished; put back a former output that was on its way out when a run ended."""
-    shards = list(output.workshop.glob("*-of-*"))  # a run over everything holds their locks
-    for workshop in (output.workshop, *shards):
-        for note in workshop.glob("*.place"):
-            former, place = note.with_suffix(".former"), output.root / note.read_text("utf-8")
-            if former.is_dir() and not place.exists():
-                former.rename(place)
+def _remove_unfinished(output: Output) -> None:
+    """Remove unfinished outputs; move back a former output whose replacement was interrupted."""
+    shards = list(output.work_folder.glob("*-of-*"))  # a whole run holds their locks
+    for work_folder in (output.work_folder, *shards):
+        for note in work_folder.glob("*.place"):
+            former, final = note.with_suffix(".former"), output.root / note.read_text("utf-8")
+            if former.is_dir() and not final.exists():
+                former.rename(final)
             note.unlink()
-        for part in workshop.glob("*.part"):
+        for part in work_folder.glob("*.part"):
             part.unlink()
-        for stale in workshop.iterdir():
+        for stale in work_folder.iterdir():
             if stale.is_dir() and stale not in shards:
                 shutil.rmtree(stale, ignore_errors=True)
 
 
-def write_text(file: Path, text: str, workshop: Path | None = None) -> None:
-    """Write a small text file at the top of OUT, complete or not at all; made in a workshop, which no other run has."""
-    with replacing(file, within=workshop) as f:
+def write_text(file: Path, text: str, work_folder: Path | None = None) -> None:
+    """Write a small text file at the top of OUT, complete or not at all, by way of this run's own work folder."""
+    with replacing(file, within=work_folder) as f:
         f.write(text)
 
 
 class PendingFolder:
-    """A folder in the making: fill `path`, then `commit`."""
+    """An output folder that is being written: fill `path`, then `commit`."""
 
     def __init__(self, output: Output, folder: str) -> None:
-        self.path = self._made(output)
+        self.path = self._new_folder(output)
         self._root = output.root
         self._final = output.root / folder
         self._threads: ThreadPoolExecutor | None = None
         self._settled: dict[Path, Future[dict[str, Any]]] = {}
+        """Size and checksum of each file that `settle` was called for."""
 
-    def _made(self, output: Output) -> Path:
-        path = output.workshop / uuid.uuid4().hex
+    def _new_folder(self, output: Output) -> Path:
+        path = output.work_folder / uuid.uuid4().hex
         path.mkdir()
         return path
 
     def settle(self, file: Path) -> None:
-        """Have a finished file written to disk, and its checksum taken, while others are being made."""
+        """Flush a finished file to disk and compute its checksum, in a thread, while others are being written."""
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(SETTLING_THREADS)
-        self._settled[file] = self._threads.submit(_settled, file)
+            self._threads = ThreadPoolExecutor(FLUSH_THREADS)
+        self._settled[file] = self._threads.submit(_flushed_size_and_checksum, file)
 
     def commit(self, sidecar: dict[str, Any], *, known: bool = False) -> Written:
         """Add ``volume.json`` and move the folder into place, in one step.
 
-        The former output of the same series is replaced: what stands there has a ``volume.json`` that says so, or the
-        manifest does (`known`). Anything else in the way is left alone.
+        A former output of the same series is replaced, if its ``volume.json`` has the key of the series or the manifest
+        lists it (`known`). Anything else at the same path is left alone.
 
         Raises
         ------
         OutputError
-            If the place is taken by something that is not this series' output.
+            If the path is taken by something that is not an output of this series.
         """
         outputs: dict[str, Any] = {}
         for folder, _, names in os.walk(self.path):
@@ -277,13 +278,12 @@ class PendingFolder:
         flush(self.path / SIDECAR)
         for folder, _, _ in os.walk(self.path, topdown=False):
             flush(Path(folder))
-        self._place(sidecar["key"], known)
+        self._move_into_place(sidecar["key"], known)
         self.discard()
         size = sum(file["bytes"] for file in outputs.values()) + len(text)
         return Written(len(outputs) + 1, size, hashlib.sha256(text).hexdigest())
 
-    def _place(self, key: str, known: bool) -> None:
-        """Move the folder into place."""
+    def _move_into_place(self, key: str, known: bool) -> None:
         self._final.parent.mkdir(parents=True, exist_ok=True)
         if self._final.is_symlink() or self._final.exists():
             check_folder(self._final, key, known)
@@ -293,19 +293,19 @@ class PendingFolder:
         flush(self._final.parent)
 
     def discard(self) -> None:
-        """Remove whatever was not moved into place, or is no longer there."""
+        """Remove the uncommitted folder, or the former output that a commit exchanged for it."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _settled(file: Path) -> dict[str, Any]:
+def _flushed_size_and_checksum(file: Path) -> dict[str, Any]:
     flush(file)
     return {"bytes": os.path.getsize(file), "crc32": checksum(file)}
 
 
 def checksum(file: str | os.PathLike[str]) -> str:
-    """Return the CRC-32 of a file, or of what lies at a URL, as in gzip and zip, in eight hexadecimal digits."""
+    """Return the CRC-32 of a file or of the object at a URL, as in gzip and zip, as eight hexadecimal digits."""
     crc = _crc32()
     value = 0
     with opened(os.fspath(file)) as f:
@@ -316,24 +316,24 @@ def checksum(file: str | os.PathLike[str]) -> str:
 
 @cache
 def _crc32() -> Callable[[bytes, int], int]:
-    from imagecodecs import deflate_crc32  # 25 times as fast as the one of zlib
+    from imagecodecs import deflate_crc32  # 25 times as fast as zlib.crc32
 
     return deflate_crc32  # type: ignore[no-any-return, unused-ignore]
 
 
-def _swap(new: Path, place: Path, root: Path) -> None:
-    """Put a folder where another one stands, which is then where the new one was."""
-    if _exchanged(new, place):
+def _swap(new: Path, final: Path, root: Path) -> None:
+    """Exchange a new folder for the one at its final path."""
+    if _exchanged(new, final):
         return
-    # Two steps then; a run that ends between them leaves a note for the next one.
+    # Otherwise two steps. If the run ends between them, the next one finds this note and moves the former folder back.
     note, former = new.with_suffix(".place"), new.with_suffix(".former")
-    note.write_text(str(place.relative_to(root)), "utf-8")
+    note.write_text(str(final.relative_to(root)), "utf-8")
     flush(note)
-    place.rename(former)
+    final.rename(former)
     try:
-        new.rename(place)
+        new.rename(final)
     except OSError:
-        former.rename(place)
+        former.rename(final)
         note.unlink()
         raise
     note.unlink()
@@ -341,12 +341,12 @@ def _swap(new: Path, place: Path, root: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step where the system can: Linux, on local file systems."""
+    """Exchange two folders in one step; return False if the system cannot (only Linux can, on local file systems)."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, TypeError, OSError):
         return False
-    if call(_FROM_HERE, os.fsencode(one), _FROM_HERE, os.fsencode(other), _EXCHANGE) == 0:
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
@@ -355,14 +355,14 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def retire(folder: Path, key: str) -> None:
-    """Remove the output of a series from a folder; that of another one, and all else in it, stays."""
+    """Remove the output of a series from a folder; the output of another series, and other files, stay."""
     sidecar = folder / SIDECAR
     try:
         owner = json.loads(sidecar.read_text("utf-8"))["key"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if owner == key:
-        sidecar.unlink()  # first, so that what is left does not look complete
+        sidecar.unlink()  # first, so that an incomplete output has no volume.json
         for name in [name for name, entry in entries(folder) if is_own(name) and entry.is_file()]:
             (folder / name).unlink()
         for below, _, _ in os.walk(folder, topdown=False):
@@ -372,7 +372,7 @@ def retire(folder: Path, key: str) -> None:
 
 
 def _differs(file: Path, listed: dict[str, Any]) -> bool:
-    """Whether a file is not what is listed."""
+    """Return whether a file has another size or checksum than ``volume.json`` lists, or cannot be read."""
     try:
         return (os.path.getsize(file), checksum(file)) != (listed["bytes"], listed["crc32"])
     except OSError:

@@ -1,9 +1,10 @@
-"""Arranges outputs as nnU-Net v2 wants to find them, by hard links, at the end of a run.
+"""Arranges outputs in the folder layout of nnU-Net v2, by hard links, at the end of a run.
 
-The folders of series stay what they are. ``OUT/imagesTr/<case>_0000.<ending>`` and ``OUT/labelsTr/<case>.<ending>`` are
-the series that have a labelled voxel, ``OUT/imagesTs`` holds the others, and ``OUT/dataset.json`` says what the labels
-mean. That file goes before anything of the view changes, and comes back last: without it, a view is not finished, and
-nnU-Net does not take it for one. ``OUT/.gpuprep/nnunet.json`` knows what was put there; nothing else is ever removed.
+The folders of series do not change. This *view* of them has images and labels of the series with a labelled voxel as
+``OUT/imagesTr/<case>_0000.<ending>`` and ``OUT/labelsTr/<case>.<ending>``, images of the other series in
+``OUT/imagesTs``, and the names of the labels in ``OUT/dataset.json``. ``dataset.json`` is removed before the view
+changes and written last, so nnU-Net does not accept an unfinished view. ``OUT/.gpuprep/nnunet.json`` lists the files of
+the view; no other file is ever removed.
 
 References
 ----------
@@ -29,46 +30,48 @@ from gpuprep.core.shard import WHOLE, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.output.folder_store import Output, write_text
 from gpuprep.output.manifest import Manifest
-from gpuprep.output.own_files import inside
-from gpuprep.output.paths import WORKSHOP
+from gpuprep.output.own_files import checked_folder
+from gpuprep.output.paths import WORK_FOLDER
 
 Layout = Literal["folders", "nnunet"]
-"""How OUT is laid out: a folder for each series, or these and the view for nnU-Net."""
+"""Layout of OUT: a folder for each series; nnunet: these folders and the view for nnU-Net."""
 
 FOLDERS = ("imagesTr", "labelsTr", "imagesTs")
 DATASET = "dataset.json"
 RECORD = "nnunet.json"
-"""In the workshop: name and identity of each file of the view; "" for one that is being made or removed."""
+"""File in the work folder with name and identity of each file of the view; "" while one is being made or removed."""
 
 LONGEST_CASE = 200
-"""Characters; what is longer, or taken, gets a hash at its end."""
+"""Maximum length of a case name in characters. A name that is longer or not unique ends in a hash."""
 
 
 class Arranged(NamedTuple):
-    """What a view holds."""
+    """Number of series in a view, and of those left out."""
 
     training: int
     """Cases with a labelled voxel."""
     others: int
     """Cases without one."""
     apart: int
-    """Series in OUT that are in no case: made by another recipe, or with slices that lean."""
+    """Series in OUT that are left out: made by another recipe, or with leaning slices."""
 
 
 def check(out: str | Path, recipe: Recipe, shard: Shard = WHOLE) -> None:
-    """Raise unless a run with this recipe can be arranged at a place.
+    """Raise if a run with this recipe cannot make a view in OUT.
 
     Raises
     ------
     RequestError
-        If nnU-Net cannot read what the recipe makes, if not all series are converted in this run, or something that is
-        not of the view is in its place.
+        If nnU-Net cannot read outputs of the recipe, if the run converts a shard only, or if a file that is not part of
+        the view is in its way.
     """
-    later = "run it once more with --layout nnunet: all is skipped and arranged"
+    later = "run it once more with --layout nnunet, which skips all series and arranges them"
     if not isinstance(out, Path):
         raise RequestError(f"--layout nnunet needs a folder on disk, not {out}: copy that to one, and {later}")
     if shard != WHOLE:
-        raise RequestError(f"--layout nnunet is for all shards together: leave it out, gpuprep merge OUT, then {later}")
+        raise RequestError(
+            f"--layout nnunet cannot arrange a single shard: leave it out, run gpuprep merge OUT, then {later}"
+        )
     if recipe.ending not in (".nii.gz", ".tif"):
         raise RequestError(
             f"--layout nnunet cannot be made of --format {recipe.format} --compression {recipe.compression}: choose "
@@ -81,29 +84,30 @@ def check(out: str | Path, recipe: Recipe, shard: Shard = WHOLE) -> None:
         )
     if not recipe.image:
         raise RequestError("--layout nnunet needs images: use gpuprep convert --masks")
-    _present(out, _record(out))
+    _existing(out, _record(out))
 
 
 def arrange(output: Output, manifest: Manifest, recipe: Recipe) -> Arranged:
-    """Make the view of all that the manifest has, made by a recipe; cases that are no longer there go.
+    """Make or update the view of all outputs in the manifest that a recipe made; remove cases that no longer exist.
 
     Raises
     ------
     RequestError
-        If something that is not of the view is in its place.
+        If a file that is not part of the view is in its way.
     OSError
-        If it cannot be written.
+        If the view cannot be written.
     """
     top = output.root
-    wanted, dataset, arranged = _wanted(manifest, recipe)
+    wanted, dataset, arranged = _planned(manifest, recipe)
     record = _record(top)
-    there = _present(top, record)
+    existing = _existing(top, record)
     text = json.dumps(dataset, indent=1, ensure_ascii=False)
-    kept = {name for name in there if name in wanted and _is_there(top / name, wanted[name])}
-    if kept == there - {DATASET} == set(wanted) and DATASET in there and (top / DATASET).read_text("utf-8") == text:
+    kept = {name for name in existing if name in wanted and _is_current(top / name, wanted[name])}
+    complete = kept == existing - {DATASET} == set(wanted) and DATASET in existing
+    if complete and (top / DATASET).read_text("utf-8") == text:
         return arranged
-    _write_record(output, {name: record[name] if name in kept else "" for name in (*there, *wanted, DATASET)})
-    for name in sorted(there - kept, key=lambda name: name != DATASET):
+    _write_record(output, {name: record[name] if name in kept else "" for name in (*existing, *wanted, DATASET)})
+    for name in sorted(existing - kept, key=lambda name: name != DATASET):
         (top / name).unlink()
     for folder in FOLDERS:
         (top / folder).mkdir(exist_ok=True)
@@ -114,13 +118,13 @@ def arrange(output: Output, manifest: Manifest, recipe: Recipe) -> Arranged:
     return arranged
 
 
-def made(out: Path) -> set[str]:
-    """Return the names, relative to OUT, of what was put there for nnU-Net."""
+def view_files(out: Path) -> set[str]:
+    """Return the files of the view, relative to OUT."""
     return set(_record(out))
 
 
-def _wanted(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], dict[str, Any], Arranged]:
-    """Return what each file of the view leads to, or its text; the content of ``dataset.json``; and what there is."""
+def _planned(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], dict[str, Any], Arranged]:
+    """Return the link target or text of each file of the view, the content of ``dataset.json``, and the counts."""
     top, ending = manifest.path.parent, recipe.ending
     done = list(
         manifest.columns(
@@ -132,53 +136,53 @@ def _wanted(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], 
             of="new output",
         )
     )
-    # nnU-Net reads a sheared affine by nibabel, where ITK refuses it, and then takes the volume for upright.
+    # ITK refuses a sheared affine; nnU-Net then reads it with nibabel and ignores the shear.
     rows = [row[:3] for row in done if row[3] == recipe.sha256 and LEANING not in row[4]]
     cases = case_names(folder for folder, _, _ in rows)
     values = {value: name for name, value in manifest.label_values().items()}
     wanted: dict[str, Path | str] = {}
     training = highest = 0
     for folder, labels, spacing_mm in rows:
-        drawn = _drawn(folder, labels or (), values)
-        place, case = top / inside(folder), cases[folder]
-        images = "imagesTr" if drawn else "imagesTs"
-        wanted[f"{images}/{case}_0000{ending}"] = place / f"volume{ending}"
-        if drawn:
-            wanted[f"labelsTr/{case}{ending}"] = place / f"labels{ending}"
-            training, highest = training + 1, max(highest, *drawn)
-        if ending == ".tif":  # nnU-Net looks for the size of a voxel there
+        present = _present_labels(folder, labels or (), values)
+        path, case = top / checked_folder(folder), cases[folder]
+        images = "imagesTr" if present else "imagesTs"
+        wanted[f"{images}/{case}_0000{ending}"] = path / f"volume{ending}"
+        if present:
+            wanted[f"labelsTr/{case}{ending}"] = path / f"labels{ending}"
+            training, highest = training + 1, max(highest, *present)
+        if ending == ".tif":  # nnU-Net reads the voxel spacing of a TIFF from a JSON file beside it
             spacing = json.dumps({"spacing": spacing_mm})
-            wanted |= {f"{here}/{case}.json": spacing for here in ([images, "labelsTr"] if drawn else [images])}
+            wanted |= {f"{name}/{case}.json": spacing for name in ([images, "labelsTr"] if present else [images])}
     dataset: dict[str, Any] = {
         "channel_names": {"0": "CT"},
-        # Those between that no case has are named too: values have to be consecutive.
+        # nnU-Net needs consecutive values, so values without a voxel in any case are named too.
         "labels": {"background": 0} | {_label(values[value]): value for value in range(1, highest + 1)},
         "numTraining": training,
         "file_ending": ending,
     }
-    if ending == ".tif":  # else the reader of colour pictures is tried first
+    if ending == ".tif":  # otherwise nnU-Net tries its reader for natural images first
         dataset["overwrite_image_reader_writer"] = "Tiff3DIO"
     return wanted, dataset, Arranged(training, len(rows) - training, len(done) - len(rows))
 
 
-def _drawn(folder: str, labels: tuple[dict[str, Any], ...], names: dict[int, str]) -> list[int]:
-    """Return the values of the labels that have a voxel; raise OutputError for what no run has written."""
+def _present_labels(folder: str, labels: tuple[dict[str, Any], ...], names: dict[int, str]) -> list[int]:
+    """Return the values of the labels that have a voxel; raise OutputError if the manifest does not name them all."""
     try:
-        drawn = [label["value"] for label in labels if label["voxels"]]
-        if names.keys() >= set(range(1, max(drawn, default=0) + 1)):
-            return drawn
+        present = [label["value"] for label in labels if label["voxels"]]
+        if names.keys() >= set(range(1, max(present, default=0) + 1)):
+            return present
     except (KeyError, TypeError):
         pass
     raise OutputError(f"the manifest does not say what the labels of {folder} mean: convert into another --out")
 
 
 def _label(name: str) -> str:
-    """Return the name of a structure in ``dataset.json``, where two words mean something else."""
+    """Return the name of a structure in ``dataset.json``, where "background" and "ignore" are reserved."""
     return f"{name} (structure)" if name in ("background", "ignore") else name
 
 
 def case_names(folders: Iterable[str]) -> dict[str, str]:
-    """Return a name of letters, digits, ``.``, ``_`` and ``-`` for each folder, distinct in lower case too."""
+    """Return a case name of letters, digits, ``.``, ``_`` and ``-`` for each folder, unique even without case."""
     plain = {folder: re.sub(r"[^A-Za-z0-9.-]+", "_", folder).strip("._-") or "case" for folder in folders}
     count = Counter(name.lower() for name in plain.values())
     return {
@@ -189,35 +193,37 @@ def case_names(folders: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _is_there(place: Path, content: Path | str) -> bool:
+def _is_current(file: Path, content: Path | str) -> bool:
     if isinstance(content, str):
-        return place.read_text("utf-8") == content
-    return place.exists() and place.samefile(content)
+        return file.read_text("utf-8") == content
+    return file.exists() and file.samefile(content)
 
 
-def _put(place: Path, content: Path | str) -> None:
+def _put(file: Path, content: Path | str) -> None:
+    """Write a text, or make a link to a file: hard or symbolic, or a copy if the file system has no links."""
     if isinstance(content, str):
-        place.write_text(content, "utf-8")
+        file.write_text(content, "utf-8")
         return
     try:
-        os.link(content, place)
-    except OSError:  # not on this file system, or too many
+        os.link(content, file)
+    except OSError:  # no hard links on this file system, or too many to one file
         try:
-            place.symlink_to(os.path.relpath(content, place.parent))
+            file.symlink_to(os.path.relpath(content, file.parent))
         except OSError:
-            shutil.copy2(content, place)
+            shutil.copy2(content, file)
 
 
-def _present(out: Path, record: dict[str, str]) -> set[str]:
-    """Return the files of the view that are there; raise if anything else is among them."""
-    there = set()
+def _existing(out: Path, record: dict[str, str]) -> set[str]:
+    """Return the files of the view that exist; raise RequestError if any other file is among them."""
+    existing = set()
     for name in _names(out):
         if record.get(name) not in ("", _identity(out / name)):
             raise RequestError(
-                f"{out / name} is not what gpuprep put there for nnU-Net: move it away, or choose another --out"
+                f"{out / name} is not a file that gpuprep made for nnU-Net, or it has changed since: move it away, or "
+                "choose another --out"
             )
-        there.add(name)
-    return there
+        existing.add(name)
+    return existing
 
 
 def _names(out: Path) -> Iterator[str]:
@@ -231,7 +237,7 @@ def _names(out: Path) -> Iterator[str]:
 
 
 def _identity(file: Path) -> str:
-    """Return what tells a file from another one in its place."""
+    """Return size and modification time, or the link target; they differ if the file was replaced."""
     if file.is_symlink():
         return f"-> {os.readlink(file)}"
     status = file.stat()
@@ -240,11 +246,11 @@ def _identity(file: Path) -> str:
 
 def _record(out: Path) -> dict[str, str]:
     with suppress(OSError, ValueError, RecursionError):
-        found: Any = json.loads((out / WORKSHOP / RECORD).read_text("utf-8"))
+        found: Any = json.loads((out / WORK_FOLDER / RECORD).read_text("utf-8"))
         if isinstance(found, dict):
             return found
     return {}
 
 
 def _write_record(output: Output, record: dict[str, str]) -> None:
-    write_text(output.workshop / RECORD, json.dumps(record))
+    write_text(output.work_folder / RECORD, json.dumps(record))

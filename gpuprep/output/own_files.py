@@ -1,4 +1,4 @@
-"""Knows the names of files that gpuprep writes for a series, and whether all files of a folder are its own."""
+"""Recognises, by their names, the files that gpuprep writes for a series, and checks what a folder holds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gpuprep.errors import OutputError
-from gpuprep.output.paths import WORKSHOP
+from gpuprep.output.paths import WORK_FOLDER
 
 SIDECAR = "volume.json"
 
 
 PREVIEW = "preview.jpg"
-"""A small picture of a series, for people."""
+"""Preview picture of a series."""
 
 
 _VOLUME = r"(volume|labels|masks/[^/]+)"
@@ -32,14 +32,15 @@ _OWN_NAME = re.compile(
     rf"|{_VOLUME}\.(tif|nii|nii\.gz|npy)"
     rf"|{_ZARR}/(zarr\.json|0/zarr\.json|0/c/\d+/\d+/\d+)|{_ZARR_LABELS}/zarr\.json"
 )
-"""Of a file in a series' folder, from there on."""
+"""Name of a file that gpuprep writes, relative to the folder of its series."""
 
 
 OWN_FOLDER = re.compile(rf"labels|masks(/[^/]+)?|{_ZARR_LABELS}|{_ZARR}(/0(/c(/\d+){{0,2}})?)?")
+"""Name of a folder that gpuprep makes, relative to the folder of its series."""
 
 
 def contents(folder: Path) -> tuple[int, int]:
-    """Return the number of an output's files and their bytes together; (0, 0) where there is no such folder."""
+    """Return the number of files of an output and their total size in bytes; (0, 0) if there is no such folder."""
     try:
         sizes = [e.stat().st_size for name, e in entries(folder) if (name == SIDECAR or is_own(name)) and e.is_file()]
     except OSError:
@@ -47,66 +48,68 @@ def contents(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def inside(folder: str) -> str:
-    """Return the folder of an output, which a manifest may name wrongly; raise OutputError if it is not in OUT."""
+def checked_folder(folder: str) -> str:
+    """Return the folder of an output as the manifest names it; raise OutputError if it does not lie in OUT."""
     path = Path(folder)
-    if not path.parts or path.is_absolute() or ".." in path.parts or path.parts[0] == WORKSHOP:
-        raise OutputError(f"the manifest names {folder!r} as an output, which is no folder in OUT: move it away")
+    if not path.parts or path.is_absolute() or ".." in path.parts or path.parts[0] == WORK_FOLDER:
+        raise OutputError(
+            f"the manifest names {folder!r} as an output, which is no folder in OUT: move the manifest away"
+        )
     return folder
 
 
 def check_folder(folder: Path, key: str, known: bool) -> None:
-    """Raise if a folder holds what the output of a series may not replace: see `check_replaceable`."""
+    """Raise if a new output of a series may not replace a folder: see `check_replaceable`."""
     try:
         former = json.loads((folder / SIDECAR).read_text("utf-8"))["key"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         former = None
-    there = folder.is_dir()
-    check_replaceable(str(folder), former, key, known and there, strangers_in(folder) if there else [])
+    exists = folder.is_dir()
+    check_replaceable(str(folder), former, key, known and exists, foreign_names_in(folder) if exists else [])
 
 
-def check_replaceable(place: str, former: str | None, key: str, known: bool, strangers: list[str]) -> None:
-    """Raise unless what stands at a place may go for a new output of a series.
+def check_replaceable(folder: str, former: str | None, key: str, known: bool, foreign_names: list[str]) -> None:
+    """Raise unless a new output of a series may replace a folder.
 
     Parameters
     ----------
-    place : str
-        For the message.
+    folder : str
+        Path or URL of the folder, for the message.
     former : str, optional
-        Key of the series that it says it holds, if it says so.
+        Key of the series in the ``volume.json`` of the folder; None without one.
     key : str
-        That of the new output.
+        Key of the series of the new output.
     known : bool
-        Whether the manifest says that it is that series' output.
-    strangers : list of str
-        What else is there.
+        Whether the manifest lists the folder as the output of that series.
+    foreign_names : list of str
+        Names in the folder that are not gpuprep's.
 
     Raises
     ------
     OutputError
-        If it may not.
+        If the folder may not be replaced.
     """
     hint = "move it away, or choose another --out"
     if former is None and not known:
-        raise OutputError(f"{place} is in the way and is not an output of gpuprep: {hint}")
+        raise OutputError(f"{folder} is in the way and is not an output of gpuprep: {hint}")
     if former not in (None, key):
-        raise OutputError(f"{place} holds another series, {former}: {hint}")
-    if strangers:
-        raise OutputError(f"{place} also holds {min(strangers)}, which is not gpuprep's to remove: {hint}")
+        raise OutputError(f"{folder} holds another series, {former}: {hint}")
+    if foreign_names:
+        raise OutputError(f"{folder} also holds {min(foreign_names)}, which gpuprep did not write: {hint}")
 
 
-def strangers_in(folder: Path) -> list[str]:
-    """Return the names below a folder that gpuprep does not make."""
+def foreign_names_in(folder: Path) -> list[str]:
+    """Return the names in a folder, relative to it, that are not gpuprep's."""
     return sorted(n for n, entry in entries(folder) if n != SIDECAR and not (is_own(n) and entry.is_file()))
 
 
 def is_own(name: str) -> bool:
-    """Whether a writer gives such a name to a file."""
+    """Return whether a file name, relative to the folder of its series, is one that a writer gives."""
     return _OWN_NAME.fullmatch(name) is not None
 
 
 def entries(folder: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield what is in a series' folder, by its name from there on; of folders of its own, what is in them."""
+    """Yield the entries of a series' folder with their names relative to it, and those of gpuprep's own subfolders."""
     with os.scandir(folder / below) as found:
         for entry in found:
             name = below + entry.name

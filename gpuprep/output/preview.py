@@ -1,4 +1,4 @@
-"""Draws a small picture of a volume: its three middle planes, with outlines of structures."""
+"""Draws the preview picture of a volume: its three middle planes, with outlines of structures."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from numpy.typing import NDArray
 from gpuprep.core.geometry import Geometry
 
 HEIGHT, WIDTH = 128, 160
-"""Of the picture, and of a plane in it at most, in pixels."""
+"""Height of the picture and maximum width of each plane, in pixels."""
 
 SAMPLES = 2 * HEIGHT
-"""Rows and columns of a plane that are kept at least, of those that have so many."""
+"""Minimum number of rows and columns of a plane that are kept, if the volume has so many."""
 
 GAP = 4
-"""Between planes, in pixels."""
+"""Distance between planes in pixels."""
 
 QUALITY = 80
-"""Of the JPEG."""
+"""JPEG quality, 0 to 100."""
 
 COLOURS = (
     (255, 99, 92), (64, 196, 255), (255, 213, 79), (105, 230, 140), (224, 130, 255), (255, 160, 66), (77, 235, 222),
     (255, 130, 180), (178, 235, 92), (140, 160, 255), (255, 190, 160), (200, 200, 120),
 )  # fmt: skip
-"""Of outlines, red, green and blue. Label 1 has the first in the first volume, the second in the second, and so on;
-label 2 the next one; and after the last comes the first."""
+"""Colours of outlines: red, green, blue. Label n of label volume m, the first being 0, has the colour n - 1 + m, modulo
+their number."""
 
 
 Plane = NDArray[Any]
 
 
 class Planes:
-    """The middle plane across each axis of a volume, gathered from its chunks as they pass.
+    """The three middle planes of a volume, collected while its chunks are written.
 
     Parameters
     ----------
@@ -45,18 +45,19 @@ class Planes:
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self._shape = shape
         self._next = 0
+        """Index of the next slice."""
         self._across: Plane = np.zeros((0, 0))
         self._along_rows: list[Plane] = []
         self._along_columns: list[Plane] = []
 
     def passing(self, chunks: Iterable[Plane]) -> Iterator[Plane]:
-        """Pass chunks of a few slices on, and keep what is needed of each."""
+        """Yield chunks of a few slices unchanged, and keep their part of the planes."""
         for chunk in chunks:
-            self.take(chunk)
+            self.add(chunk)
             yield chunk
 
-    def take(self, chunk: Plane) -> None:
-        """Keep what is needed of the next few slices: array on the host, shape (n, j, i)."""
+    def add(self, chunk: Plane) -> None:
+        """Keep the part of the planes that lies in the next few slices: host array, shape (n, j, i)."""
         slices, rows, columns = self._shape
         each_row, each_column = (slice(None, None, max(1, n // SAMPLES)) for n in (rows, columns))
         start, stop = self._next, self._next + len(chunk)
@@ -68,28 +69,28 @@ class Planes:
 
     @property
     def values(self) -> tuple[Plane, Plane, Plane]:
-        """Every n-th value of each plane: across slices (j, i), along rows (k, i), along columns (k, j)."""
+        """Subsampled planes: middle slice (j, i), through the middle row (k, i), through the middle column (k, j)."""
         return self._across, np.concatenate(self._along_rows), np.concatenate(self._along_columns)
 
 
 def picture(
     image: Planes | None, geometry: Geometry, black: float, white: float, labels: Sequence[Planes] = ()
 ) -> NDArray[np.uint8]:
-    """Return the planes of a volume side by side: across its slices, along their rows, along their columns.
+    """Return the planes of a volume side by side: middle slice, through the middle row, through the middle column.
 
-    Each is as high as the picture, or as wide as a plane may be, and its sides are in proportion as in the patient.
-    Slices that follow each other upwards are shown so, the topmost first.
+    Each plane is scaled to HEIGHT or WIDTH with the patient's aspect ratio. If slices ascend (+z in LPS), the topmost
+    slice is shown at the top.
 
     Parameters
     ----------
     image : Planes or None
-        Of the image; None for black.
+        Planes of the image; None for black.
     geometry : Geometry
         Grid of the volume.
     black, white : float
-        Values to show so.
+        Image values that are shown as black and as white.
     labels : sequence of Planes
-        Of label volumes on the same grid, drawn one over the other as outlines in `COLOURS`; 0 is nothing.
+        Planes of label volumes on the same grid, drawn one over the other as outlines in `COLOURS`; 0 is background.
 
     Returns
     -------
@@ -100,19 +101,19 @@ def picture(
     dk, dj, di = geometry.spacing_mm
     upwards = geometry.affine[2, 0] > 0
     sides_mm = ((j * dj, i * di), (k * dk, i * di), (k * dk, j * dj))
-    shown = None if image is None else image.values
-    drawn = [planes.values for planes in labels]
+    image_planes = None if image is None else image.values
+    label_planes = [planes.values for planes in labels]
     panels = []
     for n, (high_mm, wide_mm) in enumerate(sides_mm):
         scale = min(HEIGHT / high_mm, WIDTH / wide_mm)
         size = max(1, round(high_mm * scale)), max(1, round(wide_mm * scale))
         grey = np.zeros(size, dtype=np.uint8)
-        if shown is not None:
-            bright = (_resized(shown[n].astype(np.float32), size) - black) / (white - black)
+        if image_planes is not None:
+            bright = (_resized(image_planes[n].astype(np.float32), size) - black) / (white - black)
             grey = np.rint(np.clip(bright, 0, 1) * 255).astype(np.uint8)
         panel = np.repeat(grey[:, :, None], 3, axis=2)
-        for place, values in enumerate(drawn):
-            _outline(panel, _nearest(values[n], size), place)
+        for number, values in enumerate(label_planes):
+            _outline(panel, _nearest(values[n], size), number)
         if n and upwards:
             panel = panel[::-1]
         canvas = np.zeros((HEIGHT, size[1], 3), dtype=np.uint8)
@@ -124,13 +125,13 @@ def picture(
 
 def jpeg(pixels: NDArray[np.uint8]) -> bytes:
     """Return a picture as JPEG: array of uint8, shape (rows, columns, 3)."""
-    from imagecodecs import jpeg8_encode  # a third of the time that it takes to import Pillow
+    from imagecodecs import jpeg8_encode  # imports in a third of Pillow's time
 
-    return bytes(jpeg8_encode(pixels, level=QUALITY, subsampling="444"))  # colours of lines stay sharp
+    return bytes(jpeg8_encode(pixels, level=QUALITY, subsampling="444"))  # thin coloured outlines stay sharp
 
 
 def _resized(plane: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Return a plane in another size: means along axes that shrink, nearest values along those that grow."""
+    """Return a plane in another size: block means along axes that shrink, nearest values along axes that grow."""
     for axis, want in enumerate(size):
         have = plane.shape[axis]
         edges = np.arange(want) * have // want
@@ -151,8 +152,8 @@ def _nearest(plane: Plane, size: tuple[int, int]) -> Plane:
     return found
 
 
-def _outline(panel: NDArray[np.uint8], labels: Plane, place: int) -> None:
-    """Draw the pixels of each label that touch another one, or nothing, into a panel: shape (rows, columns, 3)."""
+def _outline(panel: NDArray[np.uint8], labels: Plane, number: int) -> None:
+    """Draw the border pixels of each label of a label volume into a panel, shape (rows, columns, 3)."""
     framed = np.pad(labels, 1)
     inner = framed[1:-1, 1:-1]
     edge = np.zeros(labels.shape, dtype=bool)
@@ -160,4 +161,4 @@ def _outline(panel: NDArray[np.uint8], labels: Plane, place: int) -> None:
         edge |= inner != other
     edge &= inner != 0
     colours = np.array(COLOURS, dtype=np.uint8)
-    panel[edge] = colours[(labels[edge].astype(np.int64) - 1 + place) % len(colours)]
+    panel[edge] = colours[(labels[edge].astype(np.int64) - 1 + number) % len(colours)]

@@ -1,4 +1,4 @@
-"""Reads boxes of voxels from finished outputs, and no more of a file than its format makes necessary."""
+"""Reads boxes of voxels from finished outputs, and of each file only as much as its format requires."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from gpuprep.output.own_files import SIDECAR
 _T = TypeVar("_T")
 
 Box = tuple[slice, slice, slice]
-"""Of slices, rows and columns, within the volume, without steps."""
+"""Ranges of slices, rows and columns, inside the volume and without steps."""
 
 
-def whole(shape: Shape3) -> Box:
-    """Return the box of everything."""
+def full_box(shape: Shape3) -> Box:
+    """Return the box of a whole volume."""
     k, j, i = shape
     return slice(0, k), slice(0, j), slice(0, i)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The output of one series. Keeps no file open, so that it may go to other processes.
+    """The output of one series. It keeps no file open, so it can be pickled and sent to other processes.
 
     Parameters
     ----------
     folder : path
-        With a ``volume.json``.
+        Output folder with a ``volume.json``.
 
     Raises
     ------
     OutputError
-        If it is no finished output; later, if a file of it cannot be read.
+        On access to an attribute or to voxels, if the folder is no finished output or a file cannot be read.
     """
 
     folder: Path
@@ -62,59 +62,60 @@ class Finished:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """How it was made."""
-        return self._told(lambda said: Recipe.from_dict(said["recipe"]))
+        """Recipe of the output."""
+        return self._parsed(lambda s: Recipe.from_dict(s["recipe"]))
 
     @cached_property
     def geometry(self) -> Geometry:
-        """Its grid."""
-        return self._told(lambda said: Geometry(tuple(said["shape"]), np.array(said["affine_lps"], dtype=np.float64)))
+        """Grid of the volume."""
+        return self._parsed(lambda s: Geometry(tuple(s["shape"]), np.array(s["affine_lps"], dtype=np.float64)))
 
     @cached_property
     def hu(self) -> tuple[float, float]:
-        """HU per unit of the image, and HU of value 0; not for masks alone."""
-        return self._told(lambda said: (float(said["hu"]["slope"]), float(said["hu"]["intercept"])))
+        """HU per unit of the image, and HU of value 0; an output of masks alone has none."""
+        return self._parsed(lambda s: (float(s["hu"]["slope"]), float(s["hu"]["intercept"])))
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """File or folder of the volume that each structure is in, by its name."""
-        return self._told(lambda said: {str(label["name"]): str(label["file"]) for label in said.get("labels", ())})
+        """File, or folder of a Zarr array, with the label volume of each structure, by the structure's name."""
+        return self._parsed(lambda s: {str(label["name"]): str(label["file"]) for label in s.get("labels", ())})
 
     @cached_property
     def values(self) -> dict[str, int]:
-        """Value of each structure in its volume, by its name."""
-        return self._told(lambda said: {str(label["name"]): int(label["value"]) for label in said.get("labels", ())})
+        """Value of each structure in its label volume, by the structure's name."""
+        return self._parsed(lambda s: {str(label["name"]): int(label["value"]) for label in s.get("labels", ())})
 
     def image(self, box: Box | None = None) -> NDArray[Any]:
-        """Return values of the image as they are stored, shape of the box; absent: all of it."""
+        """Return stored values of the image in a box, or of the whole volume: array of the shape of the box."""
         name = "volume" + self.recipe.ending if self.recipe.ending else ""
         return self._read(name, box)
 
     def mask(self, file: str, box: Box | None = None) -> NDArray[Any]:
-        """Return labels: uint8 or uint16.
+        """Return the labels in a box: array of uint8 or uint16.
 
         Parameters
         ----------
         file : str
-            One of `files`.
+            File of a label volume, one of the values of `files`.
         box : tuple of slice, optional
-            Absent: all of it.
+            Slices, rows and columns. Default: the whole volume.
         """
-        found = self._read(file, box)
-        return _whole_numbers(self.folder / file, found) if self.recipe.format == "nifti" else found
+        stored = self._read(file, box)
+        return _integer_labels(self.folder / file, stored) if self.recipe.format == "nifti" else stored
 
-    def _told(self, get: Callable[[dict[str, Any]], _T]) -> _T:
-        said = self.sidecar
+    def _parsed(self, parse: Callable[[dict[str, Any]], _T]) -> _T:
+        """Return a value parsed from ``volume.json``; raise OutputError if that fails."""
+        sidecar = self.sidecar
         try:
-            return get(said)
+            return parse(sidecar)
         except (KeyError, TypeError, ValueError, AttributeError, GpuprepError) as exc:
             raise OutputError(
                 f"{self.folder / SIDECAR} is not as it was written ({type(exc).__name__}: {exc}): see gpuprep verify"
             ) from exc
 
-    def _check(self, name: str) -> None:
-        """Raise unless the files of a volume are as large as they were: to Zarr a lost one would be air."""
-        sizes = self._told(lambda said: {file: int(entry["bytes"]) for file, entry in said["outputs"].items()})
+    def _check_sizes(self, name: str) -> None:
+        """Raise OutputError if a file of a volume has another size than listed; Zarr would read a lost one as air."""
+        sizes = self._parsed(lambda s: {file: int(entry["bytes"]) for file, entry in s["outputs"].items()})
         for file, size in sizes.items():
             if file == name or file.startswith(f"{name}/"):
                 path = self.folder / file
@@ -124,27 +125,28 @@ class Finished:
                     raise OutputError(f"{path} cannot be read ({exc.strerror}): see gpuprep verify") from exc
                 if found != size:
                     raise OutputError(
-                        f"{path} cannot be read (it has {found} bytes, and had {size}): see gpuprep verify"
+                        f"{path} cannot be read (it has {found} bytes instead of {size}): see gpuprep verify"
                     )
 
     def _read(self, name: str, box: Box | None) -> NDArray[Any]:
         path, shape = self.folder / name, self.geometry.shape
-        box = box or whole(shape)
+        box = box or full_box(shape)
         if self.recipe.ending:
-            self._check(f"{name}/0" if self.recipe.format == "zarr" else name)  # labels lie beside the array
+            # A Zarr group also contains the label volumes; the array itself is "0".
+            self._check_sizes(f"{name}/0" if self.recipe.format == "zarr" else name)
         try:
             found = _READERS[self.recipe.ending](path, shape, box)
         except ImportError as exc:
             raise RequestError(
                 f"{path} needs {exc.name}, which cannot be imported: pip install 'gpuprep[{self.recipe.format}]'"
             ) from exc
-        except Exception as exc:  # the libraries raise whatever a broken file provokes
-            said = printable(" ".join(str(exc).split()))
-            raise OutputError(f"{path} cannot be read ({type(exc).__name__}: {said}): see gpuprep verify") from exc
+        except Exception as exc:  # a damaged file can make the libraries raise almost anything
+            reason = printable(" ".join(str(exc).split()))
+            raise OutputError(f"{path} cannot be read ({type(exc).__name__}: {reason}): see gpuprep verify") from exc
         expected = tuple(s.stop - s.start for s in box)
         if found.shape != expected:
-            raise OutputError(f"{path} gave voxels of shape {found.shape} where {expected} belong: see gpuprep verify")
-        # Not a map of a file, which a later run may replace; stacks for ImageJ are big-endian.
+            raise OutputError(f"{path} has voxels of shape {found.shape} instead of {expected}: see gpuprep verify")
+        # A copy, since a later run may replace a mapped file; in native byte order, since ImageJ stacks are big-endian.
         return np.array(found, found.dtype.newbyteorder("="), order="C")
 
 
@@ -160,7 +162,7 @@ def _from_stack(path: Path, shape: Shape3, box: Box) -> NDArray[Any]:
     import tifffile
 
     with tifffile.TiffFile(path) as tiff:
-        if tiff.series[0].dataoffset is None:  # compressed, slice by slice
+        if tiff.series[0].dataoffset is None:  # compressed slice by slice: decode those of the box
             slices = tiff.asarray(key=range(box[0].start, box[0].stop))
             return slices.reshape(-1, *shape[1:])[:, box[1], box[2]]
     found = tifffile.memmap(path, mode="r")
@@ -171,16 +173,17 @@ def _from_nifti(path: Path, shape: Shape3, box: Box) -> NDArray[Any]:
     from nibabel.nifti1 import Nifti1Image
 
     stored: Any = Nifti1Image.from_filename(path).dataobj
-    if path.suffix == ".gz":  # all of it, or nothing
+    if path.suffix == ".gz":  # has to be decompressed as a whole
         return np.asarray(stored.get_unscaled().T[box])
     return _from_map(path, stored.offset, stored.dtype, shape, box)
 
 
-def _whole_numbers(path: Path, stored: NDArray[Any]) -> NDArray[Any]:
-    """Return labels, also of a file that nibabel wrote again.
+def _integer_labels(path: Path, stored: NDArray[Any]) -> NDArray[Any]:
+    """Return integer labels, also for a file that was edited and saved with nibabel.
 
-    It keeps the integer type of the header for its float array and spreads what there is over the range of that type,
-    so that stored values are others, and rescaled ones are whole numbers only nearly: 0.988 and 2.004 of eight labels.
+    When nibabel saves a float array with an integer header, it scales the values to the full range of the integer type.
+    Stored values then differ from the labels, and rescaled ones are only close to integers: 0.988 and 2.004 for 1 and 2
+    among eight labels.
     """
     from nibabel.nifti1 import Nifti1Image
 
@@ -197,12 +200,12 @@ def _from_npy(path: Path, shape: Shape3, box: Box) -> NDArray[Any]:
 
 
 def _from_map(path: Path, offset: int, dtype: Any, shape: Shape3, box: Box) -> NDArray[Any]:
-    """Return a box of a plain file, of which the rows are read that it touches."""
+    """Return a box of an uncompressed file, mapped so that only the rows of the box are read."""
     with open(path, "rb") as f:
         memory = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     values: NDArray[Any] = np.ndarray(shape, dtype, memory, offset)
     if hasattr(memory, "madvise"):
-        # Left alone, the system guesses: for a patch of 64³ it reads ten times as much, in eight times the time.
+        # Read-ahead of the system would read ten times as much for a patch of 64³ voxels, in eight times the time.
         memory.madvise(mmap.MADV_RANDOM)
         slice_bytes, row_bytes, _ = values.strides
         for k in range(box[0].start, box[0].stop):
@@ -227,4 +230,4 @@ _READERS: dict[str, Callable[[Path, Shape3, Box], NDArray[Any]]] = {
     ".npy": _from_npy,
     ".ome.zarr": _from_zarr,
 }
-"""By what the name of a volume ends in."""
+"""Readers by the ending of a volume's file name."""

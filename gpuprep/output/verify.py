@@ -1,4 +1,4 @@
-"""Reports the state of an output folder, and verifies it, from its manifests and files alone."""
+"""Reports the state of an output folder, and verifies its files, from its manifests and files alone."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from gpuprep.executors.processes import Executor, WorkerDiedError
 from gpuprep.files.filesystem import walk
 from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import Manifest, manifest_path, shards_of
-from gpuprep.output.nnunet import made
+from gpuprep.output.nnunet import view_files
 from gpuprep.output.object_store import UNFINISHED, Bucket, at_hand, is_open, output_at, place_of
 from gpuprep.output.own_files import SIDECAR, is_own
-from gpuprep.output.paths import RESERVED, WORKSHOP, folders_above
+from gpuprep.output.paths import RESERVED, WORK_FOLDER, folders_above
 from gpuprep.output.records import DONE, RunRecord, SeriesResult, State
 
 EXAMPLES = 3
-"""Series of one reason that are named."""
+"""Number of series that are named for each reason."""
 
 
 class Records:
-    """All manifests of an output folder, to be read as one: that of OUT, and those of shards that are not merged yet.
+    """All manifests of an output folder, read as one: that of OUT, and those of shards that are not merged yet.
 
     Raises
     ------
     RequestError
-        If there is none.
+        If there is no manifest.
     """
 
     def __init__(self, out: str | Path) -> None:
@@ -54,36 +54,38 @@ class Records:
         """Yield every result."""
         for shard, manifest in self.manifests.items():
             for result in manifest:
-                if self._counts(shard, result.series_uid):
+                if self._is_current(shard, result.series_uid):
                     yield result
 
     def columns(self, *names: str) -> Iterator[tuple[Any, ...]]:
-        """Yield some columns of every row."""
+        """Yield the values of some columns, row by row."""
         for shard, manifest in self.manifests.items():
             for uid, *values in manifest.columns("series_uid", *names):
-                if self._counts(shard, uid):
+                if self._is_current(shard, uid):
                     yield tuple(values)
 
-    def _counts(self, shard: Shard, uid: str) -> bool:
-        """Whether the manifest of a shard has the last word on a series."""
+    def _is_current(self, shard: Shard, uid: str) -> bool:
+        """Return whether the manifest of a shard is the one that counts for a series: that of its own shard, if any."""
         if shard != WHOLE:
             return shard.has(uid)
         return not any(other.has(uid) for other in self.manifests if other != WHOLE)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the manifests, and remove temporary copies of them."""
         self._files.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Series that were left out for one reason."""
+    """Series that were rejected or failed for one reason."""
 
     status: str
     codes: str
+    """Verdict codes, separated by commas."""
     series: int
+    """Number of series."""
     examples: tuple[str, ...]
-    """What is said of the first ones."""
+    """Source folder and message of the first ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,34 +96,37 @@ class Progress:
     run: RunRecord
     state: State | Literal["killed"]
     done: int
-    """Of the series that it had to do."""
+    """Number of series finished, out of `run.todo`."""
     series_per_s: float | None
     left_s: float | None
-    """Until it is finished; None where there is nothing to judge by, or it is not running."""
+    """Estimated time left in seconds; None if the run is not active, or no series is finished yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What an output folder holds, and what is going on in it."""
+    """Contents of an output folder, and progress of its runs."""
 
     counts: dict[str, int]
+    """Number of series by status."""
     bytes: int
+    """Total size of the outputs."""
     reasons: tuple[Reason, ...]
     unreadable: int
+    """Number of files that the last scan could not read."""
     progress: tuple[Progress, ...] = field(default=())
     other_recipe: int = 0
-    """Outputs that were made by another recipe than that of the last run."""
+    """Number of outputs made by another recipe than that of the last run."""
 
 
 def status(out: str | Path) -> Status:
-    """Return what an output folder holds and how far its runs are; may be asked at any time.
+    """Return the contents of an output folder and the progress of its runs, also while a run is active.
 
     Raises
     ------
     RequestError
         If there is no manifest.
     OutputError
-        If it cannot be read.
+        If a manifest cannot be read.
     """
     counts: Counter[str] = Counter()
     size = 0
@@ -169,21 +174,21 @@ Fault = Literal["missing", "torn", "stray", "unfinished", "unrecorded"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something about the files of an output folder that is not as the manifest says."""
+    """A difference between the manifest and the files of an output folder."""
 
     kind: Fault
-    """missing: an output is gone. torn: a file of it is gone, or has other bytes. stray: a file that is of no output.
-    unfinished: left by a run that was killed. unrecorded: an output without a record, which a run recognises if it is
-    whole."""
+    """missing: an output folder does not exist. torn: a file of an output is missing, additional, or has changed.
+    stray: a file that belongs to no output. unfinished: left by a run that was killed. unrecorded: an output that is
+    not in the manifest; a run recognises it if it is complete."""
     path: str
-    """Relative to OUT."""
+    """Path relative to OUT."""
     key: str = ""
-    """Of the series it belongs to."""
+    """Key of the series that the path belongs to; "" if none."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Check:
-    """An output to be read again; travels to workers."""
+    """An output that a worker reads again."""
 
     output: Output
     key: str
@@ -192,21 +197,28 @@ class _Check:
 
 
 def verify(out: str | Path, executor: Executor, checked: Callable[[], None]) -> Iterator[Finding]:
-    """Read every output again, and yield what is not as it was written.
+    """Read every output again, and yield its differences from what was written.
 
     Parameters
     ----------
     out : path
-        An output folder.
+        Output folder, a path or a URL.
     executor : Executor
-        Reads the files.
+        Executor of the tasks that read files.
     checked : callable
         Called after each output.
+
+    Yields
+    ------
+    Finding
+        One difference. First those of recorded outputs, then stray, unfinished and unrecorded paths.
 
     Raises
     ------
     RequestError
-        If there is no manifest, or a run is on.
+        If there is no manifest, or a run is writing into OUT.
+    OutputError
+        If the outputs cannot be read.
     """
     output = output_at(out)
     with closing(Records(out)) as records:
@@ -217,7 +229,7 @@ def verify(out: str | Path, executor: Executor, checked: Callable[[], None]) -> 
             for key, folder, sha256, state in records.columns("key", "folder", "sha256", "status")
             if folder and (state in DONE or output.holds(folder))
         }
-    for check, outcome in executor.run(_verified, checks.values()):
+    for check, outcome in executor.run(_check_output, checks.values()):
         if isinstance(outcome, WorkerDiedError):
             outcome = [Finding("torn", check.folder, check.key)]
         if isinstance(outcome, OSError):
@@ -231,44 +243,44 @@ def verify(out: str | Path, executor: Executor, checked: Callable[[], None]) -> 
         yield from _stray_objects(output, set(checks))
 
 
-def _verified(check: _Check) -> list[Finding] | OSError:
-    """Return what is wrong with an output, or why that cannot be said; runs in a worker."""
+def _check_output(check: _Check) -> list[Finding] | OSError:
+    """Return the findings about an output, or the error that prevented reading it; runs in a worker."""
     try:
         if not check.output.holds(check.folder):
             return [Finding("missing", check.folder, check.key)]
-        torn = check.output.torn(check.folder, check.sha256)
+        damaged = check.output.damaged_files(check.folder, check.sha256)
     except OSError as exc:
         return exc
-    return [Finding("torn", f"{check.folder}/{name}", check.key) for name in torn]
+    return [Finding("torn", f"{check.folder}/{name}", check.key) for name in damaged]
 
 
 def _strays(out: Path, folders: set[str]) -> Iterator[Finding]:
-    """Yield files that belong to nothing, and folders of a run that did not end."""
-    arranged = made(out)
-    # Earlier versions put outputs into the folders of others; these are walked into, whatever holds them.
-    leading = folders.union(*map(folders_above, folders))
-    for folder, below, names in os.walk(out):
+    """Yield files that belong to no output, unrecorded outputs, and folders that a killed run left behind."""
+    arranged = view_files(out)
+    # Earlier versions put outputs into the folders of other outputs, so the walk enters those too.
+    with_parents = folders.union(*map(folders_above, folders))
+    for folder, subfolders, names in os.walk(out):
         here = os.path.relpath(folder, out)
-        onwards = [name for name in sorted(below) if os.path.normpath(f"{here}/{name}") in leading]
-        if here == WORKSHOP:
-            unfinished = [name for name in below if "-of-" not in name]
-            yield from (Finding("unfinished", printable(f"{WORKSHOP}/{name}")) for name in sorted(unfinished))
-            below[:] = [name for name in below if name not in unfinished]
+        to_outputs = [name for name in sorted(subfolders) if os.path.normpath(f"{here}/{name}") in with_parents]
+        if here == WORK_FOLDER:
+            unfinished = [name for name in subfolders if "-of-" not in name]
+            yield from (Finding("unfinished", printable(f"{WORK_FOLDER}/{name}")) for name in sorted(unfinished))
+            subfolders[:] = [name for name in subfolders if name not in unfinished]
             continue
-        if here.startswith(WORKSHOP + os.sep):
-            yield from (Finding("unfinished", printable(f"{here}/{name}")) for name in sorted(below))
-            below.clear()
+        if here.startswith(WORK_FOLDER + os.sep):
+            yield from (Finding("unfinished", printable(f"{here}/{name}")) for name in sorted(subfolders))
+            subfolders.clear()
             continue
-        if here in folders:  # looked at as a whole
-            strangers = [name for name in Output(out, out).strangers(here) if name not in onwards]
-            yield from (Finding("stray", printable(f"{here}/{name}")) for name in strangers)
-            below[:] = onwards
+        if here in folders:  # its own files are checked by `_check_output`
+            foreign_names = [name for name in Output(out, out).foreign_names(here) if name not in to_outputs]
+            yield from (Finding("stray", printable(f"{here}/{name}")) for name in foreign_names)
+            subfolders[:] = to_outputs
             continue
         if SIDECAR in names and f"{here}/{SIDECAR}" not in arranged:
             yield Finding("unrecorded", printable(here))
-            below[:] = onwards
+            subfolders[:] = to_outputs
             continue
-        below.sort()
+        subfolders.sort()
         own = RESERVED if here == "." else ()
         for name in sorted(names):
             if not (own and name.startswith(own)) and f"{here}/{name}" not in arranged:
@@ -276,14 +288,14 @@ def _strays(out: Path, folders: set[str]) -> Iterator[Finding]:
 
 
 def _stray_objects(bucket: Bucket, folders: set[str]) -> Iterator[Finding]:
-    """Yield objects that belong to nothing, and what is left of uploads that broke off."""
+    """Yield objects that belong to no output, unrecorded outputs, and interrupted uploads."""
     unrecorded: set[str] = set()
-    for place, files in walk(bucket.url):
-        here = place[len(bucket.url) + 1 :]
+    for url, files in walk(bucket.url):
+        here = url[len(bucket.url) + 1 :]
         names = [os.path.basename(path) for path, _ in files]
         above = (here, *(parent.as_posix() for parent in Path(here).parents))
         owner = next((folder for folder in above if folder in folders), None)
-        if here.split("/", 1)[0] == WORKSHOP or (owner is None and unrecorded.intersection(above)):
+        if here.split("/", 1)[0] == WORK_FOLDER or (owner is None and unrecorded.intersection(above)):
             continue
         if owner is None and {SIDECAR, UNFINISHED} & set(names):
             unrecorded.add(here)
@@ -301,7 +313,7 @@ def _stray_objects(bucket: Bucket, folders: set[str]) -> Iterator[Finding]:
 
 
 def mark(manifest: Manifest, findings: Iterable[Finding]) -> int:
-    """Record outputs that are not as they were as failed, so that the next run makes them again; return how many."""
+    """Record damaged outputs as failed, so that the next run converts them again; return their number."""
     keys = {finding.key for finding in findings if finding.key}
     for key in keys:
         result = manifest.get(key)

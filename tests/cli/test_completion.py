@@ -1,4 +1,4 @@
-"""Shell completion, by the protocol that the scripts of typer speak with the program; and in a real bash."""
+"""Shell completion, by the protocol of typer's completion scripts, and in a real bash."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gpuprep.cli.app import app
 from gpuprep.core.recipe import PRESETS
 
 
-def asked(shell: str, line: str) -> str:
-    """Return what the program answers a shell when Tab is pressed at the end of a line."""
+def completions(shell: str, line: str) -> str:
+    """Return what the program prints for a shell when Tab is pressed at the end of a line."""
     words = line.split(" ")
     env = {
         "_GPUPREP_COMPLETE": f"complete_{shell}",
@@ -47,36 +47,36 @@ def asked(shell: str, line: str) -> str:
         ("gpuprep convert dicom --masks ", []),
     ],
 )
-def test_bash_gets_a_word_per_line(line: str, expected: list[str]) -> None:
-    assert asked("bash", line).split() == expected
+def test_bash_completion_prints_one_word_per_line(line: str, expected: list[str]) -> None:
+    assert completions("bash", line).split() == expected
 
 
-def test_zsh_gets_words_with_their_reasons() -> None:
-    answer = asked("zsh", "gpuprep convert dicom --recipe lun")
+def test_zsh_completion_prints_words_with_descriptions() -> None:
+    answer = completions("zsh", "gpuprep convert dicom --recipe lun")
     assert answer.startswith("_arguments '*: :((")
     assert '"lung":"the window for lungs' in answer
     assert '"luna16":"lung nodules' in answer
 
 
-def test_fish_gets_words_with_their_reasons() -> None:
-    assert asked("fish", "gpuprep recipes bon").startswith(f"bone\t{PRESETS['bone'].why}")
+def test_fish_completion_prints_words_with_descriptions() -> None:
+    assert completions("fish", "gpuprep recipes bon").startswith(f"bone\t{PRESETS['bone'].why}")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_there_is_a_script_for_each_shell(shell: str) -> None:
+def test_each_shell_has_a_completion_script(shell: str) -> None:
     env = {"_GPUPREP_COMPLETE": f"source_{shell}"}
     result = CliRunner().invoke(app, [], env=env, prog_name="gpuprep", catch_exceptions=False)
     assert f"_GPUPREP_COMPLETE=complete_{shell}" in result.stdout
     assert "gpuprep" in result.stdout
 
 
-def test_options_of_completion_are_told() -> None:
+def test_help_lists_the_options_for_completion() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).stdout
     assert "--install-completion" in shown
     assert "--show-completion" in shown
 
 
-def test_a_real_bash_completes(tmp_path: Path) -> None:
+def test_completion_works_in_a_real_bash(tmp_path: Path) -> None:
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("no bash here")

@@ -1,4 +1,4 @@
-"""Every public name has an example, and every example does what it says, in an empty folder."""
+"""Every public name has an example, and every example is correct, in an empty folder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_does_what_it_says(name: str) -> None:
+def test_examples_of_public_names_are_correct(name: str) -> None:
     (example,) = FINDER.find(getattr(gpuprep, name), name, globs={"gpuprep": gpuprep})
     assert "\nExamples\n--------\n>>> " in cleandoc(getattr(gpuprep, name).__doc__)
     run(example)
 
 
-def test_the_example_of_the_package_does_what_it_says() -> None:
+def test_the_example_of_the_package_is_correct() -> None:
     (example,) = FINDER.find(gpuprep, "gpuprep", globs={})
     run(example)
 
 
 def run(example: doctest.DocTest) -> None:
-    said: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=said.append)
+    failures: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=failures.append)
     assert example.examples
-    assert said == [], "".join(said)
+    assert failures == [], "".join(failures)

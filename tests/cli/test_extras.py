@@ -1,4 +1,4 @@
-"""Each optional extra that is not installed is named in one line, with the command that installs it."""
+"""An extra that is not installed is named in one line, with the command that installs it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as _file:
 MODULES = {
     "cupy-cuda12x": "cupy", "cupy-cuda13x": "cupy", "cucim-cu12": "cucim", "cucim-cu13": "cucim", "dask": "distributed",
 }  # fmt: skip
-"""By package, what is imported, where it is not the module of that name."""
+"""Imported module by package, if it has another name."""
 
 OUT = ["--quiet", "--out", "out", "--backend", "cpu"]
 USES: dict[str, list[str]] = {
@@ -42,14 +42,15 @@ USES: dict[str, list[str]] = {
     "nifti": ["convert", "dicom", *OUT, "--format", "nifti"],
     "zarr": ["convert", "dicom", *OUT, "--format", "zarr"],
 }
-"""A command that needs the extra, in a folder with a series, and with a manifest in ``out``."""
+"""A command that needs the extra, by extra; it runs in a folder with a series, and with a manifest in ``out``."""
 
 
-def told_by_doctor(stdout: str) -> str:
+def loops_finding(stdout: str) -> str:
+    """Return what doctor prints about the loops on the CPU."""
     return "\n".join(f["detail"] for f in json.loads(stdout) if f["name"] == "cpu loops")
 
 
-def test_every_extra_of_the_project_is_tried() -> None:
+def test_every_extra_of_the_project_is_tested() -> None:
     assert {*USES, "torch"} == set(EXTRAS)  # torch has no command: it is for Python
 
 
@@ -63,7 +64,7 @@ def test_an_extra_that_is_absent_is_named(
     Path("out").mkdir()
     Manifest(manifest_path(Path("out"))).close()
     monkeypatch.setitem(sys.modules, MODULES.get(package, package), None)
-    for protocol in ("s3", "gs"):  # what fsspec has imported already
+    for protocol in ("s3", "gs"):  # fsspec may have imported them already
         monkeypatch.delitem(_registry, protocol, raising=False)
     found: Any = Distribution.from_name
 
@@ -78,7 +79,7 @@ def test_an_extra_that_is_absent_is_named(
             import_module("gpuprep.torch")
         return
     result = CliRunner().invoke(app, USES[extra], catch_exceptions=False)
-    line = told_by_doctor(result.stdout) if extra == "fast" else result.stderr  # without it all works, half as fast
+    line = loops_finding(result.stdout) if extra == "fast" else result.stderr  # without "fast", all commands work
     assert line.count("\n") <= 1, line
     assert f"pip install 'gpuprep[{extra}]'" in line or f"or 'gpuprep[{extra}]'" in line
     if extra != "fast":

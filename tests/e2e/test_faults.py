@@ -484,7 +484,7 @@ def test_shards_run_beside_each_other_and_nothing_else_beside_them(
     counts["first"] = len(go(dicom, out, shard=Shard(1, 2), listener=Planned(beside_a_shard)).results)
     assert counts["first"] + counts["second"] == 12
     before = marks(out)
-    monkeypatch.setattr("gpuprep.output.folder_store.OTHER_SHARD_S", 0.1)
+    monkeypatch.setattr("gpuprep.output.folder_store.WHOLE_LOCK_TIMEOUT_S", 0.1)
 
     def beside_everything() -> None:
         for shard in (Shard(1, 2), WHOLE):
@@ -524,8 +524,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cohort(tmp_path_factory.mktemp("many") / "dicom", 40)
 
 
-FINISHING = "gpuprep: finishing what is in flight; once more stops now"
-INTERRUPTED = "gpuprep: interrupted; what is finished stays, and the same command goes on from there"
+FINISHING = "gpuprep: finishing the series in flight; interrupt again to stop at once"
+INTERRUPTED = "gpuprep: interrupted; completed outputs are kept: run the same command again to continue"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

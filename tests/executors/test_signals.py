@@ -24,7 +24,7 @@ import pytest
 
 from gpuprep.core.recipe import Recipe
 from gpuprep.executors.signals import held_back
-from gpuprep.output.paths import WORKSHOP
+from gpuprep.output.paths import WORK_FOLDER
 from gpuprep.pipeline.cohort import convert
 from gpuprep.testing import write_series
 
@@ -41,7 +41,7 @@ def volumes(out: Path) -> Volumes:
     found: Volumes = {}
     for folder, below, names in os.walk(out):
         if Path(folder) == out:
-            below[:] = [b for b in below if b != WORKSHOP]
+            below[:] = [b for b in below if b != WORK_FOLDER]
             names = [n for n in names if not n.startswith(("recipe.toml", "manifest."))]
         if names:
             found[os.path.relpath(folder, out)] = {n: Path(folder, n).read_bytes() for n in names}
@@ -72,7 +72,7 @@ def whole(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Volumes:
 def is_writing(out: Path) -> bool:
     """Return whether a volume is being written."""
     try:
-        with os.scandir(out / WORKSHOP) as entries:
+        with os.scandir(out / WORK_FOLDER) as entries:
             return any(entry.is_dir() for entry in entries)
     except OSError:
         return False
@@ -144,7 +144,7 @@ def check_orderly(run: Interrupted, out: Path) -> None:
     assert run.code == 130
     assert "Traceback" not in run.stderr
     assert [line for line in run.stderr.splitlines() if "interrupted" in line] == [
-        "gpuprep: interrupted; what is finished stays, and the same command goes on from there"
+        "gpuprep: interrupted; completed outputs are kept: run the same command again to continue"
     ]
     with (out / "manifest.csv").open(newline="") as f, closing(sqlite3.connect(out / "manifest.sqlite")) as db:
         assert sorted(row["key"] for row in csv.DictReader(f)) == sorted(
@@ -190,7 +190,7 @@ def test_ctrl_c_while_workers_are_starting_is_one_line(dicom: Path, tmp_path: Pa
     # A terminal sends SIGINT to the fork server, too, which is then importing modules.
     out = tmp_path / "out"
     command = [*COMMAND, str(dicom), "--out", str(out)]
-    run = Interrupted(command, signal.SIGINT, (out / WORKSHOP / "lock").exists, delay_s=0.2, whole_group=True)
+    run = Interrupted(command, signal.SIGINT, (out / WORK_FOLDER / "lock").exists, delay_s=0.2, whole_group=True)
     check_orderly(run, out)
 
 

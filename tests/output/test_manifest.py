@@ -1,4 +1,4 @@
-"""The manifest: what goes in comes out, in SQLite and in CSV, and nothing but a manifest is taken for one."""
+"""The manifest keeps results in SQLite and CSV as they are, and files that are no manifest are refused."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ RESULTS = st.builds(
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(RESULTS)
-def test_any_result_survives(manifest: Manifest, result: SeriesResult) -> None:
+def test_any_result_is_read_as_it_was_put(manifest: Manifest, result: SeriesResult) -> None:
     manifest.put(result)
     assert manifest.get("1") == result
 
 
-def test_a_later_result_takes_the_place_of_the_former(manifest: Manifest) -> None:
+def test_a_later_result_replaces_the_former_one(manifest: Manifest) -> None:
     manifest.put(OK)
     later = replace(OK, status="failed", reason="OutputError: disk full", warnings=(), shape=None)
     manifest.put(later)
@@ -149,7 +149,7 @@ def test_results_are_listed_by_source_then_number(manifest: Manifest) -> None:
     assert list(manifest) == [BARE, OK, second, third]
 
 
-def test_results_are_there_when_it_is_opened_again(tmp_path: Path) -> None:
+def test_results_are_kept_when_a_manifest_is_reopened(tmp_path: Path) -> None:
     for _ in range(2):
         with closing(Manifest(tmp_path / "manifest.sqlite")) as manifest:
             manifest.put(OK)
@@ -158,7 +158,7 @@ def test_results_are_there_when_it_is_opened_again(tmp_path: Path) -> None:
 
 
 def test_a_reader_sees_each_result_as_soon_as_it_is_put(manifest: Manifest, tmp_path: Path) -> None:
-    # So a kill loses nothing that was put, and `sqlite3 manifest.sqlite` may be used while a run writes.
+    # So a kill loses no result that was put, and `sqlite3 manifest.sqlite` works while a run writes.
     with closing(sqlite3.connect(tmp_path / "manifest.sqlite")) as reader:
         for n in range(3):
             manifest.put(replace(OK, key=str(n)))
@@ -236,7 +236,7 @@ def test_csv_of_an_empty_manifest_is_its_heading(manifest: Manifest, tmp_path: P
     assert rest == []
 
 
-def test_csv_is_replaced_whole_or_not_at_all(
+def test_csv_is_replaced_completely_or_not_at_all(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Trap 34.
@@ -259,7 +259,7 @@ def test_csv_is_replaced_whole_or_not_at_all(
     assert not any(p.name.startswith("manifest.csv.") for p in tmp_path.iterdir())
 
 
-def test_what_was_beside_the_images_is_that_of_the_last_scan(manifest: Manifest, tmp_path: Path) -> None:
+def test_other_and_unreadable_files_are_those_of_the_last_scan(manifest: Manifest, tmp_path: Path) -> None:
     manifest.account({"not DICOM": 3, "MR Image Storage": 1}, (("/a", "EOFError: short"), ("/b", "cannot be listed")))
     manifest.account({"not DICOM": 2}, (("/b", "EOFError: short"),))
     with closing(sqlite3.connect(tmp_path / "manifest.sqlite")) as reader:
@@ -321,7 +321,7 @@ def test_an_empty_file_is_no_manifest_to_read(tmp_path: Path) -> None:
         ("codes", '"gap"'), ("codes", "[" * 100_000), ("audit", "[]"), ("warnings", "no JSON"), ("shape", "3"),
     ],
 )  # fmt: skip
-def test_a_cell_that_holds_something_else_is_an_output_error(tmp_path: Path, column: str, cell: object) -> None:
+def test_a_cell_of_the_wrong_type_is_an_output_error(tmp_path: Path, column: str, cell: object) -> None:
     file = tmp_path / "manifest.sqlite"
     with closing(Manifest(file)) as manifest:
         manifest.put(OK)
@@ -335,7 +335,7 @@ def test_a_cell_that_holds_something_else_is_an_output_error(tmp_path: Path, col
             list(manifest.columns("series_uid", column))
 
 
-def test_a_manifest_from_before_a_column_was_added_is_taken_on(tmp_path: Path) -> None:
+def test_a_manifest_without_a_later_column_can_be_read_and_extended(tmp_path: Path) -> None:
     file = tmp_path / "manifest.sqlite"
     with closing(Manifest(file)) as manifest:
         manifest.put(OK)
@@ -364,7 +364,7 @@ def test_a_manifest_from_before_a_column_was_added_is_taken_on(tmp_path: Path) -
 
 
 def test_a_manifest_that_can_no_longer_be_written_is_an_output_error(manifest: Manifest, tmp_path: Path) -> None:
-    # As by a full disk or a lost mount; a table that is gone is what a test can make.
+    # For example because of a full disk or a lost mount; this test removes a table instead.
     with closing(sqlite3.connect(tmp_path / "manifest.sqlite", isolation_level=None)) as saboteur:
         saboteur.execute("DROP TABLE series")
         saboteur.execute("DROP TABLE unreadable")
@@ -384,12 +384,12 @@ def test_a_csv_that_cannot_be_written_is_an_output_error(manifest: Manifest, tmp
         manifest.write_csv()
 
 
-# --- what is opened is closed, whatever goes wrong
+# --- connections are closed after errors
 
 
 @pytest.fixture
 def connections(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
-    """Collect all connections to databases that are made from here on."""
+    """Collect all connections to databases that are opened from here on."""
     made: list[sqlite3.Connection] = []
     connect = sqlite3.connect
 
@@ -466,13 +466,13 @@ def test_a_manifest_that_cannot_take_over_another_is_closed(
     make_whole(tmp_path / "manifest.1-of-2.sqlite")
     corrupt(tmp_path / damaged)
     with suppress(OutputError), closing(open_manifest(tmp_path, shard)) as manifest:
-        assert shard == Shard(2, 2)  # the other shard is none of its business
+        assert shard == Shard(2, 2)  # it does not read the manifest of the other shard
         assert damaged == "manifest.1-of-2.sqlite"
         assert list(manifest) == [OK]
     assert_closed(connections)
 
 
-def test_records_of_which_one_is_damaged_are_closed(tmp_path: Path, connections: list[sqlite3.Connection]) -> None:
+def test_manifests_are_closed_if_one_of_them_is_damaged(tmp_path: Path, connections: list[sqlite3.Connection]) -> None:
     make_whole(tmp_path / "manifest.1-of-2.sqlite")
     corrupt(tmp_path / "manifest.2-of-2.sqlite")
     with pytest.raises(OutputError, match=r"2-of-2\.sqlite cannot be used as manifest"):

@@ -1,4 +1,4 @@
-"""The view for nnU-Net: the cases it should have and no others, whole or without a dataset.json, and nobody else's."""
+"""The view for nnU-Net has the right cases, has a dataset.json only if it is complete, and spares foreign files."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from gpuprep.output.verify import verify
 from gpuprep.pipeline.events import Run
 
 RECIPE = Recipe(spacing_mm=None, size=None, dtype="int16", window_hu=None, format="tif-stack")
-"""Of what every installation can write."""
+"""Recipe of a format that needs no extra."""
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Two patients with structures and one without, and where they go."""
+    """Output folder for two patients with structures and one without, who are written beside it."""
     for name, rois in (("p 1", {"left": LEFT, "right": RIGHT}), ("p2", {"right": RIGHT}), ("p3", {})):
         ct = Ct(tmp_path / "dicom" / name)
         if rois:
@@ -59,12 +59,12 @@ def view(out: Path) -> list[str]:
 
 
 def written(out: Path) -> dict[str, tuple[int, int]]:
-    """Return what tells one writing of each file of the view from another."""
+    """Return inode and modification time of each file of the view."""
     stats = {name: (out / name).stat() for name in [*view(out), "dataset.json"]}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
-def test_sites_of_equal_paths_are_cases_of_their_own(tmp_path: Path) -> None:
+def test_series_with_equal_paths_are_separate_cases(tmp_path: Path) -> None:
     for site, rois in (("a", LEFT), ("b", RIGHT)):
         ct = Ct(tmp_path / site / "dicom" / "p1")
         write_rtstruct(tmp_path / f"{site}.dcm", {"organ": rois}, series_uid=ct.uid, frame_uid=ct.frame_uid)
@@ -95,7 +95,7 @@ def dataset(out: Path) -> Any:
     return json.loads((out / "dataset.json").read_text())
 
 
-def test_series_are_cases_with_and_without_labels(out: Path) -> None:
+def test_series_with_labels_are_training_cases_and_others_test_cases(out: Path) -> None:
     run = convert(out)
     assert run.arranged == (2, 1, 0)
     assert view(out) == VIEW
@@ -113,7 +113,7 @@ def test_series_are_cases_with_and_without_labels(out: Path) -> None:
     np.testing.assert_array_equal(tifffile.imread(out / "labelsTr" / "dicom_p2.tif"), 2 * RIGHT_BOX)
     for name in ("imagesTr/dicom_p2.json", "labelsTr/dicom_p2.json", "imagesTs/dicom_p3.json"):
         assert json.loads((out / name).read_text()) == {"spacing": [2.0, 1.0, 1.0]}  # slices first
-    # Not a byte of it twice, and the folders of series are as ever.
+    # The files are hard links, and the folders of series do not change.
     assert (out / "dicom" / "p2" / "volume.tif").samefile(out / "imagesTr" / "dicom_p2_0000.tif")
     assert sorted(f.name for f in (out / "dicom" / "p2").iterdir()) == [
         "labels.tif",
@@ -124,7 +124,7 @@ def test_series_are_cases_with_and_without_labels(out: Path) -> None:
     assert list(verify(out, Here(), lambda: None)) == []
 
 
-def test_nifti_needs_no_files_beside_it(out: Path) -> None:
+def test_nifti_cases_have_no_json_files(out: Path) -> None:
     nibabel = pytest.importorskip("nibabel")
     convert(out, replace(RECIPE, format="nifti", compression="zlib"))
     assert view(out) == [name.replace(".tif", ".nii.gz") for name in VIEW if not name.endswith(".json")]
@@ -135,12 +135,12 @@ def test_nifti_needs_no_files_beside_it(out: Path) -> None:
 
 
 @pytest.mark.parametrize("format_", ["nifti", "tif-stack"])
-def test_a_series_whose_slices_lean_is_no_case_and_is_told_so(out: Path, format_: Any) -> None:
-    # nnU-Net would take it for upright: by nibabel, which reads the shear, and from TIFF, which cannot say it.
+def test_a_series_with_leaning_slices_is_no_case_and_has_a_warning(out: Path, format_: Any) -> None:
+    # nnU-Net would ignore the shear: it reads NIfTI with nibabel if ITK refuses it, and TIFF cannot describe shear.
     tilt = np.deg2rad(15)
     Ct(out.parent / "dicom" / "p4", orientation=(1, 0, 0, 0, float(np.cos(tilt)), float(-np.sin(tilt))))
     files = sorted((out.parent / "dicom" / "p4").iterdir())
-    for file in files:  # the table goes along z, and not along the normal: six slices of 2 mm lean by 10 sin 15° mm
+    for file in files:  # the table moves along z, not along the normal: six slices of 2 mm lean by 10 sin 15° mm
         ds = pydicom.dcmread(file)
         along_mm = (np.array(ds.ImagePositionPatient, float) - ORIGIN_MM) @ (0, np.sin(tilt), np.cos(tilt))
         k = round(float(along_mm) / 2)
@@ -155,16 +155,16 @@ def test_a_series_whose_slices_lean_is_no_case_and_is_told_so(out: Path, format_
         (leaning,) = (r for r in run.results if r.folder.endswith("p4"))
         assert ("leaning" in leaning.codes) == (policy == "keep")
         assert any("p4" in name for name in view(out)) == (policy == "fix")
-        said = [w for w in leaning.warnings if w.startswith("slices lean by 2.59 mm in all")]
-        assert len(said) == (policy == "keep")
+        warnings = [w for w in leaning.warnings if w.startswith("slices lean by 2.59 mm in all")]
+        assert len(warnings) == (policy == "keep")
 
 
-def test_the_same_again_leaves_it_alone_and_another_recipe_arranges_it_anew(out: Path) -> None:
+def test_the_view_changes_with_the_recipe_and_stays_if_nothing_changed(out: Path) -> None:
     convert(out)
     before = written(out)
     assert convert(out).counts == {"skipped": 3}
     assert written(out) == before
-    # Without "left": "right" keeps its value, so the one before it is named too, as values have to be consecutive.
+    # Without "left": "right" keeps its value 2, so value 1 is named too, because values have to be consecutive.
     only = replace(RECIPE, masks=Masks(roi="right"))
     run = convert(out, only, limit=2)
     assert run.arranged == (2, 0, 1)  # one series is not yet made by this recipe
@@ -179,7 +179,7 @@ def test_the_same_again_leaves_it_alone_and_another_recipe_arranges_it_anew(out:
     ]
 
 
-def test_a_run_with_folders_alone_leaves_the_view_as_it_was(out: Path) -> None:
+def test_a_run_with_layout_folders_leaves_the_view_unchanged(out: Path) -> None:
     convert(out)
     assert convert(out, replace(RECIPE, dtype="float32"), layout="folders").arranged is None
     assert tifffile.imread(out / "imagesTr" / "dicom_p2_0000.tif").dtype == np.int16
@@ -216,31 +216,32 @@ def put_a_file_for_a_folder(out: Path) -> Path:
 @pytest.mark.parametrize(
     "change", [put_notes_among_images, put_a_case_of_my_own, correct_labels, add_a_licence, put_a_file_for_a_folder]
 )
-def test_what_somebody_else_put_there_is_refused_before_anything_is_done(out: Path, change: Any) -> None:
+def test_a_foreign_file_in_the_view_is_refused_before_conversion(out: Path, change: Any) -> None:
     convert(out)
     file = change(out)
     content = file.read_bytes()
-    with pytest.raises(RequestError, match=f"{re.escape(str(file))} is not what gpuprep put there for nnU-Net: move"):
+    words = f"{re.escape(str(file))} is not a file that gpuprep made for nnU-Net, or it has changed since: move"
+    with pytest.raises(RequestError, match=words):
         convert(out, replace(RECIPE, dtype="float32"))
     assert file.read_bytes() == content
     assert tifffile.imread(out / "dicom" / "p2" / "volume.tif").dtype == np.int16
 
 
-def test_somebody_elses_dataset_is_not_taken_over(out: Path) -> None:
+def test_a_foreign_dataset_is_not_taken_over(out: Path) -> None:
     (out / "imagesTr").mkdir(parents=True)
     (out / "imagesTr" / "liver_0000.nii.gz").write_bytes(b"")
     with pytest.raises(RequestError, match="liver_0000"):
         convert(out)
 
 
-def test_verify_tells_what_is_of_the_view_from_what_is_not(out: Path) -> None:
+def test_verify_accepts_files_of_the_view_and_reports_others(out: Path) -> None:
     convert(out)
     put_notes_among_images(out)
     assert [(f.kind, f.path) for f in verify(out, Here(), lambda: None)] == [("stray", "imagesTr/notes.txt")]
 
 
 @pytest.mark.parametrize("survives", range(4))
-def test_a_view_that_breaks_off_has_no_dataset_json_and_is_finished_by_the_next_run(
+def test_an_interrupted_view_has_no_dataset_json_and_the_next_run_completes_it(
     out: Path, monkeypatch: pytest.MonkeyPatch, survives: int
 ) -> None:
     convert(out)
@@ -264,7 +265,7 @@ def test_a_view_that_breaks_off_has_no_dataset_json_and_is_finished_by_the_next_
 
 
 @pytest.mark.parametrize("symlinks", [True, False])
-def test_where_there_are_no_hard_links_others_or_copies_serve(
+def test_symbolic_links_or_copies_replace_unsupported_hard_links(
     out: Path, monkeypatch: pytest.MonkeyPatch, symlinks: bool
 ) -> None:
     def refused(*_: Any) -> None:
@@ -276,7 +277,7 @@ def test_where_there_are_no_hard_links_others_or_copies_serve(
     for _ in range(2):
         convert(out)
     moved = out.with_name("moved")
-    out.rename(moved)  # what is relative still leads there
+    out.rename(moved)  # relative links remain valid
     assert view(moved) == VIEW
     assert (moved / "imagesTr" / "dicom_p2_0000.tif").is_symlink() is symlinks
     np.testing.assert_array_equal(tifffile.imread(moved / "labelsTr" / "dicom_p2.tif"), 2 * RIGHT_BOX)
@@ -294,18 +295,20 @@ def test_where_there_are_no_hard_links_others_or_copies_serve(
         ({}, {"layout": "nnUNet"}, "choose one of folders, nnunet"),
     ],
 )
-def test_what_cannot_be_arranged_is_said_at_once(out: Path, changes: Any, options: Any, words: str) -> None:
+def test_options_that_nnunet_cannot_use_are_refused_before_conversion(
+    out: Path, changes: Any, options: Any, words: str
+) -> None:
     with pytest.raises(RequestError, match=words):
         convert(out, replace(RECIPE, **changes), **options)
     assert not out.exists()
 
 
-def test_an_object_store_is_no_place_for_links(small_series: Path) -> None:
+def test_the_view_in_an_object_store_is_refused(small_series: Path) -> None:
     with pytest.raises(RequestError, match="needs a folder on disk, not memory://bucket/out"):
         gpuprep.convert(small_series, "memory://bucket/out", RECIPE, layout="nnunet", backend="cpu")
 
 
-def test_a_case_that_is_called_like_our_sidecar_is_no_output_to_verify(tmp_path: Path) -> None:
+def test_a_case_whose_json_is_named_volume_json_is_not_taken_for_an_output(tmp_path: Path) -> None:
     Ct(tmp_path / "volume")
     run = gpuprep.convert(tmp_path / "volume", tmp_path / "out", RECIPE, layout="nnunet", backend="cpu")
     assert run.results[0].folder == "volume"
@@ -313,7 +316,7 @@ def test_a_case_that_is_called_like_our_sidecar_is_no_output_to_verify(tmp_path:
     assert list(verify(tmp_path / "out", Here(), lambda: None)) == []
 
 
-def test_names_that_mean_something_else_to_nnunet_are_made_plain(tmp_path: Path) -> None:
+def test_structure_names_that_nnunet_reserves_get_a_suffix(tmp_path: Path) -> None:
     ct = Ct(tmp_path / "dicom" / "p")
     (tmp_path / "masks").mkdir()
     rois = {"background": LEFT, "ignore": RIGHT}
@@ -323,14 +326,14 @@ def test_names_that_mean_something_else_to_nnunet_are_made_plain(tmp_path: Path)
     assert dataset(tmp_path / "out")["labels"] == expected
 
 
-def test_a_source_folder_of_that_name_is_not_mixed_up_with_the_view(tmp_path: Path) -> None:
+def test_a_source_folder_named_like_a_folder_of_the_view_is_renamed(tmp_path: Path) -> None:
     Ct(tmp_path / "imagesTr" / "p")
     run = gpuprep.convert(tmp_path / "imagesTr", tmp_path / "out", RECIPE, layout="nnunet", backend="cpu")
     assert run.results[0].folder == "%69magesTr/p"
     assert view(tmp_path / "out") == ["imagesTs/69magesTr_p.json", "imagesTs/69magesTr_p_0000.tif"]
 
 
-def test_retry_arranges_as_the_run_before_it_did(out: Path) -> None:
+def test_retry_uses_the_layout_of_the_last_run(out: Path) -> None:
     damaged = sorted((out.parent / "dicom" / "p2").iterdir())[2]
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-100])
@@ -346,7 +349,7 @@ def test_retry_arranges_as_the_run_before_it_did(out: Path) -> None:
 
 
 @given(st.lists(st.text("aAbB_/ .é-", min_size=1, max_size=5), unique=True, max_size=8))
-def test_cases_have_harmless_names_of_their_own(folders: list[str]) -> None:
+def test_case_names_are_plain_and_unique(folders: list[str]) -> None:
     names = case_names(folders)
     assert list(names) == folders
     assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) for name in names.values())

@@ -1,4 +1,4 @@
-"""Outputs in object stores: the same bytes as on disk, whole or not there, and one run at a time."""
+"""Outputs in object stores equal those on disk, appear complete or not at all, and one run writes at a time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def dicom(tmp_path: Path, noise: Callable[..., NDArray[np.int16]]) -> Path:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The URLs that files are uploaded to by this process."""
+    """URLs to which this process uploads files."""
     urls: list[str] = []
     upload = filesystem.upload
 
@@ -63,18 +63,18 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def volumes(urls: list[str]) -> list[str]:
-    """Of some URLs, those of volumes."""
+    """Return the URLs that are not those of manifests."""
     return [url for url in urls if "manifest" not in url]
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """Every file of the volumes under OUT, and what else is the same in every run."""
+    """Return every file under OUT with its content, except manifests and the work folder, which differ between runs."""
     found = (f for f in sorted(out.rglob("*")) if f.is_file() and ".gpuprep" not in f.parts)
     return {str(f.relative_to(out)): f.read_bytes() for f in found if not f.name.startswith("manifest.")}
 
 
 def objects(fs: Any, url: str) -> dict[str, bytes]:
-    """Every object below a URL but manifests."""
+    """Return every object below a URL with its content, without manifests."""
     top = fs._strip_protocol(url)
     names = [name for name in fs.find(top) if not name[len(top) + 1 :].startswith("manifest.")]
     return {name[len(top) + 1 :]: fs.cat_file(name) for name in names}
@@ -86,7 +86,7 @@ def no_scratch(folder: Path) -> bool:
 
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where temporary files go; nothing may be left there."""
+    """Folder for temporary files, which must be empty afterwards."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -95,7 +95,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("scratch")
-def test_objects_are_the_files_of_a_run_on_disk(tmp_path: Path, dicom: Path, memory: Any, sent: list[str]) -> None:
+def test_objects_equal_the_files_of_a_run_on_disk(tmp_path: Path, dicom: Path, memory: Any, sent: list[str]) -> None:
     here = gpuprep.convert(dicom, tmp_path / "here", SMALL)
     there = gpuprep.convert(dicom, OUT + "/", SMALL)
     assert objects(memory, OUT) == files(tmp_path / "here")
@@ -116,18 +116,18 @@ def test_objects_are_the_files_of_a_run_on_disk(tmp_path: Path, dicom: Path, mem
     assert objects(memory, OUT) == files(tmp_path / "other")
 
 
-def test_file_urls_are_the_path_itself(tmp_path: Path, dicom: Path) -> None:
+def test_a_file_url_is_treated_as_a_path(tmp_path: Path, dicom: Path) -> None:
     gpuprep.convert(dicom, f"file://{tmp_path}/out", SMALL)
     assert (tmp_path / "out" / "dicom" / "p1" / "volume.json").is_file()
     with pytest.raises(RequestError, match="lies in the output folder"):
         gpuprep.convert(dicom, f"file://{tmp_path}", SMALL)
 
 
-def test_no_input_inside_the_output(dicom: Path, memory: Any) -> None:
+def test_an_input_inside_the_output_is_refused(dicom: Path, memory: Any) -> None:
     put(dicom, f"{OUT}/dicom")
     with pytest.raises(RequestError, match=f"the input {OUT}/dicom lies in the output folder {OUT}"):
         gpuprep.convert(f"{OUT}/dicom", OUT, SMALL)
-    # But the output inside an input, which is then not searched.
+    # An output inside an input is accepted, and is not searched.
     run = gpuprep.convert("memory://out", "memory://out/x/made", SMALL)
     assert run.counts == {"ok": 2}
     assert gpuprep.convert("memory://out", "memory://out/x/made", SMALL).counts == {"skipped": 2}
@@ -135,12 +135,12 @@ def test_no_input_inside_the_output(dicom: Path, memory: Any) -> None:
 
 
 class BrokenError(Exception):
-    """What a library may raise."""
+    """An exception that a library may raise."""
 
 
 @pytest.mark.usefixtures("scratch")
 @pytest.mark.parametrize("replacing", [False, True])
-def test_an_upload_that_fails_midway(
+def test_an_interrupted_upload_is_unfinished_and_the_next_run_completes_it(
     tmp_path: Path, dicom: Path, memory: Any, monkeypatch: pytest.MonkeyPatch, replacing: bool
 ) -> None:
     if replacing:
@@ -182,7 +182,7 @@ def test_volumes_without_a_row_are_recognised(dicom: Path, memory: Any, sent: li
     assert (run.counts, volumes(sent)) == ({"ok": 2}, [])
     assert objects(memory, OUT) == first
     assert gpuprep.convert(dicom, OUT, SMALL).counts == {"skipped": 2}
-    # One that is not as its volume.json says is made again.
+    # An output that differs from its volume.json is converted again.
     memory.pipe_file("/out/x/dicom/p2/0001.tif", b"short")
     assert gpuprep.convert(dicom, OUT, SMALL).counts == {"skipped": 1, "ok": 1}
     assert objects(memory, OUT) == first
@@ -198,7 +198,9 @@ def test_volumes_without_a_row_are_recognised(dicom: Path, memory: Any, sent: li
         ("below/volume.json", b'{"key": "9.9"}', "is in the way"),
     ],
 )
-def test_what_is_not_ours_stays(dicom: Path, memory: Any, name: str, content: bytes, text: str) -> None:
+def test_foreign_objects_are_neither_replaced_nor_removed(
+    dicom: Path, memory: Any, name: str, content: bytes, text: str
+) -> None:
     memory.pipe_file(f"/out/x/dicom/p1/{name}", content)
     run = gpuprep.convert(dicom, OUT, SMALL)
     (failed,) = [r for r in run.results if r.status == "failed"]
@@ -206,13 +208,13 @@ def test_what_is_not_ours_stays(dicom: Path, memory: Any, name: str, content: by
     assert {n: c for n, c in objects(memory, OUT).items() if "p1" in n} == {f"dicom/p1/{name}": content}
 
 
-def test_a_stranger_beside_a_former_output_stays(dicom: Path, memory: Any) -> None:
+def test_an_output_with_a_foreign_object_is_not_replaced(dicom: Path, memory: Any) -> None:
     gpuprep.convert(dicom, OUT, SMALL)
     memory.pipe_file("/out/x/dicom/p1/notes.txt", b"mine")
     before = objects(memory, OUT)
     run = gpuprep.convert(dicom, OUT, Recipe(size=(12, 12)))
     (failed,) = [r for r in run.results if r.status == "failed"]
-    assert "also holds notes.txt, which is not gpuprep's to remove" in failed.reason
+    assert "also holds notes.txt, which gpuprep did not write" in failed.reason
     assert failed.warnings[-1] == "the output of an earlier run is still in dicom/p1"
     assert {n: c for n, c in objects(memory, OUT).items() if "p1" in n} == {
         n: c for n, c in before.items() if "p1" in n
@@ -220,7 +222,7 @@ def test_a_stranger_beside_a_former_output_stays(dicom: Path, memory: Any) -> No
     assert ("stray", "dicom/p1/notes.txt") in [(f.kind, f.path) for f in verify(OUT, Here(), lambda: None)]
 
 
-def test_what_is_found_afterwards(dicom: Path, memory: Any, tmp_path: Path) -> None:
+def test_status_verify_and_manifest_work_on_a_store(dicom: Path, memory: Any, tmp_path: Path) -> None:
     gpuprep.convert(dicom, OUT, SMALL)
     found = status(OUT)
     assert (found.counts, [p.state for p in found.progress]) == ({"ok": 2}, ["finished"])
@@ -247,7 +249,7 @@ def test_what_is_found_afterwards(dicom: Path, memory: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("memory")
-def test_sites_of_equal_paths_lie_beside_each_other(tmp_path: Path, dicom: Path, memory: Any) -> None:
+def test_series_with_equal_paths_get_sibling_folders(tmp_path: Path, dicom: Path, memory: Any) -> None:
     gpuprep.convert(dicom, OUT, SMALL)
     write_series(tmp_path / "other" / "dicom" / "p1", np.zeros((5, 14, 18), np.int16), SPACING_MM, series_uid="1.2.3")
     assert gpuprep.convert(tmp_path / "other" / "dicom", OUT, SMALL).counts == {"ok": 1}
@@ -257,7 +259,7 @@ def test_sites_of_equal_paths_lie_beside_each_other(tmp_path: Path, dicom: Path,
     assert folders == [f"/out/x/dicom/{name}" for name in ("p1", "p1-series-1-c47f5b", "p2")]
 
 
-def test_shards_have_manifests_of_their_own(dicom: Path, memory: Any) -> None:
+def test_shards_have_separate_manifests_until_they_are_merged(dicom: Path, memory: Any) -> None:
     for number in (1, 2):
         gpuprep.convert(dicom, OUT, SMALL, shard=Shard(number, 2))
     names = {n.rpartition("/")[2] for n in memory.find("/out/x", maxdepth=1)}
@@ -274,7 +276,7 @@ def test_shards_have_manifests_of_their_own(dicom: Path, memory: Any) -> None:
     assert gpuprep.convert(dicom, OUT, SMALL).counts == {"skipped": 2}
 
 
-def test_one_run_at_a_time(memory: Any) -> None:
+def test_a_second_run_is_refused_unless_it_is_another_shard(memory: Any) -> None:
     one, other = Shard(1, 2), Shard(2, 2)
     with open_bucket(OUT) as bucket:
         assert object_store.is_open(OUT)
@@ -292,7 +294,9 @@ def test_one_run_at_a_time(memory: Any) -> None:
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_a_store_without_conditions(memory: Any, monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
+def test_locks_work_in_a_store_without_conditional_writes(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, silent: bool
+) -> None:
     pipe_file = type(memory).pipe_file
 
     def unconditional(self: Any, path: str, value: bytes, mode: str = "overwrite") -> None:
@@ -303,7 +307,7 @@ def test_a_store_without_conditions(memory: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(memory), "pipe_file", unconditional)
     with open_bucket(OUT), pytest.raises(RequestError, match="another gpuprep is writing"):
         open_bucket(OUT).__enter__()
-    # Two that have both seen none: the one that wrote last has it.
+    # Two runs have both seen no lock: the one that wrote last holds it.
     note = filesystem.read_bytes
 
     def beaten(url: str) -> bytes:
@@ -315,7 +319,7 @@ def test_a_store_without_conditions(memory: Any, monkeypatch: pytest.MonkeyPatch
         open_bucket(OUT).__enter__()
 
 
-def test_a_lock_of_a_process_that_is_dead(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_of_a_dead_process_is_taken_over(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
 
@@ -324,7 +328,7 @@ def test_a_lock_of_a_process_that_is_dead(memory: Any, monkeypatch: pytest.Monke
         note["renewed"] = datetime.now(UTC).isoformat()
         memory.pipe_file("/out/x/.gpuprep/lock", json.dumps(note).encode())
 
-    monkeypatch.setattr(bucket_lock, "home_of_run", lambda: "here")
+    monkeypatch.setattr(bucket_lock, "process_namespace", lambda: "here")
     left("there")
     with pytest.raises(RequestError, match=f"process {process.pid} on h, since s"):
         open_bucket(OUT).__enter__()
@@ -333,7 +337,7 @@ def test_a_lock_of_a_process_that_is_dead(memory: Any, monkeypatch: pytest.Monke
         assert object_store.is_open(OUT)
 
 
-def test_a_lock_that_was_left_behind_is_taken_over(memory: Any) -> None:
+def test_an_abandoned_lock_is_taken_over(memory: Any) -> None:
     def left(seconds_ago: float) -> None:
         renewed = (datetime.now(UTC) - timedelta(seconds=seconds_ago)).isoformat()
         note = {"host": "h", "pid": 7, "since": "s", "token": "t", "renewed": renewed}
@@ -359,14 +363,14 @@ def row(key: str) -> SeriesResult:
     return SeriesResult(key=key, series_uid=key, study_uid="", series_number=1, source="/", status="ok")
 
 
-def test_the_manifest_is_put_back_now_and_then(memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(object_store, "KEEPING_S", 0.02)
+def test_the_manifest_is_uploaded_at_intervals(memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(object_store, "UPLOAD_INTERVAL_S", 0.02)
 
     def rows() -> int:
         if not memory.exists("/out/x/manifest.sqlite"):
             return 0
         (tmp_path / "m.sqlite").write_bytes(memory.cat_file("/out/x/manifest.sqlite"))
-        # The file system in memory shows objects, and we look, before they are whole.
+        # The file system in memory shows objects before they are complete.
         with closing(sqlite3.connect(tmp_path / "m.sqlite")) as db, suppress(sqlite3.DatabaseError):
             return int(db.execute("SELECT count(*) FROM series").fetchone()[0])
         return 0
@@ -384,7 +388,7 @@ def test_the_manifest_is_put_back_now_and_then(memory: Any, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("scratch")
-def test_an_interrupted_run_puts_its_manifest_back(dicom: Path, memory: Any) -> None:
+def test_an_interrupted_run_uploads_its_manifest(dicom: Path, memory: Any) -> None:
     class Interrupting(Listener):
         def finished(self, _: SeriesResult) -> None:
             raise KeyboardInterrupt
@@ -396,7 +400,7 @@ def test_an_interrupted_run_puts_its_manifest_back(dicom: Path, memory: Any) -> 
     assert gpuprep.convert(dicom, OUT, SMALL).counts == {"skipped": 1, "ok": 1}
 
 
-def test_a_network_that_goes_is_one_line(
+def test_a_network_failure_raises_a_one_line_error(
     dicom: Path, memory: Any, monkeypatch: pytest.MonkeyPatch, scratch: Path
 ) -> None:
     class Cutting(Listener):
@@ -460,11 +464,11 @@ def test_a_round_trip_on_s3(tmp_path: Path, dicom: Path, s3: Any) -> None:
     assert status(out).counts == {"ok": 2}
 
 
-def test_locks_and_refusals_on_s3(dicom: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_and_denied_writes_are_reported_on_s3(dicom: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_bucket("s3://bucket/locked"):
         with pytest.raises(RequestError, match="another gpuprep is writing into s3://bucket/locked"):
             open_bucket("s3://bucket/locked").__enter__()
-        # Even without a look before: the store itself refuses a second one.
+        # The store itself refuses a second lock, even if the first one is not read before.
         with pytest.raises(OSError, match="condition"):
             filesystem.write_bytes("s3://bucket/locked/.gpuprep/lock", b"", new=True)
     with open_bucket("s3://bucket/locked"):

@@ -1,4 +1,4 @@
-"""Folders under OUT: those of the source, told apart where that is not enough, harmless whatever they were called."""
+"""Output folders are named after source folders, are unique, and have harmless names."""
 
 from __future__ import annotations
 
@@ -29,50 +29,50 @@ def folders(cohort: Iterable[Series], *inputs: str, taken: dict[str, str] | None
     return [found[s.key] for s in cohort]
 
 
-def test_one_root_is_kept_with_its_name() -> None:
+def test_output_folders_begin_with_the_name_of_a_single_input() -> None:
     cohort = [series("/data/cohort/p1/ct", "1.1"), series("/data/cohort/p2/a/b", "1.2")]
     assert folders(cohort, "/data/cohort") == ["cohort/p1/ct", "cohort/p2/a/b"]
 
 
-def test_files_directly_in_the_root_go_to_a_folder_of_its_name() -> None:
+def test_files_directly_in_the_input_go_to_a_folder_of_its_name() -> None:
     assert folders([series("/data/cohort")], "/data/cohort/") == ["cohort"]
 
 
-def test_several_roots_are_kept_from_their_common_parent_on() -> None:
+def test_output_folders_of_several_inputs_are_relative_to_their_common_parent() -> None:
     cohort = [series("/data/a/ct", "1.1"), series("/data/b/ct", "1.2")]
     assert folders(cohort, "/data/a", "/data/b") == ["a/ct", "b/ct"]
     cohort = [series("/data/a/x/ct", "1.1"), series("/data/b/ct", "1.2")]
     assert folders(cohort, "/data/a/x", "/data/b") == ["a/x/ct", "b/ct"]
 
 
-def test_a_root_below_another_changes_nothing() -> None:
+def test_an_input_inside_another_input_changes_nothing() -> None:
     assert folders([series("/data/a/x")], "/data/a", "/data/a/x", "/data/a") == ["a/x"]
 
 
-def test_a_relative_root_is_kept_with_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_input_is_resolved_to_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cohort" / "ct").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "cohort")
     assert folders([series(str(tmp_path / "cohort" / "ct"))], ".") == ["cohort/ct"]
 
 
-def test_a_single_file_goes_to_a_folder_of_its_folders_name(tmp_path: Path) -> None:
+def test_a_single_file_goes_to_a_folder_named_like_its_parent(tmp_path: Path) -> None:
     file = tmp_path / "ct" / "1.dcm"
     file.parent.mkdir()
     file.touch()
     assert folders([series(str(file.parent))], str(file)) == ["ct"]
 
 
-def test_a_series_over_several_roots_gets_its_label() -> None:
+def test_a_series_in_several_inputs_is_named_by_its_label() -> None:
     only = series("/data", "1.2.3", number=7)
     assert folders([only], "/data/a", "/data/b") == [only.label]
 
 
-def test_a_series_from_outside_the_inputs_stays_inside_out() -> None:
+def test_a_series_outside_of_the_inputs_gets_a_folder_inside_out() -> None:
     outside = series("/elsewhere/ct", "1.2.3")
     assert folders([outside], "/data/a") == [outside.label]
 
 
-def test_series_that_share_a_folder_get_folders_of_their_own_in_it() -> None:
+def test_series_that_share_a_folder_get_separate_subfolders() -> None:
     # Trap 33. Digests of the UIDs by sha256sum.
     cohort = [
         series("/data/ct", "1.2.3", number=2), series("/data/ct", "1.2.4", number=None),
@@ -83,20 +83,20 @@ def test_series_that_share_a_folder_get_folders_of_their_own_in_it() -> None:
     ]  # fmt: skip
 
 
-def test_series_that_share_folder_number_and_digest_stay_apart() -> None:
+def test_series_with_equal_folder_number_and_digest_get_different_names() -> None:
     # Found by search: SHA-256 of both UIDs begins with f607e5.
     one, two = folders([series("/data/ct", "1.2.4040"), series("/data/ct", "1.2.10882")], "/data/ct")
     assert one == "ct/series-1-f607e5"
     assert PurePosixPath(two).name.startswith("series-1-f607e5-")
 
 
-def test_a_series_above_another_gets_a_folder_of_its_own() -> None:
-    # An output folder is replaced as a whole: no other may lie in it.
+def test_a_series_whose_folder_contains_another_series_gets_a_subfolder() -> None:
+    # An output folder is replaced as a whole, so it may not contain another output.
     cohort = [series("/data/ct", "1.1"), series("/data/ct/more/deep", "1.2")]
     assert folders(cohort, "/data/ct") == [f"ct/{cohort[0].label}", "ct/more/deep"]
 
 
-def test_folders_of_equal_names_in_different_places_stay_apart() -> None:
+def test_folders_of_equal_names_in_different_parents_get_different_names() -> None:
     # Trap 33.
     cohort = [series(f"/data/cohort/00{n}/ct", f"1.{n}") for n in range(5)]
     assert folders(cohort, "/data/cohort") == [f"cohort/00{n}/ct" for n in range(5)]
@@ -117,14 +117,14 @@ def test_folders_of_equal_names_in_different_places_stay_apart() -> None:
         ("~", "~"),
     ],
 )
-def test_names_are_kept_but_for_what_does_not_print(name: str, expected: str) -> None:
+def test_only_unprintable_characters_of_names_are_escaped(name: str, expected: str) -> None:
     assert folders([series(f"/data/cohort/{name}/ct")], "/data/cohort") == [f"cohort/{expected}/ct"]
 
 
 @pytest.mark.parametrize(
     "name", [".gpuprep", ".gpuprep-2", "manifest.sqlite", "manifest.sqlite-wal", "manifest.csv", "recipe.toml"]
 )
-def test_gpupreps_own_names_are_not_given_away(name: str) -> None:
+def test_names_that_gpuprep_uses_are_escaped_at_the_top(name: str) -> None:
     at_top, below = folders(
         [series(f"/data/{name}", "1.1"), series(f"/data/x/{name}", "1.2")], "/data/x", "/data/" + name
     )
@@ -132,14 +132,14 @@ def test_gpupreps_own_names_are_not_given_away(name: str) -> None:
     assert below == f"x/{name}"
 
 
-def test_names_that_become_equal_stay_apart() -> None:
+def test_names_that_are_equal_after_escaping_get_different_folders() -> None:
     cohort = [series("/data/a\n", "1.1"), series("/data/a%0A", "1.2")]
     one, two = folders(cohort, "/data/a\n", "/data/a%0A")
     assert one != two
     assert {PurePosixPath(one).parent.name, PurePosixPath(two).parent.name} == {"a%0A"}
 
 
-def test_a_long_name_that_is_no_utf_8_still_makes_a_folder(tmp_path: Path) -> None:
+def test_a_long_name_that_is_not_utf_8_is_a_valid_folder_name(tmp_path: Path) -> None:
     # 100 letters of a Cyrillic code page are a legal name of 100 bytes.
     name = os.fsdecode(b"\xef" * 100)
     (folder,) = folders([series(f"/data/cohort/{name}")], "/data/cohort")
@@ -151,16 +151,16 @@ def test_a_series_keeps_the_folder_that_an_earlier_run_gave_it() -> None:
 
 
 @pytest.mark.parametrize("taken", ["ct", "ct/LABEL", "ct/more", "ct/more/deep"])
-def test_a_folder_that_is_or_holds_the_output_of_another_series_is_not_given(taken: str) -> None:
-    # It is replaced as a whole, and the other one would be lost.
+def test_a_folder_that_is_or_contains_another_output_is_not_assigned(taken: str) -> None:
+    # An output folder is replaced as a whole, so the other output would be lost.
     new = series("/data/ct", "1.2.4")
     taken = taken.replace("LABEL", new.label)
     (folder,) = folders([new], "/data/ct", taken={taken: "1.2.3"})
     assert folder not in {taken, *map(str, PurePosixPath(taken).parents)}
 
 
-def test_a_series_of_a_path_that_another_one_has_goes_beside_it() -> None:
-    # As when several sites, whose folders are called alike, are converted one after the other. Digests by sha256sum.
+def test_a_series_whose_path_is_taken_gets_a_sibling_folder() -> None:
+    # For example several sites with equal folder names, converted one after the other. Digests by sha256sum.
     taken: dict[str, str] = {}
     for site, expected in (("1.2.3", "dicom/p1"), ("1.2.4", "dicom/p1-series-1-30f3fa"),
                            ("1.2.5", "dicom/p1-series-1-0a5d71")):  # fmt: skip
@@ -170,30 +170,30 @@ def test_a_series_of_a_path_that_another_one_has_goes_beside_it() -> None:
         assert folders(new, f"/site-{site}/dicom", taken=taken) == [expected]  # and again
 
 
-def test_a_series_below_the_output_of_another_goes_beside_that_one() -> None:
+def test_a_series_inside_the_output_of_another_gets_a_sibling_folder() -> None:
     assert folders([series("/data/ct/a/b", "1.2.3")], "/data/ct", taken={"ct": "1.2.4"}) == ["ct-series-1-c47f5b"]
 
 
-def test_a_series_above_the_output_of_another_gets_a_folder_beside_it() -> None:
+def test_a_series_above_the_output_of_another_gets_a_subfolder() -> None:
     assert folders([series("/data/ct", "1.2.3")], "/data/ct", taken={"ct/a/b": "1.2.4"}) == ["ct/series-1-c47f5b"]
 
 
-def test_a_series_keeps_its_folder_when_another_one_comes_into_it() -> None:
+def test_a_series_keeps_its_folder_when_others_join_its_source_folder() -> None:
     cohort = [series("/data/ct", "1.2.3"), series("/data/ct", "1.2.4"), series("/data/ct/more", "1.2.5")]
     for order in (cohort, cohort[::-1]):
         found = dict(zip((s.series_uid for s in order), folders(order, "/data/ct", taken={"ct": "1.2.3"}), strict=True))
         assert found == {"1.2.3": "ct", "1.2.4": "ct-series-1-30f3fa", "1.2.5": "ct-series-1-0a5d71"}
 
 
-def test_a_longest_name_beside_another_is_a_name_still() -> None:
+def test_the_sibling_of_a_name_of_maximum_length_is_not_longer() -> None:
     name = "x" * 255
     (folder,) = folders([series(f"/data/{name}", "1.2.3")], "/data", taken={f"data/{name}": "1.2.4"})
     assert folder.startswith("data/xxx")
     assert len(PurePosixPath(folder).name) == 255
 
 
-def test_a_source_folder_called_like_a_label_meets_no_other_series() -> None:
-    # As when the input is itself an output of gpuprep, or was sorted into folders of such names.
+def test_a_source_folder_named_like_a_label_is_not_shared() -> None:
+    # For example if the input is itself an output of gpuprep.
     first, second = series("/data/ct", "1.1"), series("/data/ct", "1.2")
     third = series(f"/data/ct/{first.label}", "1.3")
     for cohort in ([first, second, third], [third, second, first]):
@@ -201,7 +201,7 @@ def test_a_source_folder_called_like_a_label_meets_no_other_series() -> None:
 
 
 def assert_apart(found: list[str]) -> None:
-    """No two folders are equal, and none lies in another."""
+    """Assert that no two folders are equal, and that none contains another."""
     assert len(set(found)) == len(found)
     for folder in found:
         assert not {str(p) for p in PurePosixPath(folder).parents} & set(found)
@@ -217,7 +217,9 @@ trees = st.lists(st.lists(hostile, max_size=4), min_size=1, max_size=12)
 @given(trees, st.lists(hostile, min_size=1, max_size=2), st.booleans())
 @example([[], ["a"], ["a", "b"], ["a"], ["a"]], ["x"], False)
 @example([["a\n"], ["a%0A"], [".gpuprep"], ["%2Egpuprep"]], [".gpuprep"], True)
-def test_no_two_series_share_a_folder_and_none_leaves_out(tree: list[list[str]], root: list[str], wide: bool) -> None:
+def test_no_two_series_share_a_folder_and_all_lie_inside_out(
+    tree: list[list[str]], root: list[str], wide: bool
+) -> None:
     top = "/" + "/".join(root)
     cohort = [series("/".join([top, *names]), f"1.{n}") for n, names in enumerate(tree)]
     inputs = ["/" + "/".join([*root, names[0]]) if names else top for names in tree] if wide else [top]
@@ -230,14 +232,14 @@ def test_no_two_series_share_a_folder_and_none_leaves_out(tree: list[list[str]],
         assert not folder.startswith((".gpuprep", "manifest.", "recipe.toml"))
         assert folder.isprintable()
         assert folder.encode("utf-8")
-    # The next run, which finds these folders taken, gives the same.
+    # The next run, for which these folders are taken, assigns the same.
     taken = dict(zip(found, (s.key for s in cohort), strict=True))
     assert folders(cohort, *inputs, taken=taken) == found
 
 
 @settings(deadline=None)
 @given(trees, st.integers(0, 12))
-def test_a_cohort_that_grows_never_takes_a_folder_away(tree: list[list[str]], first: int) -> None:
+def test_a_growing_cohort_never_reassigns_a_folder(tree: list[list[str]], first: int) -> None:
     cohort = [series("/".join(["/data", *names]), f"1.{n}") for n, names in enumerate(tree)]
     before = dict(zip(folders(cohort[:first], "/data"), (s.key for s in cohort[:first]), strict=True))
     after = folders(cohort, "/data", taken=before)
@@ -250,7 +252,7 @@ def test_a_cohort_that_grows_never_takes_a_folder_away(tree: list[list[str]], fi
 @given(st.lists(trees, min_size=2, max_size=3))
 @example([[["a"]], [["a"]], [["a"]]])
 @example([[["a", "b"]], [["a"]], [["a", "b", "ct"]]])
-def test_outputs_of_several_runs_never_lie_in_each_other(runs: list[list[list[str]]]) -> None:
+def test_outputs_of_several_runs_never_contain_each_other(runs: list[list[list[str]]]) -> None:
     taken: dict[str, str] = {}
     for n, tree in enumerate(runs):
         cohort = [series("/".join([f"/site{n}", "data", *names]), f"{n}.{m}") for m, names in enumerate(tree)]

@@ -1,4 +1,4 @@
-"""Boxes of finished outputs are what memory held, in every format; what is torn is named."""
+"""Boxes of finished outputs are read as they were computed, in every format; damaged files raise clear errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gpuprep.core.geometry import Geometry
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import ENDINGS, Recipe
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.output.read_volume import Box, Finished, whole
+from gpuprep.output.read_volume import Box, Finished, full_box
 from gpuprep.output.writers import WRITERS
 from gpuprep.output.writers.content import Content, nothing
 
@@ -38,7 +38,7 @@ KINDS = [(format_, compression) for format_, endings in ENDINGS.items() for comp
 
 
 class Opened:
-    """A phantom with two structures, converted: what was in memory, and the output."""
+    """A converted phantom with two structures: its output, and its volume in memory."""
 
     def __init__(self, root: Path, recipe: Recipe) -> None:
         ct = Ct(root / "dicom" / "patient-1")
@@ -54,7 +54,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Opened(tmp_path_factory.mktemp("opening"), replace(RAW, format=format_, compression=compression))
 
 
-def test_all_of_a_volume_is_what_memory_held(opened: Opened) -> None:
+def test_a_whole_volume_is_read_as_it_was_computed(opened: Opened) -> None:
     finished = opened.finished
     image = finished.image()
     np.testing.assert_array_equal(image, opened.volume.values)
@@ -68,7 +68,7 @@ def test_all_of_a_volume_is_what_memory_held(opened: Opened) -> None:
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_a_box_is_that_part_of_it(opened: Opened, data: st.DataObject) -> None:
+def test_a_box_is_read_as_the_same_part_of_the_volume(opened: Opened, data: st.DataObject) -> None:
     box = data.draw(boxes(opened.volume.shape))
     np.testing.assert_array_equal(opened.finished.image(box), np.asarray(opened.volume)[box])
 
@@ -80,13 +80,13 @@ def boxes(draw: st.DrawFn, shape: tuple[int, int, int]) -> Box:
     return k, j, i
 
 
-def test_another_process_may_have_it(opened: Opened) -> None:
+def test_a_pickled_output_reads_the_same_values(opened: Opened) -> None:
     box = (slice(1, 3), slice(2, 4), slice(0, 5))
     expected = opened.finished.image(box)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(opened.finished)).image(box), expected)  # noqa: S301
 
 
-def test_what_was_read_does_not_change_with_the_file(opened: Opened) -> None:
+def test_arrays_are_copies_of_the_file(opened: Opened) -> None:
     image = opened.finished.image()
     assert image.base is None
     assert image.flags.owndata
@@ -103,8 +103,8 @@ def test_integers_come_back_as_they_are_stored(tmp_path: Path, format_: Any, dty
 
 
 @pytest.mark.parametrize("values", [2, 8])
-def test_labels_that_nibabel_wrote_again_are_whole_numbers(tmp_path: Path, values: int) -> None:
-    # Of as many bytes as before, so that only the header tells. Eight labels come back as 0.988, 2.004, 2.992 …
+def test_labels_that_were_saved_again_with_nibabel_are_read_as_integers(tmp_path: Path, values: int) -> None:
+    # The file keeps its size, so only the header differs. Eight labels become 0.988, 2.004, 2.992 …
     nibabel = pytest.importorskip("nibabel")
     finished = Opened(tmp_path, replace(RAW, format="nifti")).finished
     file = finished.folder / "labels.nii"
@@ -124,7 +124,7 @@ def test_labels_that_nibabel_wrote_again_are_whole_numbers(tmp_path: Path, value
 
 
 @pytest.mark.parametrize(("format_", "compression"), KINDS)
-def test_structures_may_have_volumes_of_their_own(tmp_path: Path, format_: Any, compression: Any) -> None:
+def test_structures_in_separate_volumes_are_read(tmp_path: Path, format_: Any, compression: Any) -> None:
     recipe = replace(RAW, format=format_, compression=compression, masks=Masks(layout="per-roi"))
     finished = Opened(tmp_path, recipe).finished
     assert set(finished.files) == {"left", "right"}
@@ -153,7 +153,7 @@ def shortened(file: Path) -> None:
 
 @pytest.mark.parametrize(("format_", "compression"), KINDS)
 @pytest.mark.parametrize("damage", [emptied, halved, shortened, Path.unlink])
-def test_a_torn_volume_is_one_line(tmp_path: Path, format_: Any, compression: Any, damage: Any) -> None:
+def test_a_damaged_volume_raises_a_one_line_error(tmp_path: Path, format_: Any, compression: Any, damage: Any) -> None:
     finished = Opened(tmp_path, replace(RAW, format=format_, compression=compression)).finished
     for file in files(finished.folder):
         damage(file)
@@ -161,22 +161,22 @@ def test_a_torn_volume_is_one_line(tmp_path: Path, format_: Any, compression: An
         finished.image()
 
 
-@pytest.mark.parametrize("said", ["", "[]", "{}", '{"shape": 3}', '{"recipe": {"format": "jpeg"}}', "[" * 100_000])
-def test_a_torn_sidecar_is_one_line(tmp_path: Path, said: str) -> None:
-    (tmp_path / "volume.json").write_text(said)
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"shape": 3}', '{"recipe": {"format": "jpeg"}}', "[" * 100_000])
+def test_a_damaged_sidecar_raises_a_one_line_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "volume.json").write_text(content)
     with pytest.raises(OutputError, match=r"see gpuprep verify$"):
         Finished(tmp_path).image()
     with pytest.raises(OutputError, match=r"see gpuprep verify$"):
         Finished(tmp_path).geometry  # noqa: B018
 
 
-def test_a_folder_without_sidecar_is_no_output(tmp_path: Path) -> None:
+def test_a_folder_without_sidecar_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"is no finished output .*No such file.*see gpuprep verify$"):
         Finished(tmp_path).image()
 
 
 @pytest.mark.parametrize(("format_", "library"), [("nifti", "nibabel.nifti1"), ("zarr", "zarr")])
-def test_without_its_library_a_format_says_what_to_install(
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: Any, library: str
 ) -> None:
     finished = Opened(tmp_path, replace(RAW, format=format_)).finished
@@ -186,19 +186,19 @@ def test_without_its_library_a_format_says_what_to_install(
 
 
 def bytes_read(read: Any) -> int:
-    """Return how many bytes this process reads from files meanwhile, as the system counts them."""
+    """Return how many bytes this process reads from files during a call, as counted by the system."""
 
     def now() -> int:
         return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
 
-    read()  # whatever is imported at first
+    read()  # the first call also imports modules
     before = now()
     counting = now() - before
     read()
     return now() - before - 2 * counting
 
 
-def test_a_patch_of_zarr_takes_a_small_part_of_its_bytes(tmp_path: Path) -> None:
+def test_reading_a_patch_of_zarr_reads_a_small_part_of_its_bytes(tmp_path: Path) -> None:
     if not Path("/proc/self/io").exists():
         pytest.skip("the system does not say what a process reads")
     shape = (160, 512, 512)
@@ -212,15 +212,15 @@ def test_a_patch_of_zarr_takes_a_small_part_of_its_bytes(tmp_path: Path) -> None
     box = (slice(40, 104), slice(200, 264), slice(300, 364))
     finished = Finished(tmp_path)
     np.testing.assert_array_equal(finished.image(box), values[box])
-    whole_bytes = bytes_read(lambda: finished.image(whole(shape)))
-    assert whole_bytes >= values.nbytes  # so it counts them
-    # The patch lies in 12 chunks of 131,072 bytes, which is 4 %. They are in 3 of 5 shards, which is 60 %. Zarr reads
-    # what lies between two chunks too, where that is less than another request would cost: 3.4 comes to 13 %.
+    whole_bytes = bytes_read(lambda: finished.image(full_box(shape)))
+    assert whole_bytes >= values.nbytes  # so reads are counted
+    # The patch lies in 12 chunks of 131,072 bytes, which is 4 %. They are in 3 of 5 shards, which is 60 %. Zarr also
+    # reads the gap between two chunks if that costs less than another request: 13 % with Zarr 3.4.
     assert values[box].nbytes < bytes_read(lambda: finished.image(box)) < 0.2 * values.nbytes
 
 
 def in_memory(path: Path) -> int:
-    """Return how many bytes of a file the system holds in memory."""
+    """Return how many bytes of a file are in the page cache."""
     size = path.stat().st_size
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as memory:
         held = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
@@ -231,7 +231,7 @@ def in_memory(path: Path) -> int:
 
 
 def forget(path: Path) -> None:
-    """Have the system hold nothing of a file in memory."""
+    """Remove a file from the page cache."""
     with open(path, "r+b") as f:
         os.fsync(f.fileno())
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -260,15 +260,15 @@ def sparse_nii(path: Path, shape: tuple[int, int, int]) -> NDArray[Any]:
     return np.memmap(path, "<f4", "r+", 352, shape)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked what of a file is in memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the page cache by mincore of Linux")
 @pytest.mark.parametrize(("format_", "make"), [("npy", sparse_npy), ("tif-stack", sparse_tif), ("nifti", sparse_nii)])
-def test_a_patch_of_a_map_takes_a_small_part_of_its_bytes(
+def test_reading_a_patch_of_a_mapped_file_reads_a_small_part_of_its_bytes(
     tmp_path: Path, format_: Any, make: Callable[[Path, tuple[int, int, int]], NDArray[Any]]
 ) -> None:
     shape = (324, 512, 512)
     recipe = Recipe(spacing_mm=None, size=None, format=format_)
     path = tmp_path / f"volume{recipe.ending}"
-    values = make(path, shape)  # 340 MB, of which hardly any are on disk
+    values = make(path, shape)  # 340 MB, but a sparse file
     expected = np.random.default_rng(0).random((64, 64, 64), np.float32)
     values[PATCH] = expected
     del values

@@ -1,4 +1,4 @@
-"""What is written is what was computed, with its place, for every reader people use: tifffile, Pillow, ImageJ."""
+"""TIFF files have the computed values and voxel sizes for common readers: tifffile, Pillow, ImageJ."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write(folder: Path, recipe: Recipe, values: NDArray[Any]) -> tuple[str, ...]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("compression", ["none", "zlib", "zstd"])
 @pytest.mark.parametrize("format_", ["tif", "tif-stack"])
-def test_values_come_back_with_tifffile(tmp_path: Path, dtype: Any, compression: Any, format_: Any) -> None:
+def test_tifffile_reads_the_written_values(tmp_path: Path, dtype: Any, compression: Any, format_: Any) -> None:
     recipe = replace(RAW, dtype=dtype, compression=compression, format=format_)
     values = some_values(dtype)
     assert write(tmp_path / "out", recipe, values) == ()
@@ -66,7 +66,7 @@ def test_values_come_back_with_tifffile(tmp_path: Path, dtype: Any, compression:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("compression", ["none", "zlib"])
-def test_slices_open_in_pillow(tmp_path: Path, dtype: Any, compression: Any) -> None:
+def test_pillow_reads_slices(tmp_path: Path, dtype: Any, compression: Any) -> None:
     values = some_values(dtype)
     write(tmp_path / "out", replace(RAW, dtype=dtype, compression=compression), values)
     for k in range(5):
@@ -99,8 +99,10 @@ def test_a_stack_has_z_y_x_axes_and_a_calibration(tmp_path: Path) -> None:
         assert (x[1] / x[0], y[1] / y[0]) == pytest.approx((0.5, 0.75))
 
 
-def test_more_than_four_gigabytes_become_a_bigtiff_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Traps 31, 36: with the limit lowered, since the rule and not the disk is under test.
+def test_a_stack_above_four_gigabytes_is_a_bigtiff_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traps 31, 36: with a lower limit, so that the test needs no large file.
     monkeypatch.setattr(tiff, "BIGTIFF_BYTES", 100)
     values = some_values("uint16")
     warnings = write(tmp_path / "out", replace(RAW, dtype="uint16", format="tif-stack"), values)
@@ -111,7 +113,7 @@ def test_more_than_four_gigabytes_become_a_bigtiff_and_say_so(tmp_path: Path, mo
         np.testing.assert_array_equal(tif.asarray(), values)
 
 
-def test_more_than_ten_thousand_slices_keep_their_order(tmp_path: Path) -> None:
+def test_names_of_more_than_ten_thousand_slices_sort_in_order(tmp_path: Path) -> None:
     values = np.zeros((10001, 1, 1), dtype=np.uint8)
     write(tmp_path / "out", replace(RAW, dtype="uint8"), values)
     names = sorted(f.name for f in (tmp_path / "out").iterdir())
@@ -119,7 +121,7 @@ def test_more_than_ten_thousand_slices_keep_their_order(tmp_path: Path) -> None:
 
 
 def imagej(macro: str, tmp_path: Path) -> list[str]:
-    """Run a macro in ImageJ on a screen that nobody sees and return what it printed; it refuses to be without one."""
+    """Run a macro in ImageJ on a virtual screen, which it needs, and return what it printed."""
     java, screen = shutil.which("java"), shutil.which("xvfb-run")
     if java is None or screen is None or not IMAGEJ.exists():
         pytest.skip("ImageJ or a virtual screen is absent: apt-get install imagej xvfb xauth")
@@ -152,7 +154,7 @@ print("answer", nSlices, getWidth(), getHeight(), width, height, depth, unit, lo
         ("float32", None, -1000, 400),
         ("int16", (-160.0, 240.0), -160, 240),
         ("int16", None, -1000, 400),
-        ("uint8", (-1000.0, 400.0), -1000, 400),  # ImageJ knows the calibration and shows HU
+        ("uint8", (-1000.0, 400.0), -1000, 400),  # ImageJ applies the calibration and shows HU
         ("uint16", (-160.0, 240.0), -160, 240),
     ],
 )
@@ -175,7 +177,7 @@ def test_imagej_opens_a_stack_as_a_volume(
 
 
 @pytest.mark.imagej
-def test_imagej_opens_a_converted_slice_with_its_size(tmp_path: Path, small_series: Path) -> None:
+def test_imagej_reads_the_pixel_size_of_a_converted_slice(tmp_path: Path, small_series: Path) -> None:
     run = gpuprep.convert(small_series, tmp_path / "out", Recipe(size=(32, 40), dtype="int16"), backend="cpu")
     file = tmp_path / "out" / run.results[0].folder / "0007.tif"
     spacing = run.results[0].spacing_mm

@@ -1,4 +1,4 @@
-"""Cohorts as tensors: what comes out of a DataLoader is what was written, and a network trains on it."""
+"""Datasets for PyTorch: a DataLoader yields what was written, and a network can be trained on it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHAPE = (6, 20, 24)
 
 
 def make(root: Path, recipe: Recipe = RAW, *, masked: int = 2, plain: int = 0) -> Path:
-    """Convert series of one shape, the first ones with two structures each."""
+    """Convert series of equal shape: `masked` ones with two structures each, then `plain` ones without."""
     for n in range(masked):
         rtstruct(root / f"rs{n}.dcm", Ct(root / "dicom" / f"m{n}"))
     for n in range(plain):
@@ -42,7 +42,7 @@ def make(root: Path, recipe: Recipe = RAW, *, masked: int = 2, plain: int = 0) -
     return root / "out"
 
 
-def test_an_item_is_image_label_and_place(tmp_path: Path) -> None:
+def test_an_item_has_image_labels_and_affine(tmp_path: Path) -> None:
     dataset = CohortDataset(make(tmp_path))
     assert len(dataset) == 2
     assert dataset.structures == {"left": 1, "right": 2}
@@ -62,7 +62,7 @@ def test_an_item_is_image_label_and_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_a_window_is_0_to_1_in_every_dtype(tmp_path: Path, dtype: Any) -> None:
+def test_windowed_values_are_0_to_1_in_every_dtype(tmp_path: Path, dtype: Any) -> None:
     (image, *_), truth = (
         CohortDataset(make(tmp_path, replace(RAW, dtype=dtype), masked=0, plain=1))[0],
         gpuprep.load(tmp_path / "dicom", RAW, backend="cpu"),
@@ -73,20 +73,20 @@ def test_a_window_is_0_to_1_in_every_dtype(tmp_path: Path, dtype: Any) -> None:
     )
 
 
-def test_int16_is_hu(tmp_path: Path) -> None:
+def test_int16_values_are_hu(tmp_path: Path) -> None:
     image, *_ = CohortDataset(make(tmp_path, replace(RAW, dtype="int16", window_hu=None), masked=0, plain=1))[0]
     stored = np.random.default_rng(0).integers(0, 3000, SHAPE)
     np.testing.assert_array_equal(image[0], stored - 1024)
 
 
-def test_structures_of_their_own_are_channels(tmp_path: Path) -> None:
+def test_separate_label_volumes_become_channels(tmp_path: Path) -> None:
     dataset = CohortDataset(make(tmp_path, replace(RAW, masks=Masks(layout="per-roi"))))
     assert dataset.structures == {"left": 0, "right": 1}
     _, label, _ = dataset[0]
     np.testing.assert_array_equal(label, [LEFT_BOX, RIGHT_BOX])
 
 
-def test_what_nobody_looked_at_is_no_background(tmp_path: Path) -> None:
+def test_series_without_masks_are_left_out_of_labelled_datasets(tmp_path: Path) -> None:
     out = make(tmp_path, masked=1, plain=2)
     assert [folder for folder, _ in CohortDataset(out).series] == ["dicom/m0"]
     assert [folder for folder, _ in CohortDataset(out, labelled=True).series] == ["dicom/m0"]
@@ -95,7 +95,7 @@ def test_what_nobody_looked_at_is_no_background(tmp_path: Path) -> None:
     assert without[0][1].shape == (0, *SHAPE)
 
 
-def test_a_cohort_without_masks_has_labels_of_no_channel(tmp_path: Path) -> None:
+def test_a_cohort_without_masks_has_labels_with_zero_channels(tmp_path: Path) -> None:
     out = make(tmp_path, masked=0, plain=2)
     _, label, _ = next(iter(DataLoader(CohortDataset(out), batch_size=2)))
     assert label.shape == (2, 0, *SHAPE)
@@ -105,12 +105,14 @@ def test_a_cohort_without_masks_has_labels_of_no_channel(tmp_path: Path) -> None
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.tuples(st.integers(1, 9), st.integers(1, 30), st.integers(1, 30)), seed=st.integers(0, 99))
-def test_a_patch_is_that_part_of_the_volume_in_air(cohort: Any, size: tuple[int, int, int], seed: int) -> None:
+def test_a_patch_equals_the_same_box_of_the_volume_padded_with_air(
+    cohort: Any, size: tuple[int, int, int], seed: int
+) -> None:
     out, volume = cohort
     torch.manual_seed(seed)
     image, label, meta = CohortDataset(out, patches=size)[0]
     assert image.shape == label.shape == (1, *size)
-    # Another way to it: a large volume of air around everything, indexed at the place that the affine says.
+    # Independently: pad the volume with air, and index it at the position that the affine gives.
     place = np.linalg.solve(volume.affine, meta["affine_lps"].numpy()[:, 3])[:3]
     start = np.rint(place).astype(int)
     np.testing.assert_allclose(place, start, atol=1e-9)
@@ -118,8 +120,8 @@ def test_a_patch_is_that_part_of_the_volume_in_air(cohort: Any, size: tuple[int,
     around = tuple(slice(s + 40, s + 40 + n) for s, n in zip(start, size, strict=True))
     np.testing.assert_array_equal(image[0], np.pad(np.asarray(volume), 40)[around])
     np.testing.assert_array_equal(label[0], np.pad(LEFT_BOX + 2 * RIGHT_BOX, 40)[around])
-    for first, wanted, there in zip(start, size, SHAPE, strict=True):
-        assert 0 <= first <= there - wanted if wanted < there else first == -((wanted - there) // 2)
+    for first, wanted, available in zip(start, size, SHAPE, strict=True):
+        assert 0 <= first <= available - wanted if wanted < available else first == -((wanted - available) // 2)
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +130,13 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make(root, masked=1), gpuprep.load(root / "dicom", RAW, backend="cpu")
 
 
-def test_air_around_hu_is_air(tmp_path: Path) -> None:
+def test_padding_of_hu_volumes_is_minus_1000_hu(tmp_path: Path) -> None:
     out = make(tmp_path, replace(RAW, dtype="int16", window_hu=None), masked=0, plain=1)
     image, *_ = CohortDataset(out, patches=(8, 20, 24))[0]
     assert set(image[0, 0].ravel().tolist()) == {-1000.0}
 
 
-def test_patches_come_from_everywhere_and_chance_can_be_repeated(cohort: Any) -> None:
+def test_patches_cover_all_positions_and_are_repeatable_with_a_seed(cohort: Any) -> None:
     dataset = CohortDataset(cohort[0], patches=(2, 5, 5), patches_per_volume=200)
     assert len(dataset) == 200
 
@@ -155,7 +157,7 @@ def test_workers_draw_different_patches(cohort: Any) -> None:
     assert not torch.equal(one, other)
 
 
-def test_it_can_be_pickled_and_transforms(cohort: Any) -> None:
+def test_a_pickled_dataset_still_applies_its_transform(cohort: Any) -> None:
     dataset = pickle.loads(pickle.dumps(CohortDataset(cohort[0], transform=_halved)))  # noqa: S301
     image, label = dataset[0]
     np.testing.assert_array_equal(image[0], np.asarray(cohort[1]) / 2)
@@ -183,7 +185,7 @@ def train(dataset: CohortDataset, steps: int) -> list[float]:
     return losses
 
 
-def test_a_network_learns(tmp_path: Path) -> None:
+def test_a_network_learns_from_patches(tmp_path: Path) -> None:
     dataset = CohortDataset(make(tmp_path, replace(RAW, format="zarr")), patches=(4, 16, 16), patches_per_volume=4)
     losses = train(dataset, 24)
     assert np.isfinite(losses).all()
@@ -212,12 +214,12 @@ def test_a_network_learns_from_real_series(data: Path, tmp_path: Path) -> None:
         ({"patches": (1, 1, 1), "patches_per_volume": 0}, "positive whole number"),
     ],
 )
-def test_what_makes_no_sense_is_refused(cohort: Any, options: Any, words: str) -> None:
+def test_invalid_patch_options_are_refused(cohort: Any, options: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         CohortDataset(cohort[0], **options)
 
 
-def test_a_folder_that_is_no_output(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_output_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="has no manifest"):
         CohortDataset(tmp_path)
     with pytest.raises(RequestError, match="copy it to a disk"):
@@ -233,7 +235,7 @@ def test_a_lost_volume_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "int16"}, {"window_hu": (-500.0, 100.0)}, {"window_hu": None}])
-def test_values_of_different_meaning_are_not_mixed(tmp_path: Path, changes: Any) -> None:
+def test_recipes_whose_values_differ_in_meaning_are_refused(tmp_path: Path, changes: Any) -> None:
     for n, recipe in enumerate((RAW, replace(RAW, **changes))):
         gpuprep.convert(Ct(tmp_path / f"p{n}").folder, tmp_path / "out", recipe, backend="cpu")
     with pytest.raises(RequestError, match=r"recipes whose values differ \(.* HU.* and .* HU.*\): convert all series"):
@@ -244,16 +246,16 @@ def test_recipes_whose_values_mean_the_same_may_be_mixed(tmp_path: Path) -> None
     for n, recipe in enumerate((RAW, replace(RAW, format="zarr", dtype="uint16"))):
         gpuprep.convert(Ct(tmp_path / f"p{n}").folder, tmp_path / "out", recipe, backend="cpu")
     (one, _, _), (other, _, _) = CohortDataset(tmp_path / "out")
-    # By hand: 0, 1, 2, … were stored for −1024 HU on, and the window is −1000 to 400 HU.
+    # By hand: stored values 0, 1, 2, … are −1024, −1023, … HU, and the window is −1000 to 400 HU.
     exact = np.clip((np.arange(np.prod(SHAPE)).reshape(SHAPE) - 24) / 1400, 0, 1)
     np.testing.assert_allclose(one[0], exact, rtol=0, atol=1e-6)
     np.testing.assert_allclose(other[0], exact, rtol=0, atol=0.51 / 65535)
 
 
 @pytest.mark.parametrize("way", ["fork", "spawn"])
-def test_workers_give_what_this_process_gives(tmp_path: Path, way: str) -> None:
+def test_workers_give_the_same_items_as_this_process(tmp_path: Path, way: str) -> None:
     dataset = CohortDataset(make(tmp_path, replace(RAW, format="zarr", masks=Masks(layout="per-roi"))))
-    here = [dataset[n] for n in range(2)]  # Zarr has threads of its own now, which a fork does not take along
+    here = [dataset[n] for n in range(2)]  # starts threads of Zarr, which a fork does not copy
     loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context=way)
     for (image, label, meta), (image_, label_, meta_) in zip(loader, here, strict=True):
         assert torch.equal(image, image_)

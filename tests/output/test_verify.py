@@ -1,4 +1,4 @@
-"""An output folder afterwards: how far it is, whether it is whole, its manifest elsewhere, what failed once more."""
+"""Commands for an output folder: status, verify, retry, and export of the manifest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gpuprep.errors import RequestError
 from gpuprep.executors.processes import Here
 from gpuprep.output.folder_store import open_output
 from gpuprep.output.manifest import Manifest
-from gpuprep.output.paths import WORKSHOP
+from gpuprep.output.paths import WORK_FOLDER
 from gpuprep.output.records import RunRecord
 from gpuprep.output.verify import Finding, status, verify
 from gpuprep.pipeline.pseudonyms import Pseudonyms
@@ -32,7 +32,7 @@ from gpuprep.pipeline.pseudonyms import Pseudonyms
 
 @pytest.fixture
 def dicom(tmp_path: Path) -> Path:
-    """Two plain series, and one that lacks a slice of eight."""
+    """Two regular series, and one that lacks one of eight slices."""
     add(tmp_path / "dicom" / "p1", seed=1)
     add(tmp_path / "dicom" / "p2", seed=2)
     add(tmp_path / "dicom" / "gap", slices=8)[3].unlink()
@@ -41,7 +41,7 @@ def dicom(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def out(dicom: Path, tmp_path: Path) -> Path:
-    """What a run made of them."""
+    """Output folder of a run over these series."""
     run = go(dicom, tmp_path / "out")
     assert run.counts == {"ok": 2, "rejected": 1}
     return tmp_path / "out"
@@ -83,8 +83,8 @@ def run_record(todo: int) -> RunRecord:
     )  # fmt: skip
 
 
-def test_status_of_a_run_that_is_on_has_a_rate_and_the_time_left(out: Path) -> None:
-    # 2 of 10 are done, the last one 4 s after the start: 0.5 a second, and 16 s to go.
+def test_status_of_an_active_run_has_a_rate_and_the_time_left(out: Path) -> None:
+    # 2 of 10 are done, the last one 4 s after the start: 0.5 per second, and 16 s left.
     with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
         db.execute("DELETE FROM runs")
         db.execute("DELETE FROM series WHERE status = 'rejected'")
@@ -122,12 +122,12 @@ def test_status_says_how_many_outputs_are_by_another_recipe(dicom: Path, out: Pa
         " ".join(shown.stdout.split())
     )
     assert json.loads(command("status", out, "--json").stdout)["other_recipe"] == 1
-    # What it says helps.
+    # Following that advice helps.
     go(dicom, out, Recipe.load(str(out / "recipe.toml")))
     assert status(out).other_recipe == 0
 
 
-def test_status_of_shards_goes_by_the_run_that_began_last(tmp_path: Path) -> None:
+def test_status_of_shards_compares_recipes_with_the_last_run(tmp_path: Path) -> None:
     uids = [f"1.2.{n}" for n in range(100)]
     of_first, of_second = ([uid for uid in uids if Shard(n, 2).has(uid)] for n in (1, 2))
     for uid in (*of_first[:2], of_second[0]):
@@ -140,7 +140,7 @@ def test_status_of_shards_goes_by_the_run_that_began_last(tmp_path: Path) -> Non
 # --- verify
 
 
-def test_what_was_just_written_is_whole(out: Path) -> None:
+def test_verify_finds_nothing_in_new_outputs(out: Path) -> None:
     assert findings(out) == []
 
 
@@ -157,7 +157,7 @@ def three_sites(tmp_path: Path, **options: Any) -> Path:
     return tmp_path / "all"
 
 
-def test_sites_of_equal_paths_are_whole_beside_each_other(tmp_path: Path) -> None:
+def test_series_with_equal_paths_are_separate_outputs(tmp_path: Path) -> None:
     out = three_sites(tmp_path)
     assert findings(out) == []
     assert sorted(len(f.relative_to(out).parts) for f in out.rglob("volume.json")) == [3, 3, 3]  # none inside another
@@ -167,14 +167,14 @@ def test_sites_of_equal_paths_are_whole_beside_each_other(tmp_path: Path) -> Non
     assert again == {n: {"skipped": 1} for n in (1, 2, 3)}
 
 
-def test_sites_of_equal_paths_lie_apart_by_hashed_names_too(tmp_path: Path) -> None:
+def test_series_with_equal_paths_get_separate_hashed_names(tmp_path: Path) -> None:
     out = three_sites(tmp_path, names=Pseudonyms.load(tmp_path / "key", tmp_path / "all"))
     assert findings(out) == []
     assert len(list(out.glob("*/*/volume.json"))) == 3
 
 
-def test_outputs_inside_another_are_no_strays(out: Path) -> None:
-    # Earlier versions put them there.
+def test_outputs_inside_another_output_are_not_stray(out: Path) -> None:
+    # Earlier versions of gpuprep put them there.
     (out / "dicom" / "p1" / "deep").mkdir()
     (out / "dicom" / "p2").rename(out / "dicom" / "p1" / "deep" / "p2")
     with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
@@ -185,7 +185,7 @@ def test_outputs_inside_another_are_no_strays(out: Path) -> None:
     assert set(findings(out)) == {("stray", f"dicom/p1/{name}") for name in ("a.txt", "deep/b.txt", "deep/p2/c.txt")}
     flip(out / "dicom" / "p1" / "deep" / "p2" / "0000.tif")
     assert ("torn", "dicom/p1/deep/p2/0000.tif") in findings(out)
-    # What holds it is not recorded any more.
+    # The containing output is no longer in the manifest.
     with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
         db.execute("DELETE FROM series WHERE folder = 'dicom/p1'")
     assert set(findings(out)) == {
@@ -214,7 +214,7 @@ def lose_a_slice(out: Path) -> list[tuple[str, str]]:
     return [("torn", "dicom/p2/0000.tif")]
 
 
-def one_slice_more(out: Path) -> list[tuple[str, str]]:
+def add_a_slice(out: Path) -> list[tuple[str, str]]:
     (out / "dicom" / "p2" / "0777.tif").write_bytes(b"x")
     return [("torn", "dicom/p2/0777.tif")]
 
@@ -225,30 +225,30 @@ def leave_notes(out: Path) -> list[tuple[str, str]]:
     return [("stray", "dicom/p2/notes.txt"), ("stray", "notes.txt")]
 
 
-def leave_something_half_made(out: Path) -> list[tuple[str, str]]:
-    (out / WORKSHOP / "0123").mkdir()
-    return [("unfinished", f"{WORKSHOP}/0123")]
+def leave_an_unfinished_folder(out: Path) -> list[tuple[str, str]]:
+    (out / WORK_FOLDER / "0123").mkdir()
+    return [("unfinished", f"{WORK_FOLDER}/0123")]
 
 
-def forget_one(out: Path) -> list[tuple[str, str]]:
+def remove_a_row(out: Path) -> list[tuple[str, str]]:
     with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
         db.execute("DELETE FROM series WHERE source LIKE '%p2'")
     return [("unrecorded", "dicom/p2")]
 
 
-HARM: list[Callable[[Path], list[tuple[str, str]]]] = [
-    lose_the_folder, flip_a_bit, flip_a_bit_of_the_sidecar, cut_a_slice, lose_a_slice, one_slice_more, leave_notes,
-    leave_something_half_made, forget_one,
+DAMAGE: list[Callable[[Path], list[tuple[str, str]]]] = [
+    lose_the_folder, flip_a_bit, flip_a_bit_of_the_sidecar, cut_a_slice, lose_a_slice, add_a_slice, leave_notes,
+    leave_an_unfinished_folder, remove_a_row,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("harm", HARM)
-def test_verify_finds_every_harm_and_nothing_else(out: Path, harm: Callable[[Path], Any]) -> None:
-    expected = harm(out)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_verify_finds_each_kind_of_damage_and_nothing_else(out: Path, damage: Callable[[Path], Any]) -> None:
+    expected = damage(out)
     assert sorted(findings(out)) == sorted(expected)
 
 
-def test_what_verify_marks_is_made_again_by_the_next_run(out: Path, dicom: Path) -> None:
+def test_outputs_that_verify_marks_are_converted_again_by_the_next_run(out: Path, dicom: Path) -> None:
     before = (out / "dicom" / "p1" / "0001.tif").read_bytes()
     flip(out / "dicom" / "p1" / "0001.tif")
     assert go(dicom, out).counts == {"skipped": 2, "rejected": 1}  # sizes are as they were
@@ -262,7 +262,7 @@ def test_what_verify_marks_is_made_again_by_the_next_run(out: Path, dicom: Path)
     assert command("verify", out, "--jobs", "1").exit_code == 0
 
 
-def test_an_output_that_a_later_failure_left_alone_is_whole(out: Path, dicom: Path) -> None:
+def test_the_former_output_of_a_series_that_fails_later_is_verified(out: Path, dicom: Path) -> None:
     truncate(sorted((dicom / "p1").iterdir())[2])
     assert go(dicom, out).counts == {"skipped": 1, "rejected": 2}
     assert findings(out) == []
@@ -270,12 +270,12 @@ def test_an_output_that_a_later_failure_left_alone_is_whole(out: Path, dicom: Pa
     assert findings(out) == [("torn", "dicom/p1/0001.tif")]
 
 
-def test_verify_does_not_judge_a_run_that_is_on(out: Path) -> None:
+def test_verify_is_refused_while_a_run_is_active(out: Path) -> None:
     with open_output(out), pytest.raises(RequestError, match=r"a run is writing into .*: verify it afterwards"):
         findings(out)
 
 
-def test_findings_belong_to_their_series(out: Path) -> None:
+def test_findings_have_the_key_of_their_series(out: Path) -> None:
     flip_a_bit(out)
     with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
         ((key,),) = db.execute("SELECT key FROM series WHERE source LIKE '%p1'")
@@ -285,9 +285,9 @@ def test_findings_belong_to_their_series(out: Path) -> None:
 # --- retry
 
 
-def test_retry_takes_what_failed_and_nothing_else(out: Path, dicom: Path) -> None:
+def test_retry_converts_failed_series_only(out: Path, dicom: Path) -> None:
     shown = command("retry", out)
-    assert (shown.exit_code, shown.stdout) == (0, f"nothing failed in {out}\n")
+    assert (shown.exit_code, shown.stdout) == (0, f"no series failed in {out}\n")
     with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
         db.execute("UPDATE series SET status = 'failed' WHERE source LIKE '%p2'")
     tried = command("retry", out, "--backend", "cpu", "--jobs", "1", "--json")
@@ -302,7 +302,7 @@ def test_retry_takes_what_failed_and_nothing_else(out: Path, dicom: Path) -> Non
 # --- the manifest in other formats
 
 
-def test_the_manifest_says_the_same_in_every_format(out: Path, tmp_path: Path) -> None:
+def test_the_manifest_has_the_same_content_in_every_format(out: Path, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     with closing(Manifest(out / "manifest.sqlite", reading=True)) as manifest:
         expected = [result.to_dict() for result in manifest]
@@ -320,22 +320,22 @@ def test_the_manifest_says_the_same_in_every_format(out: Path, tmp_path: Path) -
         assert got | within == want
 
 
-def test_one_format_at_a_time(out: Path) -> None:
+def test_two_export_formats_at_once_are_refused(out: Path) -> None:
     shown = command("manifest", out, "--csv", "--json")
     assert (shown.exit_code, shown.stderr) == (2, "gpuprep: --csv, --json and --parquet: give one of them\n")
 
 
-def test_no_export_overwrites_what_is_in_the_output(out: Path) -> None:
+def test_an_export_into_the_output_folder_is_refused(out: Path) -> None:
     before = (out / "manifest.sqlite").read_bytes()
     shown = command("manifest", out, "--to", out / "manifest.sqlite")
-    assert (shown.exit_code, "choose a place outside of it" in shown.stderr) == (2, True)
+    assert (shown.exit_code, "choose a file outside of it" in shown.stderr) == (2, True)
     assert (out / "manifest.sqlite").read_bytes() == before
 
 
-def test_retry_takes_no_other_recipe_than_that_of_the_last_run(out: Path) -> None:
+def test_retry_refuses_another_recipe_than_that_of_the_last_run(out: Path) -> None:
     with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
         db.execute("UPDATE series SET status = 'failed' WHERE source LIKE '%p2'")
     recipe = out / "recipe.toml"
     recipe.write_text(recipe.read_text().replace("float32", "uint8"))
     shown = command("retry", out, "--backend", "cpu", "--jobs", "1")
-    assert (shown.exit_code, "is not what the last run did" in shown.stderr) == (2, True)
+    assert (shown.exit_code, "is not the recipe of the last run" in shown.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""What is written is what was computed, with its place, for the readers people use: nibabel, SimpleITK, NumPy, Zarr."""
+"""Written volumes have the computed values and positions for common readers: nibabel, SimpleITK, NumPy, Zarr."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ nibabel = pytest.importorskip("nibabel")
 SHAPE = (5, 6, 7)
 RAW = Recipe(spacing_mm=None, size=None)
 STORED = {"float32": (1, 0), "int16": (1, 0), "uint8": (1400 / 255, -1000), "uint16": (1400 / 65535, -1000)}
-"""HU per unit and HU of 0 that a file of that type states for the window of −1000 to 400 HU; float32 holds 0 to 1."""
+"""HU per unit and HU of value 0 in the header, by type, for the window −1000 to 400 HU; float32 and int16 have none."""
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -68,7 +68,7 @@ def on(grid: Geometry, recipe: Recipe, values: NDArray[Any], path: Path) -> Path
 
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("compression", ["none", "zlib"])
-def test_nifti_comes_back_with_nibabel_and_simpleitk(tmp_path: Path, dtype: Any, compression: Any) -> None:
+def test_nibabel_and_simpleitk_read_nifti(tmp_path: Path, dtype: Any, compression: Any) -> None:
     values = some_values(dtype)
     recipe = replace(RAW, dtype=dtype, format="nifti", compression=compression)
     file = on(axial(SHAPE, (2.5, 0.75, 0.5)), recipe, values, tmp_path)
@@ -83,7 +83,7 @@ def test_nifti_comes_back_with_nibabel_and_simpleitk(tmp_path: Path, dtype: Any,
     np.testing.assert_allclose(SimpleITK.GetArrayFromImage(read), hu, rtol=1e-6, atol=1e-4)
 
 
-def test_nifti_says_where_it_lies(tmp_path: Path) -> None:
+def test_nifti_has_the_affine_in_ras(tmp_path: Path) -> None:
     # By hand: axial slices at 2.5 mm from z = −300 upwards, rows of 0.75 mm to the back from y = −120, columns of
     # 0.5 mm to the left from x = −100, all LPS; in RAS x and y change their signs.
     file = on(axial(SHAPE, (2.5, 0.75, 0.5)), replace(RAW, format="nifti"), some_values("float32"), tmp_path)
@@ -108,7 +108,7 @@ step_mm = st.floats(0.2, 5)
 
 @settings(max_examples=30)
 @given(st.tuples(angle, angle, angle), st.tuples(step_mm, step_mm, step_mm), st.tuples(place_mm, place_mm, place_mm))
-def test_oblique_voxels_lie_where_simpleitk_and_nibabel_say(
+def test_simpleitk_and_nibabel_place_oblique_voxels_correctly(
     tmp_path_factory: pytest.TempPathFactory, angles: Any, steps: Any, origin: Any
 ) -> None:
     affine = np.eye(4)
@@ -127,9 +127,7 @@ def test_oblique_voxels_lie_where_simpleitk_and_nibabel_say(
 
 
 @given(st.tuples(angle, angle, angle), st.tuples(step_mm, step_mm, step_mm), st.floats(0, 0.5))
-def test_voxel_sizes_of_both_affines_are_one_so_that_no_reader_has_to_choose(
-    angles: Any, steps: Any, lean: float
-) -> None:
+def test_sform_and_pixdim_have_the_same_voxel_sizes(angles: Any, steps: Any, lean: float) -> None:
     # MONAI drops an sform whose column lengths differ from pixdim by 1e-5.
     affine = np.eye(4)
     affine[:3, :3] = rotated(angles)[:, ::-1] @ [[1, 0, 0], [lean, 1, 0], [0, 0, 1]] * steps
@@ -140,7 +138,7 @@ def test_voxel_sizes_of_both_affines_are_one_so_that_no_reader_has_to_choose(
 
 @settings(max_examples=30)
 @given(st.tuples(angle, angle, angle), st.floats(0.01, 0.5), st.sampled_from([-1, 1]))
-def test_sheared_voxels_lie_where_nibabel_says(
+def test_nibabel_places_sheared_voxels_correctly(
     tmp_path_factory: pytest.TempPathFactory, angles: Any, lean: float, sign: int
 ) -> None:
     affine = np.eye(4)
@@ -150,7 +148,7 @@ def test_sheared_voxels_lie_where_nibabel_says(
     content = Content.image(make_plan(grid, replace(RAW, format="nifti")))
     (warning,) = WRITERS["nifti"](file, iter([some_values("float32", grid.shape)]), content, nothing)
     assert "slices lean" in warning
-    assert int(nibabel.load(file).header["qform_code"]) == 0  # no quaternion can say it
+    assert int(nibabel.load(file).header["qform_code"]) == 0  # a quaternion cannot describe shear
     expected = (affine @ [1, 2, 3, 1])[:3]
     np.testing.assert_allclose((LPS_TO_RAS @ nibabel.load(file).affine @ [3, 2, 1, 1])[:3], expected, atol=1e-3)
 
@@ -159,7 +157,7 @@ def test_sheared_voxels_lie_where_nibabel_says(
 def test_slices_that_lean_by_less_than_a_tenth_of_a_millimetre_open_in_simpleitk(
     tmp_path: Path, lean_mm: float
 ) -> None:
-    # ITK refuses axes that are perpendicular to three digits only, unless a quaternion says nearly the same.
+    # ITK refuses axes that are perpendicular to three digits only, unless a quaternion nearly agrees with them.
     affine = axial((6, 3, 4), (1, 0.5, 0.5)).affine + np.zeros((4, 4))
     affine[0, 0] = lean_mm / 5  # from the first slice to the last one
     values = some_values("float32", (6, 3, 4))
@@ -171,7 +169,7 @@ def test_slices_that_lean_by_less_than_a_tenth_of_a_millimetre_open_in_simpleitk
 
 @settings(max_examples=30)
 @given(st.lists(st.integers(0, 70), max_size=12), st.integers(1, 3))
-def test_blocks_deflated_side_by_side_are_one_gzip_file(
+def test_blocks_deflated_in_parallel_are_one_gzip_member(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], threads: int
 ) -> None:
     rng = np.random.default_rng(len(sizes))
@@ -186,12 +184,12 @@ def test_blocks_deflated_side_by_side_are_one_gzip_file(
     assert gzip.decompress(file.read_bytes()) == b"".join(parts)
     member = zlib.decompressobj(31)
     member.decompress(file.read_bytes())
-    assert (member.eof, member.unused_data) == (True, b"")  # and there is no other one
+    assert (member.eof, member.unused_data) == (True, b"")  # a single member
 
 
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("compression", ["none", "zlib", "zstd"])
-def test_zarr_comes_back_with_zarr(tmp_path: Path, dtype: Any, compression: Any) -> None:
+def test_zarr_reads_the_written_values(tmp_path: Path, dtype: Any, compression: Any) -> None:
     zarr = pytest.importorskip("zarr", minversion="3")
     shape = (40, 6, 131)
     values = some_values(dtype, shape)
@@ -209,9 +207,9 @@ def test_zarr_comes_back_with_zarr(tmp_path: Path, dtype: Any, compression: Any)
     assert [c["name"] for c in codec] == ["bytes", *expected]
 
 
-def test_zarr_says_what_ome_zarr_wants_to_know(tmp_path: Path) -> None:
-    # OME-Zarr 0.5, "multiscales": two to five axes, space ones last and with units; scale, then translation; and
-    # the names of the array's dimensions are those of the axes.
+def test_zarr_has_the_metadata_of_ome_zarr(tmp_path: Path) -> None:
+    # OME-Zarr 0.5, "multiscales": two to five axes, spatial axes last and with units; scale, then translation; the
+    # dimension names of the array equal the names of the axes.
     zarr = pytest.importorskip("zarr", minversion="3")
     file = on(axial(SHAPE, (2.5, 0.75, 0.5)), replace(RAW, format="zarr"), some_values("float32"), tmp_path)
     group = zarr.open_group(file, mode="r", zarr_format=3)
@@ -255,11 +253,11 @@ DIRECTIONS = {
     "right-to-left": (1, 0, 0), "left-to-right": (-1, 0, 0), "anterior-to-posterior": (0, 1, 0),
     "posterior-to-anterior": (0, -1, 0), "inferior-to-superior": (0, 0, 1), "superior-to-inferior": (0, 0, -1),
 }  # fmt: skip
-"""Words of RFC-4 in LPS, by their meaning."""
+"""Unit vectors in LPS by the terms of RFC-4."""
 
 
 def placed_by_readers(file: Path) -> NDArray[np.float64]:
-    """Return the affine, (k, j, i) to LPS, that OME-Zarr says: orientation times scale, and the first voxel's place."""
+    """Return the affine, (k, j, i) to LPS, of OME-Zarr metadata: orientation times scale, and translation."""
     ((scales, dataset),) = (
         (m["axes"], m["datasets"][0]["coordinateTransformations"])
         for m in json.loads((file / "zarr.json").read_text())["attributes"]["ome"]["multiscales"]
@@ -274,7 +272,7 @@ def placed_by_readers(file: Path) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 @pytest.mark.parametrize("signs", list(product((1, -1), repeat=3)))
-def test_zarr_says_direction_and_origin_of_every_straight_volume(
+def test_zarr_has_direction_and_origin_of_every_axis_aligned_volume(
     tmp_path: Path, order: tuple[int, int, int], signs: tuple[int, int, int]
 ) -> None:
     affine = np.eye(4)
@@ -284,8 +282,8 @@ def test_zarr_says_direction_and_origin_of_every_straight_volume(
     np.testing.assert_allclose(placed_by_readers(file), affine, atol=1e-12)
 
 
-def test_zarr_names_the_nearest_directions_of_oblique_axes_and_says_that_it_does(tmp_path: Path) -> None:
-    # 20° about x: slices go up and a little to the front, rows to the back and a little up.
+def test_zarr_has_the_nearest_directions_of_oblique_axes_and_a_warning(tmp_path: Path) -> None:
+    # 20° about x: slices ascend and go slightly anterior, rows go posterior and slightly up.
     affine = np.eye(4)
     affine[:3, :3] = rotated((np.deg2rad(20), 0, 0))[:, ::-1] * (2.0, 0.75, 0.5)
     plan = make_plan(Geometry(SHAPE, affine), replace(RAW, format="zarr"))
@@ -299,7 +297,7 @@ def test_zarr_names_the_nearest_directions_of_oblique_axes_and_says_that_it_does
     np.testing.assert_allclose(own["affine_lps"], affine, atol=1e-12)
 
 
-def test_what_zarr_says_of_an_oblique_series_is_said_once(tmp_path: Path) -> None:
+def test_the_warning_about_an_oblique_zarr_is_given_once(tmp_path: Path) -> None:
     ct = Ct(tmp_path / "dicom" / "patient-1", orientation=(1, 0, 0, 0, 0.8, 0.6))
     (series,) = gpuprep.discover(ct.folder)
     corners = [(2, 4, 4), (2, 4, 9), (2, 9, 9), (2, 9, 4)]
@@ -308,20 +306,20 @@ def test_what_zarr_says_of_an_oblique_series_is_said_once(tmp_path: Path) -> Non
     assert [w.split(",")[0] for w in run.results[0].warnings] == ["axes are up to 36.9° off those of the patient"]
 
 
-def test_zarr_calls_labels_labels(tmp_path: Path) -> None:
+def test_zarr_marks_labels_as_image_label(tmp_path: Path) -> None:
     labels = np.zeros(SHAPE, dtype=np.uint8)
     labels[1, 2, 3] = 2
     content = Content.labels(make_plan(axial(SHAPE, (2.5, 0.75, 0.5)), replace(RAW, format="zarr")), "uint8", 2)
     WRITERS["zarr"](tmp_path / "labels.ome.zarr", iter([labels]), content, nothing)
     attributes = json.loads((tmp_path / "labels.ome.zarr" / "zarr.json").read_text())["attributes"]
-    assert attributes["ome"]["image-label"] == {}  # every part of it may be left out
+    assert attributes["ome"]["image-label"] == {}  # all its fields are optional
     assert attributes["ome"]["multiscales"][0]["name"] == "labels"
     assert set(attributes["gpuprep"]) == {"affine_lps"}
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([2**25, 5000]))
 @settings(max_examples=15)
-def test_zarr_takes_chunks_of_any_thickness(
+def test_zarr_accepts_chunks_of_any_thickness(
     tmp_path_factory: pytest.TempPathFactory, thick: list[int], shard_bytes: int
 ) -> None:
     zarr = pytest.importorskip("zarr", minversion="3")
@@ -340,7 +338,7 @@ def test_zarr_takes_chunks_of_any_thickness(
 
 
 @pytest.mark.parametrize("dtype", STORED)
-def test_npy_comes_back_without_being_read(tmp_path: Path, dtype: Any) -> None:
+def test_npy_can_be_memory_mapped(tmp_path: Path, dtype: Any) -> None:
     values = some_values(dtype)
     file = on(axial(SHAPE, (2.5, 0.75, 0.5)), replace(RAW, dtype=dtype, format="npy"), values, tmp_path)
     read = np.load(file, mmap_mode="r")
@@ -353,12 +351,14 @@ def test_npy_comes_back_without_being_read(tmp_path: Path, dtype: Any) -> None:
     ("format_", "compression", "choose"),
     [("nifti", "zstd", "none or zlib"), ("npy", "zlib", "none"), ("npy", "zstd", "none")],
 )
-def test_what_does_not_go_together_is_said(format_: Any, compression: Any, choose: str) -> None:
+def test_unsupported_combinations_of_format_and_compression_are_refused(
+    format_: Any, compression: Any, choose: str
+) -> None:
     with pytest.raises(RecipeError, match=f"choose compression = {choose},"):
         Recipe(format=format_, compression=compression)
 
 
-def test_a_package_that_is_absent_or_old_is_told_before_anything_is_read(
+def test_a_missing_or_old_package_is_named_before_anything_is_read(
     tmp_path: Path, small_series: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def old(package: str) -> str:
@@ -397,12 +397,12 @@ def test_a_package_that_is_absent_or_old_is_told_before_anything_is_read(
         ("volume.ome.zarr/0/c/0/0/0/notes.txt", False),
     ],
 )
-def test_an_output_knows_its_own_names(name: str, own: bool) -> None:
+def test_own_file_names_are_recognised(name: str, own: bool) -> None:
     assert is_own(name) is own
 
 
 def read_back(file: Path) -> NDArray[Any]:
-    """Return the stored values of a volume, read by somebody else's library."""
+    """Return the stored values of a volume, read by another library."""
     if file.name.endswith((".nii", ".nii.gz")):
         stored: NDArray[Any] = np.asarray(nibabel.load(file).dataobj.get_unscaled()).transpose()
         return stored
@@ -425,7 +425,7 @@ ENDINGS = {"tif-stack": ".tif", "npy": ".npy", "zarr": ".ome.zarr"}
 
 
 @pytest.mark.parametrize(("format_", "compression"), EVERY)
-def test_a_series_comes_out_as_it_was_computed_with_its_labels(tmp_path: Path, format_: Any, compression: Any) -> None:
+def test_a_series_and_its_labels_are_written_as_computed(tmp_path: Path, format_: Any, compression: Any) -> None:
     ct = Ct(tmp_path / "dicom" / "patient-1")
     masks = rtstruct(tmp_path / "rs.dcm", ct)
     recipe = Recipe(spacing_mm=(1.5, 1, 1), size=(20, 24), dtype="uint16", format=format_, compression=compression)
@@ -439,7 +439,7 @@ def test_a_series_comes_out_as_it_was_computed_with_its_labels(tmp_path: Path, f
     assert sorted(f.name for f in folder.iterdir()) == [*beside, "preview.jpg", "volume.json", f"volume{ending}"]
     volume = gpuprep.process(gpuprep.read(gpuprep.discover(ct.folder)[0]), recipe, backend="cpu")
     np.testing.assert_array_equal(read_back(folder / f"volume{ending}"), np.asarray(volume.values))
-    # Six slices of 2 mm become eight of 1.5 mm, whose centres lie at 0.75 k − 0.125 of them: rounded, these.
+    # Six slices of 2 mm become eight of 1.5 mm, whose centres lie at source index 0.75 k − 0.125; rounded:
     nearest = [0, 1, 1, 2, 3, 4, 4, 5]
     np.testing.assert_array_equal(read_back(folder / labels_name), (LEFT_BOX + 2 * RIGHT_BOX)[nearest])
     if format_ == "nifti":
@@ -456,7 +456,9 @@ def test_a_series_comes_out_as_it_was_computed_with_its_labels(tmp_path: Path, f
 
 
 @pytest.mark.parametrize(("format_", "compression"), EVERY)
-def test_each_structure_has_a_volume_of_its_own_in_every_format(tmp_path: Path, format_: Any, compression: Any) -> None:
+def test_each_structure_can_have_a_separate_volume_in_every_format(
+    tmp_path: Path, format_: Any, compression: Any
+) -> None:
     ct = Ct(tmp_path / "dicom" / "patient-1")
     names = {"left/lung": LEFT, "RIGHT": RIGHT, "right": LEFT, "zarr.json": RIGHT}
     masks = rtstruct(tmp_path / "rs.dcm", ct, **names)
@@ -483,7 +485,7 @@ def test_each_structure_has_a_volume_of_its_own_in_every_format(tmp_path: Path, 
     assert not (out / result.folder).exists()
 
 
-def test_another_format_replaces_the_former_one(tmp_path: Path, small_series: Path) -> None:
+def test_an_output_in_another_format_replaces_the_former_one(tmp_path: Path, small_series: Path) -> None:
     pytest.importorskip("zarr", minversion="3")
     for format_, name in (("zarr", "volume.ome.zarr"), ("nifti", "volume.nii"), ("zarr", "volume.ome.zarr")):
         recipe = Recipe.from_dict({"format": format_, "size": 16})
@@ -496,12 +498,14 @@ def test_another_format_replaces_the_former_one(tmp_path: Path, small_series: Pa
     found = {(f.kind, f.path) for f in verify(tmp_path / "out", Here(), lambda: None)}
     here = f"{run.results[0].folder}/{name}/0"
     assert found == {("torn", f"{here}/c/0/0/0"), ("stray", f"{here}/notes.txt")}
-    retire(folder, run.results[0].key)  # what is not ours stays
+    retire(folder, run.results[0].key)  # keeps foreign files
     assert [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()] == [f"{name}/0/notes.txt"]
 
 
 @pytest.mark.parametrize("orient", ["native", "LPS"])
-def test_a_real_ramp_lies_where_simpleitk_reads_it_from_dicom(tmp_path: Path, data: Path, orient: Any) -> None:
+def test_a_real_series_has_the_voxel_positions_that_simpleitk_reads_from_dicom(
+    tmp_path: Path, data: Path, orient: Any
+) -> None:
     folder = str(data / "ibsi2-digital" / "orientation")
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(folder))

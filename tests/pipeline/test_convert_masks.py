@@ -230,7 +230,7 @@ def test_a_stranger_among_the_labels_is_not_removed(tmp_path: Path, ct: Ct, out:
     stranger.write_text("a day's work")
     run = convert(tmp_path, path, replace(RAW, dtype="float32"))
     assert run.results[0].status == "failed"
-    assert "also holds labels/corrected.nii, which is not gpuprep's to remove" in run.results[0].reason
+    assert "also holds labels/corrected.nii, which gpuprep did not write" in run.results[0].reason
     assert stranger.read_text() == "a day's work"
 
 
@@ -559,7 +559,7 @@ def test_the_command_for_masks_alone(tmp_path: Path, ct: Ct, out: Path) -> None:
     ("arguments", "code", "words"),
     [
         (("--masks", "nowhere.dcm"), 2, "the segmentation nowhere.dcm does not exist"),
-        (("--masks", "auto", "x"), 2, "--masks auto stands alone"),
+        (("--masks", "auto", "x"), 2, "--masks auto excludes paths"),
         (("--masks", "auto", "--roi", "("), 2, "masks.roi = '(' is no regular expression"),
         (("--masks", "auto", "--text-format", "excel"), 2, "masks.text_format = 'excel': choose one of imagej-xy"),
         (("--masks", "auto", "--seg-threshold", "2"), 2, "masks.threshold = 2.0"),

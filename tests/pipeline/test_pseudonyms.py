@@ -230,7 +230,7 @@ def test_the_same_key_goes_on_and_any_other_is_refused(made: tuple[Path, Path], 
         assert words in refused.stderr
     retried = CliRunner().invoke(app, ["retry", str(out), "--rejected"])
     assert retried.exit_code == 2
-    assert "run gpuprep convert again, with --names hash and its --key" in retried.stderr
+    assert "run gpuprep convert again with --names hash and the same --key" in retried.stderr
     looked = convert(dicom, out, tmp_path / "k2", "--dry-run")
     assert (looked.exit_code, "was made with another --key" in looked.stderr) == (2, True)
 
@@ -295,7 +295,7 @@ def test_flags_belong_together(small_series: Path, tmp_path: Path) -> None:
     alone = CliRunner().invoke(app, ["convert", str(small_series), "--out", str(tmp_path / "o"), "--names", "hash"])
     assert (alone.exit_code, "needs --key FILE" in alone.stderr) == (2, True)
     useless = CliRunner().invoke(app, ["convert", str(small_series), "--out", str(tmp_path / "o"), "--key", "k"])
-    assert (useless.exit_code, "--key is for --names hash: give both" in useless.stderr) == (2, True)
+    assert (useless.exit_code, "--key is only for --names hash: give both" in useless.stderr) == (2, True)
 
 
 def test_of_what_was_measured_only_what_is_listed_leaves(dicom: Path) -> None:

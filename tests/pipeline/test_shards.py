@@ -213,7 +213,7 @@ def test_shards_that_are_merged_one_by_one_come_to_the_same(out: Path, one_run: 
         (out / f"manifest.{n}-of-{SHARDS}.sqlite").rename(elsewhere / f"manifest.{n}-of-{SHARDS}.sqlite")
     first = gpuprep("merge", out)
     assert first.returncode == 0
-    assert "not among them: 2/4, 4/4; merge again when they are there" in " ".join(first.stdout.split())
+    assert "missing shards: 2/4, 4/4; merge again when they are finished" in " ".join(first.stdout.split())
     for path in elsewhere.iterdir():
         path.rename(out / path.name)
     assert gpuprep("merge", out).returncode == 0
@@ -265,7 +265,7 @@ def test_shards_write_the_files_of_the_run_beside_each_other(tmp_path: Path) -> 
 
 def test_what_a_killed_run_left_of_a_text_file_is_swept(tmp_path: Path) -> None:
     with open_output(tmp_path, Shard(1, 2)) as output:
-        part = output.workshop / "recipe.toml.part"
+        part = output.work_folder / "recipe.toml.part"
     part.write_text("half")
     with open_output(tmp_path):
         assert not part.exists()

@@ -15,8 +15,8 @@ from gpuprep.output.writers.omezarr import write_omezarr
 from gpuprep.output.writers.tiff import write_slices, write_stack
 
 Writer = Callable[[Path, Iterator[NDArray[Any]], Content, Settle], tuple[str, ...]]
-"""``write(path, chunks, content, settle)`` makes a file or folder at `path`, whose name has the ending of the recipe,
-tells `settle` of files that are finished, and returns warnings about what it wrote."""
+"""``write(path, chunks, content, settle)`` writes a file or folder at `path`, whose name has the ending of the recipe,
+calls `settle` with each finished file, and returns warnings about the volume."""
 
 WRITERS: dict[str, Writer] = {
     "tif": write_slices,

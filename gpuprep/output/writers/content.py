@@ -1,4 +1,4 @@
-"""Defines what a writer is told of a volume, be it an image or labels."""
+"""Describes a volume, image or labels, for its writer."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from gpuprep.core.plan import BYTES, Plan
 from gpuprep.core.recipe import Compression
 
 Settle = Callable[[Path], None]
-"""Is told of a file that is finished, so that it gets on disk while others are being made."""
+"""Callback for a finished file, which is flushed to disk while others are being written."""
 
 
 def nothing(_: Path) -> None:
-    """Settle nothing: whoever asked for the files looks after them."""
+    """Do nothing with a finished file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A volume that is about to be written."""
+    """Grid, type and display values of a volume that is about to be written."""
 
     grid: Geometry
     dtype: str
+    """Name of the NumPy type of the voxels."""
     compression: Compression
     display: tuple[float, float]
     """Values to show as black and as white."""
     fill: float
-    """Value of what is not stored: air, or no structure."""
+    """Value of voxels that are not stored: air, or 0 for labels."""
     hu: tuple[float, float] | None = None
     """HU per unit and HU of value 0; None for labels."""
 
@@ -41,17 +42,17 @@ class Content:
 
     @property
     def spacing_mm(self) -> Vector3:
-        """Distance between voxel centres along (k, j, i)."""
+        """Distance between voxel centres in mm along (k, j, i)."""
         return self.grid.spacing_mm
 
     @property
     def bytes(self) -> int:
-        """Size of the voxels, uncompressed."""
+        """Uncompressed size of the voxels."""
         return int(np.prod(self.shape, dtype=np.int64)) * BYTES[self.dtype]
 
     @classmethod
     def image(cls, plan: Plan) -> Content:
-        """Return the image of a plan: shown in its window, or for unwindowed HU in what is usual for CT."""
+        """Return the content of the image of a plan, displayed in its window, or without one from −1000 to 400 HU."""
         low, high = ((hu + plan.shift_hu) * plan.scale for hu in plan.recipe.window_hu or (-1000.0, 400.0))
         hu = plan.hu_slope, plan.hu_intercept
         air = plan.air if plan.recipe.dtype == "float32" else round(plan.air)
@@ -59,5 +60,5 @@ class Content:
 
     @classmethod
     def labels(cls, plan: Plan, dtype: str, highest: int) -> Content:
-        """Return labels on the grid of a plan, up to the highest."""
+        """Return the content of labels from 0 to `highest` on the grid of a plan."""
         return cls(plan.target, dtype, plan.recipe.compression, (0, max(1, highest)), 0)

@@ -1,6 +1,6 @@
 """Writes NIfTI-1 in one file, ``.nii`` or ``.nii.gz``, with the affine in RAS.
 
-Its order of voxels, first index fastest, is ours of (k, j, i) with the axes named the other way round; nothing moves.
+NIfTI stores the first index (i) fastest. This equals our C order of (k, j, i), so voxels are written as they are.
 
 References
 ----------
@@ -22,16 +22,16 @@ from gpuprep.output.writers.content import Content, Settle, nothing
 from gpuprep.output.writers.gzipping import gzipped
 
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-"""From LPS."""
+"""LPS to RAS."""
 
 SCANNER = 1
-"""Code of an affine that leads to the coordinates of the scanner (NIFTI_XFORM_SCANNER_ANAT)."""
+"""Code for an affine to scanner coordinates (NIFTI_XFORM_SCANNER_ANAT)."""
 
 
 def write_nifti(
     path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
 ) -> tuple[str, ...]:
-    """Write a ``.nii`` or ``.nii.gz``; readers get HU where a window is spread over the range of an integer type."""
+    """Write a ``.nii`` or ``.nii.gz``; unsigned integers get a slope and intercept with which readers return HU."""
     header = _header(content)
     with _opened(path) as append:
         append(memoryview(header.binaryblock + bytes(4)))  # no extensions
@@ -40,11 +40,11 @@ def write_nifti(
     settle(path)
     if header["qform_code"]:
         return ()
-    return (f"slices lean, which {path.name} says by its sform alone: nibabel reads it, ITK refuses",)
+    return (f"slices lean, and only the sform of {path.name} describes that: nibabel reads it, ITK refuses the file",)
 
 
 def _header(content: Content) -> Any:
-    from nibabel.nifti1 import Nifti1Header  # takes a second, and is an extra
+    from nibabel.nifti1 import Nifti1Header  # takes a second, and is an optional dependency
 
     header = Nifti1Header()
     header.set_data_shape(content.shape[::-1])
@@ -52,7 +52,8 @@ def _header(content: Content) -> Any:
     header.set_xyzt_units("mm")
     affine = RAS @ content.grid.affine[:, [2, 1, 0, 3]]
     header.set_sform(affine, SCANNER)
-    # A quaternion holds no shear. ITK needs one, and takes it where axes are not perpendicular to four digits.
+    # A quaternion cannot describe shear. ITK needs one, and uses it if the axes of the sform are not perpendicular to
+    # four digits.
     header.set_qform(affine, SCANNER)
     apart_mm = np.abs(header.get_qform() - affine)[:3, :3] @ content.shape[::-1]
     if apart_mm.max() > UNSEEN_MM:

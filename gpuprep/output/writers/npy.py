@@ -1,4 +1,4 @@
-"""Writes NumPy's own file, uncompressed: ``numpy.load(file, mmap_mode="r")`` reads only slices that are asked for.
+"""Writes NumPy's file format, uncompressed: ``numpy.load(file, mmap_mode="r")`` reads only the requested slices.
 
 References
 ----------
@@ -21,7 +21,7 @@ from gpuprep.output.writers.content import Content, Settle, nothing
 def write_npy(
     path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
 ) -> tuple[str, ...]:
-    """Write a ``.npy`` of shape (k, j, i); the place of its voxels is in ``volume.json``."""
+    """Write a ``.npy`` of shape (k, j, i); its affine is in ``volume.json``."""
     header = {"descr": npy.dtype_to_descr(np.dtype(content.dtype)), "fortran_order": False, "shape": content.shape}
     with open(path, "wb") as f:
         npy.write_array_header_1_0(f, header)

@@ -1,12 +1,12 @@
-"""Writes OME-Zarr: chunks for patches, many to a file, in a Zarr 3 group.
+"""Writes OME-Zarr as a Zarr 3 group, with small chunks for reading patches and many chunks in each file (shard).
 
-A chunk holds about 32 × 64 × 64 voxels, so a patch costs little more than itself. A shard is one file with all chunks
-of as many slices as a chunk has; these are what is buffered, so that each file is written once.
+A chunk holds about 32 × 64 × 64 voxels, so that reading a patch decodes little more than the patch. A shard is one file
+with all chunks of as many slices as a chunk has. These slices are buffered, so that each file is written once.
 
-OME-Zarr 0.5 has no affine. Each axis says the direction of the patient that it is nearest to (RFC-4), and the
-translation is the centre of the first voxel: "z", "y" and "x" of it in LPS, in whichever direction the axes run.
-ngff-zarr makes and reads ITK images so: translation is origin, orientation is direction. The affine is among our own
-attributes.
+OME-Zarr 0.5 has no affine. Each axis has the patient direction that it is nearest to (RFC-4) as its orientation. The
+translation is the centre of the first voxel: its "z", "y" and "x" in LPS, whatever the directions of the axes.
+ngff-zarr converts ITK images in the same way: translation is origin, orientation is direction. The exact affine is
+among the "gpuprep" attributes.
 
 References
 ----------
@@ -28,71 +28,70 @@ from gpuprep.core.geometry import UNSEEN_MM, Geometry, Shape3
 from gpuprep.output.writers.content import Content, Settle, nothing
 
 CHUNK = (32, 64, 64)
-"""About; each axis is divided evenly, so that little is padded at its end."""
+"""Approximate shape of a chunk; each axis is divided evenly, so that the last chunk has little padding."""
 
 ORIENTATIONS = (
     ("inferior-to-superior", "superior-to-inferior"),
     ("anterior-to-posterior", "posterior-to-anterior"),
     ("right-to-left", "left-to-right"),
 )
-"""Words of RFC-4 for an axis along growing and falling z, y and x of LPS."""
+"""Terms of RFC-4 for axes along increasing and decreasing z, y and x of LPS."""
 
 LABELS_GROUP = "labels"
-"""Group of the label volumes of an image, inside that of the image."""
+"""Name of the group of label volumes inside the group of an image."""
 
 SHARD_BYTES = 2**25
-"""Slices that are buffered take no more; a chunk of very large slices has fewer. Zarr makes some copies of them."""
+"""Maximum size of the buffered slices, of which Zarr makes some copies. Chunks of very large slices are thinner."""
 
 
 def write_omezarr(
     path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
 ) -> tuple[str, ...]:
-    """Write a group with array "0": axes z, y, x in mm, and our own attributes under "gpuprep"."""
-    import zarr  # takes a second, and is an extra
+    """Write a group with array "0": axes z, y, x in mm, and gpuprep's attributes under "gpuprep"."""
+    import zarr  # takes a second, and is an optional dependency
 
-    depth, rows, columns = _chunk(content)
-    planes = tuple(math.ceil(n / of) * of for n, of in zip(content.shape[1:], (rows, columns), strict=True))
+    depth, rows, columns = _chunk_shape(content)
+    padded = tuple(math.ceil(n / chunk) * chunk for n, chunk in zip(content.shape[1:], (rows, columns), strict=True))
     group = zarr.create_group(path, zarr_format=3, attributes=_attributes(path, content))
     array = group.create_array(
         "0",
         shape=content.shape,
         dtype=content.dtype,
         chunks=(depth, rows, columns),
-        shards=(depth, *planes),
-        # A lost file then reads as air, not as 0 HU, which is water; and as none is left out, a lost one is missed.
+        shards=(depth, *padded),
+        # A lost file then reads as air, not as 0. Since empty chunks are written too, a missing file is noticed.
         fill_value=content.fill,
         config={"write_empty_chunks": True},
         compressors=_compressor(content),
         dimension_names=("z", "y", "x"),
     )
     slab = np.empty((depth, *content.shape[1:]), dtype=content.dtype)
-    start = held = 0
+    start = filled = 0
     for chunk in chunks:
         while len(chunk):
-            taken = min(len(chunk), depth - held)
-            slab[held : held + taken], chunk = chunk[:taken], chunk[taken:]
-            held += taken
-            if held == depth or start + held == content.shape[0]:
-                array[start : start + held] = slab[:held]
+            count = min(len(chunk), depth - filled)
+            slab[filled : filled + count], chunk = chunk[:count], chunk[count:]
+            filled += count
+            if filled == depth or start + filled == content.shape[0]:
+                array[start : start + filled] = slab[:filled]
                 settle(path / "0" / "c" / str(start // depth) / "0" / "0")
-                start, held = start + held, 0
-    if (apart_deg := _obliqueness_deg(content.grid)) is None:
+                start, filled = start + filled, 0
+    if (angle_deg := _obliqueness_deg(content.grid)) is None:
         return ()
     return (
-        f"axes are up to {apart_deg:.3g}° off those of the patient, which OME-Zarr cannot say: its readers take them "
-        'for straight; the affine is "affine_lps" under "gpuprep" in its attributes',
+        f"axes are up to {angle_deg:.3g}° off those of the patient, which OME-Zarr cannot express: its readers treat "
+        'them as parallel to those; the exact affine is "affine_lps" under "gpuprep" in its attributes',
     )
 
 
 def list_labels(image: Path, names: list[str]) -> None:
-    """Make the group by which readers find the label volumes inside an image's group."""
+    """Make the group that lists the label volumes inside the group of an image."""
     import zarr
 
     zarr.create_group(image / LABELS_GROUP, zarr_format=3, attributes={"ome": {"version": "0.5", "labels": names}})
 
 
-def _chunk(content: Content) -> Shape3:
-    """Return the shape of a chunk."""
+def _chunk_shape(content: Content) -> Shape3:
     k, j, i = (math.ceil(n / math.ceil(n / about)) for n, about in zip(content.shape, CHUNK, strict=True))
     return min(k, max(1, SHARD_BYTES * content.shape[0] // content.bytes)), j, i
 
@@ -100,9 +99,9 @@ def _chunk(content: Content) -> Shape3:
 def _compressor(content: Content) -> Any:
     """Return the codec of the chunks.
 
-    On CT, Blosc with zstd's level 1 makes 0.39 of int16 with bits shuffled, at 130 MB/s (plain: 0.49 at 80), 0.44 of
-    uint8 (0.48) and 0.66 of float32 with bytes shuffled (0.68, bits: 0.70). Higher levels save 1 to 3 % and take twice
-    the time; so do those of gzip.
+    On CT, Blosc with zstd at level 1 compresses int16 with bit shuffle to 0.39 of its size, at 130 MB/s (without
+    shuffle: 0.49 at 80 MB/s), uint8 to 0.44 (0.48), and float32 with byte shuffle to 0.66 (0.68; bit shuffle: 0.70).
+    Higher levels of zstd and of gzip save 1 to 3 % and take twice the time.
     """
     from zarr.codecs import BloscCodec, GzipCodec
 
@@ -123,9 +122,9 @@ def _attributes(path: Path, content: Content) -> dict[str, Any]:
                         "name": name,
                         "type": "space",
                         "unit": "millimeter",
-                        "orientation": {"type": "anatomical", "value": words},
+                        "orientation": {"type": "anatomical", "value": direction},
                     }
-                    for name, words in zip("zyx", _orientations(grid), strict=True)
+                    for name, direction in zip("zyx", _orientations(grid), strict=True)
                 ],
                 "datasets": [
                     {
@@ -141,23 +140,23 @@ def _attributes(path: Path, content: Content) -> dict[str, Any]:
     }
     own: dict[str, Any] = {"affine_lps": grid.affine.tolist()}
     if content.hu is None:
-        inside = path.parent.name == LABELS_GROUP
-        ome["image-label"] = {"source": {"image": "../../"}} if inside else {}
+        in_image_group = path.parent.name == LABELS_GROUP
+        ome["image-label"] = {"source": {"image": "../../"}} if in_image_group else {}
     else:
         own |= {"hu_slope": content.hu[0], "hu_intercept": content.hu[1]}
     return {"ome": ome, "gpuprep": own}
 
 
 def _orientations(grid: Geometry) -> list[str]:
-    """Return the direction of the patient that each axis is nearest to, no two along the same line."""
-    turn, found = grid.to_axial, ["", "", ""]
-    for words, axis, falls in zip(ORIENTATIONS, turn.axes, turn.flips, strict=True):
-        found[axis] = words[falls]
-    return found
+    """Return the nearest patient direction of each axis, no two along the same line."""
+    turn, orientations = grid.to_axial, ["", "", ""]
+    for directions, axis, flipped in zip(ORIENTATIONS, turn.axes, turn.flips, strict=True):
+        orientations[axis] = directions[flipped]
+    return orientations
 
 
 def _obliqueness_deg(grid: Geometry) -> float | None:
-    """Return how far axes are off the directions of the patient; None where no voxel is visibly misplaced by it."""
+    """Return the largest angle between an axis and its patient direction; None if it shifts no voxel visibly."""
     turn = grid.to_axial
     axial = grid.affine[:3, list(turn.axes)] * np.where(turn.flips, -1, 1)  # columns near +z, +y, +x
     spacing_mm = np.linalg.norm(axial, axis=0)

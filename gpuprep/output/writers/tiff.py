@@ -1,7 +1,7 @@
 """Writes TIFF: one file per slice, or one stack that ImageJ opens as a volume.
 
-zstd is preceded by horizontal differencing (for float32 by its floating-point twin), which makes it faster and smaller;
-zlib is not, because ImageJ reads zlib only without.
+zstd is used with the horizontal predictor (for float32 the floating-point predictor), which makes it faster and files
+smaller. zlib is used without a predictor, because ImageJ reads zlib only so.
 
 References
 ----------
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gpuprep.output.writers.content import Content, Settle, nothing
 
 BIGTIFF_BYTES = 2**32 - 2**25
-"""Offsets of a classic TIFF have 32 bits; this leaves room for its directories."""
+"""Maximum size of the voxels of a classic TIFF. Its offsets have 32 bits; the difference is for its directories."""
 
 ZSTD_LEVEL = 1
 ZLIB_LEVEL = 6
@@ -45,7 +45,7 @@ def write_slices(
             with open(file, "wb", buffering=0) as f:
                 for part in encode(values):
                     view = memoryview(part).cast("B")
-                    while view:  # without a buffer a write may be a short one
+                    while view:  # an unbuffered write may write only a part
                         view = view[f.write(view) :]
             settle(file)
             k += 1
@@ -53,7 +53,7 @@ def write_slices(
 
 
 class _Encoder:
-    """Slices to TIFF. Uncompressed ones differ in nothing but pixels, so tifffile makes one header for all."""
+    """Encodes slices as TIFF. Uncompressed slices differ only in their pixels, so tifffile makes one header for all."""
 
     def __init__(self, content: Content, description: dict[str, Any]) -> None:
         self._options = _compression(content) | _per_cm(content)
@@ -62,7 +62,7 @@ class _Encoder:
         self._header: bytes | None = None
 
     def __call__(self, values: NDArray[Any]) -> tuple[Any, ...]:
-        """Return the parts of a file, to be written one after the other."""
+        """Return the consecutive parts of the file of a slice, shape (rows, columns)."""
         if self._header is None:
             buffer = io.BytesIO()
             tifffile.imwrite(buffer, values, **self._options)
@@ -76,9 +76,9 @@ class _Encoder:
 def write_stack(
     path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
 ) -> tuple[str, ...]:
-    """Write a stack: axes ZYX, voxel size in mm, display range; HU calibration where ImageJ knows one.
+    """Write a stack: axes ZYX, voxel size in mm, display range; for unsigned integers also the calibration to HU.
 
-    ImageJ keeps 32-bit offsets. A larger volume becomes a BigTIFF, which it opens only through Bio-Formats.
+    The stack of ImageJ has 32-bit offsets. A larger volume becomes a BigTIFF, which ImageJ opens only with Bio-Formats.
     """
     spacing_z, spacing_y, spacing_x = content.spacing_mm
     offset = 32768 if content.dtype == "int16" else 0  # ImageJ holds signed integers as unsigned ones
@@ -94,7 +94,7 @@ def write_stack(
     if content.hu is not None and content.dtype in ("uint8", "uint16"):
         metadata |= {"cf": 0, "c0": content.hu[1], "c1": content.hu[0], "vunit": "HU"}
     big = content.bytes > BIGTIFF_BYTES
-    place = _per_cm(content) if big else {"resolution": (1 / spacing_x, 1 / spacing_y)}
+    resolution = _per_cm(content) if big else {"resolution": (1 / spacing_x, 1 / spacing_y)}
     with tifffile.TiffWriter(path, bigtiff=big, imagej=not big) as tiff:
         tiff.write(
             (values for chunk in chunks for values in chunk),
@@ -103,14 +103,14 @@ def write_stack(
             photometric="minisblack",
             metadata=metadata,
             **_compression(content),
-            **place,
+            **resolution,
         )
     settle(path)
-    return (f"larger than 4 GB, so {path.name} is a BigTIFF: ImageJ opens it through Bio-Formats only",) if big else ()
+    return (f"larger than 4 GB, so {path.name} is a BigTIFF: ImageJ opens it only with Bio-Formats",) if big else ()
 
 
 def _per_cm(content: Content) -> dict[str, Any]:
-    """Resolution in pixels per centimetre, the only metric unit that TIFF has."""
+    """Return the resolution in pixels per centimetre, the only metric unit of TIFF."""
     _, between_rows, between_columns = content.spacing_mm
     return {"resolution": (10 / between_columns, 10 / between_rows), "resolutionunit": "CENTIMETER"}
 

@@ -1,4 +1,4 @@
-"""Builds the recipe and the options of a run from the flags of a command."""
+"""Makes the recipe and the options of a run from the flags of a command."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from gpuprep.pipeline.pseudonyms import Pseudonyms
 
 
-def asked_recipe(name: str, flags: Mapping[str, Any], **more: Any) -> Recipe:
-    """Return the recipe of that name or file, with the flags that were given."""
+def recipe_from_flags(name: str, flags: Mapping[str, Any], **more: Any) -> Recipe:
+    """Return a recipe by its name or file, changed by the flags that were given and by the fields in `more`."""
     with held_back():
         from gpuprep.core.recipe import PRESETS, Recipe
 
@@ -35,8 +35,8 @@ def asked_recipe(name: str, flags: Mapping[str, Any], **more: Any) -> Recipe:
     return Recipe.from_dict(known | given | more | {"masks": known["masks"] | masks})
 
 
-def asked_options(flags: Mapping[str, Any], out: str | None, **more: Any) -> ConvertOptions:
-    """Return the options of a run: those of `more`, and the flags that were given."""
+def options_from_flags(flags: Mapping[str, Any], out: str | None, **more: Any) -> ConvertOptions:
+    """Return the options of a run: the flags that were given, and the fields in `more`, which take precedence."""
     with held_back():
         from gpuprep.pipeline.options import ConvertOptions
 
@@ -54,20 +54,20 @@ def asked_options(flags: Mapping[str, Any], out: str | None, **more: Any) -> Con
     return ConvertOptions(**given | more)
 
 
-def shown(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that say what a person sees of a run."""
+def display_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags in `OUTPUT_FLAGS` that a command takes."""
     return {name: flags[name] for name in OUTPUT_FLAGS if name in flags}
 
 
 def jobs_or_cores(jobs: int | None, backend: str) -> int | None:
-    """Return one worker per core that this process may use; on a GPU, leave it to the executors."""
+    """Return `jobs`, or by default the number of usable cores; on a GPU, None: the executor decides."""
     from gpuprep.executors.cores import usable_cores
 
     return jobs if jobs is not None or backend == "gpu" else usable_cores()
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """Return the value of a flag as a recipe holds it: "1" and "3,1,1" are numbers, "none" stays."""
+    """Return the value of a flag as a recipe field: "1" and "3,1,1" become numbers, "none" stays."""
     if not isinstance(value, str) or name not in ("spacing_mm", "window_hu", "size") or value == "none":
         return value
     try:
@@ -78,7 +78,7 @@ def _parsed(name: str, value: Any) -> Any:
 
 
 def _gpu_numbers(text: str) -> list[int]:
-    """Return the GPUs that ``0,1`` means."""
+    """Return the GPU numbers in a text such as ``0,1``."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -92,11 +92,13 @@ def _shard(text: str) -> Any:
 
 
 def _pseudonyms(names: str, key: Path | None, out: str) -> Pseudonyms | None:
-    """Return what stands for names in OUT, if anything does."""
+    """Return the pseudonyms of a run; None if names are those of the source."""
     if names == "hash" and key is None:
-        raise RequestError("--names hash needs --key FILE, which is made if it is not there; keep it outside of --out")
+        raise RequestError(
+            "--names hash needs --key FILE, a path outside of --out; the file is created if it does not exist"
+        )
     if names != "hash" and key is not None:
-        raise RequestError("--key is for --names hash: give both")
+        raise RequestError("--key is only for --names hash: give both or neither")
     if key is None:
         return None
     from gpuprep.pipeline.pseudonyms import Pseudonyms
