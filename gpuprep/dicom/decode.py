@@ -344,7 +344,7 @@ def _code_stream_frame(
     """Return the values of a code stream from the first decoder with a plausible result."""
     info = frame_info(stream)
     if info is None:
-        raise DecodeError("its frame begins like no JPEG, JPEG-LS, JPEG 2000 or JPEG XL image")
+        raise DecodeError("its frame is not a JPEG, JPEG-LS, JPEG 2000 or JPEG XL code stream")
     if (info.rows, info.columns, info.samples) != (*shape, 1):
         raise DecodeError(
             f"its frame is {info.rows} × {info.columns} × {info.samples}, its header says {shape[0]} × {shape[1]}"
@@ -356,7 +356,7 @@ def _code_stream_frame(
     if info.end is None:
         # libjpeg fills missing data with grey without an error. The other decoders fail without the marker anyway, so
         # rejecting the frame here loses nothing.
-        raise DecodeError("its frame lacks the end marker: it is cut off")
+        raise DecodeError("its frame lacks the end marker: it is truncated")
     # Strip the JP2 boxes: pydicom may loop forever when it searches them for the code stream.
     stream = stream[info.start : info.end]
     reasons = []

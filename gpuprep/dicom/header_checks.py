@@ -89,7 +89,7 @@ def _pixel_warnings(series: Series) -> Iterator[SeriesWarning]:
         yield SeriesWarning("bits", f"{text}: low bits taken")
     oversized = [(s, excess) for s in series.slices if (excess := _excess_bytes(series, s)) > PADDING_BYTES]
     if oversized:
-        text = f"{oversized[0][1]} bytes of pixels more than announced in {names([s for s, _ in oversized])}: not read"
+        text = f"{oversized[0][1]} bytes of pixels more than declared in {names([s for s, _ in oversized])}: not read"
         yield SeriesWarning("excess", text)
 
 
@@ -240,7 +240,7 @@ def _check_lengths(series: Series) -> None:
         needed = series.rows * series.columns * (s.bits_allocated or 0) // 8
         if (s.pixel_bytes or 0) < needed:
             raise DecodeError(
-                f"{s.name} announces {s.pixel_bytes} bytes of pixels where {needed} are needed: it is damaged",
+                f"{s.name} declares {s.pixel_bytes} bytes of pixels where {needed} are needed: it is damaged",
                 "truncated",
             )
         if s.member is None and s.transfer_syntax in PLAIN and s.pixel_offset + needed > s.file_bytes:

@@ -247,7 +247,7 @@ def _check_class(ds: pydicom.Dataset, meta_class: str, no_preamble: bool) -> Non
     if kind in CT_CLASSES:
         return
     if meta_class in CT_CLASSES:
-        raise ValueError("SOP Class UID is damaged: the meta group announces a CT image")
+        raise ValueError("SOP Class UID is damaged: the meta group declares a CT image")
     if not kind:
         if no_preamble:
             raise _NotCtError("not DICOM")
@@ -283,7 +283,7 @@ def _locate_pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, 
     head = f.read(12)
     tag = bytes((head[1], head[0], head[3], head[2])) if len(head) >= 8 and not big else head[:4]
     if tag in _FLOAT_PIXELS:
-        raise ValueError(f"its pixels are {_FLOAT_PIXELS[tag]}, which are no stored values of CT")
+        raise ValueError(f"its pixels are {_FLOAT_PIXELS[tag]}, which are not stored values of CT")
     if tag != b"\x7f\xe0\x00\x10" or len(head) < 8:
         return None, 0
     order: Any = "big" if big else "little"

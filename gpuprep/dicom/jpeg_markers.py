@@ -145,7 +145,7 @@ def _jpeg_xl(frame: bytes) -> FrameInfo | None:
             preview_or_animation = bits.take(2)  # flags of preview and animation
         floating_point = bits.take(1)
         if orientation or preview_or_animation or floating_point:
-            raise DecodeError("its JPEG XL frame is turned, animated or of floating point, which no slice is")
+            raise DecodeError("its JPEG XL frame is rotated, animated or in floating point, which is not supported")
         precision = bits.number((8, 0), (10, 0), (12, 0), (1, 6))
         bits.take(1)  # modular_16bit_buffers
         extra_channels = bits.number((0, 0), (1, 0), (2, 4), (1, 12))

@@ -479,7 +479,7 @@ def test_pixel_data_shorter_than_the_matrix_are_rejected(tmp_path: Path, syntax:
         ds.add_new(0xFFFCFFFC, "OB", bytes(64))
 
     write(tmp_path, integers(-2000, 3000, "int16"), syntax, shorten)
-    with pytest.raises(DecodeError, match=r"S1-0002\.dcm announces 638 bytes of pixels where 640 are needed"):
+    with pytest.raises(DecodeError, match=r"S1-0002\.dcm declares 638 bytes of pixels where 640 are needed"):
         read_folder(tmp_path)
 
 

@@ -270,7 +270,7 @@ def test_an_aborted_pass_between_the_slices_of_another_is_left_out() -> None:
     ]
 
 
-@pytest.mark.parametrize("watched", [8, 30])
+@pytest.mark.parametrize("tracked", [8, 30])
 @pytest.mark.parametrize("counted", ["each", "one", "none"])
 @pytest.mark.parametrize("z_mm", [20.0, 21.0, 70.0])
 def test_any_number_of_bolus_tracking_images_is_left_out(tracked: int, counted: str, z_mm: float) -> None:
