@@ -1,4 +1,4 @@
-"""Lists the attributes that tell one acquisition of a series from another."""
+"""Defines the attributes by which the acquisitions of a series are separated."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gpuprep.core.series import SliceHeader, unpacked
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An attribute that tells images at one place apart."""
+    """Attribute that can separate the images at one position."""
 
-    of: Callable[[SliceHeader], Hashable]
-    """Its value; None or "" where there is none."""
+    value: Callable[[SliceHeader], Hashable]
+    """Returns the value for an image; None or "" if absent."""
     unit: str | None = None
-    """What follows the value in a message; None: the value is a hash, and not for people."""
+    """Text after the value in messages; None if the value is a hash, which messages do not show."""
 
 
 def _phase(name: str, unit: str) -> Key:
@@ -40,15 +40,15 @@ ACQUISITION: dict[str, Key] = {
     "reconstruction": Key(lambda s: s.reconstruction),
     "acquisition time": Key(lambda s: s.acquisition_time),
 }
-"""Attributes that say of which acquisition an image is, in the order in which they are tried."""
+"""Attributes that identify the acquisition of an image, in the order in which they are tried."""
 
 
 EXPLICIT = (
     "series UID", "temporal position", "temporal offset", "respiratory phase", "cardiac phase", "cardiac trigger delay",
     "respiratory trigger delay", "energy",
 )  # fmt: skip
-"""Attributes that name what an image shows: no order of instances says otherwise. A scan has numbers and times of its
-rotations, a trigger time of each heartbeat, and is one all the same."""
+"""Attributes that always mean different acquisitions, whatever the instance numbers are. The other attributes can vary
+within one scan: acquisition number and time by rotation, trigger time by heartbeat."""
 
 
 LAST_RESORT: dict[str, Key] = {
@@ -57,4 +57,4 @@ LAST_RESORT: dict[str, Key] = {
     "content time": _other("content"),
     "instance": Key(lambda s: (s.path, s.member) if s.frames > 1 else ""),
 }
-"""Attributes that vary for other reasons too: they are tried last, and have to explain every image."""
+"""Attributes that also vary within an acquisition. They are tried last and must assign every image to a volume."""

@@ -8,14 +8,14 @@ from typing import Any, Literal
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import Irregularity, Rules, SeriesWarning, codes
 from gpuprep.dicom.header_checks import warnings
-from gpuprep.dicom.slice_places import Measures
+from gpuprep.dicom.slice_positions import Measures
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.errors import InputError
 
 Verdict = Literal["ok", "fixed", "rejected"]
 
-LISTED = 100
-"""Entries of a list that a record keeps; how many there were is kept too."""
+MAX_LISTED = 100
+"""Largest number of entries of a list in the record; `to_dict` adds the total."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,47 +38,47 @@ class Audit:
     series: Series
     stack: Stack | None
     error: InputError | None
-    """Why it is rejected."""
+    """Reason for a rejection."""
     measures: Measures
     policy: str
 
     @property
     def verdict(self) -> Verdict:
-        """ok: regular, or kept as it is by policy "keep". fixed: put right. rejected."""
+        """Return "ok" (regular, or kept by policy "keep"), "fixed" (irregularities corrected) or "rejected"."""
         if self.stack is None:
             return "rejected"
         return "fixed" if self.irregularities and self.policy == "fix" else "ok"
 
     @property
     def irregularities(self) -> tuple[Irregularity, ...]:
-        """What was put right, or kept."""
+        """Irregularities that were corrected, or kept by policy "keep"."""
         return self.stack.irregularities if self.stack is not None else self.series.irregularities
 
     @property
     def warnings(self) -> tuple[SeriesWarning, ...]:
-        """What is doubtful and was left as it is."""
+        """Doubtful attributes that are left as they are."""
         return warnings(self.series)
 
     @property
     def codes(self) -> tuple[str, ...]:
-        """The reasons for the verdict, and the codes of warnings, for programs."""
+        """Machine-readable codes of the reasons for the verdict and of the warnings."""
         if self.error is not None:
             return (self.error.code,)
         return codes((*self.irregularities, *self.warnings))
 
     @property
     def reason(self) -> str:
-        """The reason for a rejection, for people; "" where there is none."""
+        """Human-readable reason for a rejection; "" if the series is not rejected."""
         return "" if self.error is None else f"{type(self.error).__name__}: {self.error}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the facts as JSON holds them; what could not be measured is None."""
+        """Return the measures as a JSON-serialisable dictionary; None for those that could not be taken."""
         slices, m = self.series.slices, self.measures
         return {
             "slices": len(slices),
             "spacing_mm": m.spacing_mm,
             "spacing_deviation_mm": m.spacing_deviation_mm,
-            "gaps": [{"after": name, "mm": mm, "missing": missing} for name, mm, missing in m.gaps[:LISTED]],
+            "gaps": [{"after": name, "mm": mm, "missing": missing} for name, mm, missing in m.gaps[:MAX_LISTED]],
             "missing": sum(missing for *_, missing in m.gaps),
             "duplicates": {"identical": m.identical, "different": m.different},
             "tilt_deg": m.tilt_deg,
@@ -88,20 +88,20 @@ class Audit:
             "rescales": len({(s.rescale_slope, s.rescale_intercept) for s in slices}),
             "bits_stored": sorted({s.bits_stored for s in slices if s.bits_stored is not None}),
             "transfer_syntaxes": sorted({s.transfer_syntax for s in slices}),
-            "left_out": [{"image": name, "why": why} for name, why in self.series.left_out[:LISTED]],
+            "left_out": [{"image": name, "why": why} for name, why in self.series.left_out[:MAX_LISTED]],
             "left_out_images": len(self.series.left_out),
         }
 
 
 def audit(series: Series, rules: Rules | None = None) -> Audit:
-    """Return the audit of a series; whatever is wrong with it is in there, and nothing is raised.
+    """Return the audit of a series; problems are reported in it and not raised.
 
     Parameters
     ----------
     series : Series
         From `gpuprep.discover`, with the same rules.
     rules : Rules, optional
-        Policy and tolerances; the default where absent.
+        Policy and tolerances; `Rules()` by default.
 
     Examples
     --------

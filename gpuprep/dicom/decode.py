@@ -1,12 +1,11 @@
 """Decodes one frame of an encoded file to stored values.
 
-Decoders are asked for the integers of the code stream alone, and each is given the same bytes. What these integers
-mean, which is for *Pixel Representation* and *Bits Stored* to say, is decided here, once for all of them;
-`gpuprep.dicom.stored_words` corrects a header that says it wrongly.
+All decoders get the same bytes and return the integers of the code stream. This module alone interprets these integers
+by *Pixel Representation* and *Bits Stored*; `gpuprep.dicom.stored_words` corrects headers in which these are wrong.
 
-GDCM is not among the decoders: what the others report as an error, it answers by ending the process. `ljpeg_decode` and
-`dicomrle_decode` of imagecodecs are not either, for the same reason, and `htj2k_decode` invents what damage took away:
-OpenJPEG reads the same streams and refuses where a byte is missing.
+GDCM is not used: on damaged data it aborts the process where other decoders report an error. `ljpeg_decode` and
+`dicomrle_decode` of imagecodecs are not used for the same reason. `htj2k_decode` is not used because it makes up pixels
+for missing data; OpenJPEG reads the same streams and rejects truncated ones.
 """
 
 from __future__ import annotations
@@ -31,29 +30,29 @@ from gpuprep.dicom.uids import ENCODINGS, NATIVE, syntax_name
 from gpuprep.errors import DecodeError
 
 CONSTANT_BYTES_PER_PIXEL = 0.25
-"""No constant image needs more: lossless JPEG takes 1 bit per pixel at least, the others next to nothing."""
-PYDICOM_SAYS = "Unable to decode as exceptions were raised by all available plugins:"
-"""Before what the one plugin that it was allowed to ask said."""
+"""Upper limit for a constant image: lossless JPEG takes at least 1 bit per pixel, other encodings nearly nothing."""
+PYDICOM_PREFIX = "Unable to decode as exceptions were raised by all available plugins:"
+"""Text before the error of the plugin in messages of pydicom."""
 PIXELS_PER_TILE = 256
-"""At least so many: OpenJPEG takes some 10 KB for each tile, and a few bytes can announce 65535 of them."""
-MARKERS_BYTES = 1024
-"""Tables and comments, which small images need as well."""
-MOST_REST_BYTES = 16
-"""More than padding after the last run of a segment is damage."""
+"""Lower limit: OpenJPEG allocates about 10 KB per tile, and a few bytes can declare 65535 tiles."""
+TABLES_BYTES = 1024
+"""Allowance for tables and comments, which do not shrink with the image."""
+MAX_RLE_PADDING_BYTES = 16
+"""Largest number of bytes after the last run of a segment that count as padding; more is damage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A library that turns a code stream into integers."""
+    """Decoder function of a library."""
 
     name: str
     decode: Callable[[bytes, FrameInfo], NDArray[Any]]
     available: Callable[[], bool]
-    """Whether it is installed."""
+    """Returns whether the decoder is installed."""
 
 
 def _by_imagecodecs(codec: str) -> Decoder:
-    # imagecodecs is imported late: it takes its time, and few series need it.
+    # imagecodecs is imported late: the import is slow, and few series need it.
     def decode(stream: bytes, _: FrameInfo) -> NDArray[Any]:
         import imagecodecs
 
@@ -72,17 +71,17 @@ def _by_imagecodecs(codec: str) -> Decoder:
 def _jpeg_xl(stream: bytes, info: FrameInfo) -> NDArray[Any]:
     import imagecodecs
 
-    # Into room of the size that the header announces: another one that it unpacks to is refused.
+    # The output has the size from the code stream's header; the decoder rejects any other size.
     out = np.empty((info.rows, info.columns), np.uint8 if info.precision <= 8 else np.uint16)
     values = np.asarray(imagecodecs.jpegxl_decode(stream, keeporientation=True, out=out))
     if int(values.max()) >> info.precision:
-        raise DecodeError(f"{values.max()} came out of {info.precision} bits")
+        raise DecodeError(f"{values.max()} is not a value of {info.precision} bits")
     return values
 
 
 def _by_pydicom(plugin: str, syntax: UID) -> Decoder:
     def decode(stream: bytes, info: FrameInfo) -> NDArray[Any]:
-        # The code stream's own precision and sign in place of the header's, so that pydicom corrects nothing.
+        # Precision and sign of the code stream instead of the header's, so that pydicom corrects nothing.
         options: dict[str, Any] = {
             "pixel_keyword": "PixelData",
             "number_of_frames": 1,
@@ -107,16 +106,17 @@ DECODERS: dict[Kind, tuple[Decoder, ...]] = {
     "JPEG 2000": (_by_imagecodecs("jpeg2k"), _by_pydicom("pylibjpeg", JPEG2000)),
     "JPEG XL": (replace(_by_imagecodecs("jpegxl"), decode=_jpeg_xl),),
 }
-"""What is tried for a code stream, in this order. The transfer syntax does not choose: code streams name themselves.
+"""Decoders in the order they are tried, by kind of code stream. The kind is read from the stream, not from the transfer
+syntax.
 
-libjpeg-turbo (`jpeg8`) knows every process of JPEG that DICOM ever had, in 8 and 12 bits and lossless in 2 to 16;
-`jpegsof3` is for builds of it that lack the odd ones of these. CharLS and OpenJPEG are behind both names of the next
-two. libjxl is the only decoder of JPEG XL.
+libjpeg-turbo (`jpeg8`) supports every JPEG process of DICOM, with 8 and 12 bits and lossless with 2 to 16; `jpegsof3`
+is for builds of it without some of these. Both decoders of JPEG-LS are CharLS, both of JPEG 2000 are OpenJPEG. libjxl
+is the only decoder of JPEG XL.
 """
-RLE = _by_imagecodecs("packbits")
-EXACT = {"RLE": (RLE.name,), "deflate": ("zlib",), "none": ("NumPy",)}
-"""What decodes the encodings that are no code streams."""
-RUN_ON = "run lengths go on after the frame is full"
+RLE_DECODER = _by_imagecodecs("packbits")
+OTHER_DECODERS = {"RLE": (RLE_DECODER.name,), "deflate": ("zlib",), "none": ("NumPy",)}
+"""Names of the decoders of encodings that are not code streams."""
+RLE_TOO_LONG = "run lengths go on after the frame is full"
 
 
 def decode_frame(
@@ -127,20 +127,20 @@ def decode_frame(
     columns: int,
     faults: set[str] | None = None,
 ) -> NDArray[Any]:
-    """Return the stored values of one frame, without what lies in unused bits.
+    """Return the stored values of one frame, without the contents of unused bits.
 
     Parameters
     ----------
     source : pydicom.Dataset or Encapsulated
-        The file, opened with its pixels; or, of an encapsulated syntax, its fragments alone.
+        The data set with its pixels; or its fragments, for an encapsulated transfer syntax.
     header : SliceHeader
-        What the scan found in it: transfer syntax, bits and sign are taken from here.
+        Header from the scan; its transfer syntax, bits and sign are used.
     frame : int
         Index of the frame, from 0.
     rows, columns : int
-        The size that the frame must have.
+        Expected size of the frame.
     faults : set of str, optional
-        Receives what is not as DICOM demands it, and did not matter.
+        Harmless violations of DICOM are added to it.
 
     Returns
     -------
@@ -150,7 +150,7 @@ def decode_frame(
     Raises
     ------
     DecodeError
-        Where no decoder makes an image of it that can be true, with what each of them said.
+        If no decoder returns a plausible image; the message has the error of each.
     """
     faults = set() if faults is None else faults
     try:
@@ -158,15 +158,15 @@ def decode_frame(
             warnings.simplefilter("ignore")
             dtype = _dtype(header)
             if isinstance(source, pydicom.Dataset) and header.transfer_syntax in NATIVE:
-                return _native(source, header, frame, (rows, columns), dtype)
-            stream = _stream(source, header, frame, faults)
+                return _native_frame(source, header, frame, (rows, columns), dtype)
+            stream = _frame_bytes(source, header, frame, faults)
             encoding = ENCODINGS.get(header.transfer_syntax)
             if encoding == "RLE":
-                return _run_lengths(stream, header, (rows, columns), dtype, faults)
+                return _rle_frame(stream, header, (rows, columns), dtype, faults)
             if encoding in ("deflate", "none"):
-                return _words(stream, header, (rows, columns), dtype, deflated=encoding == "deflate")
-            return _code_stream(stream, header, (rows, columns), dtype)
-    except Exception as exc:  # broken files provoke whatever they like
+                return _uncompressed_frame(stream, header, (rows, columns), dtype, deflated=encoding == "deflate")
+            return _code_stream_frame(stream, header, (rows, columns), dtype)
+    except Exception as exc:  # decoders raise exceptions of many types for damaged files
         name = syntax_name(header.transfer_syntax)
         raise DecodeError(f"{header.name} ({name}) cannot be decoded: {_one_line(exc)}") from exc
 
@@ -177,34 +177,34 @@ def available_decoders(transfer_syntax: str) -> tuple[str, ...]:
     Parameters
     ----------
     transfer_syntax : str
-        Its UID.
+        UID of the transfer syntax.
 
     Returns
     -------
     tuple of str
-        Empty where there is none.
+        Empty if there is none.
     """
     encoding = ENCODINGS.get(transfer_syntax)
-    if encoding is None or (encoding == "RLE" and not RLE.available()):
+    if encoding is None or (encoding == "RLE" and not RLE_DECODER.available()):
         return ()
     if encoding == "RLE" or encoding == "deflate" or encoding == "none":
-        return EXACT[encoding]
+        return OTHER_DECODERS[encoding]
     return tuple(d.name for d in DECODERS[encoding] if d.available())
 
 
 def drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int | None) -> bool:
-    """Keep *Bits Stored* bits below *High Bit*, in place: others may hold an old overlay, and no sign.
+    """Reduce words, in place, to the *Bits Stored* bits up to *High Bit*; the others may hold a retired overlay.
 
-    Return whether bits above the stored ones held anything but a sign, where the stored ones are the low bits.
+    Return whether the stored bits are the low ones and the bits above them held anything but a sign extension.
 
     Parameters
     ----------
     header : SliceHeader
-        Says how many bits are stored.
+        Header with *Bits Stored*.
     values : ndarray
-        Whole words; changed.
+        Whole words, modified in place.
     high_bit : int or None
-        Where the topmost stored bit lies; None for *Bits Stored* − 1.
+        Index of the highest stored bit; None for *Bits Stored* − 1.
 
     References
     ----------
@@ -220,7 +220,7 @@ def drop_unused_bits(header: SliceHeader, values: NDArray[Any], high_bit: int | 
         if (low == 0 or values.min() >= low) and values.max() <= high:
             return False
     values <<= allocated - 1 - top
-    values >>= allocated - kept  # arithmetic where signed: the sign is carried along
+    values >>= allocated - kept  # arithmetic shift for signed types: extends the sign
     return top == kept - 1
 
 
@@ -231,7 +231,7 @@ def _dtype(header: SliceHeader) -> np.dtype[Any]:
     return np.dtype(f"{'i' if header.signed else 'u'}{allocated // 8}")
 
 
-def _stream(source: pydicom.Dataset | Encapsulated, header: SliceHeader, frame: int, faults: set[str]) -> bytes:
+def _frame_bytes(source: pydicom.Dataset | Encapsulated, header: SliceHeader, frame: int, faults: set[str]) -> bytes:
     """Return the bytes of one frame, fragments joined."""
     if isinstance(source, Encapsulated):
         pixels, frames = source, header.frames
@@ -243,12 +243,12 @@ def _stream(source: pydicom.Dataset | Encapsulated, header: SliceHeader, frame: 
     return stream
 
 
-def _native(
+def _native_frame(
     ds: pydicom.Dataset, header: SliceHeader, frame: int, shape: tuple[int, int], dtype: np.dtype[Any]
 ) -> NDArray[Any]:
-    said = (ds.Rows, ds.Columns, ds.BitsAllocated)
-    if said != (*shape, dtype.itemsize * 8):  # before room is made for what it says
-        raise DecodeError(f"it changed since the scan: now {said[0]} × {said[1]} in {said[2]} bits")
+    found = (ds.Rows, ds.Columns, ds.BitsAllocated)
+    if found != (*shape, dtype.itemsize * 8):  # before memory is allocated for it
+        raise DecodeError(f"it changed since the scan: now {found[0]} × {found[1]} in {found[2]} bits")
     options: dict[str, Any] = {"correct_unused_bits": False}
     values, _ = get_decoder(UID(header.transfer_syntax)).as_array(ds, index=frame, raw=True, **options)
     _check_shape(values, shape)
@@ -257,10 +257,10 @@ def _native(
     return values
 
 
-def _words(
+def _uncompressed_frame(
     stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any], *, deflated: bool
 ) -> NDArray[Any]:
-    """Return the values of a frame of plain little-endian words, which may be deflated."""
+    """Return the values of an encapsulated frame of little-endian words, which may be deflated."""
     size = shape[0] * shape[1] * dtype.itemsize
     data = inflated_frame(stream, size) if deflated else stream
     if not size <= len(data) <= size + size % 2:
@@ -270,10 +270,10 @@ def _words(
     return values
 
 
-def _run_lengths(
+def _rle_frame(
     stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any], faults: set[str]
 ) -> NDArray[Any]:
-    """Return the values of run lengths: a segment for each byte of a pixel, the most significant first.
+    """Return the values of an RLE frame, which has one segment per byte of a pixel, most significant byte first.
 
     References
     ----------
@@ -283,64 +283,68 @@ def _run_lengths(
     if count != dtype.itemsize:
         raise DecodeError(f"it has {count} segments, not {dtype.itemsize}")
     segments = [stream[start:end] for start, end in zip(starts, [*starts[1:count], len(stream)], strict=False)]
-    planes = _planes(segments, shape[0] * shape[1], faults)
+    planes = _decode_rle_segments(segments, shape[0] * shape[1], faults)
     values: NDArray[Any] = planes[0].astype(f"u{count}")
     for plane in planes[1:]:
         values <<= 8
         values |= plane
     values = values.reshape(shape).astype(dtype, copy=False)
-    drop_unused_bits(header, values, header.high_bit)  # whole words, as in native files
+    drop_unused_bits(header, values, header.high_bit)  # RLE holds whole words, as native files do
     _check_constant(values, len(stream))
     return values
 
 
-def _planes(segments: list[bytes], size: int, faults: set[str]) -> NDArray[np.uint8]:
-    """Return the bytes that segments of run lengths unpack to: shape (segments, size).
+def _decode_rle_segments(segments: list[bytes], size: int, faults: set[str]) -> NDArray[np.uint8]:
+    """Return the decoded bytes of RLE segments, shape (segments, size).
 
-    Nothing but the length of its segments tells whether such a frame is whole. So they have to fill the frame exactly,
-    save for two zeros at the end, with which some writers pad them: these are one more pixel of 0. More is accepted
-    where a run ends exactly with the frame, and either nothing but zeros follows, or all segments go on: damage to one
-    run moves the end of one segment alone.
+    The decoded length is the only check that RLE data are intact, so segments have to fill the frame exactly. Two zero
+    bytes of padding at the end, which decode to one more pixel of 0, are accepted. Longer segments are accepted if a
+    run ends exactly with the frame and either only zeros follow or all segments go on: damage to one run would move
+    the end of that segment only.
     """
     import imagecodecs
 
     planes = np.empty((len(segments), size + 1), np.uint8)
     try:
-        done = [
+        decoded = [
             len(imagecodecs.packbits_decode(segment, out=memoryview(plane.data)))
             for segment, plane in zip(segments, planes, strict=True)
         ]
-    except imagecodecs.PackbitsError:  # one has no room
-        done = []
-    if not done or any(n != size and (n != size + 1 or plane[size]) for n, plane in zip(done, planes, strict=True)):
-        ends = [_end_of_runs(segment, size) for segment in segments]
+    except imagecodecs.PackbitsError:  # a segment decodes to more than fits
+        decoded = []
+    if not decoded or any(
+        n != size and (n != size + 1 or plane[size]) for n, plane in zip(decoded, planes, strict=True)
+    ):
+        ends = [_rle_end(segment, size) for segment in segments]
         rests = [segment[end:] for segment, end in zip(segments, ends, strict=True)]
-        goes_on = len(segments) > 1 and all(rests) and max(map(len, rests)) <= MOST_REST_BYTES
-        if not goes_on and any(rest.strip(b"\0\x80") for rest in rests):
-            raise DecodeError("its segments go on after the frame is full, each in another way")
+        all_go_on = len(segments) > 1 and all(rests) and max(map(len, rests)) <= MAX_RLE_PADDING_BYTES
+        if not all_go_on and any(rest.strip(b"\0\x80") for rest in rests):
+            raise DecodeError("its segments go on after the frame is full, and not all alike")
         for segment, end, plane in zip(segments, ends, planes, strict=True):
             imagecodecs.packbits_decode(segment[:end], out=memoryview(plane.data))
-        faults.add(RUN_ON)
+        faults.add(RLE_TOO_LONG)
     return planes[:, :size]
 
 
-def _end_of_runs(segment: bytes, size: int) -> int:
-    """Return where the run ends that is the last of `size` bytes; `0x80` stands for nothing."""
-    at = done = 0
-    while done < size and at < len(segment):
-        code = segment[at]
-        done += code + 1 if code < 128 else 257 - code if code > 128 else 0
-        at += code + 2 if code < 128 else 2 if code > 128 else 1
-    if done != size or at > len(segment):
-        raise DecodeError(f"a segment holds {done} bytes, not {size}")
-    return at
+def _rle_end(segment: bytes, size: int) -> int:
+    """Return the offset after the run that completes `size` decoded bytes; code `0x80` is a no-op."""
+    offset = decoded = 0
+    while decoded < size and offset < len(segment):
+        code = segment[offset]
+        decoded += code + 1 if code < 128 else 257 - code if code > 128 else 0
+        offset += code + 2 if code < 128 else 2 if code > 128 else 1
+    if decoded != size or offset > len(segment):
+        raise DecodeError(f"a segment holds {decoded} bytes, not {size}")
+    return offset
 
 
-def _code_stream(stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return the values of a code stream by the first decoder that gives plausible ones."""
+def _code_stream_frame(
+    stream: bytes, header: SliceHeader, shape: tuple[int, int], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """Return the values of a code stream from the first decoder with a plausible result."""
     info = frame_info(stream)
     if info is None:
-        raise DecodeError("its frame begins like no JPEG, JPEG-LS, JPEG 2000 or JPEG XL image")
+        raise DecodeError("its frame is not a JPEG, JPEG-LS, JPEG 2000 or JPEG XL code stream")
     if (info.rows, info.columns, info.samples) != (*shape, 1):
         raise DecodeError(
             f"its frame is {info.rows} × {info.columns} × {info.samples}, its header says {shape[0]} × {shape[1]}"
@@ -350,31 +354,31 @@ def _code_stream(stream: bytes, header: SliceHeader, shape: tuple[int, int], dty
     if info.tiles > max(shape[0] * shape[1] // PIXELS_PER_TILE, 1):
         raise DecodeError(f"its frame has {info.tiles} tiles")
     if info.end is None:
-        # libjpeg fills what is missing with grey and says so to nobody. The decoders of the others are strict: without
-        # the marker they fail as well, so nothing is lost by refusing here.
-        raise DecodeError("its frame lacks the end marker: it is cut off")
-    # Without a JP2 file around it, in whose boxes pydicom may look for the code stream for ever.
+        # libjpeg fills missing data with grey without an error. The other decoders fail without the marker anyway, so
+        # rejecting the frame here loses nothing.
+        raise DecodeError("its frame lacks the end marker: it is truncated")
+    # Strip the JP2 boxes: pydicom may loop forever when it searches them for the code stream.
     stream = stream[info.start : info.end]
     reasons = []
     for decoder in DECODERS[info.kind]:
         try:
             values = decoder.decode(stream, info)
             _check_shape(values, shape)
-            values = _stored(values, info, header, dtype)
+            values = _stored_values(values, info, header, dtype)
             _check_constant(values, len(stream))
-        except Exception as exc:  # decoders raise whatever a broken stream provokes
+        except Exception as exc:  # decoders raise exceptions of many types for damaged streams
             reasons.append(f"{decoder.name}: {_one_line(exc).removeprefix(decoder.name + ': ')}")
         else:
             return values
     raise DecodeError("; ".join(reasons))
 
 
-def _stored(values: NDArray[Any], info: FrameInfo, header: SliceHeader, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return the integers that the header makes of those of the code stream.
+def _stored_values(values: NDArray[Any], info: FrameInfo, header: SliceHeader, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the samples of a code stream as stored values, with the sign that the header declares.
 
-    The lowest `info.precision` bits of whatever a decoder returns are the sample: lossless JPEG reckons modulo 65536,
-    and decoders leave what that adds above. Where they and the header differ in sign, that of the header is taken (as
-    pydicom does since its issues 1149 and 2009).
+    Only the lowest `info.precision` bits of a decoded value are the sample: lossless JPEG predicts modulo 65536, and
+    decoders may leave a carry above them. Where code stream and header differ in sign, the header is followed, as
+    pydicom does since its issues 1149 and 2009.
     """
     stored = min(header.bits_stored or dtype.itemsize * 8, dtype.itemsize * 8)
     result = values.astype(np.uint16)
@@ -382,33 +386,34 @@ def _stored(values: NDArray[Any], info: FrameInfo, header: SliceHeader, dtype: n
     top = int(result.max())
     if info.precision < stored and info.signed != (dtype.kind == "i") and top >= 2 ** (info.precision - 1):
         raise DecodeError(
-            f"its {stored} bits are {info.precision} of another sign in its frame: {top} may be negative or not"
+            f"its frame has {info.precision} bits with another sign than the {stored} bits of its header: {top} "
+            "is ambiguous"
         )
     low, high = 0, 2**stored - 1
     if dtype.kind == "i":
         low, high = -(2 ** (stored - 1)), 2 ** (stored - 1) - 1
-        # Words of 16 bits may hold 12 with nothing above them; then the sign is the 12th.
+        # A code stream of 16 bits may hold 12-bit values without sign extension; then bit 11 is the sign.
         bits = stored if info.precision > stored and top < 2**stored else info.precision
         result <<= 16 - bits
         result = result.view(np.int16)
         result >>= 16 - bits
-    least, most = int(result.min()), int(result.max())
-    if least < low or most > high:
-        raise DecodeError(f"its values, {least} to {most}, are not {stored} bits")
+    lowest, highest = int(result.min()), int(result.max())
+    if lowest < low or highest > high:
+        raise DecodeError(f"its values, {lowest} to {highest}, are not {stored} bits")
     return result.astype(dtype, copy=False)
 
 
 def _check_shape(values: NDArray[Any], shape: tuple[int, int]) -> None:
     if values.shape != shape or values.dtype.kind not in "iu":
-        raise DecodeError(f"{values.dtype} of shape {values.shape} came out, not integers of {shape}")
+        raise DecodeError(f"the decoder returned {values.dtype} of shape {values.shape}, not integers of shape {shape}")
 
 
 def _check_constant(values: NDArray[Any], encoded_bytes: int) -> None:
-    """Raise where nothing but one value came out of more bytes than that takes."""
-    if encoded_bytes > values.size * CONSTANT_BYTES_PER_PIXEL + MARKERS_BYTES and values.min() == values.max():
-        raise DecodeError(f"{encoded_bytes} bytes became nothing but {values.flat[0]}")
+    """Raise if a frame decodes to a constant although it has more bytes than a constant image needs."""
+    if encoded_bytes > values.size * CONSTANT_BYTES_PER_PIXEL + TABLES_BYTES and values.min() == values.max():
+        raise DecodeError(f"its {encoded_bytes} bytes were decoded to a constant image of {values.flat[0]}")
 
 
 def _one_line(exc: Exception) -> str:
-    text = " ".join(str(exc).split()).removeprefix(PYDICOM_SAYS).lstrip()
+    text = " ".join(str(exc).split()).removeprefix(PYDICOM_PREFIX).lstrip()
     return text or type(exc).__name__

@@ -1,7 +1,7 @@
 """Inflates deflated data sets and deflated frames within limits.
 
-In the deflated transfer syntax, everything after the meta group is one zlib stream. pydicom unpacks it whole, however
-large it turns out to be.
+In the deflated transfer syntax, everything after the meta group is one raw DEFLATE stream. pydicom inflates all of it,
+without a limit on its size.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import BinaryIO
 from gpuprep.dicom.uids import DEFLATED_DATA_SETS
 from gpuprep.errors import DecodeError
 
-_LONG_FORM = {b"OB", b"OW", b"SQ", b"UN", b"UT", b"OF", b"OD", b"OL", b"OV", b"UC", b"UR", b"SV", b"UV"}
+_LONG_VRS = {b"OB", b"OW", b"SQ", b"UN", b"UT", b"OF", b"OD", b"OL", b"OV", b"UC", b"UR", b"SV", b"UV"}
 _META_BYTES = 4096
-"""The transfer syntax stands among the first few hundred."""
+"""Length of the file that is searched for the meta group, which takes a few hundred bytes."""
 _CHUNK = 64 * 1024
 
 
 def inflated(f: BinaryIO, most_bytes: int) -> tuple[BinaryIO, str, str]:
-    """Return the unpacked data set of a deflated file, and the transfer syntax and SOP class its meta group announces.
+    """Return the inflated data set of a deflated file, and the transfer syntax and SOP class of its meta group.
 
-    Any other file is returned as it is, at its beginning, with "" for both.
+    A file that is not deflated is returned as it is, at its beginning, with "" for both.
 
     Parameters
     ----------
     f : binary stream
-        At the beginning of a DICOM file.
+        A DICOM file, positioned at its beginning.
     most_bytes : int
-        Stop unpacking there.
+        Largest number of bytes to inflate.
 
     References
     ----------
@@ -47,26 +47,26 @@ def inflated(f: BinaryIO, most_bytes: int) -> tuple[BinaryIO, str, str]:
     while not unpack.eof and out.tell() < most_bytes and (packed := unpack.unconsumed_tail or f.read(_CHUNK)):
         try:
             out.write(unpack.decompress(packed, most_bytes - out.tell()))
-        except zlib.error:  # what came before the damage may be enough
+        except zlib.error:  # the data before the damage may be enough
             break
     out.seek(0)
     return out, syntax, _text(meta, 0x0002)
 
 
 def inflated_frame(stream: bytes, size: int) -> bytes:
-    """Return the bytes of a frame that is deflated by itself.
+    """Return the inflated bytes of a frame that is deflated on its own.
 
     Parameters
     ----------
     stream : bytes
-        The frame, padding included.
+        The deflated frame with its padding.
     size : int
-        Bytes that it must unpack to; one more for padding is accepted.
+        Expected number of inflated bytes; one more, for padding, is accepted.
 
     Raises
     ------
     DecodeError
-        Where it is damaged, cut off, or unpacks to another size.
+        If the frame is damaged, truncated, or inflates to another size.
 
     References
     ----------
@@ -88,7 +88,7 @@ def _text(meta: dict[int, bytes], number: int) -> str:
 
 
 def _meta(head: bytes) -> tuple[dict[int, bytes], int]:
-    """Return the elements of a meta group by number, and where it ends.
+    """Return the values of the meta group by element number, and its end in bytes.
 
     References
     ----------
@@ -98,7 +98,7 @@ def _meta(head: bytes) -> tuple[dict[int, bytes], int]:
     at = 132
     while head[128:132] == b"DICM" and head[at : at + 2] == b"\x02\x00" and at + 12 <= len(head):
         number = int.from_bytes(head[at + 2 : at + 4], "little")
-        start = at + (12 if head[at + 4 : at + 6] in _LONG_FORM else 8)
+        start = at + (12 if head[at + 4 : at + 6] in _LONG_VRS else 8)
         length = int.from_bytes(head[start - 4 : start] if start - at == 12 else head[at + 6 : at + 8], "little")
         elements[number] = head[start : start + length]
         at = start + length

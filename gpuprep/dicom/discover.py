@@ -1,4 +1,4 @@
-"""Discovers the series in folders: each file is looked at once, and images are grouped into series."""
+"""Discovers the series in folders: reads each header once and groups the images into series."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ Map = Callable[[Callable[[list[str]], list[Contents]], list[list[str]]], Iterabl
 
 @dataclass(frozen=True, slots=True)
 class OtherSeries:
-    """A series that is no CT: it is not converted, and segmentations may belong to it."""
+    """A series of another modality than CT. It is not converted; segmentations may refer to it."""
 
     modality: str
-    """As `OtherImage.modality`."""
+    """Modality, as in `OtherImage.modality`."""
     sop_digests: array[int]
-    """Of its images: see `gpuprep.core.series.sop_digest`."""
+    """Digests of its SOP Instance UIDs: see `gpuprep.core.series.sop_digest`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cohort(Sequence[Series]):
-    """The series under some paths, and an account of every other file."""
+    """The series found under some paths, and a record of every other file."""
 
     series: tuple[Series, ...]
     passed_over: dict[str, int]
-    """Files that are no CT images, counted by what they are."""
+    """Number of files that are not CT images, by kind."""
     unreadable: tuple[tuple[str, str], ...]
     """DICOM files whose header cannot be read: (path, reason). A slice may be missing because of them."""
     segmentations: tuple[str, ...] = ()
-    """Files among those passed over that are segmentations and say to which series they belong."""
+    """Segmentation files that name the series they belong to; they are counted in `passed_over` too."""
     others: Mapping[str, OtherSeries] = field(default_factory=dict)
-    """Series of images among those passed over, by *Series Instance UID*."""
+    """Series of other modalities, by *Series Instance UID*; their files are counted in `passed_over` too."""
 
     @overload
     def __getitem__(self, index: int) -> Series: ...
@@ -60,7 +60,7 @@ class Cohort(Sequence[Series]):
         return len(self.series)
 
 
-def _one_by_one(
+def _map_serially(
     function: Callable[[list[str]], list[Contents]], tasks: list[list[str]]
 ) -> Iterator[tuple[list[str], list[Contents]]]:
     return ((task, function(task)) for task in tasks)
@@ -72,39 +72,40 @@ def discover(
     *,
     exclude: str | os.PathLike[str] | None = None,
     index: str | os.PathLike[str] | None = None,
-    map_: Map = _one_by_one,
+    map_: Map = _map_serially,
 ) -> Cohort:
-    """Return the CT series under some paths, from their headers alone.
+    """Return the CT series under some paths, reading headers only.
 
     Parameters
     ----------
     paths : path or iterable of paths
-        Folders, searched to any depth, whatever the files are called; or single files. Files may be gzip'd, and zip
-        archives count as folders. Of a DICOMDIR, the folder it lies in is searched. URLs such as
+        Folders, searched recursively whatever the files are called; or single files. Files may be gzip'd, and zip
+        archives count as folders. A DICOMDIR stands for the folder that contains it. URLs such as
         ``s3://bucket/folder`` are opened with fsspec.
     rules : Rules, optional
-        Whether a UID or a folder makes a series, and whether images that share positions are split into volumes; the
-        default where absent.
+        Whether images are grouped by UID or by folder, and whether images that share positions are split into
+        volumes; `Rules()` by default.
     exclude : path, optional
-        A folder that is not entered: where outputs go.
+        A folder that is not searched, such as the output folder.
     index : path, optional
-        A file in which to keep what headers say: those of files that have not changed are not read again.
+        File of an index that keeps headers, so that unchanged files are not read again.
     map_ : callable, optional
-        Yields (task, result) of a function for every task; may run in other processes and in any order.
+        Called with a function and tasks; yields (task, result) for every task, in any order. It may use other
+        processes.
 
     Returns
     -------
     Cohort
-        Series by folder, series number and UID.
+        Series sorted by folder, series number and UID.
 
     Raises
     ------
     RequestError
-        If a path does not exist, or cannot be reached.
+        If a path does not exist or cannot be accessed.
 
     Notes
     -----
-    Images belong together by *Series Instance UID*, wherever their files lie (or by folder, if the rules say so), and
+    Images are grouped by *Series Instance UID*, wherever their files are (or by folder, if the rules say so), and
     within one UID by study, patient, matrix, pixel spacing, orientation and acquisition: see
     `gpuprep.dicom.split_volumes`.
 
@@ -117,7 +118,7 @@ def discover(
     >>> len(cohort), len(cohort[0].slices), cohort.passed_over
     (1, 12, {})
     """
-    places = [given(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    requested = [given(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     images: list[Image] = []
     passed_over: Counter[str] = Counter()
     unreadable: list[tuple[str, str]] = []
@@ -125,7 +126,7 @@ def discover(
     modalities: dict[str, str] = {}
     sop_digests: dict[str, array[int]] = defaultdict(lambda: array("Q"))
 
-    def take(contents: Contents) -> None:
+    def collect(contents: Contents) -> None:
         images.extend(contents.images)
         if contents.passed_over:
             passed_over.update(contents.passed_over)
@@ -139,22 +140,22 @@ def discover(
         unknown: dict[str, File] = {}
         identities: set[tuple[int, int]] = set()
         excluded = resolved(exclude) if exclude else None
-        with _no_collection():
-            for folder, files, whole in _listed(places, excluded, unreadable, passed_over):
-                fresh = [f for f in files if f.identity not in identities]
-                identities.update(f.identity for f in fresh)
-                known = headers.known(folder, fresh, whole=whole) if headers else {}
+        with _gc_disabled():
+            for folder, files, complete in _files_by_folder(requested, excluded, unreadable, passed_over):
+                unseen = [f for f in files if f.identity not in identities]
+                identities.update(f.identity for f in unseen)
+                known = headers.known(folder, unseen, complete=complete) if headers else {}
                 for contents in known.values():
-                    take(contents)
-                unknown.update((f.path, f) for f in fresh if f.path not in known)
+                    collect(contents)
+                unknown.update((f.path, f) for f in unseen if f.path not in known)
         names = list(unknown)
         tasks = [names[i : i + FILES_PER_TASK] for i in range(0, len(names), FILES_PER_TASK)]
         for task, found in map_(read_headers, tasks):
             for contents in found:
-                take(contents)
+                collect(contents)
             if headers:
                 headers.add([unknown[name] for name in task], found)
-    with _no_collection():
+    with _gc_disabled():
         series = tuple(partition(images, rules or Rules()))
     return Cohort(
         series=series,
@@ -168,8 +169,8 @@ def discover(
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from searching millions of facts that all stay: it takes half of a second scan."""
+def _gc_disabled() -> Iterator[None]:
+    """Disable garbage collection: with millions of live objects it would take half the time of a rescan."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -179,10 +180,10 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _listed(
-    paths: list[str], excluded: str | None, unlisted: list[tuple[str, str]], passed_over: Counter[str]
+def _files_by_folder(
+    paths: list[str], excluded: str | None, unreadable: list[tuple[str, str]], passed_over: Counter[str]
 ) -> Iterator[tuple[str, list[File], bool]]:
-    """Yield folders with their files, sorted, and whether these are all; no folder is entered twice."""
+    """Yield (folder, files, complete) for each folder once; `complete`: `files` are all files of the folder."""
     entered = {excluded}
     folders = []
     for path in paths:
@@ -193,30 +194,30 @@ def _listed(
             folders.append(os.path.dirname(name))
         else:
             files: list[File] = []
-            _examine(name, files, unlisted, passed_over)
+            _add_file(name, files, unreadable, passed_over)
             yield os.path.dirname(name), files, False
     for folder in folders:
         if is_url(folder):
-            yield from _walked_url(folder, excluded, entered, unlisted)
+            yield from _walk_url(folder, excluded, entered, unreadable)
         else:
-            yield from _walked(folder, entered, unlisted, passed_over)
+            yield from _walk_folder(folder, entered, unreadable, passed_over)
 
 
-def _walked(
-    top: str, entered: set[str | None], unlisted: list[tuple[str, str]], passed_over: Counter[str]
+def _walk_folder(
+    top: str, entered: set[str | None], unreadable: list[tuple[str, str]], passed_over: Counter[str]
 ) -> Iterator[tuple[str, list[File], bool]]:
     def cannot_list(folder: str, exc: OSError) -> None:
-        unlisted.append((printable(folder), f"cannot be listed: {exc.strerror}"))
+        unreadable.append((printable(folder), f"cannot be listed: {exc.strerror}"))
 
     for folder, paths in folders_at(top, entered, cannot_list):
         files: list[File] = []
         for path in paths:
-            _examine(path, files, unlisted, passed_over)
+            _add_file(path, files, unreadable, passed_over)
         yield folder, files, True
 
 
-def _walked_url(
-    top: str, excluded: str | None, entered: set[str | None], unlisted: list[tuple[str, str]]
+def _walk_url(
+    top: str, excluded: str | None, entered: set[str | None], unreadable: list[tuple[str, str]]
 ) -> Iterator[tuple[str, list[File], bool]]:
     try:
         for folder, files in walk(top, excluded):
@@ -224,19 +225,19 @@ def _walked_url(
                 entered.add(folder)
                 yield folder, [_file(path, status) for path, status in files], True
     except OSError as exc:
-        unlisted.append((printable(top), f"cannot be listed: {exc.strerror}"))
+        unreadable.append((printable(top), f"cannot be listed: {exc.strerror}"))
 
 
-def _examine(path: str, files: list[File], unlisted: list[tuple[str, str]], passed_over: Counter[str]) -> None:
-    """Put a file where it belongs by what the system says of it."""
+def _add_file(path: str, files: list[File], unreadable: list[tuple[str, str]], passed_over: Counter[str]) -> None:
+    """Append a regular file to `files`; record any other one as unlisted or passed over."""
     try:
         status = stat(path)
     except OSError as exc:
-        unlisted.append((printable(path), printable(f"{type(exc).__name__}: {exc}")))
+        unreadable.append((printable(path), printable(f"{type(exc).__name__}: {exc}")))
         return
     if modes.S_ISREG(status.st_mode):
         files.append(_file(path, status))
-    else:  # opening a pipe would wait for ever
+    else:  # opening a pipe would block
         passed_over["not a regular file"] += 1
 
 

@@ -1,7 +1,7 @@
-"""Reads the offset table and fragments of encapsulated pixel data, and which fragments make up each frame.
+"""Reads encapsulated pixel data: the offset table, the fragments, and the assignment of fragments to frames.
 
-Every frame is looked for where the offset table says. Where the table cannot be true, the fragments decide if only one
-answer is possible: one fragment for each frame, one frame alone, or fragments that begin and end like code streams.
+Frames are located by the offset table. If the table is wrong, the fragments decide where only one assignment is
+possible: one fragment per frame, a single frame, or fragments that begin and end like code streams.
 
 References
 ----------
@@ -19,14 +19,14 @@ from gpuprep.errors import DecodeError
 
 ITEM, DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 """Tags of an item and of the delimiter after the last one."""
-FOLLOWING = (b"\xfe\xff\x0d\xe0", b"\xfa\xff\xfa\xff", b"\xfc\xff\xfc\xff", bytes(4))
-"""Seen in place of the delimiter: the delimiter of an item, Digital Signatures Sequence, Data Set Trailing Padding,
+ACCEPTED_FOLLOWERS = (b"\xfe\xff\x0d\xe0", b"\xfa\xff\xfa\xff", b"\xfc\xff\xfc\xff", bytes(4))
+"""Accepted in place of the delimiter: Item Delimitation Item, Digital Signatures Sequence, Data Set Trailing Padding,
 zeros."""
 
-STARTS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51")
+CODE_STREAM_STARTS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51")
 """First bytes of JPEG and JPEG-LS, and of JPEG 2000."""
-END = b"\xff\xd9"
-"""End marker of these."""
+END_MARKER = b"\xff\xd9"
+"""End marker of the same encodings."""
 PADDING = b"\0\xff "
 """Bytes that writers put after the end marker."""
 FILE_STARTS = (b"\x00\x00\x00\x0cjP  ", b"\x00\x00\x00\x0cJXL ")
@@ -44,13 +44,13 @@ class Encapsulated:
     Parameters
     ----------
     fragments : list of bytes
-        In the order of the file.
+        Fragments in the order of the file.
     starts : list of int
-        Offset of the item of each fragment, measured from that of the first.
+        Offset of the item of each fragment, relative to the first one.
     table : list of int
-        Offset of the first fragment of each frame as the file announces it; empty where it announces none.
+        Offset of the first fragment of each frame, from the offset table; empty if the table is.
     faults : set of str
-        What in the file is not as DICOM demands it, and does not matter.
+        Harmless violations of DICOM.
     """
 
     def __init__(self, fragments: list[bytes], starts: list[int], table: list[int], faults: set[str]) -> None:
@@ -60,18 +60,18 @@ class Encapsulated:
 
     @property
     def faults(self) -> frozenset[str]:
-        """What is not as DICOM demands it, and did not matter for the frames that were asked for so far."""
+        """Harmless violations of DICOM found in the frames returned so far."""
         return frozenset(self._faults)
 
     @property
-    def images(self) -> int:
-        """How many fragments begin as an image does, whatever the offset table says."""
-        return sum(map(_begins, self._fragments))
+    def image_count(self) -> int:
+        """Number of fragments that begin like an image, whatever the offset table says."""
+        return sum(map(_looks_like_start, self._fragments))
 
     def count(self, frames: int) -> int:
-        """Return how many frames the fragments make up, where `frames` are announced."""
+        """Return the number of frames in the fragments, given *Number of Frames*."""
         if frames != self._frames:
-            self._first = self._split(frames)
+            self._first = self._frame_starts(frames)
             self._frames = frames
         return len(self._first)
 
@@ -81,14 +81,14 @@ class Encapsulated:
         Parameters
         ----------
         index : int
-            The frame, from 0.
+            Index of the frame, from 0.
         frames : int
             *Number of Frames*.
 
         Raises
         ------
         DecodeError
-            Where there is no such frame, or nothing tells which fragments belong to it.
+            If there is no such frame, or the fragments that belong to it are not known.
         """
         if not 0 <= index < frames:
             raise DecodeError(f"it has no frame {index + 1} of {frames}")
@@ -97,7 +97,7 @@ class Encapsulated:
         stop = self._first[index + 1] if index + 1 < count else len(self._fragments)
         return b"".join(self._fragments[self._first[index] : stop])
 
-    def _split(self, frames: int) -> list[int]:
+    def _frame_starts(self, frames: int) -> list[int]:
         """Return the index of the first fragment of each frame."""
         numbers = {start: n for n, start in enumerate(self._starts)}
         if self._table:
@@ -110,57 +110,60 @@ class Encapsulated:
             self._faults.add(WRONG_TABLE)
         if len(self._fragments) == frames:
             return list(range(frames))
-        parts = [n for n, pair in enumerate(pairwise(self._fragments), 1) if _parted(*pair)]
-        return [0, *parts] if self._fragments else []
+        later = [n for n, pair in enumerate(pairwise(self._fragments), 1) if _begins_new_frame(*pair)]
+        return [0, *later] if self._fragments else []
 
 
 def read_fragments(f: BinaryIO, extended_table: bytes = b"") -> Encapsulated:
-    """Read an offset table, fragments, and the delimiter that has to follow them.
+    """Read an offset table, fragments, and the sequence delimiter.
 
     Parameters
     ----------
     f : binary stream
-        At the first item.
+        Positioned at the first item.
     extended_table : bytes
-        Value of *Extended Offset Table*, which precedes the table among the items.
+        Value of *Extended Offset Table*, which takes precedence over the table in the first item.
 
     Raises
     ------
     DecodeError
-        Where the file ends within an item, or something follows that cannot.
+        If the file ends within an item, or an item is followed by anything but an item or a delimiter.
     """
-    held = b""
+    lookahead = b""
 
     def take(count: int) -> bytes:
-        nonlocal held
-        got, held = held[:count], held[count:]
-        return got + f.read(count - len(got)) if got else f.read(count)
+        nonlocal lookahead
+        buffered, lookahead = lookahead[:count], lookahead[count:]
+        return buffered + f.read(count - len(buffered)) if buffered else f.read(count)
 
     values: list[bytes] = []
     starts: list[int] = []
     faults: set[str] = set()
-    at = 0
+    offset = 0
     while (head := take(8))[:4] == ITEM:
         length = int.from_bytes(head[4:], "little")
         value = take(length)
         if len(head) < 8 or len(value) < length:
             raise _truncated()
-        starts.append(at)
+        starts.append(offset)
         values.append(value)
-        at += 8 + length
-        held = take(5)
-        if held[:4] not in (ITEM, DELIMITER):
-            if length % 2 and held[1:] in (ITEM, DELIMITER):  # filled up to an even length, and that is not counted
-                held, shift = held[1:], 1
-            elif length and value[-1:] + held[:3] in (ITEM, DELIMITER):  # not filled up, although that is counted
-                held, shift = value[-1:] + held, -1
+        offset += 8 + length
+        lookahead = take(5)
+        if lookahead[:4] not in (ITEM, DELIMITER):
+            if length % 2 and lookahead[1:] in (ITEM, DELIMITER):  # the padding byte is not counted in the length
+                lookahead, shift = lookahead[1:], 1
+            elif length and value[-1:] + lookahead[:3] in (
+                ITEM,
+                DELIMITER,
+            ):  # the padding byte is counted in the length, but absent
+                lookahead, shift = value[-1:] + lookahead, -1
                 values[-1] = value[:-1]
             else:
                 continue
-            at += shift
+            offset += shift
             faults.add(WRONG_LENGTH)
     table = b""
-    if values and _begins(values[0]):
+    if values and _looks_like_start(values[0]):
         faults.add(NO_TABLE)
     elif values:
         table, *values = values
@@ -168,20 +171,20 @@ def read_fragments(f: BinaryIO, extended_table: bytes = b"") -> Encapsulated:
     if head[:4] != DELIMITER or len(head) < 8:
         if len(head) < 8 and not (values and (DELIMITER.startswith(head[:4]) or not any(head))):
             raise _truncated()
-        if not values or not (len(head) < 8 or head.startswith(FOLLOWING)):
+        if not values or not (len(head) < 8 or head.startswith(ACCEPTED_FOLLOWERS)):
             raise DecodeError(
-                f"has no fragment where one should be, {at} bytes into its pixels: it is damaged, or changed since the "
-                "scan"
+                f"has no fragment where one should be, {offset} bytes into its pixels: it is damaged, or changed since "
+                "the scan"
             )
         faults.add(NO_DELIMITER)
     size = 8 if extended_table else 4
     table = extended_table or table
-    offsets = [int.from_bytes(table[n : n + size], "little") for n in range(0, len(table), size)]
-    return Encapsulated(values, starts, offsets, faults)
+    frame_offsets = [int.from_bytes(table[n : n + size], "little") for n in range(0, len(table), size)]
+    return Encapsulated(values, starts, frame_offsets, faults)
 
 
 def fragments_of(value: bytes, extended_table: bytes = b"") -> Encapsulated:
-    """Return the fragments in a value of *Pixel Data* as pydicom gives it, without the delimiter."""
+    """Return the fragments in a value of *Pixel Data* from pydicom, which omits the delimiter."""
     return read_fragments(io.BytesIO(value + DELIMITER + bytes(4)), extended_table)
 
 
@@ -189,19 +192,21 @@ def _truncated() -> DecodeError:
     return DecodeError("ends within its pixels: it is truncated, or changed since the scan", "truncated")
 
 
-def _begins(fragment: bytes) -> bool:
-    """Whether a fragment is the first of its frame, by its first bytes."""
-    return fragment.startswith(STARTS) or _begins_certainly(fragment)
+def _looks_like_start(fragment: bytes) -> bool:
+    """Whether the first bytes of a fragment are those of a frame."""
+    return fragment.startswith(CODE_STREAM_STARTS) or _is_certain_start(fragment)
 
 
-def _begins_certainly(fragment: bytes) -> bool:
-    """Whether a fragment begins with what compressed data do not contain by chance: an RLE header, a file's mark."""
+def _is_certain_start(fragment: bytes) -> bool:
+    """Whether a fragment begins with an RLE header or a file signature: no compressed data begin so by chance."""
     if fragment.startswith(FILE_STARTS):
         return True
     count, first, *others = struct.unpack_from("<16I", fragment) if len(fragment) >= 64 else (0, 0)
-    return count in (1, 2) and first >= 64 and not any(others[count - 1 :])  # a segment for each byte of a pixel
+    return count in (1, 2) and first >= 64 and not any(others[count - 1 :])  # one segment per byte of a pixel
 
 
-def _parted(before: bytes, after: bytes) -> bool:
-    """Whether a new frame begins between two fragments."""
-    return _begins_certainly(after) or (after.startswith(STARTS) and before.rstrip(PADDING).endswith(END))
+def _begins_new_frame(before: bytes, after: bytes) -> bool:
+    """Whether the second of two fragments begins a new frame."""
+    return _is_certain_start(after) or (
+        after.startswith(CODE_STREAM_STARTS) and before.rstrip(PADDING).endswith(END_MARKER)
+    )

@@ -1,7 +1,7 @@
-"""Keeps header facts from scan to scan, so that unchanged files are not opened again.
+"""Caches headers between scans, so that unchanged files are not opened again.
 
-SQLite, keyed by path, size and time of change. It is a cache: any of it may be lost, and one that cannot be used is
-said once and done without.
+The cache is an SQLite database, keyed by path, size and modification time. Any of it may be lost. If the database
+cannot be used, one warning is logged and all headers are read.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 
 
 class File(NamedTuple):
-    """A file as the folder listing has it; nothing of it is read."""
+    """File status from the folder listing, without opening the file."""
 
     path: str
     bytes: int
     mtime_ns: int
     identity: tuple[int, int]
-    """Device and inode: equal for a file and a link to it."""
+    """Device and inode: equal for all hard links of a file."""
 
 
 def default_index() -> Path | None:
-    """Return where the command line keeps its index: in the user's cache folder; None where the user has none."""
+    """Return the default path of the index, in the user's cache folder; None without a home folder."""
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # neither HOME nor an entry in the list of users, as in some containers
+    except RuntimeError:  # neither HOME nor a passwd entry, as in some containers
         log.warning(
             "there is no home folder, so headers are not kept and every scan reads them all: set XDG_CACHE_HOME to a "
             "folder that can be written, or give --index FILE|none"
@@ -50,12 +50,12 @@ def default_index() -> Path | None:
 
 
 class HeaderIndex:
-    """A file of what headers said.
+    """Index of the headers of files, in an SQLite database.
 
     Parameters
     ----------
     path : path
-        Made if need be, with its folder.
+        The database; it and its folder are created if absent.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -65,18 +65,18 @@ class HeaderIndex:
             self._db = sqlite3.connect(path, timeout=30)
             self._prepare(self._db)
         except (OSError, sqlite3.Error) as exc:
-            self._give_up(path, exc)
+            self._disable(path, exc)
         except BaseException:
-            self._let_go()
+            self._close()
             raise
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         if any(not _OWN_TABLE.fullmatch(name) for name in tables):
-            raise sqlite3.DatabaseError("it is a database of something else")
+            raise sqlite3.DatabaseError("it is a database of another program")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        for name in set(tables) - {_TABLE}:  # written by another version, which may have read other things
+        for name in set(tables) - {_TABLE}:  # written by another version, which may read other attributes
             db.execute(f'DROP TABLE "{name}"')
         db.execute(
             f"CREATE TABLE IF NOT EXISTS {_TABLE} (folder BLOB, name BLOB, bytes INTEGER, mtime_ns INTEGER, "
@@ -84,8 +84,8 @@ class HeaderIndex:
         )
         db.commit()
 
-    def known(self, folder: str, files: list[File], *, whole: bool) -> dict[str, Contents]:
-        """Return what is known of files of one folder, by path; if these are all it has, forget those that are gone."""
+    def known(self, folder: str, files: list[File], *, complete: bool) -> dict[str, Contents]:
+        """Return the stored contents of unchanged files, by path; if `complete`, delete rows of files that are gone."""
         if self._db is None:
             return {}
         known: dict[str, Contents] = {}
@@ -93,63 +93,63 @@ class HeaderIndex:
             rows = self._db.execute(f"{_SELECT} WHERE folder = ?", (os.fsencode(folder),)).fetchall()
             if rows:
                 stored = {row[0]: row for row in rows}
-                start = len(os.fsencode(os.path.join(folder, "")))  # of a name in a path
+                start = len(os.fsencode(os.path.join(folder, "")))  # of the file name within the path
                 same = [
                     (file, row[3])
                     for file in files
                     if (row := stored.pop(os.fsencode(file.path)[start:], None)) is not None
                     and (row[1], row[2]) == (file.bytes, file.mtime_ns)
                 ]
-                texts = ",".join([text for _, text in same])  # parsed in one go, which is faster
-                for (file, _), plain in zip(same, json.loads(f"[{texts}]"), strict=True):
-                    known[file.path] = _contents(plain, file)
-                if whole and stored:
+                texts = ",".join([text for _, text in same])  # parsed in one call, which is faster
+                for (file, _), values in zip(same, json.loads(f"[{texts}]"), strict=True):
+                    known[file.path] = _from_json(values, file)
+                if complete and stored:
                     gone = [(os.fsencode(folder), name) for name in stored]
                     self._db.executemany(f"DELETE FROM {_TABLE} WHERE folder = ? AND name = ?", gone)  # noqa: S608
                     self._db.commit()
         except sqlite3.Error as exc:
-            self._give_up(folder, exc)
-        except Exception:  # rows may hold anything: then their files are read again, and the rows written anew
+            self._disable(folder, exc)
+        except Exception:  # damaged rows: their files are read again and the rows replaced
             return {}
         return known
 
     def add(self, files: list[File], contents: list[Contents]) -> None:
-        """Keep what some files were found to hold."""
+        """Store the contents of files."""
         if self._db is None:
             return
         rows = [
-            (os.fsencode(folder), os.fsencode(name), f.bytes, f.mtime_ns, json.dumps(_plain(c)))
+            (os.fsencode(folder), os.fsencode(name), f.bytes, f.mtime_ns, json.dumps(_to_json(c)))
             for f, c in zip(files, contents, strict=True)
-            if c.lasting
+            if c.cacheable
             for folder, name in [os.path.split(f.path)]
         ]
         try:
             self._db.executemany(f"INSERT OR REPLACE INTO {_TABLE} VALUES (?, ?, ?, ?, ?)", rows)  # noqa: S608
             self._db.commit()
         except sqlite3.Error as exc:
-            self._give_up("", exc)
+            self._disable("", exc)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Commit and close the database."""
         if self._db is not None:
             try:
                 self._db.commit()
             except sqlite3.Error as exc:
-                self._give_up("", exc)
+                self._disable("", exc)
             else:
-                self._let_go()
+                self._close()
 
-    def _give_up(self, what: object, exc: Exception) -> None:
+    def _disable(self, what: object, exc: Exception) -> None:
         text = printable(f"{what}: {exc}")
         log.warning(
             "the index of headers cannot be used (%s), so every header is read: give --index FILE|none, or set "
             "XDG_CACHE_HOME to a folder that can be written",
             text,
         )
-        self._let_go()
+        self._close()
 
-    def _let_go(self) -> None:
-        """Close the database, without a word: what cannot be kept there is read again the next time."""
+    def _close(self) -> None:
+        """Close the database, ignoring errors: headers that are not stored are read again at the next scan."""
         db, self._db = self._db, None
         if db is not None:
             with suppress(sqlite3.Error):
@@ -159,30 +159,30 @@ class HeaderIndex:
 _SPACING, _ORIENTATION = Image._fields.index("pixel_spacing_mm"), Image._fields.index("orientation")
 _POSITION = SliceHeader._fields.index("position_mm") - 2
 _FIELDS = [t._fields for t in (Image, SliceHeader, OtherImage)] + [tuple(f.name for f in fields(Contents))]
-_KNOWLEDGE = (__version__, _FIELDS, sorted(IMAGE_TAGS))
-_VERSION = hashlib.sha256(repr(_KNOWLEDGE).encode()).hexdigest()[:12]
+_SCHEMA = (__version__, _FIELDS, sorted(IMAGE_TAGS))
+_VERSION = hashlib.sha256(repr(_SCHEMA).encode()).hexdigest()[:12]
 _TABLE = f"files_{_VERSION}"
 _OWN_TABLE = re.compile("files_[0-9a-f]{12}")
 _SELECT = f"SELECT name, bytes, mtime_ns, contents FROM {_TABLE}"  # noqa: S608 - a constant
 
 
-def _plain(contents: Contents) -> list[Any]:
-    """Return contents as JSON can hold them: of an image, what the file itself does not say."""
+def _to_json(contents: Contents) -> list[Any]:
+    """Return contents in JSON types; the path and modification time of headers are omitted, as `File` has them."""
     images = [[*image[:-1], image.header[2:]] for image in contents.images]
     return [images, contents.passed_over, contents.unreadable, contents.segmentations, contents.others]
 
 
-def _contents(plain: list[Any], file: File) -> Contents:
-    images, passed_over, unreadable, segmentations, others = plain
+def _from_json(values: list[Any], file: File) -> Contents:
+    images, passed_over, unreadable, segmentations, others = values
     if unreadable:
         unreadable = [(path, reason) for path, reason in unreadable]
     if others:
-        others = [OtherImage(*values) for values in others]
-    return Contents([_image(v, file) for v in images], passed_over, unreadable, segmentations, others)
+        others = [OtherImage(*other) for other in others]
+    return Contents([_image_from_json(v, file) for v in images], passed_over, unreadable, segmentations, others)
 
 
-def _image(values: list[Any], file: File) -> Image:
-    """Return an image; what JSON made lists are tuples again."""
+def _image_from_json(values: list[Any], file: File) -> Image:
+    """Return an image, with the lists of JSON converted back to tuples."""
     if (header := values.pop())[_POSITION] is not None:
         header[_POSITION] = tuple(header[_POSITION])
     for n in (_SPACING, _ORIENTATION):

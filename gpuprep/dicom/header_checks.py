@@ -1,4 +1,4 @@
-"""Checks that headers say what stacking and HU need."""
+"""Checks that headers have the attributes that stacking and conversion to HU need."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from gpuprep.errors import DecodeError, GeometryError, IntensityError, MissingTa
 
 STEEPEST_SLOPE = 100.0
 LARGEST_INTERCEPT_HU = 65536.0
-"""Beyond these a rescale does not lead to CT numbers."""
+"""Largest magnitudes of *Rescale Slope* and *Rescale Intercept* that lead to CT numbers."""
 
 LARGEST_SIDE = 8192
-"""Rows or columns of a slice. More come from a damaged header, and memory is not taken on its word."""
+"""Largest number of rows or columns; more come from a damaged header, and no memory is allocated for them."""
 
-DAMAGED = ("no Rows and Columns", "no Image Orientation (Patient)", "no Pixel Spacing")
-"""Images that lack these may be slices, and a volume without them would be short of some."""
+MISSING_GEOMETRY = ("no Rows and Columns", "no Image Orientation (Patient)", "no Pixel Spacing")
+"""Reasons for leaving out images that may be slices: the volume would lack them, so the series is rejected."""
 
-HARMLESS = ("localizer", "colour", "secondary image", "material map", "other acquisition")
-"""Images beside the slices of a series that are none, however many."""
+NOT_SLICES = ("localizer", "colour", "secondary image", "material map", "other acquisition")
+"""Reasons for leaving out images that are certainly not slices, however many there are."""
 
 PADDING_BYTES = 16
-"""So many bytes after the last pixel are padding; more may be pixels that no header announces."""
+"""Up to this many bytes after the last pixel are padding; more may be undeclared pixels."""
 
 
 def check(series: Series, rules: Rules) -> None:
-    """Raise unless every slice says where it is, what its numbers mean and that its pixels are there.
+    """Raise unless every slice has valid geometry and rescale attributes and complete pixels.
 
     Raises
     ------
     MissingTagError
-        If an attribute is absent or unreadable without which the place or the HU of a slice are unknown.
+        If an attribute that position or HU depend on is absent or unreadable.
     GeometryError
-        If all images are localizers.
+        If all images are localizers, or the largest stack has no more images than were left out.
     IntensityError
         If the stored values cannot be called HU.
     DecodeError
-        If a file is too short for the pixels it announces, the matrix is absurd, or the transfer syntax is not read.
+        If a file is too short for its pixels, the matrix is absurd, or the transfer syntax is not supported.
     """
     _check_kind(series)
     _check_syntax(series)
@@ -49,12 +49,12 @@ def check(series: Series, rules: Rules) -> None:
 
 
 def warnings(series: Series) -> tuple[SeriesWarning, ...]:
-    """Return what headers say that is doubtful and keeps nothing from being converted."""
-    return series.warnings + tuple(_doubts(series))
+    """Return warnings about doubtful attributes that do not prevent conversion."""
+    return series.warnings + tuple(_pixel_warnings(series))
 
 
-def _doubts(series: Series) -> Iterator[SeriesWarning]:
-    """Yield what is doubtful about what headers say of pixels."""
+def _pixel_warnings(series: Series) -> Iterator[SeriesWarning]:
+    """Yield warnings about attributes that describe the pixels."""
     for code, text, slices in (
         (
             "monochrome1",
@@ -82,39 +82,37 @@ def _doubts(series: Series) -> Iterator[SeriesWarning]:
     if lut := [s for s in series.slices if s.modality_lut]:
         text = f"a Modality LUT Sequence beside the rescale in {names(lut)}: the rescale is applied, and no table"
         yield SeriesWarning("modality-lut", text)
-    impossible = [s for s in series.slices if not _possible_high_bit(s)]
+    impossible = [s for s in series.slices if not _is_high_bit_valid(s)]
     if impossible:
         s = impossible[0]
-        text = (
-            f"High Bit {s.high_bit} cannot be with Bits Stored {s.bits_stored} in {names(impossible)}: low bits taken"
-        )
-        yield SeriesWarning("bits", text)
-    longer = [(s, excess) for s in series.slices if (excess := _excess_bytes(series, s)) > PADDING_BYTES]
-    if longer:
-        text = f"{longer[0][1]} bytes of pixels more than announced in {names([s for s, _ in longer])}: not read"
+        text = f"High Bit {s.high_bit} is impossible with Bits Stored {s.bits_stored} in {names(impossible)}"
+        yield SeriesWarning("bits", f"{text}: low bits taken")
+    oversized = [(s, excess) for s in series.slices if (excess := _excess_bytes(series, s)) > PADDING_BYTES]
+    if oversized:
+        text = f"{oversized[0][1]} bytes of pixels more than declared in {names([s for s, _ in oversized])}: not read"
         yield SeriesWarning("excess", text)
 
 
-def _possible_high_bit(s: SliceHeader) -> bool:
+def _is_high_bit_valid(s: SliceHeader) -> bool:
     return s.high_bit is None or (s.bits_stored or 1) - 1 <= s.high_bit < (s.bits_allocated or 16)
 
 
 def _excess_bytes(series: Series, s: SliceHeader) -> int:
-    """Return how many bytes follow the pixels of the last frame in their element; 0 for encoded ones."""
+    """Return how many bytes of *Pixel Data* follow the last frame; 0 for encoded pixels."""
     if s.pixel_bytes is None or s.pixel_bytes == UNDEFINED_LENGTH or s.frame < s.frames - 1:
         return 0
     return s.pixel_bytes - series.rows * series.columns * (s.bits_allocated or 0) // 8
 
 
 def _check_syntax(series: Series) -> None:
-    """Raise unless the pixels of every slice are encoded in a way that is read."""
-    unread = [s for s in series.slices if s.transfer_syntax not in READ]
-    if unread:
-        name = syntax_name(unread[0].transfer_syntax)
-        known = "" if name == unread[0].transfer_syntax else f" ({name})"
+    """Raise unless the transfer syntax of every slice is supported."""
+    unsupported = [s for s in series.slices if s.transfer_syntax not in READ]
+    if unsupported:
+        name = syntax_name(unsupported[0].transfer_syntax)
+        known = "" if name == unsupported[0].transfer_syntax else f" ({name})"
         raise DecodeError(
-            f"transfer syntax {unread[0].transfer_syntax}{known} in {names(unread)} is not one of those that are read: "
-            "write the files with another, such as Explicit VR Little Endian",
+            f"transfer syntax {unsupported[0].transfer_syntax}{known} in {names(unsupported)} is not supported: write "
+            "the files with another one, such as Explicit VR Little Endian",
             "syntax",
         )
     doubtful = [s for s in series.slices if s.transfer_syntax == GE_BIG_WORDS and s.pixel_offset is None]
@@ -129,41 +127,41 @@ def _check_syntax(series: Series) -> None:
 def _check_kind(series: Series) -> None:
     if not series.series_uid:
         raise MissingTagError(
-            f"no Series Instance UID in {names(series.slices)}: nothing tells series apart; "
-            "--group-by folder takes the images of a folder for one",
+            f"no Series Instance UID in {names(series.slices)}: images cannot be grouped; "
+            "--group-by folder makes one series of each folder",
             "no-uid",
         )
-    strange = [s for s in series.slices if s.modality not in (None, "CT")]
-    if strange:
-        raise IntensityError(f"Modality is {strange[0].modality}, not CT, in {names(strange)}", "modality")
+    not_ct = [s for s in series.slices if s.modality not in (None, "CT")]
+    if not_ct:
+        raise IntensityError(f"Modality is {not_ct[0].modality}, not CT, in {names(not_ct)}", "modality")
     if all(s.localizer for s in series.slices):
         raise GeometryError(f"localizers (scouts) only: {names(series.slices)}", "localizer")
-    for lack in DAMAGED:
-        if damaged := [name for name, why in series.left_out if why == lack]:
+    for reason in MISSING_GEOMETRY:
+        if damaged := [name for name, why in series.left_out if why == reason]:
             raise MissingTagError(
-                f"{lack.removeprefix('no ')} absent, unreadable or impossible in {first_few(damaged)}"
+                f"{reason.removeprefix('no ')} absent, unreadable or impossible in {first_few(damaged)}"
             )
-    lost = [name for name, why in series.left_out if why not in HARMLESS]
-    if len(lost) >= len(series.slices):
+    left_out = [name for name, why in series.left_out if why not in NOT_SLICES]
+    if len(left_out) >= len(series.slices):
         raise GeometryError(
-            f"only {len(series.slices)} images form the largest stack, and {len(lost)} do not belong to it: "
-            + first_few(lost),
+            f"only {len(series.slices)} images form the largest stack, and {len(left_out)} do not belong to it: "
+            + first_few(left_out),
             "left-out",
         )
     multi = [s for s in series.slices if s.frames > 1 and s.position_mm is None]
     if multi:
         raise MissingTagError(
-            f"multi-frame image of {multi[0].frames} frames ({multi[0].name}) that does not say where each of them is",
+            f"multi-frame image of {multi[0].frames} frames ({multi[0].name}) without a position for each of them",
             "multi-frame",
         )
 
 
 def _check_tags(series: Series, rules: Rules) -> None:
-    said = [] if rules.assume_hu else series.slices
+    needs_rescale = [] if rules.assume_hu else series.slices
     if lut := [s for s in series.slices if s.modality_lut and None in (s.rescale_slope, s.rescale_intercept)]:
         raise IntensityError(
-            f"a Modality LUT Sequence in place of Rescale Slope and Intercept in {names(lut)}: stored values are HU by "
-            "no slope, and tables are not applied",
+            f"a Modality LUT Sequence in place of Rescale Slope and Intercept in {names(lut)}: lookup tables are "
+            "not applied, so HU are unknown",
             "rescale",
         )
     for name, slices in (
@@ -174,8 +172,8 @@ def _check_tags(series: Series, rules: Rules) -> None:
         ("Bits Allocated", [s for s in series.slices if s.bits_allocated is None]),
         ("Bits Stored", [s for s in series.slices if not s.bits_stored]),
         ("Pixel Representation", [s for s in series.slices if s.signed is None]),
-        ("Rescale Slope", [s for s in said if s.rescale_slope is None]),
-        ("Rescale Intercept", [s for s in said if s.rescale_intercept is None]),
+        ("Rescale Slope", [s for s in needs_rescale if s.rescale_slope is None]),
+        ("Rescale Intercept", [s for s in needs_rescale if s.rescale_intercept is None]),
         ("Pixel Data", [s for s in series.slices if s.pixel_bytes == 0]),
     ):
         if slices:
@@ -193,8 +191,8 @@ def _check_intensity(series: Series, rules: Rules) -> None:
 
     References
     ----------
-    DICOM PS3.3, C.8.2.1 (CT Image module): one sample, Rescale Type HU unless said otherwise; C.7.6.3.1.2: MONOCHROME1
-    says that displays show the least value white, after the rescale.
+    DICOM PS3.3, C.8.2.1 (CT Image module): one sample, Rescale Type HU by default; C.7.6.3.1.2: MONOCHROME1 makes
+    displays show the lowest value white, after the rescale.
     """
     slices = series.slices
     other_type = [] if rules.assume_hu else [s for s in slices if s.rescale_type not in (None, "HU")]
@@ -221,33 +219,37 @@ def _check_intensity(series: Series, rules: Rules) -> None:
         ),
     ):
         if wrong:
-            hint = f"; the type is {_units(wrong)}; --assume-hu takes them as HU" if code == "rescale-type" else ""
+            hint = (
+                f"; the type is {_rescale_types(wrong)}; --assume-hu takes them as HU" if code == "rescale-type" else ""
+            )
             raise IntensityError(f"{text} in {names(wrong)}: the values cannot be called HU{hint}", code)
 
 
-def _units(slices: list[SliceHeader]) -> str:
-    """Return the units that slices say instead of HU."""
+def _rescale_types(slices: list[SliceHeader]) -> str:
+    """Return the Rescale Types of slices as text."""
     return first_few(sorted({s.rescale_type or "" for s in slices}))
 
 
 def _check_lengths(series: Series) -> None:
-    """Raise if plain pixels do not fill the matrix, or the file ends before they do."""
+    """Raise if native pixels do not fill the matrix, or the file ends before they do."""
     for s in series.slices:
         if s.pixel_offset is None:
             continue
         if s.pixel_bytes == UNDEFINED_LENGTH:
             raise DecodeError(f"{s.name} holds encoded pixels, which its transfer syntax denies: it is damaged")
-        need = series.rows * series.columns * (s.bits_allocated or 0) // 8
-        if (s.pixel_bytes or 0) < need:
+        needed = series.rows * series.columns * (s.bits_allocated or 0) // 8
+        if (s.pixel_bytes or 0) < needed:
             raise DecodeError(
-                f"{s.name} announces {s.pixel_bytes} bytes of pixels where {need} are needed: it is damaged",
+                f"{s.name} declares {s.pixel_bytes} bytes of pixels where {needed} are needed: it is damaged",
                 "truncated",
             )
-        if s.member is None and s.transfer_syntax in PLAIN and s.pixel_offset + need > s.file_bytes:
-            have = max(0, s.file_bytes - s.pixel_offset)
-            raise DecodeError(f"{s.name} ends after {have} of {need} bytes of pixels: it is truncated", "truncated")
+        if s.member is None and s.transfer_syntax in PLAIN and s.pixel_offset + needed > s.file_bytes:
+            present = max(0, s.file_bytes - s.pixel_offset)
+            raise DecodeError(
+                f"{s.name} ends after {present} of {needed} bytes of pixels: it is truncated", "truncated"
+            )
 
 
 def names(slices: tuple[SliceHeader, ...] | list[SliceHeader]) -> str:
-    """Return the names of a few slices and the number of the others."""
+    """Return the names of the first slices and the number of the others."""
     return first_few([s.name for s in slices])

@@ -1,4 +1,4 @@
-"""Reads the header facts of one file: its images, their places, and where their pixels begin."""
+"""Reads the headers of one file: its images or frames, and the offsets of their pixels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from gpuprep.files.bounded_reader import open_frugally
 if TYPE_CHECKING:
     import pydicom
 
-# pydicom is imported where a file is read: the parent of a cohort has its workers do that, and stays small.
+# pydicom is imported late: workers read the files, so the parent process of a cohort does not need it.
 
 CT_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.2": "CT Image Storage",
@@ -61,7 +61,7 @@ CT_CLASSES = {
 }
 
 
-PHASES = {
+PHASE_ATTRIBUTES = {
     "TemporalPositionTimeOffset": "offset",
     "NominalPercentageOfRespiratoryPhase": "respiratory",
     "NominalPercentageOfCardiacPhase": "cardiac",
@@ -70,54 +70,54 @@ PHASES = {
     "TriggerTime": "trigger",
     "MonoenergeticEnergyEquivalent": "energy",
 }
-"""Numbers that tell phases and energies apart, and their names in `SliceHeader.phase`."""
+"""Attributes of phases and energies, and their names in `SliceHeader.phase`."""
 
 FARTHEST_MM = 1e6
-"""Positions beyond this are damage."""
+"""Largest magnitude of a coordinate; larger ones come from a damaged header."""
 
 
 @dataclass(slots=True)
 class Contents:
-    """What one file turned out to be."""
+    """Images and other contents of one file."""
 
     images: list[Image] = field(default_factory=list)
     passed_over: dict[str, int] = field(default_factory=dict)
-    """What else it holds, counted by kind."""
+    """Number of other contents, by kind."""
     unreadable: list[tuple[str, str]] = field(default_factory=list)
-    """DICOM in it that cannot be read: (path, reason)."""
+    """Unreadable DICOM objects: (path, reason)."""
     segmentations: list[str] = field(default_factory=list)
-    """Itself, if it is a segmentation that says to which series it belongs: RTSTRUCT, SEG or LIDC-IDRI XML."""
+    """The file itself, if it is a segmentation that names its series: RTSTRUCT, SEG or LIDC-IDRI XML."""
     others: list[OtherImage] = field(default_factory=list)
-    """Images in it that are no CT."""
-    lasting: bool = True
-    """Whether the same bytes would give the same answer: not where the system refused to read them."""
+    """Images of other SOP classes than CT."""
+    cacheable: bool = True
+    """Whether the result may be cached; False after an error of the file system."""
 
 
 def read_headers(files: list[str]) -> list[Contents]:
-    """Return what each of some files holds: itself, its frames, or what is packed into it."""
-    return [_contents(file) for file in files]
+    """Return the contents of each file, which may be DICOM, gzip'd DICOM, or a zip archive."""
+    return [_file_contents(file) for file in files]
 
 
-def _contents(file: str) -> Contents:
+def _file_contents(file: str) -> Contents:
     try:
         status = filesystem.stat(file)
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            return Contents(passed_over={"not a regular file": 1}, lasting=False)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
+            return Contents(passed_over={"not a regular file": 1}, cacheable=False)
         with open_frugally(file, None, HEADER_BYTES) as f:
             packed = kind(f.read(4))
             f.seek(0)
             if packed is None:
-                return _image(f, file, None, status, status.st_size)
+                return _object_contents(f, file, None, status, status.st_size)
         if packed == "zip":
-            return _archive(file, status)
+            return _archive_contents(file, status)
         with open_frugally(file, GZIP_MEMBER, HEADER_BYTES) as f:
-            return _image(f, file, GZIP_MEMBER, status, status.st_size)
+            return _object_contents(f, file, GZIP_MEMBER, status, status.st_size)
     except OSError as exc:
-        return Contents(unreadable=[(printable(file), _words(exc))], lasting=False)
+        return Contents(unreadable=[(printable(file), _error_text(exc))], cacheable=False)
 
 
-def _archive(file: str, status: os.stat_result) -> Contents:
-    """Return what a zip archive holds; archives inside it are not opened, and named as unreadable."""
+def _archive_contents(file: str, status: os.stat_result) -> Contents:
+    """Return the contents of a zip archive; archives inside it are reported as unreadable."""
     total = Contents()
     passed_over: Counter[str] = Counter()
     for member in members(file):
@@ -125,21 +125,21 @@ def _archive(file: str, status: os.stat_result) -> Contents:
             if member.error:
                 raise ContainerError(member.error)
             with open_frugally(file, member.name, HEADER_BYTES) as f:
-                found = _image(f, file, member.name, status, member.bytes)
+                found = _object_contents(f, file, member.name, status, member.bytes)
         except OSError as exc:
-            total.unreadable.append((_name(file, member.name), _words(exc)))
+            total.unreadable.append((_name(file, member.name), _error_text(exc)))
             continue
         total.images += found.images
         total.others += found.others
         total.unreadable += found.unreadable
         passed_over.update(found.passed_over)
-        total.lasting &= found.lasting
+        total.cacheable &= found.cacheable
     total.passed_over = dict(passed_over)
     return total
 
 
 class _NotCtError(Exception):
-    """The file is no CT image; the text says what it is."""
+    """The file is not a CT image; the text names its kind."""
 
     def __init__(self, text: str, *, segmentation: bool = False, other: OtherImage | None = None) -> None:
         super().__init__(text)
@@ -147,26 +147,26 @@ class _NotCtError(Exception):
         self.other = other
 
 
-def _image(f: BinaryIO, file: str, member: str | None, status: os.stat_result, size: int) -> Contents:
-    """Return what one DICOM file is, as it lies on disk or packed into another."""
+def _object_contents(f: BinaryIO, file: str, member: str | None, status: os.stat_result, size: int) -> Contents:
+    """Return the contents of one DICOM file, which may be a member of an archive."""
     try:
         return Contents(images=_read_header(f, file, member, status, size))
     except _NotCtError as exc:
-        # Packed ones are not read as masks, and so are only counted.
+        # Segmentations inside archives are not read as masks, so they are only counted.
         masks = [file] if exc.segmentation and member is None else []
         others = [exc.other] if exc.other else []
         return Contents(passed_over={str(exc): 1}, segmentations=masks, others=others)
-    except Exception as exc:  # pydicom raises whatever a broken file provokes
+    except Exception as exc:  # pydicom raises exceptions of many types for damaged files
         if nested_too_deeply(exc):
             return Contents(unreadable=[(_name(file, member), "its sequences are nested too deeply")])
-        return Contents(unreadable=[(_name(file, member), _words(exc))], lasting=not isinstance(exc, OSError))
+        return Contents(unreadable=[(_name(file, member), _error_text(exc))], cacheable=not isinstance(exc, OSError))
 
 
 def _name(file: str, member: str | None) -> str:
     return printable(f"{file}/{member}" if member else file)
 
 
-def _words(exc: Exception) -> str:
+def _error_text(exc: Exception) -> str:
     return printable(f"{type(exc).__name__}: {exc}")
 
 
@@ -176,9 +176,9 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
     if not size and (member or file).lower().endswith(".dcm"):
         raise ValueError("the file is empty")
     head = f.read(132)
-    # Without a preamble a data set begins with a group 0008 or 0002 element, in either byte order.
-    bare = head[:4] in _FIRST_TAGS
-    if head[128:] != b"DICM" and not bare:
+    # Without a preamble, the file begins with an element of group 0008 or 0002, in either byte order.
+    no_preamble = head[:4] in _FIRST_TAGS
+    if head[128:] != b"DICM" and not no_preamble:
         if member is not None and kind(head[:4]):
             raise ValueError("packed twice: unpack the outer archive")
         if b"<" in head[:4] and b"<LidcReadMessage" in head + f.read(1024):
@@ -186,47 +186,47 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         raise _NotCtError("not DICOM")
     f.seek(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd values are dealt with below, one by one
-        content, deflated, announced = inflated(f, HEADER_BYTES)
-        force = bare or content is not f
-        ds = pydicom.dcmread(content, stop_before_pixels=True, specific_tags=_wanted(), force=force)
+        warnings.simplefilter("ignore")  # invalid values are handled below
+        content, deflated, meta_class = inflated(f, HEADER_BYTES)
+        force = no_preamble or content is not f
+        ds = pydicom.dcmread(content, stop_before_pixels=True, specific_tags=_pydicom_tags(), force=force)
         meta = Frame(ds.file_meta)
-        announced = announced or text_of(meta, "MediaStorageSOPClassUID")
-        _check_class(ds, announced, bare)
+        meta_class = meta_class or text_of(meta, "MediaStorageSOPClassUID")
+        _check_class(ds, meta_class, no_preamble)
         if content is not f:
             syntax = deflated
         elif not UID_PATTERN.fullmatch(syntax := text_of(meta, "TransferSyntaxUID")):
-            raise ValueError("the Transfer Syntax UID is none")
+            raise ValueError("the Transfer Syntax UID is invalid")
         elif not syntax:
-            implicit, little = ds.original_encoding  # no meta group: what pydicom found by looking
+            implicit, little = ds.original_encoding  # no meta group: pydicom detects the encoding
             syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
-        offset, length = _pixels(content, bool(ds.original_encoding[0]), syntax == BIG_ENDIAN)
+        offset, length = _locate_pixels(content, bool(ds.original_encoding[0]), syntax == BIG_ENDIAN)
         if syntax == GE_BIG_WORDS and getattr(ds.get_item(TAGS["BitsAllocated"]), "VR", None):
-            offset = None  # an explicit VR, which it never has: the order of bytes of its pixels is doubtful as well
+            offset = None  # this syntax has implicit VRs; with explicit ones, the byte order of the pixels is unknown
         encoded = stream = None
-        if syntax not in NATIVE and (length == UNDEFINED_LENGTH or not _fills(ds, length)):
+        if syntax not in NATIVE and (length == UNDEFINED_LENGTH or not _is_native_length(ds, length)):
             if length == UNDEFINED_LENGTH and offset is not None:
-                stream = _stream(content, offset)
-            # Where a table of other offsets goes before the fragments, it is read with them.
+                stream = _jpeg2000_format(content, offset)
+            # With an Extended Offset Table, the file is parsed again when its pixels are read.
             encoded = offset if TAGS["ExtendedOffsetTable"] not in ds else None
             offset = length = None
         origin = _Origin(file, member, status.st_mtime_ns, size, syntax, offset, length, encoded, stream)
-        images = [_facts(frame, origin, n, count) for n, (frame, count) in enumerate(frames_of(ds))]
-    if len(images) < (count := images[0].header.frames):  # of one frame's place nothing follows for the others
+        images = [_parse_image(frame, origin, n, count) for n, (frame, count) in enumerate(frames_of(ds))]
+    if len(images) < (count := images[0].header.frames):  # the position of one frame does not give those of the others
         images = [images[0]._replace(header=images[0].header._replace(position_mm=None, frames=count))]
     return images
 
 
 @cache
-def _wanted() -> list[Any]:
-    """Return the tags of `IMAGE_TAGS` as pydicom has them, made once and not for every file."""
+def _pydicom_tags() -> list[Any]:
+    """Return `IMAGE_TAGS` as pydicom's tags, created once per process."""
     from pydicom.tag import Tag
 
     return [Tag(tag) for tag in IMAGE_TAGS.values()]
 
 
 HEADER_BYTES = 16 * 2**20
-"""No element of a header is longer, and no deflated header."""
+"""Limit on the length of a header element and of an inflated header."""
 
 _FIRST_TAGS = {
     group + element
@@ -239,20 +239,20 @@ _FIRST_TAGS = {
 }
 
 
-def _check_class(ds: pydicom.Dataset, announced: str, bare: bool) -> None:
-    """Raise unless the file is a CT image: by its data set, or by its meta group where the data set was cut short."""
-    kind = text_of(ds, "SOPClassUID") or announced
+def _check_class(ds: pydicom.Dataset, meta_class: str, no_preamble: bool) -> None:
+    """Raise unless the file is a CT image by its data set, or by its meta group if the data set is truncated."""
+    kind = text_of(ds, "SOPClassUID") or meta_class
     if kind in CT_CLASSES:
         return
-    if announced in CT_CLASSES:
-        raise ValueError("SOP Class UID is damaged: the meta group announces a CT image")
+    if meta_class in CT_CLASSES:
+        raise ValueError("SOP Class UID is damaged: the meta group declares a CT image")
     if not kind:
-        if bare:
+        if no_preamble:
             raise _NotCtError("not DICOM")
         raise ValueError("no SOP Class UID: cut short or damaged")
     from pydicom.uid import UID
 
-    # In words of the standard, never of the file's own.
+    # The text is a name of the standard, never taken from the file.
     name = UID(kind).name
     name = name if name != kind else "DICOM of an unknown SOP class"
     segmentation = kind in SEGMENTATION_CLASSES
@@ -260,18 +260,18 @@ def _check_class(ds: pydicom.Dataset, announced: str, bare: bool) -> None:
 
 
 def _other_image(ds: pydicom.Dataset) -> OtherImage | None:
-    """Return what a segmentation may say of an image that is no CT; None for what is no image, or of no series."""
+    """Return the attributes by which a segmentation refers to a non-CT image; None for objects that are not images."""
     series_uid = uid_of(ds, "SeriesInstanceUID")
     if not series_uid or TAGS["Rows"] not in ds:
         return None
     return OtherImage(series_uid, term_of(ds, "Modality") or "", sop_digest(uid_of(ds, "SOPInstanceUID")))
 
 
-def _pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, int | None]:
-    """Return offset and length of the value of the pixels, from where pydicom stopped; length 0 where there are none.
+def _locate_pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, int | None]:
+    """Return offset and length of the value of *Pixel Data*, where pydicom stopped reading; length 0 if it is absent.
 
-    The element itself shows whether it has a VR: read as a length, the letters of one that pixels may have would be an
-    odd number, which is none. Where they are no VR at all, the rest of the data set decides.
+    The element itself shows whether it has a VR: lengths are even, but the letters of a VR of pixels (O., U. or S.)
+    would be an odd length. For other letters, the VR encoding of the data set decides.
 
     References
     ----------
@@ -281,7 +281,7 @@ def _pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, int | N
     head = f.read(12)
     tag = bytes((head[1], head[0], head[3], head[2])) if len(head) >= 8 and not big else head[:4]
     if tag in _FLOAT_PIXELS:
-        raise ValueError(f"its pixels are {_FLOAT_PIXELS[tag]}, which are no stored values of CT")
+        raise ValueError(f"its pixels are {_FLOAT_PIXELS[tag]}, which are not stored values of CT")
     if tag != b"\x7f\xe0\x00\x10" or len(head) < 8:
         return None, 0
     order: Any = "big" if big else "little"
@@ -290,23 +290,23 @@ def _pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, int | N
     if vr in _SHORT_VRS and (odd or not implicit):
         return start + 8, int.from_bytes(head[6:8], order)
     if vr in _LONG_VRS or (not implicit and (odd or (vr.isalpha() and vr.isupper()))):
-        return start + 12, int.from_bytes(head[8:12], order)  # whatever the two reserved bytes hold
+        return start + 12, int.from_bytes(head[8:12], order)  # the two reserved bytes may have any value
     return start + 8, int.from_bytes(head[4:8], order)
 
 
-def _stream(f: BinaryIO, offset: int) -> str | None:
-    """Return sign and bits of the first code stream of encapsulated pixels, if it is JPEG 2000 and says so."""
+def _jpeg2000_format(f: BinaryIO, offset: int) -> str | None:
+    """Return sign and bits of the first code stream of encapsulated pixels ("i16", "u12"); None unless JPEG 2000."""
     f.seek(offset)
     table_bytes = int.from_bytes(f.read(8)[4:], "little")
     f.seek(offset + 8 + table_bytes + 8)
-    info = frame_info(f.read(STREAM_BYTES))
+    info = frame_info(f.read(CODE_STREAM_HEAD_BYTES))
     if info is None or info.kind != "JPEG 2000":
         return None
     return f"{'i' if info.signed else 'u'}{info.precision}"
 
 
-STREAM_BYTES = 512
-"""A code stream of JPEG 2000 says its precision within the first of so many, even in a JP2 file."""
+CODE_STREAM_HEAD_BYTES = 512
+"""Length that contains the precision of a JPEG 2000 code stream, even in a JP2 file."""
 
 _LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 """VRs with two reserved bytes and a length of four."""
@@ -318,8 +318,8 @@ _FLOAT_PIXELS = {
 }
 
 
-def _fills(ds: pydicom.Dataset, length: int | None) -> bool:
-    """Whether a value has the length of an image that is not encoded, of all its frames."""
+def _is_native_length(ds: pydicom.Dataset, length: int | None) -> bool:
+    """Whether a value has the length of the native pixels of all frames."""
     image = Frame(ds)
     rows, columns, bits = (binary_of(image, k) or 0 for k in ("Rows", "Columns", "BitsAllocated"))
     samples, frames = binary_of(image, "SamplesPerPixel") or 1, integer_of(image, "NumberOfFrames") or 1
@@ -329,7 +329,7 @@ def _fills(ds: pydicom.Dataset, length: int | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Where an image comes from, and where its pixels are."""
+    """File of an image, and the offsets of its pixels."""
 
     path: str
     member: str | None
@@ -342,7 +342,7 @@ class _Origin:
     stream: str | None
 
 
-def _facts(ds: Frame, origin: _Origin, frame: int, frames: int) -> Image:
+def _parse_image(ds: Frame, origin: _Origin, frame: int, frames: int) -> Image:
     representation = binary_of(ds, "PixelRepresentation")
     signed = {0: False, 1: True}.get(representation) if representation is not None else None
     bits = binary_of(ds, "BitsAllocated")
@@ -353,11 +353,11 @@ def _facts(ds: Frame, origin: _Origin, frame: int, frames: int) -> Image:
     kinds = [part.strip() for part in image_type.upper().split("\\")]
     offset, length = origin.offset, origin.length
     if origin.syntax in BIG_WORDS and bits != 16:
-        offset = None  # 8 bits may be packed two to a big-endian word: pydicom's business
+        offset = None  # 8-bit pixels may be packed in pairs into big-endian words: pydicom reads them
     if offset is not None and length is not None and frames > 1 and length != UNDEFINED_LENGTH:
         size = rows * columns * (bits or 0) // 8
-        rest = max(0, length - frame * size)
-        offset, length = offset + frame * size, rest if frame == frames - 1 else min(size, rest)
+        remaining = max(0, length - frame * size)
+        offset, length = offset + frame * size, remaining if frame == frames - 1 else min(size, remaining)
     header = SliceHeader(
         path=origin.path,
         member=origin.member,
@@ -377,7 +377,7 @@ def _facts(ds: Frame, origin: _Origin, frame: int, frames: int) -> Image:
         acquisition_number=either(binary_of(ds, "FrameAcquisitionNumber"), integer_of(ds, "AcquisitionNumber")),
         acquisition_time=_acquisition_time(ds),
         reconstruction=hash_of("\n".join([image_type, text_of(ds, "ConvolutionKernel"), text_of(ds, "KVP")])),
-        phase=packed((name, number) for k, name in PHASES.items() if (number := number_of(ds, k))),
+        phase=packed((name, number) for k, name in PHASE_ATTRIBUTES.items() if (number := number_of(ds, k))),
         rescale_slope=decimal_of(ds, "RescaleSlope"),
         rescale_intercept=decimal_of(ds, "RescaleIntercept"),
         rescale_type=rescale_type_of(ds, kinds),
@@ -397,7 +397,7 @@ def _facts(ds: Frame, origin: _Origin, frame: int, frames: int) -> Image:
         modality_lut=bool((lut := element_of(ds, "ModalityLUTSequence")) is not None and lut.value),
         stack_id=_stack_id(ds),
         in_stack=binary_of(ds, "InStackPositionNumber"),
-        other=packed((name, value) for name, value in _other(ds) if value),
+        other=packed((name, value) for name, value in _other_attributes(ds) if value),
     )
     image = Image(
         series_uid=uid_of(ds, "SeriesInstanceUID"),
@@ -427,8 +427,8 @@ def _acquisition_time(ds: Frame) -> str:
     return hash_of(when) if when else ""
 
 
-def _other(ds: Frame) -> Iterator[tuple[str, str]]:
-    """Yield what may tell images at one place apart where nothing better does, as hashes and whole numbers."""
+def _other_attributes(ds: Frame) -> Iterator[tuple[str, str]]:
+    """Yield the attributes of `LAST_RESORT` in `gpuprep.dicom.acquisition_keys`, as hashes and whole numbers."""
     yield "options", hash_of(options) if (options := text_of(ds, "ScanOptions")) else ""
     for name, date, time in (("series", "SeriesDate", "SeriesTime"), ("content", "ContentDate", "ContentTime")):
         when = text_of(ds, date) + text_of(ds, time)
@@ -437,6 +437,6 @@ def _other(ds: Frame) -> Iterator[tuple[str, str]]:
 
 
 def _stack_id(ds: Frame) -> str:
-    """Return Stack ID, which may be any short text: a hash, unless it is a number."""
+    """Return *Stack ID* if it is a number, else a hash of it, as it may be any short text."""
     text = text_of(ds, "StackID")
     return text if not text or (text.isascii() and text.isdigit()) else f"#{hash_of(text)}"

@@ -1,4 +1,4 @@
-"""Counts HU that are no CT numbers or that the output type cannot hold, while a series is read."""
+"""Counts voxels outside the range of CT numbers or of the output type while a series is read."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.errors import IntensityError
 
-MOST_FALSE = 0.01
-"""A series with a larger share of its voxels above `HIGHEST_HU`, padding aside, does not hold HU."""
+MAX_IMPOSSIBLE_FRACTION = 0.01
+"""Largest fraction of voxels above `HIGHEST_HU`, padding excluded, in a series that holds HU."""
 
 CODE = "hu-range"
 
 
-class Extremes:
-    """Voxels of a series whose HU are beyond `HIGHEST_HU`, or beyond what the output type holds.
+class HuRangeCheck:
+    """Counts of voxels whose HU are above `HIGHEST_HU`, or outside the range of the output type.
 
-    Source voxels are counted, so that the numbers do not depend on the interpolation.
+    Source voxels are counted, so that the counts do not depend on the interpolation.
 
     Parameters
     ----------
     recipe : Recipe
-        Its window and dtype say what the output holds; its `padding`, whether low values and padding become air.
+        Window and dtype give the range of the output; `padding` says whether low values and padding become air.
     voxels : int
-        Of the whole series.
+        Number of voxels of the whole series.
     """
 
     def __init__(self, recipe: Recipe, voxels: int) -> None:
         self._dtype = recipe.dtype
         self._keep = recipe.policy == "keep"
-        self._air = recipe.padding == "air"
+        self._padding_is_air = recipe.padding == "air"
         low_hu, high_hu = held_hu(recipe.window_hu, recipe.dtype)
-        self._held_hu = -math.inf if self._air else low_hu, high_hu  # what is too low becomes air before it is cut
+        self._range_hu = -math.inf if self._padding_is_air else low_hu, high_hu  # low values become air before clipping
         self._voxels = voxels
-        self._false = self._cut = 0
+        self._impossible = self._clipped = 0
         self._highest: tuple[float, str] = (-math.inf, "")
-        self._cut_hu: tuple[float, float] = (math.inf, -math.inf)
+        self._clipped_hu: tuple[float, float] = (math.inf, -math.inf)
 
     def add(
         self,
         name: str,
         values: NDArray[Any],
-        ends: tuple[int, int],
+        extremes: tuple[int, int],
         slope: float,
         intercept: float,
         padding: NDArray[Any] | None,
     ) -> None:
-        """Take in a slice; its voxels are looked at only if its ends leave the range.
+        """Count the voxels of a slice; a slice whose extremes are within range is skipped.
 
         Parameters
         ----------
         name : str
-            Of the file.
+            File name of the slice.
         values : array of integers, shape (rows, columns)
             Stored values.
         ends : (int, int)
@@ -66,48 +66,53 @@ class Extremes:
         slope, intercept : float
             Rescale of the slice.
         padding : array of integers, shape (2,), optional
-            Lowest and highest declared value.
+            Lowest and highest declared padding value.
         """
-        low_hu, high_hu = sorted(end * slope + intercept for end in ends)
-        if self._held_hu[0] <= low_hu and high_hu <= min(HIGHEST_HU, self._held_hu[1]):
+        low_hu, high_hu = sorted(extreme * slope + intercept for extreme in extremes)
+        if self._range_hu[0] <= low_hu and high_hu <= min(HIGHEST_HU, self._range_hu[1]):
             return
         hu = values * np.float64(slope) + intercept
-        measured = np.ones(values.shape, bool) if padding is None else (values < padding[0]) | (values > padding[1])
-        if (false := hu[measured & (hu > HIGHEST_HU)]).size:
-            self._false += false.size
-            self._highest = max(self._highest, (float(false.max()), name))
-        cut = (hu < self._held_hu[0]) | (hu > self._held_hu[1])
-        if (lost := hu[cut & measured if self._air else cut]).size:
-            self._cut += lost.size
-            self._cut_hu = min(self._cut_hu[0], float(lost.min())), max(self._cut_hu[1], float(lost.max()))
+        not_padding = np.ones(values.shape, bool) if padding is None else (values < padding[0]) | (values > padding[1])
+        if (impossible := hu[not_padding & (hu > HIGHEST_HU)]).size:
+            self._impossible += impossible.size
+            self._highest = max(self._highest, (float(impossible.max()), name))
+        clipped = (hu < self._range_hu[0]) | (hu > self._range_hu[1])
+        if (out_of_range := hu[clipped & not_padding if self._padding_is_air else clipped]).size:
+            self._clipped += out_of_range.size
+            low_hu, high_hu = self._clipped_hu
+            self._clipped_hu = min(low_hu, float(out_of_range.min())), max(high_hu, float(out_of_range.max()))
 
     def check(self, padding_voxels: int) -> None:
-        """Raise IntensityError as soon as too many voxels are no CT numbers.
+        """Raise IntensityError as soon as too many voxels are above `HIGHEST_HU`.
 
-        `padding_voxels` counts those of the slices so far. Padding of the slices to come only makes the share larger,
-        so that an early answer is never wrong, and the one after the last slice is exact.
+        `padding_voxels` is the count over the slices so far. More padding in later slices only makes the fraction
+        larger, so an early rejection is never wrong, and the check after the last slice is exact.
         """
-        if self._false > MOST_FALSE * (self._voxels - padding_voxels) and not self._keep:
+        if self._impossible > MAX_IMPOSSIBLE_FRACTION * (self._voxels - padding_voxels) and not self._keep:
             highest_hu, name = self._highest
             raise IntensityError(
-                f"more than {MOST_FALSE:.0%} of the voxels are above {HIGHEST_HU:g} HU, where CT numbers end (up to "
-                f"{highest_hu:g} HU in {name}): the rescale or the pixels are wrong; --policy keep takes them",
+                f"more than {MAX_IMPOSSIBLE_FRACTION:.0%} of the voxels are above {HIGHEST_HU:g} HU, the "
+                f"upper limit of CT numbers (up to {highest_hu:g} HU in {name}): the rescale or the pixels are wrong; "
+                "--policy keep accepts them",
                 CODE,
             )
 
     @property
     def warnings(self) -> tuple[SeriesWarning, ...]:
-        """What was found so far."""
+        """Warnings about the slices so far."""
         found = []
-        if self._false:
+        if self._impossible:
             highest_hu, name = self._highest
-            text = f"HU of {numbered(self._false, 'voxel')} are above {HIGHEST_HU:g}, where CT numbers end: up to "
-            found.append(SeriesWarning(CODE, f"{text}{highest_hu:g} in {name}"))
-        if self._cut:
-            low, high = self._cut_hu
             text = (
-                f"HU of {numbered(self._cut, 'voxel')}, {low:g} to {high:g}, were cut to what {self._dtype} holds, "
-                "−32768 to 32767; --dtype float32 holds them"
+                f"HU of {numbered(self._impossible, 'voxel')} are above {HIGHEST_HU:g}, the upper limit of CT numbers: "
+                f"up to {highest_hu:g} in {name}"
+            )
+            found.append(SeriesWarning(CODE, text))
+        if self._clipped:
+            low, high = self._clipped_hu
+            text = (
+                f"HU of {numbered(self._clipped, 'voxel')}, {low:g} to {high:g}, were clipped to the range of "
+                f"{self._dtype}, −32768 to 32767; --dtype float32 holds them"
             )
             found.append(SeriesWarning(CODE, text))
         return tuple(found)

@@ -1,4 +1,4 @@
-"""Reads numbers that headers write in another form than DICOM asks: binary, or with decimal commas.
+"""Parses numbers that violate their VR: binary instead of text, text instead of binary, or with decimal commas.
 
 References
 ----------
@@ -12,35 +12,35 @@ import struct
 from typing import Any
 
 BINARY = {"FD": "d", "FL": "f", "SL": "i", "SS": "h", "SV": "q", "UL": "I", "US": "H", "UV": "Q"}
-"""Formats of `struct` by VR."""
+"""Format characters of `struct` by VR."""
 TEXT = ("DS", "IS")
 SHORT_BYTES = 2
-"""Length of one US or SS, in which two digits could be a number as well."""
+"""Length of one US or SS: two digits may also be a binary number."""
 
 _DIGITS = re.compile(rb"[0-9+\-.eE ,\\]+\0?")
 _COMMA = re.compile(r"[+-]?([0-9]+(,[0-9]*)?|,[0-9]+)([eE][+-]?[0-9]+)?")
 _GROUPED = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")
-"""May be a whole number with a comma before its thousands."""
+"""Possibly a whole number with a thousands separator."""
 
 
 def binary_numbers(element: Any, *, short: bool) -> tuple[float, ...] | None:
-    """Return the numbers of an element whose VR is binary; None where its value is text, or there is none.
+    """Return the numbers of an element with a binary VR; None if the VR is not binary, or the value is text or invalid.
 
-    Digits under a binary VR are text all the same: as floating point, or in 32 bits, they would be numbers that no
-    header has.
+    A value of digits is text even under a binary VR: as floating point, or as 32 bits, its bytes would be an
+    implausible number.
 
     Parameters
     ----------
     element : RawDataElement or DataElement
-        As pydicom has read it.
+        The element as pydicom returns it.
     short : bool
-        Whether two digits under the VR of 16 bits are a binary number.
+        Whether two bytes that are digits count as a binary number of 16 bits.
     """
     form = BINARY.get(getattr(element, "VR", None) or "")
     if form is None:
         return None
     value = element.value
-    if isinstance(value, int | float):  # pydicom has converted it
+    if isinstance(value, int | float):  # converted by pydicom
         return (float(value),)
     if not isinstance(value, bytes):
         return tuple(map(float, value or ()))
@@ -53,7 +53,7 @@ def binary_numbers(element: Any, *, short: bool) -> tuple[float, ...] | None:
 
 
 def written_number(element: Any) -> float | None:
-    """Return the number of an element that has to be binary and is text or floating point; None where it is neither."""
+    """Return the number of an element that should be US or SS and is text or floating point instead; else None."""
     vr, value = getattr(element, "VR", None), getattr(element, "value", None)
     if vr in TEXT and isinstance(value, bytes) and _DIGITS.fullmatch(value):
         try:
@@ -65,19 +65,19 @@ def written_number(element: Any) -> float | None:
 
 
 def with_points(text: str, count: int, most_grouped: float) -> str:
-    """Return `count` decimals with points instead of commas, parted by backslashes; "" where this could be wrong.
+    """Return `count` decimals with points instead of commas, separated by backslashes; "" if the commas are ambiguous.
 
-    A comma parts numbers where that makes `count` of them, each with a point. Else it is a decimal comma, unless a
-    number with a point is beside it, or all could be commas before thousands.
+    Commas are separators if they separate exactly `count` numbers that all have points. Otherwise they are decimal
+    commas, unless another number has a point, or all commas could be thousands separators.
 
     Parameters
     ----------
     text : str
-        Holds a comma.
+        Value that contains a comma.
     count : int
-        How many numbers are wanted.
+        Expected number of values.
     most_grouped : float
-        The largest number that could be meant if commas were before thousands.
+        Largest plausible number; if all are within it with commas as thousands separators, the text is ambiguous.
     """
     parts = [part.strip() for part in text.split("\\")]
     listed = text.split(",")

@@ -1,4 +1,4 @@
-"""Reads the stored integers of a series: plain pixels where the scan found them, encoded ones by decoders."""
+"""Reads the stored values of a series: plain pixels directly from the file, encoded ones with decoders."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, SeriesWarning, texts
 from gpuprep.core.volume import StoredVolume
-from gpuprep.dicom import pixel_padding as padded
+from gpuprep.dicom import pixel_padding
 from gpuprep.dicom.decode import decode_frame, drop_unused_bits
 from gpuprep.dicom.deflate import inflated
 from gpuprep.dicom.elements import IMAGE_TAGS, TAGS
 from gpuprep.dicom.encapsulation import Encapsulated, read_fragments
 from gpuprep.dicom.header_checks import warnings as header_warnings
-from gpuprep.dicom.hu_range import Extremes
+from gpuprep.dicom.hu_range import HuRangeCheck
 from gpuprep.dicom.stack import Stack, stack
-from gpuprep.dicom.stored_words import Meaning, is_coded, whole
+from gpuprep.dicom.stored_words import FormatCorrections, is_coded, with_all_bits
 from gpuprep.dicom.uids import BIG_WORDS, DEFLATED, NATIVE
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
 from gpuprep.files import filesystem
@@ -35,24 +35,24 @@ from gpuprep.files.bounded_reader import open_frugally
 
 
 class SeriesReader:
-    """The stored values of a series, in spatial order, read as they are asked for.
+    """Reader of the stored values of a series, in spatial order, by ranges of slices.
 
     Parameters
     ----------
     series : Series
         From `gpuprep.discover`.
     recipe : Recipe, optional
-        Its rules say how irregular the series may be, and its `padding` whether undeclared fill becomes air.
+        Its rules limit the irregularities of the series, and its `padding` says whether undeclared fill becomes air.
     loops : bool
-        Whether compiled loops look at the pixels; they find the same.
+        Whether compiled loops examine the pixels; the results are the same.
     stacked : Stack, optional
-        Of the series by the recipe's rules, if it is known already.
+        The stack of the series by the recipe's rules, if it exists already.
 
     Raises
     ------
     InputError
-        As `gpuprep.stack` raises. This and `slab` raise IntensityError where words can be read in two ways and nothing
-        tells which is right, and DecodeError, with the file's name, where pixels cannot be read or cannot be true.
+        As `gpuprep.stack` raises. The constructor and `slab` also raise IntensityError if bits or sign of the stored
+        values are ambiguous, and DecodeError, with the file's name, if pixels are unreadable or implausible.
     """
 
     def __init__(
@@ -60,162 +60,166 @@ class SeriesReader:
     ) -> None:
         recipe = recipe or Recipe()
         self.stack = stacked = stacked or stack(series, recipe.rules)
-        self._content = Content()
+        self._pixels = PixelReader()
         self._matrix = series.rows, series.columns
-        self._twins = stacked.twins
+        self._duplicates = stacked.duplicates
         self._policy = recipe.policy
-        twins = tuple(twin for _, twin in stacked.twins)
-        self._meaning = Meaning(stacked.slices + twins, self._matrix, self._content.read, recipe.policy)
-        self._slices = tuple(map(self._meaning.of, stacked.slices))
-        self._find_fill = recipe.padding == "air" and recipe.policy != "keep"
+        duplicates = tuple(header for _, header in stacked.duplicates)
+        self._corrections = FormatCorrections(
+            stacked.slices + duplicates, self._matrix, self._pixels.read, recipe.policy
+        )
+        self._slices = tuple(map(self._corrections.corrected, stacked.slices))
+        self._replace_fill = recipe.padding == "air" and recipe.policy != "keep"
         self.geometry = stacked.geometry
         self.placement = stacked.placement
-        # One type that holds every slice: 16 bits, unless signed and unsigned ones are mixed.
-        least = np.int16 if all(s.signed for s in self._slices) else np.uint16
-        self._dtype = np.result_type(least, *map(_dtype, self._slices))
-        # Without a rescale, which only `assume_hu` lets through, stored values are taken as they are.
-        self.slope = np.array([_or(s.rescale_slope, 1) for s in self._slices], dtype=np.float64)
-        self.intercept = np.array([_or(s.rescale_intercept, 0) for s in self._slices], dtype=np.float64)
-        self.padding, self._doubts = padded.declared(self._slices, self._dtype)
+        # One type for all slices: 16 bits, unless signed and unsigned slices are mixed.
+        smallest = np.int16 if all(s.signed for s in self._slices) else np.uint16
+        self._dtype = np.result_type(smallest, *map(_dtype, self._slices))
+        # Slices without a rescale pass the header checks only with `assume_hu`: their stored values are HU.
+        self.slope = np.array([_value_or(s.rescale_slope, 1) for s in self._slices], dtype=np.float64)
+        self.intercept = np.array([_value_or(s.rescale_intercept, 0) for s in self._slices], dtype=np.float64)
+        self.padding, self._padding_warnings = pixel_padding.declared_padding(self._slices, self._dtype)
         self.statistics = HuStatistics()
         self.histogram = Histogram(recipe.window_hu)
-        """Of every n-th row and column so far, without padding and fill."""
+        """Histogram of every n-th row and column of the slices so far, without padding and fill."""
         self.padding_voxels = 0
-        """Voxels so far that are padding."""
+        """Number of padding voxels in the slices so far."""
         self.seconds = 0.0
-        """Time spent in `slab`."""
+        """Time spent in `slab`, in seconds."""
         self._loops = loops
-        self._fills: dict[float, int] = {}
+        self._slices_by_fill_hu: dict[float, int] = {}
         self._blank = 0
         self._padded_ends: set[int] = set()
-        """Slices at either end of the stack that are padding throughout, as far as they were looked for."""
-        self._extremes = Extremes(recipe, len(self._slices) * series.rows * series.columns)
+        """Slices known to be padding throughout, at either end of the stack."""
+        self._hu_range = HuRangeCheck(recipe, len(self._slices) * series.rows * series.columns)
 
     @property
     def irregularities(self) -> tuple[Irregularity, ...]:
-        """What pixels showed so far and was put right."""
+        """Irregularities found in the pixels so far."""
         filled = tuple(
             Irregularity(
-                "padding", f"{n} slices have {hu:g} HU all around the circle, which nothing declares", "now air"
+                "padding", f"{n} slices have {hu:g} HU all around the circle, not declared as padding", "now air"
             )
-            for hu, n in self._fills.items()
+            for hu, n in self._slices_by_fill_hu.items()
         )
-        return tuple(self._meaning.irregularities) + filled
+        return tuple(self._corrections.irregularities) + filled
 
     @property
     def warnings(self) -> tuple[SeriesWarning, ...]:
-        """What pixels showed so far that is doubtful and was left as it is."""
+        """Warnings about the pixels so far."""
         blank = SeriesWarning("blank", f"{self._blank} slices hold one value throughout")
-        doubts = self._doubts + tuple(self._meaning.warnings)
-        if excess := self._content.excess:
+        found = self._padding_warnings + tuple(self._corrections.warnings)
+        if excess := self._pixels.excess:
             name, count = next(iter(sorted(excess.items())))
             text = f"more encoded images than frames in {len(excess)} files, {count} in {name}: not read"
-            doubts += (SeriesWarning("excess", text),)
-        doubts += tuple(
+            found += (SeriesWarning("excess", text),)
+        found += tuple(
             SeriesWarning("encapsulation", f"{fault} in {len(images)} of the images that were decoded")
-            for fault, images in sorted(self._content.faults.items())
+            for fault, images in sorted(self._pixels.faults.items())
         )
-        return doubts + ((blank,) if self._blank else ()) + self._extremes.warnings
+        return found + ((blank,) if self._blank else ()) + self._hu_range.warnings
 
     def slab(self, start: int, stop: int, empty: Callable[[Any, Any], NDArray[Any]] = np.empty) -> NDArray[Any]:
         """Return the stored values of slices [start, stop): array of integers, shape (stop − start, j, i).
 
-        `empty` makes the array, of that shape and the dtype of the stored values.
+        `empty` allocates the array, given this shape and the dtype of the stored values.
         """
         started = time.perf_counter()
         stored = empty((stop - start, *self._matrix), self._dtype)
         for k, values in enumerate(stored, start):
             self._read(self.stack.slices[k], values)
-            for _, twin in (t for t in self._twins if t[0] == k):
-                self._confirm(k, values, twin)
+            for _, duplicate in (t for t in self._duplicates if t[0] == k):
+                self._confirm(k, values, duplicate)
         for k, values in enumerate(stored, start):
             self._examine(k, values)
         self.seconds += time.perf_counter() - started
         return stored
 
     def _read(self, header: SliceHeader, values: NDArray[Any]) -> None:
-        """Fill `values` with the stored values of an image, as the words of the series are to be read."""
-        meant = self._meaning.of(header)
+        """Fill `values` with the stored values of an image, with corrected bits and sign."""
+        corrected = self._corrections.corrected(header)
         try:
-            beyond = self._content.read(meant, values)
+            has_bits_beyond = self._pixels.read(corrected, values)
         except DecodeError:
-            if not (is_coded(meant) and self._meaning.widen(meant)):
+            if not (is_coded(corrected) and self._corrections.widen(corrected)):
                 raise
-            again = True
+            read_again = True
         else:
-            again = (beyond and self._meaning.widen(meant)) or self._meaning.settle_sign(meant, values)
-        if again:
-            self._content.read(self._meaning.of(header), values)
+            read_again = has_bits_beyond and self._corrections.widen(corrected)
+            read_again = read_again or self._corrections.settle_sign(corrected, values)
+        if read_again:
+            self._pixels.read(self._corrections.corrected(header), values)
 
-    def _confirm(self, k: int, values: NDArray[Any], twin: SliceHeader) -> None:
-        """Raise unless an image that was dropped as a repetition is one."""
-        other = np.empty(self._matrix, dtype=np.result_type(self._dtype, _dtype(self._meaning.of(twin))))
-        self._read(twin, other)
-        same = (_or(twin.rescale_slope, 1), _or(twin.rescale_intercept, 0)) == (self.slope[k], self.intercept[k])
-        if not (same and np.array_equal(values, other)):
+    def _confirm(self, k: int, values: NDArray[Any], dropped: SliceHeader) -> None:
+        """Raise unless an image that was dropped as a duplicate has equal pixels and rescale."""
+        dtype = np.result_type(self._dtype, _dtype(self._corrections.corrected(dropped)))
+        other = np.empty(self._matrix, dtype)
+        self._read(dropped, other)
+        rescale = _value_or(dropped.rescale_slope, 1), _value_or(dropped.rescale_intercept, 0)
+        if not (rescale == (self.slope[k], self.intercept[k]) and np.array_equal(values, other)):
             raise GeometryError(
-                f"{self._slices[k].name} and {twin.name} share a position and differ in their pixels, and nothing in "
-                "their headers tells them apart",
+                f"{self._slices[k].name} and {dropped.name} share a position and differ in their pixels, but "
+                "not in their headers",
                 "duplicate",
             )
 
     def _examine(self, k: int, values: NDArray[Any]) -> None:
-        """Raise unless the pixels of a slice can be an image; count its padding, and clear what nobody declared."""
+        """Check that the pixels of a slice are plausible, count its padding, and replace undeclared fill."""
         slope, intercept = float(self.slope[k]), float(self.intercept[k])
-        declared = None if self.padding is None else self.padding[k]
-        low, high, total, padding_voxels = summary(values, slope, intercept, declared, loops=self._loops)
+        declared_padding = None if self.padding is None else self.padding[k]
+        low, high, total, padding_voxels = summary(values, slope, intercept, declared_padding, loops=self._loops)
         self.statistics.add(low, high, total, values.size, slope, intercept)
         self.padding_voxels += padding_voxels
-        self._meaning.check_sign(self._slices[k], low, high)
-        measured = sampled(values).flatten()
+        self._corrections.check_sign(self._slices[k], low, high)
+        sampled_values = sampled(values).flatten()
         if low == high:
             if self._policy != "keep" and self._beside_an_image(k, low) and not self._is_padded_end(k, low):
                 value = f"{low}, {low * slope + intercept:g} HU"
                 raise DecodeError(
                     f"{self._slices[k].name} holds one value ({value}) throughout, unlike the slices "
-                    "beside it: half-written or damaged; --policy keep takes it",
+                    "beside it: half-written or damaged; --policy keep accepts it",
                     "blank",
                 )
             self._blank += 1
-        elif self._find_fill and (hu := padded.replace_fill(values, slope, intercept)) is not None:
+        elif self._replace_fill and (hu := pixel_padding.replace_fill(values, slope, intercept)) is not None:
             if self._policy == "strict":
                 raise IntensityError(
                     f"irregular, which --policy strict rejects: {self._slices[k].name} has {hu:g} HU all around the "
-                    "circle, which nothing declares",
+                    "circle, not declared as padding",
                     "padding",
                 )
-            self._fills[hu] = self._fills.get(hu, 0) + 1
-            measured = measured[measured == sampled(values).flatten()]
-        self.histogram.add(measured, slope, intercept, declared)
-        self._extremes.add(self._slices[k].name, values, (low, high), slope, intercept, declared)
-        self._extremes.check(self.padding_voxels)
+            self._slices_by_fill_hu[hu] = self._slices_by_fill_hu.get(hu, 0) + 1
+            sampled_values = sampled_values[sampled_values == sampled(values).flatten()]
+        self.histogram.add(sampled_values, slope, intercept, declared_padding)
+        self._hu_range.add(self._slices[k].name, values, (low, high), slope, intercept, declared_padding)
+        self._hu_range.check(self.padding_voxels)
 
     def _beside_an_image(self, k: int, value: int) -> bool:
-        """Whether a neighbour of a blank slice is an image with little of its value: in a phantom it has much of it."""
+        """Whether a neighbour of a blank slice is an image with little of its value, unlike in a phantom."""
         neighbour = np.empty(self._matrix, dtype=self._dtype)
         for n in (k - 1, k + 1):
             if 0 <= n < len(self._slices):
-                self._content.read(self._slices[n], neighbour)
-                alike = neighbour[padded.circle(*self._matrix)] == value
+                self._pixels.read(self._slices[n], neighbour)
+                alike = neighbour[pixel_padding.circle(*self._matrix)] == value
                 if neighbour.min() != neighbour.max() and alike.mean() < 0.5:
                     return True
         return False
 
     def _is_padded_end(self, k: int, value: int) -> bool:
-        """Whether a slice of one value and all slices from it to an end of the stack are declared padding throughout.
+        """Whether a blank slice and all slices between it and an end of the stack consist of declared padding.
 
-        Some programs fill up stacks so. Between images, padding stands for an image that was lost.
+        Some programs extend stacks with such slices. Between images, a slice of padding is a lost image.
         """
-        if not padded.is_declared(self._slices[k], value):
+        if not pixel_padding.is_declared(self._slices[k], value):
             return False
         other = np.empty(self._matrix, dtype=self._dtype)
-        for beyond in (range(k - 1, -1, -1), range(k + 1, len(self._slices))):
+        for outward in (range(k - 1, -1, -1), range(k + 1, len(self._slices))):
             passed = {k}
-            for n in beyond:
+            for n in outward:
                 if n in self._padded_ends:
                     continue
-                self._content.read(self._slices[n], other)
-                if other.min() != other.max() or not padded.is_declared(self._slices[n], int(other[0, 0])):
+                self._pixels.read(self._slices[n], other)
+                if other.min() != other.max() or not pixel_padding.is_declared(self._slices[n], int(other[0, 0])):
                     break
                 passed.add(n)
             else:
@@ -232,17 +236,17 @@ def read(series: Series, recipe: Recipe | None = None) -> StoredVolume:
     series : Series
         From `gpuprep.discover`.
     recipe : Recipe, optional
-        As for `SeriesReader`; the default recipe where absent.
+        As for `SeriesReader`; `Recipe()` by default.
 
     Returns
     -------
     StoredVolume
-        Integers of shape (k, j, i), in spatial order, with each slice's rescale and padding.
+        Integers of shape (k, j, i), in spatial order, with rescale and padding of each slice.
 
     Raises
     ------
     InputError
-        As `gpuprep.stack` raises; and DecodeError, with the file's name, where pixels cannot be read.
+        As `SeriesReader` raises.
 
     Examples
     --------
@@ -267,7 +271,7 @@ def read(series: Series, recipe: Recipe | None = None) -> StoredVolume:
     )
 
 
-def _or(value: float | None, default: float) -> float:
+def _value_or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
@@ -276,39 +280,39 @@ def _dtype(header: SliceHeader) -> np.dtype[Any]:
     return np.dtype(f"{order}{'i' if header.signed else 'u'}{(header.bits_allocated or 16) // 8}")
 
 
-class Content:
-    """The pixels of one image after the other; a file of many frames is unpacked and parsed once."""
+class PixelReader:
+    """Reader of the pixels of single images. Data of the last file are kept for its other frames."""
 
     def __init__(self) -> None:
         self.faults: dict[str, set[tuple[str, str | None, int]]] = {}
-        """Images so far whose pixels are not encapsulated as DICOM demands, by what is wrong, which did not matter."""
+        """Images read so far with a harmless violation of DICOM, by violation."""
         self._key: tuple[str, str | None] | None = None
         self._data: pydicom.Dataset | Encapsulated | io.BytesIO | None = None
         self.excess: dict[str, int] = {}
-        """Files so far with more encoded frames than they announce, by name, and how many they have."""
+        """Number of encoded frames by file name, for files read so far that have more than they declare."""
 
     def read(self, header: SliceHeader, out: NDArray[Any]) -> bool:
-        """Fill `out` with the stored values of an image; return whether its words hold more, above the bits stored."""
+        """Fill `out` with the stored values of an image; return whether its words have data above *Bits Stored*."""
         try:
             if filesystem.stat(header.path).st_mtime_ns != header.mtime_ns:
                 raise DecodeError(f"{header.name} changed since the scan: run the same command again", "changed")
             if header.pixel_offset is not None:
                 return self._read_plain(header, header.pixel_offset, out)
             coded = is_coded(header)
-            said = header if coded else whole(header)
+            source_header = header if coded else with_all_bits(header)
             faults: set[str] = set()
             rows, columns = out.shape
-            values = decode_frame(self._encoded(header), said, header.frame, rows, columns, faults)
+            values = decode_frame(self._encoded(header), source_header, header.frame, rows, columns, faults)
             for fault in faults:
                 self.faults.setdefault(fault, set()).add((header.path, header.member, header.frame))
-            beyond = not coded and drop_unused_bits(header, values, header.high_bit)
+            has_bits_beyond = not coded and drop_unused_bits(header, values, header.high_bit)
             out[...] = values
-            return beyond
+            return has_bits_beyond
         except OSError as exc:
             raise DecodeError(f"{header.name} cannot be read: {exc.strerror or exc}") from exc
 
     def _read_plain(self, header: SliceHeader, offset: int, out: NDArray[Any]) -> bool:
-        """Fill `out` with the integers that lie in the file at the offset the scan found; return what `read` does."""
+        """Fill `out` with plain integers from `offset` in the file; return the same as `read`."""
         dtype = _dtype(header)
         direct = dtype == out.dtype and out.flags.c_contiguous
         values = out if direct else np.empty(out.shape, dtype=dtype)
@@ -316,30 +320,30 @@ class Content:
         if header.member is None and header.transfer_syntax != DEFLATED:
             if filesystem.is_url(header.path):
                 data = filesystem.fetched(header.path, offset, offset + len(view))
-                done = len(data)
-                view[:done] = data
+                bytes_read = len(data)
+                view[:bytes_read] = data
             else:
                 with open(header.path, "rb", buffering=0) as f:
-                    done = _fill(f, offset, view)
+                    bytes_read = _fill(f, offset, view)
         elif header.frames == 1:
             with _open(header) as f:
-                done = _fill(inflated(f, offset + len(view))[0], offset, view)
+                bytes_read = _fill(inflated(f, offset + len(view))[0], offset, view)
         else:
             end = offset + (header.frames - header.frame) * len(view)
-            done = _fill(self._unpacked(header, end), offset, view)
-        if done < len(view):
+            bytes_read = _fill(self._unpacked(header, end), offset, view)
+        if bytes_read < len(view):
             raise DecodeError(
-                f"{header.name} ends after {done} of {len(view)} bytes of pixels: it is truncated, or changed since "
-                "the scan",
+                f"{header.name} ends after {bytes_read} of {len(view)} bytes of pixels: it is truncated, or changed "
+                "since the scan",
                 "truncated",
             )
-        beyond = drop_unused_bits(header, values, header.high_bit)
+        has_bits_beyond = drop_unused_bits(header, values, header.high_bit)
         if not direct:
             out[...] = values
-        return beyond
+        return has_bits_beyond
 
     def _unpacked(self, header: SliceHeader, end: int) -> io.BytesIO:
-        """Return the first `end` bytes of a packed file of many frames, which may be asked for in any order."""
+        """Return the first `end` bytes of an unpacked multi-frame file; they are kept for its other frames."""
         if self._key != (header.path, header.member) or not isinstance(self._data, io.BytesIO):
             with _open(header) as f:
                 content, *_ = inflated(f, end)
@@ -348,36 +352,36 @@ class Content:
         return self._data
 
     def _encoded(self, header: SliceHeader) -> pydicom.Dataset | Encapsulated:
-        """Return the encoded pixels of a file, or all of it where pydicom is to find them."""
+        """Return the fragments of a file, or its data set if pydicom has to extract the pixels."""
         if self._key != (header.path, header.member) or not isinstance(self._data, pydicom.Dataset | Encapsulated):
             try:
                 with warnings.catch_warnings(), _open(header) as f:
                     warnings.simplefilter("ignore")
                     self._data = _fragments(f, header)
-                    if isinstance(self._data, Encapsulated) and self._data.images > header.frames:
-                        self.excess[header.name] = self._data.images
+                    if isinstance(self._data, Encapsulated) and self._data.image_count > header.frames:
+                        self.excess[header.name] = self._data.image_count
             except DecodeError as exc:
                 raise DecodeError(f"{header.name} {exc}", exc.code) from exc
             except OSError:
                 raise
-            except Exception as exc:  # pydicom raises whatever a broken file provokes
+            except Exception as exc:  # pydicom raises exceptions of many types for damaged files
                 raise DecodeError(f"{header.name} cannot be read: {' '.join(str(exc).split())}") from exc
             self._key = header.path, header.member
         return self._data
 
 
 def are_copies(pairs: Sequence[tuple[SliceHeader, SliceHeader]], matrix: tuple[int, int]) -> bool:
-    """Whether the images of every pair have equal stored values and rescale; not, where one cannot be read.
+    """Whether the images of every pair have equal stored values and rescale; False if one cannot be read.
 
     Parameters
     ----------
     pairs : sequence of (SliceHeader, SliceHeader)
-        Images that `gpuprep.dicom.header_checks.check` lets through. Those in the middle are read first, for first
-        and last slices may be air in both.
+        Images that pass `gpuprep.dicom.header_checks.check`. Pairs in the middle are read first, as the first and
+        last slices of different acquisitions may both be air.
     matrix : tuple of int
-        Their rows and columns.
+        Rows and columns of the images.
     """
-    contents = Content(), Content()
+    readers = PixelReader(), PixelReader()
     middle = len(pairs) // 2
     for pair in (*pairs[middle:], *pairs[:middle]):
         one, other = pair
@@ -385,8 +389,8 @@ def are_copies(pairs: Sequence[tuple[SliceHeader, SliceHeader]], matrix: tuple[i
             return False
         values = [np.empty(matrix, dtype=_dtype(header)) for header in pair]
         try:
-            for content, header, out in zip(contents, pair, values, strict=True):
-                content.read(header, out)
+            for reader, header, out in zip(readers, pair, values, strict=True):
+                reader.read(header, out)
         except DecodeError:
             return False
         if not np.array_equal(values[0], values[1]):
@@ -395,20 +399,20 @@ def are_copies(pairs: Sequence[tuple[SliceHeader, SliceHeader]], matrix: tuple[i
 
 
 _PIXEL_TAGS = [*IMAGE_TAGS.values(), TAGS["PixelData"]]
-"""Everything that pydicom may need to find native pixels: the header's facts, and the pixels."""
+"""Tags that pydicom needs to extract native pixels."""
 
 _ELEMENT_BYTES = 12
-"""Tag, VR and length before encapsulated pixels, which never have an implicit VR."""
+"""Length of tag, VR and length of encapsulated pixels, which always have an explicit VR."""
 
 
 def _fragments(f: BinaryIO, header: SliceHeader) -> pydicom.Dataset | Encapsulated:
-    """Return the fragments of an opened file, or its data set where its transfer syntax has none."""
+    """Return the fragments of an opened file, or its data set if its transfer syntax is native."""
     if header.transfer_syntax in NATIVE:
         return pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
     if header.encoded_offset is not None:
         f.seek(header.encoded_offset)
         return read_fragments(f)
-    # With a table of other offsets before the pixels, or with pixels that the scan did not find.
+    # The file has an Extended Offset Table, or the scan did not find its pixels.
     ds = pydicom.dcmread(f, force=True, specific_tags=["ExtendedOffsetTable"], stop_before_pixels=True)
     f.seek(_ELEMENT_BYTES, io.SEEK_CUR)
     return read_fragments(f, ds.get("ExtendedOffsetTable") or b"")
@@ -419,9 +423,9 @@ def _open(header: SliceHeader) -> BinaryIO:
 
 
 def _fill(f: BinaryIO | io.FileIO, offset: int, view: memoryview) -> int:
-    """Read from `offset` on until `view` is full or the file ends; return the bytes read."""
+    """Read from `offset` on until `view` is full or the file ends; return the number of bytes read."""
     f.seek(offset)
-    done = 0
-    while done < len(view) and (count := f.readinto(view[done:])):  # type: ignore[union-attr]
-        done += count
-    return done
+    bytes_read = 0
+    while bytes_read < len(view) and (count := f.readinto(view[bytes_read:])):  # type: ignore[union-attr]
+        bytes_read += count
+    return bytes_read

@@ -1,4 +1,4 @@
-"""Splits the images of one *Series Instance UID* into volumes, and leaves out images that are no slices."""
+"""Splits the images of one *Series Instance UID* into volumes, and leaves out images that are not slices."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from dataclasses import replace
 from gpuprep.core.formatting import first_few
 from gpuprep.core.series import FOLDER_UID, MALFORMED, Image, Series, SliceHeader, packed
 from gpuprep.core.stacking_rules import EACH_A_VOLUME, SMALLEST_PART, Irregularity, Rules, SeriesWarning
-from gpuprep.dicom.acquisitions import acquisitions
-from gpuprep.dicom.header_checks import DAMAGED
-from gpuprep.dicom.ownership import owners
+from gpuprep.dicom.acquisitions import split_acquisitions
+from gpuprep.dicom.header_checks import MISSING_GEOMETRY
+from gpuprep.dicom.ownership import split_by_owner
 from gpuprep.files.filesystem import common_folder
 
 MATERIAL_MAPS = ("Z_EFF", "ED", "EDW", "PCT", "MGML", "HU_MOD")
-"""Rescale types of what is computed from several energies, and lies beside images in HU."""
+"""Rescale Types of material maps, computed from several energies and stored beside images in HU."""
 
 
 def partition(images: Iterable[Image], rules: Rules) -> list[Series]:
-    """Return the volumes that images form, by folder, series number and key.
+    """Return the volumes that images form, sorted by folder, series number and key.
 
     Parameters
     ----------
     images : iterable of Image
-        In any order.
+        Images in any order.
     rules : Rules
-        Whether a UID or a folder makes a series. With policy "fix", images of different acquisitions at the same place,
-        or between each other, become volumes of their own where each of these is regular.
+        Whether images are grouped by UID or by folder. With policy "fix", acquisitions that share positions or
+        interleave become separate volumes if each of them is regular.
     """
     groups: dict[str, list[Image]] = defaultdict(list)
-    by_folder = rules.group_by == "folder"
-    for image in sorted(images, key=_path):  # what one file holds stays in its order
-        # Without a UID nothing says which files belong together; a folder at least keeps strangers apart.
-        key = image.series_uid if image.series_uid and not by_folder else f"\0{image.folder}"
+    group_by_folder = rules.group_by == "folder"
+    for image in sorted(images, key=_path):  # stable: frames of a file keep their order
+        # Images without a UID are grouped by folder.
+        key = image.series_uid if image.series_uid and not group_by_folder else f"\0{image.folder}"
         groups[key].append(image)
-    if by_folder:
-        series = [volume for group, notes in _folders(groups) for volume in _warned(_series(group, rules), notes)]
+    if group_by_folder:
+        by_folder = _series_by_folder(groups)
+        series = [volume for group, notes in by_folder for volume in _with_warnings(_series(group, rules), notes)]
     else:
-        series = _counted_alone([volume for group in groups.values() for volume in _series(group, rules)])
+        series = _with_alone_counts([volume for group in groups.values() for volume in _series(group, rules)])
     series.sort(key=lambda s: (s.folder, s.series_number is None, s.series_number or 0, s.key))
     return series
 
 
-def _folders(groups: dict[str, list[Image]]) -> Iterator[tuple[list[Image], tuple[SeriesWarning, ...]]]:
-    """Yield the images of each folder with the UID of their series: their own, if all have the same and no others do.
+def _series_by_folder(groups: dict[str, list[Image]]) -> Iterator[tuple[list[Image], tuple[SeriesWarning, ...]]]:
+    """Yield the images of each folder under one series UID, with warnings.
 
-    Else it is made of the folder's path. Where UIDs differ, the slices keep a hash of theirs, since series of different
-    UIDs may lie in one place.
+    The UID is kept if it is the same in the whole folder and in no other one; otherwise it is made from the folder's
+    path, and slices keep a hash of their own UID, as series of different UIDs may share positions.
     """
     uids = {folder: {image.series_uid for image in images} for folder, images in groups.items()}
     folders_of = Counter(uid for found in uids.values() for uid in found)
@@ -59,14 +60,14 @@ def _folders(groups: dict[str, list[Image]]) -> Iterator[tuple[list[Image], tupl
         if uid and not others and folders_of[uid] == 1:
             yield images, ()
             continue
-        made = f"{FOLDER_UID}{hashlib.sha256(os.fsencode(folder[1:])).hexdigest()[:16]}"
-        spread = [uid for uid in uids[folder] if uid and folders_of[uid] > 1]
+        folder_uid = f"{FOLDER_UID}{hashlib.sha256(os.fsencode(folder[1:])).hexdigest()[:16]}"
+        shared_uids = [uid for uid in uids[folder] if uid and folders_of[uid] > 1]
         what = "images of its Series Instance UID lie in other folders too, and --group-by folder parts them"
-        notes = (SeriesWarning("spread", what),) if spread else ()
-        yield [image._replace(series_uid=made, header=_with_uid(image)) for image in images], notes
+        notes = (SeriesWarning("spread", what),) if shared_uids else ()
+        yield [image._replace(series_uid=folder_uid, header=_with_uid(image)) for image in images], notes
 
 
-def _warned(volumes: list[Series], notes: tuple[SeriesWarning, ...]) -> list[Series]:
+def _with_warnings(volumes: list[Series], notes: tuple[SeriesWarning, ...]) -> list[Series]:
     return [replace(v, warnings=(*v.warnings, *notes)) for v in volumes] if notes else volumes
 
 
@@ -75,8 +76,8 @@ def _with_uid(image: Image) -> SliceHeader:
     return image.header._replace(other=f"{image.header.other} {packed([('uid', uid)])}".strip())
 
 
-def _counted_alone(series: list[Series]) -> list[Series]:
-    """Return series, those of one image with the number of such series in their folder."""
+def _with_alone_counts(series: list[Series]) -> list[Series]:
+    """Set `alone` of series of one image to the number of such series in their folder."""
     alone = Counter(s.folder for s in series if len(s.slices) == 1)
     return [
         replace(s, alone=n) if len(s.slices) == 1 and (n := alone[s.folder]) >= SMALLEST_PART else s for s in series
@@ -84,13 +85,13 @@ def _counted_alone(series: list[Series]) -> list[Series]:
 
 
 def _series(images: list[Image], rules: Rules) -> list[Series]:
-    """Return the volumes of one UID: first by study and patient, then by what they show."""
-    of_owners, lost, notes = owners(images)
+    """Return the volumes of one UID, split by study and patient, then by geometry and acquisition."""
+    by_owner, unassigned, notes = split_by_owner(images)
     volumes = []
-    for n, owned in enumerate(of_owners):
+    for n, owned in enumerate(by_owner):
         first, *others = _volumes(owned, rules)
-        if n == 0 and lost:
-            first = _without(first, lost)
+        if n == 0 and unassigned:
+            first = _with_left_out(first, unassigned)
         volumes += [first, *others]
     if notes:
         volumes = [replace(v, irregularities=(*notes, *v.irregularities)) for v in volumes]
@@ -98,30 +99,32 @@ def _series(images: list[Image], rules: Rules) -> list[Series]:
 
 
 def _volumes(images: list[Image], rules: Rules) -> list[Series]:
-    """Return the volumes of one series."""
-    strays = _strays(images)
-    aside = {id(image) for image, _ in strays}
-    slices = [image for image in images if id(image) not in aside]
-    frames = _telling(image.frame_of_reference_uid for image in slices)
-    stack_ids = _telling(image.header.stack_id for image in slices)
-    stacks = _stacked(slices, frames, stack_ids)
+    """Return the volumes of one study and patient, split by geometry and acquisition."""
+    non_slices = _non_slices(images)
+    excluded = {id(image) for image, _ in non_slices}
+    slices = [image for image in images if id(image) not in excluded]
+    frames = _separating_ids(image.frame_of_reference_uid for image in slices)
+    stack_ids = _separating_ids(image.header.stack_id for image in slices)
+    stacks = _group_into_stacks(slices, frames, stack_ids)
     main, *others = stacks
-    large = [stacked for stacked in others if len(stacked) >= SMALLEST_PART and not _lack(stacked[0], main[0])]
-    strays += [(i, _unlike(i, main[0], frames)) for small in others if small not in large for i in small]
+    large = [
+        stacked for stacked in others if len(stacked) >= SMALLEST_PART and not _missing_attribute(stacked[0], main[0])
+    ]
+    non_slices += [(i, _difference(i, main[0], frames)) for small in others if small not in large for i in small]
 
-    volumes = [_joined(stacked) for stacked in (main, *large)]
+    volumes = [_as_series(stacked) for stacked in (main, *large)]
     if large:
-        volumes = [_mixed(volume, len(volumes), bool(stack_ids)) for volume in volumes]
-    if strays:
-        volumes[0] = _without(volumes[0], strays)
-    return [part for volume in volumes for part in acquisitions(volume, rules)]
+        volumes = [_with_mixed_note(volume, len(volumes), bool(stack_ids)) for volume in volumes]
+    if non_slices:
+        volumes[0] = _with_left_out(volumes[0], non_slices)
+    return [part for volume in volumes for part in split_acquisitions(volume, rules)]
 
 
-def _telling(values: Iterable[str]) -> frozenset[str]:
-    """Return the UIDs or IDs that tell stacks apart: none, unless two have enough images each to be stacks.
+def _separating_ids(values: Iterable[str]) -> frozenset[str]:
+    """Return the UIDs or IDs by which stacks are separated; none, unless two have enough images each for a stack.
 
-    Some anonymisers give every file a frame of reference of its own: then it says nothing. One that is absent, or too
-    damaged to be one and rare, never does.
+    Some anonymisers give every file its own frame of reference, which then is no criterion. Absent values, and rare
+    malformed ones, never are.
     """
     counts = Counter(values)
     if sum(count >= SMALLEST_PART for value, count in counts.items() if value) < 2:
@@ -134,99 +137,99 @@ def _telling(values: Iterable[str]) -> frozenset[str]:
 
 
 DIRECTION_ATOL = 1e-3
-"""Cosines of slices of one stack differ by no more: 0.06°."""
+"""Largest difference of direction cosines within one stack: 0.06°."""
 
 DIRECTION_WEIGHTS = tuple(w / (30 * DIRECTION_ATOL) for w in (1, 2, 3, 5, 7, 11))
-"""Of cosines, for a sum that differs by less than 1 between directions that are one within `DIRECTION_ATOL`."""
+"""Weights of cosines: the weighted sums of directions that are equal within `DIRECTION_ATOL` differ by less than 1."""
 
 
-def _stacked(slices: list[Image], frames: frozenset[str], stack_ids: frozenset[str]) -> list[list[Image]]:
-    """Return slices that can lie in one stack together, the largest stack first.
+def _group_into_stacks(slices: list[Image], frames: frozenset[str], stack_ids: frozenset[str]) -> list[list[Image]]:
+    """Return slices grouped into stacks, the largest stack first.
 
-    A slice that lacks a frame of reference or a Stack ID belongs where the rest, or its folder, leaves but one choice.
+    A slice without frame of reference or Stack ID is assigned by geometry, or by its folder, if that is unambiguous.
     """
 
-    def told(image: Image) -> tuple[str, str]:
+    def ids_of(image: Image) -> tuple[str, str]:
         frame, stack_id = image.frame_of_reference_uid, image.header.stack_id
         return frame if frame in frames else "", stack_id if stack_id in stack_ids else ""
 
     complete: list[Image] = []
-    lacking: list[Image] = []
+    incomplete: list[Image] = []
     for image in slices:
-        frame, stack_id = told(image)
-        (lacking if (frames and not frame) or (stack_ids and not stack_id) else complete).append(image)
+        frame, stack_id = ids_of(image)
+        (incomplete if (frames and not frame) or (stack_ids and not stack_id) else complete).append(image)
     stacks = _Stacks()
     for image in complete:
-        stacks.add(image, told(image))
-    if lacking:
+        stacks.add(image, ids_of(image))
+    if incomplete:
         folders = [{image.folder for image in stacked} for stacked in stacks.all]
         order = {id(image): n for n, image in enumerate(slices)}
         known = len(stacks.all)
-        for image in lacking:
-            own = told(image)
-            fitting = [n for n in range(known) if stacks.fits(image, n, own)]
-            if len(fitting) > 1:
-                fitting = [n for n in fitting if image.folder in folders[n]]
-            if len(fitting) == 1:
-                stacks.all[fitting[0]].append(image)
+        for image in incomplete:
+            ids = ids_of(image)
+            matching = [n for n in range(known) if stacks.fits(image, n, ids)]
+            if len(matching) > 1:
+                matching = [n for n in matching if image.folder in folders[n]]
+            if len(matching) == 1:
+                stacks.all[matching[0]].append(image)
             else:
-                stacks.add(image, own)
+                stacks.add(image, ids)
         for stacked in stacks.all:
             stacked.sort(key=lambda image: order[id(image)])
     return sorted(stacks.all, key=lambda stacked: (-len(stacked), _path(stacked[0])))
 
 
 class _Stacks:
-    """Stacks of slices of equal matrices, spacing and direction, as they are found."""
+    """Stacks of slices with equal matrix, spacing, direction and IDs, filled slice by slice."""
 
     def __init__(self) -> None:
         self.all: list[list[Image]] = []
-        self._told: list[tuple[str, str]] = []
-        self._exactly: dict[tuple[object, ...], list[Image]] = {}
-        self._near: dict[tuple[object, ...], list[int]] = defaultdict(list)
-        """Numbers of stacks by matrix and roughly by direction, for many may differ in it."""
+        self._ids: list[tuple[str, str]] = []
+        self._by_exact_key: dict[tuple[object, ...], list[Image]] = {}
+        self._by_bin: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        """Indices of stacks by IDs, matrix and binned direction, so that few stacks are compared."""
 
-    def add(self, image: Image, told: tuple[str, str]) -> None:
-        """Add a slice to the first stack in which it can lie, or to a new one; `told`: see `fits`."""
-        exact = (told, image.rows, image.columns, image.pixel_spacing_mm, image.orientation)
-        if (stacked := self._exactly.get(exact)) is None:
+    def add(self, image: Image, ids: tuple[str, str]) -> None:
+        """Add a slice to the first stack that it fits, or to a new one; `ids`: see `fits`."""
+        exact = (ids, image.rows, image.columns, image.pixel_spacing_mm, image.orientation)
+        if (stacked := self._by_exact_key.get(exact)) is None:
             bins: list[int | None] = [None]
             if image.orientation is not None:
-                cosines = (max(-1.0, min(x, 1.0)) for x in image.orientation)  # damaged ones may be any number
-                here = math.floor(sum(w * x for w, x in zip(DIRECTION_WEIGHTS, cosines, strict=True)))
-                bins = [here, here - 1, here + 1]
-            keys = [(told, image.rows, image.columns, b) for b in bins]
-            near = sorted(n for key in keys for n in self._near.get(key, ()))
-            n = next((n for n in near if self.fits(image, n, told)), len(self.all))
+                cosines = (max(-1.0, min(x, 1.0)) for x in image.orientation)  # damaged cosines may be any number
+                bin_ = math.floor(sum(w * x for w, x in zip(DIRECTION_WEIGHTS, cosines, strict=True)))
+                bins = [bin_, bin_ - 1, bin_ + 1]
+            keys = [(ids, image.rows, image.columns, b) for b in bins]
+            near = sorted(n for key in keys for n in self._by_bin.get(key, ()))
+            n = next((n for n in near if self.fits(image, n, ids)), len(self.all))
             if n == len(self.all):
                 self.all.append([])
-                self._told.append(told)
-                self._near[keys[0]].append(n)
-            stacked = self._exactly[exact] = self.all[n]
+                self._ids.append(ids)
+                self._by_bin[keys[0]].append(n)
+            stacked = self._by_exact_key[exact] = self.all[n]
         stacked.append(image)
 
-    def fits(self, image: Image, n: int, told: tuple[str, str]) -> bool:
-        """Whether a slice can lie in a stack; `told`: its frame of reference and Stack ID, "" where it says none."""
-        agree = all(a in ("", b) for a, b in zip(told, self._told[n], strict=True))
+    def fits(self, image: Image, n: int, ids: tuple[str, str]) -> bool:
+        """Whether a slice fits a stack; `ids`: its frame of reference and Stack ID, "" for one that is no criterion."""
+        agree = all(a in ("", b) for a, b in zip(ids, self._ids[n], strict=True))
         return agree and _same_stack(image, self.all[n][0])
 
 
-def _mixed(volume: Series, count: int, numbered: bool) -> Series:
-    """Return one of several stacks that share a series, with a note."""
+def _with_mixed_note(volume: Series, count: int, by_stack_id: bool) -> Series:
+    """Return one of several stacks of a series with a "mixed" irregularity."""
     unlike = "matrix, spacing, orientation" + (
-        ", frame of reference or Stack ID" if numbered else " or frame of reference"
+        ", frame of reference or Stack ID" if by_stack_id else " or frame of reference"
     )
     what = f"{count} stacks unlike in {unlike} share a series"
     stack_id = volume.slices[0].stack_id
-    here = f"; this one has Stack ID {stack_id}" if numbered and stack_id.isdigit() else ""
-    return replace(volume, irregularities=(Irregularity("mixed", what + here, EACH_A_VOLUME),))
+    note = f"; this one has Stack ID {stack_id}" if by_stack_id and stack_id.isdigit() else ""
+    return replace(volume, irregularities=(Irregularity("mixed", what + note, EACH_A_VOLUME),))
 
 
-def _without(volume: Series, strays: list[tuple[Image, str]]) -> Series:
-    """Return a volume with the images named that were left out of it."""
-    named = first_few([f"{image.header.name} ({why})" for image, why in strays])
+def _with_left_out(volume: Series, non_slices: list[tuple[Image, str]]) -> Series:
+    """Return a volume with a record of the images that were left out."""
+    named = first_few([f"{image.header.name} ({why})" for image, why in non_slices])
     return volume.without(
-        ((image.header, why) for image, why in strays), f"{len(strays)} images are no slices: {named}"
+        ((image.header, why) for image, why in non_slices), f"{len(non_slices)} images are no slices: {named}"
     )
 
 
@@ -234,16 +237,16 @@ def _path(image: Image) -> str:
     return image.header.path
 
 
-def _strays(images: list[Image]) -> list[tuple[Image, str]]:
-    """Return images that are no slices, and why; none if there is nothing else: then the whole is to be judged."""
+def _non_slices(images: list[Image]) -> list[tuple[Image, str]]:
+    """Return images that are not slices, with reasons; none if all are, so that the series is judged as a whole."""
     primary = sum(not image.header.secondary for image in images) > len(images) / 2
     hu = any(image.header.rescale_type in (None, "HU") for image in images)
-    strays = [(image, why) for image in images if (why := _stray(image, primary, hu))]
-    return strays if len(strays) < len(images) else []
+    non_slices = [(image, why) for image in images if (why := _non_slice_reason(image, primary, hu))]
+    return non_slices if len(non_slices) < len(images) else []
 
 
-def _stray(image: Image, primary: bool, hu: bool) -> str:
-    """Return why an image is no slice; "" for one that may be. `primary`: most images of the series are; `hu`: some."""
+def _non_slice_reason(image: Image, primary: bool, hu: bool) -> str:
+    """Return why an image is not a slice, or "". `primary`: most images of the series are; `hu`: some are in HU."""
     if image.header.localizer:
         return "localizer"
     if image.header.samples_per_pixel != 1:
@@ -253,17 +256,19 @@ def _stray(image: Image, primary: bool, hu: bool) -> str:
     return "secondary image" if image.header.secondary and primary else ""
 
 
-def _lack(image: Image, other: Image) -> str:
-    """Return what an image lacks that would say whether it is of another kind than `other`: it may be a slice."""
+def _missing_attribute(image: Image, other: Image) -> str:
+    """Return which attribute an image lacks for a comparison with `other`, or "": it may be of the same stack."""
     if not (image.rows and image.columns):
-        return DAMAGED[0]
+        return MISSING_GEOMETRY[0]
     if (image.rows, image.columns) != (other.rows, other.columns):
         return ""
-    return DAMAGED[1] if image.orientation is None else DAMAGED[2] if image.pixel_spacing_mm is None else ""
+    if image.orientation is None:
+        return MISSING_GEOMETRY[1]
+    return MISSING_GEOMETRY[2] if image.pixel_spacing_mm is None else ""
 
 
 def _same_stack(a: Image, b: Image) -> bool:
-    """Whether two slices can lie in one stack: equal matrices, spacing within 0.1 %, directions within 0.06°."""
+    """Whether two slices have equal matrices, spacing within 0.1 % and directions within 0.06°."""
     if (a.rows, a.columns) != (b.rows, b.columns):
         return False
     return _close(a.pixel_spacing_mm, b.pixel_spacing_mm, rtol=1e-3) and _close(
@@ -271,10 +276,10 @@ def _same_stack(a: Image, b: Image) -> bool:
     )
 
 
-def _unlike(a: Image, b: Image, frames: frozenset[str]) -> str:
-    """Return in what an image differs from a stack that it does not belong to; `frames`: those that tell stacks."""
-    if lack := _lack(a, b):
-        return lack
+def _difference(a: Image, b: Image, frames: frozenset[str]) -> str:
+    """Return how an image differs from slice `b` of a stack; `frames`: frames of reference that separate stacks."""
+    if missing := _missing_attribute(a, b):
+        return missing
     if (a.rows, a.columns) != (b.rows, b.columns):
         return "other matrix"
     if not _close(a.orientation, b.orientation, atol=DIRECTION_ATOL):
@@ -294,8 +299,8 @@ def _close(a: tuple[float, ...] | None, b: tuple[float, ...] | None, rtol: float
     return all(abs(x - y) <= atol + rtol * abs(y) for x, y in zip(a, b, strict=True))
 
 
-def _joined(images: list[Image]) -> Series:
-    """Return images that form one stack as a series."""
+def _as_series(images: list[Image]) -> Series:
+    """Return the images of one stack as a series."""
     first = images[0]
     return Series(
         series_uid=first.series_uid,
@@ -313,6 +318,6 @@ def _joined(images: list[Image]) -> Series:
 
 
 def _most_frequent(values: Iterable[str]) -> str:
-    """Return the value that most have, the first of several; "" where none has any."""
+    """Return the most frequent value, the first of several; "" if all are empty."""
     counts = Counter(value for value in values if value)
     return max(counts, key=counts.__getitem__, default="")

@@ -50,7 +50,7 @@ class SeriesSlices:
                 self.along, self.shift = where[:, 0], where[:, 1:]
         self.spacing_mm = stack.geometry.spacing_mm
         self._by_uid: dict[str, set[int]] = defaultdict(set)
-        for n, header in (*enumerate(stack.slices), *stack.twins):
+        for n, header in (*enumerate(stack.slices), *stack.duplicates):
             self._by_uid[header.sop_instance_uid].add(n)
         named = segmentation.sop_uids
         self.has_named_images = not named or not named.isdisjoint(self._by_uid)

@@ -261,7 +261,7 @@ def series_under(
         function: Callable[[list[str]], list[Contents]], tasks: list[list[str]]
     ) -> Iterator[tuple[list[str], list[Contents]]]:
         def unreadable(file: str, exc: WorkerDiedError) -> Contents:
-            return Contents(unreadable=[(printable(file), str(exc))], lasting=False)
+            return Contents(unreadable=[(printable(file), str(exc))], cacheable=False)
 
         return answers(executor, function, tasks, unreadable)
 

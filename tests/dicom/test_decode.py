@@ -1,4 +1,4 @@
-"""Frames to stored values: the same integers from every encoding, and no image where there is none."""
+"""Tests of `gpuprep.dicom.decode`: equal stored values from every encoding, and errors for damaged frames."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PROCESS_6, PROCESS_10 = UID("1.2.840.10008.1.2.4.53"), UID("1.2.840.10008.1.2.4.
 
 
 def noise(bits: int, signed: bool, seed: int = 0) -> Stored:
-    """Return noise that holds both ends of what the bits can hold."""
+    """Return noise that contains the lowest and highest value of the given bits."""
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     values = np.random.default_rng(seed).integers(low, high + 1, (ROWS, COLUMNS))
     values[0, :2] = low, high
@@ -59,20 +59,20 @@ def noise(bits: int, signed: bool, seed: int = 0) -> Stored:
 
 
 def smooth(bits: int) -> Stored:
-    """Return an unsigned image that lossy encodings can keep."""
+    """Return a smooth unsigned image, which lossy encodings change little."""
     y, x = np.mgrid[:ROWS, :COLUMNS]
     values: Stored = ((np.sin(x / 9) + np.cos(y / 7) + 2.1) / 4.2 * (2**bits - 1)).astype("u1" if bits <= 8 else "u2")
     return values
 
 
-def as_bits(stored: Stored, bits: int) -> Stored:
-    """Return what lies in the lowest bits, as unsigned integers."""
+def low_bits(stored: Stored, bits: int) -> Stored:
+    """Return the lowest bits as unsigned integers."""
     unsigned: Stored = stored.view(f"u{stored.itemsize}")
     return np.asarray(unsigned & (2**bits - 1))
 
 
 def dataset(syntax: UID, stored: Stored, bits: int) -> Dataset:
-    """Return a data set that describes such an image, and has no pixels yet."""
+    """Return a data set that describes an image, without pixels."""
     ds = Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = syntax
@@ -84,7 +84,7 @@ def dataset(syntax: UID, stored: Stored, bits: int) -> Dataset:
 
 
 def encapsulated(syntax: UID, stored: Stored, bits: int, *streams: bytes) -> Dataset:
-    """Return a data set of one or several encoded frames."""
+    """Return a data set with one or several encoded frames."""
     ds = dataset(syntax, stored, bits)
     if len(streams) > 1:
         ds.NumberOfFrames = len(streams)
@@ -108,11 +108,11 @@ def decoded(ds: Dataset, frame: int = 0, **changes: Any) -> Stored:
 
 
 def opened(file: Path) -> Dataset:
-    """Read a data set as it would be read for its pixels, and not all its values at once."""
+    """Read a data set with deferred conversion of values, as for reading pixels."""
     return pydicom.dcmread(file, defer_size=1024)
 
 
-def same(ours: Stored, expected: Stored) -> None:
+def assert_same(ours: Stored, expected: Stored) -> None:
     assert ours.dtype == expected.dtype
     np.testing.assert_array_equal(ours, expected)
 
@@ -181,40 +181,40 @@ def by_pydicom(syntax: UID) -> Callable[[Stored, int], bytes]:
 
 
 LOSSLESS: dict[str, tuple[UID, Callable[[Stored, int], bytes | bytearray]]] = {
-    "JPEG by hand": (JPEGLosslessSV1, lambda v, b: lossless_jpeg(as_bits(v, b), b)),
-    "JPEG with restarts": (JPEGLosslessSV1, lambda v, b: lossless_jpeg(as_bits(v, b), b, 5)),
-    "JPEG by imagecodecs": (JPEGLosslessSV1, lambda v, b: imagecodecs.ljpeg_encode(as_bits(v, b), bitspersample=b)),
+    "JPEG by hand": (JPEGLosslessSV1, lambda v, b: lossless_jpeg(low_bits(v, b), b)),
+    "JPEG with restarts": (JPEGLosslessSV1, lambda v, b: lossless_jpeg(low_bits(v, b), b, 5)),
+    "JPEG by imagecodecs": (JPEGLosslessSV1, lambda v, b: imagecodecs.ljpeg_encode(low_bits(v, b), bitspersample=b)),
     "JPEG of whole words": (JPEGLosslessSV1, lambda v, _: lossless_jpeg(v.view(f"u{v.itemsize}"), v.itemsize * 8)),
     "JPEG, predictor 6": (
         JPEGLossless,
-        lambda v, b: imagecodecs.jpeg8_encode(as_bits(v, b), lossless=True, predictor=6, bitspersample=b),
+        lambda v, b: imagecodecs.jpeg8_encode(low_bits(v, b), lossless=True, predictor=6, bitspersample=b),
     ),
     "JPEG-LS by pydicom": (JPEGLSLossless, by_pydicom(JPEGLSLossless)),
     "JPEG-LS of whole words": (JPEGLSLossless, lambda v, _: imagecodecs.jpegls_encode(v.view(f"u{v.itemsize}"))),
-    "JPEG-LS of words with nothing above": (JPEGLSLossless, lambda v, b: imagecodecs.jpegls_encode(as_bits(v, b))),
+    "JPEG-LS of words with nothing above": (JPEGLSLossless, lambda v, b: imagecodecs.jpegls_encode(low_bits(v, b))),
     "JPEG 2000 by pydicom": (JPEG2000Lossless, by_pydicom(JPEG2000Lossless)),
     "JPEG 2000 by imagecodecs": (JPEG2000Lossless, lambda v, b: j2k(v, b)),
     "JPEG 2000 of whole words": (JPEG2000Lossless, lambda v, _: j2k(v)),
-    "JPEG 2000 without sign": (JPEG2000Lossless, lambda v, b: j2k(as_bits(v, b), b)),
+    "JPEG 2000 without sign": (JPEG2000Lossless, lambda v, b: j2k(low_bits(v, b), b)),
     "JPEG 2000 with sign": (JPEG2000Lossless, lambda v, b: j2k(sign_at(v, b), b)),
     "JPEG 2000 as a JP2 file": (JPEG2000Lossless, lambda v, b: j2k(v, b, "jp2")),
     "HTJ2K": (HTJ2KLossless, lambda v, _: imagecodecs.htj2k_encode(v, reversible=True)),
     "RLE": (RLELossless, by_pydicom(RLELossless)),
-    "JPEG XL": (JPEG_XL, lambda v, b: jxl(as_bits(v, b), b)),
-    "JPEG XL as a file": (JPEG_XL, lambda v, b: jxl(as_bits(v, b), b, usecontainer=True)),
+    "JPEG XL": (JPEG_XL, lambda v, b: jxl(low_bits(v, b), b)),
+    "JPEG XL as a file": (JPEG_XL, lambda v, b: jxl(low_bits(v, b), b, usecontainer=True)),
     "JPEG XL of whole words": (JPEG_XL, lambda v, _: jxl(v.view(f"u{v.itemsize}"))),
     "deflated": (DEFLATED_FRAMES, lambda v, _: deflated(v.astype(v.dtype.newbyteorder("<")).tobytes())),
     "uncompressed": (UNCOMPRESSED, lambda v, _: v.astype(v.dtype.newbyteorder("<")).tobytes()),
 }
 
 
-BY_HAND = {"JPEG by hand", "JPEG with restarts", "JPEG of whole words"}
-"""That encoder spends 5 bits on what takes 1."""
+SIMPLE_ENCODERS = {"JPEG by hand", "JPEG with restarts", "JPEG of whole words"}
+"""Encodings by an encoder that spends 5 bits per code where 1 is enough."""
 
 
 def sign_at(stored: Stored, bits: int) -> Stored:
-    """Return the same bits, with the topmost read as a sign."""
-    unsigned = as_bits(stored, bits).astype(np.int32)
+    """Return the same bits as two's complement."""
+    unsigned = low_bits(stored, bits).astype(np.int32)
     return np.where(unsigned >= 2 ** (bits - 1), unsigned - 2**bits, unsigned).astype(f"i{stored.itemsize}")
 
 
@@ -225,7 +225,7 @@ def test_every_lossless_encoding_gives_the_same_integers(encoding: str, bits: in
     # Traps 24, 25, 30: both ends of the range; pydicom issues 1149 and 2009.
     syntax, encode = LOSSLESS[encoding]
     stored = noise(bits, signed)
-    same(decoded(encapsulated(syntax, stored, bits, bytes(encode(stored, bits)))), stored)
+    assert_same(decoded(encapsulated(syntax, stored, bits, bytes(encode(stored, bits)))), stored)
 
 
 @pytest.mark.parametrize("bits", range(2, 17))
@@ -233,25 +233,25 @@ def test_every_lossless_encoding_gives_the_same_integers(encoding: str, bits: in
 def test_lossless_jpeg_of_any_precision_and_predictor(bits: int, predictor: int) -> None:
     stored = noise(bits, False)
     stream = imagecodecs.jpeg8_encode(stored, lossless=True, predictor=predictor, bitspersample=bits)
-    same(decoded(encapsulated(JPEGLossless, stored, bits, bytes(stream))), stored)
+    assert_same(decoded(encapsulated(JPEGLossless, stored, bits, bytes(stream))), stored)
 
 
 @pytest.mark.parametrize("bits", [8, 12, 15])
 @pytest.mark.parametrize("signed", [True, False])
-def test_lossless_jpeg_reckons_modulo_65536(bits: int, signed: bool) -> None:
-    # T.81, H.1.2.1: 52 − 180 is 65408, which is 128 in 8 bits; libjpeg-turbo leaves the 65408 where it has room.
+def test_lossless_jpeg_predicts_modulo_65536(bits: int, signed: bool) -> None:
+    # T.81, H.1.2.1: 52 − 180 is 65408, which is 128 in 8 bits; libjpeg-turbo leaves the 65408 in 16-bit output.
     stored = noise(bits, signed)
-    stream = lossless_jpeg(as_bits(stored, bits), bits, wrap=True)
-    same(decoded(encapsulated(JPEGLosslessSV1, stored, bits, stream)), stored)
+    stream = lossless_jpeg(low_bits(stored, bits), bits, wrap=True)
+    assert_same(decoded(encapsulated(JPEGLosslessSV1, stored, bits, stream)), stored)
 
 
 @pytest.mark.parametrize("bits", [6, 8])
-def test_eight_bits_in_words_of_sixteen(bits: int) -> None:
+def test_eight_bits_stored_in_words_of_sixteen_are_decoded(bits: int) -> None:
     # pydicom issue 2010.
     stored = noise(bits, False)
     for stream in (lossless_jpeg(stored, bits), imagecodecs.jpegls_encode(stored), j2k(stored, bits)):
         ds = encapsulated(JPEGLSLossless, stored.astype(np.uint16), bits, bytes(stream))
-        same(decoded(ds), stored.astype(np.uint16))
+        assert_same(decoded(ds), stored.astype(np.uint16))
 
 
 @pytest.mark.parametrize(
@@ -267,20 +267,20 @@ def test_lossy_jpeg_keeps_a_smooth_image(syntax: UID, bits: int) -> None:
 
 
 @pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGBaseline8Bit, JPEG2000Lossless])
-def test_a_wrong_name_for_the_encoding_does_not_matter(syntax: UID) -> None:
+def test_the_code_stream_and_not_the_transfer_syntax_selects_the_decoder(syntax: UID) -> None:
     stored = noise(12, True)
     for stream in (
-        lossless_jpeg(as_bits(stored, 12), 12),
+        lossless_jpeg(low_bits(stored, 12), 12),
         j2k(stored, 12),
         imagecodecs.jpegls_encode(stored.view("u2")),
     ):
-        same(decoded(encapsulated(syntax, stored, 12, bytes(stream))), stored)
+        assert_same(decoded(encapsulated(syntax, stored, 12, bytes(stream))), stored)
 
 
 @pytest.mark.parametrize("high_bit", [11, 13, 15])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("syntax", [RLELossless, ExplicitVRBigEndian, ExplicitVRLittleEndian])
-def test_bits_beside_the_stored_ones_are_dropped(syntax: UID, high_bit: int, signed: bool) -> None:
+def test_bits_outside_bits_stored_are_dropped(syntax: UID, high_bit: int, signed: bool) -> None:
     # Trap 24; PS3.5, 8.1.1.
     stored = noise(12, signed)
     shift = high_bit - 11
@@ -293,7 +293,7 @@ def test_bits_beside_the_stored_ones_are_dropped(syntax: UID, high_bit: int, sig
         ds.PixelData = raw.astype(">u2" if syntax == ExplicitVRBigEndian else "<u2").tobytes()
         ds["PixelData"].VR = "OW"
         ds.set_original_encoding(False, syntax != ExplicitVRBigEndian)
-    same(decoded(ds, high_bit=high_bit), stored)
+    assert_same(decoded(ds, high_bit=high_bit), stored)
 
 
 # JPEG XL
@@ -303,8 +303,8 @@ def test_bits_beside_the_stored_ones_are_dropped(syntax: UID, high_bit: int, sig
     "size", [(1, 1), (1, 7), (8, 8), (64, 256), (264, 264), (300, 200), (200, 300), (120, 100), (9, 5000)]
 )
 @pytest.mark.parametrize("bits", [2, 8, 9, 10, 12, 13, 16])
-def test_a_jpeg_xl_header_is_understood(bits: int, size: tuple[int, int]) -> None:
-    # Every way to write a size: in eights, in four lengths of numbers, as a ratio; and every way to write a precision.
+def test_size_and_precision_are_read_from_a_jpeg_xl_header(bits: int, size: tuple[int, int]) -> None:
+    # All codings of the size (multiples of 8, numbers of four lengths, ratios) and of the precision.
     stored = np.zeros(size, np.uint8 if bits <= 8 else np.uint16)
     for options in ({}, {"usecontainer": True}):
         info = frame_info(jxl(stored, bits, **options))
@@ -313,21 +313,21 @@ def test_a_jpeg_xl_header_is_understood(bits: int, size: tuple[int, int]) -> Non
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 2), (6, 5, 3), (6, 5, 4)])
-def test_jpeg_xl_of_several_samples_is_refused(shape: tuple[int, ...]) -> None:
+def test_jpeg_xl_with_several_samples_per_pixel_is_rejected(shape: tuple[int, ...]) -> None:
     stream = bytes(imagecodecs.jpegxl_encode(np.zeros(shape, np.uint8), lossless=True))
     with pytest.raises(DecodeError, match=r"its frame is 6 × 5 × [23], its header says 6 × 5"):
         decoded(encapsulated(JPEG_XL, np.zeros((6, 5), np.uint8), 8, stream))
 
 
-def test_jpeg_xl_that_is_no_slice_is_refused() -> None:
+def test_rotated_animated_and_floating_point_jpeg_xl_is_rejected() -> None:
     floating = bytes(imagecodecs.jpegxl_encode(np.zeros((6, 5), np.float32), lossless=True))
     animated = bytes(imagecodecs.jpegxl_encode(np.zeros((3, 6, 5), np.uint8), lossless=True, photometric="gray"))
     for stream in (floating, animated):
-        with pytest.raises(DecodeError, match="turned, animated or of floating point"):
+        with pytest.raises(DecodeError, match="rotated, animated or in floating point"):
             decoded(encapsulated(JPEG_XL, np.zeros((6, 5), np.uint8), 8, stream))
 
 
-def test_a_jpeg_xl_file_in_parts_is_one_image() -> None:
+def test_a_jpeg_xl_code_stream_in_several_boxes_is_decoded() -> None:
     stored = noise(12, False)
     stream = jxl(stored, 12)
     signature = b"\0\0\0\x0cJXL \r\n\x87\n"
@@ -337,9 +337,9 @@ def test_a_jpeg_xl_file_in_parts_is_one_image() -> None:
         for n, part in enumerate(parts):
             number = n | (n == len(parts) - 1) << 31
             boxes += struct.pack(">I4sI", 12 + len(part), b"jxlp", number) + part
-        same(decoded(encapsulated(JPEG_XL, stored, 12, boxes)), stored)
+        assert_same(decoded(encapsulated(JPEG_XL, stored, 12, boxes)), stored)
     for last in (b"\0\0\0\0jxlc", b"\0\0\0\1jxlc" + struct.pack(">Q", 16 + len(stream))):
-        same(
+        assert_same(
             decoded(encapsulated(JPEG_XL, stored, 12, signature + b"\0\0\0\x14ftypjxl \0\0\0\0jxl " + last + stream)),
             stored,
         )
@@ -349,17 +349,17 @@ def test_a_jpeg_xl_file_in_parts_is_one_image() -> None:
     "boxes",
     [b"", b"\0\0\0\0", b"\0\0\0\0ftyp", b"\0\0\0\7jxlc", b"\0\0\0\1jxlc" + bytes(8), b"\xff" * 40, b"\0\0\0\0jxlc\xff"],
 )
-def test_a_jpeg_xl_file_without_code_stream_is_refused(boxes: bytes) -> None:
+def test_a_jpeg_xl_file_without_code_stream_is_rejected(boxes: bytes) -> None:
     stored = noise(12, False)
-    with pytest.raises(DecodeError, match="begins like no JPEG"):
+    with pytest.raises(DecodeError, match="is not a JPEG"):
         decoded(encapsulated(JPEG_XL, stored, 12, b"\0\0\0\x0cJXL \r\n\x87\n" + boxes))
 
 
-def test_a_jpeg_inside_jpeg_xl_has_its_values() -> None:
+def test_recompressed_jpeg_in_jpeg_xl_keeps_its_values() -> None:
     stored = smooth(8)
     jpeg = bytes(imagecodecs.jpeg8_encode(stored, level=90))
     ours = decoded(encapsulated(JPEG_XL_OF_JPEG, stored, 8, bytes(imagecodecs.jpegxl_encode_jpeg(jpeg))))
-    # ITU-T T.81 leaves the rounding of the inverse transform to decoders.
+    # ITU-T T.81 does not specify the rounding of the inverse transform.
     assert np.abs(ours.astype(int) - imagecodecs.jpeg8_decode(jpeg)).max() <= 1
 
 
@@ -372,12 +372,12 @@ def test_lossy_jpeg_xl_keeps_a_smooth_image(bits: int) -> None:
     assert np.abs(ours.astype(int) - stored).max() <= 2**bits / 100
 
 
-# Plain words in fragments
+# Uncompressed words in fragments
 
 
 @pytest.mark.parametrize("change", [-2, -1, 1, 2, 1000])
 @pytest.mark.parametrize("syntax", [DEFLATED_FRAMES, UNCOMPRESSED], ids=["deflated", "uncompressed"])
-def test_words_of_another_number_are_no_image(syntax: UID, change: int) -> None:
+def test_a_frame_with_a_wrong_number_of_words_is_rejected(syntax: UID, change: int) -> None:
     stored = noise(12, True)
     data = stored.tobytes()
     data = data[:change] if change < 0 else data + bytes(change)
@@ -385,22 +385,22 @@ def test_words_of_another_number_are_no_image(syntax: UID, change: int) -> None:
     ds = encapsulated(syntax, stored, 12)
     ds.PixelData = encapsulate([frame], has_bot=False)
     if change == 1 and syntax == DEFLATED_FRAMES:
-        same(decoded(ds), stored)  # padding before it was deflated
-    elif change == -1 and syntax == UNCOMPRESSED:  # filled up with the byte that it lost
-        same(decoded(ds).ravel()[:-1], stored.ravel()[:-1])
+        assert_same(decoded(ds), stored)  # the padding byte was added before deflating
+    elif change == -1 and syntax == UNCOMPRESSED:  # padded to an even length with the missing byte
+        assert_same(decoded(ds).ravel()[:-1], stored.ravel()[:-1])
     else:
         with pytest.raises(DecodeError, match=rf"\d+ bytes.*, not {stored.nbytes}"):
             decoded(ds)
 
 
-def test_words_of_one_byte_are_filled_up() -> None:
+def test_an_odd_number_of_bytes_is_padded() -> None:
     stored = noise(8, False)[:33]
     assert stored.size % 2
     for syntax, frame in ((UNCOMPRESSED, stored.tobytes()), (DEFLATED_FRAMES, deflated(stored.tobytes() + b"\0"))):
-        same(decoded(encapsulated(syntax, stored, 8, frame)), stored)
+        assert_same(decoded(encapsulated(syntax, stored, 8, frame)), stored)
 
 
-def test_a_deflated_frame_is_not_unpacked_beyond_its_size() -> None:
+def test_a_deflated_frame_is_not_inflated_beyond_its_size() -> None:
     stored = noise(12, False)
     bomb = deflated(bytes(200 * 2**20))
     tracemalloc.start()
@@ -438,10 +438,10 @@ def in_fragments(streams: list[bytes], has_bot: bool) -> Dataset:
     ],
     ids=["basic offset table", "fragments, table", "fragments, no table", "extended offset table"],
 )
-def test_each_frame_of_several_is_found(wrap: Callable[[list[bytes]], Dataset]) -> None:
+def test_each_of_several_encapsulated_frames_is_found(wrap: Callable[[list[bytes]], Dataset]) -> None:
     ds = wrap([j2k(f, 12) for f in FRAMES])
     for k, stored in enumerate(FRAMES):
-        same(decoded(ds, k), stored)
+        assert_same(decoded(ds, k), stored)
     for k in (-1, 3):
         with pytest.raises(DecodeError, match=rf"a\.dcm.*no frame {k + 1} of 3"):
             decoded(ds, k)
@@ -452,29 +452,29 @@ def test_one_frame_in_many_fragments(tmp_path: Path) -> None:
     ds = dataset(JPEG2000Lossless, stored, 12)
     fragments = list(fragment_frame(j2k(stored, 12), 7))
     ds.PixelData = encapsulate(fragments, has_bot=False)
-    same(decoded(ds), stored)
+    assert_same(decoded(ds), stored)
     ds.SOPClassUID = ds.SOPInstanceUID = "1.2.3"
     ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
     ds.save_as(tmp_path / "a.dcm", enforce_file_format=True)
-    same(decoded(opened(tmp_path / "a.dcm")), stored)
+    assert_same(decoded(opened(tmp_path / "a.dcm")), stored)
 
 
-def test_native_frames_are_told_apart() -> None:
+def test_each_of_several_native_frames_is_read() -> None:
     ds = dataset(ExplicitVRBigEndian, FRAMES[0], 12)
     ds.NumberOfFrames = 3
     ds.PixelData = b"".join(f.astype(">i2").tobytes() for f in FRAMES)
     ds["PixelData"].VR = "OW"
     ds.set_original_encoding(False, False)
     for k, stored in enumerate(FRAMES):
-        same(decoded(ds, k), stored)
+        assert_same(decoded(ds, k), stored)
 
 
-# What is no image
+# Frames that are rejected
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Put other functions in the place of the decoders of a kind; None leaves the one that is there."""
+def replace_decoders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that replaces the decoders of a kind; None keeps the original one."""
 
     real = dict(DECODERS)
 
@@ -502,7 +502,7 @@ def floating(_: bytes, info: FrameInfo) -> Stored:
     return np.random.default_rng(0).random((info.rows, info.columns))
 
 
-def beyond(_: bytes, info: FrameInfo) -> Stored:
+def out_of_range(_: bytes, info: FrameInfo) -> Stored:
     return np.full((info.rows, info.columns), 4096, np.uint16)
 
 
@@ -515,44 +515,46 @@ KINDS: dict[Kind, tuple[UID, Callable[[Stored], bytes]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bad", [raising, zeros, transposed, floating, beyond], ids=lambda f: f.__name__)
-def test_the_next_decoder_is_asked(kind: Kind, bad: Any, fake: Callable[..., None]) -> None:
+@pytest.mark.parametrize("bad", [raising, zeros, transposed, floating, out_of_range], ids=lambda f: f.__name__)
+def test_the_next_decoder_is_tried_after_a_failure(kind: Kind, bad: Any, replace_decoders: Callable[..., None]) -> None:
     syntax, encode = KINDS[kind]
     stored = noise(12, False)
     stream = encode(stored)
     assert len(stream) > stored.size / 4 + 1024
     if len(DECODERS[kind]) == 1:
-        fake(kind, bad)
+        replace_decoders(kind, bad)
         with pytest.raises(DecodeError, match=DECODERS[kind][0].name):
             decoded(encapsulated(syntax, stored, 12, stream))
         return
-    fake(kind, bad, None)
-    same(decoded(encapsulated(syntax, stored, 12, stream)), stored)
-    fake(kind, None, bad)
-    same(decoded(encapsulated(syntax, stored, 12, stream)), stored)
+    replace_decoders(kind, bad, None)
+    assert_same(decoded(encapsulated(syntax, stored, 12, stream)), stored)
+    replace_decoders(kind, None, bad)
+    assert_same(decoded(encapsulated(syntax, stored, 12, stream)), stored)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if len(DECODERS[kind]) == 2])
-def test_what_each_decoder_says_is_passed_on(kind: Kind, fake: Callable[..., None]) -> None:
+def test_the_error_contains_the_message_of_each_decoder(kind: Kind, replace_decoders: Callable[..., None]) -> None:
     syntax, encode = KINDS[kind]
     stored = noise(12, False)
     ds = encapsulated(syntax, stored, 12, encode(stored))
     first, second = (d.name for d in DECODERS[kind])
-    fake(kind, raising, transposed)
+    replace_decoders(kind, raising, transposed)
     with pytest.raises(DecodeError) as caught:
         decoded(ds)
     text = str(caught.value)
     assert text.startswith(f"a.dcm ({syntax.name}) cannot be decoded: ")
-    assert f"{first}: no idea; {second}: uint16 of shape (41, 34)" in text
+    assert f"{first}: no idea; {second}: the decoder returned uint16 of shape (41, 34)" in text
     assert "\n" not in text
-    fake(kind, zeros, beyond)
-    with pytest.raises(DecodeError, match=rf"{first}: \d+ bytes .* nothing but 0; {second}: .*4096.* not 12 bits"):
+    replace_decoders(kind, zeros, out_of_range)
+    with pytest.raises(
+        DecodeError, match=rf"{first}: its \d+ bytes .* constant image of 0; {second}: .*4096.* not 12 bits"
+    ):
         decoded(ds)
 
 
-def test_both_names_of_a_library_give_the_same() -> None:
+def test_both_wrappers_of_a_decoder_library_give_the_same_result() -> None:
     stored = noise(12, True)
-    unsigned = as_bits(stored, 12)
+    unsigned = low_bits(stored, 12)
     for stream in (
         lossless_jpeg(unsigned, 12),
         by_pydicom(JPEGLSLossless)(stored, 12),
@@ -566,11 +568,11 @@ def test_both_names_of_a_library_give_the_same() -> None:
 
 
 @pytest.mark.parametrize("value", [0, 1, -1000])
-@pytest.mark.parametrize("encoding", sorted(LOSSLESS.keys() - BY_HAND))
-def test_a_constant_image_is_one(encoding: str, value: int) -> None:
+@pytest.mark.parametrize("encoding", sorted(LOSSLESS.keys() - SIMPLE_ENCODERS))
+def test_a_constant_image_is_decoded(encoding: str, value: int) -> None:
     syntax, encode = LOSSLESS[encoding]
     stored = np.full((256, 256), value, np.int16)
-    same(decoded(encapsulated(syntax, stored, 16, bytes(encode(stored, 16)))), stored)
+    assert_same(decoded(encapsulated(syntax, stored, 16, bytes(encode(stored, 16)))), stored)
 
 
 @pytest.mark.parametrize(
@@ -580,8 +582,8 @@ def test_a_constant_image_is_one(encoding: str, value: int) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("rows", "columns"), [(ROWS, COLUMNS + 1), (COLUMNS, ROWS), (ROWS // 2, COLUMNS * 2)])
-def test_a_frame_of_another_size_is_not_even_decoded(
-    encoding: str, rows: int, columns: int, fake: Callable[..., None]
+def test_a_frame_of_another_size_is_rejected_before_decoding(
+    encoding: str, rows: int, columns: int, replace_decoders: Callable[..., None]
 ) -> None:
     syntax, encode = LOSSLESS[encoding]
     stored = noise(12, False)
@@ -591,19 +593,19 @@ def test_a_frame_of_another_size_is_not_even_decoded(
         pytest.fail("decoded")
 
     for kind, decoders in DECODERS.items():
-        fake(kind, *[never] * len(decoders))
+        replace_decoders(kind, *[never] * len(decoders))
     with pytest.raises(DecodeError, match=rf"its frame is 34 × 41 × 1, its header says {rows} × {columns}"):
         decoded(ds, rows=rows, columns=columns)
 
 
-def test_colour_is_refused() -> None:
+def test_a_colour_frame_is_rejected() -> None:
     stored = noise(8, False)
     stream = bytes(imagecodecs.jpeg8_encode(np.stack([stored] * 3, axis=-1)))
     with pytest.raises(DecodeError, match="34 × 41 × 3"):
         decoded(encapsulated(JPEGBaseline8Bit, stored, 8, stream))
 
 
-def test_tiles_without_number_are_refused() -> None:
+def test_a_frame_with_too_many_tiles_is_rejected() -> None:
     stored = np.zeros((512, 512), np.uint16)
     stream = bytearray(j2k(stored))
     stream[24:32] = struct.pack(">II", 2, 3)
@@ -617,31 +619,33 @@ def test_tiles_without_number_are_refused() -> None:
 
 @pytest.mark.parametrize(("bits", "signed"), [(12, False), (12, True), (11, True)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_that_bits_stored_cannot_hold_are_no_image(kind: Kind, bits: int, signed: bool) -> None:
+def test_values_beyond_bits_stored_are_rejected(kind: Kind, bits: int, signed: bool) -> None:
     syntax, encode = KINDS[kind]
     stored = noise(16, signed)
     with pytest.raises(DecodeError, match=rf"are not {bits} bits"):
         decoded(encapsulated(syntax, stored, bits, encode(stored.view(np.uint16))))
 
 
-def test_a_sign_that_cannot_be_told_is_not_guessed() -> None:
-    # 12 bits without sign in the code stream, 16 with sign in the header: is 4095 −1?
+def test_a_frame_with_an_ambiguous_sign_is_rejected() -> None:
+    # 12 unsigned bits in the code stream, 16 signed ones in the header: 4095 may be −1.
     stored = noise(12, False)
     for stream in (lossless_jpeg(stored, 12), j2k(stored, 12)):
-        with pytest.raises(DecodeError, match="its 16 bits are 12 of another sign"):
+        with pytest.raises(DecodeError, match="12 bits with another sign than the 16 bits"):
             decoded(encapsulated(JPEGLosslessSV1, stored.astype(np.int16), 16, stream))
     low = stored // 2
-    same(decoded(encapsulated(JPEGLosslessSV1, low.astype(np.int16), 16, lossless_jpeg(low, 12))), low.astype(np.int16))
+    assert_same(
+        decoded(encapsulated(JPEGLosslessSV1, low.astype(np.int16), 16, lossless_jpeg(low, 12))), low.astype(np.int16)
+    )
 
 
 @pytest.mark.parametrize("allocated", [1, 12, 32, 64])
-def test_other_words_are_refused(allocated: int) -> None:
+def test_other_bits_allocated_are_rejected(allocated: int) -> None:
     stored = noise(12, False)
     with pytest.raises(DecodeError, match=f"{allocated} bits are allocated"):
         decoded(encapsulated(JPEG2000Lossless, stored, 12, j2k(stored, 12)), bits_allocated=allocated)
 
 
-def test_a_native_file_that_changed_is_refused() -> None:
+def test_a_native_file_that_changed_since_the_scan_is_rejected() -> None:
     stored = noise(12, False)
     ds = dataset(ExplicitVRBigEndian, stored, 12)
     ds.PixelData = bytes(stored.nbytes)
@@ -652,57 +656,57 @@ def test_a_native_file_that_changed_is_refused() -> None:
 @pytest.mark.parametrize(
     "content", [b"\0\0", b"\xff\xd8", b"\xff\xd8\xff\xe0\0\0\xff", bytes(100), b"\xff\x4f\xff\x51" * 10]
 )
-def test_what_is_no_code_stream_is_refused(content: bytes) -> None:
+def test_data_that_are_not_a_code_stream_are_rejected(content: bytes) -> None:
     stored = noise(12, False)
     with pytest.raises(DecodeError, match=r"a\.dcm \(JPEG 2000.*cannot be decoded: \S"):
         decoded(encapsulated(JPEG2000Lossless, stored, 12, content))
 
 
-def test_a_video_is_refused() -> None:
+def test_a_video_is_rejected() -> None:
     stored = noise(12, False)
-    with pytest.raises(DecodeError, match="begins like no JPEG"):
+    with pytest.raises(DecodeError, match="is not a JPEG"):
         decoded(encapsulated(MPEG2MPML, stored, 12, b"\0\0\1\xb3" * 20))
 
 
-def test_a_data_set_without_pixels_is_refused() -> None:
+def test_a_data_set_without_pixels_is_rejected() -> None:
     stored = noise(12, False)
     for syntax in (JPEG2000Lossless, RLELossless, ExplicitVRBigEndian):
         with pytest.raises(DecodeError, match=r"a\.dcm"):
             decoded(dataset(syntax, stored, 12))
 
 
-def test_an_end_in_a_thumbnail_is_not_the_end_of_the_image() -> None:
+def test_the_end_marker_of_a_thumbnail_does_not_end_the_image() -> None:
     stored = noise(12, False)
     stream = lossless_jpeg(stored, 12)
     thumbnail = b"\xff\xd8\xff\xd9"
     stream = stream[:2] + b"\xff\xe0" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail + stream[2:]
-    same(decoded(encapsulated(JPEGLosslessSV1, stored, 12, stream)), stored)
+    assert_same(decoded(encapsulated(JPEGLosslessSV1, stored, 12, stream)), stored)
     with pytest.raises(DecodeError, match="lacks the end marker"):
         decoded(encapsulated(JPEGLosslessSV1, stored, 12, stream[:-300]))
 
 
 @pytest.mark.parametrize("padding", [b"\0", b"\xff", b"\0" * 5, b"\x20\x20", b"\0" * 5000])
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_after_the_end_does_not_matter(kind: Kind, padding: bytes) -> None:
+def test_padding_after_the_end_marker_is_ignored(kind: Kind, padding: bytes) -> None:
     syntax, encode = KINDS[kind]
     stored = noise(12, False)
-    same(decoded(encapsulated(syntax, stored, 12, encode(stored) + padding)), stored)
+    assert_same(decoded(encapsulated(syntax, stored, 12, encode(stored) + padding)), stored)
 
 
 # Damage
 
 
 DAMAGEABLE = {
-    **{name: encoding for name, encoding in LOSSLESS.items() if name != "uncompressed"},  # of which any words are valid
+    **{name: encoding for name, encoding in LOSSLESS.items() if name != "uncompressed"},  # any words are valid
     "lossy JPEG": (
         JPEGExtended12Bit,
-        lambda v, b: imagecodecs.jpeg8_encode(as_bits(v, b), level=95, bitspersample=min(b, 12)),
+        lambda v, b: imagecodecs.jpeg8_encode(low_bits(v, b), level=95, bitspersample=min(b, 12)),
     ),
 }
 
 
 @pytest.mark.parametrize("encoding", DAMAGEABLE)
-def test_a_stream_that_is_cut_off_is_no_image(encoding: str) -> None:
+def test_a_truncated_stream_is_rejected(encoding: str) -> None:
     # Trap 30: libjpeg fills the rest with grey.
     syntax, encode = DAMAGEABLE[encoding]
     stored = noise(12, False)
@@ -711,22 +715,22 @@ def test_a_stream_that_is_cut_off_is_no_image(encoding: str) -> None:
     lengths = {*range(len(stream) - 12, len(stream)), *range(2, len(stream), 37), len(stream) // 2}
     refused = 0
     for length in sorted(lengths):
-        for rest in (b"", bytes(len(stream) - length)):  # zeros are what an interrupted copy leaves
+        for rest in (b"", bytes(len(stream) - length)):  # an interrupted copy leaves zeros
             try:
                 ours = decoded(encapsulated(syntax, stored, 12, stream[:length] + rest))
             except DecodeError:
                 refused += 1
             else:
-                # Run lengths have no end marker, and zeros are pixels to the last run, which holds 128 at most. JPEG XL
-                # has none either, and its decoder does not notice zeros in the last three bytes.
+                # RLE has no end marker, and zeros within the last run (up to 128 bytes) are valid pixels. JPEG XL has
+                # no end marker either, and its decoder does not notice zeros in the last three bytes.
                 certain = ours.size - {RLELossless: 128, JPEG_XL: 24}.get(syntax, 0)
                 assert np.array_equal(ours.flat[:certain], whole.flat[:certain]), (length, len(rest))
     assert refused >= len(lengths)
 
 
 @pytest.mark.parametrize("encoding", DAMAGEABLE)
-def test_damage_ends_in_an_array_or_in_an_error_that_says_so(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
-    # Trap 30: in this process, so a decoder that ends it would be noticed.
+def test_a_damaged_stream_gives_an_array_or_a_decode_error(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    # Trap 30: decoded in this process, so a decoder that aborts it fails the test.
     caplog.set_level(logging.CRITICAL, "pydicom")
     syntax, encode = DAMAGEABLE[encoding]
     stored = noise(12, True)
@@ -735,7 +739,7 @@ def test_damage_ends_in_an_array_or_in_an_error_that_says_so(encoding: str, capl
     errors = []
     for case in range(500):
         damaged = bytearray(stream)
-        reach = len(stream) if case % 2 else 200  # in headers more often than chance has it
+        reach = len(stream) if case % 2 else 200  # every other case damages the header
         for at in rng.integers(0, min(reach, len(stream)), rng.integers(1, 4)):
             damaged[at] ^= int(rng.integers(1, 256))
         try:
@@ -750,7 +754,7 @@ def test_damage_ends_in_an_array_or_in_an_error_that_says_so(encoding: str, capl
     assert all(e.startswith("a.dcm (") and "\n" not in e for e in errors)
 
 
-def test_damaged_fragments_end_in_an_array_or_in_an_error() -> None:
+def test_damaged_fragments_give_an_array_or_a_decode_error() -> None:
     stored = noise(12, True)
     whole = encapsulate([j2k(stored, 12)], fragments_per_frame=3)
     rng = np.random.default_rng(7)
@@ -764,19 +768,19 @@ def test_damaged_fragments_end_in_an_array_or_in_an_error() -> None:
 
 
 def segments(*planes: bytes, starts: list[int] | None = None, count: int | None = None) -> bytes:
-    """Return an RLE frame: PS3.5, G.5."""
+    """Return an RLE frame of segments: PS3.5, G.5."""
     starts = starts or [64 + sum(map(len, planes[:n])) for n in range(len(planes))]
     return struct.pack("<16L", count or len(planes), *starts, *[0] * (15 - len(starts))) + b"".join(planes)
 
 
-def literally(values: bytes) -> bytes:
+def literal_runs(values: bytes) -> bytes:
     """Return a segment of literal runs: PS3.5, G.3.1."""
     return b"".join(bytes([len(r) - 1]) + r for r in (values[n : n + 128] for n in range(0, len(values), 128)))
 
 
-def test_segments_of_run_lengths_may_be_padded() -> None:
+def test_rle_segments_may_be_padded() -> None:
     stored = noise(16, False)
-    high, low = literally((stored >> 8).astype("u1").tobytes()), literally(stored.astype("u1").tobytes())
+    high, low = literal_runs((stored >> 8).astype("u1").tobytes()), literal_runs(stored.astype("u1").tobytes())
     for padding in (
         b"", b"\0", b"\0\0", b"\x80", b"\x80\x80\0", b"\0\0\0", bytes(4), bytes(5), bytes(1000), b"\x80" * 9 + bytes(9)
     ):  # fmt: skip
@@ -785,51 +789,51 @@ def test_segments_of_run_lengths_may_be_padded() -> None:
             segments(high + padding, low),
             segments(high, low + padding),
         ):
-            same(decoded(encapsulated(RLELossless, stored, 16, frame)), stored)
+            assert_same(decoded(encapsulated(RLELossless, stored, 16, frame)), stored)
     eight = noise(8, False)
     for padding in (b"\0", bytes(4), bytes(1000)):
-        frame = segments(literally(eight.tobytes()) + padding)
-        same(decoded(encapsulated(RLELossless, eight, 8, frame)), eight)
+        frame = segments(literal_runs(eight.tobytes()) + padding)
+        assert_same(decoded(encapsulated(RLELossless, eight, 8, frame)), eight)
 
 
-def test_segments_that_all_go_on_are_read_up_to_the_end_of_the_frame() -> None:
-    # Some encoders write a few bytes of what they had in their buffer. pydicom drops them as well.
+def test_rle_segments_that_all_go_on_are_read_up_to_the_end_of_the_frame() -> None:
+    # Some encoders append a few bytes from their buffer. pydicom drops them as well.
     stored = noise(16, False)
-    high, low = literally((stored >> 8).astype("u1").tobytes()), literally(stored.astype("u1").tobytes())
+    high, low = literal_runs((stored >> 8).astype("u1").tobytes()), literal_runs(stored.astype("u1").tobytes())
     for first, second in ((b"\0\x55", b"\0\x55"), (b"\x55", b"\x55"), (b"\xff\7", b"\1\2\3"), (b"\0\0\x55", b"\0\x55")):
         ds = encapsulated(RLELossless, stored, 16, segments(high + first, low + second))
-        same(decoded(ds), stored)
+        assert_same(decoded(ds), stored)
         if len(first) == 2:
             with pytest.warns(UserWarning, match="non-conformant padding"):
-                same(ds.pixel_array, stored)
+                assert_same(ds.pixel_array, stored)
     for first, second in ((b"\0\x55" * 9, b"\0\x55"), (b"\xff\7", b""), (b"\xff\7", b"\0")):
         frame = segments(high + first, low[:-2] + second if not second.strip(b"\0") else low + second)
         with pytest.raises(DecodeError, match=r"a\.dcm \(RLE Lossless\) cannot be decoded: \S"):
             decoded(encapsulated(RLELossless, stored, 16, frame))
     single = noise(8, False)
     with pytest.raises(DecodeError, match="go on after the frame is full"):
-        decoded(encapsulated(RLELossless, single, 8, segments(literally(single.tobytes()) + b"\xff\7")))
+        decoded(encapsulated(RLELossless, single, 8, segments(literal_runs(single.tobytes()) + b"\xff\7")))
 
 
-def test_segments_that_do_not_fill_the_frame_exactly_are_no_image() -> None:
-    # They have no other mark of being whole.
+def test_rle_segments_that_do_not_fill_the_frame_exactly_are_rejected() -> None:
+    # RLE has no other check of completeness.
     stored = noise(16, False)
-    high, low = literally((stored >> 8).astype("u1").tobytes()), literally(stored.astype("u1").tobytes())
-    short, long = literally(stored.astype("u1").tobytes()[:-1]), low + b"\xff\x07"
-    beyond = 64 + len(high) + len(low)
+    high, low = literal_runs((stored >> 8).astype("u1").tobytes()), literal_runs(stored.astype("u1").tobytes())
+    short, long = literal_runs(stored.astype("u1").tobytes()[:-1]), low + b"\xff\x07"
+    out_of_range = 64 + len(high) + len(low)
     for frame in (
         segments(short, low), segments(high, short), segments(long, low), segments(high, long),
         segments(high, low + b"\0\1"),
         segments(high, low[:-2]), segments(high), segments(high, low, low), segments(high, low, count=2**32 - 1),
         segments(high, low, starts=[64, 2**31]), segments(high, low, starts=[64, 64]), segments(high, low)[:60],
-        segments(high, low, starts=[64 + len(high), 64]), segments(high, low, starts=[beyond, beyond]),
+        segments(high, low, starts=[64 + len(high), 64]), segments(high, low, starts=[out_of_range, out_of_range]),
         segments(high, low, starts=[2**32 - 1, 64 + len(high)]),
     ):  # fmt: skip
         with pytest.raises(DecodeError, match=r"a\.dcm \(RLE Lossless\) cannot be decoded: \S"):
             decoded(encapsulated(RLELossless, stored, 16, frame))
 
 
-# Which decoders there are
+# Available decoders
 
 
 @pytest.mark.parametrize(
@@ -839,7 +843,9 @@ def test_segments_that_do_not_fill_the_frame_exactly_are_no_image() -> None:
         (JPEGLSLossless, "JPEG-LS"), (JPEG2000Lossless, "JPEG 2000"), (HTJ2KLossless, "JPEG 2000"),
     ],
 )  # fmt: skip
-def test_installed_decoders_are_named(syntax: UID, expected: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_decoders_lists_the_installed_ones(
+    syntax: UID, expected: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = DECODERS[expected]
     assert available_decoders(syntax) == (first.name, second.name)
     gone: Decoder = replace(first, available=lambda: False)
@@ -847,7 +853,7 @@ def test_installed_decoders_are_named(syntax: UID, expected: Kind, monkeypatch: 
     assert available_decoders(syntax) == (second.name,)
 
 
-def test_no_decoder_is_named_for_what_cannot_be_decoded() -> None:
+def test_available_decoders_is_empty_for_an_unsupported_syntax() -> None:
     assert available_decoders(RLELossless) == ("imagecodecs packbits",)
     assert [available_decoders(uid) for uid in (JPEG_XL, JPEG_XL_OF_JPEG, JPEG_XL_LOSSY)] == [
         ("imagecodecs jpegxl",)
@@ -858,7 +864,7 @@ def test_no_decoder_is_named_for_what_cannot_be_decoded() -> None:
     ] * 4
 
 
-def test_decoders_are_imported_when_they_are_needed() -> None:
+def test_decoder_libraries_are_imported_only_when_needed() -> None:
     check = "import sys, gpuprep.dicom.decode; print({'imagecodecs', 'jpeg_ls', '_openjpeg'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert "imagecodecs" not in run.stdout
@@ -872,7 +878,7 @@ def hu(ds: Dataset, frame: int = 0) -> NDArray[np.float64]:
     return stored * float(ds.get("RescaleSlope", 1)) + float(ds.get("RescaleIntercept", 0))
 
 
-NUMBERS = {
+LOSSY_TOLERANCES_HU = {
     "1.2.840.10008.1.2.4.50.": 65.0,  # half a step of 8 bits is 16 HU already
     "1.2.840.10008.1.2.4.51.": 36.0,
     "1.2.840.10008.1.2.4.53.": 36.0,
@@ -880,19 +886,19 @@ NUMBERS = {
     "1.2.840.10008.1.2.4.81.": 1.0,
     "1.2.840.10008.1.2.4.91.": 5.0,
 }
-"""HU that the encoders of these files took away at most; everything else is lossless."""
+"""Largest error in HU of the lossy files, by part of the file name; all others are lossless."""
 
 
-def test_one_slice_in_every_syntax(data: Path) -> None:
+def test_one_slice_in_every_syntax_has_the_same_hu(data: Path) -> None:
     native = opened(data / "codec-ctimage" / "CTImage.dcm")
     expected = native.pixel_array
     files = sorted((data / "codec-ctimage").glob("CTImage.dcm_*"))
     assert len(files) == 15
     for file in files:
-        lost = next((v for k, v in NUMBERS.items() if k in file.name), 0.0)
+        lost = next((v for k, v in LOSSY_TOLERANCES_HU.items() if k in file.name), 0.0)
         ds = opened(file)
         if not lost:
-            same(decoded(ds), expected)
+            assert_same(decoded(ds), expected)
         difference = hu(ds) - (expected.astype(np.float64) - 1024)
         assert np.abs(difference).max() <= lost, file.name
 
@@ -909,20 +915,20 @@ def test_one_slice_in_every_syntax(data: Path) -> None:
     ],
 )
 def test_coded_files_equal_the_native_ones(data: Path, coded: str, native: str) -> None:
-    # The last has no native twin: there pydicom alone is the judge (its issue 1149).
-    same(decoded(opened(data / coded)), pydicom.dcmread(data / native).pixel_array)
+    # The last file has no native version: it is compared with pydicom (issue 1149).
+    assert_same(decoded(opened(data / coded)), pydicom.dcmread(data / native).pixel_array)
 
 
-def test_single_frames_of_ct1_are_all_the_same(data: Path) -> None:
+def test_all_files_of_ct1_have_the_same_pixels(data: Path) -> None:
     folder = data / "codec-ct1-ct0012"
     expected = pydicom.dcmread(folder / "CT1_UNC.explicit_little_endian.dcm").pixel_array
     files = [*folder.glob("*.dcm"), *(folder / "encapsulated" / "single-frame").glob("*.dcm")]
     assert len(files) == 8
     for file in files:
-        same(decoded(opened(file)), expected)
+        assert_same(decoded(opened(file)), expected)
 
 
-def test_both_frames_of_ct0012_are_the_same_in_every_file(data: Path) -> None:
+def test_all_files_of_ct0012_have_the_same_two_frames(data: Path) -> None:
     folder = data / "codec-ct1-ct0012" / "encapsulated" / "multi-frame"
     expected = pydicom.dcmread(folder / "CT0012.explicit_little_endian.dcm").pixel_array
     assert expected.shape == (2, 512, 512)
@@ -938,4 +944,4 @@ def test_both_frames_of_ct0012_are_the_same_in_every_file(data: Path) -> None:
             elif "ls.81" in file.name:
                 assert np.abs(ours.astype(int) - expected[k]).max() <= 2
             else:
-                same(ours, expected[k])
+                assert_same(ours, expected[k])

@@ -1,4 +1,4 @@
-"""Folders of anything to series: what is found, what is passed over, and what is reported rather than lost."""
+"""Tests of `gpuprep.dicom.discover`: series found, files passed over, and unreadable files reported."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def noise(slices: int, rows: int = 16, columns: int = 20) -> NDArray[np.int16]:
 
 
 def write(folder: Path, slices: int = 3, change: Change | None = None, **options: Any) -> list[Path]:
-    """Write a series; S1-0001.dcm is its top slice."""
+    """Write a series, of which S1-0001.dcm is the top slice."""
     return write_series(folder, noise(slices), SPACING, change=change, **options)
 
 
 def as_class(uid: str) -> Change:
-    """Make a CT image an object of another SOP class."""
+    """Return a change of the SOP class of an image."""
 
     def change(ds: Dataset, _: int) -> None:
         ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UID(uid)
@@ -63,22 +63,22 @@ def as_class(uid: str) -> Change:
     return change
 
 
-def spoil(file: Path, tag: int, vr: bytes, value: bytes) -> None:
-    """Put any bytes in place of a short element's value, as no writer would."""
+def overwrite_value(file: Path, tag: int, vr: bytes, value: bytes) -> None:
+    """Overwrite the value of a short element with arbitrary bytes."""
     data = file.read_bytes()
     start = data.index(struct.pack("<HH", tag >> 16, tag & 0xFFFF) + vr)
     end = start + 8 + int.from_bytes(data[start + 6 : start + 8], "little")
     file.write_bytes(data[: start + 6] + struct.pack("<H", len(value)) + value + data[end:])
 
 
-def only(cohort: Cohort) -> Series:
+def only_series(cohort: Cohort) -> Series:
     (series,) = cohort
     return series
 
 
 def header(file: Path) -> SliceHeader:
-    """Return what is found in one file."""
-    (found,) = only(discover(file)).slices
+    """Return the header of the only image of a file."""
+    (found,) = only_series(discover(file)).slices
     return found
 
 
@@ -101,13 +101,13 @@ def test_files_are_found_at_any_depth_whatever_they_are_called(tmp_path: Path) -
     for file, target in zip(files, targets, strict=True):
         file.rename((deep if target != "IM0" else tmp_path) / target)
     cohort = discover(tmp_path)
-    assert names(only(cohort)) == set(targets)
-    assert only(cohort).folder == str(tmp_path)
+    assert names(only_series(cohort)) == set(targets)
+    assert only_series(cohort).folder == str(tmp_path)
     assert cohort.passed_over == {}
     assert cohort.unreadable == ()
 
 
-def test_other_files_are_counted_and_disturb_nothing(tmp_path: Path) -> None:
+def test_files_that_are_not_dicom_are_counted(tmp_path: Path) -> None:
     # Trap 42.
     write(tmp_path)
     for name, content in {
@@ -116,22 +116,22 @@ def test_other_files_are_counted_and_disturb_nothing(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)
     cohort = discover(tmp_path)
-    assert len(only(cohort).slices) == 3
+    assert len(only_series(cohort).slices) == 3
     assert cohort.passed_over == {"not DICOM": 7}
     assert cohort.unreadable == ()
 
 
 @pytest.mark.parametrize("first", [b"\x08\0\0\0", b"\x02\0\0\0", b"\x08\0\x05\0", b"\0\x08\0\x05"])
-def test_binary_files_that_begin_like_dicom_disturb_nothing(tmp_path: Path, first: bytes) -> None:
+def test_binary_files_that_begin_like_dicom_are_counted_as_not_dicom(tmp_path: Path, first: bytes) -> None:
     write(tmp_path)
     for n, rest in enumerate((b"", b"\0" * 50, bytes(range(200)), b"text " * 99)):
         (tmp_path / f"{n}.bin").write_bytes(first + rest)
     cohort = discover(tmp_path)
-    assert len(only(cohort).slices) == 3
+    assert len(only_series(cohort).slices) == 3
     assert sum(cohort.passed_over.values()) + len(cohort.unreadable) == 4
 
 
-def test_other_dicom_objects_are_counted_by_name(tmp_path: Path) -> None:
+def test_other_dicom_objects_are_counted_by_sop_class(tmp_path: Path) -> None:
     # Trap 9, trap 42.
     write(tmp_path)
     for n, (uid, count) in enumerate(
@@ -145,7 +145,7 @@ def test_other_dicom_objects_are_counted_by_name(tmp_path: Path) -> None:
     ):
         write(tmp_path / str(n), count, as_class(uid))
     cohort = discover(tmp_path)
-    assert len(only(cohort).slices) == 3
+    assert len(only_series(cohort).slices) == 3
     assert cohort.unreadable == ()
     assert cohort.passed_over == {
         "MR Image Storage": 3,
@@ -156,8 +156,8 @@ def test_other_dicom_objects_are_counted_by_name(tmp_path: Path) -> None:
     }
 
 
-def test_objects_without_pixels_are_counted_by_name(tmp_path: Path) -> None:
-    # As a real structure set: nothing of what an image has, sequences instead.
+def test_objects_without_pixels_are_counted_by_sop_class(tmp_path: Path) -> None:
+    # Like a real structure set: sequences, and no attributes of images.
     def change(ds: Dataset, _: int) -> None:
         as_class("1.2.840.10008.5.1.4.1.1.481.3")(ds, 0)
         for keyword in ("PixelData", "Rows", "Columns", "BitsAllocated", "PixelRepresentation", "PixelPaddingValue"):
@@ -170,8 +170,8 @@ def test_objects_without_pixels_are_counted_by_name(tmp_path: Path) -> None:
     assert discover(tmp_path).passed_over == {"RT Structure Set Storage": 1}
 
 
-def test_a_dicomdir_is_counted_by_name(tmp_path: Path) -> None:
-    # Its class is in the meta group alone.
+def test_a_dicomdir_is_counted_by_sop_class(tmp_path: Path) -> None:
+    # Its SOP class is in the meta group only.
     (file,) = write(tmp_path, 1)
     ds = pydicom.dcmread(file)
     ds.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
@@ -182,14 +182,14 @@ def test_a_dicomdir_is_counted_by_name(tmp_path: Path) -> None:
     assert discover(tmp_path).passed_over == {"Media Storage Directory Storage": 1}
 
 
-def test_enhanced_ct_is_found_so_that_it_can_be_refused(tmp_path: Path) -> None:
+def test_enhanced_ct_is_found_as_a_multi_frame_image(tmp_path: Path) -> None:
     def change(ds: Dataset, _: int) -> None:
         as_class("1.2.840.10008.5.1.4.1.1.2.1")(ds, 0)
         ds.NumberOfFrames = 2
         ds.PixelData = ds.PixelData * 2
 
     write(tmp_path, 1, change)
-    assert only(discover(tmp_path)).slices[0].frames == 2
+    assert only_series(discover(tmp_path)).slices[0].frames == 2
 
 
 @pytest.mark.parametrize(
@@ -202,13 +202,13 @@ def test_data_sets_without_preamble_or_meta_group_are_found(tmp_path: Path, synt
     for file in write(tmp_path):
         data = natively(pydicom.dcmread(file), syntax, meta=meta)
         file.write_bytes(data[132:] if meta else data)
-    series = only(discover(tmp_path))
+    series = only_series(discover(tmp_path))
     assert len(series.slices) == 3
     assert {s.transfer_syntax for s in series.slices} == {syntax}
     assert (series.rows, series.columns, series.pixel_spacing_mm) == (16, 20, (0.8, 0.7))
 
 
-def test_single_files_are_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_files_are_accepted_as_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = write(tmp_path)
     cohort = discover([files[0], str(files[2])])
     assert paths(cohort) == sorted([str(files[0]), str(files[2])])
@@ -216,7 +216,7 @@ def test_single_files_are_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert paths(discover(files[1].name)) == [str(files[1])]
 
 
-def test_single_files_that_are_no_ct_are_counted_too(tmp_path: Path) -> None:
+def test_single_files_that_are_not_ct_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     cohort = discover(tmp_path / "a.txt")
     assert len(cohort) == 0
@@ -224,19 +224,19 @@ def test_single_files_that_are_no_ct_are_counted_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["missing", "file/below"])
-def test_a_path_that_does_not_exist_is_a_wrong_request(tmp_path: Path, missing: str) -> None:
+def test_a_missing_path_raises_request_error(tmp_path: Path, missing: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match=f"{missing} does not exist"):
         discover([tmp_path, tmp_path / missing])
 
 
-def test_an_empty_folder_is_an_empty_cohort(tmp_path: Path) -> None:
+def test_an_empty_folder_gives_an_empty_cohort(tmp_path: Path) -> None:
     assert discover(tmp_path) == Cohort((), {}, ())
     assert discover([]) == Cohort((), {}, ())
 
 
 def test_files_given_more_than_once_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Trap 6: or every position would be there twice.
+    # Trap 6: otherwise every position would occur twice.
     files = write(tmp_path / "a" / "b", 4)
     monkeypatch.chdir(tmp_path)
     given_: list[Path | str] = [
@@ -252,7 +252,7 @@ def test_files_given_more_than_once_are_read_once(tmp_path: Path, monkeypatch: p
         assert paths(discover(order)) == sorted(map(str, files))
 
 
-def test_a_folder_reached_by_a_link_is_read_once(tmp_path: Path) -> None:
+def test_a_folder_that_is_also_linked_is_read_once(tmp_path: Path) -> None:
     files = write(tmp_path / "z", 4)
     (tmp_path / "a").symlink_to(tmp_path / "z")
     for given_ in ([tmp_path], [tmp_path / "a", tmp_path / "z"], [tmp_path / "z", tmp_path]):
@@ -263,13 +263,13 @@ def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", 4)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
-    series = only(discover(tmp_path / "in"))
+    series = only_series(discover(tmp_path / "in"))
     assert len(series.slices) == 4
     assert series.folder == str(tmp_path / "in" / "link")
 
 
-def test_a_path_that_goes_up_from_a_link_is_what_the_system_opens(tmp_path: Path) -> None:
-    # link/../ct lies beside what the link points to, not beside the link.
+def test_parent_of_a_link_is_resolved_as_the_system_does(tmp_path: Path) -> None:
+    # link/../ct is next to the target of the link, not next to the link.
     files = write(tmp_path / "store" / "ct")
     (tmp_path / "store" / "x").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "store" / "x")
@@ -278,44 +278,44 @@ def test_a_path_that_goes_up_from_a_link_is_what_the_system_opens(tmp_path: Path
     assert sorted(map(os.path.realpath, paths(cohort))) == sorted(map(str, files))
 
 
-def test_links_in_a_circle_end(tmp_path: Path) -> None:
+def test_circular_links_terminate(tmp_path: Path) -> None:
     files = write(tmp_path / "a" / "b", 4)
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path)
     (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
     assert paths(discover(tmp_path)) == sorted(map(str, files))
 
 
-def test_a_file_and_links_to_it_are_one_file(tmp_path: Path) -> None:
+def test_a_file_and_links_to_it_are_read_once(tmp_path: Path) -> None:
     # Trap 6: cohorts are often assembled from links.
     files = write(tmp_path / "a")
     (tmp_path / "b").mkdir()
     for file in files:
         (tmp_path / "b" / file.name).symlink_to(file)
-    assert len(only(discover(tmp_path)).slices) == 3
+    assert len(only_series(discover(tmp_path)).slices) == 3
 
 
-def test_a_link_given_beside_its_folder_is_read_once(tmp_path: Path) -> None:
+def test_a_link_given_together_with_its_folder_is_read_once(tmp_path: Path) -> None:
     files = write(tmp_path / "store")
     (tmp_path / "view").mkdir()
     links = [tmp_path / "view" / file.name for file in files]
     for link, file in zip(links, files, strict=True):
         link.symlink_to(file)
-    assert len(only(discover([links[0], tmp_path / "view"])).slices) == 3
+    assert len(only_series(discover([links[0], tmp_path / "view"])).slices) == 3
 
 
 def test_a_dangling_link_is_reported(tmp_path: Path) -> None:
-    # As in a data set of which not everything was fetched.
+    # As in a partially fetched data set.
     files = write(tmp_path)
     files[0].rename(tmp_path / "gone")
     files[0].symlink_to(tmp_path / "nowhere")
     (tmp_path / "gone").unlink()
     cohort = discover(tmp_path)
-    assert len(only(cohort).slices) == 2
+    assert len(only_series(cohort).slices) == 2
     assert [path for path, _ in cohort.unreadable] == [str(files[0])]
 
 
-def test_a_folder_that_may_not_be_listed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is in it may be missing from a series. Root may list anything, so the refusal is played.
+def test_a_folder_without_read_permission_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its files may be missing from a series. Root may list any folder, so the refusal is simulated.
     files = write(tmp_path / "open")
     closed = tmp_path / "closed\n"
     write(closed)
@@ -345,7 +345,7 @@ def test_the_excluded_folder_is_not_entered(tmp_path: Path, monkeypatch: pytest.
 def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
     write(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    both_ends = os.open(tmp_path / "pipe", os.O_RDWR)  # so that a wrong answer fails instead of hanging
+    both_ends = os.open(tmp_path / "pipe", os.O_RDWR)  # so that opening the pipe fails the test instead of blocking
     os.write(both_ends, bytes(200))
     try:
         assert discover(tmp_path).passed_over == {"not a regular file": 1}
@@ -354,24 +354,24 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
         os.close(both_ends)
 
 
-def test_names_that_are_no_utf_8_or_hold_a_newline_are_found(tmp_path: Path) -> None:
+def test_file_names_with_invalid_utf_8_or_a_newline_are_found(tmp_path: Path) -> None:
     strange = tmp_path / os.fsdecode(b"caf\xe9\n\x1b[31m")
     write(strange)
     (strange / "S1-0001.dcm").rename(strange / os.fsdecode(b"\xff\nslice"))
     cohort = discover(tmp_path)
-    assert len(stack(only(cohort)).slices) == 3
+    assert len(stack(only_series(cohort)).slices) == 3
     assert pickle.loads(pickle.dumps(cohort)) == cohort  # noqa: S301 - our own bytes
-    for s in only(cohort).slices:
+    for s in only_series(cohort).slices:
         assert os.path.exists(s.path)
         assert s.name.isprintable()
         assert s.name.encode("utf-8")
-    assert {s.name for s in only(cohort).slices} == {"S1-0002.dcm", "S1-0003.dcm", "\\udcff\\nslice"}
+    assert {s.name for s in only_series(cohort).slices} == {"S1-0002.dcm", "S1-0003.dcm", "\\udcff\\nslice"}
 
 
-def test_strange_names_of_unreadable_files_can_be_printed(tmp_path: Path) -> None:
+def test_names_of_unreadable_files_are_printable(tmp_path: Path) -> None:
     strange = tmp_path / os.fsdecode(b"caf\xe9\n")
     (file,) = write(strange, 1)
-    spoil(file, 0x00080016, b"UI", b"1.2.840.10008.5.1.4.1.1.2\0")
+    overwrite_value(file, 0x00080016, b"UI", b"1.2.840.10008.5.1.4.1.1.2\0")
     file.unlink()
     file.symlink_to("nowhere")
     ((path, reason),) = discover(tmp_path).unreadable
@@ -382,11 +382,13 @@ def test_strange_names_of_unreadable_files_can_be_printed(tmp_path: Path) -> Non
 # Damaged headers
 
 
-def test_a_file_cut_short_anywhere_is_reported_or_refused(tmp_path: Path) -> None:
-    # Trap 42. It must not vanish among files that are no CT: what is left of the series may look whole.
+def test_a_file_truncated_anywhere_is_reported_or_rejected(tmp_path: Path) -> None:
+    # Trap 42. The file must not be counted as no CT: the rest of the series may look complete.
     files = write(tmp_path)
     whole = files[2].read_bytes()
-    after_class = whole.index(CT.encode()) + len(CT) + 1  # in the meta group: from here on it is known to be CT
+    after_class = (
+        whole.index(CT.encode()) + len(CT) + 1
+    )  # the class in the meta group: from here on it is known to be CT
     silent = []
     for size in range(after_class, len(whole), 7):
         files[2].write_bytes(whole[:size])
@@ -405,8 +407,8 @@ def test_a_file_cut_short_anywhere_is_reported_or_refused(tmp_path: Path) -> Non
     assert silent == []
 
 
-def test_a_deflated_file_cut_short_anywhere_is_reported_or_refused(tmp_path: Path) -> None:
-    # Trap 42: what is left of it unpacks to the beginning of a data set.
+def test_a_deflated_file_truncated_anywhere_is_reported_or_rejected(tmp_path: Path) -> None:
+    # Trap 42: the rest inflates to the beginning of a data set.
     file = write(tmp_path)[2]
     whole = natively(pydicom.dcmread(file), DeflatedExplicitVRLittleEndian)
     for size in range(whole.index(CT.encode()) + len(CT) + 1, len(whole) - 2, 29):
@@ -419,16 +421,16 @@ def test_a_deflated_file_cut_short_anywhere_is_reported_or_refused(tmp_path: Pat
             read(holder)
 
 
-def test_a_damaged_sop_class_is_not_taken_for_something_else(tmp_path: Path) -> None:
-    # Trap 42: the meta group says CT, the data set something unheard of.
+def test_a_damaged_sop_class_is_reported_as_unreadable(tmp_path: Path) -> None:
+    # Trap 42: the meta group says CT, the data set has an unknown class.
     file = write(tmp_path)[2]
-    spoil(file, 0x00080016, b"UI", b"1.2.840.10008.5.1.7.1.1.2\0")
+    overwrite_value(file, 0x00080016, b"UI", b"1.2.840.10008.5.1.7.1.1.2\0")
     cohort = discover(tmp_path)
     reported = [path for path, _ in cohort.unreadable] + paths(cohort)
     assert str(file) in reported, cohort.passed_over
 
 
-def test_a_header_that_cannot_be_read_costs_no_other_file(tmp_path: Path) -> None:
+def test_an_unreadable_header_does_not_affect_other_files(tmp_path: Path) -> None:
     # Trap 42.
     def change(ds: Dataset, k: int) -> None:
         if k == 1:
@@ -442,7 +444,9 @@ def test_a_header_that_cannot_be_read_costs_no_other_file(tmp_path: Path) -> Non
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(132, 1005), st.integers(0, 255)), min_size=1, max_size=6))
-def test_no_header_makes_the_scan_fail(tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]]) -> None:
+def test_a_damaged_header_never_makes_the_scan_fail(
+    tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]]
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "flipped"
     if not folder.exists():
         write(folder, 2)
@@ -469,11 +473,11 @@ def test_no_header_makes_the_scan_fail(tmp_path_factory: pytest.TempPathFactory,
         (b"1,5 ", 1.5), (b"1\\2 ", None), (b"\xff\xfe", None), (b"--1 ", None),
     ],
 )  # fmt: skip
-def test_decimal_strings_are_read_generously_and_garbage_is_none(
+def test_decimal_strings_are_read_leniently_and_garbage_is_none(
     tmp_path: Path, text: bytes, value: float | None
 ) -> None:
     (file,) = write(tmp_path, 1)
-    spoil(file, 0x00281053, b"DS", text)
+    overwrite_value(file, 0x00281053, b"DS", text)
     assert header(file).rescale_slope == value
 
 
@@ -485,16 +489,16 @@ def test_decimal_strings_are_read_generously_and_garbage_is_none(
         (b"1\\2\\3 ", None), (b"", None),
     ],
 )  # fmt: skip
-def test_half_a_pixel_spacing_is_none(tmp_path: Path, text: bytes, value: tuple[float, float] | None) -> None:
+def test_an_incomplete_pixel_spacing_is_none(tmp_path: Path, text: bytes, value: tuple[float, float] | None) -> None:
     (file,) = write(tmp_path, 1)
-    spoil(file, 0x00280030, b"DS", text)
-    assert only(discover(file)).pixel_spacing_mm == value
+    overwrite_value(file, 0x00280030, b"DS", text)
+    assert only_series(discover(file)).pixel_spacing_mm == value
 
 
 @pytest.mark.parametrize("text", [b"1\\2 ", b"1\\2\\x ", b"1\\2\\3\\4 ", b"1\\2\\nan ", b""])
-def test_half_a_position_is_none(tmp_path: Path, text: bytes) -> None:
+def test_an_incomplete_position_is_none(tmp_path: Path, text: bytes) -> None:
     (file,) = write(tmp_path, 1)
-    spoil(file, 0x00200032, b"DS", text)
+    overwrite_value(file, 0x00200032, b"DS", text)
     assert header(file).position_mm is None
 
 
@@ -506,14 +510,12 @@ def test_half_a_position_is_none(tmp_path: Path, text: bytes) -> None:
         (b"1e999 ", None), (b"99999999999999999999", None),  # an integer string holds 32 bits, SQLite 64
     ],
 )  # fmt: skip
-def test_integer_strings_are_read_generously_and_garbage_is_none(
-    tmp_path: Path, text: bytes, value: int | None
-) -> None:
+def test_integer_strings_are_read_leniently_and_garbage_is_none(tmp_path: Path, text: bytes, value: int | None) -> None:
     (file,) = write(tmp_path, 1)
-    spoil(file, 0x00200013, b"IS", text)
+    overwrite_value(file, 0x00200013, b"IS", text)
     assert header(file).instance_number == value
-    spoil(file, 0x00200011, b"IS", text)
-    assert only(discover(file)).series_number == value
+    overwrite_value(file, 0x00200011, b"IS", text)
+    assert only_series(discover(file)).series_number == value
 
 
 @pytest.mark.parametrize(
@@ -527,10 +529,10 @@ def test_integer_strings_are_read_generously_and_garbage_is_none(
         (0x00280100, b"US", b"\0\0"),  # Bits Allocated 0
     ],
 )
-def test_binary_garbage_does_not_lose_the_slice(tmp_path: Path, tag: int, vr: bytes, value: bytes) -> None:
-    # The slice stays with its series, or its absence might go unnoticed.
+def test_a_slice_with_a_damaged_binary_value_is_kept(tmp_path: Path, tag: int, vr: bytes, value: bytes) -> None:
+    # Without the slice, the series might look complete.
     (file,) = write(tmp_path, 1)
-    spoil(file, tag, vr, value)
+    overwrite_value(file, tag, vr, value)
     cohort = discover(file)
     assert cohort.unreadable == ()
     assert paths(cohort) == [str(file)]
@@ -559,16 +561,16 @@ def test_padding_has_the_sign_of_the_pixels(
     assert (header(file).padding, header(file).padding_limit) == (expected, expected)
 
 
-def test_padding_of_eight_bits_has_eight_bits(tmp_path: Path) -> None:
-    # Trap 26: −100 is written in two bytes all the same.
+def test_padding_of_eight_bit_pixels_is_read_from_eight_bits(tmp_path: Path) -> None:
+    # Trap 26: −100 is written in two bytes nevertheless.
     def change(ds: Dataset, _: int) -> None:
         ds.PixelPaddingValue = -100
 
     write_series(tmp_path, np.zeros((1, 16, 20), dtype=np.int8), SPACING, change=change)
-    assert only(discover(tmp_path)).slices[0].padding == -100
+    assert only_series(discover(tmp_path)).slices[0].padding == -100
 
 
-def test_headers_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_attributes_are_read_as_they_were_written(tmp_path: Path) -> None:
     def change(ds: Dataset, _: int) -> None:
         ds.RescaleSlope, ds.RescaleIntercept = "0.0444", "-8.5"
         ds.BitsStored, ds.HighBit = 12, 11
@@ -576,7 +578,7 @@ def test_headers_are_read_as_they_were_written(tmp_path: Path) -> None:
 
     (file,) = write(tmp_path, 1, change, series_number=7, series_uid="1.2.3.4")
     ds = pydicom.dcmread(file)
-    series, found = only(discover(file)), header(file)
+    series, found = only_series(discover(file)), header(file)
     assert (series.series_uid, series.series_number, series.part, series.key) == ("1.2.3.4", 7, 0, "1.2.3.4")
     assert (series.study_uid, series.frame_of_reference_uid) == (ds.StudyInstanceUID, ds.FrameOfReferenceUID)
     assert (series.rows, series.columns, series.pixel_spacing_mm) == (16, 20, (0.8, 0.7))
@@ -605,7 +607,7 @@ def test_headers_are_read_as_they_were_written(tmp_path: Path) -> None:
         ({"ContentTime": "120001", "InstanceNumber": 9}, None),
     ],
 )
-def test_hashes_tell_times_and_reconstructions_apart_without_keeping_them(
+def test_times_and_reconstructions_are_kept_as_hashes_only(
     tmp_path: Path, changes: dict[str, Any], differs: str | None
 ) -> None:
     # Traps 6, 33.
@@ -624,14 +626,14 @@ def test_hashes_tell_times_and_reconstructions_apart_without_keeping_them(
     assert (one.acquisition_time != two.acquisition_time) is (differs == "acquisition_time")
     assert (one.reconstruction != two.reconstruction) is (differs == "reconstruction")
     for found in (one, two):
-        text = repr(found._replace(path="", mtime_ns=0, sop_instance_uid=""))  # which hold digits of any kind
+        text = repr(found._replace(path="", mtime_ns=0, sop_instance_uid=""))  # these contain arbitrary digits
         assert not any(said in text for said in ("20250101", "1200", "STANDARD", "LUNG", "PRIMARY"))
 
 
 @pytest.mark.parametrize("meta", [True, False])
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
-def test_the_pixel_offset_points_at_the_pixels(tmp_path: Path, syntax: UID, meta: bool) -> None:
-    # Trap 29: sequences, private elements, an icon with pixels of its own, and something after the pixels.
+def test_the_pixel_offset_is_where_the_pixels_begin(tmp_path: Path, syntax: UID, meta: bool) -> None:
+    # Trap 29: sequences, private elements, an icon with Pixel Data, and an element after the pixels.
     def change(ds: Dataset, _: int) -> None:
         icon = Dataset()
         icon.Rows, icon.Columns, icon.BitsAllocated = 2, 2, 8
@@ -649,7 +651,7 @@ def test_the_pixel_offset_points_at_the_pixels(tmp_path: Path, syntax: UID, meta
         assert data == pixels.astype("<i2").tobytes()
 
 
-def test_the_offset_of_big_endian_pixels_points_at_them(tmp_path: Path) -> None:
+def test_the_pixel_offset_in_big_endian_files_is_where_the_pixels_begin(tmp_path: Path) -> None:
     # Trap 29.
     (file,) = write(tmp_path, 1)
     file.write_bytes(natively(pydicom.dcmread(file), ExplicitVRBigEndian))
@@ -660,12 +662,12 @@ def test_the_offset_of_big_endian_pixels_points_at_them(tmp_path: Path) -> None:
     assert file.read_bytes()[found.pixel_offset : found.pixel_offset + 640] == noise(1).astype(">i2").tobytes()
 
 
-def test_the_offset_of_deflated_pixels_counts_unpacked_bytes(tmp_path: Path) -> None:
+def test_the_pixel_offset_in_deflated_files_counts_inflated_bytes(tmp_path: Path) -> None:
     # Trap 29.
     (file,) = write(tmp_path, 1)
     data = natively(pydicom.dcmread(file), DeflatedExplicitVRLittleEndian)
     file.write_bytes(data)
-    # PS3.10, 7.1: the meta group is 128 + 4 bytes, an element of 12 that says how long the rest is, and the rest.
+    # PS3.10, 7.1: preamble and prefix are 128 + 4 bytes; an element of 12 bytes with the length of the rest follows.
     unpacked = zlib.decompress(data[144 + int.from_bytes(data[140:144], "little") :], -zlib.MAX_WBITS)
     found = header(file)
     assert found.transfer_syntax == DeflatedExplicitVRLittleEndian
@@ -674,7 +676,7 @@ def test_the_offset_of_deflated_pixels_counts_unpacked_bytes(tmp_path: Path) -> 
     assert unpacked[found.pixel_offset : found.pixel_offset + 640] == noise(1).astype("<i2").tobytes()
 
 
-def test_encoded_pixels_have_no_offset(tmp_path: Path) -> None:
+def test_encoded_pixels_have_no_pixel_offset(tmp_path: Path) -> None:
     # Trap 29.
     (file,) = write(tmp_path, 1)
     ds = pydicom.dcmread(file)
@@ -687,7 +689,7 @@ def test_encoded_pixels_have_no_offset(tmp_path: Path) -> None:
 # Series
 
 
-def test_series_in_one_folder_and_series_over_several(tmp_path: Path) -> None:
+def test_one_folder_may_hold_several_series_and_one_series_several_folders(tmp_path: Path) -> None:
     write(tmp_path / "a", 3, series_uid="1.1", series_number=1)
     for n, file in enumerate(write(tmp_path / "a", 4, series_uid="1.2", series_number=2)):
         (tmp_path / "a" / str(n % 2)).mkdir(exist_ok=True)
@@ -701,16 +703,16 @@ def test_series_in_one_folder_and_series_over_several(tmp_path: Path) -> None:
     assert cohort[1:] == cohort.series[1:]
 
 
-def test_a_series_over_two_roots_is_one_series(tmp_path: Path) -> None:
+def test_a_series_in_two_input_folders_is_one_series(tmp_path: Path) -> None:
     files = write(tmp_path / "a", 4, series_uid="1.1")
     (tmp_path / "b").mkdir()
     files[0].rename(tmp_path / "b" / files[0].name)
-    series = only(discover([tmp_path / "b", tmp_path / "a"]))
+    series = only_series(discover([tmp_path / "b", tmp_path / "a"]))
     assert len(series.slices) == 4
     assert series.folder == str(tmp_path)
 
 
-def test_series_come_in_the_order_of_folders_and_numbers(tmp_path: Path) -> None:
+def test_series_are_sorted_by_folder_and_number(tmp_path: Path) -> None:
     for number, folder in ((10, "a"), (9, "a"), (1, "b")):
         write(tmp_path / folder, 2, series_number=number)
 
@@ -722,7 +724,7 @@ def test_series_come_in_the_order_of_folders_and_numbers(tmp_path: Path) -> None
 
 
 def test_equal_geometry_does_not_join_series(tmp_path: Path) -> None:
-    # Two kernels of one acquisition: everything is equal but the series.
+    # Two kernels of one acquisition differ in the series UID only.
     write(tmp_path, 3, series_uid="1.1", series_number=1)
     write(tmp_path, 3, series_uid="1.2", series_number=2)
     assert [len(s.slices) for s in discover(tmp_path)] == [3, 3]
@@ -735,21 +737,23 @@ OTHER_KINDS: list[tuple[str, Any, str]] = [
     ("Rows", 20, "other matrix"),
     ("Columns", 16, "other matrix"),
 ]
-STRAYS: list[tuple[str, Any, str]] = [
+NOT_SLICES: list[tuple[str, Any, str]] = [
     ("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"], "localizer"),
     ("SamplesPerPixel", 3, "colour"),
 ]
 
 
-LACKING: list[tuple[str, Any, str]] = [
+INCOMPLETE: list[tuple[str, Any, str]] = [
     ("ImageOrientationPatient", None, "no Image Orientation (Patient)"),
     ("PixelSpacing", None, "no Pixel Spacing"),
     ("ImageType", ["DERIVED", "SECONDARY"], "secondary image"),
 ]
 
 
-@pytest.mark.parametrize(("keyword", "value", "why"), OTHER_KINDS + STRAYS + LACKING)
-def test_two_images_of_another_kind_are_left_out_and_named(tmp_path: Path, keyword: str, value: Any, why: str) -> None:
+@pytest.mark.parametrize(("keyword", "value", "why"), OTHER_KINDS + NOT_SLICES + INCOMPLETE)
+def test_two_images_of_another_kind_are_left_out_with_the_reason(
+    tmp_path: Path, keyword: str, value: Any, why: str
+) -> None:
     # Traps 9, 10: a scout or a screenshot inside the series.
     def change(ds: Dataset, k: int) -> None:
         ds["PixelData"].VR = "OW"
@@ -757,7 +761,7 @@ def test_two_images_of_another_kind_are_left_out_and_named(tmp_path: Path, keywo
             setattr(ds, keyword, value)
 
     write(tmp_path, 6, change, series_uid="1.2.3")
-    series = only(discover(tmp_path))
+    series = only_series(discover(tmp_path))
     assert (series.key, series.part, len(series.slices)) == ("1.2.3", 0, 4)
     assert series.left_out == (("S1-0003.dcm", why), ("S1-0005.dcm", why))
     assert [i.code for i in series.irregularities] == ["left-out"]
@@ -765,7 +769,7 @@ def test_two_images_of_another_kind_are_left_out_and_named(tmp_path: Path, keywo
 
 
 @pytest.mark.parametrize(("keyword", "value"), [(keyword, value) for keyword, value, _ in OTHER_KINDS])
-def test_three_images_of_another_kind_are_a_volume_of_their_own(tmp_path: Path, keyword: str, value: Any) -> None:
+def test_three_images_of_another_kind_are_a_separate_volume(tmp_path: Path, keyword: str, value: Any) -> None:
     # Traps 9, 10: a second reconstruction inside the series.
     def change(ds: Dataset, k: int) -> None:
         if k in (1, 3, 5):
@@ -781,8 +785,8 @@ def test_three_images_of_another_kind_are_a_volume_of_their_own(tmp_path: Path, 
     assert [[i.code for i in s.irregularities] for s in (large, small)] == [["mixed"], ["mixed"]]
 
 
-@pytest.mark.parametrize(("keyword", "value", "why"), STRAYS)
-def test_images_that_are_no_slices_are_left_out_however_many_they_are(
+@pytest.mark.parametrize(("keyword", "value", "why"), NOT_SLICES)
+def test_any_number_of_images_that_are_not_slices_is_left_out(
     tmp_path: Path, keyword: str, value: Any, why: str
 ) -> None:
     # Traps 9, 10.
@@ -792,7 +796,7 @@ def test_images_that_are_no_slices_are_left_out_however_many_they_are(
             setattr(ds, keyword, value)
 
     write(tmp_path, 7, change)
-    series = only(discover(tmp_path))
+    series = only_series(discover(tmp_path))
     assert names(series) == {"S1-0001.dcm", "S1-0002.dcm", "S1-0003.dcm"}
     assert [reason for _, reason in series.left_out] == [why] * 4
 
@@ -806,7 +810,7 @@ def test_images_that_are_no_slices_are_left_out_however_many_they_are(
         ("ConvolutionKernel", ("STANDARD", "LUNG")),
     ],
 )
-def test_acquisitions_at_the_same_places_are_volumes_of_their_own(
+def test_acquisitions_with_equal_positions_are_separate_volumes(
     tmp_path: Path, keyword: str, values: tuple[Any, Any]
 ) -> None:
     # Trap 6: every position twice, interleaved as files are.
@@ -826,7 +830,7 @@ def test_acquisitions_at_the_same_places_are_volumes_of_their_own(
 
 
 @pytest.mark.parametrize("policy", ["strict", "keep"])
-def test_acquisitions_stay_together_and_are_told_where_nothing_is_to_be_put_right(
+def test_other_policies_than_fix_record_acquisitions_without_splitting_them(
     tmp_path: Path, policy: Literal["strict", "keep"]
 ) -> None:
     # Trap 6.
@@ -835,7 +839,7 @@ def test_acquisitions_stay_together_and_are_told_where_nothing_is_to_be_put_righ
         ds.AcquisitionNumber = k % 2
 
     write(tmp_path, 10, change)
-    series = only(discover(tmp_path, Rules(policy=policy)))
+    series = only_series(discover(tmp_path, Rules(policy=policy)))
     assert len(series.slices) == 10
     assert [i.code for i in series.irregularities] == ["acquisitions"]
 
@@ -848,12 +852,12 @@ def test_small_differences_do_not_split_a_series(tmp_path: Path) -> None:
             ds.PixelSpacing = ["0.8001", "0.7"]
 
     write(tmp_path, 6, change)
-    series = only(discover(tmp_path))
+    series = only_series(discover(tmp_path))
     assert (series.part, len(series.slices)) == (0, 6)
     assert series.key == series.series_uid
 
 
-def test_slices_without_a_series_uid_are_kept_by_folder_and_refused(tmp_path: Path) -> None:
+def test_slices_without_a_series_uid_are_grouped_by_folder_and_rejected(tmp_path: Path) -> None:
     def change(ds: Dataset, _: int) -> None:
         del ds.SeriesInstanceUID
 
@@ -866,15 +870,15 @@ def test_slices_without_a_series_uid_are_kept_by_folder_and_refused(tmp_path: Pa
             stack(series)
 
 
-def test_keys_tell_all_series_apart(tmp_path: Path) -> None:
-    # Trap 33: the manifest has one row per key. Without a UID, folders and parts are all there is.
-    def nameless(ds: Dataset, k: int) -> None:
+def test_the_key_of_each_series_is_unique(tmp_path: Path) -> None:
+    # Trap 33: the manifest has one row per key. Without a UID, only folder and part distinguish series.
+    def without_uid(ds: Dataset, k: int) -> None:
         del ds.SeriesInstanceUID
         if k > 2:
             ds.Rows, ds.Columns = 20, 16
 
     for folder in "ab":
-        write(tmp_path / folder, 6, nameless)
+        write(tmp_path / folder, 6, without_uid)
     write(tmp_path / "c", series_uid="1.2.3")
     keys = [s.key for s in discover(tmp_path)]
     assert len(keys) == 5
@@ -884,12 +888,12 @@ def test_keys_tell_all_series_apart(tmp_path: Path) -> None:
 # Order, identity, privacy
 
 
-def in_order(order: Callable[[list[Any]], Iterable[Any]]) -> Callable[..., Iterator[Any]]:
-    """Return a `map_` whose results come in another order, as those of worker processes do."""
+def map_in_order(order: Callable[[list[Any]], Iterable[Any]]) -> Callable[..., Iterator[Any]]:
+    """Return a `map_` whose results come in another order, as from worker processes."""
     return lambda function, tasks: iter([(task, function(task)) for task in order(tasks)])
 
 
-def test_nothing_depends_on_the_order_in_which_headers_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_series_do_not_depend_on_the_order_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Trap 1. Two stacks of equal length in one UID, names interleaved; cosines that differ by rounding.
     def change(ds: Dataset, k: int) -> None:
         if k in (0, 3, 4):
@@ -902,20 +906,22 @@ def test_nothing_depends_on_the_order_in_which_headers_come(tmp_path: Path, monk
     monkeypatch.setattr("gpuprep.dicom.discover.FILES_PER_TASK", 1)
     seen = []
     for order in (list, lambda tasks: tasks[::-1], lambda tasks: tasks[3:] + tasks[:3]):
-        cohort = discover(tmp_path, map_=in_order(order))
+        cohort = discover(tmp_path, map_=map_in_order(order))
         seen.append([(s.key, s.fingerprint, names(s), s.orientation, s.pixel_spacing_mm, s.folder) for s in cohort])
     assert seen[1] == seen[0]
     assert seen[2] == seen[0]
 
 
-def test_the_account_does_not_depend_on_the_order_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_and_errors_do_not_depend_on_the_order_of_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path)
     write(tmp_path / "mr", 2, as_class("1.2.840.10008.5.1.4.1.1.4"))
     for n in range(3):
         (tmp_path / f"{n}.txt").write_text("text")
         (tmp_path / f"link{n}").symlink_to(f"nowhere{n}")
     monkeypatch.setattr("gpuprep.dicom.discover.FILES_PER_TASK", 2)
-    one, two = (discover(tmp_path, map_=in_order(order)) for order in (list, reversed))
+    one, two = (discover(tmp_path, map_=map_in_order(order)) for order in (list, reversed))
     assert one.passed_over == two.passed_over == {"MR Image Storage": 2, "not DICOM": 3}
     assert list(one.passed_over) == list(two.passed_over)
     assert one.unreadable == two.unreadable
@@ -925,8 +931,8 @@ def test_the_account_does_not_depend_on_the_order_either(tmp_path: Path, monkeyp
 # The index of headers
 
 
-class Opened:
-    """A `map_` that keeps account of the files whose headers are read."""
+class RecordingMap:
+    """A `map_` that records the files whose headers are read."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -937,14 +943,14 @@ class Opened:
             yield task, function(task)
 
 
-def test_unchanged_files_are_not_read_again_and_give_the_same(tmp_path: Path) -> None:
+def test_unchanged_files_are_not_read_again_and_give_the_same_cohort(tmp_path: Path) -> None:
     files = write(tmp_path / "in", 4)
     write(tmp_path / "in" / "mr", 1, as_class("1.2.840.10008.5.1.4.1.1.4"))
     write(tmp_path / "in" / "deep", 3)[0].write_bytes(bytes(128) + b"DICM" + b"\x02\0\0\0UL\4\0\xff")
     (tmp_path / "in" / "notes.txt").write_text("text")
     plain = discover(tmp_path / "in")
     index = tmp_path / "index" / "headers.sqlite"
-    first, second, third = Opened(), Opened(), Opened()
+    first, second, third = RecordingMap(), RecordingMap(), RecordingMap()
     assert discover(tmp_path / "in", index=index, map_=first) == plain
     assert len(first.names) == 9
     assert discover(tmp_path / "in", index=index, map_=second) == plain
@@ -958,54 +964,54 @@ def test_unchanged_files_are_not_read_again_and_give_the_same(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 99, b""], ids=["text", "empty"])
-def test_an_index_that_is_none_is_done_without(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_index_is_ignored(tmp_path: Path, content: bytes) -> None:
     write(tmp_path / "in", 4)
     (tmp_path / "index").write_bytes(content)
     assert discover(tmp_path / "in", index=tmp_path / "index") == discover(tmp_path / "in")
 
 
-def test_a_fingerprint_changes_with_any_file_and_with_nothing_else(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_files_alone(tmp_path: Path) -> None:
     files = write(tmp_path / "a", 4)
-    series = only(discover(tmp_path))
+    series = only_series(discover(tmp_path))
     first = series.fingerprint
     for slices in itertools.permutations(series.slices):
         assert replace(series, slices=slices).fingerprint == first
-    # Elsewhere, under other names, with the times kept: the same.
+    # Copied elsewhere under other names, with equal times: the same.
     shutil.copytree(tmp_path / "a", tmp_path / "b" / "c")
     for n, file in enumerate(sorted((tmp_path / "b" / "c").iterdir())):
         file.rename(file.with_name(f"{9 - n}"))
-    assert only(discover(tmp_path / "b")).fingerprint == first
+    assert only_series(discover(tmp_path / "b")).fingerprint == first
     # Touched, longer, another instance, fewer: different.
     seen = {first}
     status = files[2].stat()
     os.utime(files[2], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    seen.add(only(discover(tmp_path / "a")).fingerprint)
+    seen.add(only_series(discover(tmp_path / "a")).fingerprint)
     with files[2].open("ab") as f:
         f.write(b"\0\0")
     os.utime(files[2], ns=(status.st_atime_ns, status.st_mtime_ns))
-    seen.add(only(discover(tmp_path / "a")).fingerprint)
+    seen.add(only_series(discover(tmp_path / "a")).fingerprint)
     other = series.slices[0]._replace(sop_instance_uid="1.2.3")
     seen.add(replace(series, slices=(other, *series.slices[1:])).fingerprint)
     files[0].unlink()
-    seen.add(only(discover(tmp_path / "a")).fingerprint)
+    seen.add(only_series(discover(tmp_path / "a")).fingerprint)
     assert len(seen) == 5
 
 
-def test_nothing_about_the_patient_comes_out(tmp_path: Path) -> None:
-    def personal(ds: Dataset, _: int) -> None:
+def test_the_cohort_contains_no_patient_data(tmp_path: Path) -> None:
+    def identifying(ds: Dataset, _: int) -> None:
         assert ds.PatientName == "Phantom^Thorax"
         ds.InstitutionName = ds.StudyDescription = ds.SeriesDescription = ds.ImageComments = "Sesame^Clinic"
         ds.ReferringPhysicianName, ds.AccessionNumber, ds.StudyDate = "Sesame^Who", "SESAME1", "20250131"
         ds.add_new(0x00091001, "LO", "Sesame private")
 
     def structures(ds: Dataset, _: int) -> None:
-        personal(ds, 0)
+        identifying(ds, 0)
         as_class("1.2.840.10008.5.1.4.1.1.481.3")(ds, 0)
 
-    write(tmp_path / "ct", 3, personal)
+    write(tmp_path / "ct", 3, identifying)
     write(tmp_path / "rt", 1, structures)
-    spoiled, cut, deflated = write(tmp_path / "bad", 3, personal)
-    spoil(spoiled, 0x00280030, b"DS", b"no\\number")
+    spoiled, cut, deflated = write(tmp_path / "bad", 3, identifying)
+    overwrite_value(spoiled, 0x00280030, b"DS", b"no\\number")
     cut.write_bytes(cut.read_bytes()[:420])
     deflated.write_bytes(natively(pydicom.dcmread(deflated), DeflatedExplicitVRLittleEndian)[:-400])
     cohort = discover(tmp_path)
@@ -1019,8 +1025,8 @@ def test_nothing_about_the_patient_comes_out(tmp_path: Path) -> None:
         assert all(secret not in text.lower() for text in out)
 
 
-def test_an_empty_file_that_should_be_a_slice_is_reported(tmp_path: Path) -> None:
-    # What a copy leaves that ran out of space; the series looks whole without it.
+def test_an_empty_dcm_file_is_reported(tmp_path: Path) -> None:
+    # An aborted copy leaves such files; the series looks complete without them.
     files = write_series(tmp_path / "ct", np.zeros((4, 5, 6), dtype=np.int16), (2.5, 0.8, 0.7))
     files[-1].write_bytes(b"")
     cohort = discover(tmp_path)

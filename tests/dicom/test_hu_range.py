@@ -1,4 +1,4 @@
-"""HU beyond CT numbers or beyond the output type: how many there are, and when a series is not taken."""
+"""Tests of `gpuprep.dicom.hu_range`: counts of HU above CT numbers or outside the output type, and rejections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydicom import Dataset
 
 from gpuprep import Recipe
 from gpuprep.dicom.discover import discover
-from gpuprep.dicom.hu_range import Extremes
+from gpuprep.dicom.hu_range import HuRangeCheck
 from gpuprep.dicom.read import SeriesReader
 from gpuprep.errors import IntensityError
 from gpuprep.testing import write_series
@@ -21,9 +21,9 @@ from gpuprep.testing import write_series
 INT16 = Recipe(window_hu=None, size=None, dtype="int16", policy="keep")
 
 
-def numbers(extremes: Extremes) -> list[int]:
-    """Return the counts that the warnings begin with."""
-    return [int(w.text.split("voxel")[0].split()[-1]) for w in extremes.warnings]
+def warned_counts(check: HuRangeCheck) -> list[int]:
+    """Return the counts of voxels in the warnings."""
+    return [int(w.text.split("voxel")[0].split()[-1]) for w in check.warnings]
 
 
 SLICES = st.lists(
@@ -36,26 +36,28 @@ SLICES = st.lists(
 
 
 @given(SLICES, st.sampled_from(["air", "keep"]))
-def test_every_voxel_beyond_is_counted_once_and_padding_is_not(slices: Any, padding: Any) -> None:
-    made = Extremes(Recipe(window_hu=None, size=None, dtype="int16", policy="keep", padding=padding), 4 * len(slices))
-    false = cut = 0
+def test_voxels_out_of_range_are_counted_once_without_padding(slices: Any, padding: Any) -> None:
+    check = HuRangeCheck(
+        Recipe(window_hu=None, size=None, dtype="int16", policy="keep", padding=padding), 4 * len(slices)
+    )
+    above_limit = clipped = 0
     for stored, slope, intercept, declared in slices:
         span = None if declared is None else (declared[0], declared[0] + declared[1])
         values = np.array(stored, dtype=np.int32).reshape(2, 2)
         pair = None if span is None else np.array(span)
-        made.add("a.dcm", values, (int(values.min()), int(values.max())), slope, intercept, pair)
+        check.add("a.dcm", values, (int(values.min()), int(values.max())), slope, intercept, pair)
         for value in stored:
             hu = value * slope + intercept
             is_padding = span is not None and span[0] <= value <= span[1]
-            false += hu > 30000 and not is_padding
+            above_limit += hu > 30000 and not is_padding
             # Under "air", padding and everything below −1024 HU becomes −1000 HU, which int16 holds.
             becomes_air = padding == "air" and (is_padding or hu < -1024)
-            cut += not -32768 <= hu <= 32767 and not becomes_air
-    assert numbers(made) == [n for n in (false, cut) if n]
+            clipped += not -32768 <= hu <= 32767 and not becomes_air
+    assert warned_counts(check) == [n for n in (above_limit, clipped) if n]
 
 
 @pytest.mark.parametrize(
-    ("window_hu", "dtype", "cut"),
+    ("window_hu", "dtype", "clipped"),
     [
         (None, "int16", True),
         (None, "float32", False),
@@ -66,25 +68,27 @@ def test_every_voxel_beyond_is_counted_once_and_padding_is_not(slices: Any, padd
         ((-1000.0, 400.0), "uint8", False),
     ],
 )
-def test_what_the_window_clips_is_not_cut_by_the_type(window_hu: Any, dtype: Any, cut: bool) -> None:
-    made = Extremes(Recipe(window_hu=window_hu, dtype=dtype), 1000)
-    made.add("a.dcm", np.array([[0, 40000]]), (0, 40000), 1.0, 0.0, None)
-    assert [("cut to what" in w.text) for w in made.warnings] == [False, True][: 1 + cut]
+def test_values_outside_the_window_are_not_counted_as_clipped_by_the_type(
+    window_hu: Any, dtype: Any, clipped: bool
+) -> None:
+    check = HuRangeCheck(Recipe(window_hu=window_hu, dtype=dtype), 1000)
+    check.add("a.dcm", np.array([[0, 40000]]), (0, 40000), 1.0, 0.0, None)
+    assert [("clipped to the range" in w.text) for w in check.warnings] == [False, True][: 1 + clipped]
 
 
-def read_all(reader: SeriesReader, down: bool) -> None:
-    for k in range(6)[:: -1 if down else 1]:
+def read_all(reader: SeriesReader, backwards: bool) -> None:
+    for k in range(6)[:: -1 if backwards else 1]:
         reader.slab(k, k + 1)
 
 
 @pytest.mark.parametrize("loops", [False, True])
-@pytest.mark.parametrize(("share_of_padding", "taken"), [(0.0, 28), (0.5, 14)])
-def test_one_voxel_in_a_hundred_may_be_above_ct_numbers(
-    tmp_path: Path, share_of_padding: float, taken: int, loops: bool
+@pytest.mark.parametrize(("padding_fraction", "accepted"), [(0.0, 28), (0.5, 14)])
+def test_up_to_one_percent_of_the_voxels_may_be_above_ct_numbers(
+    tmp_path: Path, padding_fraction: float, accepted: int, loops: bool
 ) -> None:
-    # 6 × 20 × 24 are 2880 voxels: 28 are less than one in a hundred, 29 are more. Padding does not count as a voxel.
+    # Of 6 × 20 × 24 = 2880 voxels, 28 are less than 1 %, 29 are more. Padding is excluded.
     stored = np.random.default_rng(0).integers(0, 3000, (6, 20, 24)).astype(np.uint16)
-    stored[:, : int(20 * share_of_padding)] = 65535
+    stored[:, : int(20 * padding_fraction)] = 65535
 
     def change(ds: Dataset, _: int) -> None:
         ds.PixelPaddingValue = 65535
@@ -95,13 +99,15 @@ def test_one_voxel_in_a_hundred_may_be_above_ct_numbers(
         (series,) = discover(tmp_path / folder)
         return SeriesReader(series, Recipe(), loops=loops)
 
-    few = reader(Path("few"), taken)
+    few = reader(Path("few"), accepted)
     few.slab(0, 6)
     (warning,) = [w for w in few.warnings if w.code == "hu-range"]
-    assert warning.text.startswith(f"HU of {taken} voxels are above 30000, where CT numbers end: up to 58976 in ")
-    # From the other end, padding is still to be read when the metal is: the answer is the same.
-    for down in (False, True):
-        many = reader(Path(f"many-{down}"), taken + 1)
+    assert warning.text.startswith(
+        f"HU of {accepted} voxels are above 30000, the upper limit of CT numbers: up to 58976 in "
+    )
+    # Read backwards, the metal comes last: the result is the same.
+    for backwards in (False, True):
+        many = reader(Path(f"many-{backwards}"), accepted + 1)
         with pytest.raises(IntensityError, match="more than 1% of the voxels are above 30000 HU") as caught:
-            read_all(many, down)
+            read_all(many, backwards)
         assert caught.value.code == "hu-range"

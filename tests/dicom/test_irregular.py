@@ -1,4 +1,4 @@
-"""Irregular stacks put right: tilt, gaps, uneven spacing and other orientations, against what was put in."""
+"""Tests of corrections of irregular stacks: tilt, gaps, uneven spacing and orientations, on analytical objects."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ HU_ONLY = Recipe(window_hu=None, size=None)
 AS_ACQUIRED = Recipe(window_hu=None, size=None, spacing_mm=None)
 
 
-def places(volume: Volume) -> NDArray[np.float64]:
-    """Return where every voxel of a volume lies: array of shape (k, j, i, 3), in mm."""
+def voxel_positions_mm(volume: Volume) -> NDArray[np.float64]:
+    """Return the position of every voxel of a volume in mm: array of shape (k, j, i, 3)."""
     indices = np.stack(np.meshgrid(*map(np.arange, volume.shape), indexing="ij"), axis=-1)
     return np.asarray(indices @ volume.affine[:3, :3].T + volume.affine[:3, 3])
 
 
-def written(
+def write_object(
     folder: Path,
     hu: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     positions_mm: NDArray[np.float64],
@@ -45,7 +45,7 @@ def written(
     spacing_mm: tuple[float, float],
     slope: float = 1.0,
 ) -> Path:
-    """Write slices of an analytical object, given as HU by (x, y, z), at any positions; return their folder."""
+    """Write slices of an object, given as a function from (x, y, z) to HU, at these positions; return the folder."""
     row, column = np.array(orientation[:3]), np.array(orientation[3:])
     j, i = np.meshgrid(*map(np.arange, matrix), indexing="ij")
     points = (
@@ -55,16 +55,16 @@ def written(
     )
     stored = np.round((hu(points) + 1024) / slope).astype(np.int16)
 
-    def place(ds: Dataset, k: int) -> None:
+    def position(ds: Dataset, k: int) -> None:
         ds.ImagePositionPatient = [f"{v:.10g}" for v in positions_mm[k]]
         ds.RescaleSlope, ds.RescaleIntercept = f"{slope:.10g}", "-1024"
         del ds.PixelPaddingValue
 
-    write_series(folder, stored, (1.0, *spacing_mm), orientation=orientation, change=place)
+    write_series(folder, stored, (1.0, *spacing_mm), orientation=orientation, change=position)
     return folder
 
 
-def converted(folder: Path, recipe: Recipe, backend: Backend | None = None) -> Volume:
+def process_folder(folder: Path, recipe: Recipe, backend: Backend | None = None) -> Volume:
     series = gpuprep.discover(folder, recipe.rules)
     assert len(series) == 1
     return gpuprep.process(gpuprep.read(series[0], recipe), recipe, backend=backend or "cpu")
@@ -75,7 +75,7 @@ ROD_RADIUS_MM = 8.0
 
 
 def rods(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rods of 600 HU along z in a block of 40 HU, with edges some millimetres wide."""
+    """Return HU of rods of 600 HU along z in a block of 40 HU, with edges some millimetres wide."""
     hu = np.full(points.shape[:-1], 40.0)
     for x, y in RODS_MM:
         distance = np.hypot(points[..., 0] - x, points[..., 1] - y)
@@ -83,53 +83,55 @@ def rods(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return hu
 
 
-def tilted(folder: Path, tilt_deg: float) -> Path:
-    """Write 40 slices, 2.5 mm apart along z, whose planes lean by an angle about x, and whose table went along z."""
+def write_tilted(folder: Path, tilt_deg: float) -> Path:
+    """Write 40 slices, 2.5 mm apart along z, with planes tilted about x, as with a tilted gantry."""
     tilt = np.radians(tilt_deg)
     orientation = (1, 0, 0, 0, float(np.cos(tilt)), float(-np.sin(tilt)))
     z = np.arange(40) * 2.5 - 50
     positions = np.stack([np.full(40, -40.0), np.full(40, -45.0), z], axis=1)
-    return written(folder, rods, positions, orientation, (112, 100), (0.8, 0.8))
+    return write_object(folder, rods, positions, orientation, (112, 100), (0.8, 0.8))
 
 
 @pytest.mark.parametrize("tilt_deg", [15.0, -15.0])
 @pytest.mark.parametrize("recipe", [AS_ACQUIRED, HU_ONLY], ids=["as-acquired", "1 mm"])
-def test_straight_rods_come_out_straight_of_a_tilted_gantry(
+def test_rods_scanned_with_a_tilted_gantry_are_straight_in_the_output(
     tmp_path: Path, tilt_deg: float, recipe: Recipe, backend: Backend
 ) -> None:
-    # Trap 11. Where nothing is undone, rods lean by 0.65 mm a slice.
-    folder = tilted(tmp_path, tilt_deg)
+    # Trap 11. Without the correction, rods are shifted by 0.65 mm per slice.
+    folder = write_tilted(tmp_path, tilt_deg)
     found = audit(gpuprep.discover(folder)[0])
     assert (found.verdict, found.codes) == ("fixed", ("tilt",))
     assert found.measures.tilt_deg == pytest.approx(15, abs=1e-3)
     assert found.measures.spacing_mm == pytest.approx(2.5 * np.cos(np.radians(15)))
-    volume = converted(folder, recipe, backend)
-    values, where = to_numpy(volume.values), places(volume)
+    volume = process_folder(folder, recipe, backend)
+    values, positions = to_numpy(volume.values), voxel_positions_mm(volume)
     affine = volume.affine[:3, :3] / volume.spacing_mm
-    assert affine.T @ affine == pytest.approx(np.eye(3), abs=1e-6)  # upright: no shear is left
-    seen = 0
-    beyond = (volume.spacing_mm[0] - 2.5 * np.cos(np.radians(15))) / 2 / volume.spacing_mm[0]  # of the outer slices
-    for k in range(int(np.ceil(-beyond)), volume.shape[0] - int(np.ceil(-beyond))):
+    assert affine.T @ affine == pytest.approx(np.eye(3), abs=1e-6)  # orthogonal: no shear is left
+    rods_seen = 0
+    outer_layers = (
+        (volume.spacing_mm[0] - 2.5 * np.cos(np.radians(15))) / 2 / volume.spacing_mm[0]
+    )  # of the outer slices
+    for k in range(int(np.ceil(-outer_layers)), volume.shape[0] - int(np.ceil(-outer_layers))):
         for x, y in RODS_MM:
-            near = np.hypot(where[k, ..., 0] - x, where[k, ..., 1] - y) < 13
+            near = np.hypot(positions[k, ..., 0] - x, positions[k, ..., 1] - y) < 13
             weight = np.clip(values[k][near] - 40, 0, None)
             full = near.sum() * 0.8**2 if recipe.spacing_mm is None else near.sum()
             if full < 0.98 * np.pi * 13**2 / np.cos(np.radians(15)) or weight.sum() == 0:
-                continue  # the slice does not hold the whole rod
+                continue  # the slice does not contain the whole rod
             if values[k][near].min() < 0:
-                continue  # air of the shear comes near
-            seen += 1
-            centre = weight @ where[k][near][:, :2] / weight.sum()
+                continue  # air added by the correction is near
+            rods_seen += 1
+            centre = weight @ positions[k][near][:, :2] / weight.sum()
             assert np.hypot(*(centre - (x, y))) < 0.1
-            inner = np.hypot(where[k, ..., 0] - x, where[k, ..., 1] - y) < 2
+            inner = np.hypot(positions[k, ..., 0] - x, positions[k, ..., 1] - y) < 2
             assert np.abs(values[k][inner] - 600).max() < 1
-    assert seen > volume.shape[0]
+    assert rods_seen > volume.shape[0]
 
 
 @pytest.mark.parametrize("tilt_deg", [15.0, -15.0])
-def test_what_the_shear_adds_is_air_and_nothing_is_lost(tmp_path: Path, tilt_deg: float) -> None:
+def test_tilt_correction_adds_air_and_loses_no_voxel(tmp_path: Path, tilt_deg: float) -> None:
     # Traps 11, 12.
-    volume = converted(tilted(tmp_path, tilt_deg), AS_ACQUIRED)
+    volume = process_folder(write_tilted(tmp_path, tilt_deg), AS_ACQUIRED)
     drift_mm = 39 * 2.5 * np.sin(np.radians(15))
     rows = 112 + int(np.ceil(drift_mm / 0.8))
     assert volume.shape == (40, rows, 100)
@@ -147,7 +149,7 @@ def test_engines_agree_on_a_tilted_and_uneven_stack(tmp_path: Path) -> None:
     tilt = np.radians(12)
     along = np.cumsum([0, 2, 2, 2.2, 1.7, 2, 2, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     positions = np.stack([np.full(20, -30.0), np.full(20, -35.0), along], axis=1)
-    folder = written(tmp_path, rods, positions, (1, 0, 0, 0, np.cos(tilt), -np.sin(tilt)), (90, 80), (0.8, 0.9))
+    folder = write_object(tmp_path, rods, positions, (1, 0, 0, 0, np.cos(tilt), -np.sin(tilt)), (90, 80), (0.8, 0.9))
     for recipe in (HU_ONLY, Recipe(window_hu=None, size=(64, 60), spacing_mm=(5, 2, 2), anti_alias="both", order=1)):
         volume = gpuprep.read(gpuprep.discover(folder)[0], recipe)
         first, second = (
@@ -161,46 +163,46 @@ UNEVEN_MM = np.array([0, 2, 4.1, 6, 8, 12.1, 14, 16, 18, 19.4, 22, 24, 26, 28, 3
 """2 mm apart, with one slice missing and two out of place."""
 
 
-def uneven(folder: Path, hu: Callable[[NDArray[np.float64]], NDArray[np.float64]], slope: float = 1.0) -> Path:
+def write_uneven(folder: Path, hu: Callable[[NDArray[np.float64]], NDArray[np.float64]], slope: float = 1.0) -> Path:
     positions = np.stack([np.full(len(UNEVEN_MM), -10.0), np.full(len(UNEVEN_MM), -12.0), UNEVEN_MM - 20], axis=1)
-    return written(folder, hu, positions, (1, 0, 0, 0, 1, 0), (24, 20), (1.0, 1.0), slope)
+    return write_object(folder, hu, positions, (1, 0, 0, 0, 1, 0), (24, 20), (1.0, 1.0), slope)
 
 
 @pytest.mark.parametrize("order", [1, 3])
 @pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0), (3.0, 1.0, 1.0)])
-def test_a_ramp_in_z_survives_uneven_slices(
+def test_a_ramp_in_z_is_preserved_with_uneven_slices(
     tmp_path: Path, order: int, spacing: tuple[float, float, float] | None, backend: Backend
 ) -> None:
-    # Traps 4, 5, 7. Stored values in steps of 1/1000 HU hold positions of a tenth of a millimetre exactly.
-    folder = uneven(tmp_path, lambda p: p[..., 2] - 1024 + 20, slope=0.01)
+    # Traps 4, 5, 7. Stored values in steps of 1/1000 HU represent positions of a tenth of a millimetre exactly.
+    folder = write_uneven(tmp_path, lambda p: p[..., 2] - 1024 + 20, slope=0.01)
     found = audit(gpuprep.discover(folder)[0])
     assert (found.verdict, found.codes) == ("fixed", ("gap", "uneven"))
     ((after, gap_mm, missing),) = found.measures.gaps
     assert (after, missing) == ("S1-0018.dcm", 1)
     assert gap_mm == pytest.approx(4.1)
-    volume = converted(
+    volume = process_folder(
         folder, Recipe(window_hu=None, size=None, spacing_mm=spacing, order=order, padding="keep"), backend
     )
-    z = places(volume)[..., 2]
+    z = voxel_positions_mm(volume)[..., 2]
     values = to_numpy(volume.values) + 1024 - 20
     inside = (z >= -20) & (z <= 24)
     assert inside.mean() > 0.9
     assert np.abs(values - z)[inside].max() < 1e-3
 
 
-def test_cubic_on_uneven_positions_is_the_spline_through_them(tmp_path: Path) -> None:
+def test_cubic_resampling_of_uneven_slices_equals_the_spline_through_their_positions(tmp_path: Path) -> None:
     # Trap 7.
     rng = np.random.default_rng(7)
     noise = rng.uniform(-500, 500, (len(UNEVEN_MM), 24, 20)).round()
-    folder = uneven(tmp_path, lambda _: noise)
-    volume = converted(folder, Recipe(window_hu=None, size=None, spacing_mm=(1.0, 1.0, 1.0)))
-    z = places(volume)[:, 0, 0, 2] + 20
+    folder = write_uneven(tmp_path, lambda _: noise)
+    volume = process_folder(folder, Recipe(window_hu=None, size=None, spacing_mm=(1.0, 1.0, 1.0)))
+    z = voxel_positions_mm(volume)[:, 0, 0, 2] + 20
     expected = CubicSpline(UNEVEN_MM, noise, axis=0)(np.clip(z, 0, 44))
     assert np.abs(np.asarray(volume) - expected).max() < 0.01
 
 
-def test_policy_keep_stacks_as_it_is_and_strict_rejects(tmp_path: Path) -> None:
-    folder = uneven(tmp_path, lambda p: p[..., 0] * 10)
+def test_policy_keep_stacks_irregular_slices_and_strict_rejects_them(tmp_path: Path) -> None:
+    folder = write_uneven(tmp_path, lambda p: p[..., 0] * 10)
     kept = audit(gpuprep.discover(folder)[0], Rules(policy="keep"))
     assert (kept.verdict, kept.codes) == ("ok", ("gap",))
     assert kept.stack is not None
@@ -208,10 +210,10 @@ def test_policy_keep_stacks_as_it_is_and_strict_rejects(tmp_path: Path) -> None:
     assert kept.stack.geometry.spacing_mm == pytest.approx((44 / 21, 1, 1))
     strict = audit(gpuprep.discover(folder)[0], Rules(policy="strict"))
     assert (strict.verdict, strict.codes) == ("rejected", ("gap",))
-    leaning = audit(gpuprep.discover(tilted(tmp_path / "tilt", 15))[0], Rules(policy="keep"))
+    leaning = audit(gpuprep.discover(write_tilted(tmp_path / "tilt", 15))[0], Rules(policy="keep"))
     assert leaning.codes == ("tilt",)
     assert leaning.stack is not None
-    assert leaning.stack.geometry.affine[:3, 0] == pytest.approx([0, 0, 2.5])  # sheared, and true
+    assert leaning.stack.geometry.affine[:3, 0] == pytest.approx([0, 0, 2.5])  # sheared, with the true positions
 
 
 @pytest.mark.parametrize(
@@ -251,11 +253,11 @@ ORIENTATIONS = {
     "sagittal": ((0, 1, 0, 0, 0, -1), "sagittal RIP", [1, 2, 0], [0, 2]),
     "oblique": (OBLIQUE, "axial SPL", [0, 1, 2], []),
 }
-"""Cosines; plane and directions of slices, rows, columns; and what a turn to axial has to do to the array."""
+"""Cosines; expected label of the orientation; axes and flips of the array for reorientation to axial LPS."""
 
 
 @pytest.mark.parametrize(("orientation", "label", "axes", "flips"), ORIENTATIONS.values(), ids=ORIENTATIONS)
-def test_a_turn_to_axial_moves_voxels_and_changes_none(
+def test_reorientation_to_axial_permutes_voxels_without_changing_values(
     tmp_path: Path, noise: Callable[..., NDArray[np.int16]], orientation: tuple[float, ...], label: str,
     axes: list[int], flips: list[int], backend: Backend,
 ) -> None:  # fmt: skip
@@ -271,59 +273,61 @@ def test_a_turn_to_axial_moves_voxels_and_changes_none(
     turned = gpuprep.process(gpuprep.read(series), recipe, backend=backend)
     values = to_numpy(turned.values)
     assert np.array_equal(values, np.flip((stored - 1024.0).transpose(axes), tuple(flips)))
-    toward = turned.affine[[2, 1, 0], :3]
-    assert (np.argmax(np.abs(toward), axis=0) == [0, 1, 2]).all()
-    assert (np.diag(toward) > 0).all()
-    # A voxel is where it was: every native voxel is found in the turned volume at the same place.
+    lps_directions = turned.affine[[2, 1, 0], :3]
+    assert (np.argmax(np.abs(lps_directions), axis=0) == [0, 1, 2]).all()
+    assert (np.diag(lps_directions) > 0).all()
+    # Each native voxel is found at the same position in the reoriented volume.
     inverse = np.linalg.inv(turned.affine)
     for index in [(0, 0, 0), (8, 11, 13), (3, 7, 2)]:
-        place = native.affine @ [*index, 1]
-        k, j, i = np.rint((inverse @ place)[:3]).astype(int)
-        assert (inverse @ place)[:3] == pytest.approx([k, j, i], abs=1e-6)
+        position = native.affine @ [*index, 1]
+        k, j, i = np.rint((inverse @ position)[:3]).astype(int)
+        assert (inverse @ position)[:3] == pytest.approx([k, j, i], abs=1e-6)
         assert values[k, j, i] == np.asarray(native)[index]
 
 
 @pytest.mark.parametrize("orientation", [o[0] for o in ORIENTATIONS.values()], ids=ORIENTATIONS)
-def test_uneven_slices_are_where_they_were_after_a_turn(tmp_path: Path, orientation: tuple[float, ...]) -> None:
-    # Traps 7, 35: 30 slices, the tenth missing, HU = a linear function of the place in the patient.
+def test_uneven_slices_keep_their_positions_after_reorientation(tmp_path: Path, orientation: tuple[float, ...]) -> None:
+    # Traps 7, 35: 30 slices, one missing, HU = a linear function of the position in the patient.
     direction = np.array([3.0, -2.0, 5.0])
     normal = np.cross(orientation[:3], orientation[3:])
     along = np.delete(np.arange(30) * 2.0, 10)
-    folder = written(
+    folder = write_object(
         tmp_path, lambda p: p @ direction, along[:, None] * normal, orientation, (30, 34), (1.5, 1.2), slope=0.05
     )
     recipe = Recipe(window_hu=None, size=None, spacing_mm=(1.3, 1.0, 1.0), orient="LPS")
-    volume = converted(folder, recipe)
-    expected = places(volume) @ direction
+    volume = process_folder(folder, recipe)
+    expected = voxel_positions_mm(volume) @ direction
     index = tuple(slice(n // 3, 2 * n // 3) for n in volume.shape)
-    assert np.abs(np.asarray(volume) - expected)[index].max() < 0.1  # half a step of stored values, over a cubic
+    assert (
+        np.abs(np.asarray(volume) - expected)[index].max() < 0.1
+    )  # half a step of stored values, after cubic interpolation
 
 
-def test_the_tilted_set_comes_out_upright(data: Path) -> None:
+def test_the_real_tilted_series_is_upright_in_the_output(data: Path) -> None:
     # Trap 11, geometry only: the pixels are noise.
     folder = data / "d2n-failing" / "gantrytilting"
     headers = [pydicom.dcmread(f) for f in sorted(folder.rglob("*.dcm"))]
     positions = np.array([h.ImagePositionPatient for h in headers], dtype=float)
     row, column = np.array(headers[0].ImageOrientationPatient, dtype=float).reshape(2, 3)
     normal = np.cross(row, column)
-    volume = converted(folder, AS_ACQUIRED)
+    volume = process_folder(folder, AS_ACQUIRED)
     ours = volume.affine[:3, :3] / volume.spacing_mm
     assert ours == pytest.approx(np.stack([normal, column, row], axis=1), abs=1e-6)
     assert volume.spacing_mm[0] == pytest.approx(np.ptp(positions @ normal) / 3)
     values = np.asarray(volume)
     for h, position in zip(headers, positions, strict=True):
-        # The centre of each slice lies at the same place in the patient as before.
+        # The centre of each slice keeps its position in the patient.
         centre = position + 256 * 0.41796875 * column + 256 * 0.41796875 * row
         k, j, i = (np.linalg.inv(volume.affine) @ [*centre, 1])[:3]
         assert (k, i) == pytest.approx((round(k), 256), abs=1e-3)
-        # noise moved by a fraction of a pixel is another noise; its mean over a patch is not
+        # Interpolation changes noise, but not its mean over a patch.
         patch = h.pixel_array[206:307, 206:307].astype(float) * h.RescaleSlope + h.RescaleIntercept
         mine = values[round(k), round(j) - 50 : round(j) + 51, 206:307]
         assert mine.mean() == pytest.approx(patch.mean(), abs=1.0)
 
 
-def test_a_fix_is_told_everywhere_with_its_numbers(tmp_path: Path) -> None:
-    uneven(tmp_path / "dicom", lambda p: p[..., 0] * 10)
+def test_a_correction_is_recorded_in_result_and_sidecar_with_its_numbers(tmp_path: Path) -> None:
+    write_uneven(tmp_path / "dicom", lambda p: p[..., 0] * 10)
     run = gpuprep.convert(tmp_path / "dicom", tmp_path / "out", Recipe(size=(32, 32)), backend="cpu")
     (result,) = run.results
     assert (result.status, result.codes) == ("fixed", ("gap", "uneven"))
@@ -336,9 +340,9 @@ def test_a_fix_is_told_everywhere_with_its_numbers(tmp_path: Path) -> None:
     assert run.exit_code == 0
 
 
-def test_memory_of_a_long_tilted_series_does_not_grow_with_it() -> None:
-    """The source is asked for each slice once, in order, however it is placed."""
-    asked: list[tuple[int, int]] = []
+def test_a_tilted_series_is_read_in_order_and_each_slice_once() -> None:
+    """Memory does not grow with the length of a series, as each slice is requested once and in order."""
+    requested: list[tuple[int, int]] = []
     geometry, count = None, 60
 
     class Source:
@@ -348,7 +352,7 @@ def test_memory_of_a_long_tilted_series_does_not_grow_with_it() -> None:
             self.geometry, self.placement = volume.geometry, volume.placement
 
         def slab(self, start: int, stop: int) -> NDArray[Any]:
-            asked.append((start, stop))
+            requested.append((start, stop))
             return np.zeros((stop - start, 8, 9), dtype=np.int16)
 
     from gpuprep.core.geometry import Geometry, Placement
@@ -365,12 +369,12 @@ def test_memory_of_a_long_tilted_series_does_not_grow_with_it() -> None:
     plan = make_plan(geometry, recipe, placement)
     for _ in host_chunks(Source(volume), plan, NumpyBackend()):
         pass
-    assert [start for start, _ in asked] == [0, *(stop for _, stop in asked[:-1])]
-    assert asked[-1][1] == count
+    assert [start for start, _ in requested] == [0, *(stop for _, stop in requested[:-1])]
+    assert requested[-1][1] == count
 
 
-def test_stack_files_hold_what_slice_files_hold(tmp_path: Path) -> None:
-    tilted(tmp_path / "dicom", 15)
+def test_a_stack_file_equals_the_slice_files(tmp_path: Path) -> None:
+    write_tilted(tmp_path / "dicom", 15)
     small = Recipe(spacing_mm=(5.0, 2.0, 2.0), size=None)
     one = gpuprep.convert(tmp_path / "dicom", tmp_path / "a", small, backend="cpu")
     recipe = Recipe(spacing_mm=(5.0, 2.0, 2.0), size=None, format="tif-stack")

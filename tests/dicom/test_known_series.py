@@ -1,4 +1,4 @@
-"""Real and public series, where they are present: the verdict and the geometry that each must get."""
+"""Tests with real, public series, if present: verdict and geometry of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.dicom.audit import Audit, audit
-from gpuprep.dicom.read import Content
+from gpuprep.dicom.read import PixelReader
 
 OK, FIXED, REJECTED = "ok", "fixed", "rejected"
 CT1, CT2 = "1.3.6.1.4.1.5962.1.3.1.1.20040826185059.5457", "1.3.6.1.4.1.5962.1.3.2.1.20040826185059.5457"
@@ -70,7 +70,7 @@ SERIES: dict[str, dict[str, tuple[Any, ...]]] = {
 }  # fmt: skip
 
 UNREADABLE = {
-    # No SOP Class UID anywhere: pydicom finds none either.
+    # No SOP Class UID: pydicom finds none either.
     "pydicom-odd": {"empty_charset_LEI.dcm", "meta_missing_tsyntax.dcm", "nested_priv_SQ.dcm"},
 }
 
@@ -83,7 +83,7 @@ CT_CLASSES = ("CT Image Storage", "Enhanced CT Image Storage", "Legacy Converted
 
 
 @pytest.mark.parametrize("folder", SERIES)
-def test_every_series_gets_its_verdict(data: Path, folder: str) -> None:
+def test_every_known_series_gets_its_verdict(data: Path, folder: str) -> None:
     # Traps 4, 6, 9, 11, 41, 42.
     cohort = gpuprep.discover(data / folder)
     found: dict[str, tuple[Any, ...]] = {}
@@ -99,7 +99,7 @@ def test_every_series_gets_its_verdict(data: Path, folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", SERIES)
-def test_no_ct_image_of_the_catalogue_is_overlooked(data: Path, folder: str) -> None:
+def test_every_ct_image_of_the_catalogue_is_found(data: Path, folder: str) -> None:
     index = json.loads((data / "INDEX.json").read_text())
     (dataset,) = (d for d in index["datasets"] if d["name"] == folder)
     expected = {s["series_uid"]: s["n"] for s in dataset["series"] if s.get("sop_class") in CT_CLASSES}
@@ -112,7 +112,7 @@ def test_no_ct_image_of_the_catalogue_is_overlooked(data: Path, folder: str) -> 
     assert not missing
 
 
-ASSUMED: dict[str, dict[str, tuple[Any, ...]]] = {
+ASSUMED_HU: dict[str, dict[str, tuple[Any, ...]]] = {
     "rtutils-phantom": {
         "1.2.826.0.1.3680043.2.1125.20210721.1101329": (FIXED, ["studies", "duplicate"], (3, 50, 100), (4.5, 3.5, 2.5)),
     },
@@ -125,11 +125,11 @@ ASSUMED: dict[str, dict[str, tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("folder", ASSUMED)
-def test_values_are_taken_as_hu_only_when_asked(data: Path, folder: str) -> None:
+@pytest.mark.parametrize("folder", ASSUMED_HU)
+def test_values_of_another_rescale_type_are_read_as_hu_only_with_assume_hu(data: Path, folder: str) -> None:
     # Trap 41: Rescale Type US, or none at all.
     found = audits(data / folder, Rules(assume_hu=True))
-    for uid, (verdict, codes, shape, spacing_mm) in ASSUMED[folder].items():
+    for uid, (verdict, codes, shape, spacing_mm) in ASSUMED_HU[folder].items():
         result = found[uid]
         assert (result.verdict, list(result.codes)) == (verdict, codes)
         assert result.stack is not None
@@ -138,7 +138,7 @@ def test_values_are_taken_as_hu_only_when_asked(data: Path, folder: str) -> None
 
 
 @pytest.mark.parametrize("name", ["23x38x3", "24x38x3"])
-def test_a_converted_multi_frame_image_is_the_series_it_was_made_of(data: Path, name: str) -> None:
+def test_a_multi_frame_conversion_equals_the_original_series(data: Path, name: str) -> None:
     recipe = Recipe(assume_hu=True, padding="keep", policy="keep")
     single, multi = (
         gpuprep.read(gpuprep.discover(data / "dcmqi-seg" / name / kind, recipe.rules)[0], recipe)
@@ -148,20 +148,20 @@ def test_a_converted_multi_frame_image_is_the_series_it_was_made_of(data: Path, 
     assert np.array_equal(multi.stored, single.stored)
 
 
-def one_by_one(folder: Path) -> Iterator[tuple[Path, Series]]:
-    """Yield each file of a folder as a series of its own."""
+def single_file_series(folder: Path) -> Iterator[tuple[Path, Series]]:
+    """Yield each file of a folder as a separate series."""
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
         for series in gpuprep.discover(file):
             yield file, series
 
 
 def frames_hu(series: Series) -> list[Any]:
-    """Return every frame of a file in HU, through the reader that a whole series goes through."""
-    content = Content()
+    """Return every frame of a file in HU, read with the reader of whole series."""
+    reader = PixelReader()
     frames = []
     for header in sorted(series.slices, key=lambda s: s.frame):
         values = np.empty((series.rows, series.columns), dtype=np.int32)
-        content.read(header, values)
+        reader.read(header, values)
         frames.append(values * (header.rescale_slope or 1) + (header.rescale_intercept or 0))
     return frames
 
@@ -172,7 +172,7 @@ LOSSLESS = {
     "codec-ct1-ct0012/encapsulated/multi-frame": ("CT0012.explicit_little_endian.dcm", r"\.57|\.70|\.80|rle"),
     "codec-htj2k": ("dicomp10/CT1_UNC", r"CT1_"),
 }
-"""Folder: the plain file, and which others hold the same pixels without loss."""
+"""By folder: the native file, and the pattern of lossless files with the same pixels."""
 
 
 @pytest.mark.parametrize("folder", LOSSLESS)
@@ -185,7 +185,7 @@ def test_all_lossless_encodings_of_a_slice_give_the_same_hu(data: Path, folder: 
     pixels = ds.pixel_array.reshape(-1, ds.Rows, ds.Columns)
     expected = pixels * float(rescale.RescaleSlope) + float(rescale.RescaleIntercept)
     compared = 0
-    for file, series in one_by_one(data / folder):
+    for file, series in single_file_series(data / folder):
         if not re.search(pattern, file.name):
             continue
         compared += 1
@@ -195,8 +195,8 @@ def test_all_lossless_encodings_of_a_slice_give_the_same_hu(data: Path, folder: 
 
 @pytest.mark.parametrize("folder", ["codec-ctimage", "codec-ct1-ct0012", "codec-htj2k"])
 def test_every_file_of_the_codec_sets_decodes_to_an_image(data: Path, folder: str) -> None:
-    # Trap 30: two of them in syntaxes that pydicom has no decoder for.
-    files = list(one_by_one(data / folder))
+    # Trap 30: pydicom has no decoder for two of the syntaxes.
+    files = list(single_file_series(data / folder))
     assert len(files) == {"codec-ctimage": 19, "codec-ct1-ct0012": 18, "codec-htj2k": 4}[folder]
     for file, series in files:
         assert all(np.ptp(frame) > 500 for frame in frames_hu(series)), file

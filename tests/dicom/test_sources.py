@@ -1,4 +1,4 @@
-"""The same series in every wrapping that CT comes in: native syntaxes, multi-frame, gzip, zip; and the header index."""
+"""Tests of file formats (native syntaxes, multi-frame, gzip, zip) with the same series, and of the header index."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ UID = "1.2.3.4"
 
 @pytest.fixture
 def stored(noise: Callable[..., NDArray[np.int16]]) -> NDArray[np.int16]:
-    return noise(SHAPE) - 1500  # with a sign
+    return noise(SHAPE) - 1500  # with negative values
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def enhanced(files: list[Path], target: Path, *, order: list[int] | None = None,
 
 
 def wrapped(files: list[Path], folder: Path, how: str) -> Path:
-    """Write the series in another wrapping, and return what to give to gpuprep."""
+    """Write the series in another file format, and return the path for gpuprep."""
     folder.mkdir()
     if how == "gzip":
         for file in files:
@@ -127,7 +127,7 @@ WRAPPINGS = (
 
 
 @pytest.mark.parametrize("how", WRAPPINGS)
-def test_every_wrapping_gives_the_same_volume(
+def test_every_file_format_gives_the_same_volume(
     tmp_path: Path, files: list[Path], stored: NDArray[np.int16], how: str
 ) -> None:
     # Traps 1, 23, 24, 29.
@@ -142,7 +142,7 @@ def test_every_wrapping_gives_the_same_volume(
 
 
 @pytest.mark.parametrize("how", ["zip", "gzip", "enhanced-zip"])
-def test_outputs_of_archives_lie_in_the_output_folder_and_are_resumed(
+def test_outputs_of_archives_are_in_the_output_folder_and_are_resumed(
     tmp_path: Path, files: list[Path], how: str
 ) -> None:
     source = wrapped(files, tmp_path / "in", how)
@@ -157,7 +157,7 @@ def test_outputs_of_archives_lie_in_the_output_folder_and_are_resumed(
 
 
 def test_frames_of_two_acquisitions_become_two_volumes(tmp_path: Path, files: list[Path]) -> None:
-    # Trap 6, in one file: what tells the frames apart stands in their functional groups.
+    # Trap 6, in one file: acquisition numbers are in the functional groups of the frames.
     enhanced(files, tmp_path / "e" / "two.dcm")
     ds = pydicom.dcmread(tmp_path / "e" / "two.dcm")
     later = [Dataset() for _ in range(SHAPE[0])]
@@ -177,7 +177,7 @@ def test_frames_of_two_acquisitions_become_two_volumes(tmp_path: Path, files: li
     assert np.array_equal(volumes[1].stored, first + 100)
 
 
-def test_frames_without_places_are_refused(tmp_path: Path, files: list[Path]) -> None:
+def test_frames_without_positions_are_rejected(tmp_path: Path, files: list[Path]) -> None:
     ds = pydicom.dcmread(files[0])
     ds.NumberOfFrames, ds.PixelData = 3, ds.PixelData * 3
     del ds.ImagePositionPatient
@@ -192,29 +192,29 @@ def test_frames_without_places_are_refused(tmp_path: Path, files: list[Path]) ->
 # --- the index -------------------------------------------------------------------------------------------------------
 
 opened: list[str] = []
-watching = False
+recording = False
 
 
-def _watch(event: str, args: tuple[object, ...]) -> None:
-    if watching and event == "open" and isinstance(args[0], str):
+def _record_open(event: str, args: tuple[object, ...]) -> None:
+    if recording and event == "open" and isinstance(args[0], str):
         opened.append(args[0])
 
 
-sys.addaudithook(_watch)
+sys.addaudithook(_record_open)
 
 
 @pytest.fixture
-def watch() -> Iterator[Callable[[], list[str]]]:
-    """Record which files this process opens from now on."""
-    global watching
+def opened_files() -> Iterator[Callable[[], list[str]]]:
+    """Return a function that lists the files opened by this process since the fixture was set up."""
+    global recording
     opened.clear()
-    watching = True
+    recording = True
     yield lambda: list(opened)
-    watching = False
+    recording = False
 
 
-def test_an_unchanged_tree_is_scanned_again_without_opening_a_file(
-    tmp_path: Path, files: list[Path], watch: Callable[[], list[str]]
+def test_rescanning_an_unchanged_folder_opens_no_file(
+    tmp_path: Path, files: list[Path], opened_files: Callable[[], list[str]]
 ) -> None:
     tree, index = tmp_path / "plain", tmp_path / "index" / "headers.sqlite"
     enhanced(files, tree / "more" / "enhanced.dcm")
@@ -230,15 +230,15 @@ def test_an_unchanged_tree_is_scanned_again_without_opening_a_file(
         return [(o.series, o.verdict, o.audit and o.audit.to_dict()) for o in planned]
 
     first = scanned()
-    assert any(str(tree) in name for name in watch())
+    assert any(str(tree) in name for name in opened_files())
     opened.clear()
     assert scanned() == first
-    assert [name for name in watch() if name.startswith(str(tree))] == []
+    assert [name for name in opened_files() if name.startswith(str(tree))] == []
 
 
 @pytest.mark.parametrize("change", ["content", "time", "new", "gone", "renamed"])
-def test_what_changed_is_read_again_and_nothing_else(
-    tmp_path: Path, files: list[Path], watch: Callable[[], list[str]], change: str
+def test_only_changed_files_are_read_again(
+    tmp_path: Path, files: list[Path], opened_files: Callable[[], list[str]], change: str
 ) -> None:
     tree, index = tmp_path / "plain", tmp_path / "headers.sqlite"
     scan(tree, index=index)
@@ -258,9 +258,9 @@ def test_what_changed_is_read_again_and_nothing_else(
         target = target.rename(tree / "renamed.dcm")
     opened.clear()
     cohort, *_ = scan(tree, index=index)
-    assert {n for n in watch() if n.startswith(str(tree))} == (set() if change == "gone" else {str(target)})
-    fresh = gpuprep.discover(tree)
-    assert cohort.series == fresh.series
+    assert {n for n in opened_files() if n.startswith(str(tree))} == (set() if change == "gone" else {str(target)})
+    expected = gpuprep.discover(tree)
+    assert cohort.series == expected.series
     assert len(cohort[0].slices) == {"new": 8, "gone": 6}.get(change, 7)
     if change in ("gone", "renamed"):
         with closing(sqlite3.connect(index)) as db:
@@ -270,9 +270,7 @@ def test_what_changed_is_read_again_and_nothing_else(
 
 
 @pytest.mark.parametrize("damage", ["nonsense", "folder", "another", "values"])
-def test_an_index_that_cannot_be_used_costs_time_and_nothing_else(
-    tmp_path: Path, files: list[Path], damage: str
-) -> None:
+def test_an_unusable_index_does_not_change_the_result(tmp_path: Path, files: list[Path], damage: str) -> None:
     index = tmp_path / "headers.sqlite"
     expected = gpuprep.discover(tmp_path / "plain")
     if damage == "nonsense":
@@ -291,27 +289,27 @@ def test_an_index_that_cannot_be_used_costs_time_and_nothing_else(
     assert len(files) == len(expected[0].slices)
 
 
-def test_files_with_names_that_are_no_text_are_kept_in_the_index(tmp_path: Path, files: list[Path]) -> None:
-    odd = os.fsencode(tmp_path / "plain") + b"/\xff\xfe-1.dcm"
-    os.rename(files[0], odd)
+def test_files_with_invalid_utf_8_names_are_kept_in_the_index(tmp_path: Path, files: list[Path]) -> None:
+    invalid_utf8 = os.fsencode(tmp_path / "plain") + b"/\xff\xfe-1.dcm"
+    os.rename(files[0], invalid_utf8)
     index = tmp_path / "headers.sqlite"
     first = gpuprep.discover(tmp_path / "plain", index=index)
     assert len(first[0].slices) == SHAPE[0]
     assert gpuprep.discover(tmp_path / "plain", index=index) == first
 
 
-def test_a_file_that_is_given_alone_does_not_make_the_index_forget_its_neighbours(
-    tmp_path: Path, files: list[Path], watch: Callable[[], list[str]]
+def test_scanning_a_single_file_keeps_its_neighbours_in_the_index(
+    tmp_path: Path, files: list[Path], opened_files: Callable[[], list[str]]
 ) -> None:
     index = tmp_path / "headers.sqlite"
     gpuprep.discover(tmp_path / "plain", index=index)
     gpuprep.discover(files[2], index=index)
     opened.clear()
     gpuprep.discover(tmp_path / "plain", index=index)
-    assert [n for n in watch() if n.startswith(str(tmp_path / "plain"))] == []
+    assert [n for n in opened_files() if n.startswith(str(tmp_path / "plain"))] == []
 
 
-def test_the_index_holds_no_name_and_no_date(tmp_path: Path, stored: NDArray[np.int16]) -> None:
+def test_the_index_contains_no_patient_name_and_no_date(tmp_path: Path, stored: NDArray[np.int16]) -> None:
     def name(ds: Dataset, _: int) -> None:
         ds.PatientName, ds.PatientID, ds.AcquisitionDate, ds.AcquisitionTime = (
             "Doe^Jane",
@@ -337,7 +335,7 @@ def test_two_indexes_can_be_open_at_once(tmp_path: Path, files: list[Path]) -> N
     assert len(first[0].slices) == len(files)
 
 
-def test_strict_rules_reach_archives_too(tmp_path: Path, files: list[Path]) -> None:
+def test_strict_rules_apply_to_archives(tmp_path: Path, files: list[Path]) -> None:
     files[3].unlink()
     source = wrapped(files[:3] + files[4:], tmp_path / "in", "zip")
     rules = Rules(policy="strict")

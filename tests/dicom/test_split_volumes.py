@@ -1,4 +1,4 @@
-"""Images to series: what joins and what parts them, from headers made up here; no file is read unless it has to be."""
+"""Tests of grouping images into series and volumes, mostly with headers made up here."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ HU = Recipe(spacing_mm=None, size=None, window_hu=None)
 BY_FOLDER = Rules(group_by="folder")
 
 
-def image(z_mm: float, number: int, **facts: Any) -> Image:
-    """Return an axial image; `facts` are of the image or of its slice."""
+def image(z_mm: float, number: int, **attributes: Any) -> Image:
+    """Return an axial image; `attributes` are fields of `Image` or `SliceHeader`."""
     own = {"path": f"/data/{number:04}.dcm", "instance_number": number, "sop_instance_uid": f"1.5.{number}"}
-    given_: dict[str, Any] = own | facts
+    given_: dict[str, Any] = own | attributes
     of_slice: dict[str, Any] = {name: given_.pop(name) for name in list(given_) if name in SliceHeader._fields}
     plain = Image(
         series_uid="1.3", study_uid="1.2", patient="p", frame_of_reference_uid="1.4", series_number=1, rows=16,
@@ -61,15 +61,15 @@ def image(z_mm: float, number: int, **facts: Any) -> Image:
     return plain._replace(**given_)
 
 
-def scan(start_mm: float, count: int, first: int, step_mm: float = 2.5, **facts: Any) -> list[Image]:
-    """Return images in a row, counted from `first`; facts that are functions get the number of the slice."""
+def scan(start_mm: float, count: int, first: int, step_mm: float = 2.5, **attributes: Any) -> list[Image]:
+    """Return evenly spaced images, numbered from `first`; attributes may be functions of the index of the slice."""
     return [
-        image(start_mm + step_mm * k, first + k, **{n: v(k) if callable(v) else v for n, v in facts.items()})
+        image(start_mm + step_mm * k, first + k, **{n: v(k) if callable(v) else v for n, v in attributes.items()})
         for k in range(count)
     ]
 
 
-def found(images: Iterable[Image], rules: Rules | None = None) -> list[list[int]]:
+def instance_numbers(images: Iterable[Image], rules: Rules | None = None) -> list[list[int]]:
     """Return the instance numbers of each volume, in order."""
     return [sorted(s.instance_number or 0 for s in v.slices) for v in partition(images, rules or Rules())]
 
@@ -78,7 +78,7 @@ def span(first: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def told(series: Series) -> list[str]:
+def irregularity_texts(series: Series) -> list[str]:
     return [i.what for i in series.irregularities]
 
 
@@ -89,45 +89,43 @@ def told(series: Series) -> list[str]:
     start=st.floats(0.1, 49.9), step=st.sampled_from([1.0, 2.5, 4.0]), seed=st.integers(0, 99),
     counted=st.sampled_from(["on", "alike", "by position"]),
 )  # fmt: skip
-def test_two_passes_that_overlap_are_two_volumes_wherever_the_second_begins(
-    start: float, step: float, seed: int, counted: str
-) -> None:
-    # Trap 43. The first has 21 slices from 0 to 50 mm.
+def test_two_overlapping_passes_are_two_volumes(start: float, step: float, seed: int, counted: str) -> None:
+    # Trap 43. The first pass has 21 slices from 0 to 50 mm.
     images = scan(0, 21, 1, acquisition_number=1) + scan(start, 21, 101, step, acquisition_number=2)
     if counted == "alike":
         images = [
             i._replace(header=i.header._replace(instance_number=(i.header.instance_number or 0) % 100)) for i in images
         ]
-    if counted == "by position":  # some tool has counted them anew
+    if counted == "by position":  # renumbered by another program
         images.sort(key=lambda i: (i.header.position_mm or (0, 0, 0))[2])
         images = [i._replace(header=i.header._replace(instance_number=n)) for n, i in enumerate(images)]
     images = [images[n] for n in np.random.default_rng(seed).permutation(len(images))]
     volumes = partition(images, Rules())
     if counted == "by position" and step == 2.5 and abs(start % 2.5 - 1.25) < 0.03 and start < 7:
-        return  # evenly spaced and counted through: nothing says that these are two
+        return  # evenly spaced and numbered in order: indistinguishable from one stack
     assert [{s.acquisition_number for s in v.slices} for v in volumes] == [{1}, {2}]
     assert [len(v.slices) for v in volumes] == [21, 21]
 
 
-def test_passes_half_a_step_apart_are_two_even_if_some_tool_counted_them_by_position() -> None:
+def test_interleaved_passes_renumbered_by_position_are_two_volumes() -> None:
     images = scan(0, 21, 1, acquisition_number=1) + scan(26.25, 21, 101, acquisition_number=2)
     images.sort(key=lambda i: (i.header.position_mm or (0, 0, 0))[2])
     images = [i._replace(header=i.header._replace(instance_number=n)) for n, i in enumerate(images)]
     assert [len(v.slices) for v in partition(images, Rules())] == [21, 21]
 
 
-def test_slices_that_were_made_as_one_stack_stay_one() -> None:
-    # Odd and even slices are two acquisitions, or four: evenly spaced together, and counted through.
+def test_evenly_spaced_slices_numbered_in_order_stay_one_volume() -> None:
+    # Slices alternate between two or four acquisition numbers.
     for share in (2, 4):
         images = [image(2.5 * k, k + 1, acquisition_number=k % share) for k in range(24)]
-        assert found(images) == [span(1, 24)]
-        assert found(images[:9] + images[10:]) == [[*span(1, 9), *span(11, 14)]]  # one is missing
-        # Else by position in the stack.
+        assert instance_numbers(images) == [span(1, 24)]
+        assert instance_numbers(images[:9] + images[10:]) == [[*span(1, 9), *span(11, 14)]]  # one slice is missing
+        # Numbered by In-Stack Position Number instead.
         stacked = [image(2.5 * k, 1, path=f"{k}", in_stack=k + 1, acquisition_number=k % share) for k in range(24)]
         assert len(partition(stacked, Rules())) == 1
 
 
-TELLING: dict[str, Any] = {
+SEPARATING: dict[str, Any] = {
     "temporal position": lambda n: {"temporal_position": n},
     "cardiac phase": lambda n: {"phase": packed([("cardiac", f"{40 * n}")])},
     "respiratory phase": lambda n: {"phase": packed([("respiratory", f"{40 * n}")])},
@@ -142,25 +140,25 @@ TELLING: dict[str, Any] = {
 }  # fmt: skip
 
 
-def by_position(images: list[Image]) -> list[Image]:
-    """Return images counted anew, as they lie."""
+def renumbered_by_position(images: list[Image]) -> list[Image]:
+    """Return images with new instance numbers by position."""
     images = sorted(images, key=lambda i: (i.header.position_mm or (0, 0, 0))[2])
     return [i._replace(header=i.header._replace(instance_number=n)) for n, i in enumerate(images)]
 
 
 @pytest.mark.parametrize("missing", [(), ((1, 7),), ((0, 12), (1, 7)), ((1, 7), (1, 19), (1, 18))], ids=str)
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name", TELLING)
-def test_acquisitions_that_take_turns_are_parted_even_if_slices_are_missing(
+@pytest.mark.parametrize("name", SEPARATING)
+def test_alternating_acquisitions_are_split_even_if_slices_are_missing(
     name: str, count: int, missing: tuple[tuple[int, int], ...]
 ) -> None:
     images = [
-        image(count * k + n, 100 * n + k, **TELLING[name](n))
+        image(count * k + n, 100 * n + k, **SEPARATING[name](n))
         for n in range(count) for k in range(20) if (n, k) not in missing
     ]  # fmt: skip
     rules = BY_FOLDER if name == "series UID" else Rules()
     expected = [[100 * n + k for k in range(20) if (n, k) not in missing] for n in range(count)]
-    assert sorted(found(images, rules)) == expected
+    assert sorted(instance_numbers(images, rules)) == expected
     for volume in partition(images, rules):
         codes = ["acquisitions"]
         numbers = sorted(s.instance_number or 0 for s in volume.slices)
@@ -170,9 +168,9 @@ def test_acquisitions_that_take_turns_are_parted_even_if_slices_are_missing(
 
 
 @pytest.mark.parametrize("missing", [None, 7, 30])
-@pytest.mark.parametrize("name", TELLING)
-def test_phases_and_uids_outrank_the_order_of_instances_and_acquisitions_do_not(name: str, missing: int | None) -> None:
-    images = by_position([image(1.0 * k, k, **TELLING[name](k % 2)) for k in range(40) if k != missing])
+@pytest.mark.parametrize("name", SEPARATING)
+def test_slices_numbered_in_order_are_split_by_explicit_attributes_only(name: str, missing: int | None) -> None:
+    images = renumbered_by_position([image(1.0 * k, k, **SEPARATING[name](k % 2)) for k in range(40) if k != missing])
     rules = BY_FOLDER if name == "series UID" else Rules()
     volumes = partition(images, rules)
     if name in ("acquisition number", "acquisition time", "reconstruction"):
@@ -183,43 +181,45 @@ def test_phases_and_uids_outrank_the_order_of_instances_and_acquisitions_do_not(
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_phase_that_varies_among_the_slices_of_a_scan_parts_it_not(seed: int) -> None:
-    # As of a heart that beats unevenly: 69, 70 and 71 % here and there, or by blocks of slices.
+def test_a_phase_that_varies_within_a_scan_does_not_split_it(seed: int) -> None:
+    # As with an irregular heartbeat: 69, 70 and 71 %, by single slices or by blocks.
     rng = np.random.default_rng(seed)
     for phases in (rng.integers(69, 72, 40), np.repeat(rng.integers(69, 72, 10), 4), rng.integers(70, 72, 40)):
         images = [image(2.0 * k, k, phase=packed([("cardiac", str(p))])) for k, p in enumerate(phases)]
-        assert found(images) == [span(0, 40)]
-        assert found([i for i in images if i.header.instance_number != 17]) == [[*span(0, 17), *span(18, 22)]]
+        assert instance_numbers(images) == [span(0, 40)]
+        assert instance_numbers([i for i in images if i.header.instance_number != 17]) == [
+            [*span(0, 17), *span(18, 22)]
+        ]
 
 
-@pytest.mark.parametrize("name", [name for name in TELLING if name not in ("series UID", "phase, number and time")])
-def test_a_value_that_every_second_slice_lacks_tells_no_acquisitions_apart(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in SEPARATING if name not in ("series UID", "phase, number and time")])
+def test_an_attribute_that_every_second_slice_lacks_does_not_split_a_scan(name: str) -> None:
     order = np.random.default_rng(1).permutation(24)
-    images = [image(2.0 * k, int(order[k]), **(TELLING[name](1) if k % 2 else {})) for k in range(24)]
-    if name == "reconstruction":  # every image has one
+    images = [image(2.0 * k, int(order[k]), **(SEPARATING[name](1) if k % 2 else {})) for k in range(24)]
+    if name == "reconstruction":  # Image Type is always present
         return
-    assert found(images) == [span(0, 24)]
+    assert instance_numbers(images) == [span(0, 24)]
 
 
-def test_a_hole_that_another_acquisition_fills_stays_filled() -> None:
+def test_a_gap_filled_by_another_acquisition_stays_filled() -> None:
     images = scan(0, 10, 1, acquisition_number=1) + scan(32.5, 10, 11, acquisition_number=1)
-    assert found(images + scan(25, 3, 50, acquisition_number=2)) == [[*span(1, 20), *span(50, 3)]]
+    assert instance_numbers(images + scan(25, 3, 50, acquisition_number=2)) == [[*span(1, 20), *span(50, 3)]]
 
 
-def test_step_and_shoot_is_one_volume_and_what_was_scanned_again_another() -> None:
+def test_a_step_and_shoot_scan_is_one_volume_and_its_repetition_another() -> None:
     steps = [i for n in range(8) for i in scan(10.0 * n, 4, 1 + 4 * n, acquisition_number=n)]
-    assert found(steps) == [span(1, 32)]
-    assert found([*steps, *scan(11, 4, 50, acquisition_number=9)]) == [span(1, 32), span(50, 4)]
+    assert instance_numbers(steps) == [span(1, 32)]
+    assert instance_numbers([*steps, *scan(11, 4, 50, acquisition_number=9)]) == [span(1, 32), span(50, 4)]
     again = [i for n in range(8) for i in scan(10.0 * n + 0.8, 4, 101 + 4 * n, acquisition_number=n + 8)]
-    assert found([*steps, *again]) == [span(1, 32), span(101, 32)]
+    assert instance_numbers([*steps, *again]) == [span(1, 32), span(101, 32)]
 
 
-def test_passes_in_both_directions_are_parted_where_each_slice_has_a_time_of_its_own() -> None:
+def test_passes_in_both_directions_are_split_if_every_slice_has_its_own_time() -> None:
     one = scan(0, 21, 1, acquisition_time=lambda k: f"a{k}")
-    assert found(one) == [span(1, 21)]
+    assert instance_numbers(one) == [span(1, 21)]
     for step in (2.5, -2.5):
         other = scan(96 if step < 0 else 46, 21, 31, step, acquisition_time=lambda k: f"b{k}")
-        assert found(one + other) == [span(1, 21), span(31, 21)]
+        assert instance_numbers(one + other) == [span(1, 21), span(31, 21)]
 
 
 UP_AND_DOWN = {
@@ -239,7 +239,7 @@ UP_AND_DOWN = {
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("passes", UP_AND_DOWN.values(), ids=UP_AND_DOWN)
-def test_the_slice_where_a_pass_turns_belongs_to_the_pass_whose_step_it_keeps(
+def test_the_slice_at_a_reversal_belongs_to_the_pass_with_its_step(
     passes: tuple[list[int], ...], mirrored: bool
 ) -> None:
     images = [
@@ -253,47 +253,47 @@ def test_the_slice_where_a_pass_turns_belongs_to_the_pass_whose_step_it_keeps(
     assert {code for v in volumes for code in audit(v).codes} == {"acquisitions"}
 
 
-def test_a_pass_that_goes_on_upwards_from_within_the_first_keeps_its_slices() -> None:
+def test_a_second_pass_in_the_same_direction_keeps_its_slices() -> None:
     times = {"acquisition_time": lambda k: f"{k}"}
     first, again = scan(0, 10, 1, 2.0, **times), scan(14, 10, 101, 2.0, acquisition_time=lambda k: f"b{k}")
-    assert found(first + again) == [span(1, 10), span(101, 10)]
+    assert instance_numbers(first + again) == [span(1, 10), span(101, 10)]
 
 
-def test_a_pass_that_was_broken_off_between_the_slices_of_another_is_left_out() -> None:
+def test_an_aborted_pass_between_the_slices_of_another_is_left_out() -> None:
     (volume,) = partition(scan(0, 21, 1, acquisition_number=1) + scan(26, 2, 31, acquisition_number=2), Rules())
     assert [s.instance_number for s in volume.slices] == span(1, 21)
     assert volume.left_out == (("0031.dcm", "other acquisition"), ("0032.dcm", "other acquisition"))
     assert [i.text for i in audit(volume).irregularities] == [
         "2 images are of other acquisitions: 0031.dcm, 0032.dcm; left out of the volume",
-        "several acquisitions lie in one place, told apart by acquisition number; this is acquisition number 1; one of "
+        "several acquisitions overlap, separated by acquisition number; this is acquisition number 1; one of "
         "them is a volume",
     ]
 
 
-@pytest.mark.parametrize("watched", [8, 30])
+@pytest.mark.parametrize("tracked", [8, 30])
 @pytest.mark.parametrize("counted", ["each", "one", "none"])
 @pytest.mark.parametrize("z_mm", [20.0, 21.0, 70.0])
-def test_images_of_a_bolus_that_is_watched_are_left_out_however_many_they_are(
-    watched: int, counted: str, z_mm: float
-) -> None:
-    numbers = {"each": range(1, watched + 1), "one": [1] * watched, "none": [None] * watched}[counted]
+def test_any_number_of_bolus_tracking_images_is_left_out(tracked: int, counted: str, z_mm: float) -> None:
+    numbers = {"each": range(1, tracked + 1), "one": [1] * tracked, "none": [None] * tracked}[counted]
     images = [
         image(z_mm, n, acquisition_number=number, acquisition_time=f"a{n}") for n, number in enumerate(numbers, 1)
     ]
     images += scan(0, 20, 101, 2.0, acquisition_number=99, acquisition_time=lambda k: f"b{k}")
     (volume,) = partition(images, Rules())
     assert [s.instance_number for s in volume.slices] == span(101, 20)
-    assert [why for _, why in volume.left_out] == ["other acquisition"] * watched
+    assert [why for _, why in volume.left_out] == ["other acquisition"] * tracked
     outcome = audit(volume)
     assert (outcome.verdict, set(outcome.codes)) == ("fixed", {"left-out", "acquisitions"})
-    assert f"{watched} images are of other acquisitions: 0001.dcm, 0002.dcm, 0003.dcm and" in told(volume)[0]
+    assert (
+        f"{tracked} images are of other acquisitions: 0001.dcm, 0002.dcm, 0003.dcm and" in irregularity_texts(volume)[0]
+    )
     assert audit(volume, Rules(policy="strict")).verdict == "rejected"
     (kept,) = partition(images, Rules(policy="keep"))
-    assert (len(kept.slices), kept.left_out) == (20 + watched, ())
+    assert (len(kept.slices), kept.left_out) == (20 + tracked, ())
 
 
-def test_a_few_slices_of_one_acquisition_do_not_stand_for_many_others() -> None:
-    # 11 of 20 positions have number 1; each of the others, at every position, has a number of its own.
+def test_a_few_slices_of_one_acquisition_are_not_preferred_to_many_others() -> None:
+    # 11 of 20 positions have acquisition number 1; all other images, at every position, have their own number.
     images = scan(0, 11, 1, 2.0, acquisition_number=1)
     images += [
         i for n in range(5) for i in scan(0, 20, 100 * n + 101, 2.0, acquisition_number=lambda k, n=n: 100 * n + k + 2)
@@ -302,7 +302,7 @@ def test_a_few_slices_of_one_acquisition_do_not_stand_for_many_others() -> None:
     assert (len(volume.slices), audit(volume).codes) == (111, ("duplicate",))
 
 
-def test_an_image_given_twice_parts_no_scan_of_several_acquisitions() -> None:
+def test_a_duplicate_image_does_not_split_a_scan_of_several_acquisitions() -> None:
     steps = [i for n in range(8) for i in scan(10.0 * n, 4, 1 + 4 * n, acquisition_number=n)]
     copy = steps[5]._replace(header=steps[5].header._replace(path="/data/copy.dcm"))
     (volume,) = partition([*steps, copy], Rules())
@@ -314,7 +314,7 @@ def test_acquisitions_with_a_gap_between_them_are_one_volume_with_a_gap() -> Non
     assert audit(volume).codes == ("gap",)
 
 
-def test_what_one_attribute_tells_apart_may_be_several_by_another() -> None:
+def test_a_volume_split_by_one_attribute_may_be_split_again_by_another() -> None:
     images = [
         i
         for n, (phase, file) in enumerate((p, f) for p in (30, 70) for f in "ab")
@@ -325,11 +325,11 @@ def test_what_one_attribute_tells_apart_may_be_several_by_another() -> None:
     assert sorted(sorted(s.instance_number or 0 for s in v.slices) for v in volumes) == [
         span(1, 6), span(11, 6), span(21, 6), span(31, 6),
     ]  # fmt: skip
-    assert "cardiac phase 70 %" in told(volumes[-1])[0]
-    assert "told apart by instance" in told(volumes[-1])[1]
+    assert "cardiac phase 70 %" in irregularity_texts(volumes[-1])[0]
+    assert "separated by instance" in irregularity_texts(volumes[-1])[1]
 
 
-def test_two_attributes_together_tell_apart_what_neither_does() -> None:
+def test_two_attributes_together_split_acquisitions_that_neither_splits_alone() -> None:
     images = [
         i
         for n in range(4)
@@ -339,11 +339,13 @@ def test_two_attributes_together_tell_apart_what_neither_does() -> None:
     assert [sorted(s.instance_number or 0 for s in v.slices) for v in volumes] == [
         span(1 + 10 * n, 6) for n in range(4)
     ]
-    assert told(volumes[1])[0].endswith("; this is energy 70 keV and acquisition number 0")
+    assert irregularity_texts(volumes[1])[0].endswith("; this is energy 70 keV and acquisition number 0")
 
 
-def copied(folder: Path, copies: int, partly: int = 0, *, other: int | None = None, encoded: bool = False) -> None:
-    """Write a scan of 8 slices again with other SOP Instance UIDs and times; `other`: a slice whose pixels differ."""
+def write_copies(
+    folder: Path, copies: int, partly: int = 0, *, other: int | None = None, encoded: bool = False
+) -> None:
+    """Write a scan of 8 slices, and copies with other SOP Instance UIDs and times; pixels of slice `other` differ."""
     for n in range(copies + 1):
         stored = noise(0, 8)
         if n and other is not None:
@@ -364,10 +366,10 @@ def copied(folder: Path, copies: int, partly: int = 0, *, other: int | None = No
 
 @pytest.mark.parametrize("encoded", [False, True])
 @pytest.mark.parametrize(("copies", "partly"), [(1, 0), (1, 4), (2, 0), (3, 5)])
-def test_copies_of_images_with_another_content_time_are_no_acquisitions(
+def test_copies_with_another_content_time_are_duplicates_and_not_acquisitions(
     tmp_path: Path, copies: int, partly: int, encoded: bool
 ) -> None:
-    copied(tmp_path, copies, partly, encoded=encoded)
+    write_copies(tmp_path, copies, partly, encoded=encoded)
     (series,) = gpuprep.discover(tmp_path)
     assert audit(series).codes == ("duplicate",)
     volume = gpuprep.load(tmp_path, HU, backend="cpu")
@@ -375,10 +377,8 @@ def test_copies_of_images_with_another_content_time_are_no_acquisitions(
 
 
 @pytest.mark.parametrize("other", [0, 3, 7])
-def test_acquisitions_that_only_content_times_tell_apart_are_volumes_if_one_pixel_differs(
-    tmp_path: Path, other: int
-) -> None:
-    copied(tmp_path, 1, other=other)
+def test_images_that_differ_in_content_time_and_one_pixel_are_two_volumes(tmp_path: Path, other: int) -> None:
+    write_copies(tmp_path, 1, other=other)
     assert [len(v.slices) for v in gpuprep.discover(tmp_path)] == [8, 8]
     (unlike,) = (f for f in (tmp_path / "1").iterdir() if pydicom.dcmread(f).SOPInstanceUID == f"1.5.1.{other}")
     unlike.unlink()
@@ -386,14 +386,14 @@ def test_acquisitions_that_only_content_times_tell_apart_are_volumes_if_one_pixe
     assert len(series.slices) == 15
 
 
-def test_a_copy_of_one_of_two_acquisitions_is_a_duplicate_of_it(tmp_path: Path) -> None:
-    copied(tmp_path, 2, other=4)
+def test_a_copy_of_one_of_two_acquisitions_is_its_duplicate(tmp_path: Path) -> None:
+    write_copies(tmp_path, 2, other=4)
     assert [len(v.slices) for v in gpuprep.discover(tmp_path)] == [16, 8]
     assert {code for v in gpuprep.discover(tmp_path) for code in audit(v).codes} == {"duplicate", "acquisitions"}
 
 
 @given(st.permutations(range(24)))
-def test_parts_do_not_depend_on_the_order_of_files(order: list[int]) -> None:
+def test_volumes_do_not_depend_on_the_order_of_files(order: list[int]) -> None:
     images = scan(0, 12, 1, study_uid="1.2.9") + scan(3, 6, 13, study_uid="1.2.8", acquisition_number=1)
     images += scan(4, 6, 19, study_uid="1.2.8", acquisition_number=2)
     volumes = partition([images[n] for n in order], Rules())
@@ -405,47 +405,47 @@ def test_parts_do_not_depend_on_the_order_of_files(order: list[int]) -> None:
 # Studies and patients
 
 
-def test_images_without_a_study_belong_to_the_only_one() -> None:
+def test_images_without_a_study_are_assigned_to_the_only_study() -> None:
     images = scan(0, 12, 1, study_uid=lambda k: "" if k < 5 else "1.2", patient=lambda k: "" if k % 3 else "p")
     (volume,) = partition(images, Rules())
     assert (len(volume.slices), volume.study_uid, volume.irregularities) == (12, "1.2", ())
 
 
-def test_images_without_a_study_belong_to_that_of_their_patient_or_folder_and_else_to_none() -> None:
+def test_images_without_a_study_are_assigned_by_patient_or_folder_or_left_out() -> None:
     one = scan(0, 6, 1, study_uid=lambda k: "" if k == 2 else "1.2.1", patient="a")
     two = scan(50, 6, 11, study_uid=lambda k: "" if k == 2 else "1.2.2", patient="b")
-    assert found(one + two) == [span(1, 6), span(11, 6)]
+    assert instance_numbers(one + two) == [span(1, 6), span(11, 6)]
     one, two = ([i._replace(patient="", folder=f"/data/{f}") for i in images] for f, images in (("a", one), ("b", two)))
-    assert found(one + two) == [span(1, 6), span(11, 6)]
+    assert instance_numbers(one + two) == [span(1, 6), span(11, 6)]
     volumes = partition([i._replace(folder="/data") for i in one + two], Rules())
     assert [len(v.slices) for v in volumes] == [5, 5]
     assert volumes[0].left_out == (("0003.dcm", "no Study Instance UID"), ("0013.dcm", "no Study Instance UID"))
     assert [i.code for i in volumes[0].irregularities] == ["studies", "left-out"]
 
 
-def test_a_damaged_study_uid_parts_no_series() -> None:
+def test_a_damaged_study_uid_does_not_split_a_series() -> None:
     (volume,) = partition(scan(0, 12, 1, study_uid=lambda k: "malformed-0123" if k == 5 else "1.2"), Rules())
     assert (len(volume.slices), volume.study_uid, volume.irregularities) == (12, "1.2", ())
 
 
-def test_a_study_in_each_image_says_nothing() -> None:
-    # As an anonymiser makes them that forgets what it gave to the file before.
+def test_a_different_study_uid_in_every_image_is_ignored() -> None:
+    # As from an anonymiser that does not map equal UIDs to equal ones.
     (volume,) = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k}"), Rules())
     assert len(volume.slices) == 12
-    assert told(volume) == ["12 images name 12 studies or patients"]
+    assert irregularity_texts(volume) == ["12 images name 12 studies or patients"]
     assert audit(volume, Rules(policy="strict")).codes == ("studies",)
     (volume,) = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k // 2}"), Rules())
-    assert told(volume) == ["12 images name 6 studies or patients"]
+    assert irregularity_texts(volume) == ["12 images name 6 studies or patients"]
 
 
-def test_a_few_images_of_each_of_several_patients_are_not_joined() -> None:
+def test_small_groups_of_several_patients_are_not_joined() -> None:
     volumes = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k // 2}", patient=lambda k: f"{k // 2}"), Rules())
     assert [len(v.slices) for v in volumes] == [2] * 6
 
 
 @pytest.mark.parametrize("by_folder", [False, True])
 @pytest.mark.parametrize("images_each", [1, 2])
-def test_patients_are_parted_where_each_image_has_a_study_of_its_own(images_each: int, by_folder: bool) -> None:
+def test_patients_are_separated_if_every_image_has_its_own_study(images_each: int, by_folder: bool) -> None:
     images = [
         image(
             2.0 * k, k, study_uid=f"1.2.{k // images_each}", patient="abc"[k // 10],
@@ -462,32 +462,35 @@ def test_patients_are_parted_where_each_image_has_a_study_of_its_own(images_each
 
 
 @pytest.mark.parametrize("images_each", [1, 2])
-def test_a_patient_in_each_image_of_a_study_says_nothing(images_each: int) -> None:
+def test_a_different_patient_id_in_every_image_of_a_study_is_ignored(images_each: int) -> None:
     (volume,) = partition(scan(0, 16, 1, patient=lambda k: f"{k // images_each}"), Rules())
     assert len(volume.slices) == 16
-    assert told(volume) == [f"16 images name {16 // images_each} studies or patients"]
+    assert irregularity_texts(volume) == [f"16 images name {16 // images_each} studies or patients"]
     two = scan(0, 16, 1, patient=lambda k: f"{k // images_each}", study_uid=lambda k: f"1.2.{k // 8}")
-    assert found(two) == [span(1, 8), span(9, 8)]  # of two studies, the studies are kept
+    assert instance_numbers(two) == [span(1, 8), span(9, 8)]  # two studies are kept
 
 
-def test_patients_are_not_joined_where_both_differ_in_each_image() -> None:
+def test_images_with_their_own_study_and_patient_are_not_joined() -> None:
     volumes = partition(scan(0, 12, 1, study_uid=lambda k: f"1.2.{k}", patient=lambda k: f"{k}"), Rules())
     assert [len(v.slices) for v in volumes] == [1] * 12
-    # Without a study, nothing says that they are of one.
+    # Without a study, the images are not known to be of one patient.
     volumes = partition(scan(0, 12, 1, study_uid="", patient=lambda k: f"{k}"), Rules())
     assert [len(v.slices) for v in volumes] == [1] * 12
 
 
-def test_a_scan_beside_one_with_a_study_in_each_image_keeps_its_own() -> None:
+def test_a_scan_keeps_its_study_next_to_one_with_a_study_per_image() -> None:
     one = scan(0, 12, 1, study_uid="1.2", patient="a")
-    assert found(one + scan(50, 9, 21, study_uid=lambda k: f"1.9.{k}", patient="b")) == [span(1, 12), span(21, 9)]
-    nameless = scan(50, 9, 21, study_uid=lambda k: f"1.9.{k}", patient="")
-    assert sorted(found(one + nameless)) == [span(1, 12), *([n] for n in span(21, 9))]
+    assert instance_numbers(one + scan(50, 9, 21, study_uid=lambda k: f"1.9.{k}", patient="b")) == [
+        span(1, 12),
+        span(21, 9),
+    ]
+    without_patient = scan(50, 9, 21, study_uid=lambda k: f"1.9.{k}", patient="")
+    assert sorted(instance_numbers(one + without_patient)) == [span(1, 12), *([n] for n in span(21, 9))]
 
 
-def test_images_without_a_patient_belong_to_the_only_one_where_studies_say_nothing() -> None:
+def test_images_without_a_patient_are_assigned_to_the_only_patient_if_studies_are_ignored() -> None:
     images = scan(0, 12, 1, study_uid=lambda k: f"1.2.{k}", patient=lambda k: "" if k % 2 else "a")
-    assert found(images) == [span(1, 12)]
+    assert instance_numbers(images) == [span(1, 12)]
     two = images + scan(50, 12, 21, study_uid=lambda k: f"1.9.{k}", patient="b")
     volumes = partition(two, Rules())
     assert [[s.instance_number for s in v.slices] for v in volumes] == [span(21, 12), [1, 3, 5, 7, 9, 11]]
@@ -498,8 +501,8 @@ owner = st.tuples(st.sampled_from(["", "1.2.1", "1.2.2"]), st.sampled_from(["", 
 
 
 @given(st.lists(owner, min_size=1, max_size=12))
-def test_no_volume_has_images_of_two_patients_or_studies(pairs: list[tuple[str, str]]) -> None:
-    # No more than two of each: so no anonymiser's.
+def test_no_volume_contains_images_of_two_patients_or_studies(pairs: list[tuple[str, str]]) -> None:
+    # At most two of each, so that none are ignored as an anonymiser's.
     images = [image(2.0 * k, k, study_uid=study, patient=patient) for k, (study, patient) in enumerate(pairs)]
     volumes = partition(images, Rules())
     for volume in volumes:
@@ -508,7 +511,7 @@ def test_no_volume_has_images_of_two_patients_or_studies(pairs: list[tuple[str, 
     assert sum(len(v.slices) + len(v.left_out) for v in volumes) == len(pairs)
 
 
-def test_studies_of_one_series_uid_go_by_their_own_uids_and_patients(tmp_path: Path) -> None:
+def test_studies_of_one_series_uid_keep_their_own_uids_and_patients(tmp_path: Path) -> None:
     for n in range(2):
 
         def change(ds: Dataset, _: int, n: int = n) -> None:
@@ -533,7 +536,9 @@ def noise(seed: int, slices: int = 6) -> Any:
 
 @pytest.mark.parametrize("fact", ["frame_of_reference_uid", "stack_id"])
 @pytest.mark.parametrize("lacking", [range(1, 20, 2), (3, 9, 15), (0, 1, 2), range(17)], ids=str)
-def test_a_frame_of_reference_or_stack_id_that_some_lack_parts_no_series(fact: str, lacking: Iterable[int]) -> None:
+def test_a_frame_of_reference_or_stack_id_missing_in_some_slices_does_not_split_a_series(
+    fact: str, lacking: Iterable[int]
+) -> None:
     images = [image(2.0 * k, k, **{fact: "" if k in lacking else "7"}) for k in range(20)]
     (volume,) = partition(images, Rules())
     assert [s.instance_number for s in volume.slices] == span(0, 20)
@@ -541,7 +546,7 @@ def test_a_frame_of_reference_or_stack_id_that_some_lack_parts_no_series(fact: s
     assert audit(volume).codes == ()
 
 
-def test_a_slice_without_a_frame_of_reference_belongs_where_its_matrix_or_folder_leaves_one_choice() -> None:
+def test_a_slice_without_frame_of_reference_is_assigned_by_geometry_or_folder() -> None:
     def two(change: str, lack: Iterable[int], **of_the_second: Any) -> list[Image]:
         one = scan(
             0, 12, 0, frame_of_reference_uid=lambda k: "" if k in lack else "1.4.1", **{change: of_the_second["a"]}
@@ -563,34 +568,34 @@ def test_a_slice_without_a_frame_of_reference_belongs_where_its_matrix_or_folder
             assert [[s.instance_number for s in v.slices] for v in volumes] == [span(0, 12), span(20, 9)]
             assert [v.frame_of_reference_uid for v in volumes] == ["1.4.1", "1.4.2"]
     volumes = partition(two("rows", (2,), a=16, b=16), Rules())
-    assert [len(v.slices) for v in volumes] == [11, 8]  # of which scan, nothing says
+    assert [len(v.slices) for v in volumes] == [11, 8]  # the others cannot be assigned
     assert volumes[0].left_out == (
         ("0002.dcm", "no Frame of Reference UID"), ("0022.dcm", "no Frame of Reference UID"),
     )  # fmt: skip
 
 
-def test_a_damaged_frame_of_reference_says_as_little_as_none() -> None:
+def test_a_damaged_frame_of_reference_counts_as_absent() -> None:
     uid = {3: "malformed-03", 25: "malformed-25"}
     images = [
         image(2.0 * k, k, frame_of_reference_uid=uid.get(k, f"1.4.{k // 20}"), rows=16 + k // 20) for k in range(30)
     ]
-    assert found(images) == [span(0, 20), span(20, 10)]
+    assert instance_numbers(images) == [span(0, 20), span(20, 10)]
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 359), st.integers(0, 2), st.booleans()), min_size=1, max_size=30),
     st.randoms(use_true_random=False),
 )
-def test_slices_lie_in_the_first_stack_of_their_direction_wherever_it_points(
+def test_slices_are_added_to_the_first_stack_of_their_direction(
     turns: list[tuple[int, int, bool]], random: Any
 ) -> None:
-    # Directions a degree apart are others; cosines that differ by less than 0.001 are one.
+    # Directions that differ by a degree are different; cosines that differ by less than 0.001 are equal.
     images = []
     for n, (degrees, axis, coronal) in enumerate(turns):
         c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-        turned = np.roll([c, s, 0], axis) if coronal else np.roll([0, c, s], axis)
-        across = np.roll([-s, c, 0], axis) if coronal else np.roll([0, -s, c], axis)
-        cosines = tuple(float(x) + random.uniform(-4e-4, 4e-4) for x in (*turned, *across))
+        row = np.roll([c, s, 0], axis) if coronal else np.roll([0, c, s], axis)
+        column = np.roll([-s, c, 0], axis) if coronal else np.roll([0, -s, c], axis)
+        cosines = tuple(float(x) + random.uniform(-4e-4, 4e-4) for x in (*row, *column))
         images.append(image(n, n, orientation=cosines))
     stacks: dict[int, list[int]] = {}
     cosines_of = [np.array(one.orientation) for one in images]
@@ -607,15 +612,15 @@ def test_slices_lie_in_the_first_stack_of_their_direction_wherever_it_points(
 
 @pytest.mark.parametrize("damaged", [1e308, -1e308, sys.float_info.max])
 @pytest.mark.parametrize("place", range(6))
-def test_a_direction_of_huge_numbers_is_left_out_of_the_stack(damaged: float, place: int) -> None:
+def test_a_slice_with_huge_direction_cosines_is_left_out(damaged: float, place: int) -> None:
     cosines = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     cosines[place] = damaged
     images = scan(0, 8, 1)
     images[3] = images[3]._replace(orientation=tuple(cosines))
-    assert found(images) == [[1, 2, 3, 5, 6, 7, 8]]
+    assert instance_numbers(images) == [[1, 2, 3, 5, 6, 7, 8]]
 
 
-# What is read of headers
+# Attributes read from headers
 
 
 def header_of(file: Path) -> SliceHeader:
@@ -652,7 +657,7 @@ def test_phases_are_read_in_every_native_syntax(tmp_path: Path, syntax: UID) -> 
         ("ContentTime", "112233"), ("SeriesDate", "20250131"), ("PatientID", "Zauberfrau"),
     ],
 )  # fmt: skip
-def test_words_and_times_that_tell_images_apart_are_not_kept(tmp_path: Path, keyword: str, value: str) -> None:
+def test_texts_and_times_that_separate_images_are_kept_as_hashes_only(tmp_path: Path, keyword: str, value: str) -> None:
     def change(ds: Dataset, _: int) -> None:
         ds.add_new(keyword, "LO", value)
 
@@ -666,28 +671,26 @@ def test_words_and_times_that_tell_images_apart_are_not_kept(tmp_path: Path, key
 # By folder
 
 
-def by_slice(folder: str, count: int = 6, **facts: Any) -> list[Image]:
+def series_per_slice(folder: str, count: int = 6, **attributes: Any) -> list[Image]:
     return scan(0, count, 1, series_uid=lambda k: f"1.3.{folder}.{k}", folder=f"/data/{folder}",
-                **({"path": lambda k: f"/data/{folder}/{k}.dcm"} | facts))  # fmt: skip
+                **({"path": lambda k: f"/data/{folder}/{k}.dcm"} | attributes))  # fmt: skip
 
 
-def test_a_series_uid_in_each_slice_is_named_with_what_helps() -> None:
-    series = partition(by_slice("1") + by_slice("2", 2), Rules())
+def test_a_series_uid_per_slice_is_rejected_with_a_hint_at_group_by_folder() -> None:
+    series = partition(series_per_slice("1") + series_per_slice("2", 2), Rules())
     assert [len(s.slices) for s in series] == [1] * 8
     reasons = [audit(s).reason for s in series]
-    assert all(
-        "6 series of one image lie in its folder: --group-by folder takes them for one" in r for r in reasons[:6]
-    )
+    assert all("6 series of one image are in its folder: --group-by folder joins them" in r for r in reasons[:6])
     assert all(audit(s).codes == ("one-slice",) for s in series)
     assert "--group-by" not in reasons[6]
 
 
 @pytest.mark.parametrize("uid", ["each its own", "none"])
-def test_the_images_of_a_folder_are_a_series_if_asked_for(uid: str) -> None:
-    images = by_slice("1") + by_slice("2")
+def test_group_by_folder_makes_one_series_of_each_folder(uid: str) -> None:
+    images = series_per_slice("1") + series_per_slice("2")
     if uid == "none":
         images = [i._replace(series_uid="") for i in images]
-        with pytest.raises(InputError, match=r"no Series Instance UID .*--group-by folder takes"):
+        with pytest.raises(InputError, match=r"no Series Instance UID .*--group-by folder makes"):
             check(partition(images, Rules())[0], Rules())
     series = partition(images, BY_FOLDER)
     assert [(s.folder, len(s.slices), audit(s, BY_FOLDER).verdict) for s in series] == [
@@ -695,24 +698,24 @@ def test_the_images_of_a_folder_are_a_series_if_asked_for(uid: str) -> None:
     ]  # fmt: skip
     assert len({s.key for s in series}) == len({s.label for s in series}) == 2
     assert all(s.series_uid.startswith("folder-") for s in series)
-    # Neither order nor the slices that are there change it.
+    # The key depends neither on the order nor on the number of slices.
     assert partition(images[3::-1], BY_FOLDER)[0].key == series[0].key
 
 
-def test_a_folder_is_still_parted_by_what_the_images_show() -> None:
-    images = by_slice("1") + by_slice("1", 4, rows=32, path=lambda k: f"/data/1/b{k}")
+def test_group_by_folder_still_splits_by_geometry_and_study() -> None:
+    images = series_per_slice("1") + series_per_slice("1", 4, rows=32, path=lambda k: f"/data/1/b{k}")
     assert [(s.part, len(s.slices)) for s in partition(images, BY_FOLDER)] == [(1, 6), (2, 4)]
-    images = by_slice("1") + by_slice("1", study_uid="1.9", path=lambda k: f"/data/1/b{k}")
+    images = series_per_slice("1") + series_per_slice("1", study_uid="1.9", path=lambda k: f"/data/1/b{k}")
     assert [i.code for s in partition(images, BY_FOLDER) for i in s.irregularities] == ["studies", "studies"]
 
 
 @pytest.mark.parametrize("start_mm", [0.0, 1.0, 1.25, 9.0])
-def test_series_of_one_folder_that_share_a_place_are_not_mixed(start_mm: float) -> None:
+def test_series_of_one_folder_with_common_positions_are_not_mixed(start_mm: float) -> None:
     images = scan(0, 9, 1, series_uid="1.3.1") + scan(start_mm, 9, 11, series_uid="1.3.2")
-    assert found(images, BY_FOLDER) == [span(1, 9), span(11, 9)]
+    assert instance_numbers(images, BY_FOLDER) == [span(1, 9), span(11, 9)]
 
 
-def test_a_folder_of_one_series_keeps_its_uid_and_one_spread_over_folders_is_named() -> None:
+def test_a_folder_of_one_series_keeps_its_uid_and_a_series_in_several_folders_gets_a_warning() -> None:
     whole = scan(0, 9, 1, folder="/data/1")
     (series,) = partition(whole, BY_FOLDER)
     assert (series.key, series.warnings) == ("1.3", ())
@@ -720,7 +723,7 @@ def test_a_folder_of_one_series_keeps_its_uid_and_one_spread_over_folders_is_nam
     assert [(len(s.slices), s.warnings[0].code) for s in spread] == [(9, "spread"), (9, "spread")]
 
 
-def test_a_folder_of_series_uids_is_converted_with_its_masks(tmp_path: Path) -> None:
+def test_a_folder_with_a_series_uid_per_slice_is_converted_with_its_masks(tmp_path: Path) -> None:
     stored = noise(0)
     sops: list[str] = []
 
@@ -743,7 +746,7 @@ def test_a_folder_of_series_uids_is_converted_with_its_masks(tmp_path: Path) -> 
     np.testing.assert_array_equal(np.asarray(volume.values), stored - 1024.0)
 
 
-def test_what_an_earlier_run_said_of_the_same_files_goes_with_the_grouping(tmp_path: Path) -> None:
+def test_results_of_a_run_with_another_grouping_are_replaced(tmp_path: Path) -> None:
     def change(ds: Dataset, k: int) -> None:
         ds.SeriesInstanceUID = f"1.2.3.{k + 1}"
 
@@ -761,7 +764,7 @@ def test_what_an_earlier_run_said_of_the_same_files_goes_with_the_grouping(tmp_p
     assert len(list(out.rglob("volume.json"))) == 2
 
 
-def test_every_command_that_reads_dicom_takes_a_folder_for_a_series(tmp_path: Path) -> None:
+def test_every_command_that_reads_dicom_accepts_group_by_folder(tmp_path: Path) -> None:
     def change(ds: Dataset, k: int) -> None:
         ds.SeriesInstanceUID = f"1.2.3.{k + 1}"
 
@@ -774,7 +777,7 @@ def test_every_command_that_reads_dicom_takes_a_folder_for_a_series(tmp_path: Pa
 
     scanned = run("scan", tmp_path / "in", "--json", *flags)
     assert [(s["action"], s["slices"]) for s in json.loads(scanned.stdout)["series"]] == [("convert", 6)]
-    assert run("show", tmp_path / "in").exit_code == 2  # which of six?
+    assert run("show", tmp_path / "in").exit_code == 2  # six series: ambiguous
     shown = run("show", tmp_path / "in", "--group-by", "folder")
     assert (shown.exit_code, "6 images" in shown.stdout) == (0, True)
     how = ["--units", "px", "--index-base", "0", "--slice-order", "stack", "--spacing", "none", "--size", "none"]

@@ -1,4 +1,4 @@
-"""Order, spacing and affine from positions, against the formula of the standard and SimpleITK; and what is refused."""
+"""Tests of `gpuprep.dicom.stack`: order, spacing and affine from positions, irregularities and rejections."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def series(
     pixel_spacing_mm: tuple[float, float] = (0.8, 0.7),
     shape: tuple[int, int] = (16, 20),
 ) -> Series:
-    """Return headers alone; slices are called s0, s1, … in the order given."""
+    """Return a series of headers without files; slices are named s0, s1, … in the given order."""
     return Series(
         series_uid="1.2.3", study_uid="1.2", frame_of_reference_uid="1.4", series_number=1, rows=shape[0],
         columns=shape[1], pixel_spacing_mm=pixel_spacing_mm, orientation=tuple(orientation), part=0, folder="/data",
@@ -56,8 +56,8 @@ def series(
     )  # fmt: skip
 
 
-def at(z_mm: Sequence[float]) -> Series:
-    """Return an axial series at these heights."""
+def axial_series(z_mm: Sequence[float]) -> Series:
+    """Return an axial series with slices at the given z positions."""
     return series([(-100.0, -120.0, z) for z in z_mm])
 
 
@@ -65,8 +65,8 @@ def names(stacked: Stack) -> list[str]:
     return [s.name for s in stacked.slices]
 
 
-def written(folder: Path, change: Change | None = None, *, slices: int = 5, **options: Any) -> Series:
-    """Write a series, spoil it, and return what is found; k is in the stored values of slice k."""
+def write_and_discover(folder: Path, change: Change | None = None, *, slices: int = 5, **options: Any) -> Series:
+    """Write a series with changed headers and discover it; the stored values of slice k depend on k."""
     stored = np.arange(slices, dtype=np.int16)[:, None, None] * 100 + np.arange(320, dtype=np.int16).reshape(16, 20)
     write_series(folder, stored, (2.5, 0.8, 0.7), change=change, **options)
     (found,) = discover(folder)
@@ -78,27 +78,27 @@ def written(folder: Path, change: Change | None = None, *, slices: int = 5, **op
 
 @settings(deadline=None)
 @given(st.permutations(range(9)))
-def test_the_order_of_files_does_not_matter(order: list[int]) -> None:
+def test_the_stack_does_not_depend_on_the_order_of_files(order: list[int]) -> None:
     # Trap 1.
     z_mm = [-300 + 2.5 * n for n in range(9)]
-    whole = at(z_mm)
+    whole = axial_series(z_mm)
     stacked = stack(replace(whole, slices=tuple(whole.slices[n] for n in order)))
     assert names(stacked) == [f"s{n}" for n in range(9)]
     np.testing.assert_array_equal(stacked.geometry.affine, stack(whole).geometry.affine)
 
 
-def test_only_positions_order_slices(tmp_path: Path) -> None:
-    # Traps 1, 2, 3: every other number lies, and so do the names.
+def test_slices_are_ordered_by_position_alone(tmp_path: Path) -> None:
+    # Traps 1, 2, 3: all other attributes and the file names contradict the positions.
     lots = [3, 7, 0, 5, 1, 6, 2, 4]
 
-    def lie(ds: Dataset, k: int) -> None:
+    def contradict_positions(ds: Dataset, k: int) -> None:
         ds.InstanceNumber = lots[k]
         ds.SliceLocation = f"{-lots[k] * 3.5:g}"
         ds.AcquisitionNumber = lots[k]
         ds.SliceThickness = "5"
         ds.SpacingBetweenSlices = "-1.25"
 
-    written(tmp_path, lie, slices=8)
+    write_and_discover(tmp_path, contradict_positions, slices=8)
     for k, file in enumerate(sorted(tmp_path.iterdir())):
         file.rename(tmp_path / f"{lots[k]:02}")
     volume = read(discover(tmp_path)[0])
@@ -113,32 +113,32 @@ def test_instance_numbers_may_be_absent_or_equal(tmp_path: Path, numbers: int | 
     def change(ds: Dataset, _: int) -> None:
         ds.InstanceNumber = numbers
 
-    assert stack(written(tmp_path, change)).geometry.origin_mm == pytest.approx((-100, -120, -300))
+    assert stack(write_and_discover(tmp_path, change)).geometry.origin_mm == pytest.approx((-100, -120, -300))
 
 
-def test_spacing_is_measured_where_thickness_says_otherwise(tmp_path: Path) -> None:
-    # Trap 2: slices of 5 mm every 2.5 mm.
+def test_spacing_is_measured_between_positions_and_not_taken_from_thickness(tmp_path: Path) -> None:
+    # Trap 2: slices of 5 mm thickness every 2.5 mm.
     def change(ds: Dataset, _: int) -> None:
         ds.SliceThickness = "5"
 
-    assert stack(written(tmp_path, change)).geometry.spacing_mm[0] == pytest.approx(2.5)
+    assert stack(write_and_discover(tmp_path, change)).geometry.spacing_mm[0] == pytest.approx(2.5)
 
 
 def test_row_and_column_spacing_are_not_exchanged(tmp_path: Path) -> None:
     # Trap 35: Pixel Spacing is between rows, then between columns; 16 rows and 20 columns.
-    geometry = stack(written(tmp_path)).geometry
+    geometry = stack(write_and_discover(tmp_path)).geometry
     assert geometry.shape == (5, 16, 20)
     assert geometry.spacing_mm == pytest.approx((2.5, 0.8, 0.7))
     # The last voxel of the last slice: x grows with columns, y with rows, z with slices.
     assert geometry.points_mm((4, 15, 19)) == pytest.approx((-100 + 19 * 0.7, -120 + 15 * 0.8, -300 + 4 * 2.5))
 
 
-def test_the_spacing_is_that_of_the_whole_stack_and_not_of_the_first_two_slices() -> None:
+def test_the_spacing_is_measured_over_the_whole_stack() -> None:
     # Trap 5: rounding to hundredths must not add up over the stack.
     spacing = 1.2457
     z_mm = [round(n * spacing, 2) for n in range(101)]
     assert z_mm[1] == 1.25
-    assert stack(at(z_mm)).geometry.spacing_mm[0] == pytest.approx(spacing, abs=0.005 / 100)
+    assert stack(axial_series(z_mm)).geometry.spacing_mm[0] == pytest.approx(spacing, abs=0.005 / 100)
 
 
 # The affine, for any orientation
@@ -146,7 +146,7 @@ def test_the_spacing_is_that_of_the_whole_stack_and_not_of_the_first_two_slices(
 
 @st.composite
 def oblique(draw: st.DrawFn) -> tuple[Series, NDArray[np.float64]]:
-    """Any orientation, spacing and place; slices shuffled. With it, positions in spatial order."""
+    """Draw a series with any orientation, spacing, origin and order of slices, and its positions in spatial order."""
     rotation = Rotation.from_rotvec(draw(st.tuples(*[st.floats(-3, 3)] * 3))).as_matrix()
     count = draw(st.integers(2, 12))
     step_mm = draw(st.floats(0.3, 10))
@@ -164,7 +164,7 @@ def oblique(draw: st.DrawFn) -> tuple[Series, NDArray[np.float64]]:
 
 @settings(deadline=None)
 @given(oblique())
-def test_the_affine_is_the_formula_of_the_standard(given_: tuple[Series, NDArray[np.float64]]) -> None:
+def test_the_affine_follows_the_formula_of_the_standard(given_: tuple[Series, NDArray[np.float64]]) -> None:
     # Trap 35. PS3.3, C.7.6.2.1.1: P = S + X·Δi·i + Y·Δj·j, where i counts columns, X is the direction of a row and Δi
     # the distance between columns; j counts rows, Y is the direction of a column and Δj the distance between rows.
     found, positions = given_
@@ -190,9 +190,11 @@ def test_the_affine_is_the_formula_of_the_standard(given_: tuple[Series, NDArray
         ((1, 0, 0, 0, 0, -1), (0, 1, 0)),  # coronal
     ],
 )
-def test_slices_run_along_row_times_column(tmp_path: Path, orientation: tuple[float, ...], step: Xyz) -> None:
+def test_slices_are_ordered_along_the_cross_product_of_row_and_column(
+    tmp_path: Path, orientation: tuple[float, ...], step: Xyz
+) -> None:
     # Trap 1: sagittal and coronal series have one z only.
-    volume = read(written(tmp_path, orientation=orientation))
+    volume = read(write_and_discover(tmp_path, orientation=orientation))
     assert volume.stored[:, 0, 0].tolist() == [0, 100, 200, 300, 400]
     assert volume.geometry.affine[:3, 0] == pytest.approx(2.5 * np.array(step))
     assert volume.geometry.affine[:3, 1] == pytest.approx(0.8 * np.array(orientation[3:]))
@@ -201,10 +203,10 @@ def test_slices_run_along_row_times_column(tmp_path: Path, orientation: tuple[fl
 
 @pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
 @pytest.mark.parametrize("orientation", [AXIAL, (0.8, 0.6, 0.0, -0.6, 0.8, 0.0), (1.0, 0.0, 0.0, 0.0, 0.8, -0.6)])
-def test_simpleitk_puts_voxels_in_the_same_places(tmp_path: Path, orientation: tuple[float, ...]) -> None:
+def test_simpleitk_gives_the_same_voxel_positions(tmp_path: Path, orientation: tuple[float, ...]) -> None:
     SimpleITK: Any = pytest.importorskip("SimpleITK")  # noqa: N806 - its name
     reader = SimpleITK.ImageSeriesReader()
-    volume = read(written(tmp_path, orientation=orientation))
+    volume = read(write_and_discover(tmp_path, orientation=orientation))
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
     image = reader.Execute()
     np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image), volume.stored - 1024)
@@ -215,7 +217,7 @@ def test_simpleitk_puts_voxels_in_the_same_places(tmp_path: Path, orientation: t
         assert volume.geometry.points_mm((k, j, i)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_cosines_rounded_by_the_scanner_are_made_units() -> None:
+def test_rounded_direction_cosines_are_normalised() -> None:
     # 30° about x, in two digits: the direction of a column is 1.0034 long.
     normal = np.array([0, -0.5, 0.87]) / np.hypot(0.5, 0.87)
     x, y, z = (2 * normal).tolist()
@@ -225,11 +227,11 @@ def test_cosines_rounded_by_the_scanner_are_made_units() -> None:
     assert geometry.spacing_mm == pytest.approx((2.0, 0.8, 0.7), rel=1e-9)
 
 
-# What is irregular: put right by default, refused by policy "strict"
+# Irregularities: corrected by default, rejected by policy "strict"
 
 
 def layers(stacked: Stack) -> list[float]:
-    """Return the layer of the grid at which each slice lies."""
+    """Return the layer index of each slice in the grid."""
     assert stacked.placement is not None
     assert stacked.placement.shift is None
     return [float(v) for v in stacked.placement.along]
@@ -239,9 +241,9 @@ def codes(stacked: Stack) -> list[str]:
     return [i.code for i in stacked.irregularities]
 
 
-def test_a_missing_slice_is_named_by_its_neighbours(tmp_path: Path) -> None:
-    # Trap 4: not averaged away.
-    written(tmp_path, slices=12)
+def test_a_missing_slice_is_reported_with_its_neighbours(tmp_path: Path) -> None:
+    # Trap 4: a gap does not change the mean spacing silently.
+    write_and_discover(tmp_path, slices=12)
     (tmp_path / "S1-0008.dcm").unlink()
     found = discover(tmp_path)[0]
     where = "1 missing in 5.000 mm between S1-0009.dcm and S1-0007.dcm"
@@ -256,9 +258,9 @@ def test_a_missing_slice_is_named_by_its_neighbours(tmp_path: Path) -> None:
     assert where in stacked.irregularities[0].text
 
 
-def test_more_missing_than_a_tenth_is_refused_by_default(tmp_path: Path) -> None:
+def test_more_than_ten_percent_missing_slices_are_rejected_by_default(tmp_path: Path) -> None:
     # Trap 4: 1 of 9 is 11 %.
-    written(tmp_path, slices=9)
+    write_and_discover(tmp_path, slices=9)
     (tmp_path / "S1-0005.dcm").unlink()
     with pytest.raises(
         GeometryError,
@@ -267,9 +269,9 @@ def test_more_missing_than_a_tenth_is_refused_by_default(tmp_path: Path) -> None
         stack(discover(tmp_path)[0])
 
 
-def test_a_missing_slice_among_three_is_noticed() -> None:
-    # Trap 4: here the median is as far from one gap as from the other.
-    found = at([0, 2.5, 7.5])
+def test_one_missing_slice_in_a_stack_of_three_is_detected() -> None:
+    # Trap 4: the median of the two distances is equally far from both.
+    found = axial_series([0, 2.5, 7.5])
     with pytest.raises(GeometryError, match=r"5\.000 mm between s1 and s2"):
         stack(found, STRICT)
     stacked = stack(found)
@@ -277,22 +279,22 @@ def test_a_missing_slice_among_three_is_noticed() -> None:
     assert [spacing_mm * layer for layer in layers(stacked)] == pytest.approx([0, 2.5, 7.5])
 
 
-def doubled(folder: Path, change: Change | None = None) -> Series:
-    """Write five slices, and a sixth, S1-0001.dcm, at the place of the fourth and with its pixels; then spoil it."""
+def with_repeated_image(folder: Path, change: Change | None = None) -> Series:
+    """Write five slices and a copy of the fourth, S1-0001.dcm, to which `change` is applied."""
 
-    def change_(ds: Dataset, k: int) -> None:
+    def repeat_position(ds: Dataset, k: int) -> None:
         if k == 5:
             ds.ImagePositionPatient = [-100, -120, -300 + 3 * 2.5]
             ds.PixelData = (np.frombuffer(ds.PixelData, "<i2") - 200).astype("<i2").tobytes()
             if change:
                 change(ds, k)
 
-    return written(folder, change_, slices=6)
+    return write_and_discover(folder, repeat_position, slices=6)
 
 
-def test_an_image_given_twice_is_dropped_and_named(tmp_path: Path) -> None:
+def test_a_duplicate_image_is_dropped_and_named(tmp_path: Path) -> None:
     # Trap 6.
-    found = doubled(tmp_path)
+    found = with_repeated_image(tmp_path)
     with pytest.raises(GeometryError, match=r"1 repeated image: S1-000[13]\.dcm") as caught:
         stack(found, STRICT)
     assert caught.value.code == "duplicate"
@@ -300,18 +302,18 @@ def test_an_image_given_twice_is_dropped_and_named(tmp_path: Path) -> None:
     assert codes(stacked) == ["duplicate"]
     assert stacked.placement is None
     assert stacked.geometry.shape == (5, 16, 20)
-    ((index, twin),) = stacked.twins
+    ((index, duplicate),) = stacked.duplicates
     assert index == 3
-    assert {twin.name, stacked.slices[3].name} == {"S1-0001.dcm", "S1-0003.dcm"}
+    assert {duplicate.name, stacked.slices[3].name} == {"S1-0001.dcm", "S1-0003.dcm"}
     assert read(found).stored[:, 0, 0].tolist() == [0, 100, 200, 300, 400]
 
 
-def test_an_image_at_the_place_of_another_one_with_other_pixels_is_refused(tmp_path: Path) -> None:
-    # Trap 6: headers alike, one pixel not.
+def test_a_second_image_at_one_position_with_other_pixels_is_rejected(tmp_path: Path) -> None:
+    # Trap 6: equal headers, one different pixel.
     def change(ds: Dataset, _: int) -> None:
         ds.PixelData = ds.PixelData[:-2] + b"\7\7"
 
-    found = doubled(tmp_path, change)
+    found = with_repeated_image(tmp_path, change)
     with pytest.raises(GeometryError, match=r"S1-0001\.dcm and S1-0003\.dcm share a position and differ") as caught:
         read(found)
     assert caught.value.code == "duplicate"
@@ -325,9 +327,9 @@ def test_an_image_at_the_place_of_another_one_with_other_pixels_is_refused(tmp_p
     ],
     ids=lambda other: next(iter(other)),
 )  # fmt: skip
-def test_different_images_at_one_place_are_refused_by_name(other: dict[str, Any]) -> None:
-    # Trap 6: every position twice. Discovery would have parted them where that gives regular stacks.
-    found = at([n // 2 * 2.5 for n in range(10)])
+def test_different_images_at_one_position_are_rejected_by_name(other: dict[str, Any]) -> None:
+    # Trap 6: every position twice. Discovery splits such images only into regular stacks.
+    found = axial_series([n // 2 * 2.5 for n in range(10)])
     slices = tuple(s._replace(**other) if n % 2 else s for n, s in enumerate(found.slices))
     with pytest.raises(
         GeometryError, match=r"share a position, 5 times, .*: s0 and s1 at 0\.00 mm, s2 and .* and 2 more"
@@ -336,13 +338,13 @@ def test_different_images_at_one_place_are_refused_by_name(other: dict[str, Any]
     assert caught.value.code == "duplicate"
 
 
-def test_a_slice_too_near_is_placed_and_told_against_the_median() -> None:
-    # Trap 5: the first two slices decide nothing. Trap 7.
+def test_a_distance_below_the_median_is_uneven() -> None:
+    # Traps 5, 7: the first two slices do not determine the spacing.
     z_mm = [0, *(1 + 2.5 * n for n in range(6))]
     with pytest.raises(GeometryError) as caught:
-        stack(at(z_mm), STRICT)
+        stack(axial_series(z_mm), STRICT)
     assert caught.value.code == "uneven"
-    stacked = stack(at(z_mm))
+    stacked = stack(axial_series(z_mm))
     assert codes(stacked) == ["uneven"]
     for text in (str(caught.value), stacked.irregularities[0].text):
         assert "2.500 mm apart (median)" in text
@@ -352,40 +354,40 @@ def test_a_slice_too_near_is_placed_and_told_against_the_median() -> None:
     assert [spacing_mm * layer for layer in layers(stacked)] == pytest.approx(z_mm)
 
 
-def test_a_slice_too_far_is_told_against_the_median() -> None:
+def test_a_distance_of_twice_the_median_is_a_missing_slice() -> None:
     # Traps 4, 5, 7: 1 of 8 is more than a tenth.
     with pytest.raises(GeometryError) as caught:
-        stack(at([0, *(5 + 2.5 * n for n in range(6))]))
+        stack(axial_series([0, *(5 + 2.5 * n for n in range(6))]))
     text = str(caught.value)
     assert "2.500 mm apart (median)" in text
     assert "1 missing in 5.000 mm between s0 and s1" in text
     assert "s2" not in text
 
 
-def test_a_second_spacing_is_uneven_and_no_gap() -> None:
+def test_a_second_regular_spacing_is_uneven_and_not_a_gap() -> None:
     # Trap 7: head CT, 2.5 mm below and 7.5 mm above.
     heights = [*(2.5 * n for n in range(8)), 25, 32.5, 40, 47.5]
-    stacked = stack(at(heights))
+    stacked = stack(axial_series(heights))
     assert codes(stacked) == ["uneven"]
     assert stacked.geometry.shape[0] == 20
     assert stacked.placement is not None
     assert stacked.placement.along * 2.5 == pytest.approx(heights)
-    # Two in a row are no spacing of their own, and distances too wide to fill are refused however many they are.
+    # Two equal distances in a row are not yet regular; distances that are too wide are rejected in any number.
     with pytest.raises(GeometryError, match=r"2 missing in 7\.500 mm between s7 and s8.*: 29% of all"):
-        stack(at(heights[:10]))
+        stack(axial_series(heights[:10]))
     with pytest.raises(GeometryError, match=r"4 missing in 12\.500 mm between s7 and s8.*more than 3 in a row"):
-        stack(at([*(2.5 * n for n in range(8)), 30, 42.5, 55]))
+        stack(axial_series([*(2.5 * n for n in range(8)), 30, 42.5, 55]))
 
 
 @pytest.mark.parametrize(
     ("step_mm", "error_mm", "accepted"),
     [(5.0, 0.04, True), (5.0, 0.08, False), (0.5, 0.009, True), (0.5, 0.03, False), (1.0, 1e-13, True)],
 )
-def test_small_errors_of_positions_are_tolerated_and_larger_ones_are_not(
+def test_position_errors_are_accepted_within_the_tolerance_only(
     step_mm: float, error_mm: float, accepted: bool
 ) -> None:
-    # Trap 8: 1 % of the spacing, or 0.02 mm; one slice is off, so that the gap before it and that after it are.
-    found = at([step_mm * n + error_mm * (n == 4) for n in range(9)])
+    # Trap 8: 1 % of the spacing, or 0.02 mm. One slice is displaced, which changes the distances before and after it.
+    found = axial_series([step_mm * n + error_mm * (n == 4) for n in range(9)])
     assert stack(found).geometry.spacing_mm[0] == pytest.approx(step_mm)
     if accepted:
         assert stack(found, STRICT).placement is None
@@ -406,9 +408,9 @@ def test_small_errors_of_positions_are_tolerated_and_larger_ones_are_not(
         (Rules(policy="strict", spacing_tolerance=0.015), False),
     ],
 )
-def test_tolerances_are_those_of_the_rules(rules: Rules, accepted: bool) -> None:
+def test_tolerances_are_taken_from_the_rules(rules: Rules, accepted: bool) -> None:
     # Trap 8: 0.08 mm of 5 mm are 1.6 %.
-    found = at([5.0 * n + 0.08 * (n == 4) for n in range(9)])
+    found = axial_series([5.0 * n + 0.08 * (n == 4) for n in range(9)])
     if accepted:
         assert stack(found, rules).placement is None
     else:
@@ -416,34 +418,34 @@ def test_tolerances_are_those_of_the_rules(rules: Rules, accepted: bool) -> None
             stack(found, rules)
 
 
-def test_errors_that_add_up_along_the_stack_are_noticed() -> None:
-    # Trap 7: 2.5 mm, then 2.52 mm. No gap is off by 1 %, but halfway the affine would be off by 2 mm.
+def test_spacing_errors_that_add_up_along_the_stack_are_detected() -> None:
+    # Trap 7: 2.5 mm, then 2.52 mm. No distance deviates by 1 %, but an even grid would be off by 2 mm in the middle.
     z_mm = np.cumsum([0, *[2.5] * 200, *[2.52] * 200])
     with pytest.raises(GeometryError, match=r"s200 lies 2\.00 mm from its place in a grid of 2\.510 mm"):
-        stack(at(z_mm.tolist()), STRICT)
-    stacked = stack(at(z_mm.tolist()))
+        stack(axial_series(z_mm.tolist()), STRICT)
+    stacked = stack(axial_series(z_mm.tolist()))
     assert codes(stacked) == ["uneven"]
     assert stacked.geometry.spacing_mm[0] == pytest.approx(2.51)
     assert layers(stacked) == pytest.approx(z_mm / 2.51)
 
 
 @pytest.mark.parametrize("tilt_deg", [0.5, -4.5, 10.0, 25.0])
-def test_a_tilted_gantry_is_measured_and_undone(tmp_path: Path, tilt_deg: float) -> None:
-    # Trap 11: an orthonormal direction would hide the shear. The tag for the tilt has either sign and is not read.
+def test_a_gantry_tilt_is_measured_and_corrected(tmp_path: Path, tilt_deg: float) -> None:
+    # Trap 11. The sign of Gantry/Detector Tilt is not reliable, so the attribute is not read.
     lean_mm = 2.5 * np.tan(np.radians(tilt_deg))
 
     def tilt(ds: Dataset, k: int) -> None:
         ds.GantryDetectorTilt = -tilt_deg
         ds.ImagePositionPatient = [-100, round(-120 + lean_mm * k, 6), -300 + 2.5 * k]
 
-    found = written(tmp_path, tilt, slices=10)
+    found = write_and_discover(tmp_path, tilt, slices=10)
     with pytest.raises(GeometryError, match=rf"leans by {abs(tilt_deg):.2f}° \(gantry tilt\)") as caught:
         stack(found, STRICT)
     assert caught.value.code == "tilt"
     stacked = stack(found)
     assert codes(stacked) == ["tilt"]
     assert f"up to {9 * abs(lean_mm):.2f} mm beside the normal" in stacked.irregularities[0].text
-    # The grid is upright, holds every slice, and each slice lies in it where it was.
+    # The grid is orthogonal and contains every slice at its position.
     assert stacked.geometry.affine[:3, :3] == pytest.approx(np.array([[0, 0, 0.7], [0, 0.8, 0], [2.5, 0, 0]]))
     assert stacked.geometry.shape == (10, 16 + int(np.ceil(9 * abs(lean_mm) / 0.8)), 20)
     assert stacked.placement is not None
@@ -453,15 +455,15 @@ def test_a_tilted_gantry_is_measured_and_undone(tmp_path: Path, tilt_deg: float)
         assert stacked.geometry.points_mm((k, row, column)) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_gantry_tilt_in_the_header_alone_means_nothing(tmp_path: Path) -> None:
+def test_the_gantry_tilt_attribute_is_ignored(tmp_path: Path) -> None:
     # Trap 11.
     def change(ds: Dataset, _: int) -> None:
         ds.GantryDetectorTilt = "15"
 
-    assert stack(written(tmp_path, change)).geometry.spacing_mm[0] == pytest.approx(2.5)
+    assert stack(write_and_discover(tmp_path, change)).geometry.spacing_mm[0] == pytest.approx(2.5)
 
 
-def test_a_slice_beside_the_others_is_moved_back() -> None:
+def test_a_slice_that_is_shifted_sideways_is_placed_correctly() -> None:
     found = series([(float(n == 3), 0, 2.5 * n) for n in range(6)])
     with pytest.raises(GeometryError, match=r"moved sideways: up to 1\.00 mm beside the normal") as caught:
         stack(found, STRICT)
@@ -474,33 +476,33 @@ def test_a_slice_beside_the_others_is_moved_back() -> None:
     assert stacked.geometry.shape == (6, 16, 22)
 
 
-def test_slices_that_share_no_pixel_with_each_other_are_refused() -> None:
+def test_slices_shifted_by_more_than_their_width_are_rejected() -> None:
     # 20 columns of 0.7 mm.
     with pytest.raises(GeometryError, match=r"up to 14\.1 mm beside each other, more than they are wide") as caught:
         stack(series([(14.1 * (n == 3), 0, 2.5 * n) for n in range(6)]))
     assert caught.value.code == "shift"
 
 
-def test_slices_a_little_beside_each_other_are_accepted() -> None:
+def test_small_sideways_shifts_are_accepted() -> None:
     # Trap 8.
     assert stack(series([(0.05 * (n % 2), 0, 2.5 * n) for n in range(6)])).geometry.spacing_mm[0] == pytest.approx(2.5)
 
 
-def test_a_single_slice_is_refused_by_name() -> None:
+def test_a_single_slice_is_rejected_by_name() -> None:
     with pytest.raises(GeometryError, match=r"one slice only \(s0\)"):
-        stack(at([0]))
+        stack(axial_series([0]))
 
 
-def test_two_slices_are_a_stack() -> None:
-    assert stack(at([7.5, 0])).geometry.spacing_mm[0] == 7.5
+def test_two_slices_form_a_stack() -> None:
+    assert stack(axial_series([7.5, 0])).geometry.spacing_mm[0] == 7.5
 
 
 @pytest.mark.parametrize(
     "orientation",
     [(1, 0, 0, 1, 0, 0), (1, 0, 0, 0.1, 0.995, 0), (1, 0, 0, 0, 0, 0), (2, 0, 0, 0, 1, 0), (0.9, 0, 0, 0, 0.9, 0)],
 )
-def test_directions_that_are_no_perpendicular_units_are_refused(orientation: tuple[float, ...]) -> None:
-    with pytest.raises(GeometryError, match="not a pair of perpendicular units"):
+def test_directions_that_are_not_perpendicular_unit_vectors_are_rejected(orientation: tuple[float, ...]) -> None:
+    with pytest.raises(GeometryError, match="not a pair of perpendicular unit vectors"):
         stack(series([(0, 0, 0), (0, 0, 1)], orientation=orientation))
 
 
@@ -512,7 +514,7 @@ REQUIRED = {
     "Rows": (MissingTagError, "Rows and Columns absent, unreadable or impossible in"),
     "Columns": (MissingTagError, "Rows and Columns absent, unreadable or impossible in"),
     "BitsAllocated": (MissingTagError, "Bits Allocated absent, unreadable or impossible in"),
-    # Without it −2000 is 63536, and 62512 HU.
+    # Without it, −2000 would be 63536, which is 62512 HU.
     "PixelRepresentation": (MissingTagError, "Pixel Representation absent, unreadable or impossible in"),
     "RescaleSlope": (MissingTagError, "Rescale Slope absent, unreadable or impossible in"),
     "RescaleIntercept": (MissingTagError, "Rescale Intercept absent, unreadable or impossible in"),
@@ -523,7 +525,7 @@ REQUIRED = {
 
 def without(keyword: str, slices: set[int]) -> Change:
     def change(ds: Dataset, k: int) -> None:
-        ds["PixelData"].VR = "OW"  # pydicom would derive it from what is taken away
+        ds["PixelData"].VR = "OW"  # otherwise pydicom derives it from the attribute that is deleted
         if k in slices:
             delattr(ds, keyword)
 
@@ -531,19 +533,19 @@ def without(keyword: str, slices: set[int]) -> Change:
 
 
 @pytest.mark.parametrize("keyword", REQUIRED)
-def test_an_attribute_that_all_slices_lack_is_named(tmp_path: Path, keyword: str) -> None:
+def test_a_required_attribute_missing_in_all_slices_is_named(tmp_path: Path, keyword: str) -> None:
     # Trap 41 for the rescale, trap 42 for the pixels.
     error, text = REQUIRED[keyword]
     with pytest.raises(error, match=rf"{text} S1-0001\.dcm, S1-0002\.dcm, S1-0003\.dcm and 2 more"):
-        stack(written(tmp_path, without(keyword, {0, 1, 2, 3, 4})))
+        stack(write_and_discover(tmp_path, without(keyword, {0, 1, 2, 3, 4})))
 
 
 @pytest.mark.parametrize("keyword", sorted(REQUIRED))
 @pytest.mark.parametrize("which", [{4}, {1, 2, 3}], ids=["the last", "most"])
-def test_an_attribute_that_slices_lack_is_named_and_nothing_is_stacked_without_them(
+def test_a_required_attribute_missing_in_some_slices_rejects_the_series(
     tmp_path: Path, keyword: str, which: set[int]
 ) -> None:
-    # The top slice is one whose absence would go unnoticed in what is left.
+    # Without the top slice, the rest would still be a regular stack.
     error, text = REQUIRED[keyword]
     stored = np.zeros((5, 16, 20), dtype=np.int16)
     write_series(tmp_path, stored, (2.5, 0.8, 0.7), change=without(keyword, which))
@@ -553,13 +555,13 @@ def test_an_attribute_that_slices_lack_is_named_and_nothing_is_stacked_without_t
     with pytest.raises(error, match=text) as caught:
         stack(incomplete)
     named = {f"S1-{5 - k:04d}.dcm" for k in range(5) if f"S1-{5 - k:04d}.dcm" in str(caught.value)}
-    # Where most lack it, the others may be the odd ones out.
+    # The attribute may be missing in most slices.
     assert named == {f"S1-{5 - k:04d}.dcm" for k in which} or len(which) == 3
 
 
 @pytest.mark.parametrize("keyword", ["InstanceNumber", "SeriesNumber", "SliceThickness", "HighBit", "RescaleType"])
-def test_an_attribute_that_nothing_depends_on_may_be_absent(tmp_path: Path, keyword: str) -> None:
-    stacked = stack(written(tmp_path, without(keyword, {0, 1, 2, 3, 4})))
+def test_an_attribute_that_is_not_required_may_be_absent(tmp_path: Path, keyword: str) -> None:
+    stacked = stack(write_and_discover(tmp_path, without(keyword, {0, 1, 2, 3, 4})))
     assert stacked.geometry.spacing_mm == pytest.approx((2.5, 0.8, 0.7))
 
 
@@ -575,7 +577,7 @@ def test_an_attribute_that_nothing_depends_on_may_be_absent(tmp_path: Path, keyw
         ("BitsAllocated", 12, "Bits Allocated neither 8 nor 16"),
     ],
 )
-def test_values_that_are_no_hu_are_refused_by_name(tmp_path: Path, keyword: str, value: Any, text: str) -> None:
+def test_values_that_are_not_hu_are_rejected_by_name(tmp_path: Path, keyword: str, value: Any, text: str) -> None:
     # Trap 41.
     def change(ds: Dataset, k: int) -> None:
         ds["PixelData"].VR = "OW"
@@ -583,7 +585,7 @@ def test_values_that_are_no_hu_are_refused_by_name(tmp_path: Path, keyword: str,
             setattr(ds, keyword, value)
 
     with pytest.raises(IntensityError, match=rf"{text} in S1-0003\.dcm, S1-0004\.dcm: the values cannot be called HU"):
-        stack(written(tmp_path, change))
+        stack(write_and_discover(tmp_path, change))
 
 
 def colour(slices: set[int]) -> Change:
@@ -595,21 +597,21 @@ def colour(slices: set[int]) -> Change:
     return change
 
 
-def test_a_series_of_colour_images_is_refused(tmp_path: Path) -> None:
+def test_a_series_of_colour_images_is_rejected(tmp_path: Path) -> None:
     # Trap 41.
     with pytest.raises(IntensityError, match=r"several samples per pixel in S1-0001\.dcm, .* cannot be called HU"):
-        stack(written(tmp_path, colour({0, 1, 2, 3, 4})))
+        stack(write_and_discover(tmp_path, colour({0, 1, 2, 3, 4})))
 
 
 def test_colour_images_among_slices_are_left_out(tmp_path: Path) -> None:
     # Trap 10: dose sheets and screenshots.
-    found = written(tmp_path, colour({0, 4}))
+    found = write_and_discover(tmp_path, colour({0, 4}))
     assert found.left_out == (("S1-0001.dcm", "colour"), ("S1-0005.dcm", "colour"))
     assert names(stack(found)) == ["S1-0004.dcm", "S1-0003.dcm", "S1-0002.dcm"]
 
 
 @pytest.mark.parametrize("sop_class", ["1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"])
-def test_a_multi_frame_image_that_does_not_place_its_frames_is_refused_by_name(tmp_path: Path, sop_class: str) -> None:
+def test_a_multi_frame_image_without_frame_positions_is_rejected_by_name(tmp_path: Path, sop_class: str) -> None:
     def change(ds: Dataset, _: int) -> None:
         ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UID(sop_class)
         ds.NumberOfFrames = 7
@@ -617,28 +619,28 @@ def test_a_multi_frame_image_that_does_not_place_its_frames_is_refused_by_name(t
         del ds.ImagePositionPatient
 
     with pytest.raises(MissingTagError, match=r"multi-frame image of 7 frames \(S1-0001\.dcm frame 1\)") as caught:
-        stack(written(tmp_path, change, slices=1))
+        stack(write_and_discover(tmp_path, change, slices=1))
     assert caught.value.code == "multi-frame"
 
 
-def test_frames_without_places_of_their_own_are_not_dropped_in_silence(tmp_path: Path) -> None:
-    # One position for all frames places none of them; taking the first and forgetting six is no volume.
+def test_frames_without_their_own_positions_reject_the_series(tmp_path: Path) -> None:
+    # One position for seven frames: the volume must not consist of the first frame alone.
     def change(ds: Dataset, _: int) -> None:
         ds.NumberOfFrames = 7
         ds.PixelData = bytes(ds.PixelData) * 7
 
     with pytest.raises(InputError, match="7 frames"):
-        stack(written(tmp_path, change))
+        stack(write_and_discover(tmp_path, change))
 
 
 def test_messages_name_no_more_than_three_slices() -> None:
-    found = at([2.5 * n for n in range(9)])
+    found = axial_series([2.5 * n for n in range(9)])
     slices = tuple(s._replace(rescale_slope=None) for s in found.slices)
     with pytest.raises(MissingTagError, match=r"in s0, s1, s2 and 6 more$"):
         stack(replace(found, slices=slices))
 
 
-def test_names_in_messages_hold_nothing_that_a_terminal_obeys() -> None:
+def test_control_characters_of_names_are_escaped_in_messages() -> None:
     found = series([(0, 0, 0)])
     slices = (found.slices[0]._replace(path="/data/\x1b[31m\n\udce9"),)
     with pytest.raises(GeometryError, match=r"\(\\x1b\[31m\\n\\udce9\)"):
@@ -656,8 +658,6 @@ def test_names_in_messages_hold_nothing_that_a_terminal_obeys() -> None:
         ("ImagePositionPatient", ["0", "0", "1E30"], "Position \\(Patient\\) absent, unreadable or impossible"),
     ],
 )
-def test_impossible_numbers_are_refused_and_not_computed_with(
-    tmp_path: Path, keyword: str, value: Any, words: str
-) -> None:
+def test_implausible_numbers_are_rejected(tmp_path: Path, keyword: str, value: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        stack(written(tmp_path, lambda ds, _: setattr(ds, keyword, value), slices=4))
+        stack(write_and_discover(tmp_path, lambda ds, _: setattr(ds, keyword, value), slices=4))

@@ -1,4 +1,4 @@
-"""Transfer syntaxes: every one that is read gives the same integers, every other is refused by its name."""
+"""Tests of transfer syntaxes: supported ones give equal stored values, all others are rejected by name."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def stored(noise: Callable[..., NDArray[np.int16]]) -> NDArray[np.int16]:
     return noise(SHAPE)
 
 
-def found(folder: Path) -> Series:
+def only_series(folder: Path) -> Series:
     (series,) = gpuprep.discover(folder)
     return series
 
 
-# Private to GE: words of pixels are big endian, all else is implicit VR little endian
+# Private syntax of GE: big-endian pixels, everything else is implicit VR little endian
 
 
-def with_big_words(folder: Path, stored: NDArray[Any], syntax: UID = ImplicitVRLittleEndian) -> None:
+def write_big_endian_words(folder: Path, stored: NDArray[Any], syntax: UID = ImplicitVRLittleEndian) -> None:
     def swap(ds: Dataset, _: int) -> None:
         ds.PixelData = np.frombuffer(ds.PixelData, "<u2").astype(">u2").tobytes()
 
@@ -58,46 +58,46 @@ def test_big_endian_words_in_a_little_endian_file_are_read(
     tmp_path: Path, stored: NDArray[np.int16], dtype: Any, packed: bool
 ) -> None:
     values = stored if dtype == np.int16 else stored.view(np.uint16) // 2
-    with_big_words(tmp_path, values)
+    write_big_endian_words(tmp_path, values)
     for file in sorted(tmp_path.iterdir()) if packed else []:
         file.with_suffix(".gz").write_bytes(gzip.compress(file.read_bytes()))
         file.unlink()
-    series = found(tmp_path)
+    series = only_series(tmp_path)
     assert {s.transfer_syntax for s in series.slices} == {GE}
     assert np.array_equal(gpuprep.read(series).stored, values)
     assert gpuprep.audit(series).codes == ()
 
 
-def test_with_an_explicit_vr_the_order_of_bytes_is_not_guessed(tmp_path: Path, stored: NDArray[np.int16]) -> None:
-    with_big_words(tmp_path, stored, ExplicitVRLittleEndian)
+def test_the_byte_order_of_pixels_with_an_explicit_vr_is_not_guessed(tmp_path: Path, stored: NDArray[np.int16]) -> None:
+    write_big_endian_words(tmp_path, stored, ExplicitVRLittleEndian)
     with pytest.raises(
         DecodeError, match=r"113619\.5\.2 \(GE Private .* order of bytes of its pixels is not known"
     ) as caught:
-        gpuprep.read(found(tmp_path))
+        gpuprep.read(only_series(tmp_path))
     assert caught.value.code == "syntax"
 
 
-def test_words_of_one_byte_may_be_swapped_in_pairs_and_are_not_guessed(tmp_path: Path) -> None:
-    def eight(ds: Dataset, _: int) -> None:
+def test_the_byte_order_of_eight_bit_pixels_is_not_guessed(tmp_path: Path) -> None:
+    def eight_bits(ds: Dataset, _: int) -> None:
         ds.BitsAllocated = ds.BitsStored = 8
         ds.HighBit = 7
         ds.PixelData = bytes(range(12)) * 11
 
-    for file in write_series(tmp_path, np.zeros((4, 11, 12), np.int16), SPACING_MM, change=eight):
+    for file in write_series(tmp_path, np.zeros((4, 11, 12), np.int16), SPACING_MM, change=eight_bits):
         file.write_bytes(natively(pydicom.dcmread(file), ImplicitVRLittleEndian))
         renamed(file, GE)
     with pytest.raises(DecodeError, match="order of bytes") as caught:
-        gpuprep.read(found(tmp_path))
+        gpuprep.read(only_series(tmp_path))
     assert caught.value.code == "syntax"
 
 
-# Words in fragments
+# Uncompressed and deflated frames
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
 @pytest.mark.parametrize("syntax", [DEFLATED_FRAMES, UNCOMPRESSED], ids=["deflated", "uncompressed"])
-def test_words_in_fragments_are_those_of_a_native_file(tmp_path: Path, syntax: str, bits: int) -> None:
-    # PS3.5, 8.1.1: bits above those stored are no part of the value.
+def test_uncompressed_and_deflated_frames_equal_native_pixels(tmp_path: Path, syntax: str, bits: int) -> None:
+    # PS3.5, 8.1.1: bits above Bits Stored are not part of the value.
     rng = np.random.default_rng(bits)
     values = rng.integers(0, 2**bits, (4, 11, 13)).astype("u1" if bits == 8 else "<u2")
     raw = values if bits == 8 else values | (rng.integers(0, 2 ** (16 - bits), values.shape) << bits).astype("<u2")
@@ -115,11 +115,11 @@ def test_words_in_fragments_are_those_of_a_native_file(tmp_path: Path, syntax: s
 
     for file in write_series(tmp_path, np.zeros(SHAPE, np.uint16), SPACING_MM, change=change):
         renamed(file, syntax)
-    keep = gpuprep.Recipe(policy="keep")  # any word of 16 bits is taken, be it a CT number or none
-    assert np.array_equal(gpuprep.read(found(tmp_path), keep).stored, values)
+    keep = gpuprep.Recipe(policy="keep")  # accepts the whole range of 16 bits
+    assert np.array_equal(gpuprep.read(only_series(tmp_path), keep).stored, values)
 
 
-# What is not read
+# Unsupported syntaxes
 
 
 UNREAD = [
@@ -131,32 +131,32 @@ UNREAD = [
 
 
 @pytest.mark.parametrize("syntax", UNREAD)
-def test_headers_are_enough_to_refuse_a_syntax(tmp_path: Path, stored: NDArray[np.int16], syntax: str) -> None:
+def test_an_unsupported_syntax_is_rejected_from_headers(tmp_path: Path, stored: NDArray[np.int16], syntax: str) -> None:
     for file in write_series(tmp_path, stored, SPACING_MM):
         renamed(file, syntax)
-        if syntax.endswith((".95", ".205")):  # deflated behind the meta group
+        if syntax.endswith((".95", ".205")):  # deflated after the meta group
             length = read_file_meta_info(file).FileMetaInformationGroupLength
             head, body = file.read_bytes()[: 144 + length], file.read_bytes()[144 + length :]
             file.write_bytes(head + zlib.compress(body, wbits=-zlib.MAX_WBITS))
-    audit = gpuprep.audit(found(tmp_path))
+    audit = gpuprep.audit(only_series(tmp_path))
     assert (audit.verdict, audit.codes) == ("rejected", ("syntax",))
     known = f" ({UID(syntax).name})" if UID(syntax).name != syntax else ""
-    if "Papyrus" not in audit.reason:  # of which pydicom knows no name
+    if "Papyrus" not in audit.reason:  # pydicom has no name for it
         assert f"transfer syntax {syntax}{known} in S1-" in audit.reason
 
 
-def test_one_slice_in_a_syntax_that_is_not_read_rejects_the_series(tmp_path: Path, stored: NDArray[np.int16]) -> None:
+def test_one_slice_in_an_unsupported_syntax_rejects_the_series(tmp_path: Path, stored: NDArray[np.int16]) -> None:
     files = write_series(tmp_path, stored, SPACING_MM)
     renamed(files[2], "1.2.840.10008.1.2.4.102")
-    audit = gpuprep.audit(found(tmp_path))
+    audit = gpuprep.audit(only_series(tmp_path))
     assert audit.codes == ("syntax",)
-    assert "in S1-0002.dcm is not one" in audit.reason
+    assert "in S1-0002.dcm is not supported" in audit.reason
 
 
 # Names
 
 
-def test_every_syntax_that_is_read_has_a_name() -> None:
+def test_every_supported_syntax_has_a_name() -> None:
     for uid in (*NATIVE, *ENCODINGS):
         assert syntax_name(uid) != uid or uid.rpartition(".")[2] in {str(n) for n in range(58, 70)}
     assert syntax_name("1.2.840.10008.1.2.4.110") == "JPEG XL Lossless"

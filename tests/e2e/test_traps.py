@@ -1364,8 +1364,9 @@ def test_hu_that_the_output_cannot_hold_are_counted_and_no_ct_numbers_are_reject
     expected = np.minimum(stored.astype(int) - 1024, 32767)
     np.testing.assert_array_equal(written(tmp_path / "out", result), expected)
     texts = (
-        "HU of 7 voxels are above 30000, where CT numbers end: up to 58976 in S1-0004.dcm",
-        "HU of 7 voxels, 58976 to 58976, were cut to what int16 holds, −32768 to 32767; --dtype float32 holds them",
+        "HU of 7 voxels are above 30000, the upper limit of CT numbers: up to 58976 in S1-0004.dcm",
+        "HU of 7 voxels, 58976 to 58976, were clipped to the range of int16, −32768 to 32767; "
+        "--dtype float32 holds them",
     )
     assert (result.status, result.codes, result.warnings) == ("ok", ("hu-range",), texts)
     sidecar = json.loads((tmp_path / "out" / result.folder / "volume.json").read_text())
@@ -1947,7 +1948,7 @@ def test_overlapping_passes_are_refused_by_strict_and_named_by_keep(tmp_path: Pa
     assert (strict.status, strict.codes) == ("rejected", ("acquisitions",))
     kept = alone(convert(tmp_path / "in", tmp_path / "keep", replace(HU, policy="keep")))
     assert (kept.status, kept.codes[0]) == ("ok", "acquisitions")
-    assert "2 acquisitions lie in one place, told apart by acquisition number" in kept.irregularities[0]
+    assert "2 acquisitions overlap, separated by acquisition number" in kept.irregularities[0]
 
 
 @trap(44, "two-studies")
@@ -2003,7 +2004,7 @@ def test_phases_and_energies_of_single_images_are_a_volume_each(tmp_path: Path, 
     passes(tmp_path, [0, 0, 0], lambda n, _: of(n))
     assert volumes_of(tmp_path) == [pass_of(n, 0) for n in range(3)]
     texts = [series.irregularities[0].what for series in gpuprep.discover(tmp_path)]
-    assert all(text.startswith("3 acquisitions lie in one place, told apart by ") for text in texts)
+    assert all(text.startswith("3 acquisitions overlap, separated by ") for text in texts)
     assert [label in text for text in texts] == [False, True, False] if label else len(set(texts)) == 1
     assert not any(secret in text for text in texts for secret in ("TP", "2025", "11"))
 
@@ -2090,7 +2091,7 @@ def test_frames_told_apart_by_their_instance_alone_are_a_volume_each(tmp_path: P
         frames(tmp_path / f"{q}.dcm", values, [2.0 * k for k in range(5)], times)
     expected = [([0, 2, 4, 6, 8], [float(100 * q + k) for k in range(5)]) for q in range(3)]
     assert volumes_of(tmp_path) == expected
-    assert "told apart by instance" in gpuprep.discover(tmp_path)[0].irregularities[0].what
+    assert "separated by instance" in gpuprep.discover(tmp_path)[0].irregularities[0].what
 
 
 @trap(51, "many-times")

@@ -492,7 +492,7 @@ def test_an_index_of_headers_is_closed_whether_it_can_be_used_or_not(
     make(file)
     index = HeaderIndex(file)
     used = len(connections)
-    assert index.known("/data", [], whole=False) == {}
+    assert index.known("/data", [], complete=False) == {}
     index.close()
     assert len(connections) == used
     assert_closed(connections)
@@ -508,7 +508,7 @@ def test_an_index_of_headers_that_breaks_while_it_is_used_is_closed(
         (table,) = saboteur.execute("SELECT name FROM sqlite_master WHERE name LIKE 'files_%'").fetchone()
         saboteur.execute(f"DROP TABLE {table}")
     if action == "known":
-        assert index.known("/data", [], whole=False) == {}
+        assert index.known("/data", [], complete=False) == {}
     else:
         index.add([File("/data/a", 1, 1, (1, 1))], [Contents()])
     assert "cannot be used" in caplog.text
