@@ -1,4 +1,4 @@
-"""Structure sets and segmentation images, written as other programs write them."""
+"""Writers of RTSTRUCT and SEG like those of other programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CT = "1.2.840.10008.5.1.4.1.1.2"
 DEFLATED_FRAMES = UID("1.2.840.10008.1.2.8.1")
 UNCOMPRESSED = UID("1.2.840.10008.1.2.1.98")
 ENCODERS = {RLELossless: "pydicom", JPEGLSLossless: "pyjpegls", JPEG2000Lossless: "pylibjpeg"}
-"""What pydicom encodes with: GDCM, where it is installed, ends the process over small frames."""
+"""Encoding plugins for pydicom: its choice could be GDCM, which crashes the process on small frames."""
 
 
 def write_rtstruct(
@@ -83,7 +83,7 @@ def write_rtstruct(
 def _contour(points: NDArray[np.float64], kind: str) -> Dataset:
     item = _item(NumberOfContourPoints=len(points))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one name that is in use is too long
+        warnings.simplefilter("ignore")  # one Contour Geometric Type in use is longer than its VR allows
         item.ContourGeometricType = kind
     item.ContourData = [format_number_as_ds(float(v)) for v in points.ravel()]
     return item
@@ -114,27 +114,27 @@ def write_seg(
     path : Path
         The file.
     masks : mapping of str to array, shape (k, rows, columns)
-        The segments, of bool; for a fractional one, shares from 0 to 1. In a label map the last one wins.
+        The segments: bool, or fractions from 0 to 1 for a fractional SEG. In a label map the last segment wins.
     geometry : Geometry
-        Where they lie.
+        Geometry of the masks.
     kind : str
         *Segmentation Type*.
     sparse : bool
-        Leave out frames without pixels, but for one where there are no others.
+        Leave out frames without pixels; if there are no others, keep one.
     numbers : sequence of int, optional
-        *Segment Number* of each; 1, 2, … where absent.
+        *Segment Number* of each segment; default 1, 2, …
     bits : int, optional
-        *Bits Allocated*; 1, or 8 where it is not binary, where absent.
+        *Bits Allocated*; default 1 for a binary SEG, otherwise 8.
     whole : int
         *Maximum Fractional Value*.
     padding : int, optional
-        *Pixel Padding Value*, which a label map is filled with.
+        *Pixel Padding Value*, the background of a label map.
     series_uid, frame_uid : str
         The series it belongs to, and the frame of reference.
     sop_uids : sequence of str
         The image of each slice.
     placed : bool
-        Whether frames say where they lie.
+        Whether frames have positions and orientations.
     syntax : UID
         Transfer syntax; also RLE, JPEG-LS, JPEG 2000, deflated frames and uncompressed fragments.
     change : callable, optional
@@ -222,7 +222,7 @@ def _put_pixels(ds: Dataset, stack: NDArray[Any], bits: int, syntax: UID) -> Non
         for plane in stack:
             pack = zlib.compressobj(wbits=-zlib.MAX_WBITS)
             streams.append(pack.compress(packed(plane)) + pack.flush())
-        ds.file_meta.TransferSyntaxUID = JPEG2000Lossless  # pydicom does not know the true one
+        ds.file_meta.TransferSyntaxUID = JPEG2000Lossless  # pydicom does not know the true transfer syntax
         ds["PixelData"] = pydicom.DataElement(0x7FE0_0010, "OB", encapsulate(streams), is_undefined_length=True)
     elif syntax.is_encapsulated:
         ds.compress(syntax, encoding_plugin=ENCODERS[syntax], generate_instance_uid=False)
@@ -231,7 +231,7 @@ def _put_pixels(ds: Dataset, stack: NDArray[Any], bits: int, syntax: UID) -> Non
 
 
 def placed(structure: Structure, geometry: Geometry) -> NDArray[np.bool_]:
-    """Return the voxels of a grid that the rasters of a structure cover; each must lie on voxels of it."""
+    """Return the voxels of a grid that the rasters of a structure cover; raster pixels must coincide with voxels."""
     volume = np.zeros(geometry.shape, dtype=bool)
     back = np.linalg.inv(geometry.affine)
     for raster in structure.rasters:
@@ -274,7 +274,7 @@ def _decimals(values: ArrayLike) -> list[str]:
 
 def _written(path: Path, ds: Dataset, change: Callable[[Dataset], None] | None) -> Path:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some are to be odd
+        warnings.simplefilter("ignore")  # some tests write invalid values on purpose
         if change is not None:
             change(ds)
         pydicom.dcmwrite(path, ds, enforce_file_format=True)
