@@ -203,7 +203,7 @@ class _Upload(_Copy):
 
     def synchronize(self) -> None:
         if self._before is not None:
-            np.testing.assert_array_equal(self._host, self._before, "overwritten during the upload")
+            np.testing.assert_array_equal(self._host, self._before, "overwritten while it was copied up")
             self._before = None
 
 
