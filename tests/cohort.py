@@ -1,4 +1,4 @@
-"""A cohort of tiny series, runs over it in processes of their own, and what they leave, read without gpuprep."""
+"""Tiny cohorts, runs over them in separate processes, and readers of their outputs without gpuprep."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ TIMES = ("finished", "read_s", "process_s", "write_s", "upload_s", "kernels_s", 
 """Columns in which two runs over the same cohort may differ."""
 WORKSHOP = ".gpuprep"
 LIGHT = {"NUMBA_DISABLE_JIT": "1"}
-"""Numba is a second's work to import, for every run; who moves the voxels does not matter here, if what is
-compared was made alike: a run in the test's own process may round otherwise."""
+"""Run without Numba, whose import takes a second per run. Compare such runs only with each other: a run in the
+process of the test may round differently."""
 Tree = dict[str, bytes]
 Row = dict[str, Any]
 
@@ -48,7 +48,7 @@ def command(dicom: Path, out: Path, *more: str, jobs: int = 2) -> list[str]:
 
 
 def gpuprep(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command of gpuprep to its end; in this process, which saves a second, if it converts nothing."""
+    """Run a command of gpuprep; in this process, which saves a second, unless it converts."""
     command_line = [str(word) for word in words]
     if options or command_line[0] in ("convert", "retry"):
         return python("-m", "gpuprep", *command_line, **options)
@@ -59,7 +59,7 @@ def gpuprep(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[s
 
 
 def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run Python to its end."""
+    """Run Python until it ends."""
     options["env"] = options.get("env", os.environ) | LIGHT
     ran = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=300, **options)
     ran.stderr = complaints(ran.stderr)
@@ -67,7 +67,7 @@ def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 class Running:
-    """A run in a process group of its own, which is at its end by the end of the block."""
+    """A run in a separate process group, killed at the end of the block if it is still running."""
 
     def __init__(self, words: list[str], *, prefix: Sequence[str] = (), **options: Any) -> None:
         self.stderr = ""
@@ -91,19 +91,19 @@ class Running:
             self._process.communicate()
 
     @property
-    def is_on(self) -> bool:
+    def is_running(self) -> bool:
         return self._process.poll() is None
 
     def wait_until(self, true: Callable[[], bool]) -> bool:
-        """Return whether something has become true while the run was on."""
+        """Wait until `true` holds or the run ends; return whether it holds."""
         while not true():
-            if not self.is_on:
-                return true()  # just before it ended
+            if not self.is_running:
+                return true()  # it may have become true just before the end
             time.sleep(0.001)
         return True
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the run itself, as a terminal does not, and ``kill`` does."""
+        """Send a signal to the main process alone, like ``kill``; a terminal signals the whole group."""
         self._process.send_signal(number)
 
     def kill_all(self) -> None:
@@ -112,22 +112,22 @@ class Running:
             os.killpg(self.pid, signal.SIGKILL)
 
     def end(self) -> int:
-        """Wait until the last of its processes has gone, which all hold its streams; return the exit code."""
+        """Wait until all processes of the run, which share its streams, have ended; return the exit code."""
         try:
             _, stderr = self._process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
-            pytest.fail("a process of the run is still there")
+            pytest.fail("a process of the run is still running")
         self.stderr = complaints(stderr)
         return self._process.returncode
 
 
 def complaints(stderr: str) -> str:
-    """Return what was said, but for the word on compiling, which depends on the speed of the machine."""
+    """Return stderr without the message about compiling, which depends on the speed of the machine."""
     return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith("compiling the inner"))
 
 
 def done(out: Path) -> set[str]:
-    """Folders whose volume.json is in its place."""
+    """Return the output folders with a volume.json."""
     found = set()
     with suppress(OSError):
         for top in os.scandir(out):
@@ -137,7 +137,7 @@ def done(out: Path) -> set[str]:
 
 
 def in_the_making(out: Path, shard: str = "") -> list[str]:
-    """What is not finished: whatever lies in the workshop, but for locks and the workshops of shards."""
+    """Return unfinished outputs: everything in the temporary folder except locks and the folders of shards."""
     try:
         names = os.listdir(out / WORKSHOP / shard)
     except OSError:
@@ -146,7 +146,7 @@ def in_the_making(out: Path, shard: str = "") -> list[str]:
 
 
 def marks(out: Path) -> dict[str, tuple[int, int, int]]:
-    """What tells one writing of a volume from another: inode, time and size of each volume.json."""
+    """Return inode, modification time and size of each volume.json, which change if a volume is written again."""
     found = {}
     for folder in done(out):
         stat = (out / folder / "volume.json").stat()
@@ -155,7 +155,7 @@ def marks(out: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def tree(out: Path) -> Tree:
-    """Every file below OUT, but for the workshop and the manifest, which hold times."""
+    """Return every file below OUT, except the temporary folder and the manifest, which contains times."""
     found: Tree = {}
     for folder, below, names in os.walk(out):
         if Path(folder) == out:
@@ -168,7 +168,7 @@ def tree(out: Path) -> Tree:
 
 
 def rows(out: Path, manifest: str = "manifest.sqlite") -> dict[str, Row]:
-    """Rows of a manifest by the name of the source folder, without times."""
+    """Return the rows of a manifest by the name of the source folder, without times."""
     with closing(sqlite3.connect(out / manifest)) as db:
         db.row_factory = sqlite3.Row
         found = [dict(row) for row in db.execute("SELECT * FROM series")]
@@ -176,19 +176,19 @@ def rows(out: Path, manifest: str = "manifest.sqlite") -> dict[str, Row]:
 
 
 def other_tables(out: Path) -> dict[str, list[Any]]:
-    """What else a manifest holds, but for its runs."""
+    """Return the other tables of a manifest, except its runs."""
     with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
         names = ("unreadable", "passed_over", "segmentations", "label_values")
         return {name: sorted(db.execute(f"SELECT * FROM {name}")) for name in names}  # noqa: S608
 
 
 def whole(out: Path) -> tuple[Tree, dict[str, Row], dict[str, list[Any]]]:
-    """Everything in which two runs over the same cohort must agree."""
+    """Return everything that must be equal after two runs over the same cohort."""
     return tree(out), rows(out), other_tables(out)
 
 
 def findings(out: Path) -> list[Any]:
-    """What ``gpuprep verify`` finds."""
+    """Return the findings of ``gpuprep verify``."""
     verified = gpuprep("verify", out, "--json", "--jobs", "1")
     assert verified.stderr == ""
     found: list[Any] = json.loads(verified.stdout)
@@ -197,7 +197,7 @@ def findings(out: Path) -> list[Any]:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started; Linux only."""
+    """Return the child processes of a process; Linux only."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -209,15 +209,15 @@ def children(pid: int) -> list[int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that a process and those that it has started have started."""
+    """Return the child processes of a process, and theirs."""
     found = children(pid)
     for child in found:
         found = [*found, *descendants(child)]
     return found
 
 
-def words_of(pid: int) -> str:
-    """The command line of a process."""
+def command_line_of(pid: int) -> str:
+    """Return the command line of a process."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Fixtures: the libraries that arithmetic runs on, real CT where it is present, small series made on the spot."""
+"""Fixtures: backends, real CT if it is installed, small synthetic series, S3 server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DATA = Path(os.environ.get("GPUPREP_TEST_DATA", Path(__file__).parents[2] / "sha
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep tests away from the index of headers in the user's cache folder."""
+    """Keep tests from using the header index in the user's cache folder."""
     folder = tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex
     folder.mkdir(parents=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
@@ -46,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(autouse=True)
 def log_level() -> Iterator[None]:
-    """Restore the level of the package's logger, which commands with ``--quiet`` set for their whole process."""
+    """Restore the level of the package's logger, which commands with ``--quiet`` change for the whole process."""
     logger = logging.getLogger("gpuprep")
     level = logger.level
     yield
@@ -55,7 +55,7 @@ def log_level() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """Folder of real CT; tests that ask for it are skipped where it is absent."""
+    """Folder of real CT; tests that use it are skipped if it is absent."""
     if not (DATA / "INDEX.json").exists():
         pytest.skip(f"real CT is absent: no INDEX.json in {DATA}; set GPUPREP_TEST_DATA")
     return DATA
@@ -63,7 +63,7 @@ def data() -> Path:
 
 @pytest.fixture(params=["numpy", "loops", "foreign", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """NumPy, compiled loops, the stand-in for a GPU, and a real GPU where ``-m gpu`` asks for one."""
+    """NumPy, compiled loops, the simulated GPU, and with ``-m gpu`` a real GPU."""
     if request.param == "numpy":
         return NumpyBackend("matmul")
     if request.param == "loops":
@@ -82,7 +82,7 @@ def foreign() -> ForeignBackend:
 
 
 def axial(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> Geometry:
-    """Return an axial grid at an origin of no special value."""
+    """Return an axial grid with an arbitrary origin."""
     affine = np.array(
         [
             [0, 0, spacing_mm[2], -100.0],
@@ -97,7 +97,7 @@ def axial(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -
 def stored_volume(
     stored: NDArray[Any], spacing_mm: tuple[float, float, float], *, slope: float = 1.0, intercept: float = -1024.0
 ) -> StoredVolume:
-    """Return a volume of given stored values without going through files."""
+    """Return a volume of the given stored values without files."""
     count = len(stored)
     return StoredVolume(
         stored, np.full(count, slope), np.full(count, intercept), None, axial(stored.shape, spacing_mm), HuStatistics()
@@ -106,7 +106,7 @@ def stored_volume(
 
 @pytest.fixture
 def noise() -> Callable[..., NDArray[np.int16]]:
-    """Make stored values without any structure an interpolator could hide behind."""
+    """Return a function that makes random stored values, in which every interpolation error shows."""
 
     def make(shape: tuple[int, int, int], seed: int = 0) -> NDArray[np.int16]:
         return np.random.default_rng(seed).integers(0, 3000, shape).astype(np.int16)
@@ -116,13 +116,13 @@ def noise() -> Callable[..., NDArray[np.int16]]:
 
 @pytest.fixture
 def small_series(tmp_path: Path, noise: Callable[..., NDArray[np.int16]]) -> Path:
-    """Write 6 slices of 20 × 24 at 2.5 × 0.8 × 0.7 mm and return their folder."""
+    """Write 6 slices of 20 × 24 with a spacing of 2.5 × 0.8 × 0.7 mm and return the parent of their folder."""
     write_series(tmp_path / "dicom" / "ct", noise((6, 20, 24)), (2.5, 0.8, 0.7))
     return tmp_path / "dicom"
 
 
 def renamed(file: Path, syntax: str) -> None:
-    """Give a file another transfer syntax, and leave its data set as it is."""
+    """Change the transfer syntax in the meta group of a file and keep its data set."""
     meta = pydicom.dcmread(file, stop_before_pixels=True).file_meta
     body = file.read_bytes()[144 + meta.FileMetaInformationGroupLength :]
     meta.TransferSyntaxUID = UID(syntax)
@@ -132,7 +132,7 @@ def renamed(file: Path, syntax: str) -> None:
 
 
 def natively(ds: Dataset, syntax: UID, *, meta: bool = True) -> bytes:
-    """Return a data set in a native transfer syntax; without preamble and meta group where `meta` is False."""
+    """Return a data set encoded in a native transfer syntax; without preamble and meta group if `meta` is False."""
     plain = Dataset()
     for element in ds:
         plain.add(element)
@@ -151,7 +151,7 @@ def natively(ds: Dataset, syntax: UID, *, meta: bool = True) -> bytes:
 
 @pytest.fixture
 def memory() -> Iterator[Any]:
-    """Clear the file system that is in memory of this process."""
+    """Yield fsspec's in-memory file system and clear it afterwards."""
     fs = pytest.importorskip("fsspec").filesystem("memory")
     yield fs
     fs.store.clear()
@@ -160,13 +160,13 @@ def memory() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Any]:
-    """Start an S3 server on loopback, where environment variables say it is; yield its file system."""
+    """Start an S3 server on loopback, point the environment variables to it, and yield its file system."""
     server_of = pytest.importorskip("moto.server").ThreadedMotoServer
     s3fs, fsspec = pytest.importorskip("s3fs"), pytest.importorskip("fsspec")
     server = server_of(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    _stop_fork_server()  # workers have the environment that it was started in
+    _stop_fork_server()  # workers inherit the environment in which it was started
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
             patch.delenv(name, raising=False)
@@ -176,7 +176,7 @@ def s3() -> Iterator[Any]:
             patch.setenv(name, "/nowhere")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        # What an earlier server of this process held is there still.
+        # The content of an earlier server of this process would still exist.
         urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
         fs = fsspec.filesystem("s3", use_listings_cache=False)
         fs.mkdir("bucket")

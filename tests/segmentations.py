@@ -1,4 +1,4 @@
-"""Writes structure sets and segmentation images as other programs do; reads them and checks refusals."""
+"""Writers of RTSTRUCT and SEG like those of other programs, and checks of what reads them."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""A stand-in for a GPU, for tests of what goes on around one. No code runs on a GPU here, and nothing is timed.
+"""Simulated GPU, for tests of the code around a GPU. No code runs on a GPU here, and nothing is timed.
 
-What it is strict about is what goes wrong on a real one without a word:
+It raises errors for mistakes that a real GPU does not report:
 
-* its arrays (array-api-strict on another device) refuse to become NumPy, so a hidden round trip fails;
-* copies start only from and into page-locked memory that it has given out itself;
-* a download arrives when its event is waited for; until then the host sees other values;
-* an upload must find its host memory unchanged when its event is waited for, or at the end of the session;
-* its memory may be limited, and it may fail for good in the middle of a series.
+* its arrays (array-api-strict on another device) cannot be converted to NumPy, so a hidden copy to the host fails;
+* copies use only page-locked memory that it has allocated itself;
+* a download is complete when its event is waited for; until then the host memory has other values;
+* the host memory of an upload must be unchanged when its event is waited for, or at the end of the session;
+* its memory can be limited, and the device can be lost in the middle of a series.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from gpuprep.core import hounsfield
 from gpuprep.errors import DeviceLostError, DeviceMemoryError
 
 UPLOAD_S, KERNEL_S, DOWNLOAD_S = 1.0, 0.25, 16.0
-"""What each copy and each of the two fused kernels takes on the stand-in's clock."""
+"""Duration of each copy and of each of the two fused kernels on the simulated clock."""
 
 
 _lost: set[str] = set()
-"""Devices lost to this process, however many backends it makes."""
+"""Lost devices of this process, shared by all its backends."""
 
 
 class FakeMemoryError(MemoryError):
-    """What the allocator of a device raises."""
+    """Error of the device's allocator."""
 
 
 class FakeCudaError(RuntimeError):
-    """What a device raises once it is lost."""
+    """Error of a lost device."""
 
 
 class ForeignBackend:
-    """See the module. `transfers` lists what was moved on request: direction, dtype and shape.
+    """Backend on the simulated GPU. `transfers` lists direction, dtype and shape of each explicit copy.
 
     Parameters
     ----------
     largest : int, optional
-        Bytes of the largest array that there is memory for.
+        Size in bytes of the largest array that can be allocated.
     lost_at : int, optional
-        A series of so many slices provokes an error after which nothing works.
+        A series of this number of slices makes the device fail permanently.
     memory : int
-        Bytes that it says are free.
+        Free memory in bytes that it reports.
     """
 
     name = "foreign"
@@ -67,9 +67,9 @@ class ForeignBackend:
         self._lost_at = lost_at
         self._memory = memory
         self.now = 0.0
-        """What its clock says."""
+        """Time of the simulated clock in s."""
         self.arrays: list[weakref.ref[Any]] = []
-        """Every large array so far, as long as someone holds it."""
+        """Weak references to every large array."""
 
     @contextmanager
     def _session(self) -> Iterator[Transfers]:
@@ -97,14 +97,14 @@ class ForeignBackend:
         return self._memory
 
     def to_device(self, host: Any) -> Any:
-        if host.shape == (self._lost_at,):  # the rescale slope of each slice
+        if host.shape == (self._lost_at,):  # the rescale slopes, one per slice
             _lost.add(self.name)
         self._check_alive()
         self.transfers.append(("up", str(host.dtype), host.shape))
         return self.put(host)
 
     def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
-        _take(slope), _take(intercept)  # they too must be here
+        _take(slope), _take(intercept)  # they must be on the device too
         self.allocate(4 * stored.size)
         self.now += KERNEL_S
         return self._known(hounsfield.to_hu(stored, slope, intercept, padding, rule))
@@ -147,7 +147,7 @@ class ForeignBackend:
 
 
 class _Stream:
-    """Copies that are done only when someone waits for them."""
+    """Copies that complete only when they are waited for."""
 
     def __init__(self, backend: ForeignBackend) -> None:
         self._backend = backend
@@ -188,7 +188,7 @@ class _Stream:
         return copy
 
     def _check_pinned(self, host: NDArray[Any]) -> None:
-        assert any(np.shares_memory(host, memory) for memory in self._pinned), "the host's end is not page-locked"
+        assert any(np.shares_memory(host, memory) for memory in self._pinned), "the host memory is not page-locked"
 
 
 class _Copy:
@@ -219,15 +219,15 @@ class _Download(_Copy):
 
 
 def _take(array: Any) -> NDArray[Any]:
-    """Return an array of the stand-in as NumPy; only what stands for the device itself may do that."""
+    """Return a device array as NumPy; only code that simulates the device may call this."""
     import array_api_strict as xp
 
-    assert array.device == xp.Device("device1"), "left its device"
+    assert array.device == xp.Device("device1"), "the array is not on the device"
     return np.array(array.to_device(xp.Device("CPU_DEVICE")))
 
 
 def to_numpy(array: Any) -> NDArray[Any]:
-    """Return values that a test wants to look at, wherever they are."""
+    """Return the values of a host or device array as NumPy."""
     if isinstance(array, np.ndarray):
         return array
     return np.asarray(array.get()) if hasattr(array, "get") else _take(array)

@@ -1,6 +1,6 @@
-"""Runs killed at any moment, and runs that lose their workers, come to the same end as one that nobody disturbed.
+"""Runs that are killed at random moments, or lose workers, finally give the same outputs as an undisturbed run.
 
-Moments are random, and found by looking at the output; the seed is printed, and GPUPREP_CHAOS_SEED sets it.
+The moments depend on random numbers and on the state of the output. The seed is printed; GPUPREP_CHAOS_SEED sets it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cohort import (
     Running,
     children,
     command,
+    command_line_of,
     descendants,
     done,
     findings,
@@ -28,7 +29,6 @@ from cohort import (
     marks,
     rows,
     whole,
-    words_of,
     write_cohort,
 )
 
@@ -47,7 +47,7 @@ def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What a run that nobody disturbs leaves."""
+    """Outputs and records of an undisturbed run."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     with Running(command(dicom, out)) as run:
         assert run.end() == 0, run.stderr
@@ -55,7 +55,7 @@ def undisturbed(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert done(out) == {f"dicom/s{n:03d}" for n in range(SERIES)}
     assert {row["status"] for row in found[1].values()} == {"ok"}
     assert len(found[1]) == SERIES
-    # 6 slices of 2 mm at 1 mm are 11, or 12 with the borders of the first and the last; preview.jpg and volume.json.
+    # 6 slices of 2 mm are 12 of 1 mm, or 11 if only their centres are counted; plus preview.jpg and volume.json.
     assert len(found[0]) in (SERIES * (11 + 2) + 1, SERIES * (12 + 2) + 1)
     return found
 
@@ -68,28 +68,28 @@ def chance() -> random.Random:
 
 
 class Witness:
-    """Sees that a volume, once it is there, is never written again."""
+    """Checks that a complete volume is never written again."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
         self._seen: dict[str, tuple[int, int, int]] = {}
 
     def look(self) -> int:
-        """Return how many volumes are there."""
+        """Check the volumes seen before, and return the number of volumes."""
         there = marks(self._out)
         assert {folder: there.get(folder) for folder in self._seen} == self._seen
         self._seen = there
         return len(there)
 
 
-def test_killed_again_and_again_a_run_comes_to_the_same_end(
+def test_a_run_that_is_killed_repeatedly_finally_gives_the_same_outputs(
     dicom: Path, tmp_path: Path, undisturbed: Any, chance: random.Random
 ) -> None:
     out = tmp_path / "out"
     witness = Witness(out)
     before, startup_s = 0, 1.5
     for left in range(KILLS, 0, -1):
-        share = (SERIES - before) // left  # so that there is something to do up to the last kill
+        share = (SERIES - before) // left  # so that work is left until the last kill
         kind = chance.choice(["any", "making", "placed", "placed", "later"])
         more = before + 1 + chance.randint(0, share)
         started_s = time.monotonic()
@@ -100,12 +100,12 @@ def test_killed_again_and_again_a_run_comes_to_the_same_end(
             elif kind == "making":
                 run.wait_until(lambda: in_the_making(out) != [])
                 time.sleep(chance.uniform(0, 0.02))
-            else:  # at once: the row of the manifest may not be there yet
+            else:  # at once: the row of the manifest may still be missing
                 run.wait_until(lambda more=more: len(done(out)) >= more)  # type: ignore[misc]
                 time.sleep(chance.uniform(0, 0.2) if kind == "later" and share > 1 else 0)
             if kind != "any":
                 startup_s = time.monotonic() - started_s
-            too_late = not run.is_on
+            too_late = not run.is_running
             run.kill_all()
             code = run.end()
         before = witness.look()
@@ -122,18 +122,20 @@ def test_killed_again_and_again_a_run_comes_to_the_same_end(
 
 
 def workers_of(run: Running) -> list[int]:
-    """The worker processes of a run: what the fork server has started."""
-    return [worker for server in children(run.pid) if "forkserver" in words_of(server) for worker in children(server)]
+    """Return the worker processes of a run: the children of the fork server."""
+    return [
+        worker for server in children(run.pid) if "forkserver" in command_line_of(server) for worker in children(server)
+    ]
 
 
-def test_a_run_that_loses_worker_after_worker_goes_on(
+def test_a_run_that_loses_many_workers_continues(
     dicom: Path, tmp_path: Path, undisturbed: Any, chance: random.Random
 ) -> None:
     out = tmp_path / "out"
     killed = 0
     with Running(command(dicom, out)) as run:
         for n in range(WORKER_KILLS):
-            # From the first volume on: one that reads headers costs its files a second try, and then their series.
+            # From the first volume on, because files whose header workers die twice are left out of their series.
             more = n * (SERIES // WORKER_KILLS) // 2 + 1
             run.wait_until(lambda more=more: len(done(out)) >= more)  # type: ignore[misc]
             time.sleep(chance.uniform(0, 0.05))
@@ -159,14 +161,14 @@ def test_a_run_that_loses_worker_after_worker_goes_on(
 
 
 def dask_workers_of(run: Running) -> list[int]:
-    """The workers of a local Dask cluster: what its nannies, threads of the keeper, have started."""
-    keepers = [child for child in children(run.pid) if "gpuprep.executors.dask" in words_of(child)]
+    """Return the workers of a local Dask cluster; its nannies, threads of the cluster process, start them."""
+    keepers = [child for child in children(run.pid) if "gpuprep.executors.dask" in command_line_of(child)]
     started = [pid for keeper in keepers for pid in descendants(keeper)]
-    return [pid for pid in started if "spawn_main" in words_of(pid)]
+    return [pid for pid in started if "spawn_main" in command_line_of(pid)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="Dask is not installed: gpuprep[dask]")
-def test_a_cluster_that_loses_workers_comes_to_the_same_end(
+def test_a_cluster_that_loses_workers_finally_gives_the_same_outputs(
     dicom: Path, tmp_path: Path, undisturbed: Any, chance: random.Random
 ) -> None:
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""README and docs/: commands run as they stand there, links lead somewhere, flags and codes exist."""
+"""README and docs/: the commands run, links have targets, flags and codes exist."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ README, DOCS = TOP / "README.md", TOP / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 
 DEMO = "&& gpuprep demo demo\n"
-"""End of the README's first set-up command; all other commands need what it writes to demo/dicom and demo/masks."""
+"""End of the README's first installation command, which writes the files that the other commands need."""
 
 
 class Block(NamedTuple):
-    """A fenced block."""
+    """A fenced block of Markdown."""
 
     kind: str
-    """``console``: commands after ``$`` are run, and a comment may state the exit code. ``python``: is run. Others are
+    """``console``: commands after ``$`` are run; a comment may state the exit code. ``python``: is run. The others are
     not run: ``sh`` needs a network or a cluster, ``text`` and ``toml`` are no commands."""
     lines: list[str]
 
@@ -54,7 +54,7 @@ def inline_code(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors that GitHub gives the headings of a page."""
+    """Return the anchors that GitHub generates for the headings of a page."""
     titles = re.findall(r"(?m)^#+ +(.+)$", prose(page))
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -69,7 +69,7 @@ def test_the_readme_has_at_most_10_000_bytes() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+def test_every_relative_link_has_a_file_and_a_heading_as_target(page: Path) -> None:
     for link in links(page):
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
@@ -83,7 +83,7 @@ def test_every_page_is_in_the_index() -> None:
     assert {page.name for page in DOCS.glob("*.md")} - {"index.md"} <= set(links(DOCS / "index.md"))
 
 
-def test_the_readme_and_the_usage_page_run_as_they_stand(tmp_path: Path) -> None:
+def test_the_examples_of_the_readme_and_of_the_usage_page_run(tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     program = programs / "gpuprep"
@@ -94,7 +94,7 @@ def test_the_readme_and_the_usage_page_run_as_they_stand(tmp_path: Path) -> None
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", "")))),
         "NUMBA_DISABLE_JIT": "1",  # compiling the loops would take longer than all commands
-        "OPENBLAS_NUM_THREADS": "1",  # more of them would wait for each other where other tests keep the cores busy
+        "OPENBLAS_NUM_THREADS": "1",  # more threads would wait for each other while other tests use the cores
     }
     folder = tmp_path / "work"
     folder.mkdir()
@@ -128,7 +128,7 @@ def test_the_readme_and_the_usage_page_run_as_they_stand(tmp_path: Path) -> None
 
 
 def flags() -> dict[str, set[str]]:
-    """Return the flags of each command, and under "" those of the program."""
+    """Return the flags of each command, and under "" those of the program itself."""
     group: Any = typer.main.get_command(app)
     found = {name: {o for p in command.params for o in p.opts} for name, command in group.commands.items()}
     return found | {"": {o for p in group.params for o in p.opts}}
@@ -152,7 +152,7 @@ def test_every_command_and_flag_exists(page: Path) -> None:
 
 
 def strings(expression: ast.expr, constants: dict[str, str]) -> set[str]:
-    """Return the strings that a code may be: a constant, its name, or either branch of a choice."""
+    """Return the possible values of a code expression: a string, a named constant, both branches of a choice."""
     match expression:
         case ast.Constant(value=str(text)):
             return {text}
@@ -166,7 +166,7 @@ def strings(expression: ast.expr, constants: dict[str, str]) -> set[str]:
 
 
 def codes_in(tree: ast.Module) -> set[str]:
-    """Return the codes that a module records or raises, where they are written out."""
+    """Return the codes that a module records or raises as literals."""
     constants = {
         target.id: node.value.value
         for node in tree.body
@@ -192,17 +192,17 @@ def codes_in(tree: ast.Module) -> set[str]:
     return found
 
 
-def test_every_code_of_a_verdict_has_a_row_and_every_row_a_code() -> None:
+def test_every_verdict_code_has_a_row_in_the_documentation_and_every_row_a_code() -> None:
     package = Path(str(gpuprep.__file__)).parent
     found: set[str] = set()
     for module in package.rglob("*.py"):
         if module.name != "errors.py":
             found |= codes_in(ast.parse(module.read_text("utf-8")))
     rows = re.findall(r"(?m)^\| (`[^|]+`) \|", (DOCS / "irregular-series.md").read_text("utf-8"))
-    told = {code for row in rows for code in re.findall(r"`([a-z][a-z0-9-]*)`", row)}
+    documented = {code for row in rows for code in re.findall(r"`([a-z][a-z0-9-]*)`", row)}
     verdicts = {"ok", "fixed", "rejected", "failed"}
     policies = {"fix", "strict", "keep"}
     default = {str(error.code) for error in vars(errors).values() if hasattr(error, "code")}
     assert {"gap", "hu-range", "mask-frame", "worker-died", "rescale-type"} <= found
-    assert found - told == set()
-    assert told - found - default - verdicts - policies == set()
+    assert found - documented == set()
+    assert documented - found - default - verdicts - policies == set()

@@ -1,6 +1,6 @@
-"""Disks that are full or read-only, inputs that vanish, damaged manifests, runs in each other's way, signals, limits.
+"""Full and read-only disks, vanishing inputs, damaged manifests, concurrent runs, signals, limits.
 
-Whatever happens, a person gets one clear line, no volume is torn, and the next run does the rest.
+In each case the user gets one clear line, no volume is incomplete, and the next run converts the rest.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def names(count: int) -> list[str]:
 
 
 def one_line(text: str) -> str:
-    """The only line of a text."""
+    """Return the only line of a text."""
     (line,) = text.splitlines()
     return line
 
@@ -84,7 +84,7 @@ def out(tmp_path: Path) -> Path:
 
 
 class Planned(Listener):
-    """Does something when all is planned, and conversion begins."""
+    """Calls a function after planning, before conversion starts."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self._act = act
@@ -106,9 +106,9 @@ class Disk:
         try:
             mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
         except FileNotFoundError:
-            pytest.skip("there is no mount")
+            pytest.skip("mount is not installed")
         if mounted.returncode:
-            pytest.skip(f"may not mount: {mounted.stderr.strip()}")
+            pytest.skip(f"no permission to mount: {mounted.stderr.strip()}")
 
     def change(self, how: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{how}", str(self.path)], check=True)
@@ -128,10 +128,10 @@ def disks(tmp_path: Path) -> Iterator[Callable[[int], Disk]]:
         subprocess.run(["umount", str(disk.path)], check=True)
 
 
-def test_what_fits_on_a_full_disk_is_converted_and_the_rest_when_there_is_room(
+def test_series_that_fit_on_a_full_disk_are_converted_and_the_rest_when_there_is_space(
     tmp_path: Path, disks: Callable[[int], Disk]
 ) -> None:
-    # A volume is 80 files of 24 × 24 float32, which take a page of 4096 bytes each: more than anyone can predict.
+    # A volume is 80 files of 24 × 24 float32. Each takes a page of 4096 bytes, more than the predicted size.
     dicom = write_cohort(tmp_path / "dicom", 10, slices=40)
     disk = disks(2400)
     with Running(command(dicom, disk.path)) as run:
@@ -162,7 +162,7 @@ def test_what_fits_on_a_full_disk_is_converted_and_the_rest_when_there_is_room(
     assert whole(disk.path) == whole(undisturbed)
 
 
-def test_a_run_whose_outputs_cannot_fit_does_not_begin(tmp_path: Path, disks: Callable[[int], Disk]) -> None:
+def test_a_run_whose_outputs_cannot_fit_does_not_start(tmp_path: Path, disks: Callable[[int], Disk]) -> None:
     # 4 volumes of at least 39 × 24 × 24 float32 are 360 kB.
     dicom = write_cohort(tmp_path / "dicom", 4, slices=20)
     disk = disks(300)
@@ -175,13 +175,13 @@ def test_a_run_whose_outputs_cannot_fit_does_not_begin(tmp_path: Path, disks: Ca
     assert begun.returncode == 1
     assert "Traceback" not in begun.stderr
     assert set(statuses(disk.path).values()) <= {"ok", "failed"}
-    # The manifest may find no room either, and then the run cannot go on.
+    # The manifest may run out of space too, and then the run cannot continue.
     without_record = f"gpuprep: cannot write into {disk.path}: "
     assert "failed" in statuses(disk.path).values() or begun.stderr.splitlines()[-1].startswith(without_record)
     assert in_the_making(disk.path) == []
 
 
-def test_a_disk_without_any_room_is_named(dicom: Path, disks: Callable[[int], Disk]) -> None:
+def test_a_disk_without_any_space_is_named(dicom: Path, disks: Callable[[int], Disk]) -> None:
     disk = disks(64)
     (disk.path / "other").write_bytes(bytes(60 * 1024))
     run = python(*command(dicom, disk.path))
@@ -190,7 +190,7 @@ def test_a_disk_without_any_room_is_named(dicom: Path, disks: Callable[[int], Di
 
 
 @pytest.mark.parametrize("where", ["folder", "file", "volume.json"])
-def test_a_disk_that_fills_costs_the_series_that_found_it_full(
+def test_a_disk_that_fills_up_fails_only_the_series_being_written(
     dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -224,7 +224,7 @@ def test_a_disk_that_fills_costs_the_series_that_found_it_full(
     assert whole(out) == whole(out.with_name("undisturbed"))
 
 
-def test_a_read_only_output_can_be_read_and_not_written(dicom: Path, disks: Callable[[int], Disk]) -> None:
+def test_a_read_only_output_can_be_read_but_not_written(dicom: Path, disks: Callable[[int], Disk]) -> None:
     disk = disks(8000)
     assert python(*command(dicom, disk.path)).returncode == 0
     (dicom / "s000" / "S1-0006.dcm").touch()
@@ -249,7 +249,7 @@ def test_a_read_only_output_can_be_read_and_not_written(dicom: Path, disks: Call
     assert whole(disk.path) == before
 
 
-def test_a_new_output_on_a_read_only_disk_is_one_line(dicom: Path, disks: Callable[[int], Disk]) -> None:
+def test_a_new_output_on_a_read_only_disk_gives_one_line(dicom: Path, disks: Callable[[int], Disk]) -> None:
     disk = disks(8000)
     disk.change("ro")
     run = python(*command(dicom, disk.path / "out"))
@@ -259,12 +259,12 @@ def test_a_new_output_on_a_read_only_disk_is_one_line(dicom: Path, disks: Callab
 
 
 NO_OVERRIDE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
-"""What makes of root somebody whom the mode of a folder stops."""
+"""Prefix that makes file modes apply to root too."""
 
 
 @pytest.fixture
 def stoppable() -> tuple[str, ...]:
-    """What to put before a command so that the mode of a folder stops it."""
+    """Return a prefix with which file modes apply to a command."""
     if not hasattr(os, "geteuid"):
         pytest.skip("no POSIX users")
     if os.geteuid() != 0:
@@ -272,13 +272,13 @@ def stoppable() -> tuple[str, ...]:
     try:
         tried = subprocess.run([*NO_OVERRIDE, "true"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        pytest.skip("root, and there is no setpriv")
+        pytest.skip("running as root, and setpriv is not installed")
     if tried.returncode:
-        pytest.skip(f"root, and may not give up rights: {tried.stderr.strip()}")
+        pytest.skip(f"running as root, and capabilities cannot be dropped: {tried.stderr.strip()}")
     return NO_OVERRIDE
 
 
-def test_an_output_that_can_no_longer_be_written_loses_nothing(
+def test_an_output_that_becomes_read_only_loses_no_volume(
     tmp_path: Path, out: Path, stoppable: tuple[str, ...]
 ) -> None:
     dicom = write_cohort(tmp_path / "dicom", 30)
@@ -306,7 +306,7 @@ def test_an_output_that_can_no_longer_be_written_loses_nothing(
     assert in_the_making(out) == []
 
 
-def test_a_manifest_that_can_no_longer_be_written_ends_the_run(
+def test_a_manifest_that_becomes_read_only_ends_the_run(
     dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Manifest] = []
@@ -357,7 +357,7 @@ def test_a_file_that_vanishes_is_named(dicom: Path, out: Path) -> None:
     assert "S1-0003.dcm" in row["reason"]
 
 
-def test_what_vanishes_does_not_take_former_outputs_with_it(dicom: Path, out: Path) -> None:
+def test_former_outputs_of_vanished_inputs_are_kept(dicom: Path, out: Path) -> None:
     go(dicom, out)
     before = tree(out)
     other = Recipe(size=(26, 26))
@@ -404,13 +404,13 @@ def flipped(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [garbled, truncated, flipped])
-def test_a_damaged_manifest_is_one_line_and_costs_no_volume(
+def test_a_damaged_manifest_gives_one_line_and_loses_no_volume(
     dicom: Path, out: Path, damage: Callable[[Path], None]
 ) -> None:
     go(dicom, out)
     manifest = out / "manifest.sqlite"
     undisturbed, before = whole(out), marks(out)
-    with closing(sqlite3.connect(manifest)) as db, db:  # a large one, as of many series
+    with closing(sqlite3.connect(manifest)) as db, db:  # a large manifest, like that of many series
         columns = [name for _, name, *_ in db.execute("PRAGMA table_info(series)")]
         row = dict(zip(columns, db.execute("SELECT * FROM series").fetchone(), strict=True))
         for n in range(400):
@@ -434,7 +434,7 @@ def test_a_damaged_manifest_is_one_line_and_costs_no_volume(
         assert "Traceback" not in looked.stderr, words
         assert looked.returncode in (0, 1), words
         assert looked.returncode == 0 or str(manifest) in one_line(looked.stderr), words
-    assert manifest.read_bytes() == content  # nobody has touched the evidence
+    assert manifest.read_bytes() == content  # the damaged file is unchanged
     manifest.rename(out.with_name("damaged"))
     again = python(*command(dicom, out))
     assert (again.returncode, again.stderr) == (0, "")
@@ -469,7 +469,7 @@ def test_a_second_run_into_the_same_output_is_refused(dicom: Path, out: Path) ->
     assert whole(out) == whole(out.with_name("undisturbed"))
 
 
-def test_shards_run_beside_each_other_and_nothing_else_beside_them(
+def test_different_shards_run_concurrently_and_other_runs_are_refused(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dicom = write_cohort(tmp_path / "dicom", 12)
@@ -495,8 +495,8 @@ def test_shards_run_beside_each_other_and_nothing_else_beside_them(
     assert marks(out) == before
 
 
-def test_whoever_only_asks_does_not_get_in_the_way(dicom: Path, out: Path) -> None:
-    # Whether a run is on is seen by its lock, which whoever asks holds for a moment.
+def test_asking_for_the_status_does_not_block_a_run(dicom: Path, out: Path) -> None:
+    # Status checks whether a run holds the lock by acquiring it for a moment.
     go(dicom, out)
     with closing(sqlite3.connect(out / "manifest.sqlite")) as db, db:
         db.execute("UPDATE runs SET state = 'running'")
@@ -529,7 +529,7 @@ INTERRUPTED = "gpuprep: interrupted; completed outputs are kept: run the same co
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_finishes_what_is_in_flight(many: Path, out: Path) -> None:
+def test_ctrl_c_finishes_the_series_in_progress(many: Path, out: Path) -> None:
     with Running(command(many, out)) as run:
         run.wait_until(lambda: len(done(out)) >= 3)
         run.signal(signal.SIGINT)
@@ -538,7 +538,9 @@ def test_ctrl_c_finishes_what_is_in_flight(many: Path, out: Path) -> None:
     assert run.stderr.splitlines() == [FINISHING, INTERRUPTED]
     found = rows(out)
     assert {row["status"] for row in found.values()} == {"ok"}
-    assert {row["folder"] for row in found.values()} == done(out)  # whatever began was finished and recorded
+    assert {row["folder"] for row in found.values()} == done(
+        out
+    )  # every series that was started was finished and recorded
     assert 3 <= len(found) < 40
     assert in_the_making(out) == []
     assert findings(out) == []
@@ -553,7 +555,7 @@ def test_ctrl_c_finishes_what_is_in_flight(many: Path, out: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_twice_stops_at_once(tmp_path: Path, out: Path) -> None:
-    # Two series of 600 slices, two workers: nothing is finished when the first is heard.
+    # Two series of 600 slices on two workers: none is finished at the first signal.
     dicom = write_cohort(tmp_path / "dicom", 2, slices=600)
     with Running(command(dicom, out)) as run:
         run.wait_until(lambda: len(in_the_making(out)) == 2)
@@ -573,18 +575,18 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path, out: Path) -> None:
 
 
 class SleepyBackend(NumpyBackend):
-    """A backend that never comes back from series of 7 slices."""
+    """Backend that never finishes series of 7 slices."""
 
     def to_device(self, host: Any) -> Any:
-        if host.shape == (7,):  # the rescale slope of each slice
+        if host.shape == (7,):  # the rescale slopes, one per slice
             time.sleep(3600)
         return host
 
 
 class DeadlyBackend(NumpyBackend):
-    """A backend whose process is killed by series of 7 slices, as by the kernel when memory runs out.
+    """Backend that kills its process on series of 7 slices, like the kernel does when memory runs out.
 
-    Where it notes that is the device's name, which travels with it.
+    It appends a line to the file in the environment variable GPUPREP_TEST_DEATHS.
     """
 
     def to_device(self, host: Any) -> Any:
@@ -595,7 +597,7 @@ class DeadlyBackend(NumpyBackend):
         return host
 
 
-def test_a_series_that_takes_too_long_fails_and_the_others_do_not(
+def test_a_series_that_exceeds_the_time_limit_fails_without_affecting_others(
     dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_cohort(dicom, 1, slices=7, first=4)
@@ -612,13 +614,13 @@ def test_a_series_that_takes_too_long_fails_and_the_others_do_not(
     assert in_the_making(out) == []
 
 
-def test_a_time_limit_needs_workers(dicom: Path, out: Path) -> None:
+def test_a_time_limit_requires_worker_processes(dicom: Path, out: Path) -> None:
     with pytest.raises(RequestError, match=r"^a time limit needs jobs: nothing can end a series in this process$"):
         go(dicom, out, limit_s=5)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_series_that_always_kills_its_worker_is_tried_twice_and_set_aside(
+def test_a_series_that_kills_its_worker_is_tried_twice_and_then_fails(
     dicom: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_cohort(dicom, 1, slices=7, first=4)
@@ -654,7 +656,7 @@ def test_a_series_that_always_kills_its_worker_is_tried_twice_and_set_aside(
     assert set(statuses(out).values()) == {"ok"}
 
 
-# --- replacing, where it takes two steps
+# --- replacement of outputs in two steps
 
 KILLED_BETWEEN = """
 import os, pathlib, sys
@@ -670,7 +672,7 @@ gpuprep.convert(sys.argv[1], sys.argv[2], gpuprep.Recipe(size=(26, 26)), backend
 """
 
 
-def test_a_former_output_comes_back_if_a_run_is_killed_while_it_is_replaced(dicom: Path, out: Path) -> None:
+def test_a_former_output_is_restored_if_the_run_is_killed_during_its_replacement(dicom: Path, out: Path) -> None:
     go(dicom, out)
     before = {k: v for k, v in tree(out).items() if k.startswith("dicom/s001/")}
     assert python("-c", KILLED_BETWEEN, str(dicom), str(out)).returncode == 9
@@ -686,7 +688,7 @@ def test_a_former_output_comes_back_if_a_run_is_killed_while_it_is_replaced(dico
 
 
 @pytest.mark.parametrize("exc", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")])
-def test_a_former_output_comes_back_if_it_cannot_be_replaced(
+def test_a_former_output_is_restored_if_its_replacement_fails(
     dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch, exc: BaseException
 ) -> None:
     go(dicom, out)
@@ -723,7 +725,7 @@ def test_a_former_output_comes_back_if_it_cannot_be_replaced(
 
 
 @pytest.mark.parametrize("format_", ["text", "json"])
-def test_the_log_can_be_read_by_programs_and_names_nobody(tmp_path: Path, out: Path, format_: str) -> None:
+def test_the_log_is_machine_readable_and_has_no_names_or_paths(tmp_path: Path, out: Path, format_: str) -> None:
     dicom = write_cohort(tmp_path / "Quincey^Morris" / "secret-1897", 3)
     (dicom / "s001" / "S1-0003.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\1" * 64)
     os.truncate(dicom / "s002" / "S1-0003.dcm", (dicom / "s002" / "S1-0003.dcm").stat().st_size - 50)
@@ -736,10 +738,10 @@ def test_the_log_can_be_read_by_programs_and_names_nobody(tmp_path: Path, out: P
     events = []
     for line in text.splitlines():
         if format_ == "json":
-            said = json.loads(line)
-            assert said["level"] in ("info", "error")
-            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", said["time"])
-            events.append(said["event"])
+            record = json.loads(line)
+            assert record["level"] in ("info", "error")
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", record["time"])
+            events.append(record["event"])
         else:
             parts = re.fullmatch(
                 r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00 (info |error) (\w+) +((?:\w+=.*?(?: |$))+)", line

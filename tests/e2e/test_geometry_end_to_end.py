@@ -1,4 +1,4 @@
-"""A value that is a position must come out at that position: stacking, resampling and resizing, from file to file."""
+"""Voxels that encode their position must keep it through stacking, resampling, resizing and writing."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ GRIDS = {
     "resize-only": ((41, 57, 63), (2.5, 0.7, 0.8), Recipe(window_hu=None, size=(90, 70), spacing_mm=None)),
 }
 BORDER = 12
-"""Source voxels from a border within which a cubic feels that the volume repeats its edge there."""
+"""Distance from the border, in source voxels, within which the repeated border values affect a cubic spline."""
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS.values(), ids=ORIENTATIONS)
 @pytest.mark.parametrize(("shape", "spacing", "recipe"), GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_ramp_in_millimetres_survives_to_the_file(
+def test_every_voxel_of_a_file_contains_its_distance_in_mm(
     tmp_path: Path,
     shape: tuple[int, int, int],
     spacing: tuple[float, float, float],
@@ -45,9 +45,9 @@ def test_ramp_in_millimetres_survives_to_the_file(
     orientation: tuple[float, ...],
     axis: int,
 ) -> None:
-    # Traps 13 to 15, 17, 35. HU is the distance in mm from the first voxel along one axis of the stack, exactly: along
-    # rows and columns the index is stored and the spacing is the slope, along k each slice has its own intercept. The
-    # affine in volume.json then says for every output voxel where it lies, and that must be what it holds.
+    # Traps 13 to 15, 17, 35. HU is exactly the distance in mm from the first voxel along one axis of the stack: along
+    # rows and columns the stored value is the index and the slope is the spacing; along slices, each slice has a
+    # different intercept. The value of every output voxel must equal its position by the affine in volume.json.
     stored = np.zeros(shape, dtype=np.int16)
     if axis:
         stored += np.arange(shape[axis], dtype=np.int16).reshape((1, -1, 1) if axis == 1 else (1, 1, -1))
@@ -78,7 +78,7 @@ def test_ramp_in_millimetres_survives_to_the_file(
     assert np.abs(values - distances_mm[..., axis])[inside].max() < 1e-3
 
 
-def test_the_phantom_of_the_readme_has_the_announced_shapes(tmp_path: Path) -> None:
+def test_the_example_of_the_usage_page_has_the_documented_shapes(tmp_path: Path) -> None:
     spacing = (3.0, 0.6816, 0.6816)
     write_series(tmp_path / "dicom", np.zeros((108, 512, 512), dtype=np.int16), spacing)
     series = gpuprep.discover(tmp_path / "dicom")[0]

@@ -1,4 +1,4 @@
-"""Two hundred series, a tenth of them broken in ten ways: the sound ones are converted as if the others were away."""
+"""Of 200 series, a tenth is faulty in ten ways: the others are converted as if the faulty ones were absent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPACING_MM = (2.0, 0.9, 0.8)
 
 
 def rewritten(change: Callable[[Dataset], None], which: slice) -> Callable[[list[Path]], None]:
-    """Return what rewrites some files of a series with a changed data set."""
+    """Return a function that changes the data set of some files of a series."""
 
     def apply(files: list[Path]) -> None:
         for file in files[which]:
@@ -83,7 +83,7 @@ def damaged_stream(ds: Dataset) -> None:
 
 
 WAYS: dict[str, tuple[str, Callable[[list[Path]], None]]] = {
-    # code in the manifest: words of its reason, what is done to the files
+    # code in the manifest: part of its reason, damage to the files
     "gap": ("4 missing in 10.000 mm", lose(slice(4, 8))),
     "one-slice": ("one slice only", lose(slice(1, None))),
     "truncated": ("it is truncated", cut),
@@ -99,7 +99,7 @@ WAYS: dict[str, tuple[str, Callable[[list[Path]], None]]] = {
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the cohort; broken series are those whose folder says so."""
+    """Write the cohort; the names of folders with faulty series contain the code."""
     folder = tmp_path_factory.mktemp("cohort") / "dicom"
     ways = list(WAYS)
     for n in range(SERIES):
@@ -120,9 +120,7 @@ def converted(folder: Path, out: Path) -> tuple[int, dict[str, Any], str]:
     return run.returncode, json.loads(run.stdout), run.stderr
 
 
-def test_exactly_the_sound_series_are_converted_and_nothing_of_them_depends_on_the_others(
-    cohort: Path, tmp_path: Path
-) -> None:
+def test_exactly_the_intact_series_are_converted_and_do_not_depend_on_the_others(cohort: Path, tmp_path: Path) -> None:
     # Traps 4, 6, 34, 41, 42.
     code, report, said = converted(cohort, tmp_path / "all")
     assert code == 1
@@ -141,7 +139,7 @@ def test_exactly_the_sound_series_are_converted_and_nothing_of_them_depends_on_t
     shutil.copytree(cohort, alone / cohort.name)
     for name in broken:
         shutil.rmtree(alone / cohort.name / name)
-    for file in cohort.rglob("*.dcm"):  # the time of change is part of the fingerprint in volume.json
+    for file in cohort.rglob("*.dcm"):  # the modification time is part of the fingerprint in volume.json
         if file.parent.name not in broken:
             shutil.copystat(file, alone / cohort.name / file.parent.name / file.name)
     code, report, _ = converted(alone / cohort.name, tmp_path / "without")

@@ -1,4 +1,4 @@
-"""What once went wrong with segmentations beside images."""
+"""Regression tests for segmentations of images."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def grid(tmp_path: Path) -> Geometry:
     return Geometry(SHAPE, np.array(sidecar(run, tmp_path / "out")["affine_lps"]))
 
 
-def test_equal_names_in_files_of_equal_names_are_told_apart_by_their_folders(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_equal_names_in_files_of_equal_names_are_distinguished_by_folder(tmp_path: Path, ct: Ct, out: Path) -> None:
     for folder, contours in (("anna", LEFT), ("bert", RIGHT)):
         (tmp_path / "rs" / folder).mkdir(parents=True)
         rtstruct(tmp_path / "rs" / folder / "rs.dcm", ct, GTV=contours)
@@ -94,7 +94,7 @@ def test_an_empty_structure_of_the_same_name_in_another_file_does_no_harm(tmp_pa
     assert convert(tmp_path, [tmp_path / "a.dcm", tmp_path / "b.dcm"]).counts == {"skipped": 1}
 
 
-def test_a_file_name_that_is_no_utf_8_is_written_as_text(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_a_file_name_that_is_not_utf_8_is_recorded_as_printable_text(tmp_path: Path, ct: Ct, out: Path) -> None:
     rtstruct(tmp_path / "a.dcm", ct, GTV=LEFT)
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff\n.dcm")
     os.rename(rtstruct(tmp_path / "b.dcm", ct, GTV=RIGHT), odd)
@@ -114,13 +114,13 @@ def test_two_files_of_one_slice_are_refused(tmp_path: Path) -> None:
     assert "roi_03.txt and roi_3.txt both hold roi on one slice" in run.results[0].reason
 
 
-def test_an_outline_that_is_there_twice_counts_once_and_is_reported(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_an_outline_stored_twice_counts_once_and_is_reported(tmp_path: Path, ct: Ct, out: Path) -> None:
     run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct, GTV=[*LEFT, LEFT[0]]))
     np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX)
     assert any("GTV: 1 outline left out: the same as another" in note for note in run.results[0].warnings)
 
 
-def test_outlines_of_thin_slices_are_not_taken_for_those_of_one(tmp_path: Path, out: Path) -> None:
+def test_outlines_on_thinner_slices_are_not_combined_on_one_slice(tmp_path: Path, out: Path) -> None:
     ct = Ct(tmp_path / "dicom" / "patient-1")
     thin = [square(k, 4.5 - up, 9.5 + up) + np.array([0, 0, 1.5 * up]) for k in range(1, 4) for up in (0, 0.1)]
     run = convert(tmp_path, write_rtstruct(tmp_path / "rs.dcm", {"GTV": thin}, series_uid=ct.uid))
@@ -138,7 +138,7 @@ def test_a_seg_of_overlapping_slices_does_not_grow(tmp_path: Path, ct: Ct, out: 
     np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX)
 
 
-def test_folders_behind_links_are_searched_once(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_symbolic_links_to_folders_are_searched_once(tmp_path: Path, ct: Ct, out: Path) -> None:
     real, folder = tmp_path / "real", tmp_path / "masks"
     real.mkdir()
     folder.mkdir()
@@ -151,7 +151,7 @@ def test_folders_behind_links_are_searched_once(tmp_path: Path, ct: Ct, out: Pat
 
 
 @pytest.mark.usefixtures("ct")
-def test_a_pipe_is_no_segmentation(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_as_a_segmentation(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.dcm")
     with pytest.raises(RequestError, match="neither a file nor a folder"):
         convert(tmp_path, tmp_path / "pipe.dcm")
@@ -163,7 +163,7 @@ def test_a_folder_without_segmentations_is_reported(tmp_path: Path, ct: Ct) -> N
     assert run.exit_code == 1
 
 
-def test_outputs_among_the_segmentations_are_none(tmp_path: Path, ct: Ct) -> None:
+def test_outputs_in_a_folder_of_segmentations_are_ignored(tmp_path: Path, ct: Ct) -> None:
     rtstruct(tmp_path / "rs.dcm", ct)
     for counts in ({"ok": 1}, {"skipped": 1}):
         run = convert(tmp_path, tmp_path)
@@ -179,7 +179,7 @@ def test_masks_without_a_path_is_refused(tmp_path: Path, ct: Ct, after: Any) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_beside_a_gap_that_is_kept_outlines_stay_on_their_slices(tmp_path: Path, out: Path) -> None:
+def test_outlines_beside_a_gap_that_is_kept_stay_on_their_slices(tmp_path: Path, out: Path) -> None:
     ct = Ct(tmp_path / "dicom" / "patient-1")
     for k in (1, 2, 3):
         ct.files[k].unlink()
@@ -200,7 +200,7 @@ def test_a_header_beside_a_pinnacle_plan_is_part_of_it(tmp_path: Path, ct: Ct) -
     assert convert(tmp_path, folder).counts == {"ok": 1}
     header = folder / "ImageSet_0.header"
     header.write_text("patient_position : HFP\n")
-    run = convert(tmp_path, folder)  # turned over, the outline lies outside of the series
+    run = convert(tmp_path, folder)  # by this patient position, the outline is outside the series
     assert (run.counts, run.results[0].codes, run.unmatched) == ({"rejected": 1}, ("mask-empty",), ())
     header.write_text(f"patient_position : HFS\nseries_UID : {ct.uid}\n")
     assert convert(tmp_path, folder / "plan.roi").counts == {"ok": 1}
@@ -213,7 +213,7 @@ def test_a_roi_that_matches_no_structure_is_reported(tmp_path: Path, ct: Ct) -> 
     assert words in run.results[0].warnings
 
 
-def test_text_of_another_patient_is_not_painted_on_the_only_series(tmp_path: Path) -> None:
+def test_text_of_another_patient_is_not_applied_to_the_only_series(tmp_path: Path) -> None:
     ct = Ct(tmp_path / "dicom" / "patient-1")
     content = "x_mm y_mm z_mm\n" + "\n".join(f"{x} {y} {z}" for x, y, z in LEFT[0])
     for name in ("patient-1/a.txt", "patient-2/a.txt", "patient-2.txt", "1.2.840.99.1.7.txt"):
@@ -226,7 +226,7 @@ def test_text_of_another_patient_is_not_painted_on_the_only_series(tmp_path: Pat
         assert sorted(Path(path).name for path, _ in run.unmatched) == ["1.2.840.99.1.7.txt", "a.txt", "patient-2.txt"]
 
 
-def test_a_damaged_object_in_a_folder_costs_no_series_unless_it_lies_with_it(tmp_path: Path) -> None:
+def test_a_damaged_object_rejects_a_series_only_if_it_is_in_its_folder(tmp_path: Path) -> None:
     ct = Ct(tmp_path / "dicom" / "patient-1")
     (tmp_path / "masks").mkdir()
     rtstruct(tmp_path / "masks" / "good.dcm", ct)
@@ -241,7 +241,7 @@ def test_a_damaged_object_in_a_folder_costs_no_series_unless_it_lies_with_it(tmp
     assert (run.results[0].status, run.results[0].codes) == ("rejected", ("mask-damaged",))
 
 
-def test_masks_alone_of_a_folder_are_those_of_the_series_and_a_file_that_was_named_is_believed(tmp_path: Path) -> None:
+def test_masks_only_matches_files_of_a_folder_by_uid_and_applies_a_file_given_directly(tmp_path: Path) -> None:
     ct = Ct(tmp_path / "dicom")
     (tmp_path / "masks").mkdir()
     rtstruct(tmp_path / "masks" / "own.dcm", ct, left=LEFT)
@@ -257,7 +257,7 @@ def test_masks_alone_of_a_folder_are_those_of_the_series_and_a_file_that_was_nam
     assert "other.dcm has another frame of reference" in notes
 
 
-def test_a_dry_run_tells_what_will_be_rejected_and_what_has_no_series(tmp_path: Path) -> None:
+def test_a_dry_run_shows_rejected_series_and_segmentations_without_a_series(tmp_path: Path) -> None:
     ct = Ct(tmp_path / "dicom" / "patient-1")
     (ct.folder / "outline.txt").write_text("1 2\n3 four\n")
     stray = write_rtstruct(tmp_path / "stray.dcm", {"x": LEFT}, series_uid="1.2.3", frame_uid="1.2.4")

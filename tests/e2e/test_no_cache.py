@@ -1,4 +1,4 @@
-"""No home folder, or none that can be written: one line each about what is not kept, and the work goes on."""
+"""Without a writable home folder, gpuprep warns once about each disabled cache and continues."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ CUPY = """import os
 os.makedirs(os.path.expanduser(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")), exist_ok=True)
 raise ImportError("a stand-in")
 """
-"""What CuPy 14.2 does when it is imported."""
+"""Behaviour of CuPy 14.2 when it is imported."""
 
 
 @pytest.fixture
 def nowhere(tmp_path: Path) -> Path:
-    """A folder that cannot be made, not even by root."""
+    """Path of a folder that cannot be created, not even by root."""
     (tmp_path / "file").touch()
     return tmp_path / "file" / "home"
 
 
 @pytest.fixture(autouse=True)
-def warnings_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    """Undo what a quiet command before has left behind."""
+def warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Restore the log level that an earlier quiet command has changed."""
     caplog.set_level(logging.WARNING, logger="gpuprep")
 
 
-# The index of headers
+# Header index
 
 
 @pytest.fixture
-def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be a user without a home and without an entry in the list of users."""
+def user_without_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate a user without a home folder and without an entry in the user database."""
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name)
 
@@ -59,8 +59,8 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
-@pytest.mark.usefixtures("nobody")
-def test_a_user_without_a_home_has_no_index_and_is_told_once(
+@pytest.mark.usefixtures("user_without_home")
+def test_a_user_without_a_home_has_no_header_index_and_gets_one_warning(
     small_series: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert default_index() is None
@@ -74,7 +74,7 @@ def test_a_user_without_a_home_has_no_index_and_is_told_once(
 
 
 @pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
-def test_a_cache_folder_that_cannot_be_made_is_one_warning(
+def test_a_cache_folder_that_cannot_be_created_gives_one_warning(
     small_series: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, variable: str
 ) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -87,7 +87,7 @@ def test_a_cache_folder_that_cannot_be_made_is_one_warning(
     assert "XDG_CACHE_HOME" in record.message
 
 
-def test_an_index_that_cannot_be_made_costs_nothing_but_time(small_series: Path, nowhere: Path) -> None:
+def test_a_header_index_that_cannot_be_created_does_not_change_the_scan(small_series: Path, nowhere: Path) -> None:
     assert discover(small_series, index=nowhere / "headers.sqlite") == discover(small_series)
 
 
@@ -96,7 +96,7 @@ def test_an_index_that_cannot_be_made_costs_nothing_but_time(small_series: Path,
 
 @pytest.fixture
 def cupy_without_cache(tmp_path: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Install a CuPy whose folder of kernels cannot be made; yield the folder."""
+    """Install a fake CuPy whose kernel cache cannot be created; yield the folder of the cache."""
     (tmp_path / "site" / "cupy").mkdir(parents=True)
     (tmp_path / "site" / "cupy" / "__init__.py").write_text(CUPY)
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -110,7 +110,7 @@ def cupy_without_cache(tmp_path: Path, nowhere: Path, monkeypatch: pytest.Monkey
     backend._gpu_or_cpu.cache_clear()
 
 
-def test_cupy_that_cannot_make_its_cache_is_a_line_of_the_doctor(cupy_without_cache: Path) -> None:
+def test_doctor_reports_a_cupy_that_cannot_create_its_cache(cupy_without_cache: Path) -> None:
     done = CliRunner().invoke(app, ["doctor", "--json"])
     assert done.exit_code == 0, done.output
     (gpu,) = [f for f in json.loads(done.stdout) if f["name"] == "gpu"]
@@ -119,7 +119,7 @@ def test_cupy_that_cannot_make_its_cache_is_a_line_of_the_doctor(cupy_without_ca
     assert "set CUPY_CACHE_DIR to a folder that can be written" in gpu["detail"]
 
 
-def test_cupy_that_cannot_make_its_cache_leaves_the_cpu(
+def test_a_cupy_that_cannot_create_its_cache_falls_back_to_the_cpu(
     small_series: Path, tmp_path: Path, cupy_without_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = Recipe(spacing_mm=None, size=None)
@@ -137,7 +137,7 @@ def test_cupy_that_cannot_make_its_cache_leaves_the_cpu(
 
 
 @pytest.mark.usefixtures("cupy_without_cache")
-def test_with_a_folder_for_its_cache_cupy_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cupy_is_imported_if_its_cache_folder_is_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "kernels"))
     with pytest.raises(BackendError, match="a stand-in"):
         backend.open_gpus()
@@ -147,8 +147,8 @@ def test_with_a_folder_for_its_cache_cupy_is_imported(tmp_path: Path, monkeypatc
 
 
 @pytest.fixture
-def loops_unkept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Import the loops where Numba finds no folder to write to; yield them."""
+def uncached_loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Import the loops while Numba finds no writable cache folder; yield the module."""
     numba = pytest.importorskip("numba")
 
     def refuse(_: Any) -> None:
@@ -162,8 +162,8 @@ def loops_unkept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     backend._say_unkept.cache_clear()
 
 
-def test_loops_that_cannot_be_kept_are_said_once(loops_unkept: Any, caplog: pytest.LogCaptureFixture) -> None:
-    assert backend.compiled_loops() is backend.compiled_loops() is loops_unkept
+def test_loops_that_cannot_be_cached_give_one_warning(uncached_loops: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert backend.compiled_loops() is backend.compiled_loops() is uncached_loops
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "in every run" in record.message
@@ -171,8 +171,8 @@ def test_loops_that_cannot_be_kept_are_said_once(loops_unkept: Any, caplog: pyte
     assert "set NUMBA_CACHE_DIR to a folder that can" in record.message
 
 
-@pytest.mark.usefixtures("loops_unkept")
-def test_the_doctor_says_that_loops_cannot_be_kept(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.usefixtures("uncached_loops")
+def test_doctor_reports_that_loops_cannot_be_cached(caplog: pytest.LogCaptureFixture) -> None:
     done = CliRunner().invoke(app, ["doctor", "--json"])
     (found,) = [f for f in json.loads(done.stdout) if f["name"] == "cpu loops"]
     assert found["ok"]
@@ -180,23 +180,23 @@ def test_the_doctor_says_that_loops_cannot_be_kept(caplog: pytest.LogCaptureFixt
     assert not [r for r in caplog.records if "loops" in r.message]
 
 
-def test_a_loop_that_cannot_be_saved_counts_as_unkept(loops_unkept: Any) -> None:
-    loops_unkept.unkept.clear()
+def test_a_loop_that_cannot_be_saved_counts_as_uncached(uncached_loops: Any) -> None:
+    uncached_loops.unkept.clear()
 
     class Full:
         def save_overload(self, *_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-    loops_unkept._FaultTolerantCache(Full()).save_overload()
-    assert loops_unkept.unkept.is_set()
+    uncached_loops._FaultTolerantCache(Full()).save_overload()
+    assert uncached_loops.unkept.is_set()
 
 
-def test_loops_that_cannot_be_kept_are_compiled_for_all_types_before_workers_are_made(
-    loops_unkept: Any, monkeypatch: pytest.MonkeyPatch
+def test_loops_that_cannot_be_cached_are_compiled_for_all_dtypes_before_workers_start(
+    uncached_loops: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gpuprep.compute import numba_warmup
 
-    assert loops_unkept.unkept.is_set()
+    assert uncached_loops.unkept.is_set()
     inputs, outputs = set(), set()
 
     def process(volume: Any, recipe: Recipe, **_: Any) -> None:

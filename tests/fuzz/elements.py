@@ -1,6 +1,6 @@
-"""DICOM files taken apart into elements and put together again, byte for byte, with what is wrong about them.
+"""Splits DICOM files into elements and assembles them again byte for byte, also if they violate the standard.
 
-pydicom reads and writes what the standard allows. What is done to files here it would refuse.
+pydicom would refuse to write most of the files that the fuzzer makes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 LONG_VRS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
-"""VRs whose length has four bytes."""
+"""VRs with a length field of four bytes."""
 
 SHORT_VRS = {b"AS", b"AT", b"CS", b"DS", b"FD", b"FL", b"IS", b"LO", b"SH", b"SL", b"SS", b"UI", b"UL", b"US"}
 VRS = sorted(LONG_VRS | SHORT_VRS)
@@ -21,23 +21,23 @@ PIXEL_DATA = 0x7FE0_0010
 
 @dataclass
 class Element:
-    """One element, with what may be wrong about it: pydicom would not write most of that."""
+    """A data element, with optional faults."""
 
     tag: int
     vr: bytes
     value: bytes = b""
     items: list[list[Element]] | None = None
     length: int | None = None
-    """To be announced instead of the true one."""
+    """Length to write instead of the true one."""
     letters: bytes | None = None
-    """To be announced instead of the VR in whose form the element is written."""
+    """Letters to write as VR; the element keeps the form of `vr`."""
     reserved: bytes = b"\0\0"
-    """The two bytes after the VR where the length has four."""
+    """The two bytes after a VR with a length field of four bytes."""
 
 
 @dataclass
 class Parsed:
-    """A DICOM file taken apart."""
+    """A DICOM file as elements."""
 
     head: bytes
     meta: list[Element]
@@ -46,11 +46,11 @@ class Parsed:
     big: bool
     deflated: bool
     meta_length: bool = True
-    """Whether the meta group's length is made true again."""
+    """Whether `built` corrects the length of the meta group."""
 
 
 def parsed(data: bytes) -> Parsed:
-    """Take a valid file apart."""
+    """Split a valid file into elements."""
     head, meta, syntax, at = b"", [], "", 0
     if data[128:132] == b"DICM":
         head, at = data[:132], 132
@@ -67,7 +67,7 @@ def parsed(data: bytes) -> Parsed:
 
 
 def built(file: Parsed) -> bytes:
-    """Return a file put together again; of an unchanged one, the very bytes it had."""
+    """Return the bytes of a file; for an unchanged file, its original bytes."""
     if file.meta_length and file.meta and file.meta[0].tag == 0x0002_0000:
         file.meta[0].value = struct.pack("<I", sum(len(encoded(e, False, False)) for e in file.meta[1:]))
     body = b"".join(encoded(e, file.implicit, file.big) for e in file.body)
@@ -77,7 +77,7 @@ def built(file: Parsed) -> bytes:
 
 
 def deflate(body: bytes) -> bytes:
-    """Return bytes as a deflate stream of even length, without a header."""
+    """Return bytes as a raw deflate stream of even length."""
     packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     packed = packer.compress(body) + packer.flush()
     return packed + b"\0" * (len(packed) % 2)
@@ -102,7 +102,7 @@ def _element(data: bytes, at: int, implicit: bool, big: bool) -> tuple[Element, 
         (length,), at = struct.unpack_from(order + "I", data, at + 8), at + 12
     else:
         (length,), at = struct.unpack_from(order + "H", data, at + 6), at + 8
-    if length == UNDEFINED:  # encapsulated pixels, which are the last element of every file here
+    if length == UNDEFINED:  # encapsulated pixels, always the last element here
         return Element(tag, vr, data[at:], length=UNDEFINED), len(data)
     value, end = data[at : at + length], at + length
     if vr != b"SQ":
@@ -116,7 +116,7 @@ def _element(data: bytes, at: int, implicit: bool, big: bool) -> tuple[Element, 
 
 
 def encoded(element: Element, implicit: bool, big: bool) -> bytes:
-    """Return an element as it stands in a file."""
+    """Return an element as bytes of a file."""
     order = ">" if big else "<"
     value = element.value
     if element.items is not None:
@@ -133,7 +133,7 @@ def encoded(element: Element, implicit: bool, big: bool) -> bytes:
 
 
 def dictionary_vr(tag: int) -> bytes:
-    """Return the VR that the standard gives a tag: the first of two, UN for a tag that it does not know."""
+    """Return the VR of a tag by the standard: the first if there are two, UN for an unknown tag."""
     from pydicom.datadict import dictionary_VR
 
     try:
@@ -144,7 +144,7 @@ def dictionary_vr(tag: int) -> bytes:
 
 
 def everywhere(elements: list[Element]) -> Iterator[tuple[list[Element], int]]:
-    """Yield the list and the index of every element, sequences before what is in them."""
+    """Yield list and index of every element, sequences before their items."""
     for n, element in enumerate(elements):
         yield elements, n
         for item in element.items or ():
@@ -173,20 +173,20 @@ _CODES = {b"US": "H", b"SS": "h", b"UL": "I", b"SL": "i", b"FL": "f", b"FD": "d"
 def put(
     file: Parsed, keyword: str, value: object, *, vr: bytes | None = None, home: list[Element] | None = None
 ) -> Element:
-    """Set an attribute, where its tag belongs, and return its element.
+    """Set an attribute in tag order, and return its element.
 
     Parameters
     ----------
     file : Parsed
-        The file, which decides on the byte order.
+        The file; its byte order is used.
     keyword : str
         The attribute.
     value : object
-        Bytes as they are; text; a number or several, as the VR stores them; or items, as lists of elements.
+        Bytes, text, one or more numbers, or items as lists of elements.
     vr : bytes, optional
-        The VR, if not that of the standard.
+        The VR; default: the one of the standard.
     home : list of Element, optional
-        Where it belongs, if not into the data set itself: the meta group, or an item.
+        Elements of the meta group or of an item; default: by the tag, meta group or data set.
     """
     tag = tag_of(keyword)
     home = (file.meta if tag >> 16 == 2 else file.body) if home is None else home
@@ -210,13 +210,13 @@ def put(
 
 
 def element_of(elements: list[Element], keyword: str) -> Element | None:
-    """Return the first element of an attribute, not looking into sequences."""
+    """Return the first element of an attribute, outside sequences."""
     tag = tag_of(keyword)
     return next((e for e in elements if e.tag == tag), None)
 
 
 def number_of(file: Parsed, keyword: str) -> int:
-    """Return an attribute with the VR US of a file."""
+    """Return the value of an attribute with the VR US."""
     element = element_of(file.body, keyword)
     assert element is not None, keyword
     return int(struct.unpack(">H" if file.big else "<H", element.value)[0])
@@ -228,12 +228,12 @@ ITEM, SEQUENCE_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0\0\0\0\0"
 
 
 def as_item(content: bytes) -> bytes:
-    """Return bytes as an item: a fragment, or a table of offsets."""
+    """Return bytes as an item: a fragment, or an offset table."""
     return ITEM + struct.pack("<I", len(content)) + content
 
 
 def items_of(value: bytes) -> list[bytes]:
-    """Return the content of all items of valid encapsulated pixels, the table of offsets first."""
+    """Return the content of all items of valid encapsulated pixels, the offset table first."""
     contents, at = [], 0
     while value[at : at + 4] == ITEM:
         (length,) = struct.unpack_from("<I", value, at + 4)
@@ -243,7 +243,7 @@ def items_of(value: bytes) -> list[bytes]:
 
 
 def encapsulate(file: Parsed, frames: list[bytes], syntax: str) -> None:
-    """Give a file encoded frames, one fragment each, without a table of offsets, and the name of their encoding."""
+    """Set encoded frames, with one fragment each and an empty offset table, and the transfer syntax."""
     value = b"".join(as_item(frame + b"\0" * (len(frame) % 2)) for frame in (b"", *frames)) + SEQUENCE_END
     put(file, "PixelData", value, vr=b"OB").length = UNDEFINED
     put(file, "TransferSyntaxUID", syntax)

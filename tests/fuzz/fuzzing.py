@@ -1,23 +1,23 @@
-"""Valid CT series made odd or damaged: headers, pixels, files, containers. Each must end in a verdict.
+"""Fuzzer: damages valid CT series (headers, pixels, files, archives). Each case must lead to a verdict.
 
     PYTHONPATH=. python tests/fuzz/fuzzing.py [--cases 20000] [--seed 0] [--jobs 2] [--only N] [--keep DIR]
         [--out FILE.json]
 
-A case is one of some small valid series with one or more things broken, or odd as files of real scanners are, beside a
-small series that is left alone (the witness). `gpuprep.pipeline.scan.scan` and `gpuprep.convert` are run on it in a
-child process. It is a violation if
+A case is a small valid series with one or more faults, or with peculiarities of files from real scanners, and an intact
+small series beside it (the witness). A child process runs `gpuprep.pipeline.scan.scan` and `gpuprep.convert` on it. It
+is a violation if
 
-* anything but a `GpuprepError` is raised, or anything at all although the witness could have been converted;
-* a series is "failed" for another reason than its output or a dead worker: such is a bug that was caught late;
-* a reason is absent or has more than one line, or files are there of which nothing is said;
-* the witness is not "ok", or its output is not byte for byte what it always is;
+* anything is raised: the run should convert the witness in any case;
+* a series is "failed" for another reason than its output or a dead worker: that is a bug that was caught late;
+* a reason is absent or has more than one line, or no damaged file is reported;
+* the witness is not "ok", or its output differs from the output of the witness alone;
 * a series is "ok" and its values are not numbers in [0, 1];
 * files of the input are changed, or files appear outside the output folder;
-* a traceback is printed, whoever prints it, Python or C;
-* the child dies, is busy for longer than --limit seconds, grows by more than 1.5 GB or runs out of memory.
+* a traceback is printed by Python or C;
+* the child dies, takes longer than --limit seconds, grows by more than 1.5 GB or runs out of memory.
 
-Case n of a seed is always the same, whatever ran before it: --only repeats one and leaves its files to look at. A case
-that cannot be made, which is a fault of this generator, is skipped and counted.
+Case n of a seed is reproducible and independent of other cases: --only repeats one and keeps its files. A case that
+cannot be made, because of a bug in this generator, is skipped and counted.
 """
 
 from __future__ import annotations
@@ -86,14 +86,16 @@ from gpuprep.pipeline.events import Run
 from gpuprep.pipeline.scan import scan
 
 LIMIT_S = 10.0
-"""A case may take so long."""
+"""Default time limit of a case."""
 
 GROWTH_BYTES = 1_500_000_000
+"""Growth of a child during a case above which it is a violation."""
+
 ADDRESS_SPACE_BYTES = 4 << 30
-"""A case may make the child grow by so much; and the child may not have more, so that the machine stays usable."""
+"""Limit of the address space of a child, so that the machine stays usable."""
 
 START_S = 180.0
-"""A child may take so long to start: it imports everything first."""
+"""Time limit for the start of a child, which imports everything first."""
 
 ALLOWED_FAILURES = ("OutputError", "WorkerDiedError", "WorkerDied")
 STATUSES = ("ok", "fixed", "skipped", "rejected", "failed")
@@ -101,7 +103,7 @@ OUT_OF_MEMORY = re.compile("MemoryError|Unable to allocate|bad_alloc|Cannot allo
 PROGRAMMING_ERROR = re.compile(
     r"\b(Assertion|Attribute|Index|Key|Name|Type|UnboundLocal|Recursion|ZeroDivision)Error\b"
 )
-"""Of these a reason makes nothing that a user could understand."""
+"""Errors that mean nothing to a user if they appear in a reason."""
 
 RECIPES = (
     Recipe(spacing_mm=None, size=(16, 16), format="tif-stack"),
@@ -112,7 +114,7 @@ Subject = Callable[[Path, Path, Recipe], Run]
 
 
 def convert_case(folder: Path, out: Path, recipe: Recipe) -> Run:
-    """Scan and convert a folder, as a user would: what is under test."""
+    """Scan and convert a folder like a user: the code under test."""
     scan([folder], recipe)
     return gpuprep.convert([folder], out, recipe, backend="cpu", jobs=None)
 
@@ -122,7 +124,7 @@ def convert_case(folder: Path, out: Path, recipe: Recipe) -> Run:
 
 @dataclass(frozen=True)
 class Base:
-    """A valid series: its files by name, as DICOM, and what they are wrapped in."""
+    """A valid series: names and content of its files, and the kind of archive."""
 
     name: str
     files: tuple[tuple[str, bytes], ...]
@@ -134,7 +136,7 @@ WITNESS_UID = "2.25.99999999999999999999"
 
 
 def bases(folder: Path) -> tuple[Base, ...]:
-    """Write valid series into a folder and return them, the witness first; every byte of them is always the same."""
+    """Write valid series into a folder and return them, the witness first; their bytes are reproducible."""
     import numpy as np
     from pydicom.uid import (
         DeflatedExplicitVRLittleEndian,
@@ -148,7 +150,7 @@ def bases(folder: Path) -> tuple[Base, ...]:
     )
 
     def values(name: str, shape: tuple[int, int, int]) -> Any:
-        """Smooth values with some noise: 12 bits, so that all encoders and both signs can hold them."""
+        """Return smooth values with noise, within 12 bits, so that all encoders and both signs can represent them."""
         rng = np.random.default_rng(zlib.crc32(name.encode()))
         ramp = np.add.outer(np.add.outer(np.arange(shape[0]) * 50, np.arange(shape[1]) * 20), np.arange(shape[2]) * 9)
         return (ramp + rng.integers(0, 200, shape)) % 2000
@@ -217,18 +219,18 @@ def _series(folder: Path, name: str, stored: Any, syntax: Any) -> Base:
     def change(ds: Dataset, k: int) -> None:
         ds.StudyInstanceUID, ds.FrameOfReferenceUID = _uid(name, "study"), _uid(name, "frame")
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = _uid(name, k)
-        if stored.dtype == np.uint16:  # encoders know the true depth
+        if stored.dtype == np.uint16:  # the depth that the encoders use
             ds.BitsStored, ds.HighBit = 12, 11
         _encode(ds, stored[k : k + 1], ExplicitVRLittleEndian if big else syntax)
 
     uid: str = WITNESS_UID if name == "witness" else _uid(name)
-    # A stored value of a phantom is HU + 1024.
+    # Stored values of phantoms are HU + 1024.
     files = write_series(folder / name, stored, (2.5, 0.8, 0.7), series_uid=uid, series_number=3, change=change)
     return Base(name, tuple((f.name, _swapped(f) if big else f.read_bytes()) for f in files))
 
 
 def _swapped(file: Path) -> bytes:
-    """Return a little-endian file as a big-endian one; a data set that knows its byte order would refuse."""
+    """Return a little-endian file as big-endian; pydicom refuses this for the original data set, hence the copy."""
     import numpy as np
     from pydicom import Dataset, dcmread, dcmwrite
     from pydicom.uid import ExplicitVRBigEndian
@@ -244,7 +246,7 @@ def _swapped(file: Path) -> bytes:
 
 
 def _encode(ds: Any, frames: Any, syntax: Any) -> None:
-    """Give a data set its pixels in a transfer syntax."""
+    """Set the pixels of a data set in a transfer syntax."""
     import imagecodecs
     from pydicom.encaps import encapsulate
     from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
@@ -269,7 +271,7 @@ def _encode(ds: Any, frames: Any, syntax: Any) -> None:
 
 
 def _enhanced(folder: Path, name: str, stored: Any, syntax: Any) -> Base:
-    """Return one enhanced CT image of several frames: places per frame, the rest shared."""
+    """Return one enhanced CT image of several frames: positions per frame, other attributes shared."""
     from pydicom import Dataset, FileDataset, dcmread
     from pydicom.uid import EnhancedCTImageStorage, ExplicitVRLittleEndian
 
@@ -322,7 +324,7 @@ FOCUS = (
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PlanePositionSequence"),
     *("PixelMeasuresSequence", "PlaneOrientationSequence", "PixelValueTransformationSequence"),
 )
-"""Attributes that matter to the conversion, more important ones twice."""
+"""Attributes that affect the conversion; more important ones occur twice."""
 
 NUMBERS = (
     *("", "0", "-0", "-1", "1", "2", "1e308", "-1e308", "1e400", "NaN", "inf", "-inf", "1e-300", "5e-324", "1_0"),
@@ -364,7 +366,7 @@ BYTES = (0x00, 0xFF, 0x7F, 0x80, 0x01, 0x20, 0x5C)
 
 
 def hostile(rng: random.Random, element: Element, big: bool) -> str:
-    """Give an element a value that it should not have, or a slightly different one; return what was done."""
+    """Give an element an invalid or slightly different value; return a description."""
     vr, order = element.vr, ">" if big else "<"
     if element.tag == 0x0002_0010 and rng.random() < 0.8:
         value = rng.choice(SYNTAXES).encode()
@@ -441,12 +443,12 @@ def hostile(rng: random.Random, element: Element, big: bool) -> str:
 
 
 def _again(seed: int | str) -> random.Random:
-    """Return a source of choices that are the same every time: for every file of a series, say."""
+    """Return a random generator with a seed, for reproducible choices or equal choices in several files."""
     return random.Random(seed)  # noqa: S311 - no secrets
 
 
 def _pick(rng: random.Random, file: Parsed) -> tuple[list[Element], int]:
-    """Return the place of an element: mostly of one that matters, which is added where it is absent."""
+    """Return list and index of an element, usually of one of FOCUS, which is added if it is absent."""
     places = [*everywhere(file.meta), *everywhere(file.body)]
     if rng.random() < 0.15:
         return rng.choice(places)
@@ -461,7 +463,7 @@ def _pick(rng: random.Random, file: Parsed) -> tuple[list[Element], int]:
     return home, at
 
 
-# ------------------------------------------------------------------------------- what is done to the elements of a file
+# ------------------------------------------------------------------------------------------------- damage to elements
 
 
 def _set(rng: random.Random, file: Parsed) -> str:
@@ -470,7 +472,7 @@ def _set(rng: random.Random, file: Parsed) -> str:
 
 
 def _set_all(rng: random.Random, file: Parsed) -> str:
-    """Change an attribute wherever it stands, in every frame alike."""
+    """Change all elements of an attribute, in every frame alike."""
     home, n = _pick(rng, file)
     tag, seed = home[n].tag, rng.getrandbits(32)
     done = ""
@@ -502,7 +504,7 @@ def _misplace(rng: random.Random, file: Parsed) -> str:
 
 
 def _retype(rng: random.Random, file: Parsed) -> str:
-    """Write an element properly with another VR, its value left alone."""
+    """Write an element with another VR and an unchanged value."""
     home, n = _pick(rng, file)
     element = home[n]
     value = encoded(element, file.implicit, file.big)[-len(element.value) :] if element.items else element.value
@@ -511,7 +513,7 @@ def _retype(rng: random.Random, file: Parsed) -> str:
 
 
 def _misspell(rng: random.Random, file: Parsed) -> str:
-    """Change the letters of a VR and nothing else."""
+    """Change only the letters of a VR."""
     home, n = _pick(rng, file)
     home[n].letters = rng.choice((rng.choice(VRS), rng.randbytes(2), b"\0\0", b"??", b"  ", b"ow"))
     return f"{keyword_of(home[n].tag)} with the VR {home[n].letters!r}"
@@ -528,7 +530,7 @@ def _mislength(rng: random.Random, file: Parsed) -> str:
 
 
 def _nest(rng: random.Random, file: Parsed) -> str:
-    """Put sequence into sequence into sequence."""
+    """Insert deeply nested sequences."""
     depth = rng.choice((1, 2, 10, 100, 300, 990, 1000, 2000, 5000))
     tag = tag_of(rng.choice(("ReferencedImageSequence", "PerFrameFunctionalGroupsSequence", "ModalityLUTSequence")))
     tag = rng.choice((tag, tag, 0x0009_1010))
@@ -593,7 +595,7 @@ AGREED: tuple[dict[str, int | str], ...] = (
     {"SOPInstanceUID": "1.2.3"},
     {"SeriesInstanceUID": WITNESS_UID},
 )
-"""Attributes that go together, so that a file gets past the first checks with them."""
+"""Consistent attributes, with which a file passes the first checks."""
 
 
 def _agree(rng: random.Random, file: Parsed) -> str:
@@ -615,7 +617,7 @@ def _agree(rng: random.Random, file: Parsed) -> str:
 
 
 def _fragments(rng: random.Random, file: Parsed) -> str:
-    """Break the frame around encoded pixels; plain ones become such."""
+    """Damage the encapsulation of pixels; native pixels are encapsulated first."""
     pixels = next((e for e in file.body if e.tag == PIXEL_DATA), None)
     if pixels is None:
         return "no pixels"
@@ -625,7 +627,7 @@ def _fragments(rng: random.Random, file: Parsed) -> str:
     if not encapsulated:
         value = as_item(b"") + as_item(value) + SEQUENCE_END
         pixels.length = UNDEFINED
-    # Damage before this one may have left less than a table.
+    # Earlier damage may have left less than an offset table.
     table = struct.unpack_from("<I", value, 4)[0] if len(value) >= 8 else 0
     rest = value[8 + table :]
     if kind == "no end":
@@ -653,12 +655,12 @@ def _fragments(rng: random.Random, file: Parsed) -> str:
 
 
 def _codestream(rng: random.Random, file: Parsed) -> str:
-    """Damage the pixels alone: what decoders get to see."""
+    """Damage only the pixel data, the input of decoders."""
     pixels = next((e for e in file.body if e.tag == PIXEL_DATA), None)
     if pixels is None or not pixels.value:
         return "no pixels"
     begin = 16 if pixels.length == UNDEFINED else 0
-    if rng.random() < 0.5:  # the head of a codestream is where its size stands
+    if rng.random() < 0.5:  # the head of a codestream contains its size
         stop = min(len(pixels.value), begin + 80)
         part, what = mangle(rng, pixels.value[begin:stop], b"")
         pixels.value = pixels.value[:begin] + part + pixels.value[stop:]
@@ -668,11 +670,11 @@ def _codestream(rng: random.Random, file: Parsed) -> str:
     return f"pixels: {what}"
 
 
-# ------------------------------------------------------------------------------------------------ what is done to bytes
+# ----------------------------------------------------------------------------------------------------- damage to bytes
 
 
 def mangle(rng: random.Random, data: bytes, other: bytes) -> tuple[bytes, str]:
-    """Return damaged bytes, and how they were damaged."""
+    """Return damaged bytes, and a description of the damage."""
     if not data:
         return data, "nothing to damage"
     changed = bytearray(data)
@@ -716,7 +718,7 @@ def mangle(rng: random.Random, data: bytes, other: bytes) -> tuple[bytes, str]:
     return data[:at] + other[cut:], f"{at} bytes, then another file from {cut} on"
 
 
-# ------------------------------------------------------------------------------------------------------- what a case is
+# --------------------------------------------------------------------------------------------------------------- cases
 
 
 @dataclass
@@ -731,17 +733,17 @@ class File:
 
 @dataclass
 class Case:
-    """What is put in front of gpuprep."""
+    """Input of one run of gpuprep."""
 
     number: int
     base: str
     done: list[str]
-    """What was done to the base, in words; each begins with the kind of damage."""
+    """Descriptions of the damage; each begins with its kind."""
     files: list[File]
     recipe: int
     """Index into RECIPES."""
     shares_uid: bool
-    """Whether damaged slices took the witness's UID on purpose."""
+    """Whether damaged slices got the UID of the witness on purpose."""
 
 
 ELEMENT_DAMAGE: tuple[tuple[str, Callable[[random.Random, Parsed], str], int], ...] = (
@@ -761,7 +763,7 @@ ELEMENT_DAMAGE: tuple[tuple[str, Callable[[random.Random, Parsed], str], int], .
 
 
 def make_case(stock: tuple[Base, ...], seed: int, number: int) -> Case:
-    """Return a case; the same for the same seed and number."""
+    """Return the case of a seed and number."""
     rng = _again(f"{seed}-{number}")
     witness, *others = stock
     base = rng.choice(others)
@@ -799,7 +801,7 @@ def make_case(stock: tuple[Base, ...], seed: int, number: int) -> Case:
     if base.wrap:
         _wrap(rng, base, files, done, level == "container")
     folder = [File("damaged/" + f.path, f.data, f.kind) for f in files]
-    # A file inside a file's name is impossible, and so are two of one name: the first one stays.
+    # Two files with one name, or a file below another file, are impossible: the first is kept.
     kept: dict[str, File] = {}
     for file in folder:
         parents = {file.path.rsplit("/", n)[0] for n in range(1, file.path.count("/") + 1)}
@@ -814,7 +816,7 @@ def make_case(stock: tuple[Base, ...], seed: int, number: int) -> Case:
 def _damage_elements(
     rng: random.Random, files: list[File], apart: dict[str, Parsed], rounds: int, done: list[str]
 ) -> None:
-    """Damage elements of files that are taken apart, and put them together again."""
+    """Damage elements of files, and assemble the files."""
     for _ in range(rounds):
         name, damage, _weight = rng.choices(ELEMENT_DAMAGE, [w for *_, w in ELEMENT_DAMAGE])[0]
         sub = rng.getrandbits(32)
@@ -879,7 +881,7 @@ BOMB_BLOCK = 1 << 26
 
 
 def _bomb(rng: random.Random, base: Base, files: list[File]) -> str:
-    """Make a small file unfold into two gigabytes of zeros."""
+    """Make a small file that unpacks into two gigabytes of zeros."""
     count = (2 << 30) // BOMB_BLOCK
     file = files[0]
     if base.wrap == "gzip" or rng.random() < 0.5:
@@ -899,13 +901,13 @@ def _bomb(rng: random.Random, base: Base, files: list[File]) -> str:
     whole = built(Parsed(apart.head, apart.meta, [], False, False, False))
     packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     start = packer.compress(body) + packer.flush(zlib.Z_FULL_FLUSH)
-    block = packer.compress(bytes(BOMB_BLOCK)) + packer.flush(zlib.Z_FULL_FLUSH)  # refers to nothing before it
+    block = packer.compress(bytes(BOMB_BLOCK)) + packer.flush(zlib.Z_FULL_FLUSH)  # independent of earlier blocks
     file.data = whole + start + block * count + packer.flush()
     return "deflated"
 
 
 def _wrap(rng: random.Random, base: Base, files: list[File], done: list[str], damaged: bool) -> None:
-    """Put files into what the base is wrapped in, and damage that, in place."""
+    """Put files into the archive of the base, in place; with `damaged`, damage the archive."""
     if base.wrap == "gzip":
         for f in files:
             if f.kind == "file" and not f.data.startswith(b"\x1f\x8b"):
@@ -929,7 +931,7 @@ def _wrap(rng: random.Random, base: Base, files: list[File], done: list[str], da
             info = zipfile.ZipInfo(name or f"{n}")
             info.compress_type = archive.compression
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of doubles
+                warnings.simplefilter("ignore")  # about duplicate names
                 archive.writestr(info, f.data)
     data = packed.getvalue()
     if trick == "in itself":
@@ -952,7 +954,7 @@ def write_case(case: Case, folder: Path) -> None:
     """Write the files of a case."""
     for file in case.files:
         below, name = os.path.split(str(folder) + "/" + file.path)
-        path = os.fsencode(below) + b"/" + os.fsencode(name)[-255:]  # what wrapped it may have made it too long
+        path = os.fsencode(below) + b"/" + os.fsencode(name)[-255:]  # an archive suffix may have made it too long
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
             if file.kind == "fifo":
@@ -965,12 +967,12 @@ def write_case(case: Case, folder: Path) -> None:
                 Path(os.fsdecode(path)).write_bytes(file.data)
 
 
-# ---------------------------------------------------------------------------------------------------------- the verdict
+# ------------------------------------------------------------------------------------------------- check of the results
 
 
 @dataclass
 class Violation:
-    """What must not happen, and did."""
+    """Forbidden behaviour in a case."""
 
     case: int
     kind: str
@@ -982,7 +984,7 @@ class Violation:
 
 @dataclass
 class Reply:
-    """What a child says of a case."""
+    """Result of a case, sent by a child."""
 
     number: int
     violations: list[Violation] = field(default_factory=list)
@@ -993,26 +995,26 @@ class Reply:
     seconds: float = 0.0
     peak_rss: int = 0
     shown: list[str] = field(default_factory=list)
-    """Everything that was said about the case, for a person."""
+    """All messages about the case, for people."""
     skipped: str = ""
-    """Why the case could not be made; nothing else is said of it then."""
+    """Reason why the case could not be made; the other fields are then empty."""
 
 
 @dataclass
 class Summary:
-    """What many cases came to."""
+    """Results of many cases."""
 
     seed: int
     cases: int = 0
-    """How many ran."""
+    """Number of cases that were run."""
     skipped: dict[int, str] = field(default_factory=dict)
-    """Cases that could not be made, by number, and why."""
+    """Reasons of the cases that could not be made, by number."""
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
     damage: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     slowest: tuple[float, int] = (0.0, -1)
-    """Seconds and case."""
+    """Duration in s and number of the slowest case."""
     peak_rss: int = 0
     violations: list[Violation] = field(default_factory=list)
 
@@ -1049,7 +1051,7 @@ class Summary:
 
 
 def judge(case: Case, run: Run, out: Path, expected: str | None) -> Reply:
-    """Hold what was said about a case against what may be said."""
+    """Check the results of a case, and return a reply with its violations."""
     import numpy as np
     import tifffile
 
@@ -1113,11 +1115,11 @@ def digest(folder: Path) -> str:
 
 
 def label(status: str, reason: str, names: list[str]) -> str:
-    """Return a status with the first words of its reason, without what differs from case to case."""
+    """Return a status with the first words of its reason, without file names and numbers."""
     if not reason:
         return status
     for name in names:
-        if len(name) > 3:  # others are parts of words
+        if len(name) > 3:  # shorter names also occur as parts of words
             reason = reason.replace(name, "…")
     words = re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", reason, flags=re.IGNORECASE).split()
     return f"{status}: {' '.join(words[:7])}"[:100]
@@ -1127,19 +1129,19 @@ def label(status: str, reason: str, names: list[str]) -> str:
 
 
 def _child(connection: Connection, stock: tuple[Base, ...], seed: int, root: Path, subject: Subject) -> None:
-    """Run cases until the other end closes; never returns to what made it."""
-    os.setsid()  # so that it can be ended with whatever it started
+    """Run cases until the parent closes the connection, then end the process."""
+    os.setsid()  # so that it can be killed together with its children
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     said = os.open(root / "said", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
     faulthandler.enable(2)
-    faulthandler.register(signal.SIGUSR1, 2)  # where a hang hangs
+    faulthandler.register(signal.SIGUSR1, 2)  # prints the stack of a hanging child
 
     inside, out = root / "in", root / "out"
     expected = []
-    for recipe in RECIPES:  # this also imports everything and finds the child's usual size
+    for recipe in RECIPES:  # this also imports everything, so that memory is at its usual level
         for name, data in stock[0].files:
             (inside / "witness").mkdir(parents=True, exist_ok=True)
             (inside / "witness" / name).write_bytes(data)
@@ -1162,7 +1164,7 @@ def _child(connection: Connection, stock: tuple[Base, ...], seed: int, root: Pat
 
 
 def _run_case(case: Case, root: Path, said: int, expected: list[str], subject: Subject) -> Reply:
-    """Run a case whose files are there."""
+    """Run a case whose files are written."""
     inside, out = root / "in", root / "out"
     os.ftruncate(said, 0)
     before, around = _listing(inside), set(os.listdir(root))
@@ -1208,7 +1210,7 @@ def _run_case(case: Case, root: Path, said: int, expected: list[str], subject: S
 
 
 def unmade(number: int, exc: Exception) -> Reply:
-    """Return what there is to say of a case that could not be made."""
+    """Return the reply for a case that could not be made."""
     return Reply(number, skipped=f"{type(exc).__name__}: {exc} at {_place(exc)}")
 
 
@@ -1219,7 +1221,7 @@ def _clear(*folders: Path) -> None:
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Return name, size and time of change of everything in a folder."""
+    """Return name, size and modification time of everything in a folder."""
     found = []
     for at, folders, files in os.walk(os.fsencode(folder)):
         for name in (*folders, *files):
@@ -1229,19 +1231,19 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def _memory(process: int | str = "self", *, reset: bool = False) -> int:
-    """Return a process's largest size since the last reset, in bytes; with `reset`, its size now."""
+    """Return the peak memory of a process since the last reset, in bytes; with `reset`, its current memory."""
     try:
         if reset:
             with open(f"/proc/{process}/clear_refs", "w") as f:
                 f.write("5")
         with open(f"/proc/{process}/status") as f:
             return next(int(line.split()[1]) << 10 for line in f if line.startswith("VmHWM"))
-    except (OSError, StopIteration):  # it is gone; or this is not Linux, and there is only a size that never shrinks
+    except (OSError, StopIteration):  # the process has ended; or not Linux, where only the total peak is known
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 if process == "self" else 0
 
 
 def _place(exc: BaseException) -> str:
-    """Return the innermost lines of gpuprep and of all that an error came from."""
+    """Return the innermost line of gpuprep, and the innermost line, in the traceback of an error."""
     frames = traceback.extract_tb(exc.__traceback__)
     ours = [f for f in frames if "gpuprep" in f.filename]
     places = [f"{os.path.basename(f.filename)}:{f.lineno} {f.name}" for f in (*ours[-1:], *frames[-1:])]
@@ -1249,7 +1251,7 @@ def _place(exc: BaseException) -> str:
 
 
 class _Child:
-    """A process that runs one case after the other."""
+    """A process that runs cases one after the other."""
 
     def __init__(self, stock: tuple[Base, ...], seed: int, root: Path, subject: Subject) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -1266,11 +1268,11 @@ class _Child:
 
     def give(self, number: int, limit_s: float) -> None:
         self.number, self.deadline = number, time.monotonic() + limit_s
-        with contextlib.suppress(OSError):  # it died while idle: waiting for the answer will tell
+        with contextlib.suppress(OSError):  # it died while idle, which `wait` will detect
             self.connection.send(number)
 
     def complain(self) -> str:
-        """Make a child that hangs say where; it is then ended."""
+        """Print the stack of a hanging child, then end it."""
         self.peak_rss = _memory(self._process.pid or 0)
         with contextlib.suppress(OSError):
             os.kill(self._process.pid or 0, signal.SIGUSR1)
@@ -1278,8 +1280,8 @@ class _Child:
         return self.end()
 
     def end(self, *, dying: bool = False) -> str:
-        """End the child and all it started; return how it ended and the last it said."""
-        if dying:  # its end of the pipe is closed first
+        """End the child and its children; return its exit status and last messages."""
+        if dying:  # its pipe closes before the process ends
             self._process.join(5)
         code = self._process.exitcode
         with contextlib.suppress(OSError):
@@ -1305,9 +1307,9 @@ def fuzz(
     limit_s: float = LIMIT_S,
     subject: Subject = convert_case,
     keep: Path | None = None,
-    heard: Callable[[Summary, Reply], None] | None = None,
+    on_reply: Callable[[Summary, Reply], None] | None = None,
 ) -> Summary:
-    """Run cases and return what they came to.
+    """Run cases and return a summary.
 
     Parameters
     ----------
@@ -1316,18 +1318,18 @@ def fuzz(
     seed, jobs, limit_s
         As on the command line.
     subject : callable
-        What is run on a case; a function that a new process can import.
+        Function under test; a new process must be able to import it.
     keep : path, optional
-        Where the files of bad cases go.
-    heard : callable, optional
-        Is told of every case.
+        Folder for the files of cases with violations.
+    on_reply : callable, optional
+        Called after every case.
     """
-    shm = Path("/dev/shm")  # noqa: S108 - memory, where there is such a thing
+    shm = Path("/dev/shm")  # noqa: S108 - in memory, if the system has it
     scratch = Path(tempfile.mkdtemp(prefix="gpuprep-fuzz-", dir=shm if os.access(shm, os.W_OK) else None))
     summary = Summary(seed)
     started = time.monotonic()
     former = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its buffers, one per core, would eat the children's address space
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its buffers, one per core, would fill the address space of the children
     children: list[_Child] = []
 
     def start() -> _Child:
@@ -1344,8 +1346,8 @@ def fuzz(
             write_case(make_case(stock, seed, reply.number), folder)
             said = [f"{v.kind}: {v.detail}" for v in reply.violations] + reply.shown
             (folder / "said.txt").write_text("\n".join(said), "utf-8", "backslashreplace")
-        if heard is not None:
-            heard(summary, reply)
+        if on_reply is not None:
+            on_reply(summary, reply)
 
     def lost(child: _Child, kind: str, detail: str, seconds: float) -> Reply:
         assert child.number is not None
@@ -1417,26 +1419,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds a case may take")
-    parser.add_argument("--only", type=int, metavar="N", help="run this case alone, say everything and keep its files")
-    parser.add_argument("--keep", type=Path, help="folder for the files of bad cases")
+    parser.add_argument("--only", type=int, metavar="N", help="run only this case, print everything and keep its files")
+    parser.add_argument("--keep", type=Path, help="folder for the files of cases with violations")
     parser.add_argument("--out", type=Path, help="write the summary here as JSON")
     args = parser.parse_args()
     if args.only is not None:
         return only(args.seed, args.only, args.keep or Path.cwd(), args.limit)
 
-    told = time.monotonic()
+    printed_s = time.monotonic()
 
-    def heard(summary: Summary, reply: Reply) -> None:
-        nonlocal told
+    def on_reply(summary: Summary, reply: Reply) -> None:
+        nonlocal printed_s
         for v in reply.violations:
             print(f"case {v.case} ({v.base}; {'; '.join(v.done)})\n  {v.kind}: {v.detail}", file=sys.stderr, flush=True)
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
+        if time.monotonic() - printed_s > 5:
+            printed_s = time.monotonic()
             so_far = f"{summary.cases} cases, {summary.cases / summary.seconds:.0f}/s"
             print(f"{so_far}, {len(summary.violations)} violations", file=sys.stderr, flush=True)
 
     numbers = range(args.first, args.first + args.cases)
-    summary = fuzz(numbers, seed=args.seed, jobs=args.jobs, limit_s=args.limit, keep=args.keep, heard=heard)
+    summary = fuzz(numbers, seed=args.seed, jobs=args.jobs, limit_s=args.limit, keep=args.keep, on_reply=on_reply)
     result = summary.to_dict()
     for title in ("statuses", "outcomes", "damage", "notes"):
         print(f"\n{title}")
@@ -1463,7 +1465,7 @@ def main() -> int:
 
 
 def only(seed: int, number: int, keep: Path, limit_s: float) -> int:
-    """Run one case, print all there is to know and leave its files."""
+    """Run one case, print everything about it and keep its files."""
     with tempfile.TemporaryDirectory() as scratch:
         stock = bases(Path(scratch))
     try:
@@ -1480,11 +1482,11 @@ def only(seed: int, number: int, keep: Path, limit_s: float) -> int:
     for file in case.files:
         print(f"  {file.kind:6} {len(file.data):8}  {file.path!r}")
 
-    def heard(_: Summary, reply: Reply) -> None:
+    def on_reply(_: Summary, reply: Reply) -> None:
         print("\n".join(reply.shown))
         print(f"{reply.seconds:.3f} s, peak {reply.peak_rss / 1e6:.0f} MB; files in {folder}")
 
-    summary = fuzz([number], seed=seed, limit_s=limit_s, heard=heard)
+    summary = fuzz([number], seed=seed, limit_s=limit_s, on_reply=on_reply)
     for v in summary.violations:
         print(f"violation: {v.kind}: {v.detail}")
     return 1 if summary.violations else 0

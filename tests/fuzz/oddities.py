@@ -1,7 +1,7 @@
-"""What is odd about CT files of real scanners and archives, done to a valid series that is taken apart.
+"""Peculiarities of CT files from real scanners and archives, applied to the elements of a valid series.
 
-Each function changes the files of one series, may add files, and returns in words what it did. Some of it the standard
-allows; most of it a reader has to expect all the same.
+Each function changes the files of one series, may add files, and returns a description. The standard allows some of the
+results; a reader has to expect all of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ UNUSUAL_SYNTAXES = (
     *("1.2.840.10008.1.2.4.203", "1.2.840.10008.1.2.4.205", "1.2.840.10008.1.2.7.1", "1.2.840.10008.1.2.4.999"),
     *("1.2.840.113619.5.2", "1.3.46.670589.33.1.4.1", "1.2.826.0.1.3680043.2.682.1.40", "2.25.1", "1.2.3.4.5"),
 )
-"""Newer than many readers, of makers, and of nobody."""
+"""Transfer syntaxes that are recent, private or nonexistent."""
 
 TIMES = (
     *("101500", "101500.25", "10:15:00", "1015", "10", "", "240000", "235959.999999", "-1", "101560"),
@@ -58,7 +58,7 @@ RESCALE_TYPES = (
 
 
 def values_of(file: Parsed) -> Any:
-    """Return a copy of the stored values of a file whose pixels are plain, or None: what was done before may be odd."""
+    """Return a copy of the stored values of a file with native pixels, or None, also if earlier changes prevent it."""
     import numpy as np
 
     pixels, bits = element_of(file.body, "PixelData"), number_of(file, "BitsAllocated")
@@ -73,7 +73,7 @@ def values_of(file: Parsed) -> Any:
 
 
 def reencoded(file: Parsed, how: str, values: Any) -> None:
-    """Give a file stored values in an encoded transfer syntax."""
+    """Set stored values in an encapsulated transfer syntax."""
     import imagecodecs
     import numpy as np
 
@@ -88,7 +88,7 @@ def reencoded(file: Parsed, how: str, values: Any) -> None:
 
 
 def _words(values: Any) -> Any:
-    """Return a view of stored values as numbers without a sign."""
+    """Return a view of stored values as unsigned integers."""
     return values.view(values.dtype.str.replace("i", "u"))
 
 
@@ -98,7 +98,7 @@ def _deflated(frame: bytes) -> bytes:
 
 
 def _numbers(element: Element) -> list[float]:
-    """Return decimal strings as numbers; none where they are no such any more."""
+    """Return decimal strings as numbers; an empty list if they are no longer valid."""
     try:
         return [float(part) for part in element.value.decode().replace(",", ".").strip("\0 ").split("\\")]
     except ValueError:
@@ -106,7 +106,7 @@ def _numbers(element: Element) -> list[float]:
 
 
 def _every(file: Parsed, keyword: str) -> list[Element]:
-    """Return all elements of an attribute, also those in sequences."""
+    """Return all elements of an attribute, also in sequences."""
     tag = tag_of(keyword)
     return [home[n] for home, n in everywhere(file.body) if home[n].tag == tag]
 
@@ -123,13 +123,13 @@ def _moved(file: Parsed, z_mm: float) -> None:
 
 
 def _some(rng: random.Random, series: Series) -> list[Parsed]:
-    """Return all files of a series, or one of them, or every second one."""
+    """Return all files of a series, one, or every second."""
     files = list(series.values())
     return rng.choice((files, files, files, [rng.choice(files)], files[::2]))
 
 
 def _another(file: Parsed, n: int) -> Parsed:
-    """Return a copy of a file as another instance."""
+    """Return a copy of a file with another SOP Instance UID."""
     other = copy.deepcopy(file)
     put(other, "SOPInstanceUID", f"2.25.{n + 1}{zlib.crc32(str(n).encode())}")
     if other.meta:
@@ -138,13 +138,13 @@ def _another(file: Parsed, n: int) -> Parsed:
 
 
 def _passes(rng: random.Random, series: Series, shift_mm: Callable[[int], float]) -> list[list[Parsed]]:
-    """Add one or two further passes over the same slices; return all passes, the first one too."""
+    """Add one or two passes over the same slices; return all passes, including the first."""
     passes = [list(series.values())]
     for n in range(1, rng.choice((2, 2, 3))):
         added = [_another(file, 1000 * n + k) for k, file in enumerate(passes[0])]
         for file in added:
             _moved(file, shift_mm(n))
-        if rng.random() < 0.3:  # it was stopped early
+        if rng.random() < 0.3:  # an aborted pass
             del added[rng.randint(1, len(added)) :]
         series |= {f"pass-{n}-{k}.dcm": file for k, file in enumerate(added)}
         passes.append(added)
@@ -164,7 +164,7 @@ def _pixel_vr(rng: random.Random, series: Series) -> str:
 
 
 def _high_bit(rng: random.Random, series: Series) -> str:
-    """Put the stored values elsewhere in their 16 bits, or say so although they are not there."""
+    """Shift the stored values within their 16 bits, or change only the header."""
     stored = rng.choice((8, 10, 11, 12, 12, 12, 13, 16))
     high = rng.choice((15, 15, 14, stored, stored - 2, 3, 0))
     shift = rng.choice((0, max(0, high + 1 - stored), 4))
@@ -178,7 +178,7 @@ def _high_bit(rng: random.Random, series: Series) -> str:
 
 
 def _codestream_sign(rng: random.Random, series: Series) -> str:
-    """Have the code stream say another sign than the header."""
+    """Make the signedness of the codestream contradict the header."""
     negative, header = rng.choice((0, 0, 1000)), rng.randrange(2)
     for file in _some(rng, series):
         values = values_of(file)
@@ -193,7 +193,7 @@ def _codestream_sign(rng: random.Random, series: Series) -> str:
 
 
 def _beyond(rng: random.Random, series: Series) -> str:
-    """Set bits above those that are stored, in one value or in all."""
+    """Set bits above Bits Stored, in one value or in a share of them."""
     stored = rng.choice((8, 10, 11, 12, 15))
     bits = rng.choice((0x8000, 0xF000, 1 << min(stored, 15), 0x1000))
     share = rng.choice((0.0, 0.01, 0.5, 1.0))
@@ -228,7 +228,7 @@ def _modality_lut(rng: random.Random, series: Series) -> str:
 
 
 def _rescale_type(rng: random.Random, series: Series) -> str:
-    """Change the unit: of all files, of some, or of some frames."""
+    """Change the Rescale Type of all files, of some, or of some frames."""
     kind = rng.choice(RESCALE_TYPES)
     for file in _some(rng, series):
         types = _every(file, "RescaleType")
@@ -274,7 +274,7 @@ def _commas(rng: random.Random, series: Series) -> str:
 
 
 def _binary(rng: random.Random, series: Series) -> str:
-    """Write decimal strings as binary numbers, with the VR of such, as some converters do."""
+    """Write decimal strings as binary numbers with a binary VR, like some converters."""
     keywords = rng.sample(DECIMALS, rng.choice((1, 1, 3)))
     vr, code = rng.choice(((b"FD", "d"), (b"FL", "f"), (b"SS", "h"), (b"US", "H"), (b"UL", "I")))
     for file in _some(rng, series):
@@ -289,7 +289,7 @@ def _binary(rng: random.Random, series: Series) -> str:
 
 
 def _tiny(rng: random.Random, series: Series) -> str:
-    """Make it a micro-CT: everything that has a length becomes so much smaller."""
+    """Scale all lengths down to those of micro-CT."""
     factor = rng.choice((0.025, 0.01, 0.001, 0.0001))
     for file in series.values():
         for keyword in ("ImagePositionPatient", "PixelSpacing", "SliceThickness"):
@@ -305,7 +305,7 @@ def _frame_count(rng: random.Random, series: Series) -> str:
     return f"number of frames {count!r}"
 
 
-# ------------------------------------------------------------------------------------------------ what belongs together
+# ------------------------------------------------------------------------------------------------------------- grouping
 
 
 def _uids(rng: random.Random, series: Series) -> str:
@@ -324,7 +324,7 @@ def _uids(rng: random.Random, series: Series) -> str:
 
 
 def _people(rng: random.Random, series: Series) -> str:
-    """Mix two patients or studies in one series: at places of their own, or twice the same places."""
+    """Mix two patients or studies in one series, at different or at the same positions."""
     keywords = rng.choice((("StudyInstanceUID",), ("PatientID",), ("StudyInstanceUID", "PatientID", "PatientName")))
     twice = rng.random() < 0.5
     if twice:
@@ -339,18 +339,18 @@ def _people(rng: random.Random, series: Series) -> str:
     return f"another {', '.join(keywords)}, {'at the same places' if twice else 'in some files'}"
 
 
-TELLING = (
+DISTINGUISHING = (
     *("AcquisitionNumber", "AcquisitionNumber", "AcquisitionTime", "AcquisitionTime", "AcquisitionDateTime"),
     *("ContentTime", "SeriesTime", "AcquisitionUID", "InstanceNumber", "ImageType", "ConvolutionKernel", "KVP"),
     *("TemporalPositionIdentifier", "TemporalPositionIndex", "NominalPercentageOfCardiacPhase", "TriggerTime"),
     *("NominalCardiacTriggerDelayTime", "NominalPercentageOfRespiratoryPhase", "MonoenergeticEnergyEquivalent"),
     *("ImageComments", "StackID", "ContrastBolusAgent"),
 )
-"""Attributes by which passes over the same slices may be told apart."""
+"""Attributes that may distinguish passes over the same slices."""
 
 
-def _told(rng: random.Random, file: Parsed, keyword: str, n: int, k: int) -> None:
-    """Give a file of pass n its value of an attribute."""
+def _distinguish(rng: random.Random, file: Parsed, keyword: str, n: int, k: int) -> None:
+    """Set the value of an attribute for pass n."""
     vr = dictionary_vr(tag_of(keyword))
     value: object = f"{n + 1}"
     if vr in (b"FD", b"FL"):
@@ -365,28 +365,28 @@ def _told(rng: random.Random, file: Parsed, keyword: str, n: int, k: int) -> Non
         value = f"ORIGINAL\\PRIMARY\\AXIAL\\{'ABC'[n]}"
     elif keyword == "InstanceNumber":
         value = f"{100 * n + k + 1}"
-    if rng.random() > 0.02:  # it may be missing once
+    if rng.random() > 0.02:  # it may be absent in single files
         put(file, keyword, value)
 
 
 def _passes_out_of_register(rng: random.Random, series: Series) -> str:
     share = rng.choice((0.5, 0.25, 0.4, 0.02, 0.001, 1.0, 1.5, 2.5))
-    keywords = rng.sample(TELLING, rng.choice((0, 1, 1, 2)))
+    keywords = rng.sample(DISTINGUISHING, rng.choice((0, 1, 1, 2)))
     passes = _passes(rng, series, lambda n: n * share * 2.5)
     for n, files in enumerate(passes):
         for k, file in enumerate(files):
             for keyword in keywords:
-                _told(rng, file, keyword, n, k)
+                _distinguish(rng, file, keyword, n, k)
     return f"{len(passes)} passes {share} slices apart, told apart by {', '.join(keywords) or 'nothing'}"
 
 
 def _phases(rng: random.Random, series: Series) -> str:
-    keywords = rng.sample(TELLING, rng.choice((0, 1, 1, 2)))
+    keywords = rng.sample(DISTINGUISHING, rng.choice((0, 1, 1, 2)))
     passes = _passes(rng, series, lambda _: 0.0)
     for n, files in enumerate(passes):
         for k, file in enumerate(files):
             for keyword in keywords:
-                _told(rng, file, keyword, n, k)
+                _distinguish(rng, file, keyword, n, k)
             if n and rng.random() < 0.8 and (pixels := element_of(file.body, "PixelData")) and pixels.length is None:
                 pixels.value = pixels.value[2:] + pixels.value[:2]  # another image
     return f"{len(passes)} phases at the same places, told apart by {', '.join(keywords) or 'nothing'}"
@@ -409,7 +409,7 @@ def _times(rng: random.Random, series: Series) -> str:
 
 @dataclass(frozen=True)
 class _Dimension:
-    """What tells the phases of frames apart: a sequence of a frame, and an attribute in it."""
+    """Attribute that distinguishes phases of frames, in a sequence of the functional groups."""
 
     sequence: str
     keyword: str
@@ -442,7 +442,7 @@ def _frames_of(file: Parsed) -> list[list[Element]]:
 
 
 def _with_frames(file: Parsed, order: Sequence[int], count: str | None = None) -> None:
-    """Give a multi-frame file frames of its own in another order, any of them repeatedly: groups and pixels."""
+    """Reorder the frames of a multi-frame file, groups and pixels; frames may be repeated."""
     pixels, groups = element_of(file.body, "PixelData"), _frames_of(file)
     if pixels is None or not groups:
         return
@@ -464,7 +464,7 @@ def _labelled(file: Parsed, frame: list[Element], dimension: _Dimension, n: int)
 
 
 def four_dimensional(file: Parsed, phases: int, chosen: Sequence[_Dimension], *, interleaved: bool) -> None:
-    """Repeat the frames of a multi-frame file, and say of each to which phase it belongs."""
+    """Repeat the frames of a multi-frame file, and set the phase of each."""
     slices = len(_frames_of(file))
     pairs = [(n, k) for n in range(phases) for k in range(slices)]
     if interleaved:
@@ -496,7 +496,7 @@ def _dimensions(rng: random.Random, series: Series) -> str:
 
 
 def _stacks(rng: random.Random, series: Series) -> str:
-    """Say other stacks and places in them than the positions do."""
+    """Set stack IDs and positions in the stack that contradict the image positions."""
     how = rng.choice(("two stacks", "one per frame", "places reversed", "places equal", "no places", "empty"))
     for file in series.values():
         frames = _frames_of(file)
@@ -514,7 +514,7 @@ def _stacks(rng: random.Random, series: Series) -> str:
 
 
 def _instances(rng: random.Random, series: Series) -> str:
-    """Spread the frames of a file over several instances."""
+    """Distribute the frames of a file over several instances."""
     name, file = next(iter(series.items()))
     count = len(_frames_of(file))
     how = rng.choice(("halves", "alternating", "overlapping", "one each", "twice"))
@@ -580,7 +580,7 @@ def _encapsulation(rng: random.Random, series: Series) -> str:
 
 
 def _wrong_name(rng: random.Random, series: Series) -> str:
-    """Leave the pixels as they are, and call their encoding by the name of another, or by one that nobody knows."""
+    """Change only the transfer syntax UID, to another or to an unknown one."""
     known = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2.5", JPEG_LS, JPEG_2000, "1.2.840.10008.1.2.4.70")
     syntax = rng.choice((*known, *UNUSUAL_SYNTAXES))
     for file in _some(rng, series):
@@ -590,7 +590,7 @@ def _wrong_name(rng: random.Random, series: Series) -> str:
 
 
 def _unusual_syntax(rng: random.Random, series: Series) -> str:
-    """Encode plain pixels properly, in a way that few readers know."""
+    """Encode native pixels correctly in a rarely supported transfer syntax."""
     syntax = rng.choice((JPEG_XL, DEFLATED_FRAMES, UNCOMPRESSED_FRAMES))
     for file in _some(rng, series):
         values = values_of(file)
@@ -600,7 +600,7 @@ def _unusual_syntax(rng: random.Random, series: Series) -> str:
 
 
 def _plain_in_an_item(rng: random.Random, series: Series) -> str:
-    """Put plain pixels into one item, under the name that they had."""
+    """Put native pixels into one item, without changing the transfer syntax."""
     for file in _some(rng, series):
         pixels = element_of(file.body, "PixelData")
         if pixels is not None and pixels.length is None:
@@ -620,15 +620,15 @@ ANY = ()
 
 @dataclass(frozen=True)
 class Oddity:
-    """One kind of oddity."""
+    """A peculiarity, and the base series to which it applies."""
 
     name: str
     do: Callable[[random.Random, Series], str]
     bases: tuple[str, ...] = ANY
-    """Names of the base series that it can be done to; of all where there are none."""
+    """Names of the base series to which it applies; empty: all."""
 
     def fits(self, base: str) -> bool:
-        """Whether it can be done to a base series."""
+        """Whether it applies to a base series."""
         return not self.bases or base in self.bases
 
 

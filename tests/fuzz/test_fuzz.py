@@ -1,6 +1,6 @@
-"""Damaged series through gpuprep: a small part of what ``fuzzing.py`` does, and whether that sees what it looks for.
+"""Runs some cases of ``fuzzing.py``, and checks that the fuzzer detects violations.
 
-GPUPREP_FUZZ_CASES=20000 runs more of them.
+GPUPREP_FUZZ_CASES=20000 runs more cases.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, ...]:
     return bases(tmp_path_factory.mktemp("bases"))
 
 
-def test_damaged_series_end_in_a_verdict(tmp_path: Path) -> None:
+def test_damaged_series_lead_to_a_verdict(tmp_path: Path) -> None:
     summary = fuzz(range(CASES), seed=1, keep=tmp_path)
     assert summary.skipped == {}
     assert summary.cases == CASES
     assert not summary.violations, f"files are in {tmp_path}"
 
 
-def test_files_are_put_together_as_they_were(stock: tuple[Base, ...]) -> None:
+def test_splitting_and_assembling_a_file_restores_its_bytes(stock: tuple[Base, ...]) -> None:
     for base in stock:
         for _, data in base.files:
             assert built(parsed(data)) == data, base.name
 
 
-def test_a_case_is_always_the_same(stock: tuple[Base, ...], tmp_path: Path) -> None:
+def test_cases_are_reproducible(stock: tuple[Base, ...], tmp_path: Path) -> None:
     again = bases(tmp_path)
     assert again == stock
     for number in range(100):
         assert make_case(again, 3, number) == make_case(stock, 3, number)
-    # Whatever was made before it.
+    # Independent of the cases made before.
     assert make_case(stock, 3, 7) == make_case(again, 3, 7)
 
 
-def test_cases_can_be_made_and_leave_their_bases_alone(stock: tuple[Base, ...]) -> None:
+def test_cases_cover_all_oddities_and_do_not_change_their_bases(stock: tuple[Base, ...]) -> None:
     before = [(base.name, [(name, zlib.crc32(data)) for name, data in base.files]) for base in stock]
     done = Counter(what.split(":")[0] for n in range(700) for what in make_case(stock, 20261129, n).done)
     assert {oddity.name for oddity in ODDITIES} <= set(done)
@@ -68,12 +68,12 @@ def test_cases_can_be_made_and_leave_their_bases_alone(stock: tuple[Base, ...]) 
 
 
 @pytest.mark.parametrize("left", [b"", b"\xfe", b"\xfe\xff\x00\xe0\0\0\0"])
-def test_encoded_pixels_of_which_damage_left_next_to_nothing_can_be_damaged_further(left: bytes) -> None:
+def test_almost_empty_encapsulated_pixels_can_be_damaged_further(left: bytes) -> None:
     done = set()
     for n in range(100):
         pixels = Element(PIXEL_DATA, b"OB", left, length=UNDEFINED)
         done.add(_fragments(_again(n), Parsed(b"", [], [pixels], False, False, False)))
-    assert len(done) == 8  # all there are
+    assert len(done) == 8  # all kinds
 
 
 def read(stock: tuple[Base, ...], name: str) -> list[pydicom.Dataset]:
@@ -93,7 +93,7 @@ def inflated(frame: bytes) -> bytes:
         ("uncompressed-frames", "1.2.840.10008.1.2.1.98", bytes),
     ],
 )
-def test_bases_of_unusual_encodings_hold_the_values_of_the_plain_one(
+def test_bases_with_unusual_encodings_have_the_values_of_the_native_base(
     stock: tuple[Base, ...], name: str, syntax: str, decode: Any
 ) -> None:
     plain = read(stock, "explicit-unsigned")
@@ -105,7 +105,7 @@ def test_bases_of_unusual_encodings_hold_the_values_of_the_plain_one(
         assert np.asarray(decode(frame)).tobytes() == expected.PixelData
 
 
-def test_the_base_of_two_phases_has_the_same_frames_twice(stock: tuple[Base, ...]) -> None:
+def test_the_base_with_two_phases_has_every_frame_twice(stock: tuple[Base, ...]) -> None:
     (one,), (two,) = read(stock, "enhanced"), read(stock, "enhanced-4d")
     assert (one.NumberOfFrames, two.NumberOfFrames) == (4, 8)
     assert two.PixelData == one.PixelData * 2
@@ -117,14 +117,14 @@ def test_the_base_of_two_phases_has_the_same_frames_twice(stock: tuple[Base, ...
 
 
 def odd(stock: tuple[Base, ...], name: str, base: str, seed: int) -> tuple[str, dict[str, bytes]]:
-    """Return what one oddity made of a base: in words, and the files."""
+    """Return the description and the files of a base changed by one oddity."""
     (oddity,) = [oddity for oddity in ODDITIES if oddity.name == name]
     (of,) = [b for b in stock if b.name == base]
     series = {file: parsed(data) for file, data in of.files}
     return oddity.do(_again(seed), series), {file: built(apart) for file, apart in series.items()}
 
 
-def test_a_codestream_of_the_other_sign_than_the_header_is_one(stock: tuple[Base, ...]) -> None:
+def test_the_oddity_of_the_codestream_sign_contradicts_the_header(stock: tuple[Base, ...]) -> None:
     signs = set()
     for seed in range(12):
         _, files = odd(stock, "sign of the codestream", "explicit-unsigned", seed)
@@ -137,7 +137,7 @@ def test_a_codestream_of_the_other_sign_than_the_header_is_one(stock: tuple[Base
     assert signs == {(0, "i"), (1, "u")}
 
 
-def test_the_reserved_bytes_of_pixel_data_are_what_they_are_said_to_be(stock: tuple[Base, ...]) -> None:
+def test_the_oddity_of_the_pixel_vr_writes_the_described_bytes(stock: tuple[Base, ...]) -> None:
     seen = set()
     for seed in range(40):
         said, files = odd(stock, "pixel VR", "explicit-signed", seed)
@@ -148,7 +148,7 @@ def test_the_reserved_bytes_of_pixel_data_are_what_they_are_said_to_be(stock: tu
     assert seen == {"OB", "OW", "UN", "OF", "OL", "OD", "OV", "UT"}
 
 
-def test_passes_out_of_register_are_as_many_files_at_places_of_their_own(stock: tuple[Base, ...]) -> None:
+def test_the_oddity_of_passes_writes_the_described_positions(stock: tuple[Base, ...]) -> None:
     for seed in range(12):
         said, files = odd(stock, "passes", "explicit-signed", seed)
         count, share = int(said.split()[0]), float(said.split()[2])
@@ -161,7 +161,7 @@ def test_passes_out_of_register_are_as_many_files_at_places_of_their_own(stock: 
 
 @pytest.fixture(scope="module")
 def broken(stock: tuple[Base, ...]) -> tuple[Base, ...]:
-    """The witness, and a series that is no DICOM: its elements cannot be damaged, but its bytes can."""
+    """The witness, and a base that is no DICOM: only its bytes can be damaged, not its elements."""
     return stock[0], Base("explicit-signed", (("a.dcm", b"x"),))
 
 
@@ -172,7 +172,7 @@ def test_a_case_that_cannot_be_made_is_skipped_and_counted(
     for number in range(12):
         try:
             make_case(broken, 1, number)
-        except (struct.error, IndexError):  # no elements; or no base that an oddity can be done to
+        except (struct.error, IndexError):  # no elements, or no base for the oddity
             impossible.add(number)
     assert 0 < len(impossible) < 12
     monkeypatch.setattr("fuzzing.bases", lambda _: broken)
@@ -199,30 +199,30 @@ def test_a_case_that_cannot_be_made_is_skipped_and_counted(
     assert f"case {min(impossible)} of seed 1 cannot be made: " in capsys.readouterr().out
 
 
-# What gpuprep must not do. Children run it, so it has to be in functions of a module.
+# Violations. Child processes run them, so they are functions of a module.
 
-SINS = ("exception", "traceback", "memory", "failed", "reason", "witness", "input", "silence")
-TO_COMMIT = iter(SINS)
+VIOLATIONS = ("exception", "traceback", "memory", "failed", "reason", "witness", "input", "silence")
+NEXT_VIOLATION = iter(VIOLATIONS)
 
 
-def sins(folder: Path, out: Path, recipe: Recipe) -> Run:
-    """Commit one sin after the other."""
-    sin = next(TO_COMMIT)
-    if sin == "exception":
+def violates(folder: Path, out: Path, recipe: Recipe) -> Run:
+    """Convert with the next violation."""
+    kind = next(NEXT_VIOLATION)
+    if kind == "exception":
         raise RuntimeError("a bug")
-    if sin == "traceback":
+    if kind == "traceback":
         os.write(2, b"Traceback (most recent call last):\n")
-    if sin == "memory":
+    if kind == "memory":
         bytes(5 << 30)
-    run = convert_case(folder / "witness" if sin == "silence" else folder, out, recipe)
-    if sin == "failed":
+    run = convert_case(folder / "witness" if kind == "silence" else folder, out, recipe)
+    if kind == "failed":
         return replace(run, results=tuple(replace(r, status="failed", reason="KeyError: 7") for r in run.results))
-    if sin == "reason":
+    if kind == "reason":
         return replace(run, results=tuple(replace(r, status="rejected", reason="") for r in run.results))
-    if sin == "witness":
+    if kind == "witness":
         for file in out.rglob("volume.tif"):
             file.write_bytes(file.read_bytes() + b"\0")
-    if sin == "input":
+    if kind == "input":
         (folder / "witness" / "left-behind").touch()
     return run
 
@@ -239,22 +239,22 @@ def dies(folder: Path, out: Path, recipe: Recipe) -> Run:
 
 @pytest.fixture(scope="module")
 def mild(stock: tuple[Base, ...]) -> list[int]:
-    """Cases in which the damaged series is found, whatever becomes of it."""
+    """Cases in which the damaged series is found, with any verdict."""
     found = [n for n in range(300) if all(what.startswith("codestream") for what in make_case(stock, 0, n).done)]
-    return found[: len(SINS)]
+    return found[: len(VIOLATIONS)]
 
 
-def test_violations_are_seen(mild: list[int]) -> None:
-    summary = fuzz(mild, subject=sins)
-    assert summary.cases == len(SINS)
-    for number, sin in zip(mild, SINS, strict=True):
-        assert sin in {v.kind for v in summary.violations if v.case == number}
+def test_violations_are_detected(mild: list[int]) -> None:
+    summary = fuzz(mild, subject=violates)
+    assert summary.cases == len(VIOLATIONS)
+    for number, kind in zip(mild, VIOLATIONS, strict=True):
+        assert kind in {v.kind for v in summary.violations if v.case == number}
 
 
 @pytest.mark.parametrize(
     ("subject", "limit_s", "kind", "detail"), [(hangs, 1.0, "hang", "in hangs"), (dies, 10.0, "death", "SIGSEGV")]
 )
-def test_a_lost_child_is_seen_and_replaced(
+def test_a_child_that_hangs_or_dies_is_detected_and_replaced(
     subject: Subject, limit_s: float, kind: str, detail: str, mild: list[int], tmp_path: Path
 ) -> None:
     summary = fuzz(mild[:2], limit_s=limit_s, subject=subject, keep=tmp_path)

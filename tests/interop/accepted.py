@@ -1,11 +1,11 @@
-"""Do others take what we write: nnU-Net v2 verifies a data set of ours and reads what was computed; so does MONAI.
+"""Checks that nnU-Net v2, MONAI and ngff-zarr read the outputs of gpuprep correctly.
 
     pip install '.[nifti,zarr]' nnunetv2 monai ngff-zarr
     python tests/interop/accepted.py [DICOM_DIR...] [--roi REGEX]
 
-Phantoms with outlines, and the series under DICOM_DIR with their RTSTRUCT and SEG, are converted in both formats that
-nnU-Net is given, for MONAI also as .npy, for ngff-zarr as OME-Zarr. Each value and each affine is compared with
-``gpuprep.process``; the first that differs ends it. ``--roi`` chooses structures that do not overlap.
+Phantoms with outlines, and the series under DICOM_DIR with their RTSTRUCT and SEG, are converted to both formats for
+nnU-Net, for MONAI also to .npy, and for ngff-zarr to OME-Zarr. All values and affines are compared with
+``gpuprep.process``; the first difference ends the script. ``--roi`` selects structures that do not overlap.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ FORMATS: tuple[tuple[Format, Compression], ...] = (
     ("zarr", "zstd"),
 )
 ATOL = 1e-3
-"""Millimetres, of affines that headers keep in float32."""
+"""Tolerance in mm of affines, which some headers store in float32."""
 
 
 def write_phantoms(top: Path) -> None:
-    """Write three chests, and heart and spine of two of them as text."""
+    """Write three chest phantoms, and heart and spine of two of them as text."""
     for n in range(3):
         write_series(top / "dicom" / f"phantom-{n}", thorax(SHAPE, SPACING_MM, seed=n), SPACING_MM)
     for n in range(2):
@@ -66,7 +66,7 @@ def check(what: str, values: NDArray[Any], expected: NDArray[Any], atol: float =
 
 
 def by_nnunet(out: Path, run: Run, volumes: dict[str, Volume], ending: str) -> None:
-    """Have nnU-Net verify a data set, and compare each image that its reader gives."""
+    """Verify a data set with nnU-Net's own check, and compare each image that its reader returns."""
     from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
     from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
@@ -110,7 +110,7 @@ def by_monai(out: Path, run: Run, volumes: dict[str, Volume], ending: str) -> No
 
 
 def by_ngff_zarr(out: Path, run: Run, volumes: dict[str, Volume]) -> None:
-    """Compare each image that ngff-zarr reads, and the place it gives it unless it is oblique."""
+    """Compare each image that ngff-zarr reads, and its position unless it is oblique."""
     from ngff_zarr import from_ngff_zarr  # type: ignore[import-not-found, unused-ignore]
     from ngff_zarr.rfc4 import (  # type: ignore[import-not-found, unused-ignore]
         anatomical_orientation_to_itk_direction as direction_of,

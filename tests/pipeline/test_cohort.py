@@ -1,4 +1,4 @@
-"""A cohort, files to files: no series stops another, each has its status, and nothing is done twice."""
+"""Conversion of cohorts: faulty series never stop others, each series has a status, and no work is repeated."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pixels(slices: int = 6, seed: int = 0) -> NDArray[np.int16]:
 
 
 def add(folder: Path, *, seed: int = 0, slices: int = 6, **options: Any) -> list[Path]:
-    """Write a series of 20 × 24 at 2.5 × 0.8 × 0.7 mm."""
+    """Write a series of 20 × 24 pixels with a spacing of 2.5 × 0.8 × 0.7 mm."""
     return write_series(folder, pixels(slices, seed), SPACING, **options)
 
 
@@ -62,12 +62,12 @@ def go(paths: Any, out: Path, recipe: Recipe = SMALL, **options: Any) -> Run:
 
 
 def statuses(run: Run) -> dict[str, str]:
-    """Status of each series by the name of its source folder."""
+    """Return the status of each series by the name of its source folder."""
     return {os.path.basename(r.source): r.status for r in run.results}
 
 
 def rows(out: Path) -> dict[str, dict[str, Any]]:
-    """Rows of the manifest by the name of the source folder, straight from SQLite."""
+    """Return the rows of the manifest by the name of the source folder, read with SQLite alone."""
     with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
         db.row_factory = sqlite3.Row
         return {os.path.basename(row["source"]): dict(row) for row in db.execute("SELECT * FROM series")}
@@ -79,13 +79,13 @@ def csv_rows(out: Path) -> dict[str, dict[str, str]]:
 
 
 def outputs(out: Path) -> dict[str, bytes]:
-    """Every file of every series under OUT with its content."""
+    """Return the content of every file of every series under OUT."""
     files = (p for p in out.rglob("*") if p.is_file() and ".gpuprep" not in p.parts and p.name not in OWN_FILES)
     return {str(p.relative_to(out)): p.read_bytes() for p in files}
 
 
-def touched(out: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of change of every file of every series under OUT."""
+def file_versions(out: Path) -> dict[str, tuple[int, int]]:
+    """Return inode and modification time of every file of every series under OUT."""
     return {name: ((s := os.stat(out / name)).st_ino, s.st_mtime_ns) for name in outputs(out)}
 
 
@@ -95,7 +95,7 @@ def sidecar(out: Path, result: SeriesResult) -> dict[str, Any]:
 
 
 def volume(out: Path, folder: str) -> NDArray[Any]:
-    """The slices of an output, stacked in the order of their names."""
+    """Return the slices of an output, stacked in the order of their names."""
     return np.stack([tifffile.imread(f) for f in sorted((out / folder).glob("*.tif"))])
 
 
@@ -104,17 +104,17 @@ def truncate(file: Path, missing: int = 100) -> None:
 
 
 def undecodable(ds: Dataset, _: int) -> None:
-    """Say JPEG 2000 and hold none."""
+    """Set the transfer syntax to JPEG 2000 with an invalid stream."""
     ds.file_meta.TransferSyntaxUID = JPEG2000Lossless
     ds.PixelData = encapsulate([b"this is no code stream"])
     ds["PixelData"].is_undefined_length = True
 
 
 class DeadlyBackend(NumpyBackend):
-    """A backend whose process is killed by series of 7 slices, as by the kernel when memory runs out."""
+    """Backend that kills its process on series of 7 slices, like the kernel does when memory runs out."""
 
     def to_device(self, host: Any) -> Any:
-        if host.shape == (7,):  # the rescale slope of each slice
+        if host.shape == (7,):  # the rescale slopes, one per slice
             os.kill(os.getpid(), signal.SIGKILL)
         return host
 
@@ -126,13 +126,13 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dicom(tmp_path: Path) -> Path:
-    """A cohort of two plain series."""
+    """A cohort of two regular series."""
     add(tmp_path / "dicom" / "p1", seed=1)
     add(tmp_path / "dicom" / "p2", seed=2)
     return tmp_path / "dicom"
 
 
-# --- one bad series among good ones
+# --- faulty series among valid ones
 
 
 def test_a_cohort_is_converted_and_recorded(dicom: Path, out: Path) -> None:
@@ -163,7 +163,7 @@ def test_bad_series_never_stop_the_others(
 ) -> None:
     # Traps 4, 42.
     monkeypatch.setattr("gpuprep.executors.resources.get_backends", lambda *_: [DeadlyBackend()])
-    # 1 of 8 is more than a tenth. What is left has 7 slices, but is rejected before anyone counts.
+    # 1 of 8 is more than a tenth. The remaining 7 slices do not reach the backend, because the series is rejected.
     add(dicom / "gap", slices=8)[3].unlink()
     truncate(add(dicom / "short")[2])
     add(dicom / "garbled", change=undecodable)
@@ -190,20 +190,20 @@ def test_bad_series_never_stop_the_others(
     assert run.exit_code == 1
     assert run.counts == {"ok": 2, "rejected": 4, "failed": 1}
     assert sorted(os.listdir(out / "dicom")) == ["p1", "p2"]
-    # What the good ones became is what they become alone.
+    # The outputs of the valid series equal those of a run without the others.
     alone = tmp_path / "alone"
     assert statuses(go([dicom / "p1", dicom / "p2"], alone)) == {"p1": "ok", "p2": "ok"}
     assert outputs(out) == {f"dicom/{name}": content for name, content in outputs(alone).items()}
 
 
 def read_or_die(files: list[str]) -> list[Contents]:
-    """Read headers, but die of one file, as in a crash of the interpreter."""
+    """Read headers, but kill the process at one file, like a crash of the interpreter."""
     if any(file.endswith("p2/S1-0003.dcm") for file in files):
         os.kill(os.getpid(), signal.SIGKILL)
     return read_headers(files)
 
 
-def test_a_header_that_kills_its_reader_is_an_unreadable_file(
+def test_a_file_whose_header_kills_the_reader_is_reported_as_unreadable(
     dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Trap 42. Both series are read in one task.
@@ -216,7 +216,7 @@ def test_a_header_that_kills_its_reader_is_an_unreadable_file(
     assert run.exit_code == 1
 
 
-def test_a_series_that_was_put_right_is_recorded_as_fixed_and_skipped_from_then_on(dicom: Path, out: Path) -> None:
+def test_a_corrected_series_is_recorded_as_fixed_and_skipped_in_later_runs(dicom: Path, out: Path) -> None:
     # Trap 4.
     add(dicom / "p3", slices=12)[5].unlink()
     run = go(dicom, out)
@@ -235,7 +235,7 @@ def test_a_series_that_was_put_right_is_recorded_as_fixed_and_skipped_from_then_
 
 
 def undeclared(ds: Dataset, _: int) -> None:
-    """Fill the corners outside the scanner's circle with a value that nothing declares: 976 HU."""
+    """Fill the corners outside the circular field of view with an undeclared value: 976 HU."""
     del ds.PixelPaddingValue
     stored = np.frombuffer(ds.PixelData, "<i2").reshape(20, 24).copy()
     y, x = np.ogrid[:20, :24]
@@ -243,7 +243,7 @@ def undeclared(ds: Dataset, _: int) -> None:
     ds.PixelData = stored.tobytes()
 
 
-def test_fill_that_nothing_declares_becomes_air_and_is_told(dicom: Path, out: Path) -> None:
+def test_undeclared_padding_becomes_air_and_is_recorded(dicom: Path, out: Path) -> None:
     # Trap 26.
     add(dicom / "p3", change=undeclared)
     assert statuses(go(dicom, out)) == {"p1": "ok", "p2": "ok", "p3": "fixed"}
@@ -252,13 +252,13 @@ def test_fill_that_nothing_declares_becomes_air_and_is_told(dicom: Path, out: Pa
     assert "6 slices have 976 HU all around the circle" in json.loads(row["irregularities"])[0]
 
 
-def test_what_only_pixels_show_is_rejected_by_policy_strict_too(dicom: Path, out: Path) -> None:
+def test_policy_strict_also_rejects_irregularities_found_in_pixels(dicom: Path, out: Path) -> None:
     add(dicom / "p3", change=undeclared)
     run = go(dicom, out, replace(SMALL, policy="strict"))
     assert statuses(run) == {"p1": "ok", "p2": "ok", "p3": "rejected"}
 
 
-def test_a_bad_series_is_tried_again_and_a_mended_one_converted(dicom: Path, out: Path) -> None:
+def test_a_rejected_series_is_tried_again_and_converted_when_repaired(dicom: Path, out: Path) -> None:
     file = add(dicom / "p3")[2]
     whole = file.read_bytes()
     truncate(file)
@@ -285,7 +285,7 @@ def test_a_bug_in_one_series_is_a_failure_of_that_series(
     assert rows(out)["p3"]["reason"] == "ZeroDivisionError: a bug"
 
 
-def test_a_series_that_a_recipe_does_not_fit_is_rejected_alone(dicom: Path, out: Path) -> None:
+def test_a_series_to_which_the_recipe_cannot_be_applied_is_rejected_without_others(dicom: Path, out: Path) -> None:
     add(dicom / "wide", slices=3)
     write_series(dicom / "large", np.zeros((3, 40, 24), np.int16), SPACING)
     run = go(dicom, out, Recipe(spacing_mm=None, size=(32, 32), fit="pad"))
@@ -294,7 +294,7 @@ def test_a_series_that_a_recipe_does_not_fit_is_rejected_alone(dicom: Path, out:
 
 
 def test_a_series_number_of_any_length_does_not_stop_the_others(dicom: Path, out: Path) -> None:
-    # An integer string of a broken file may hold more than SQLite's 64 bits.
+    # An integer string of a damaged file may exceed the 64 bits of SQLite.
     for file in add(dicom / "p3"):
         ds = pydicom.dcmread(file)
         tag = Tag("SeriesNumber")
@@ -307,7 +307,7 @@ def test_a_series_number_of_any_length_does_not_stop_the_others(dicom: Path, out
     assert statuses(run) | {"p3": ""} == {"p1": "ok", "p2": "ok", "p3": ""}
 
 
-def test_an_unwritable_place_is_a_failure_of_that_series(dicom: Path, out: Path) -> None:
+def test_an_unwritable_output_folder_fails_only_its_series(dicom: Path, out: Path) -> None:
     (out / "dicom").mkdir(parents=True)
     (out / "dicom" / "p1").write_text("mine")
     run = go(dicom, out)
@@ -316,14 +316,14 @@ def test_an_unwritable_place_is_a_failure_of_that_series(dicom: Path, out: Path)
     assert (out / "dicom" / "p1").read_text() == "mine"
 
 
-# --- running it again
+# --- repeated runs
 
 
-def test_a_second_run_touches_nothing(dicom: Path, out: Path) -> None:
+def test_a_second_run_changes_no_file(dicom: Path, out: Path) -> None:
     first = go(dicom, out)
-    before, record = touched(out), rows(out)
+    before, record = file_versions(out), rows(out)
     second = go(dicom, out)
-    assert touched(out) == before
+    assert file_versions(out) == before
     assert rows(out) == record
     assert statuses(second) == {"p1": "skipped", "p2": "skipped"}
     assert second.exit_code == 0
@@ -375,15 +375,13 @@ def forget_the_series(dicom: Path, out: Path) -> None:  # noqa: ARG001
         delete_the_folder,
     ],
 )
-def test_what_changed_is_converted_again_and_nothing_else(
-    dicom: Path, out: Path, change: Callable[[Path, Path], None]
-) -> None:
+def test_only_changed_series_are_converted_again(dicom: Path, out: Path, change: Callable[[Path, Path], None]) -> None:
     # Trap 34.
     go(dicom, out)
-    before, contents = touched(out), outputs(out)
+    before, contents = file_versions(out), outputs(out)
     change(dicom, out)
     assert statuses(go(dicom, out)) == {"p1": "ok", "p2": "skipped"}
-    after = touched(out)
+    after = file_versions(out)
     assert set(after) == set(before)
     assert all(after[f] == before[f] for f in before if f.startswith("dicom/p2/"))
     assert all(after[f] != before[f] for f in before if f.startswith("dicom/p1/"))
@@ -395,17 +393,17 @@ def test_what_changed_is_converted_again_and_nothing_else(
 
 
 @pytest.mark.parametrize("lost", ["a row", "the manifest"])
-def test_a_volume_whose_record_is_lost_is_recognised_and_not_made_again(dicom: Path, out: Path, lost: str) -> None:
-    # As after a kill between the volume and its row, or a manifest that was damaged and moved away.
+def test_a_volume_whose_record_is_lost_is_recognised_and_not_converted_again(dicom: Path, out: Path, lost: str) -> None:
+    # Like after a kill between the writing of volume and row, or when a damaged manifest was moved away.
     go(dicom, out)
-    before, known = touched(out), rows(out)["p1"]
+    before, known = file_versions(out), rows(out)["p1"]
     if lost == "a row":
         forget_the_series(dicom, out)
     else:
         (out / "manifest.sqlite").unlink()
     run = go(dicom, out)
     assert statuses(run) == {"p1": "ok", "p2": "skipped" if lost == "a row" else "ok"}
-    assert touched(out) == before
+    assert file_versions(out) == before
     aside = {name: known[name] for name in ("finished", "read_s", "process_s", "write_s")}
     assert rows(out)["p1"] | aside == known
     assert statuses(go(dicom, out)) == {"p1": "skipped", "p2": "skipped"}
@@ -417,7 +415,7 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_volume_without_record_that_is_damaged_in_one_bit_is_made_again(dicom: Path, out: Path) -> None:
+def test_a_volume_without_record_that_is_damaged_in_one_bit_is_converted_again(dicom: Path, out: Path) -> None:
     go(dicom, out)
     before = outputs(out)
     forget_the_series(dicom, out)
@@ -426,13 +424,13 @@ def test_a_volume_without_record_that_is_damaged_in_one_bit_is_made_again(dicom:
     assert outputs(out) == before
 
 
-def test_a_file_that_someone_put_beside_an_output_changes_nothing(dicom: Path, out: Path) -> None:
-    # Desktops do that by themselves.
+def test_a_foreign_file_beside_an_output_changes_nothing(dicom: Path, out: Path) -> None:
+    # Desktop programs create such files.
     go(dicom, out)
     (out / "dicom" / "p1" / ".DS_Store").write_bytes(b"\0" * 100)
-    before = touched(out)
+    before = file_versions(out)
     assert statuses(go(dicom, out)) == {"p1": "skipped", "p2": "skipped"}
-    assert touched(out) == before
+    assert file_versions(out) == before
 
 
 def test_another_recipe_converts_everything_again(dicom: Path, out: Path) -> None:
@@ -442,7 +440,7 @@ def test_another_recipe_converts_everything_again(dicom: Path, out: Path) -> Non
     files = ("preview.jpg", "volume.json", "volume.tif")
     assert sorted(outputs(out)) == [f"dicom/{p}/{f}" for p in ("p1", "p2") for f in files]
     assert Recipe.load(out / "recipe.toml") == stack
-    # A field that changes values and no sizes.
+    # A field that changes values but not sizes.
     assert statuses(go(dicom, out, replace(stack, window_hu=(-500.0, 500.0)))) == {"p1": "ok", "p2": "ok"}
 
 
@@ -452,44 +450,44 @@ def test_another_version_converts_everything_again(dicom: Path, out: Path, monke
     assert statuses(go(dicom, out)) == {"p1": "ok", "p2": "ok"}
 
 
-def lose_a_slice(dicom: Path) -> None:
+def delete_an_input(dicom: Path) -> None:
     sorted((dicom / "p1").iterdir())[2].unlink()
 
 
-def spoil_a_slice(dicom: Path) -> None:
+def damage_an_input(dicom: Path) -> None:
     file = sorted((dicom / "p1").iterdir())[2]
     ds = pydicom.dcmread(file)
     undecodable(ds, 0)
     ds.save_as(file)
 
 
-@pytest.mark.parametrize("damage", [lose_a_slice, spoil_a_slice], ids=["seen by the scan", "seen by the reader"])
-def test_a_series_that_becomes_rejected_keeps_its_old_output_and_says_so(
+@pytest.mark.parametrize("damage", [delete_an_input, damage_an_input], ids=["found by the scan", "found by the reader"])
+def test_a_series_that_becomes_rejected_keeps_its_former_output_and_gets_a_warning(
     dicom: Path, out: Path, damage: Callable[[Path], None]
 ) -> None:
     go(dicom, out)
-    before = touched(out)
+    before = file_versions(out)
     damage(dicom)
     for _ in range(2):
         run = go(dicom, out)
         assert statuses(run) == {"p1": "rejected", "p2": "skipped"}
         assert run.exit_code == 1
-        assert touched(out) == before
+        assert file_versions(out) == before
         row = rows(out)["p1"]
         assert (row["status"], row["folder"], row["files"], row["bytes"]) == ("rejected", "dicom/p1", 0, 0)
         assert json.loads(row["warnings"]) == ["the output of an earlier run is still in dicom/p1"]
 
 
-def test_a_rejected_series_does_not_speak_of_an_old_output_that_is_gone(dicom: Path, out: Path) -> None:
+def test_a_rejected_series_without_former_output_gets_no_warning_about_it(dicom: Path, out: Path) -> None:
     go(dicom, out)
     shutil.rmtree(out / "dicom" / "p1")
-    lose_a_slice(dicom)
+    delete_an_input(dicom)
     go(dicom, out)
     row = rows(out)["p1"]
     assert (row["status"], row["folder"], row["warnings"]) == ("rejected", "", "[]")
 
 
-def test_a_series_that_is_mended_replaces_its_old_output(dicom: Path, out: Path) -> None:
+def test_a_repaired_series_replaces_its_former_output(dicom: Path, out: Path) -> None:
     go(dicom, out)
     file = sorted((dicom / "p1").iterdir())[2]
     whole = file.read_bytes()
@@ -502,31 +500,31 @@ def test_a_series_that_is_mended_replaces_its_old_output(dicom: Path, out: Path)
     assert statuses(go(dicom, out)) == {"p1": "skipped", "p2": "skipped"}
 
 
-def test_a_series_that_is_no_longer_there_keeps_its_output_and_its_row(dicom: Path, out: Path) -> None:
+def test_a_series_whose_input_is_absent_keeps_its_output_and_its_row(dicom: Path, out: Path) -> None:
     go(dicom, out)
-    before = touched(out)
+    before = file_versions(out)
     shutil.rmtree(dicom / "p1")
     assert statuses(go(dicom, out)) == {"p2": "skipped"}
-    assert touched(out) == before
+    assert file_versions(out) == before
     assert {k: r["status"] for k, r in rows(out).items()} == {"p1": "ok", "p2": "ok"}
 
 
-def test_a_cohort_may_be_added_to_later(dicom: Path, out: Path) -> None:
+def test_series_can_be_added_to_a_cohort_later(dicom: Path, out: Path) -> None:
     go(dicom, out)
-    before = touched(out)
+    before = file_versions(out)
     add(dicom / "p3", seed=3)
     assert statuses(go(dicom, out)) == {"p1": "skipped", "p2": "skipped", "p3": "ok"}
-    assert touched(out).items() > before.items()
+    assert file_versions(out).items() > before.items()
 
 
-def test_a_second_series_in_a_folder_moves_nothing_that_is_done(dicom: Path, out: Path) -> None:
+def test_a_second_series_in_a_folder_does_not_move_finished_outputs(dicom: Path, out: Path) -> None:
     go(dicom, out)
-    before = touched(out)
+    before = file_versions(out)
     add(dicom / "p1", seed=9, series_number=2)
     run = go(dicom, out)
     assert sorted(r.status for r in run.results) == ["ok", "skipped", "skipped"]
-    assert touched(out).items() > before.items()
-    # With another recipe the first one may move, and leaves nothing behind.
+    assert file_versions(out).items() > before.items()
+    # With another recipe the first series may move, and its former output is removed.
     run = go(dicom, out, replace(SMALL, order=0))
     assert run.counts == {"ok": 3}
     folders = {r.folder for r in run.results}
@@ -536,8 +534,10 @@ def test_a_second_series_in_a_folder_moves_nothing_that_is_done(dicom: Path, out
 
 
 @pytest.mark.parametrize("second", ["p1", "p1/below"])
-def test_a_series_that_is_alone_again_is_still_converted(dicom: Path, out: Path, second: str) -> None:
-    # The folder it would get has other outputs below it.
+def test_a_series_is_converted_after_the_other_series_of_its_folder_is_gone(
+    dicom: Path, out: Path, second: str
+) -> None:
+    # Its folder would contain the other output.
     files = add(dicom / second, seed=9, series_number=2)
     assert go(dicom, out).counts == {"ok": 3}
     for file in files:
@@ -546,7 +546,7 @@ def test_a_series_that_is_alone_again_is_still_converted(dicom: Path, out: Path,
     assert [(r.status, r.reason) for r in run.results] == [("ok", "")] * 2
 
 
-def test_a_series_above_outputs_of_a_cohort_that_is_gone_is_still_converted(dicom: Path, out: Path) -> None:
+def test_a_series_above_the_output_of_an_absent_series_is_converted(dicom: Path, out: Path) -> None:
     files = add(dicom / "p3" / "below", seed=3)
     assert go(dicom, out).counts == {"ok": 3}
     for file in files:
@@ -566,16 +566,16 @@ def test_a_limit_postpones_the_rest(dicom: Path, out: Path) -> None:
     assert seen == [({"ok": 1}, 2), ({"skipped": 1, "ok": 1}, 1), ({"skipped": 2, "ok": 1}, 0), ({"skipped": 3}, 0)]
 
 
-def test_a_limit_counts_what_is_converted_and_not_what_is_rejected(dicom: Path, out: Path) -> None:
+def test_a_limit_counts_converted_series_but_not_rejected_ones(dicom: Path, out: Path) -> None:
     add(dicom / "a")[2].unlink()
     run = go(dicom, out, limit=1)
     assert (statuses(run), run.postponed) == ({"a": "rejected", "p1": "ok"}, 1)
 
 
-# --- requests that make no sense
+# --- invalid requests
 
 
-def test_nothing_found_is_exit_code_3(tmp_path: Path, out: Path) -> None:
+def test_a_run_without_series_has_exit_code_3(tmp_path: Path, out: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no DICOM")
     run = go(tmp_path / "empty", out)
@@ -584,14 +584,14 @@ def test_nothing_found_is_exit_code_3(tmp_path: Path, out: Path) -> None:
 
 
 def unreadable(file: Path) -> Path:
-    """Write a file that says it is DICOM and breaks off in its first element."""
+    """Write a DICOM file that is truncated in its first element."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(bytes(128) + b"DICM" + b"\x02\x00\x00\x00UL\x04\x00\xff")
     return file
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_an_unreadable_file_is_named_and_makes_exit_code_1(dicom: Path, out: Path, alone: bool) -> None:
+def test_an_unreadable_file_is_named_and_gives_exit_code_1(dicom: Path, out: Path, alone: bool) -> None:
     if alone:
         shutil.rmtree(dicom)
     file = unreadable(dicom / "broken.dcm")
@@ -626,17 +626,17 @@ def test_output_equal_to_input_by_a_link_is_refused(dicom: Path, out: Path) -> N
         go(dicom, out)
 
 
-def test_output_inside_the_input_is_no_input_of_the_next_run(dicom: Path) -> None:
+def test_an_output_folder_inside_the_input_is_ignored_by_the_next_run(dicom: Path) -> None:
     out = dicom / "volumes"
     assert statuses(go(dicom, out)) == {"p1": "ok", "p2": "ok"}
-    before = touched(out)
+    before = file_versions(out)
     run = go(dicom, out)
     assert statuses(run) == {"p1": "skipped", "p2": "skipped"}
-    assert touched(out) == before
+    assert file_versions(out) == before
     assert dict(run.passed_over) == {}
 
 
-def test_nothing_is_written_among_the_input_where_that_lies_inside_the_output(tmp_path: Path) -> None:
+def test_an_output_folder_that_contains_the_input_is_refused(tmp_path: Path) -> None:
     dicom = tmp_path / "dicom"
     for number in (1, 2):
         add(dicom / "p1", seed=number, series_number=number)
@@ -651,7 +651,7 @@ def test_nothing_is_written_among_the_input_where_that_lies_inside_the_output(tm
     [{"jobs": 0}, {"jobs": -1}, {"limit": -1}, {"limit": 0}, {"engine": "numba"}],
     ids=lambda options: str(options),
 )
-def test_an_option_that_makes_no_sense_is_a_bad_request(dicom: Path, out: Path, options: dict[str, Any]) -> None:
+def test_an_invalid_option_is_a_bad_request(dicom: Path, out: Path, options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(RequestError, match=name):
         go(dicom, out, **options)
@@ -664,14 +664,14 @@ def test_an_unknown_backend_starts_nothing(dicom: Path, out: Path) -> None:
     assert not out.exists()
 
 
-def test_an_output_in_use_is_refused_and_left_alone(dicom: Path, out: Path) -> None:
+def test_an_output_in_use_is_refused_and_unchanged(dicom: Path, out: Path) -> None:
     with open_output(out), pytest.raises(RequestError, match="another gpuprep is writing into"):
         go(dicom, out)
     assert outputs(out) == {}
     assert go(dicom, out).exit_code == 0
 
 
-def test_a_foreign_manifest_is_an_output_error_and_left_alone(dicom: Path, out: Path) -> None:
+def test_a_foreign_manifest_is_an_output_error_and_unchanged(dicom: Path, out: Path) -> None:
     out.mkdir()
     (out / "manifest.sqlite").write_text("mine" * 1000)
     with pytest.raises(OutputError, match="cannot be used as manifest"):
@@ -681,7 +681,7 @@ def test_a_foreign_manifest_is_an_output_error_and_left_alone(dicom: Path, out: 
 
 
 def test_a_manifest_that_breaks_during_the_run_is_an_output_error(dicom: Path, out: Path) -> None:
-    # As by a full disk; a table that is gone is what a test can make.
+    # Like on a full disk; the test drops a table instead.
     class Saboteur(Listener):
         def scanned(self, cohort: Cohort) -> None:  # noqa: ARG002
             with closing(sqlite3.connect(out / "manifest.sqlite", isolation_level=None)) as db:
@@ -693,13 +693,13 @@ def test_a_manifest_that_breaks_during_the_run_is_an_output_error(dicom: Path, o
 
 @pytest.mark.parametrize("name", ["recipe.toml", "manifest.csv"])
 def test_a_record_that_cannot_be_written_is_an_output_error(dicom: Path, out: Path, name: str) -> None:
-    # A full disk gives the same OSError; a folder in the way is what a test can make.
+    # A full disk raises OSError too; the test puts a folder at the path instead.
     (out / name).mkdir(parents=True)
     with pytest.raises((OutputError, RequestError), match=name):
         go(dicom, out)
 
 
-# --- the ways to run it
+# --- options and interfaces of a run
 
 
 @pytest.mark.parametrize("recipe", [SMALL, replace(SMALL, format="tif-stack", dtype="uint16", compression="zlib")])
@@ -713,12 +713,12 @@ def test_serial_and_parallel_runs_give_the_same_bytes(tmp_path: Path, recipe: Re
     assert outputs(tmp_path / "parallel") == serial
 
 
-def test_a_run_leaves_no_worker_behind(dicom: Path, out: Path) -> None:
+def test_a_run_leaves_no_worker_running(dicom: Path, out: Path) -> None:
     go(dicom, out, jobs=2)
     assert multiprocessing.active_children() == []
 
 
-def test_paths_may_be_one_or_many_and_files_too(dicom: Path, out: Path, tmp_path: Path) -> None:
+def test_inputs_may_be_one_path_or_several_folders_or_files(dicom: Path, out: Path, tmp_path: Path) -> None:
     assert go(str(dicom), out).counts == {"ok": 2}
     assert go((p for p in [dicom / "p1", str(dicom / "p2")]), tmp_path / "many").counts == {"ok": 2}
     files = sorted((dicom / "p1").iterdir())
@@ -726,7 +726,9 @@ def test_paths_may_be_one_or_many_and_files_too(dicom: Path, out: Path, tmp_path
     assert go([], tmp_path / "none").exit_code == 3
 
 
-def test_a_relative_output_is_where_the_run_began(dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_output_is_relative_to_the_folder_where_the_run_started(
+    dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     run = go("dicom", Path("out"))
     assert run.counts == {"ok": 2}
@@ -738,36 +740,36 @@ def test_a_relative_output_is_where_the_run_began(dicom: Path, tmp_path: Path, m
 
 class Recorder(Listener):
     def __init__(self) -> None:
-        self.heard: list[Any] = []
+        self.events: list[Any] = []
 
     def scanned(self, cohort: Cohort) -> None:
-        self.heard.append(("scanned", len(cohort)))
+        self.events.append(("scanned", len(cohort)))
 
     def planned(self, forecast: Forecast) -> None:
-        self.heard.append(("planned", forecast.series, forecast.skipped, forecast.rejected))
+        self.events.append(("planned", forecast.series, forecast.skipped, forecast.rejected))
 
     def finished(self, result: SeriesResult) -> None:
-        self.heard.append(result)
+        self.events.append(result)
 
     def ended(self, run: Run) -> None:
-        self.heard.append(run)
+        self.events.append(run)
 
 
-def test_the_listener_is_told_everything_once_and_in_order(dicom: Path, out: Path) -> None:
+def test_the_listener_gets_every_event_once_and_in_order(dicom: Path, out: Path) -> None:
     add(dicom / "bad", seed=3)[1].unlink()
     go(dicom, out, limit=1)
     recorder = Recorder()
     run = go(dicom, out, listener=recorder)
-    assert recorder.heard[:2] == [
+    assert recorder.events[:2] == [
         ("scanned", 3),
         ("planned", 3, 1, 1),
     ]
-    assert recorder.heard[2:] == [*run.results, run]
+    assert recorder.events[2:] == [*run.results, run]
     assert statuses(run) == {"bad": "rejected", "p1": "skipped", "p2": "ok"}
 
 
-def test_the_listener_hears_of_a_result_that_is_already_on_disk(dicom: Path, out: Path) -> None:
-    # Whoever is told "ok" may open the volume, and a kill right then loses nothing.
+def test_the_listener_gets_a_result_after_it_is_on_disk(dicom: Path, out: Path) -> None:
+    # So the listener can open the volume, and a kill at that moment loses nothing.
     class Checker(Listener):
         def finished(self, result: SeriesResult) -> None:
             assert (out / result.folder / "volume.json").is_file()
@@ -788,10 +790,10 @@ def test_an_interruption_between_two_series_keeps_the_first_and_its_record(dicom
     assert statuses(go(dicom, out)) == {"p1": "skipped", "p2": "ok"}
 
 
-# --- looking before doing
+# --- scan
 
 
-def test_scan_tells_what_convert_then_does(dicom: Path, out: Path) -> None:
+def test_scan_predicts_the_actions_of_convert(dicom: Path, out: Path) -> None:
     add(dicom / "bad", seed=3)[1].unlink()
     go(dicom, out, limit=1)
     cohort, planned, _ = scan(dicom, SMALL, out=out)
@@ -818,15 +820,15 @@ def test_scan_writes_nothing(dicom: Path, out: Path) -> None:
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(out.rglob("*")) if p.is_file()} == everything
 
 
-# --- where things go
+# --- output folders
 
 
 def test_no_two_series_share_an_output_folder(tmp_path: Path, out: Path) -> None:
-    # Trap 33: two sites with a patient 0042 each, two series in one folder, all with series number 1.
+    # Trap 33: two sites, each with a patient 0042; two series in one folder; all have series number 1.
     seeds = {}
     for seed, name in enumerate(["site-a/0042", "site-b/0042", "site-b/0042", "site-b/42", "site-b"]):
         for file in add(tmp_path / name, seed=seed, series_uid=f"1.2.{seed}"):
-            file.rename(file.with_name(f"{seed}-{file.name}"))  # the next series has files of the same names
+            file.rename(file.with_name(f"{seed}-{file.name}"))  # the next series has files with the same names
         seeds[f"1.2.{seed}"] = seed
     run = go([tmp_path / "site-a", tmp_path / "site-b"], out, AS_STORED)
     assert run.counts == {"ok": 5}
@@ -841,17 +843,17 @@ def test_no_two_series_share_an_output_folder(tmp_path: Path, out: Path) -> None
         )
 
 
-# --- what is in volume.json
+# --- volume.json
 
 
 def test_volume_json_maps_voxels_to_the_patient(small_series: Path, out: Path) -> None:
     # 6 slices of 20 × 24 at 2.5 × 0.8 × 0.7 mm, first voxel at (−100, −120, −300). At 1 mm: 15 × 16 × 17 voxels.
-    # The extent is kept, so columns are 16.8/17 mm apart, and the first centre moves by half the change in spacing.
+    # The extent is kept, so the column spacing is 16.8/17 mm, and the origin moves by half the change in spacing.
     run = go(small_series, out, Recipe(size=None))
     found = sidecar(out, run.results[0])
     across = 16.8 / 17
     assert found["shape"] == [15, 16, 17]
-    # Trap 17: the spacing that is there, not the one that was asked for.
+    # Trap 17: the actual spacing, not the requested one.
     assert found["spacing_mm"] == pytest.approx([1.0, 1.0, across])
     assert np.array(found["affine_lps"]) == pytest.approx(
         np.array(
@@ -870,8 +872,8 @@ def test_volume_json_maps_voxels_to_the_patient(small_series: Path, out: Path) -
     )
 
 
-def test_volume_json_counts_the_resize_into_the_spacing(small_series: Path, out: Path) -> None:
-    # Trap 17. 16 mm of rows in 8, 16.8 mm of columns in 34.
+def test_the_spacing_in_volume_json_includes_the_resize(small_series: Path, out: Path) -> None:
+    # Trap 17. 8 rows cover 16 mm, 34 columns 16.8 mm.
     found = sidecar(out, go(small_series, out, Recipe(size=(8, 34))).results[0])
     assert found["shape"] == [15, 8, 34]
     assert found["spacing_mm"] == pytest.approx([1.0, 2.0, 16.8 / 34])
@@ -886,10 +888,10 @@ def test_volume_json_counts_the_resize_into_the_spacing(small_series: Path, out:
     [(1, 0, 0, 0, 1, 0), (1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1), (-1, 0, 0, 0, -1, 0), (0.8, 0.6, 0, -0.6, 0.8, 0)],
     ids=["axial", "coronal", "sagittal", "prone", "turned"],
 )
-def test_a_blob_is_found_where_it_was_in_the_patient(
+def test_a_blob_keeps_its_position_in_the_patient(
     tmp_path: Path, out: Path, orientation: tuple[float, ...], fit: Any
 ) -> None:
-    # Traps 15, 35: files to files, with another spacing along each axis.
+    # Traps 15, 35: whole conversions, with a different spacing along each axis.
     spacing, centre, origin = (3.0, 1.5, 1.2), np.array([5.2, 11.7, 13.4]), np.array([-40.0, 30.0, 7.0])
     shape = (12, 24, 30)
     k, j, i = np.indices(shape)
@@ -897,7 +899,7 @@ def test_a_blob_is_found_where_it_was_in_the_patient(
     stored = np.round(1024 + 1000 * np.exp(-squared / (2 * 4.0**2))).astype(np.int16)
     write_series(tmp_path / "dicom", stored, spacing, orientation=orientation, origin_mm=(-40.0, 30.0, 7.0))
     row, column = np.array(orientation[:3], dtype=float), np.array(orientation[3:], dtype=float)
-    # By the standard: a step along a row goes to the next column. Slices lie along row × column.
+    # By the standard, a step along a row leads to the next column. The slice direction is row × column.
     expected = (
         origin + np.cross(row, column) * spacing[0] * centre[0] + column * spacing[1] * centre[1]
         + row * spacing[2] * centre[2]
@@ -905,7 +907,7 @@ def test_a_blob_is_found_where_it_was_in_the_patient(
     size = {"stretch": (40, 44), "pad": (52, 51), "crop": (31, 32)}[fit]
     recipe = Recipe(spacing_mm=(1.0, 1.0, 1.0), window_hu=None, size=size, fit=fit)
     run = go(tmp_path / "dicom", out, recipe)
-    values = np.clip(volume(out, run.results[0].folder), 50, None) - 50  # air and tails weigh nothing
+    values = np.clip(volume(out, run.results[0].folder), 50, None) - 50  # so that air and tails have no weight
     affine = np.array(sidecar(out, run.results[0])["affine_lps"])
     weights = values / values.sum()
     index = [float((weights * axis).sum()) for axis in np.indices(values.shape)]
@@ -915,7 +917,7 @@ def test_a_blob_is_found_where_it_was_in_the_patient(
 @pytest.mark.parametrize(
     ("dtype", "step"), [("float32", 1e-3), ("uint8", 1400 / 255), ("uint16", 0.0214), ("int16", 0)]
 )
-def test_volume_json_gives_hu_back(small_series: Path, out: Path, dtype: Any, step: float) -> None:
+def test_slope_and_intercept_in_volume_json_restore_hu(small_series: Path, out: Path, dtype: Any, step: float) -> None:
     recipe = Recipe(spacing_mm=None, size=None, dtype=dtype, padding="keep")
     (result,) = go(small_series, out, recipe).results
     found = sidecar(out, result)
@@ -927,7 +929,7 @@ def test_volume_json_gives_hu_back(small_series: Path, out: Path, dtype: Any, st
     assert found["hu"]["window"] == [-1000, 400]
 
 
-def test_volume_json_says_what_was_done_with_what(small_series: Path, out: Path) -> None:
+def test_volume_json_records_source_recipe_and_versions(small_series: Path, out: Path) -> None:
     (result,) = go(small_series, out).results
     found = sidecar(out, result)
     header = pydicom.dcmread(next(small_series.rglob("*.dcm")))
@@ -961,7 +963,7 @@ def test_a_doubtful_padding_value_is_a_warning_in_every_record(tmp_path: Path, o
     assert result.status == "ok"
 
 
-def test_the_stack_holds_slices_and_no_channels(small_series: Path, out: Path) -> None:
+def test_a_tiff_stack_has_slices_and_no_channels(small_series: Path, out: Path) -> None:
     # Trap 36.
     recipe = Recipe(spacing_mm=(2.0, 1.0, 1.0), size=(9, 7), format="tif-stack", dtype="uint8")
     (result,) = go(small_series, out, recipe).results
@@ -977,7 +979,7 @@ def test_the_stack_holds_slices_and_no_channels(small_series: Path, out: Path) -
         assert rows_per_mm[0] / rows_per_mm[1] == pytest.approx(9 / 16, rel=1e-5)
 
 
-def test_slices_say_how_large_their_pixels_are(small_series: Path, out: Path) -> None:
+def test_tiff_slices_have_their_pixel_size(small_series: Path, out: Path) -> None:
     # Trap 36.
     (result,) = go(small_series, out, Recipe(size=(8, 34))).results
     with tifffile.TiffFile(out / result.folder / "0000.tif") as tiff:
@@ -989,8 +991,8 @@ def test_slices_say_how_large_their_pixels_are(small_series: Path, out: Path) ->
     assert description["spacing_mm"] == pytest.approx([1.0, 2.0, 16.8 / 34])
 
 
-def test_a_series_that_is_divided_otherwise_than_before_leaves_nothing_behind(tmp_path: Path) -> None:
-    # Trap 6: two acquisitions in one place, first refused, then told apart, then one of them taken away.
+def test_outputs_and_rows_are_removed_when_a_series_is_divided_differently(tmp_path: Path) -> None:
+    # Trap 6: two acquisitions at the same positions, first rejected, then separated, then one of them removed.
     rng = np.random.default_rng(0)
     for number in (1, 2):
 
@@ -1018,10 +1020,10 @@ def test_a_series_that_is_divided_otherwise_than_before_leaves_nothing_behind(tm
     assert folders == set(map(Path, rows.values()))
 
 
-def test_outputs_are_the_same_however_the_work_is_done(
+def test_outputs_do_not_depend_on_workers_resumption_or_compilation(
     tmp_path: Path, noise: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # By one worker or several, at once or in two runs, with loops fresh from the compiler or from its cache.
+    # One worker or several, one run or two, loops compiled or loaded from the cache.
     for n in range(3):
         write_series(tmp_path / "in" / f"p{n}", noise((9 + n, 40, 37), seed=n), (2.5, 0.8, 0.7))
     recipe = Recipe(size=(48, 48), dtype="uint8")
@@ -1042,7 +1044,7 @@ def test_outputs_are_the_same_however_the_work_is_done(
     assert slices("two") == slices("here") == slices("resumed") == expected
 
 
-def test_the_first_run_on_a_machine_says_that_it_compiles(tmp_path: Path, small_series: Path) -> None:
+def test_the_first_run_on_a_machine_reports_the_compilation(tmp_path: Path, small_series: Path) -> None:
     command = [sys.executable, "-m", "gpuprep", "convert", str(small_series), "--backend", "cpu", "--out"]
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "numba")}
     run = subprocess.run([*command, str(tmp_path / "out")], env=environment, capture_output=True, text=True, check=True)
@@ -1050,24 +1052,24 @@ def test_the_first_run_on_a_machine_says_that_it_compiles(tmp_path: Path, small_
     assert list((tmp_path / "numba").rglob("*.nbc"))
 
 
-def test_a_broken_numba_is_a_reason_and_no_traceback(
+def test_a_broken_numba_gives_a_reason_and_no_traceback(
     tmp_path: Path, small_series: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr("gpuprep.compute.numba_kernels", raising=False)
-    monkeypatch.setitem(sys.modules, "gpuprep.compute.numba_kernels", None)  # its import then fails, as Numba's may
+    monkeypatch.setitem(sys.modules, "gpuprep.compute.numba_kernels", None)  # makes its import fail
     (result,) = convert(small_series, tmp_path / "out", backend="cpu").results
     assert result.status == "failed"
     assert "set NUMBA_DISABLE_JIT=1 to do without it" in result.reason
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("compression", "said"), [("zstd", 1), ("zlib", 0), ("none", 0)])
-def test_a_stack_that_imagej_cannot_open_is_told_of_once(
-    tmp_path: Path, small_series: Path, caplog: pytest.LogCaptureFixture, compression: Any, said: int
+@pytest.mark.parametrize(("compression", "warnings_"), [("zstd", 1), ("zlib", 0), ("none", 0)])
+def test_a_stack_that_imagej_cannot_open_gives_one_warning(
+    tmp_path: Path, small_series: Path, caplog: pytest.LogCaptureFixture, compression: Any, warnings_: int
 ) -> None:
     recipe = Recipe(size=(16, 16), format="tif-stack", compression=compression)
     with caplog.at_level("WARNING", logger="gpuprep"):
         convert(small_series, tmp_path / "out", recipe, backend="cpu")
     assert [r.getMessage() for r in caplog.records] == [
         "ImageJ cannot open a TIFF compressed with zstd: use --compression zlib or none"
-    ] * said
+    ] * warnings_

@@ -1,4 +1,4 @@
-"""Cohorts on the stand-in for a device: how its memory is shared, what happens when it runs out or is lost."""
+"""Cohorts on the simulated GPU: sharing of memory, lack of memory, loss of the device."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def by_name(run: Run) -> dict[str, Any]:
 
 
 class Watched(Here):
-    """Tasks in this process, as they come; `log` says what was asked for."""
+    """Executor in this process that logs tasks and stops in `log`."""
 
     def __init__(self) -> None:
         self.places: list[Place] = []
@@ -62,7 +62,7 @@ class Watched(Here):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    """What takes the place of worker processes."""
+    """Replace the worker processes by an executor in this process."""
     executor = Watched()
 
     def processes(places: list[Place], *_: object) -> Watched:
@@ -78,7 +78,9 @@ def on(backend: ForeignBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "get_backends", lambda *_: [backend])
 
 
-def test_worker_processes_on_a_device_give_what_the_cpu_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_processes_on_a_device_give_the_same_outputs_as_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for n in range(4):
         add(tmp_path / "dicom" / f"p{n}", slices=5 + n)
     on_cpu = convert(tmp_path / "dicom", tmp_path / "cpu", RECIPE, backend="cpu")
@@ -88,7 +90,7 @@ def test_worker_processes_on_a_device_give_what_the_cpu_gives(tmp_path: Path, mo
     assert len(images(tmp_path / "cpu")) > 40
     assert images(tmp_path / "device") == images(tmp_path / "cpu")
     assert {(r.backend, r.device) for r in run.results} == {("foreign", ForeignBackend.device)}
-    # 5 to 8 slices are one slab; what comes down is 12 to 20 slices in chunks of 16 and slabs of 8.
+    # 5 to 8 slices are one slab; 12 to 20 slices are downloaded, in chunks of 16 and slabs of 8.
     for name, result in by_name(run).items():
         slices = 5 + int(name[1])
         assert result.upload_s == 1
@@ -97,10 +99,10 @@ def test_worker_processes_on_a_device_give_what_the_cpu_gives(tmp_path: Path, mo
     assert {r.kernels_s for r in on_cpu.results} == {None}
 
 
-def test_a_lost_device_costs_its_series_and_the_next_worker_is_a_fresh_one(
+def test_a_lost_device_fails_its_series_and_the_next_one_gets_a_new_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In the same process nothing would work any more: see the stand-in.
+    # In the same process, every later call to the device would fail: see `standin`.
     for n, slices in enumerate((6, 7, 6, 6)):
         add(tmp_path / "dicom" / f"p{n}", slices=slices)
     on(ForeignBackend(lost_at=7), monkeypatch)
@@ -108,7 +110,7 @@ def test_a_lost_device_costs_its_series_and_the_next_worker_is_a_fresh_one(
     results = by_name(run)
     assert {name: r.status for name, r in results.items()} == {"p0": "ok", "p1": "failed", "p2": "ok", "p3": "ok"}
     assert results["p1"].reason == "DeviceLostError: the stand-in failed: an illegal memory access was encountered"
-    assert {r.backend for r in run.results} == {"foreign"}  # never another one instead
+    assert {r.backend for r in run.results} == {"foreign"}  # no fallback to another backend
 
 
 def test_a_device_that_stays_lost_fails_every_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +122,10 @@ def test_a_device_that_stays_lost_fails_every_series(tmp_path: Path, monkeypatch
     assert not images(tmp_path / "out")
 
 
-def test_series_that_found_no_memory_are_tried_again_alone_and_then_in_smaller_chunks(
+def test_series_without_enough_device_memory_are_tried_again_alone_and_in_smaller_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: Watched
 ) -> None:
-    # HU of a slab of 6, 4 or 1 slices are the largest arrays: 4 bytes each. The limit is 12 kB.
+    # The largest arrays are the HU of a slab of 6, 4 or 1 slices, with 4 bytes per voxel. The limit is 12 kB.
     add(tmp_path / "dicom" / "a-never", matrix=(60, 60))  # a slice: 14.4 kB
     add(tmp_path / "dicom" / "b-fits", matrix=(20, 24))  # 6 slices: 11.5 kB
     add(tmp_path / "dicom" / "c-quarter", matrix=(30, 40))  # 6 slices: 28.8 kB; 2 slices: 9.6 kB
@@ -143,7 +145,7 @@ def test_series_that_found_no_memory_are_tried_again_alone_and_then_in_smaller_c
         f"of 1 slices the series needs about {need:.2f} GB, alone on the device: ask for a coarser --spacing or a "
         "smaller --size, or use --backend cpu"
     )
-    # First all, then each one alone after the workers have gone: as it was, a quarter of it, a slice at a time.
+    # First all series; then each one alone after the workers have stopped, in chunks of 16, 4 and 1 slices.
     first, *later = watched.log
     assert first[:2] == (["a-never", "b-fits", "c-quarter", "d-single"], 16)
     ladder = [entry if entry == "stop" else entry[:2] for entry in later]
@@ -153,14 +155,14 @@ def test_series_that_found_no_memory_are_tried_again_alone_and_then_in_smaller_c
         *("stop", (["d-single"], 16), "stop", (["d-single"], 4), "stop", (["d-single"], 1)),
         "stop",  # the end of the run
     ]
-    assert (backend.chunk_slices, backend.slab_slices) == (16, 8)  # of everyone else
+    assert (backend.chunk_slices, backend.slab_slices) == (16, 8)  # unchanged for other series
     cpu, device = images(tmp_path / "cpu"), images(tmp_path / "out")
     assert set(device) == {name for name in cpu if "a-never" not in name}
     worst = max(np.abs(np.subtract(device[name], cpu[name])).max() for name in device)
-    assert worst <= 1  # in other blocks a product may round otherwise
+    assert worst <= 1  # products of other block sizes may round differently
 
 
-def test_the_library_calls_are_not_tried_in_smaller_chunks(
+def test_the_ndimage_engine_is_not_tried_in_smaller_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: Watched
 ) -> None:
     add(tmp_path / "dicom" / "large", matrix=(40, 40))
@@ -170,7 +172,7 @@ def test_the_library_calls_are_not_tried_in_smaller_chunks(
     assert [entry[:2] for entry in watched.log if entry != "stop"][1:] == [(["large"], 16)]
 
 
-def test_tasks_share_what_the_contexts_leave_of_the_memory(
+def test_tasks_share_the_device_memory_that_the_contexts_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: Watched
 ) -> None:
     add(tmp_path / "dicom" / "p1")
@@ -185,7 +187,7 @@ def test_tasks_share_what_the_contexts_leave_of_the_memory(
     assert cost == [device_bytes(plan, backend, "operators")] > [0]
 
 
-def test_a_gpu_by_name_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_gpu_never_falls_back_to_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add(tmp_path / "dicom" / "p1")
 
     def broken(_: object) -> None:

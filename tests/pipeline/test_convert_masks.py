@@ -1,4 +1,4 @@
-"""Segmentations of a cohort beside its images: which belongs where, what is written, what is left out and why."""
+"""Conversion of segmentations with their images: matching, label volumes, and reports about parts left out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SPACING_MM = (2.0, 1.0, 1.0)
 ORIGIN_MM = (-10.0, -20.0, 30.0)
 
 RAW = Recipe(spacing_mm=None, size=None, dtype="int16", window_hu=None)
-"""As acquired: then a mask is what was drawn, and nothing else."""
+"""No resampling, so that masks equal the outlines as drawn."""
 
 
 class Ct:
@@ -49,7 +49,7 @@ class Ct:
 
 
 def square(k: int, low: float = 4.5, high: float = 9.5, right: float = 0) -> NDArray[np.float64]:
-    """Return a square from row and column `low` to `high`, `right` columns further right, on slice k."""
+    """Return a square on slice k from row and column `low` to `high`, moved right by `right` columns."""
     corners = np.array([(low + right, low), (high + right, low), (high + right, high), (low + right, high)])
     return np.column_stack([corners + ORIGIN_MM[:2], np.full(4, ORIGIN_MM[2] + SPACING_MM[0] * k)])
 
@@ -93,7 +93,7 @@ def convert(tmp_path: Path, masks: Any, recipe: Recipe = RAW, **options: Any) ->
     return gpuprep.convert(tmp_path / "dicom", tmp_path / "out", recipe, masks=masks, **options)
 
 
-def test_labels_lie_beside_the_image_on_the_same_voxels(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_labels_are_written_beside_the_image_on_the_same_grid(tmp_path: Path, ct: Ct, out: Path) -> None:
     run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct))
     assert run.counts == {"ok": 1}
     assert run.exit_code == 0
@@ -115,7 +115,7 @@ def test_labels_lie_beside_the_image_on_the_same_voxels(tmp_path: Path, ct: Ct, 
     assert run.results[0].labels == tuple(found["labels"])
 
 
-def test_a_stack_of_labels_is_one_file_with_the_size_of_a_voxel(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_a_label_stack_is_one_file_with_voxel_size(tmp_path: Path, ct: Ct, out: Path) -> None:
     run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct), replace(RAW, format="tif-stack", compression="zlib"))
     folder = out / run.results[0].folder
     assert sorted(f.name for f in folder.iterdir()) == ["labels.tif", "preview.jpg", "volume.json", "volume.tif"]
@@ -124,18 +124,18 @@ def test_a_stack_of_labels_is_one_file_with_the_size_of_a_voxel(tmp_path: Path, 
         metadata = tif.imagej_metadata or {}
         assert (metadata["spacing"], metadata["unit"]) == (2.0, "mm")
         assert (metadata["min"], metadata["max"]) == (0, 2)
-        assert "c1" not in metadata  # labels are no HU
+        assert "c1" not in metadata  # no calibration, because labels are no HU
     assert sidecar(run, out)["labels"][0]["file"] == "labels.tif"
 
 
-def test_per_roi_each_structure_has_a_volume_of_its_own(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_with_per_roi_each_structure_has_a_separate_volume(tmp_path: Path, ct: Ct, out: Path) -> None:
     recipe = replace(RAW, masks=Masks(layout="per-roi"))
     names = {"left/lung": LEFT, "..": RIGHT, "LEFT/lung": RIGHT}
     run = convert(tmp_path, write_rtstruct(tmp_path / "rs.dcm", names, series_uid=ct.uid), recipe)
     labels = sidecar(run, out)["labels"]
     assert [label["name"] for label in labels] == list(names)
     files = [label["file"] for label in labels]
-    assert len({f.casefold() for f in files}) == 3  # told apart even where a disk does not tell cases apart
+    assert len({f.casefold() for f in files}) == 3  # different even on a case-insensitive file system
     assert all(f.count("/") == 1 and f.startswith("masks/") and ".." not in f.split("/") for f in files)
     folder = out / run.results[0].folder
     for file, expected in zip(files, (LEFT_BOX, RIGHT_BOX, RIGHT_BOX), strict=True):
@@ -143,7 +143,7 @@ def test_per_roi_each_structure_has_a_volume_of_its_own(tmp_path: Path, ct: Ct, 
     assert convert(tmp_path, tmp_path / "rs.dcm", recipe).counts == {"skipped": 1}
 
 
-def test_structures_that_overlap_are_refused_by_name_or_go_apart(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_overlapping_structures_are_refused_by_name_unless_written_per_roi(tmp_path: Path, ct: Ct, out: Path) -> None:
     overlapping = {"GTV": LEFT, "PTV": [square(k, 3.5, 10.5) for k in range(6)], "elsewhere": RIGHT}
     path = write_rtstruct(tmp_path / "rs.dcm", overlapping, series_uid=ct.uid)
     run = convert(tmp_path, path)
@@ -152,7 +152,7 @@ def test_structures_that_overlap_are_refused_by_name_or_go_apart(tmp_path: Path,
     assert "GTV and PTV (75 voxels)" in result.reason
     assert "--mask-layout per-roi" in result.reason
     assert "elsewhere" not in result.reason
-    assert not list(out.rglob("*.tif"))  # no image without its masks
+    assert not list(out.rglob("*.tif"))  # the image is not written without its masks
     assert convert(tmp_path, path, replace(RAW, masks=Masks(layout="per-roi"))).counts == {"ok": 1}
     chosen = convert(tmp_path, path, replace(RAW, masks=Masks(roi="^ptv$|else")))
     assert [label["name"] for label in sidecar(chosen, out)["labels"]] == ["PTV", "elsewhere"]
@@ -179,14 +179,14 @@ def test_two_names_of_one_alias_in_one_file_are_refused(tmp_path: Path, ct: Ct) 
     assert "both stand for lung" in run.results[0].reason
 
 
-def test_equal_names_of_two_files_are_told_apart(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_equal_names_in_two_files_are_distinguished(tmp_path: Path, ct: Ct, out: Path) -> None:
     rtstruct(tmp_path / "anna.dcm", ct, GTV=LEFT)
     rtstruct(tmp_path / "bert.dcm", ct, GTV=RIGHT)
     run = convert(tmp_path, [tmp_path / "anna.dcm", tmp_path / "bert.dcm"])
     assert [label["name"] for label in sidecar(run, out)["labels"]] == ["GTV (anna)", "GTV (bert)"]
 
 
-def test_a_value_never_changes_hands(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_a_label_value_is_never_given_to_another_structure(tmp_path: Path, ct: Ct, out: Path) -> None:
     convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct, m=LEFT))
     other = Ct(tmp_path / "dicom" / "patient-0")
     second = rtstruct(tmp_path / "second.dcm", other, a=RIGHT, m=LEFT)
@@ -195,7 +195,7 @@ def test_a_value_never_changes_hands(tmp_path: Path, ct: Ct, out: Path) -> None:
     assert json.loads((out / "labels.json").read_text()) == {"m": 1, "a": 2}
 
 
-def test_many_structures_take_16_bits(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_more_than_255_structures_are_written_as_uint16(tmp_path: Path, ct: Ct, out: Path) -> None:
     rois = {f"roi {n:03}": [square(n % 6, 0.5, 1.5)] if n < 6 else [] for n in range(300)} | {"zz": RIGHT}
     run = convert(tmp_path, write_rtstruct(tmp_path / "rs.dcm", rois, series_uid=ct.uid))
     labels = volume(out / run.results[0].folder / "labels")
@@ -204,7 +204,9 @@ def test_many_structures_take_16_bits(tmp_path: Path, ct: Ct, out: Path) -> None
     np.testing.assert_array_equal(labels == 301, RIGHT_BOX == 1)
 
 
-def test_again_skips_and_a_changed_segmentation_is_converted_again(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_unchanged_segmentations_are_skipped_and_changed_ones_converted_again(
+    tmp_path: Path, ct: Ct, out: Path
+) -> None:
     path = rtstruct(tmp_path / "rs.dcm", ct)
     assert convert(tmp_path, path).counts == {"ok": 1}
     assert convert(tmp_path, path).counts == {"skipped": 1}
@@ -216,7 +218,7 @@ def test_again_skips_and_a_changed_segmentation_is_converted_again(tmp_path: Pat
     )
 
 
-def test_a_lost_file_of_labels_is_made_again(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_a_lost_label_file_is_written_again(tmp_path: Path, ct: Ct, out: Path) -> None:
     path = rtstruct(tmp_path / "rs.dcm", ct)
     run = convert(tmp_path, path)
     (out / run.results[0].folder / "labels" / "0002.tif").unlink()
@@ -224,7 +226,7 @@ def test_a_lost_file_of_labels_is_made_again(tmp_path: Path, ct: Ct, out: Path) 
     assert len(list((out / run.results[0].folder / "labels").iterdir())) == 6
 
 
-def test_a_stranger_among_the_labels_is_not_removed(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_a_foreign_file_among_the_labels_is_not_removed(tmp_path: Path, ct: Ct, out: Path) -> None:
     path = rtstruct(tmp_path / "rs.dcm", ct)
     stranger = out / convert(tmp_path, path).results[0].folder / "labels" / "corrected.nii"
     stranger.write_text("a day's work")
@@ -234,7 +236,7 @@ def test_a_stranger_among_the_labels_is_not_removed(tmp_path: Path, ct: Ct, out:
     assert stranger.read_text() == "a day's work"
 
 
-def test_masks_alone_are_those_beside_the_image(tmp_path: Path, ct: Ct) -> None:
+def test_masks_without_image_equal_those_with_image(tmp_path: Path, ct: Ct) -> None:
     path = rtstruct(tmp_path / "rs.dcm", ct)
     recipe = Recipe(size=(30, 40))
     beside = gpuprep.convert(ct.folder, tmp_path / "both", recipe, masks=path)
@@ -247,7 +249,7 @@ def test_masks_alone_are_those_beside_the_image(tmp_path: Path, ct: Ct) -> None:
     assert "hu" not in found
 
 
-def test_masks_alone_never_replace_images(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_masks_without_image_never_replace_images(tmp_path: Path, ct: Ct, out: Path) -> None:
     convert(tmp_path, None)
     before = {f: f.stat().st_mtime_ns for f in out.rglob("*.tif")}
     with pytest.raises(RequestError, match="holds images, which masks alone would replace"):
@@ -255,27 +257,27 @@ def test_masks_alone_never_replace_images(tmp_path: Path, ct: Ct, out: Path) -> 
     assert {f: f.stat().st_mtime_ns for f in out.rglob("*.tif")} == before
 
 
-def test_images_alone_never_replace_masks(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_images_without_masks_never_replace_masks(tmp_path: Path, ct: Ct, out: Path) -> None:
     convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct))
     with pytest.raises(RequestError, match="holds masks, which would go: give --masks again"):
         convert(tmp_path, None)
     assert len(list(out.rglob("labels/*.tif"))) == 6
 
 
-def test_what_refers_to_nothing_here_is_reported_and_costs_nothing(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_segmentations_without_a_series_are_reported_and_affect_no_series(tmp_path: Path, ct: Ct, out: Path) -> None:
     (tmp_path / "rs").mkdir()
     rtstruct(tmp_path / "rs" / "right.dcm", ct)
     write_rtstruct(tmp_path / "rs" / "stray.dcm", {"x": LEFT}, series_uid="1.2.3.4", frame_uid="1.2.3.5")
     (tmp_path / "rs" / "notes.txt").write_text("Contours by A. B.\nas discussed\n")
     (tmp_path / "rs" / "README.md").write_text("# Contours\n")
     (tmp_path / "rs" / "legend.txt").write_text('1 255 0 0 1 1 1 "left"\n2 0 255 0 1 1 1 "right"\n')
-    shutil.copy(ct.files[0], tmp_path / "rs" / "slice.dcm")  # an image, as may lie beside: no complaint
+    shutil.copy(ct.files[0], tmp_path / "rs" / "slice.dcm")  # an image in the folder gives no complaint
     run = convert(tmp_path, tmp_path / "rs")
     assert run.counts == {"ok": 1}
     assert run.exit_code == 1
-    told = {Path(path).name: why for path, why in run.unmatched}
-    assert set(told) == {"stray.dcm", "notes.txt"}
-    assert "refers to a series and a frame of reference that are not here" in told["stray.dcm"]
+    reasons = {Path(path).name: why for path, why in run.unmatched}
+    assert set(reasons) == {"stray.dcm", "notes.txt"}
+    assert "refers to a series and a frame of reference that are not here" in reasons["stray.dcm"]
     with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
         rows = {Path(r[0]).name: r for r in db.execute("SELECT * FROM segmentations")}
     assert rows["right.dcm"][3] == ct.uid
@@ -317,7 +319,7 @@ def test_auto_finds_structure_sets_and_segs_among_the_images(tmp_path: Path, ct:
     write_seg(ct.folder / "seg.dcm", {"right": RIGHT_BOX > 0}, Geometry(SHAPE, affine), series_uid=ct.uid)
     (ct.folder / "notes.xml").write_text("<notes/>")
     write_rtstruct(ct.folder / "of-an-mr.dcm", {"x": LEFT}, series_uid="1.2.3.4")
-    for again in ("ok", "skipped"):  # the second time, the index of headers knows them
+    for again in ("ok", "skipped"):  # the second time, they are read from the header index
         run = convert(tmp_path, "auto", index=tmp_path / "index.sqlite")
         assert run.counts == {again: 1}
         assert run.exit_code == 0
@@ -347,9 +349,7 @@ def test_one_text_file_per_slice_by_number_z_or_uid(tmp_path: Path, ct: Ct, out:
         np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), LEFT_BOX)
 
 
-def test_slice_numbers_that_may_mean_two_things_are_refused_with_the_options_that_settle_it(
-    tmp_path: Path, out: Path
-) -> None:
+def test_ambiguous_slice_numbers_are_refused_with_the_options_that_settle_them(tmp_path: Path, out: Path) -> None:
     Ct(tmp_path / "dicom" / "p")
     lines = ["slice x y"] + [
         f"{k} {x} {y}" for k in (1, 2, 3) for x, y in ((4.5, 4.5), (9.5, 4.5), (9.5, 9.5), (4.5, 9.5))
@@ -367,8 +367,8 @@ def test_slice_numbers_that_may_mean_two_things_are_refused_with_the_options_tha
         np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), expected)
 
 
-def test_slice_numbers_that_reach_the_end_can_mean_one_thing_only(tmp_path: Path, out: Path) -> None:
-    # Instance Numbers fall from 6 to 1, as on many scanners; 0 occurs, so slices are counted along the normal from 0.
+def test_slice_numbers_with_only_one_interpretation_are_accepted(tmp_path: Path, out: Path) -> None:
+    # Instance Numbers fall from 6 to 1, as on many scanners; 0 occurs, so the numbers are indices along the normal.
     Ct(tmp_path / "dicom" / "p")
     lines = ["slice x y"] + [
         f"{k} {x} {y}" for k in (0, 1) for x, y in ((4.5, 4.5), (9.5, 4.5), (9.5, 9.5), (4.5, 9.5))
@@ -380,11 +380,11 @@ def test_slice_numbers_that_reach_the_end_can_mean_one_thing_only(tmp_path: Path
     )
 
 
-def test_text_goes_to_the_series_its_path_points_to(tmp_path: Path) -> None:
+def test_text_files_are_matched_to_series_by_path(tmp_path: Path) -> None:
     cohort = {name: Ct(tmp_path / "dicom" / name) for name in ("p1", "p10", "p2")}
     content = "x_mm y_mm z_mm\n" + "\n".join(f"{x} {y} {z}" for x, y, z in square(2))
     places = {
-        "masks/p1/tumour.txt": "p1",  # the same place in another tree
+        "masks/p1/tumour.txt": "p1",  # the same relative path
         "masks/p10.txt": "p10",
         f"masks/other/{cohort['p2'].uid}.txt": "p2",
         "masks/nobody.txt": "",
@@ -402,8 +402,8 @@ def test_text_goes_to_the_series_its_path_points_to(tmp_path: Path) -> None:
     assert "gpuprep mask FILE --series DICOM_DIR" in why
 
 
-def test_what_is_left_out_of_a_segmentation_is_named(tmp_path: Path, ct: Ct, out: Path) -> None:
-    # Trap 40: by position, with half a slice of tolerance.
+def test_parts_of_a_segmentation_that_are_left_out_are_reported(tmp_path: Path, ct: Ct, out: Path) -> None:
+    # Trap 40: contours are matched by position, with a tolerance of half a slice.
     near = square(2) + np.array([0, 0, 0.9])  # slices are 2 mm apart
     between = square(4) + np.array([0, 0, 1.0 + 0.1])
     slanting = square(3)
@@ -427,11 +427,13 @@ def test_what_is_left_out_of_a_segmentation_is_named(tmp_path: Path, ct: Ct, out
     labels = volume(out / run.results[0].folder / "labels")
     found, rounded = (labels == by_name[name]["value"] for name in ("found", "rounded"))
     np.testing.assert_array_equal(found, box(range(2, 4), slice(5, 10), slice(5, 10)) == 1)
-    np.testing.assert_array_equal(rounded, box(range(5, 6), slice(5, 10), slice(5, 10)) == 1)  # 4.55 is nearer to 5
+    np.testing.assert_array_equal(
+        rounded, box(range(5, 6), slice(5, 10), slice(5, 10)) == 1
+    )  # position 4.55 is nearest to slice 5
 
 
-def test_of_contours_closer_together_than_slices_the_nearest_is_taken(tmp_path: Path, ct: Ct, out: Path) -> None:
-    # By parity, two squares drawn at 0.4 and 0.8 mm beside one slice would erase each other.
+def test_of_several_contour_planes_near_one_slice_the_nearest_is_used(tmp_path: Path, ct: Ct, out: Path) -> None:
+    # By the even-odd rule, squares drawn 0.4 and 0.8 mm from one slice would erase each other.
     fine = [square(2) + np.array([0, 0, dz]) for dz in (-0.8, -0.4, 0.0, 0.4, 0.8)]
     run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct, fine=fine))
     np.testing.assert_array_equal(
@@ -440,7 +442,7 @@ def test_of_contours_closer_together_than_slices_the_nearest_is_taken(tmp_path: 
     assert "4 contours left out: between slices" in " ".join(run.results[0].warnings)
 
 
-def test_a_label_that_resampling_loses_is_named(tmp_path: Path, ct: Ct) -> None:
+def test_a_structure_without_voxels_after_resampling_is_reported(tmp_path: Path, ct: Ct) -> None:
     # Trap 22.
     dot = [square(1, 4.5, 5.5)]  # one voxel
     run = convert(
@@ -452,22 +454,22 @@ def test_a_label_that_resampling_loses_is_named(tmp_path: Path, ct: Ct) -> None:
     assert labels["left"]["voxels"] > 0
 
 
-def test_contours_in_a_gap_that_was_filled_are_reported(tmp_path: Path, out: Path) -> None:
+def test_contours_on_an_interpolated_slice_are_reported(tmp_path: Path, out: Path) -> None:
     ct = Ct(tmp_path / "dicom" / "p")
     ct.files[3].unlink()
     recipe = replace(RAW, max_missing_share=0.5, spacing_mm=(2.0, 1.0, 1.0))
     run = convert(tmp_path, rtstruct(tmp_path / "rs.dcm", ct, left=LEFT), recipe)
     assert run.counts == {"fixed": 1}
     assert "left: 1 contour left out: on no slice of the series" in " ".join(run.results[0].warnings)
-    # The filled slice takes the labels of a neighbour, as it takes a mixture of both for the image.
+    # The interpolated slice has the labels of one neighbour; its image is a mixture of both.
     labels = volume(out / run.results[0].folder / "labels")
     assert labels.shape == SHAPE
     np.testing.assert_array_equal(labels[:3], LEFT_BOX[:3])
     assert labels[3].any() == labels[2].any() or not labels[3].any()
 
 
-def test_a_tilted_series_is_outlined_where_its_slices_lie(tmp_path: Path, out: Path) -> None:
-    # Each slice a millimetre further right: outlines in the patient do not move with them.
+def test_outlines_on_a_tilted_series_keep_their_position_in_the_patient(tmp_path: Path, out: Path) -> None:
+    # Each slice is shifted by 1 mm; outlines are in patient coordinates, so they are not.
     def tilt(ds: pydicom.Dataset, k: int) -> None:
         ds.ImagePositionPatient = [ORIGIN_MM[0] + 1.0 * k, ORIGIN_MM[1], ORIGIN_MM[2] + 2.0 * k]
 
@@ -484,7 +486,7 @@ def test_a_tilted_series_is_outlined_where_its_slices_lie(tmp_path: Path, out: P
         np.testing.assert_allclose(points.max(axis=0), np.array(ORIGIN_MM) + np.array([9, 9, 6]), atol=1e-6)
 
 
-def test_a_seg_on_a_coarser_grid_is_looked_up_by_position(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_a_seg_on_a_coarser_grid_is_resampled_by_position(tmp_path: Path, ct: Ct, out: Path) -> None:
     # Half the resolution in every direction, frames twice as thick, edges aligned.
     affine = np.array([[0, 0, 2, -9.5], [0, 2, 0, -19.5], [4, 0, 0, 31], [0, 0, 0, 1.0]])
     coarse = np.zeros((3, 10, 12), bool)
@@ -495,7 +497,7 @@ def test_a_seg_on_a_coarser_grid_is_looked_up_by_position(tmp_path: Path, ct: Ct
     np.testing.assert_array_equal(volume(out / run.results[0].folder / "labels"), expected)
 
 
-def test_jobs_and_no_jobs_give_the_same_bytes(tmp_path: Path, ct: Ct) -> None:
+def test_labels_are_identical_with_and_without_worker_processes(tmp_path: Path, ct: Ct) -> None:
     path = rtstruct(tmp_path / "rs.dcm", ct)
     recipe = Recipe(size=(30, 40), masks=Masks(resampling="smooth"))
     runs = {n: gpuprep.convert(ct.folder, tmp_path / f"out{n}", recipe, masks=path, jobs=n or None) for n in (0, 2)}
@@ -505,7 +507,7 @@ def test_jobs_and_no_jobs_give_the_same_bytes(tmp_path: Path, ct: Ct) -> None:
     ]
 
 
-def test_scan_shows_what_would_become_masks(tmp_path: Path, ct: Ct) -> None:
+def test_scan_shows_the_segmentations_of_each_series(tmp_path: Path, ct: Ct) -> None:
     path = rtstruct(tmp_path / "rs.dcm", ct)
     _, (planned,), _ = scan(tmp_path / "dicom", RAW, masks=path)
     (summary,) = planned.segmentations
@@ -516,18 +518,18 @@ def run_cli(*arguments: object) -> Any:
     return CliRunner().invoke(app, [*map(str, arguments), "--index", "none"])
 
 
-def test_the_command_takes_as_many_masks_as_a_shell_gives_it(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_the_flag_masks_takes_several_files(tmp_path: Path, ct: Ct, out: Path) -> None:
     one, two = rtstruct(tmp_path / "1.dcm", ct, left=LEFT), rtstruct(tmp_path / "2.dcm", ct, right=RIGHT)
     done = run_cli(
         "convert", ct.folder, "--masks", one, two, "--out", out, "--spacing", "none", "--size", "none", "--json"
     )
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert [label["name"] for label in told["series"][0]["labels"]] == ["left", "right"]
-    assert told["unmatched"] == []
+    report = json.loads(done.stdout)
+    assert [label["name"] for label in report["series"][0]["labels"]] == ["left", "right"]
+    assert report["unmatched"] == []
 
 
-def test_the_command_for_masks_alone(tmp_path: Path, ct: Ct, out: Path) -> None:
+def test_the_command_mask_writes_masks_without_image(tmp_path: Path, ct: Ct, out: Path) -> None:
     path = rtstruct(tmp_path / "rs.dcm", ct)
     flags = (
         "--spacing",
@@ -546,7 +548,7 @@ def test_the_command_for_masks_alone(tmp_path: Path, ct: Ct, out: Path) -> None:
     files = sorted(str(f.relative_to(out)) for f in out.rglob("*.tif"))
     assert [Path(f).parts[-2:] for f in files] == [("masks", "left.tif")]
     np.testing.assert_array_equal(tifffile.imread(out / files[0]), LEFT_BOX)
-    # Its outline on black: slices of 20 × 24 mm are 128 × 154 pixels, 6.4 to a mm, so the box goes from 32 to 63.
+    # The preview has its outline on black: slices of 20 × 24 mm are 128 × 154 pixels, 6.4 per mm: box from 32 to 63.
     (preview,) = out.rglob("preview.jpg")
     lit = imagecodecs.jpeg8_decode(preview.read_bytes())[:, :154].max(axis=2) > 128
     expected = np.zeros((128, 154), dtype=bool)
@@ -565,14 +567,14 @@ def test_the_command_for_masks_alone(tmp_path: Path, ct: Ct, out: Path) -> None:
         (("--masks", "auto", "--seg-threshold", "2"), 2, "masks.threshold = 2.0"),
     ],
 )
-def test_a_bad_request_is_one_line(tmp_path: Path, ct: Ct, arguments: Any, code: int, words: str) -> None:
+def test_an_invalid_request_gives_one_line(tmp_path: Path, ct: Ct, arguments: Any, code: int, words: str) -> None:
     done = run_cli("convert", ct.folder, "--out", tmp_path / "out", "--quiet", *arguments)
     assert done.exit_code == code
     (line,) = done.stderr.strip().splitlines()
     assert words in line
 
 
-def test_the_screen_says_what_was_recognised_and_what_was_not(tmp_path: Path, ct: Ct) -> None:
+def test_the_screen_shows_recognised_and_unmatched_segmentations(tmp_path: Path, ct: Ct) -> None:
     path = rtstruct(tmp_path / "rs.dcm", ct)
     stray = write_rtstruct(tmp_path / "stray.dcm", {"x": LEFT}, series_uid="1.2.3.4")
     shown = run_cli("convert", ct.folder, "--masks", path, stray, "--out", tmp_path / "out", "--dry-run")

@@ -1,4 +1,4 @@
-"""What a run is expected to take, worked out by hand."""
+"""Estimates of disk, memory and time of a run, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def empty(**facts: Any) -> Forecast:
 
 
 def filled(forecast: Forecast, dicom: Path, *memory: int) -> Forecast:
-    """Count some series in that need so much memory, 300 bytes of disk and 50 voxels each."""
+    """Add series that need the given memory, and 300 bytes of disk and 50 voxels each."""
     planned = scan(dicom, RECIPE).planned[0]
     for need in memory:
         forecast.add(replace(planned, needs=Needs(300, need, 50)))
     return forecast
 
 
-def test_bytes_are_those_of_the_voxels(dicom: Path, tmp_path: Path) -> None:
+def test_output_bytes_are_those_of_the_voxels(dicom: Path, tmp_path: Path) -> None:
     forecast = scan(dicom, RECIPE, out=tmp_path / "out").forecast
     assert (forecast.series, forecast.todo, forecast.output_bytes) == (2, 2, 10 * 10 * 12 * 2)
     assert forecast.disk_bytes == forecast.output_bytes
@@ -58,20 +58,22 @@ def test_bytes_are_those_of_the_voxels(dicom: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_is_that_of_the_largest_at_a_time_and_no_more_than_there_is_room(dicom: Path) -> None:
+def test_memory_is_that_of_the_largest_concurrent_series_within_the_limit(dicom: Path) -> None:
     assert filled(empty(), dicom, 5, 70, 30, 60).memory_bytes == 2 * 100 + 70 + 60
     assert filled(empty(room=90), dicom, 5, 70, 30, 60).memory_bytes == 2 * 100 + 90
-    assert filled(empty(room=50), dicom, 5, 70, 30, 60).memory_bytes == 2 * 100 + 70  # alone if need be
+    assert filled(empty(room=50), dicom, 5, 70, 30, 60).memory_bytes == 2 * 100 + 70  # a larger series runs alone
     assert filled(empty(), dicom, 5, 70, 30).largest_bytes == 70
 
 
-def test_time_goes_with_voxels_and_is_shared_by_workers(dicom: Path) -> None:
+def test_time_is_proportional_to_voxels_and_divided_among_workers(dicom: Path) -> None:
     experience = Experience(s_per_voxel=0.1, disk_share=0.25, series=3)
     assert filled(empty(experience=experience), dicom, 1, 1, 1, 1).expected_s == pytest.approx(4 * 50 * 0.1 / 2)
-    assert filled(empty(experience=experience), dicom, 1).expected_s == pytest.approx(50 * 0.1)  # one cannot be shared
+    assert filled(empty(experience=experience), dicom, 1).expected_s == pytest.approx(
+        50 * 0.1
+    )  # a single series cannot be divided
 
 
-def test_what_does_not_fit_is_said_with_its_numbers(dicom: Path) -> None:
+def test_a_misfit_is_reported_with_its_numbers(dicom: Path) -> None:
     assert filled(empty(), dicom, 1, 1, 1).misfit == ""
     assert filled(empty(free_disk_bytes=10**9), dicom, 1).misfit == ""
     tight = filled(empty(free_disk_bytes=20_000_000), dicom)
@@ -83,7 +85,7 @@ def test_what_does_not_fit_is_said_with_its_numbers(dicom: Path) -> None:
     assert known.disk_bytes == 150
 
 
-def test_experience_is_what_was_taken_per_voxel() -> None:
+def test_experience_is_time_and_disk_per_voxel_of_earlier_series() -> None:
     one = replace(OK, source_shape=(1, 10, 10), shape=(2, 10, 10), read_s=1, process_s=2, write_s=3, bytes=150)
     two = replace(one, masks_s=4.0, bytes=50)
     experience = Experience.of([one, two], Recipe(dtype="uint16"))
@@ -91,7 +93,7 @@ def test_experience_is_what_was_taken_per_voxel() -> None:
     assert Experience.of([], Recipe()) is None
 
 
-def test_history_is_that_of_the_same_recipe(dicom: Path, tmp_path: Path) -> None:
+def test_experience_comes_from_the_same_recipe_only(dicom: Path, tmp_path: Path) -> None:
     convert(dicom, tmp_path / "out", RECIPE, backend=NumpyBackend("matmul"))
     (dicom / "p0" / "more").mkdir()
     known = scan(dicom, RECIPE, out=tmp_path / "out", backend="cpu").forecast
@@ -100,7 +102,7 @@ def test_history_is_that_of_the_same_recipe(dicom: Path, tmp_path: Path) -> None
     assert scan(dicom, replace(RECIPE, dtype="uint8"), out=tmp_path / "out").forecast.experience is None
 
 
-def test_without_history_one_series_is_tried(dicom: Path, tmp_path: Path) -> None:
+def test_without_experience_one_series_is_converted_as_a_trial(dicom: Path, tmp_path: Path) -> None:
     found = scan(dicom, RECIPE, out=tmp_path / "out", calibrate=True).forecast
     assert found.experience is not None
     assert found.experience.series == 1
@@ -109,14 +111,14 @@ def test_without_history_one_series_is_tried(dicom: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_replaced_outputs_count_as_room(dicom: Path, tmp_path: Path) -> None:
+def test_outputs_to_be_replaced_count_as_free_space(dicom: Path, tmp_path: Path) -> None:
     before = convert(dicom, tmp_path / "out", RECIPE, backend=NumpyBackend("matmul"))
     smaller = scan(dicom, replace(RECIPE, dtype="uint8"), out=tmp_path / "out").forecast
     assert smaller.replaced_bytes == sum(r.bytes for r in before.results)
     assert smaller.disk_bytes == 0
 
 
-def test_a_run_that_cannot_fit_begins_only_if_told(
+def test_a_run_that_cannot_fit_starts_only_without_the_room_check(
     dicom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpuprep.output.folder_store.Output.free_bytes", lambda _: 1000)

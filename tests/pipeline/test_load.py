@@ -1,4 +1,4 @@
-"""One series to a volume in memory, which other array libraries take over without a copy."""
+"""`load`: one series to a volume in memory, which other array libraries use without a copy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_volume_is_what_a_conversion_writes(folder: Path, tmp_path: Path) -> None:
+def test_a_volume_equals_the_output_of_a_conversion(folder: Path, tmp_path: Path) -> None:
     tifffile = pytest.importorskip("tifffile")
     run = gpuprep.convert(folder / "p0", tmp_path / "out", RECIPE, backend="cpu")
     written = tmp_path / "out" / run.results[0].folder
@@ -32,24 +32,24 @@ def test_a_volume_is_what_a_conversion_writes(folder: Path, tmp_path: Path) -> N
     np.testing.assert_array_equal(volume, [tifffile.imread(f) for f in sorted(written.glob("*.tif"))])
 
 
-def test_others_take_its_values_without_a_copy(folder: Path) -> None:
+def test_dlpack_shares_the_values_without_a_copy(folder: Path) -> None:
     volume = gpuprep.load(folder / "p0", RECIPE, backend="cpu")
     taken = np.from_dlpack(volume)
     assert taken.ctypes.data == volume.values.ctypes.data
 
 
-def test_values_stay_where_they_were_computed(folder: Path) -> None:
+def test_values_stay_on_the_device(folder: Path) -> None:
     foreign = ForeignBackend()
     volume = gpuprep.load(folder / "p0", RECIPE, backend=foreign)
     assert type(volume.values).__module__.startswith("array_api_strict")
 
 
-def test_of_several_series_one_is_chosen_by_its_uid(folder: Path) -> None:
+def test_one_of_several_series_is_chosen_by_uid(folder: Path) -> None:
     one = gpuprep.load(folder, RECIPE, series_uid="1.2.1", backend="cpu")
     np.testing.assert_array_equal(one, gpuprep.load(folder / "p1", RECIPE, backend="cpu"))
 
 
-def test_several_series_are_named(folder: Path) -> None:
+def test_several_series_without_a_choice_are_refused_with_their_uids(folder: Path) -> None:
     with pytest.raises(
         RequestError,
         match=r"there are 2 CT series in .*choose one by series_uid \(--series-uid\): 1\.2\.0 \(6 slices\)",
@@ -57,12 +57,12 @@ def test_several_series_are_named(folder: Path) -> None:
         gpuprep.load(folder, RECIPE)
 
 
-def test_a_series_that_is_not_there(folder: Path) -> None:
+def test_an_absent_series_uid_is_refused(folder: Path) -> None:
     with pytest.raises(RequestError, match=r"^there is no series 1\.2\.3 in .*, but 2 others$"):
         gpuprep.load(folder, RECIPE, series_uid="1.2.3")
 
 
-def test_a_folder_without_ct(tmp_path: Path) -> None:
+def test_a_folder_without_ct_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\1" * 64)
     with pytest.raises(RequestError, match=r"^there is no CT series in .*, but 1 files that cannot be read$"):
         gpuprep.load(tmp_path)
@@ -70,7 +70,7 @@ def test_a_folder_without_ct(tmp_path: Path) -> None:
         gpuprep.load(tmp_path / "absent")
 
 
-def test_a_series_that_cannot_be_stacked_says_why(folder: Path) -> None:
+def test_a_series_that_cannot_be_stacked_raises_a_geometry_error(folder: Path) -> None:
     sorted((folder / "p0").iterdir())[3].unlink()
     with pytest.raises(GeometryError, match=r"^slices are"):
         gpuprep.load(folder / "p0", RECIPE)

@@ -1,4 +1,4 @@
-"""Which segmentation goes to which volume: by the images it names, its frame of reference, its series; or to none."""
+"""Matching of segmentations to volumes by images, series, frame of reference and study."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from gpuprep.testing import write_series
 ORIGIN_MM = (-10.0, -20.0, 30.0)
 FEW = (4, 8, 10)
 GRID = Geometry(FEW, np.array([[0, 0, 1, -10], [0, 1, 0, -20], [2, 0, 0, 30], [0, 0, 0, 1.0]]))
-STALE = ["1.2.99.1", "1.2.99.2"]
-"""Images that are nowhere."""
+ABSENT = ["1.2.99.1", "1.2.99.2"]
+"""SOP Instance UIDs of absent images."""
 
 
 def images(
     folder: Path, first: int, *, series: str = "1.2.1", study: str = "1.2.8", frame: str = "1.2.7", **tags: Any
 ) -> list[str]:
-    """Write four slices, their SOP Instance UIDs counted from `first`; return those."""
+    """Write four slices with SOP Instance UIDs numbered from `first`; return the UIDs."""
     uids = [f"1.2.5.{first + k}" for k in range(FEW[0])]
 
     def change(ds: Dataset, k: int) -> None:
@@ -66,7 +66,7 @@ def structures(
     drawn_on: Iterable[str] = (),
     number: int = 0,
 ) -> Path:
-    """Write a structure set of one contour for each image that is drawn on, or one that names no image."""
+    """Write a structure set with one contour per image in `drawn_on`, or one contour that names no image."""
     drawn_on = list(drawn_on)
 
     def change(ds: Dataset) -> None:
@@ -96,7 +96,7 @@ def segments(
     drawn_on: Iterable[str] = (),
     number: int = 0,
 ) -> Path:
-    """Write a segmentation image of two painted frames and two empty ones, made from some images."""
+    """Write a SEG with two marked and two empty frames, derived from the images in `drawn_on`."""
     drawn_on = list(drawn_on)
 
     def change(ds: Dataset) -> None:
@@ -106,7 +106,7 @@ def segments(
         if not series:
             del ds.ReferencedSeriesSequence
         for n, group in enumerate(ds.PerFrameFunctionalGroupsSequence):
-            if drawn_on:  # an empty frame says nothing about what is painted
+            if drawn_on:  # references of empty frames must be ignored
                 uid = drawn_on[n % len(drawn_on)] if n < 2 else "1.2.5.9999"
                 source = Dataset()
                 source.SourceImageSequence = Sequence([reference(uid, number)])
@@ -130,8 +130,8 @@ both_kinds = pytest.mark.parametrize("write", [structures, segments], ids=["RTST
 Write = Callable[..., Path]
 
 
-class Told(Listener):
-    """What is said of segmentations that belong to no series."""
+class Unmatched(Listener):
+    """Records the reports about segmentations without a series."""
 
     def __init__(self) -> None:
         self.complaints: list[str] = []
@@ -142,11 +142,12 @@ class Told(Listener):
         self.unused = [why for _, why in matched.unused]
 
 
-def matches(folder: Path, masks: Any) -> tuple[dict[str, tuple[str, ...]], Told]:
-    """Return the codes of the volumes that segmentations go to, by the first SOP UID, and what is said of others."""
-    told = Told()
-    found = scan(folder, masks=masks, listener=told)
-    return {min(s.sop_instance_uid for s in o.series.slices): o.codes for o in found.planned if o.segmentations}, told
+def matches(folder: Path, masks: Any) -> tuple[dict[str, tuple[str, ...]], Unmatched]:
+    """Return the codes of volumes with segmentations by their first SOP Instance UID, and the unmatched ones."""
+    unmatched = Unmatched()
+    found = scan(folder, masks=masks, listener=unmatched)
+    matched = [o for o in found.planned if o.segmentations]
+    return {min(s.sop_instance_uid for s in o.series.slices): o.codes for o in matched}, unmatched
 
 
 def volumes(folder: Path, masks: Any) -> set[str]:
@@ -158,7 +159,7 @@ def volumes(folder: Path, masks: Any) -> set[str]:
 
 @pytest.fixture
 def patients(tmp_path: Path) -> Path:
-    """Three patients in one Series Instance UID, each with a frame of reference and a study of their own."""
+    """Three patients with the same Series Instance UID but different frames of reference and studies."""
     for n in (1, 2, 3):
         images(tmp_path / "ct" / f"p{n}", 100 * n, study=f"1.2.8.{n}", frame=f"1.2.7.{n}", PatientID=f"P{n}")
     return tmp_path / "ct"
@@ -166,7 +167,7 @@ def patients(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def phases(tmp_path: Path) -> Path:
-    """Three acquisitions in one series, at the same places."""
+    """Three acquisitions of one series at the same positions."""
     for n in (1, 2, 3):
         images(tmp_path / "ct", 100 * n, AcquisitionNumber=n)
     assert len(discover(tmp_path / "ct")) == 3
@@ -177,17 +178,19 @@ def phases(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("cohort", ["patients", "phases"])
 @pytest.mark.parametrize("how", ["drawn_on", "listed"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_of_volumes_of_one_series_uid_the_one_whose_images_are_named_gets_the_masks(
+def test_masks_go_to_the_volume_whose_images_they_name_if_volumes_share_a_series_uid(
     tmp_path: Path, request: pytest.FixtureRequest, cohort: str, write: Write, how: str, n: int
 ) -> None:
     folder = request.getfixturevalue(cohort)
     named: dict[str, Any] = {how: [f"1.2.5.{100 * n + 1}"]}
-    path = write(tmp_path / "seg.dcm", frame="1.2.7.1", study="1.2.8.1", **named)  # neither outweighs the images
+    path = write(
+        tmp_path / "seg.dcm", frame="1.2.7.1", study="1.2.8.1", **named
+    )  # both have lower priority than the images
     assert volumes(folder, path) == {f"1.2.5.{100 * n}"}
 
 
 @both_kinds
-def test_images_that_are_drawn_on_outweigh_a_list_of_all(tmp_path: Path, phases: Path, write: Write) -> None:
+def test_images_drawn_on_have_priority_over_a_list_of_all_images(tmp_path: Path, phases: Path, write: Write) -> None:
     everything = [f"1.2.5.{100 * n + k}" for n in (1, 2, 3) for k in range(4)]
     path = write(tmp_path / "seg.dcm", listed=everything, drawn_on=["1.2.5.202"])
     assert volumes(phases, path) == {"1.2.5.200"}
@@ -203,42 +206,42 @@ def test_each_volume_whose_images_are_named_gets_the_masks(tmp_path: Path, phase
 
 
 @both_kinds
-def test_where_the_named_images_are_not_here_the_frame_of_reference_decides(
+def test_if_the_named_images_are_absent_the_frame_of_reference_decides(
     tmp_path: Path, patients: Path, write: Write
 ) -> None:
-    path = write(tmp_path / "seg.dcm", frame="1.2.7.2", listed=STALE, drawn_on=STALE)
+    path = write(tmp_path / "seg.dcm", frame="1.2.7.2", listed=ABSENT, drawn_on=ABSENT)
     assert volumes(patients, path) == {"1.2.5.200"}
 
 
 @both_kinds
-def test_where_frames_of_reference_are_equal_the_study_decides(tmp_path: Path, write: Write) -> None:
-    # Whatever splits two studies into two volumes: here it is their matrix.
+def test_if_frames_of_reference_are_equal_the_study_decides(tmp_path: Path, write: Write) -> None:
+    # Two studies as two volumes, here with different pixel spacings.
     images(tmp_path / "ct" / "a", 100, study="1.2.8.1")
     images(tmp_path / "ct" / "b", 200, study="1.2.8.2", PixelSpacing=["0.5", "0.5"])
-    path = write(tmp_path / "seg.dcm", frame="1.2.7", study="1.2.8.2", drawn_on=STALE)
+    path = write(tmp_path / "seg.dcm", frame="1.2.7", study="1.2.8.2", drawn_on=ABSENT)
     assert volumes(tmp_path / "ct", path) == {"1.2.5.200"}
-    found, told = matches(tmp_path / "ct", write(path, frame="1.2.7", study="1.2.8.77"))
+    found, unmatched = matches(tmp_path / "ct", write(path, frame="1.2.7", study="1.2.8.77"))
     assert not found
-    assert "2 volumes in different studies or frames of reference" in told.complaints[0]
+    assert "2 volumes in different studies or frames of reference" in unmatched.complaints[0]
 
 
 @both_kinds
-def test_a_series_of_several_patients_alone_says_too_little(tmp_path: Path, patients: Path, write: Write) -> None:
-    path = write(tmp_path / "seg.dcm", frame="1.2.7.77", study="1.2.8.77", listed=STALE)
-    found, told = matches(patients, path)
+def test_a_series_uid_of_several_patients_alone_matches_no_volume(tmp_path: Path, patients: Path, write: Write) -> None:
+    path = write(tmp_path / "seg.dcm", frame="1.2.7.77", study="1.2.8.77", listed=ABSENT)
+    found, unmatched = matches(patients, path)
     assert not found
-    (why,) = told.complaints
+    (why,) = unmatched.complaints
     assert "it refers to series 1.2.1, which is 3 volumes in different studies or frames of reference here" in why
     assert "gpuprep mask FILE --series DICOM_DIR" in why
-    # Which is the way: in the folder of one patient it can only mean that one.
+    # In a run over the folder of one patient, only that patient matches.
     assert volumes(patients / "p2", path) == {"1.2.5.200"}
 
 
 @both_kinds
-def test_a_series_of_several_phases_alone_means_all_of_them_with_a_warning(
+def test_a_series_uid_of_several_phases_alone_matches_all_with_a_warning(
     tmp_path: Path, phases: Path, write: Write
 ) -> None:
-    path = write(tmp_path / "seg.dcm", frame="1.2.7", study="1.2.8", listed=STALE)
+    path = write(tmp_path / "seg.dcm", frame="1.2.7", study="1.2.8", listed=ABSENT)
     found, _ = matches(phases, path)
     assert set(found) == {"1.2.5.100", "1.2.5.200", "1.2.5.300"}
     assert all(codes == ("acquisitions", "mask-volumes") for codes in found.values())
@@ -263,7 +266,9 @@ def test_the_warning_is_in_the_output_and_on_the_screen(tmp_path: Path, phases: 
 
 @both_kinds
 @pytest.mark.parametrize("phase", [0, 1])
-def test_frames_of_a_multi_frame_image_tell_its_volumes_apart(tmp_path: Path, write: Write, phase: int) -> None:
+def test_referenced_frames_distinguish_the_volumes_of_a_multi_frame_image(
+    tmp_path: Path, write: Write, phase: int
+) -> None:
     # One file, one SOP Instance UID, two phases of four frames.
     for n in (1, 2):
         images(tmp_path / "plain", 100 * n, AcquisitionNumber=n)
@@ -275,11 +280,11 @@ def test_frames_of_a_multi_frame_image_tell_its_volumes_apart(tmp_path: Path, wr
     ds.save_as(tmp_path / "ct" / "e.dcm")
     parts = discover(tmp_path / "ct")
     assert [sorted(s.frame for s in part.slices) for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    told = Told()
+    unmatched = Unmatched()
     path = write(tmp_path / "seg.dcm", drawn_on=[ds.SOPInstanceUID], number=2 + 4 * phase)
-    found = scan(tmp_path / "ct", masks=path, listener=told).planned
+    found = scan(tmp_path / "ct", masks=path, listener=unmatched).planned
     assert [bool(o.segmentations) for o in found] == [phase == 0, phase == 1]
-    # Without a number the whole image is meant.
+    # Without a frame number, all volumes of the image match.
     found = scan(tmp_path / "ct", masks=write(path, drawn_on=[ds.SOPInstanceUID])).planned
     assert [bool(o.segmentations) for o in found] == [True, True]
 
@@ -289,7 +294,7 @@ LEFT_OUT = "it is drawn on images that were left out of their series: "
 
 @both_kinds
 @pytest.mark.parametrize("listed", [["1.2.5.901"], ["1.2.5.101", "1.2.5.201", "1.2.5.901"]], ids=["it", "all"])
-def test_what_is_drawn_on_an_image_that_was_left_out_is_on_no_volume(
+def test_masks_drawn_on_an_image_that_was_left_out_match_no_volume(
     tmp_path: Path, phases: Path, write: Write, listed: list[str]
 ) -> None:
     # A fourth acquisition of one slice.
@@ -298,28 +303,28 @@ def test_what_is_drawn_on_an_image_that_was_left_out_is_on_no_volume(
     one.rename(phases / "one.dcm")
     assert [len(s.slices) for s in discover(phases)] == [4, 4, 4]
     path = write(tmp_path / "seg.dcm", drawn_on=["1.2.5.901"], listed=listed)
-    by_uid, told = matches(phases, path)
-    assert (by_uid, told.complaints) == ({}, [f"{LEFT_OUT}one.dcm (other acquisition)"])
+    by_uid, unmatched = matches(phases, path)
+    assert (by_uid, unmatched.complaints) == ({}, [f"{LEFT_OUT}one.dcm (other acquisition)"])
     path = write(tmp_path / "seg.dcm", drawn_on=["1.2.5.901", "1.2.5.201"], listed=listed)
     assert volumes(phases, path) == {"1.2.5.200"}
 
 
 @both_kinds
-def test_what_is_drawn_on_a_scout_is_on_no_volume(tmp_path: Path, write: Write) -> None:
+def test_masks_drawn_on_a_scout_match_no_volume(tmp_path: Path, write: Write) -> None:
     images(tmp_path / "ct", 100)
     images(tmp_path / "ct", 900, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     assert [len(s.slices) for s in discover(tmp_path / "ct")] == [4]
     for how in ("drawn_on", "listed"):
         named: dict[str, Any] = {how: ["1.2.5.901"]}
-        by_uid, told = matches(tmp_path / "ct", write(tmp_path / "seg.dcm", **named))
-        (why,) = told.complaints
+        by_uid, unmatched = matches(tmp_path / "ct", write(tmp_path / "seg.dcm", **named))
+        (why,) = unmatched.complaints
         assert (by_uid, why.startswith(LEFT_OUT), why.endswith("(localizer)")) == ({}, True, True)
     assert volumes(tmp_path / "ct", write(tmp_path / "seg.dcm")) == {"1.2.5.100"}
 
 
 @both_kinds
-def test_what_is_drawn_on_a_frame_that_was_left_out_is_on_no_volume(tmp_path: Path, write: Write) -> None:
-    # One file of two phases of four frames, and a frame of a third one at the second place.
+def test_masks_drawn_on_a_frame_that_was_left_out_match_no_volume(tmp_path: Path, write: Write) -> None:
+    # One file with two phases of four frames, and one frame of a third phase at the second position.
     for n in (1, 2):
         images(tmp_path / "plain", 100 * n, AcquisitionNumber=n)
     files = sorted((tmp_path / "plain").iterdir(), key=lambda f: (f.name[:3], -int(f.stem[-4:])))
@@ -330,12 +335,12 @@ def test_what_is_drawn_on_a_frame_that_was_left_out_is_on_no_volume(tmp_path: Pa
     ds.save_as(tmp_path / "ct" / "e.dcm")
     assert [len(part.slices) for part in discover(tmp_path / "ct")] == [4, 4]
     path = write(tmp_path / "seg.dcm", drawn_on=[ds.SOPInstanceUID], number=9)
-    by_uid, told = matches(tmp_path / "ct", path)
-    assert (by_uid, told.complaints) == ({}, [f"{LEFT_OUT}e.dcm frame 9 (other acquisition)"])
+    by_uid, unmatched = matches(tmp_path / "ct", path)
+    assert (by_uid, unmatched.complaints) == ({}, [f"{LEFT_OUT}e.dcm frame 9 (other acquisition)"])
 
 
 @both_kinds
-def test_of_two_copies_of_an_image_that_in_the_named_series_is_meant(tmp_path: Path, write: Write) -> None:
+def test_of_two_copies_of_an_image_the_one_in_the_named_series_matches(tmp_path: Path, write: Write) -> None:
     images(tmp_path / "ct" / "a", 100, series="1.2.1")
     images(tmp_path / "ct" / "b", 100, series="1.2.2")
     for series in ("1.2.1", "1.2.2"):
@@ -345,7 +350,7 @@ def test_of_two_copies_of_an_image_that_in_the_named_series_is_meant(tmp_path: P
 
 
 @both_kinds
-def test_images_outweigh_the_series_that_is_named(tmp_path: Path, write: Write) -> None:
+def test_images_have_priority_over_the_named_series(tmp_path: Path, write: Write) -> None:
     images(tmp_path / "ct" / "a", 100, series="1.2.1")
     images(tmp_path / "ct" / "b", 200, series="1.2.2")
     assert volumes(tmp_path / "ct", write(tmp_path / "seg.dcm", series="1.2.1", drawn_on=["1.2.5.201"])) == {
@@ -353,7 +358,7 @@ def test_images_outweigh_the_series_that_is_named(tmp_path: Path, write: Write) 
     }
 
 
-def test_contours_that_are_left_out_say_nothing_about_where_the_others_are_drawn(tmp_path: Path, phases: Path) -> None:
+def test_references_of_contours_that_are_left_out_are_ignored(tmp_path: Path, phases: Path) -> None:
     def leave_out_the_first(ds: Dataset) -> None:
         first, second = ds.ROIContourSequence[0].ContourSequence
         first.ContourGeometricType = "OPEN_PLANAR"
@@ -376,14 +381,14 @@ def modality(request: pytest.FixtureRequest) -> str:
 
 
 def cohort_of_two(folder: Path, modality: str) -> None:
-    """Write a CT and another series of the same frame of reference."""
+    """Write a CT and another series in the same frame of reference."""
     images(folder / "ct", 100)
     images(folder / "other", 900, series="1.2.9", Modality=modality, SOPClassUID=OTHERS[modality])
 
 
 @both_kinds
 @pytest.mark.parametrize("how", ["by series", "by images", "by listed images"])
-def test_what_belongs_to_a_series_of_another_modality_is_not_put_on_the_ct_of_its_frame(
+def test_masks_of_another_modality_are_not_applied_to_the_ct_in_its_frame_of_reference(
     tmp_path: Path, write: Write, modality: str, how: str
 ) -> None:
     cohort_of_two(tmp_path / "in", modality)
@@ -394,32 +399,34 @@ def test_what_belongs_to_a_series_of_another_modality_is_not_put_on_the_ct_of_it
     }
     why = f"it refers to series 1.2.9 of modality {modality}, which is not converted"
     path = write(tmp_path / "in" / "other" / "seg.dcm", frame="1.2.7", **ways[how])
-    for _ in range(2):  # the second time, the index of headers knows the images
-        told = Told()
-        found = scan(tmp_path / "in", masks="auto", listener=told, index=tmp_path / "index.sqlite").planned
+    for _ in range(2):  # the second time, the images are read from the header index
+        unmatched = Unmatched()
+        found = scan(tmp_path / "in", masks="auto", listener=unmatched, index=tmp_path / "index.sqlite").planned
         assert [len(o.segmentations) for o in found] == [0]
-        assert (told.complaints, told.unused) == ([], [why])
-    found_by_name, told = matches(tmp_path / "in", path)
+        assert (unmatched.complaints, unmatched.unused) == ([], [why])
+    found_by_name, unmatched = matches(tmp_path / "in", path)
     assert not found_by_name
-    assert (told.complaints, told.unused) == ([why], [])
+    assert (unmatched.complaints, unmatched.unused) == ([why], [])
 
 
 @both_kinds
-def test_a_ct_that_is_named_too_gets_the_masks(tmp_path: Path, write: Write) -> None:
+def test_masks_that_name_a_ct_and_another_series_go_to_the_ct(tmp_path: Path, write: Write) -> None:
     cohort_of_two(tmp_path / "in", "PT")
     path = write(tmp_path / "seg.dcm", series="1.2.9", frame="1.2.7", drawn_on=["1.2.5.102", "1.2.5.902"])
     assert volumes(tmp_path / "in", path) == {"1.2.5.100"}
 
 
 @both_kinds
-def test_a_series_that_is_nowhere_still_leads_to_the_only_ct_of_its_frame(tmp_path: Path, write: Write) -> None:
+def test_masks_that_name_an_absent_series_go_to_the_only_ct_in_their_frame_of_reference(
+    tmp_path: Path, write: Write
+) -> None:
     cohort_of_two(tmp_path / "in", "MR")
-    path = write(tmp_path / "seg.dcm", series="1.2.77", frame="1.2.7", listed=STALE, drawn_on=STALE)
+    path = write(tmp_path / "seg.dcm", series="1.2.77", frame="1.2.7", listed=ABSENT, drawn_on=ABSENT)
     assert volumes(tmp_path / "in", path) == {"1.2.5.100"}
 
 
 @pytest.mark.parametrize("how", ["gzip", "zip"])
-def test_other_images_are_known_in_archives_too(tmp_path: Path, how: str) -> None:
+def test_images_of_other_modalities_are_also_found_in_archives(tmp_path: Path, how: str) -> None:
     cohort_of_two(tmp_path / "in", "MR")
     files = list((tmp_path / "in" / "other").iterdir())
     if how == "zip":
@@ -430,11 +437,11 @@ def test_other_images_are_known_in_archives_too(tmp_path: Path, how: str) -> Non
         if how == "gzip":
             file.with_suffix(".gz").write_bytes(gzip.compress(file.read_bytes()))
         file.unlink()
-    _, told = matches(tmp_path / "in", structures(tmp_path / "rs.dcm", series="1.2.9", frame="1.2.7"))
-    assert told.complaints == ["it refers to series 1.2.9 of modality MR, which is not converted"]
+    _, unmatched = matches(tmp_path / "in", structures(tmp_path / "rs.dcm", series="1.2.9", frame="1.2.7"))
+    assert unmatched.complaints == ["it refers to series 1.2.9 of modality MR, which is not converted"]
 
 
-def test_a_cohort_knows_the_series_of_other_images_and_no_other_files(tmp_path: Path) -> None:
+def test_a_cohort_lists_series_of_other_modalities_but_no_other_files(tmp_path: Path) -> None:
     cohort_of_two(tmp_path, "MR")
     structures(tmp_path / "rs.dcm")
     report = pydicom.dcmread(next((tmp_path / "ct").iterdir()))
@@ -445,10 +452,10 @@ def test_a_cohort_knows_the_series_of_other_images_and_no_other_files(tmp_path: 
     assert {uid: (o.modality, len(o.sop_digests)) for uid, o in others.items()} == {"1.2.9": ("MR", 4)}
 
 
-# What belongs to nothing
+# Segmentations without a series
 
 
-def test_with_auto_what_belongs_to_nothing_is_named_and_is_no_failure(tmp_path: Path) -> None:
+def test_with_auto_unmatched_segmentations_are_reported_without_failure(tmp_path: Path) -> None:
     cohort_of_two(tmp_path / "in", "MR")
     path = structures(tmp_path / "in" / "rs.dcm", series="1.2.77", frame="1.2.78")
     words = ["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--index", "none", "--backend", "cpu"]
@@ -460,8 +467,8 @@ def test_with_auto_what_belongs_to_nothing_is_named_and_is_no_failure(tmp_path: 
     dry = CliRunner().invoke(app, [*words, "--masks", "auto", "--dry-run"])
     assert dry.exit_code == 0
     assert f"unmatched  {path}: {why}" in dry.stdout
-    told = json.loads(CliRunner().invoke(app, [*words, "--masks", "auto", "--json"]).stdout)
-    assert (told["unmatched"], told["unused"]) == ([], [[str(path), why]])
+    report = json.loads(CliRunner().invoke(app, [*words, "--masks", "auto", "--json"]).stdout)
+    assert (report["unmatched"], report["unused"]) == ([], [[str(path), why]])
     with closing(sqlite3.connect(tmp_path / "out" / "manifest.sqlite")) as db:
         assert list(db.execute("SELECT path, reason FROM segmentations")) == [(str(path), why)]
     named = CliRunner().invoke(app, [*words, "--masks", str(path), "--json"])
@@ -469,7 +476,7 @@ def test_with_auto_what_belongs_to_nothing_is_named_and_is_no_failure(tmp_path: 
     assert json.loads(named.stdout)["unmatched"] == [[str(path), why]]
 
 
-def test_of_many_that_belong_to_nothing_the_first_are_named_and_all_are_recorded(tmp_path: Path) -> None:
+def test_of_many_unmatched_segmentations_the_first_are_shown_and_all_are_recorded(tmp_path: Path) -> None:
     images(tmp_path / "in" / "ct", 100)
     for n in range(25):
         structures(tmp_path / "in" / f"rs{n:02}.dcm", series="1.2.77", frame="1.2.78")

@@ -1,4 +1,4 @@
-"""With ``--names hash`` nothing that identifies anybody is in OUT: every byte and every name in it is searched."""
+"""With ``--names hash`` OUT contains no identifying value: every byte and every file name is searched."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ from gpuprep.testing import write_series
 
 SPACING = (2.5, 0.8, 0.7)
 PATH = "MRN-00471199 Zauberfrau"
-"""Of the folder that the series of the patient lie in."""
+"""Name of the folder with the series of the patient."""
 
 
 @pytest.fixture(scope="module")
 def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two series of one patient and one of another, a gap, a series put right, a broken file, an RTSTRUCT."""
+    """Two series of one patient and one of another, a gap, a corrected series, a damaged file, two RTSTRUCTs."""
     stored = np.random.default_rng(0).integers(0, 3000, (6, 12, 10)).astype(np.int16)
     root = tmp_path_factory.mktemp("naming") / "klinik"
     for n, name in enumerate(("thorax", "abdomen")):
@@ -67,7 +67,7 @@ def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = pydicom.dcmread(sorted((root / PATH / "thorax").glob("IM*"))[0])
     (root / PATH / "konturen").mkdir()
     uids = str(first.SeriesInstanceUID), str(first.FrameOfReferenceUID)
-    for name, left in (("RS Zauberfrau.dcm", 0), ("RS Nachbar.dcm", 3)):  # told apart by their files
+    for name, left in (("RS Zauberfrau.dcm", 0), ("RS Nachbar.dcm", 3)):  # distinguished by file name
         write_rtstruct(
             root / PATH / "konturen" / name, {"heart": [square(first, left)]}, series_uid=uids[0], frame_uid=uids[1],
             change=lambda ds: identify(ds, 0),
@@ -86,7 +86,7 @@ def square(ds: pydicom.Dataset, left: float) -> Any:
 
 
 def secrets(dicom: Path) -> list[str]:
-    """Every identifying value in the files and in their paths."""
+    """Return every identifying value in the files and in their paths."""
     found = {value for value in IDENTITY.values() if len(value) >= 8} | {"MRN-99887766", "Zauberfrau", "Nachbar"}
     for file in dicom.rglob("*.dcm"):
         found |= {part for part in file.relative_to(dicom.parent).parts if len(part) > 4}
@@ -105,7 +105,7 @@ def convert(dicom: Path, out: Path, key: Path | None, *words: str) -> Result:
 
 @pytest.fixture(scope="module")
 def made(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Output and key of a run with masks and a log."""
+    """Return output and key of a run with masks and a log."""
     home = tmp_path_factory.mktemp("home")
     run = convert(dicom, home / "out", home / "key", "--masks", "auto", "--log", str(home / "out" / "run.log"))
     assert run.exit_code == 2, "a log in an OUT that is not there yet"
@@ -118,7 +118,7 @@ def made(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
 
 
 def search(out: Path, dicom: Path) -> int:
-    """Search every byte of every file, and every name; return how many files there are."""
+    """Search every byte of every file, and every file name; return the number of files."""
     values, searched = secrets(dicom), 0
     for path in out.rglob("*"):
         name = str(path.relative_to(out))
@@ -130,19 +130,19 @@ def search(out: Path, dicom: Path) -> int:
     return searched
 
 
-def test_nothing_in_the_output_tells_who_it_is(made: tuple[Path, Path], dicom: Path) -> None:
+def test_the_output_contains_no_identifying_value(made: tuple[Path, Path], dicom: Path) -> None:
     out, _ = made
     assert len(secrets(dicom)) > 40
     assert search(out, dicom) > 40
-    # The search finds what is there: in the crosswalk.
+    # The crosswalk does contain the values.
     crosswalk = (out.parent / "key.crosswalk.csv").read_text()
     assert "Zauberfrau" in crosswalk
     assert "MRN-00471199" in crosswalk
 
 
-def test_nothing_in_masks_alone_tells_who_it_is(dicom: Path, tmp_path: Path) -> None:
+def test_the_output_of_the_command_mask_contains_no_identifying_value(dicom: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (tmp_path / "Zauberfrau.txt").write_text("1\t1\n3\t1\n3\t4\n1\t4\n")  # no series, so it is complained about
+    (tmp_path / "Zauberfrau.txt").write_text("1\t1\n3\t1\n3\t4\n1\t4\n")  # matches no series, so it is reported
     words = ["mask", str(dicom / PATH / "konturen"), str(tmp_path / "Zauberfrau.txt"), "--series", str(dicom)]
     names = ["--names", "hash", "--key", str(tmp_path / "key"), "--out", str(out), "--backend", "cpu", "--jobs", "1"]
     run = CliRunner().invoke(app, [*words, *names, "--size", "16", "--index", "none"])
@@ -152,7 +152,7 @@ def test_nothing_in_masks_alone_tells_who_it_is(dicom: Path, tmp_path: Path) -> 
 
 
 def test_every_text_of_a_result_is_either_harmless_or_replaced(made: tuple[Path, Path]) -> None:
-    # A column that is added later has to be thought of here.
+    # A new column must be added to one of these sets.
     harmless = {
         "status", "reason", "codes", "engine", "backend", "device", "recipe_sha256", "version", "sha256", "host",
         "finished", "fingerprint", "labels", "segmentations", "audit", "quality", "shape", "source_shape", "spacing_mm",
@@ -176,7 +176,7 @@ def test_every_text_of_a_result_is_either_harmless_or_replaced(made: tuple[Path,
     ]  # fmt: skip
 
 
-def test_series_of_a_patient_are_together(made: tuple[Path, Path]) -> None:
+def test_series_of_a_patient_share_a_folder(made: tuple[Path, Path]) -> None:
     out, key = made
     with (key.parent / "key.crosswalk.csv").open(newline="") as f:
         rows = {os.path.basename(row["source"]): row for row in csv.DictReader(f) if row["series_uid"]}
@@ -198,7 +198,7 @@ def test_series_of_a_patient_are_together(made: tuple[Path, Path]) -> None:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_the_crosswalk_knows_whose_a_volume_is_before_it_is_there(dicom: Path, tmp_path: Path) -> None:
+def test_the_crosswalk_lists_a_volume_before_the_volume_exists(dicom: Path, tmp_path: Path) -> None:
     class Reader(Listener):
         def finished(self, result: SeriesResult) -> None:
             with (tmp_path / "key.crosswalk.csv").open(newline="") as f:
@@ -215,12 +215,14 @@ def test_the_crosswalk_knows_whose_a_volume_is_before_it_is_there(dicom: Path, t
     assert run.counts == {"ok": 3, "fixed": 1, "rejected": 2}
 
 
-def test_the_same_key_goes_on_and_any_other_is_refused(made: tuple[Path, Path], dicom: Path, tmp_path: Path) -> None:
+def test_a_run_with_the_same_key_resumes_and_another_key_is_refused(
+    made: tuple[Path, Path], dicom: Path, tmp_path: Path
+) -> None:
     out, key = made
     crosswalk = (key.parent / "key.crosswalk.csv").read_text()
     again = convert(dicom, out, key, "--masks", "auto", "--json")
     assert json.loads(again.stdout)["counts"] == {"skipped": 4, "rejected": 2}
-    assert (key.parent / "key.crosswalk.csv").read_text() == crosswalk, "what is skipped is not looked into again"
+    assert (key.parent / "key.crosswalk.csv").read_text() == crosswalk, "skipped series do not change the crosswalk"
     for names, words in (
         (None, f"{out} was made with --names hash: give it again with its --key, or choose another --out"),
         (tmp_path / "k2", f"{out} was made with another --key than {tmp_path / 'k2'}: give that, or choose another"),
@@ -235,7 +237,7 @@ def test_the_same_key_goes_on_and_any_other_is_refused(made: tuple[Path, Path], 
     assert (looked.exit_code, "was made with another --key" in looked.stderr) == (2, True)
 
 
-def test_an_output_with_plain_names_is_not_gone_on_with(small_series: Path, tmp_path: Path) -> None:
+def test_an_output_with_plain_names_is_refused_with_a_key(small_series: Path, tmp_path: Path) -> None:
     assert convert(small_series, tmp_path / "out", None).exit_code == 0
     refused = convert(small_series, tmp_path / "out", tmp_path / "key")
     assert refused.exit_code == 2
@@ -250,7 +252,7 @@ def test_another_key_gives_other_names(tmp_path: Path) -> None:
 
 
 def test_pseudonyms_are_hmac_sha_256(tmp_path: Path) -> None:
-    # By the definition in RFC 2104.
+    # Computed by the definition in RFC 2104.
     names = Pseudonyms(bytes([0x0B] * 20), tmp_path / "key")
     inner = hashlib.sha256(bytes(b ^ 0x36 for b in bytes([0x0B] * 20).ljust(64, b"\0")) + b"series\x001.2.3").digest()
     outer = hashlib.sha256(bytes(b ^ 0x5C for b in bytes([0x0B] * 20).ljust(64, b"\0")) + inner).hexdigest()
@@ -274,13 +276,15 @@ def no_key(key: Path) -> None:
         (no_key, "holds no key: give the file of an earlier run"),
     ],
 )
-def test_a_key_that_is_none_or_is_open_is_refused(tmp_path: Path, spoil: Callable[[Path], None], words: str) -> None:
+def test_an_invalid_key_or_a_key_readable_by_others_is_refused(
+    tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
     spoil(tmp_path / "key")
     with pytest.raises(RequestError, match=words):
         Pseudonyms.load(tmp_path / "key", tmp_path / "out")
 
 
-def test_the_key_does_not_leave_with_the_output(tmp_path: Path) -> None:
+def test_a_key_inside_the_output_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"the key .* would leave with .*: keep it elsewhere"):
         Pseudonyms.load(tmp_path / "out" / "key", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -291,34 +295,32 @@ def test_the_key_does_not_leave_with_the_output(tmp_path: Path) -> None:
         Pseudonyms.load(tmp_path / "out" / "link", tmp_path / "out")
 
 
-def test_flags_belong_together(small_series: Path, tmp_path: Path) -> None:
+def test_names_hash_and_key_must_be_given_together(small_series: Path, tmp_path: Path) -> None:
     alone = CliRunner().invoke(app, ["convert", str(small_series), "--out", str(tmp_path / "o"), "--names", "hash"])
     assert (alone.exit_code, "needs --key FILE" in alone.stderr) == (2, True)
     useless = CliRunner().invoke(app, ["convert", str(small_series), "--out", str(tmp_path / "o"), "--key", "k"])
     assert (useless.exit_code, "--key is only for --names hash: give both" in useless.stderr) == (2, True)
 
 
-def test_of_what_was_measured_only_what_is_listed_leaves(dicom: Path) -> None:
-    # What is added to an audit stays at home until somebody has thought of it, and says so here.
+def test_only_listed_fields_of_audits_and_labels_are_written(dicom: Path) -> None:
+    # A new field is not written until it is added to the list, or to this test.
     measured = audit(discover(dicom, index=None).series[0]).to_dict()
     assert measured.keys() - set(PUBLIC_OF_AUDIT) == {"left_out"}
     assert {f.name for f in fields(Label)} - set(PUBLIC_OF_LABELS) == {"source"}
 
 
-def test_the_fingerprint_tells_nothing_to_whoever_has_the_files(made: tuple[Path, Path], dicom: Path) -> None:
+def test_fingerprints_cannot_be_matched_with_those_of_the_files(made: tuple[Path, Path], dicom: Path) -> None:
     plain = {s.fingerprint for s in discover(dicom, index=None).series}
     with closing(Manifest(made[0] / "manifest.sqlite", reading=True)) as manifest:
         kept = {r.fingerprint for r in manifest}
     assert not {p[:20] for p in plain} & {k[:20] for k in kept}
 
 
-def test_names_that_a_path_gives_to_structures_are_hidden_unless_aliases_have_them(
-    small_series: Path, tmp_path: Path
-) -> None:
+def test_structure_names_from_paths_are_hashed_unless_an_alias_lists_them(small_series: Path, tmp_path: Path) -> None:
     ids = [pydicom.dcmread(f).SOPInstanceUID for f in sorted(small_series.rglob("*.dcm"))][:2]
     masks = tmp_path / "Frau Zauberfrau"
     masks.mkdir()
-    for n, name in enumerate(("Zauberfrau", "Herz", "")):  # the last one has the name of the folder
+    for n, name in enumerate(("Zauberfrau", "Herz", "")):  # the last structure is named after the folder
         for uid in ids:
             (masks / f"{name}_{uid}.txt").write_text(f"{3 * n}\t1\n{3 * n + 2}\t1\n{3 * n + 2}\t4\n{3 * n}\t4\n")
     recipe = Recipe(
@@ -346,8 +348,8 @@ def test_an_output_is_recognised_without_its_manifest(small_series: Path, tmp_pa
     assert (again.status, again.sha256, again.read_s) == ("ok", first.sha256, 0.0)
 
 
-def test_a_refused_run_with_plain_names_leaves_no_path_to_a_later_one(small_series: Path, tmp_path: Path) -> None:
-    # What it wrote into the manifest before it was refused would stay in there.
+def test_a_refused_run_with_plain_names_leaves_no_path_in_the_manifest(small_series: Path, tmp_path: Path) -> None:
+    # Otherwise a later run with hashed names would keep it.
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
     with pytest.raises(RequestError, match="does not exist"):
         cohort.convert([small_series], tmp_path / "out", masks=tmp_path / "Zauberfrau", backend="cpu")
@@ -356,7 +358,7 @@ def test_a_refused_run_with_plain_names_leaves_no_path_to_a_later_one(small_seri
 
 
 @pytest.mark.parametrize("packed", ["gz", "zip"])
-def test_the_patient_is_found_in_packed_files_too(small_series: Path, tmp_path: Path, packed: str) -> None:
+def test_the_patient_id_is_also_read_from_packed_files(small_series: Path, tmp_path: Path, packed: str) -> None:
     files = sorted(small_series.rglob("*.dcm"))
     (tmp_path / "packed").mkdir()
     for file in files:
@@ -377,7 +379,7 @@ def test_the_patient_is_found_in_packed_files_too(small_series: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("study", [True, False])
-def test_a_series_that_names_no_patient_goes_by_its_study_or_alone(
+def test_a_series_without_patient_id_is_grouped_by_study_or_alone(
     small_series: Path, tmp_path: Path, study: bool
 ) -> None:
     for file in small_series.rglob("*.dcm"):
@@ -394,7 +396,7 @@ def test_a_series_that_names_no_patient_goes_by_its_study_or_alone(
     assert bool(result.study_uid) == study
 
 
-def test_a_patient_that_cannot_be_read_is_nobody_else(
+def test_a_series_whose_patient_id_cannot_be_read_is_rejected(
     small_series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare, "patient_ids", lambda headers: [None for _ in headers])
@@ -404,7 +406,7 @@ def test_a_patient_that_cannot_be_read_is_nobody_else(
     assert "its Patient ID cannot be read" in (tmp_path / "key.crosswalk.csv").read_text()
 
 
-def test_a_run_that_is_killed_has_said_who_is_who(small_series: Path, tmp_path: Path) -> None:
+def test_the_crosswalk_is_written_before_conversion_starts(small_series: Path, tmp_path: Path) -> None:
     class Killed(Listener):
         def planned(self, _: Any) -> None:
             raise MemoryError
@@ -417,9 +419,9 @@ def test_a_run_that_is_killed_has_said_who_is_who(small_series: Path, tmp_path: 
     assert (row["patient_id"], row["status"], row["source"]) == ("PHANTOM", "", str(small_series / "ct"))
 
 
-def test_the_crosswalk_says_how_it_is_now(tmp_path: Path) -> None:
+def test_the_crosswalk_has_the_latest_state_of_each_series(tmp_path: Path) -> None:
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
-    path = os.fsdecode(b"/data/M\xfcller")  # no UTF-8
+    path = os.fsdecode(b"/data/M\xfcller")  # not UTF-8
     names.write_crosswalk({"a": {"series": "a", "source": path, "status": "failed", "reason": "OSError: gone"}})
     names.write_crosswalk({"b": {"series": "b", "status": "ok"}})
     file = names.write_crosswalk({"a": {"series": "a", "status": "ok", "reason": ""}})
@@ -431,7 +433,7 @@ def test_the_crosswalk_says_how_it_is_now(tmp_path: Path) -> None:
     assert file.read_text() == "mine,yours\n"
 
 
-def test_many_that_start_together_make_one_key(tmp_path: Path) -> None:
+def test_concurrent_starts_create_one_key(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(lambda _: Pseudonyms.load(tmp_path / "key", tmp_path / "out"), range(8)))
     assert len({names.key for names in made}) == 1
@@ -441,13 +443,13 @@ def test_many_that_start_together_make_one_key(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"key", "key.crosswalk.csv", "key.crosswalk.csv.lock"}
 
 
-def test_shards_go_by_the_same_names_or_not_at_all(small_series: Path, tmp_path: Path) -> None:
+def test_shards_with_different_keys_are_refused(small_series: Path, tmp_path: Path) -> None:
     out, one, other = (tmp_path / name for name in ("out", "one", "other"))
     assert convert(small_series, out, one, "--shard", "1/2").exit_code in (0, 3)
     for key, words in ((other, "was made with another --key"), (None, "was made with --names hash")):
         refused = convert(small_series, out, key, "--shard", "2/2")
         assert (refused.exit_code, words in refused.stderr) == (2, True)
-    # From another machine, where it was not to be seen:
+    # A shard made on another machine, where the other shards are not visible:
     assert convert(small_series, tmp_path / "elsewhere", other, "--shard", "2/2").exit_code in (0, 3)
     (tmp_path / "elsewhere" / "manifest.2-of-2.sqlite").replace(out / "manifest.2-of-2.sqlite")
     merged = CliRunner().invoke(app, ["merge", str(out)])
@@ -455,7 +457,7 @@ def test_shards_go_by_the_same_names_or_not_at_all(small_series: Path, tmp_path:
     assert "was made with other --names or another --key than" in merged.stderr
 
 
-def test_shards_make_what_one_run_makes(dicom: Path, made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_merged_shards_equal_a_single_run(dicom: Path, made: tuple[Path, Path], tmp_path: Path) -> None:
     out, key = made
     for part in ("1/2", "2/2"):
         convert(dicom, tmp_path / "out", key, "--masks", "auto", "--shard", part)

@@ -1,4 +1,4 @@
-"""Shards of a cohort, converted beside each other and merged, are what one run would have made."""
+"""Shards of a cohort, converted concurrently and merged, equal the output of a single run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHARDS = 4
 
 @pytest.fixture(scope="module")
 def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cohort with something wrong in it: a series that has lost a slice's end, one of one slice, a stray file."""
+    """Cohort with faults: a series with a truncated slice, one with a single slice, and a file that is not DICOM."""
     root = write_cohort(tmp_path_factory.mktemp("sharding") / "dicom", SERIES)
     cut = root / "s003" / "S1-0002.dcm"
     os.truncate(cut, cut.stat().st_size - 50)
@@ -55,7 +55,7 @@ def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_run(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of one run over everything."""
+    """Output of a single run over the whole cohort."""
     out = tmp_path_factory.mktemp("one") / "out"
     with Running(command(dicom, out)) as run:
         assert run.end() == 1, run.stderr
@@ -65,7 +65,7 @@ def one_run(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of four shards that have run at the same time, not merged."""
+    """Output of four concurrent shards, not merged."""
     out = tmp_path_factory.mktemp("sharded") / "out"
     with ExitStack() as stack:
         runs = [
@@ -81,7 +81,7 @@ def sharded(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(sharded: Path, tmp_path: Path) -> Path:
-    """A copy of it, times of the files and all."""
+    """Copy of that output, including modification times."""
     return Path(shutil.copytree(sharded, tmp_path / "out"))
 
 
@@ -90,7 +90,7 @@ def csv_rows(out: Path, name: str = "manifest.csv") -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(f)]
 
 
-def is_merged(out: Path, like: Path) -> None:
+def check_merged(out: Path, like: Path) -> None:
     assert whole(out) == whole(like)
     assert csv_rows(out) == csv_rows(like)
     assert sorted(path.name for path in out.glob("manifest.*")) == ["manifest.csv", "manifest.sqlite"]
@@ -100,7 +100,7 @@ def is_merged(out: Path, like: Path) -> None:
     assert findings(out) == []
 
 
-# --- which series belongs where
+# --- assignment of series to shards
 
 
 @given(st.text(), st.integers(1, 40))
@@ -111,7 +111,7 @@ def test_every_series_is_in_exactly_one_shard(uid: str, count: int) -> None:
 
 
 def test_shards_are_the_same_in_every_release() -> None:
-    # The first eight bytes of SHA-256, by sha256sum, modulo 4: the last two bits of their last hexadecimal digit.
+    # The first eight bytes of SHA-256, from sha256sum, modulo 4: the last two bits of the last hexadecimal digit.
     digests = {
         "1.2.840.1": "f9a13599155b7052",
         "1.2.840.2": "d1383cc2458669f5",
@@ -123,7 +123,7 @@ def test_shards_are_the_same_in_every_release() -> None:
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1/0", "1", "a/b", "1/4/2", "-1/4", "", "1 /4", "²/4"])
-def test_what_is_no_shard_is_named(text: str) -> None:
+def test_an_invalid_shard_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match=re.escape(f"shard = {text!r}: give i/n with i from 1 to n, such as 1/4")):
         Shard.parse(text)
 
@@ -131,7 +131,7 @@ def test_what_is_no_shard_is_named(text: str) -> None:
 # --- merging
 
 
-def test_shards_share_the_series_among_themselves(out: Path, one_run: Path) -> None:
+def test_shards_divide_the_series(out: Path, one_run: Path) -> None:
     assert not (out / "manifest.sqlite").exists()
     parts = [rows(out, f"manifest.{n}-of-{SHARDS}.sqlite") for n in range(1, SHARDS + 1)]
     assert sum(map(len, parts)) == SERIES
@@ -139,25 +139,25 @@ def test_shards_share_the_series_among_themselves(out: Path, one_run: Path) -> N
     assert tree(out) == tree(one_run)
 
 
-def test_shards_that_are_merged_are_one_run(out: Path, one_run: Path) -> None:
+def test_merged_shards_equal_a_single_run(out: Path, one_run: Path) -> None:
     merged = gpuprep("merge", out)
     assert (merged.returncode, merged.stderr) == (0, "")
     assert f"{SHARDS} shards merged" in " ".join(merged.stdout.split())
-    is_merged(out, one_run)
+    check_merged(out, one_run)
     with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
         assert db.execute("SELECT count(*) FROM runs").fetchone() == (SHARDS,)
     again = gpuprep("merge", out)
     assert again.returncode == 0
-    is_merged(out, one_run)
+    check_merged(out, one_run)
 
 
-def test_shards_that_are_not_merged_are_read_as_one(out: Path, one_run: Path) -> None:
+def test_verify_and_manifest_read_unmerged_shards_as_one(out: Path, one_run: Path) -> None:
     assert findings(out) == []
     here, there = (gpuprep("manifest", folder, "--json").stdout.splitlines() for folder in (out, one_run))
     assert len(here) == len(there) == SERIES
 
 
-def test_a_shard_that_is_resumed_skips_what_it_has(dicom: Path, out: Path) -> None:
+def test_a_resumed_shard_skips_its_finished_series(dicom: Path, out: Path) -> None:
     before, known = marks(out), rows(out, f"manifest.2-of-{SHARDS}.sqlite")
     again = python(*command(dicom, out, "--shard", f"2/{SHARDS}", "--json"))
     assert "Traceback" not in again.stderr
@@ -167,21 +167,23 @@ def test_a_shard_that_is_resumed_skips_what_it_has(dicom: Path, out: Path) -> No
     assert rows(out, f"manifest.2-of-{SHARDS}.sqlite") == known
 
 
-def test_a_run_over_everything_merges_shards_and_skips_what_they_did(dicom: Path, out: Path, one_run: Path) -> None:
+def test_a_run_over_the_whole_cohort_merges_shards_and_skips_their_series(
+    dicom: Path, out: Path, one_run: Path
+) -> None:
     before = marks(out)
     assert before.keys() == done(one_run)
     run = python(*command(dicom, out))
-    assert run.returncode == 1  # two series are bad, as before
+    assert run.returncode == 1  # two series are still faulty
     assert "Traceback" not in run.stderr
     assert marks(out) == before
-    is_merged(out, one_run)
+    check_merged(out, one_run)
 
 
 def test_shards_of_another_division_are_refused(dicom: Path, out: Path) -> None:
     refused = python(*command(dicom, out, "--shard", "1/3"))
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == (f"gpuprep: {out} holds 1-of-4, a shard of another division: gpuprep merge {out} first\n")
-    # Somebody copies one there all the same.
+    # A manifest of another division was copied there.
     (out / "manifest.1-of-4.sqlite").rename(out / "manifest.1-of-3.sqlite")
     names = "1-of-3, 2-of-4, 3-of-4, 4-of-4"
     before = sorted(out.glob("manifest.*"))
@@ -206,7 +208,7 @@ def test_shards_after_a_merge_may_be_of_another_division(dicom: Path, out: Path,
     assert whole(out) == whole(one_run)
 
 
-def test_shards_that_are_merged_one_by_one_come_to_the_same(out: Path, one_run: Path, tmp_path: Path) -> None:
+def test_shards_merged_one_by_one_give_the_same_result(out: Path, one_run: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for n in (2, 4):
@@ -217,10 +219,10 @@ def test_shards_that_are_merged_one_by_one_come_to_the_same(out: Path, one_run: 
     for path in elsewhere.iterdir():
         path.rename(out / path.name)
     assert gpuprep("merge", out).returncode == 0
-    is_merged(out, one_run)
+    check_merged(out, one_run)
 
 
-def test_a_damaged_shard_is_named_and_nothing_is_merged_of_it(out: Path) -> None:
+def test_a_damaged_shard_is_named_and_not_merged(out: Path) -> None:
     bad = out / "manifest.3-of-4.sqlite"
     content = bytes(range(256)) * 64
     bad.write_bytes(content)
@@ -241,14 +243,14 @@ def findings_are_unreadable(out: Path, bad: Path) -> bool:
     return verified.returncode == 1 and str(bad) in verified.stderr and "Traceback" not in verified.stderr
 
 
-def test_a_folder_that_is_no_output_is_not_made_one(tmp_path: Path) -> None:
+def test_merge_refuses_a_folder_that_is_no_output(tmp_path: Path) -> None:
     merged = gpuprep("merge", tmp_path)
     assert (merged.returncode, merged.stderr) == (2, f"gpuprep: {tmp_path} has no manifest: give the --out of a run\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_shards_write_the_files_of_the_run_beside_each_other(tmp_path: Path) -> None:
-    # All of them write recipe.toml, and those that start together at the same time.
+def test_concurrent_shards_can_write_the_same_file(tmp_path: Path) -> None:
+    # Every shard writes recipe.toml, and those that start together write it at the same time.
     def write(n: int) -> None:
         with open_output(tmp_path, Shard(n, 4)) as output:
             begin.wait()
@@ -263,7 +265,7 @@ def test_shards_write_the_files_of_the_run_beside_each_other(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.rglob("*.part")) == []
 
 
-def test_what_a_killed_run_left_of_a_text_file_is_swept(tmp_path: Path) -> None:
+def test_a_partial_text_file_of_a_killed_run_is_removed(tmp_path: Path) -> None:
     with open_output(tmp_path, Shard(1, 2)) as output:
         part = output.work_folder / "recipe.toml.part"
     part.write_text("half")
@@ -323,7 +325,7 @@ def test_label_values_that_agree_are_joined(tmp_path: Path) -> None:
     assert manifest_path(tmp_path) == ours
 
 
-def test_a_shard_without_series_has_nothing_to_do_and_nothing_to_complain_of(tmp_path: Path) -> None:
+def test_a_shard_without_series_has_exit_code_0(tmp_path: Path) -> None:
     dicom = write_cohort(tmp_path / "dicom", 1)
     codes = [gpuprep(*command(dicom, tmp_path / "out", "--shard", f"{n}/2")[2:]).returncode for n in (1, 2)]
     assert codes == [0, 0]
