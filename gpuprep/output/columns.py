@@ -1,7 +1,7 @@
-"""Declares the columns of the manifest: what each one means, and how SQLite, CSV and Parquet hold it.
+"""Declares the columns of the manifest: their meaning, and their types in SQLite, CSV and Parquet.
 
-Each field of `SeriesResult` and `RunRecord` has its line here, in the order of the fields. A column that is added must
-be optional: manifests of earlier versions lack it.
+Each field of `SeriesResult` and `RunRecord` has a line here, in the order of the fields. A new column must be optional,
+because manifests of earlier versions lack it.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Any, Literal, NamedTuple
 
 
 class Kind(NamedTuple):
-    """How values of one kind are held."""
+    """Types of a column in SQLite, Python and Arrow."""
 
     sqlite: Literal["TEXT", "INTEGER", "REAL"]
     cell: type
-    """Python's type of a cell of SQLite."""
+    """Python type of a cell of SQLite."""
     arrow: str
-    """Arrow's type of a value, or of each value of a list."""
+    """Arrow type of a value, or of each value of a list."""
     json: type | None = None
-    """What the JSON in a cell of SQLite or CSV is, if it is JSON: list or dict."""
+    """Type of the JSON in a cell of SQLite or CSV: list or dict; None: the cell is no JSON."""
     nested: bool = False
-    """Whether its parts are objects: Parquet holds it as JSON too."""
+    """Whether it contains objects, so that it is JSON text in Parquet, too."""
 
     @property
     def is_arrow_list(self) -> bool:
-        """Whether a column of Parquet has lists of values."""
+        """Whether the column is a list in Parquet."""
         return self.json is list and not self.nested
 
 
@@ -46,13 +46,13 @@ class Column(NamedTuple):
     kind: Kind
     meaning: str
     optional: bool = False
-    """Whether there may be no value."""
+    """Whether the value may be None."""
     unit: str = ""
     keyword: str = ""
-    """DICOM keyword of the attribute that it repeats, if it does."""
+    """Keyword of the DICOM attribute that it repeats; "": none."""
 
     def to_cell(self, value: Any) -> Any:
-        """Return a value as SQLite and CSV hold it."""
+        """Return a value as a cell of SQLite or CSV."""
         return value if value is None or self.kind.json is None else json.dumps(value)
 
     def from_cell(self, cell: Any) -> Any:
@@ -61,7 +61,7 @@ class Column(NamedTuple):
         Raises
         ------
         ValueError, RecursionError
-            If it is no value of this column; SQLite would hold anything.
+            If it is no value of this column, which SQLite does not prevent.
         """
         if cell is None and self.optional:
             return None
@@ -76,71 +76,72 @@ def _by_name(*columns: Column) -> dict[str, Column]:
 
 
 SERIES = _by_name(
-    Column("key", TEXT, "Series Instance UID, with #part where one UID stands for several stacks."),
+    Column("key", TEXT, "Series Instance UID, with #part if the series has several volumes."),
     Column("series_uid", TEXT, "Series Instance UID.", keyword="SeriesInstanceUID"),
     Column("study_uid", TEXT, "Study Instance UID.", keyword="StudyInstanceUID"),
     Column("series_number", WHOLE, "Series Number.", optional=True, keyword="SeriesNumber"),
-    Column("source", TEXT, "Folder the slices lie in."),
-    Column("status", TEXT, "What became of it: see `Status`."),
-    Column("reason", TEXT, 'Why it was rejected or failed: "Error: text".'),
-    Column("codes", TEXTS, 'Why it was rejected, or what was irregular, for programs: "gap", "tilt", …'),
-    Column("irregularities", TEXTS, "What was irregular and what was done about it, for people."),
-    Column("warnings", TEXTS, "What is doubtful and was left as it is, for people."),
-    Column("slices", WHOLE, "Slices of the series as found."),
+    Column("source", TEXT, "Folder of the slices."),
+    Column("status", TEXT, "Status of the conversion: see `Status`."),
+    Column("reason", TEXT, 'Reason of a rejection or failure: "Error: text".'),
+    Column("codes", TEXTS, 'Codes of the rejection, irregularities and warnings, such as "gap" or "tilt".'),
+    Column("irregularities", TEXTS, "Irregularities, and how each was corrected."),
+    Column("warnings", TEXTS, "Warnings about properties that were left unchanged."),
+    Column("slices", WHOLE, "Number of slices of the series."),
     Column("source_shape", WHOLES, "Slices, rows and columns of the stack.", optional=True),
-    Column("source_spacing_mm", NUMBERS, "Spacing of its slices, rows and columns.", optional=True, unit="mm"),
-    Column("hu_min", NUMBER, "Least value of the stack, before padding is replaced.", optional=True, unit="HU"),
+    Column("source_spacing_mm", NUMBERS, "Spacing of slices, rows and columns of the stack.", optional=True, unit="mm"),
+    Column("hu_min", NUMBER, "Smallest value of the stack, before padding is replaced.", optional=True, unit="HU"),
     Column("hu_max", NUMBER, "Largest value of the stack.", optional=True, unit="HU"),
     Column("hu_mean", NUMBER, "Mean value of the stack.", optional=True, unit="HU"),
-    Column("padding_share", NUMBER, "Share of padding in the voxels of the stack.", optional=True),
-    Column("quality", OBJECT, "Distribution of the HU of what was measured: `Histogram.to_dict`.", optional=True),
-    Column("audit", OBJECT, "What was measured on the headers: `Audit.to_dict`.", optional=True),
+    Column("padding_share", NUMBER, "Fraction of the voxels of the stack that are padding.", optional=True),
+    Column("quality", OBJECT, "Distribution of HU: see `Histogram.to_dict`.", optional=True),
+    Column("audit", OBJECT, "Measures of the headers: see `Audit.to_dict`.", optional=True),
     Column(
-        "segmentations", OBJECTS, "Files that masks were made of, with format and by what it was recognised.",
+        "segmentations", OBJECTS, "Segmentation files, each with its format and how it was recognised.",
         optional=True,
     ),
     Column(
-        "labels", OBJECTS, "Structures, each with its value and file, and voxels and ml before and after resampling: "
-        "`Label`.", optional=True,
+        "labels", OBJECTS, "Structures, each with label value, file, and volume before and after resampling: "
+        "see `Label`.", optional=True,
     ),
-    Column("folder", TEXT, "Folder of the output, relative to OUT."),
+    Column("folder", TEXT, "Output folder, relative to OUT."),
     Column("shape", WHOLES, "Slices, rows and columns of the output.", optional=True),
     Column("spacing_mm", NUMBERS, "Spacing of its slices, rows and columns.", optional=True, unit="mm"),
-    Column("files", WHOLE, "Files of the output."),
-    Column("bytes", WHOLE, "Size of these files.", unit="bytes"),
+    Column("files", WHOLE, "Number of files of the output."),
+    Column("bytes", WHOLE, "Size of the files of the output.", unit="bytes"),
     Column("read_s", NUMBER, "Time for reading and decoding.", unit="s"),
     Column("process_s", NUMBER, "Time for computing.", unit="s"),
     Column("write_s", NUMBER, "Time for writing.", unit="s"),
-    Column("upload_s", NUMBER, "Time of the device, beside that of the host, for uploads.", optional=True, unit="s"),
+    Column("upload_s", NUMBER, "Time of the device for uploads, while the host works, too.", optional=True, unit="s"),
     Column("kernels_s", NUMBER, "Time of the device for computing.", optional=True, unit="s"),
     Column("download_s", NUMBER, "Time of the device for downloads.", optional=True, unit="s"),
     Column("masks_s", NUMBER, "Time for masks.", optional=True, unit="s"),
     Column("engine", TEXT, "Engine of the resampling."),
     Column("backend", TEXT, "Backend that computed it: cpu or gpu."),
     Column("device", TEXT, "Device of the backend."),
-    Column("fingerprint", TEXT, "Hash of the input: `Series.fingerprint`."),
+    Column("fingerprint", TEXT, "Hash of the input: see `Series.fingerprint`."),
     Column("recipe_sha256", TEXT, "Hash of the recipe."),
     Column("version", TEXT, "Version of gpuprep."),
     Column(
-        "sha256", TEXT, "Hash of volume.json, which has the checksum of every other file of the output.", optional=True
+        "sha256", TEXT, "SHA-256 of volume.json, which has the checksum of every other file of the output.",
+        optional=True,
     ),
-    Column("host", TEXT, "Machine that converted it.", optional=True),
-    Column("finished", TEXT, "When it was done: UTC, ISO 8601."),
+    Column("host", TEXT, "Host that converted it.", optional=True),
+    Column("finished", TEXT, "Time of the end of the conversion: UTC, ISO 8601."),
 )  # fmt: skip
 """The columns of a series, by name: the fields of `SeriesResult`."""
 
 RUNS = _by_name(
-    Column("started", TEXT, "When it began: UTC, ISO 8601."),
-    Column("ended", TEXT, "When it ended, empty before: UTC, ISO 8601."),
-    Column("state", TEXT, "How far it is: see `State`."),
-    Column("host", TEXT, "Machine of the parent process."),
-    Column("pid", WHOLE, "Its process ID."),
+    Column("started", TEXT, "Time of the beginning: UTC, ISO 8601."),
+    Column("ended", TEXT, "Time of the end: UTC, ISO 8601; empty while it runs."),
+    Column("state", TEXT, "State of the run: see `State`."),
+    Column("host", TEXT, "Host of the parent process."),
+    Column("pid", WHOLE, "Process ID of the parent process."),
     Column("version", TEXT, "Version of gpuprep."),
     Column("recipe_sha256", TEXT, "Hash of the recipe."),
     Column("device", TEXT, "Device of the backend."),
-    Column("series", WHOLE, "Series of the whole cohort, or of the shard."),
-    Column("skipped", WHOLE, "Of these, complete and unchanged."),
-    Column("todo", WHOLE, "Of these, to be converted or rejected in this run."),
-    Column("request", TEXT, "What was asked for, to ask for it again: JSON."),
+    Column("series", WHOLE, "Number of series of the cohort, or of the shard."),
+    Column("skipped", WHOLE, "Number of series that were complete and unchanged."),
+    Column("todo", WHOLE, "Number of series to be converted or rejected in this run."),
+    Column("request", TEXT, "Inputs and options as JSON, which gpuprep retry uses again."),
 )
 """The columns of a run, by name: the fields of `RunRecord`."""

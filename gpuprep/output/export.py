@@ -19,7 +19,7 @@ ROWS_AT_A_TIME = 1000
 
 
 def write_csv(results: Iterable[SeriesResult], to: Path | None) -> None:
-    """Write CSV: lists and tables as JSON in their cells, as in ``manifest.csv``."""
+    """Write CSV like ``manifest.csv``: lists and objects are JSON in their cells."""
     with _opened(to, "w") as file:
         writer = csv.writer(file)
         writer.writerow(SERIES)
@@ -28,14 +28,14 @@ def write_csv(results: Iterable[SeriesResult], to: Path | None) -> None:
 
 
 def write_json_lines(results: Iterable[SeriesResult], to: Path | None) -> None:
-    """Write JSON, an object in a line per series."""
+    """Write JSON lines: one object per series."""
     with _opened(to, "w") as file:
         for result in results:
             file.write(json.dumps(result.to_dict()) + "\n")
 
 
 def write_parquet(results: Iterable[SeriesResult], to: Path | None) -> None:
-    """Write Parquet: numbers and lists as such, what the audit found and the labels as JSON.
+    """Write Parquet: numbers, text and lists have their own types; audit and labels are JSON text.
 
     Raises
     ------
@@ -64,14 +64,14 @@ def _batched(results: Iterable[SeriesResult]) -> Iterator[tuple[SeriesResult, ..
 
 
 def _arrow_type(pyarrow: Any, kind: Kind) -> Any:
-    """Return the type of a column in Parquet."""
+    """Return the Arrow type of a column."""
     one = pyarrow.type_for_alias(kind.arrow)
     return pyarrow.list_(one) if kind.is_arrow_list else one
 
 
 @contextmanager
 def _opened(to: Path | None, mode: str) -> Iterator[IO[Any]]:
-    """Open a file, or give standard output."""
+    """Open a file for writing; None: standard output."""
     if to is None:
         yield sys.stdout if mode == "w" else sys.stdout.buffer
         return

@@ -1,4 +1,4 @@
-"""Keeps the record of every series and run of an output folder, in a file of SQLite."""
+"""Stores the result of every series and run of an output folder in an SQLite database."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ _HAVING: dict[Having, str] = {
     "masks": "WHERE folder != '' AND labels != '[]'",
 }
 _DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
-"""Of SQLite, for which a manifest can do nothing."""
+"""Errors of SQLite that the disk causes, not the content of the manifest."""
 
 
 def manifest_path(out: Path, shard: Shard = WHOLE) -> Path:
-    """Return where the manifest of an output folder is; each shard has one of its own until they are merged."""
+    """Return the path of the manifest of an output folder, or of a shard that is not merged yet."""
     return out / (f"manifest.{shard.name}.sqlite" if shard.name else "manifest.sqlite")
 
 
 class Manifest:
-    """The record of truth of an output folder: one row per series, the last thing that happened to it.
+    """The manifest of an output folder: one row per series with its latest result, and one per run.
 
-    SQLite in WAL mode, with one writer: readers may look while a run writes. A kill loses at most the row in flight,
-    loss of power at most the last ones; their outputs are known by their ``volume.json`` then.
+    SQLite in WAL mode with one writer, so that others can read during a run. A kill loses at most the row being
+    written, a power failure the last few rows; the next run then recognises their outputs by ``volume.json``.
 
     Parameters
     ----------
     path : path
-        The file.
+        File of the database.
     reading : bool
-        Write nothing: the file may be that of a run at work, or on a disk that cannot be written.
+        Open read-only: a run may be writing the file, or the disk may be read-only.
 
     Raises
     ------
@@ -71,15 +71,15 @@ class Manifest:
             added = [c for c in SERIES.values() if c.optional and c.name not in have]
             if {*have, *(c.name for c in added)} != set(SERIES):
                 raise OutputError(f"{path} was written by another version of gpuprep: choose another --out")
-            # By a version that knows more than the one that wrote it: what is only read stays as it is.
+            # An earlier version wrote it. If it is opened read-only, absent columns are read as NULL.
             self._absent = frozenset(c.name for c in added) if reading else frozenset()
             with self._writing():
                 for c in () if reading else added:
                     self._db.execute(f"ALTER TABLE series ADD COLUMN {c.name} {c.kind.sqlite}")
-            opened.pop_all()  # it stays open until `close`
+            opened.pop_all()  # the connection stays open until `close`
 
     def _prepared(self) -> list[str]:
-        """Make the tables that the database lacks, and return the columns of its series."""
+        """Create missing tables, and return the columns of the table of series."""
         if not self._reading:
             found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]  # before anything is written
             if found != "ok":
@@ -97,31 +97,31 @@ class Manifest:
         )
 
     def _rows(self, query: str, *values: str | int) -> Iterator[tuple[Any, ...]]:
-        """Yield what a query finds; damage shows only where it is read."""
+        """Yield the rows of a query; SQLite reports damage only when it reads the damaged page."""
         try:
             yield from self._db.execute(query, values)
         except sqlite3.Error as exc:
             raise self._unusable(exc) from exc
 
     def _selected(self, names: Collection[str]) -> str:
-        """Return columns of the series for a query, with nothing for those that an older manifest lacks."""
+        """Return a column list for a query of series, with NULL for columns that an older manifest lacks."""
         return ", ".join(f"NULL AS {name}" if name in self._absent else name for name in names)
 
     def _cells(
         self, table: Mapping[str, Column], names: Collection[str], rest: str, *values: str | int
     ) -> Iterator[tuple[Any, ...]]:
-        """Yield some columns of a table; SQLite would hold anything there, but its readers count on numbers and texts.
+        """Yield some columns of a table, checked, because SQLite does not enforce the types of its cells.
 
         Parameters
         ----------
         table : mapping of str to Column
             `SERIES` or `RUNS`.
         names : collection of str
-            The columns.
+            Columns to return.
         rest : str
             The rest of the query, from the name of the table on.
         *values
-            For its question marks.
+            Values of its placeholders.
         """
         columns = [table[name] for name in names]
         selected = self._selected(names) if table is SERIES else ", ".join(names)
@@ -136,47 +136,47 @@ class Manifest:
             yield SeriesResult(**dict(zip(SERIES, row, strict=True)))
 
     def put(self, result: SeriesResult) -> None:
-        """Store a result in place of the series' former one."""
+        """Store the result of a series, which replaces its former one."""
         row = [column.to_cell(getattr(result, name)) for name, column in SERIES.items()]
         marks = ", ".join("?" * len(row))
         with self._writing():
             self._db.execute(f"INSERT OR REPLACE INTO series ({_NAMES}) VALUES ({marks})", row)  # noqa: S608
 
     def remove(self, key: str) -> None:
-        """Forget a series."""
+        """Remove a series."""
         with self._writing():
             self._db.execute("DELETE FROM series WHERE key = ?", (key,))
 
     def get(self, key: str) -> SeriesResult | None:
-        """Return the last result of a series."""
+        """Return the latest result of a series; None if there is none."""
         return next(self._results("WHERE key = ?", key), None)
 
     def entry(self, key: str) -> Entry | None:
-        """Return what says whether the output of a series stands for its input."""
+        """Return the entry of a series; None if there is none."""
         row = next(self._cells(SERIES, Entry._fields, "series WHERE key = ?", key), None)
         return None if row is None else Entry(*row)
 
     def __iter__(self) -> Iterator[SeriesResult]:
-        """Yield every result, by source folder."""
+        """Yield every result, sorted by source folder."""
         yield from self._results(_BY_SOURCE)
 
     def count(self) -> int:
         """Return the number of series."""
-        # Not `__len__`: a manifest would be counted wherever it is asked for, and without rows it would be no manifest.
+        # Not `__len__`, which would run a query for each truth test, and make an empty manifest false.
         return int(next(self._rows("SELECT count(*) FROM series"))[0])
 
     def examples(self, recipe_sha256: str, version: str, backend: str, most: int) -> Iterator[SeriesResult]:
-        """Yield some series that were converted in such a way, and not only recognised."""
+        """Yield up to `most` series that were converted with a recipe, version and backend."""
         converted = "status IN ('ok', 'fixed') AND read_s + coalesce(masks_s, 0) > 0"
         alike = "recipe_sha256 = ? AND version = ? AND backend = ?"
         return self._results(f"WHERE {converted} AND {alike} LIMIT ?", recipe_sha256, version, backend, most)
 
     def columns(self, *names: str, of: Having = "all") -> Iterator[tuple[Any, ...]]:
-        """Yield some columns of every row, or of those with an output that has something, in the order of the rows."""
+        """Yield some columns of all series, or of those whose output has something, sorted by source folder."""
         return self._cells(SERIES, names, f"series {_HAVING[of]} {_BY_SOURCE}")
 
     def account(self, passed_over: Mapping[str, int], unreadable: Iterable[tuple[str, str]]) -> None:
-        """Store what the last scan found beside CT images."""
+        """Store the files of the latest scan that are no CT images or cannot be read."""
         with self._transaction():
             self._db.execute("DELETE FROM unreadable")
             self._db.execute("DELETE FROM passed_over")
@@ -184,13 +184,13 @@ class Manifest:
             self._db.executemany("INSERT INTO passed_over VALUES (?, ?)", sorted(passed_over.items()))
 
     def account_segmentations(self, rows: Iterable[tuple[str, str, str, str, str]]) -> None:
-        """Store what became of each segmentation: path, format, why it was taken for it, series, why it has none."""
+        """Store the segmentations: path, format, how it was recognised, series, and the reason if it has none."""
         with self._transaction():
             self._db.execute("DELETE FROM segmentations")
             self._db.executemany("INSERT OR REPLACE INTO segmentations VALUES (?, ?, ?, ?, ?)", rows)
 
     def label_values(self, names: Iterable[str] = ()) -> dict[str, int]:
-        """Return the label value of every structure ever seen, new ones counted on: a value never changes hands."""
+        """Return the label values of all structures, with new values for new names; a value is never reused."""
         values: dict[str, int] = dict(self._rows("SELECT name, value FROM label_values"))
         new = [name for name in dict.fromkeys(names) if name not in values]
         if not new:
@@ -202,20 +202,20 @@ class Manifest:
         return values | added
 
     def naming(self) -> str | None:
-        """Return which key gives the names in here, "" where they are those of the source; None: neither yet."""
+        """Return the mark of the key of the pseudonyms; "" if the names are those of the source; None: not set yet."""
         if next(self._rows("SELECT 1 FROM sqlite_master WHERE name = 'naming'"), None):
             marks = [mark for (mark,) in self._rows("SELECT mark FROM naming")]
             if marks:
                 return str(marks[0])
-        return "" if self.count() or self.last_run() else None  # of a version that knew of no keys
+        return "" if self.count() or self.last_run() else None  # versions without pseudonyms have no table
 
     def settle_naming(self, mark: str) -> None:
-        """Say which key gives the names in here, once and for all."""
+        """Set the mark of the key of the pseudonyms, which cannot be changed later."""
         with self._writing():
             self._db.execute("INSERT OR IGNORE INTO naming VALUES (?)", (mark,))
 
     def begin_run(self, run: RunRecord) -> None:
-        """Note that a run has begun."""
+        """Store a run that begins."""
         with self._writing():
             marks = ", ".join("?" * len(RUNS))
             self._run = self._db.execute(
@@ -224,38 +224,38 @@ class Manifest:
             ).lastrowid
 
     def end_run(self, state: State) -> None:
-        """Note that the run that has begun, if one has, is over."""
+        """Store the end of the run that `begin_run` stored, if any."""
         with self._writing():
             self._db.execute("UPDATE runs SET ended = ?, state = ? WHERE rowid = ?", (now(), state, self._run))
 
     def last_run(self) -> RunRecord | None:
-        """Return the run that began last."""
+        """Return the run that began last; None if there is none."""
         row = next(self._cells(RUNS, RUNS, "runs ORDER BY started DESC LIMIT 1"), None)
         return None if row is None else RunRecord(**dict(zip(RUNS, row, strict=True)))
 
     def finished_since(self, started: str) -> tuple[int, str]:
-        """Return how many series have been finished since some time, and when the last one was."""
+        """Return the number of series finished since a time, and the time of the last one."""
         count, last = next(
             self._rows("SELECT count(*), coalesce(max(finished), '') FROM series WHERE finished >= ?", started)
         )
         return count, last
 
     def unreadable(self) -> int:
-        """Return how many files the last scan could not read."""
+        """Return the number of files that the latest scan could not read."""
         return int(next(self._rows("SELECT count(*) FROM unreadable"))[0])
 
     def take_over(self, other: Path, shard: Shard) -> None:
-        """Take what another manifest knows, of the series of a shard in place of what this one knew; all or nothing.
+        """Copy another manifest into this one, replacing the rows of the series of a shard, in one transaction.
 
         Raises
         ------
         OutputError
-            If the other one is no manifest.
+            If the other file is no manifest.
         RequestError
-            If a structure has another label value there, or it goes by other names: its volumes cannot stand beside
-            ours.
+            If a structure has another label value there, or its pseudonyms have another key, so that its volumes and
+            those of this manifest do not fit together.
         """
-        with closing(Manifest(other, reading=True)) as there:  # is it one, and has it all columns?
+        with closing(Manifest(other, reading=True)) as there:  # checks its columns
             ours, theirs, columns = self.naming(), there.naming(), there._selected(SERIES)
         if None not in (ours, theirs) and ours != theirs:
             raise RequestError(
@@ -287,7 +287,7 @@ class Manifest:
                 self._db.execute("DETACH other")
 
     def write_csv(self) -> None:
-        """Write ``manifest.csv`` beside the manifest, complete or not at all."""
+        """Write ``manifest.csv`` beside the manifest, atomically."""
         with self._writing(), replacing(self.path.with_suffix(".csv")) as f:
             writer = csv.writer(f)
             writer.writerow(SERIES)
@@ -358,7 +358,7 @@ def merge(manifest: Manifest) -> list[Shard]:
 
 
 def open_manifest(out: Path, shard: Shard = WHOLE) -> Manifest:
-    """Return the manifest for a run: that of OUT, with its shards merged, or that of a shard, which begins as a copy.
+    """Open the manifest of a run: that of OUT after merging its shards, or that of a shard, a copy of it at first.
 
     Raises
     ------
@@ -376,7 +376,7 @@ def open_manifest(out: Path, shard: Shard = WHOLE) -> Manifest:
             merge(manifest)
         elif fresh and whole.exists():
             manifest.take_over(whole, WHOLE)
-        opened.pop_all()  # the caller closes it
+        opened.pop_all()  # the caller closes the manifest
     return manifest
 
 
@@ -387,7 +387,7 @@ def _connected(path: Path, reading: bool) -> sqlite3.Connection:
     with closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as db, suppress(sqlite3.OperationalError):
         db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         return sqlite3.connect(f"{uri}?mode=ro", uri=True, isolation_level=None)
-    # Where nothing can be written there is no room for the index of the write-ahead log, and nobody writes.
+    # SQLite cannot create the index of its write-ahead log on a read-only disk; "immutable" does without it.
     return sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
 
 

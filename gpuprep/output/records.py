@@ -1,4 +1,4 @@
-"""Defines `SeriesResult` and `RunRecord`: what workers send home and the manifest keeps."""
+"""Defines `SeriesResult` and `RunRecord`, the rows of the manifest."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 Status = Literal["ok", "fixed", "skipped", "rejected", "failed"]
-"""ok: converted. fixed: converted, and what was irregular put right. skipped: complete and unchanged since an earlier
-run. rejected: what is on disk cannot be converted truthfully. failed: something went wrong on the way."""
-
+"""ok: converted. fixed: converted after its irregularities were corrected. skipped: complete and unchanged since an
+earlier run. rejected: the files cannot be converted truthfully. failed: an error that may not occur again."""
 
 DONE = ("ok", "fixed", "skipped")
-"""Of a series whose output is there."""
+"""Statuses of series that have an output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeriesResult:
-    """One line of the manifest; `gpuprep.output.columns.SERIES` says what each field means."""
+    """Result of one series, a row of the manifest; `gpuprep.output.columns.SERIES` explains its fields."""
 
     key: str
     series_uid: str
@@ -64,22 +63,22 @@ class SeriesResult:
     finished: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as JSON holds them."""
+        """Return the fields as JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def now() -> str:
-    """Return the time for `SeriesResult.finished`; as text it sorts as it should."""
+    """Return the current time in UTC as ISO 8601, which sorts as text."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 State = Literal["running", "finished", "interrupted"]
-"""Of a run. One that was killed is still called running: whether it is, its lock says."""
+"""State of a run. A killed run keeps the state "running"; its lock shows that it has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """One run, as the manifest keeps it; `gpuprep.output.columns.RUNS` says what each field means."""
+    """One run, a row of the manifest; `gpuprep.output.columns.RUNS` explains its fields."""
 
     started: str
     ended: str = ""
@@ -96,7 +95,7 @@ class RunRecord:
 
 
 class Entry(NamedTuple):
-    """What says whether an output stands for an input."""
+    """Columns that decide whether the output of a series is complete and up to date."""
 
     status: Status
     folder: str

@@ -179,7 +179,7 @@ def _crosswalk(file: Path) -> dict[str, dict[str, str]]:
     with file.open(**_AS_CSV) as f:
         reader = csv.DictReader(f)
         if tuple(reader.fieldnames or ()) != CROSSWALK:
-            raise ValueError("what is there is none: move it away")
+            raise ValueError("the file there is no crosswalk: move it away")
         return {row["series"]: row for row in reader}
 
 

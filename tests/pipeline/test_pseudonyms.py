@@ -428,7 +428,9 @@ def test_the_crosswalk_has_the_latest_state_of_each_series(tmp_path: Path) -> No
     lines = file.read_bytes().splitlines()
     assert lines[1:] == [b",a,,,,,/data/M\xfcller,ok,,,", b",b,,,,,,ok,,,"]
     file.write_text("mine,yours\n")
-    with pytest.raises(OutputError, match=r"cannot write the crosswalk .*: what is there is none: move it away"):
+    with pytest.raises(
+        OutputError, match=r"cannot write the crosswalk .*: the file there is no crosswalk: move it away"
+    ):
         names.write_crosswalk({})
     assert file.read_text() == "mine,yours\n"
 

@@ -42,7 +42,7 @@ class Source:
     columns: Columns
     reading: Reading
     plane: Plane | None
-    """Of the series, where it is known."""
+    """Matrix and pixel spacing of the series, if known."""
     found: Collector = field(default_factory=Collector)
 
 
