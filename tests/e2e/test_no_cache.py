@@ -8,6 +8,7 @@ import os
 import pwd
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -146,6 +147,13 @@ def test_cupy_is_imported_if_its_cache_folder_is_writable(tmp_path: Path, monkey
 # Compiled loops
 
 
+@pytest.fixture(scope="module")
+def warmup() -> Any:
+    """Import what compiles the loops, which it does at once, while Numba still finds them in its cache."""
+    pytest.importorskip("numba")
+    return import_module("gpuprep.compute.numba_warmup")
+
+
 @pytest.fixture
 def uncached_loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Import the loops while Numba finds no writable cache folder; yield the module."""
@@ -192,10 +200,8 @@ def test_a_loop_that_cannot_be_saved_counts_as_uncached(uncached_loops: Any) -> 
 
 
 def test_loops_that_cannot_be_cached_are_compiled_for_all_dtypes_before_workers_start(
-    uncached_loops: Any, monkeypatch: pytest.MonkeyPatch
+    warmup: Any, uncached_loops: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpuprep.compute import numba_warmup
-
     assert uncached_loops.unkept.is_set()
     inputs, outputs = set(), set()
 
@@ -203,8 +209,8 @@ def test_loops_that_cannot_be_cached_are_compiled_for_all_dtypes_before_workers_
         inputs.add(volume.stored.dtype)
         outputs.add(recipe.dtype)
 
-    monkeypatch.setattr(numba_warmup, "process", process)
-    monkeypatch.setattr(numba_warmup, "summary", lambda *_, **__: None)
-    numba_warmup._warm()
+    monkeypatch.setattr(warmup, "process", process)
+    monkeypatch.setattr(warmup, "summary", lambda *_, **__: None)
+    warmup._warm()
     assert inputs == {np.dtype(t) for t in ("int8", "uint8", "int16", "uint16")}
     assert outputs == set(get_args(Dtype))

@@ -159,7 +159,7 @@ def test_other_xml_is_not_recognised(data: Path) -> None:
 
 
 def test_huge_xml_is_read_or_refused() -> None:
-    count = 20_000_000
+    count = 2_000_000
     with pytest.raises(SegmentationError, match=r"imageZposition '1{40}…'"):
         lidc.read_xml(message(reading(nodule("a", roi(TRIANGLE, z="1" * count)))), "")
     read = lidc.read_xml(message(reading(f"{' ' * count}{nodule('n' * count, roi(TRIANGLE * 20_000))}")), "")
@@ -268,13 +268,13 @@ def test_damaged_tables_are_refused_with_line_and_column(text: str, words: str) 
 
 
 def test_huge_tables_are_read_or_refused() -> None:
-    count = 500_000
+    count = 100_000
     read = lidc.read_table(HEADER + ROW.replace("1,2;3,4", ";".join(["10,300"] * count)), "")
     assert len(read.structures[0].contours[0].points) == count + 2
-    for damage in ("1" * 20_000_000, '"' * 20_000_001, '"' + '""' * 10_000_000, ";" * 20_000_000 + "x"):
+    for damage in ("1" * 2_000_000, '"' * 2_000_001, '"' + '""' * 1_000_000, ";" * 2_000_000 + "x"):
         with pytest.raises(SegmentationError, match="line 2, column "):
             lidc.read_table(HEADER + ROW.replace("1,2;3,4;5,9;1,2", damage), "")
-    assert lidc.recognised_table("(" * 20_000_000) is None
+    assert lidc.recognised_table("(" * 2_000_000) is None
 
 
 @given(st.text(), st.text('0123,;."\t\n\r-', max_size=60))

@@ -174,7 +174,7 @@ def test_huge_files_are_read_or_refused() -> None:
     found = pinnacle.read(written([("a", [[(1.5, -2.25, 3.0)] * count])]), "/nowhere/plan.roi")
     points = found.structures[0].contours[0].points
     assert points.sum(axis=0).tolist() == [15.0 * count, 22.5 * count, -30.0 * count]
-    blank = " " * 20_000_000
+    blank = " " * 2_000_000
     for line in (
         f"num_curve ={blank}x",
         f"num_curve{blank}x",
@@ -189,7 +189,7 @@ def test_huge_files_are_read_or_refused() -> None:
         else:
             assert pinnacle.read(text, "/nowhere/plan.roi").structures[0].name == "ROI 1"
     with pytest.raises(SegmentationError, match=r"line 19, column 1: the line is not a point"):
-        pinnacle.read(START + "1" * 20_000_000 + "\n};\n};\n};\n", "/nowhere/plan.roi")
+        pinnacle.read(START + "1" * 2_000_000 + "\n};\n};\n};\n", "/nowhere/plan.roi")
 
 
 @given(st.text(), st.text("roi curvepnt_num123 .:=;{}\n", max_size=80))

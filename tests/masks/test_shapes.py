@@ -132,8 +132,17 @@ def as_text(path: Path, shape: Shape, _: str) -> Path:
     return write_points(path / "shape.txt", [o for z in heights() for o in shape.outlines(float(z))])
 
 
-def masks(tmp_path: Path, segmentation: Path, recipe: Recipe, **options: Any) -> tuple[NDArray[Any], dict[str, Any]]:
-    run = gpuprep.convert(tmp_path / "dicom", tmp_path / "out", recipe, masks=segmentation, **options)
+@pytest.fixture(scope="module")
+def air(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Write a series of air; return its folder and its UID."""
+    folder = tmp_path_factory.mktemp("air") / "dicom"
+    return folder, write_ct(folder)
+
+
+def masks(
+    dicom: Path, tmp_path: Path, segmentation: Path, recipe: Recipe, **options: Any
+) -> tuple[NDArray[Any], dict[str, Any]]:
+    run = gpuprep.convert(dicom, tmp_path / "out", recipe, masks=segmentation, **options)
     assert run.counts == {"ok": 1}, run.results[0].reason
     folder = tmp_path / "out" / run.results[0].folder
     sidecar = json.loads((folder / "volume.json").read_text())
@@ -151,11 +160,11 @@ NATIVE = Recipe(spacing_mm=None, size=None, image=False, masks=Masks(units="mm")
 @pytest.mark.parametrize("write", [as_rtstruct, as_text])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_mask_at_native_resolution_has_the_voxels_whose_centres_are_inside(
-    tmp_path: Path, shape: Shape, write: Any
+    air: tuple[Path, str], tmp_path: Path, shape: Shape, write: Any
 ) -> None:
     # Traps 37 and 39.
-    uid = write_ct(tmp_path / "dicom")
-    got, sidecar = masks(tmp_path, write(tmp_path, shape, uid), NATIVE)
+    dicom, uid = air
+    got, sidecar = masks(dicom, tmp_path, write(tmp_path, shape, uid), NATIVE)
     expected = truth(shape, sidecar)
     # A polygon of 720 points lies up to 2e-4 mm inside of the circle, so a few centres may lie in between.
     assert (got.astype(bool) != expected).sum() <= 2
@@ -186,13 +195,13 @@ VOLUME_CHANGES = {"nearest": 0.07, "smooth": 0.02}
 @pytest.mark.parametrize("resampling", ["nearest", "smooth"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_resampling_to_1_mm_keeps_shape_and_volume(
-    tmp_path: Path, name: str, resampling: Literal["nearest", "smooth"], backend: Backend
+    air: tuple[Path, str], tmp_path: Path, name: str, resampling: Literal["nearest", "smooth"], backend: Backend
 ) -> None:
     # Trap 22.
     shape = SHAPES[name]
-    uid = write_ct(tmp_path / "dicom")
+    dicom, uid = air
     recipe = Recipe(size=None, image=False, masks=Masks(resampling=resampling, units="mm"))
-    got, sidecar = masks(tmp_path, as_text(tmp_path, shape, uid), recipe, backend=backend)
+    got, sidecar = masks(dicom, tmp_path, as_text(tmp_path, shape, uid), recipe, backend=backend)
     assert got.shape == (60, 80, 77)
     assert dice(got, truth(shape, sidecar)) > BOUNDS[name][resampling == "smooth"]
     (label,) = sidecar["labels"]
@@ -209,7 +218,7 @@ def test_image_and_mask_of_a_bright_object_coincide_after_the_default_recipe(
     shape = SHAPES[name]
     uid = write_ct(tmp_path / "dicom", shape, (20, 300, 320))
     recipe = Recipe(size=(300, 320), masks=Masks(resampling=resampling, units="mm"))
-    got, _ = masks(tmp_path, as_text(tmp_path, shape, uid), recipe)
+    got, _ = masks(tmp_path / "dicom", tmp_path, as_text(tmp_path, shape, uid), recipe)
     folder = next((tmp_path / "out").rglob("volume.json")).parent
     image = np.stack([tifffile.imread(f) for f in sorted(folder.glob("*.tif"))])
     assert image.shape == got.shape == (60, 300, 320)
