@@ -20,10 +20,10 @@ from gpuprep.core.geometry import Shape3
 from gpuprep.core.hounsfield import AIR_HU
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RequestError
-from gpuprep.output.object_store import place_of
-from gpuprep.output.read_volume import Box, Finished, full_box
+from gpuprep.output.object_store import resolve_out
+from gpuprep.output.read_volume import Box, FinishedOutput, full_box
 from gpuprep.output.records import DONE
-from gpuprep.output.verify import Records
+from gpuprep.output.verify import AllManifests
 
 try:
     import torch
@@ -105,7 +105,7 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
         labelled: bool | None = None,
         transform: Callable[[torch.Tensor, torch.Tensor, Meta], Any] | None = None,
     ) -> None:
-        place = place_of(out)
+        place = resolve_out(out)
         if not isinstance(place, Path):
             raise RequestError(f"{out} is in an object store: copy it to a disk first")
         if patches is not None and not (len(patches) == 3 and all(isinstance(n, int) and n > 0 for n in patches)):
@@ -117,7 +117,7 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
         self.patches = patches
         self.patches_per_volume = patches_per_volume
         self.transform = transform
-        with closing(Records(place)) as records:
+        with closing(AllManifests(place)) as records:
             rows = [
                 (folder, key, recipe, labels or ())
                 for folder, key, recipe, status, hu_mean, labels in records.columns(
@@ -138,7 +138,7 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
 
     def _check_values(self, folders: Iterable[str]) -> None:
         """Raise unless image values have the same meaning in all folders; `folders` has one per recipe."""
-        found = {_value_meaning(Finished(self.out / folder).recipe) for folder in folders}
+        found = {_value_meaning(FinishedOutput(self.out / folder).recipe) for folder in folders}
         if len(found) > 1:
             raise RequestError(
                 f"{self.out} was converted with recipes whose values differ ({' and '.join(sorted(found))}): convert "
@@ -147,7 +147,7 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
 
     def _share_a_volume(self, folders: Iterable[str]) -> bool:
         """Return whether structures share a label volume; `folders` has one per recipe."""
-        layouts = {Finished(self.out / folder).recipe.masks.layout for folder in folders}
+        layouts = {FinishedOutput(self.out / folder).recipe.masks.layout for folder in folders}
         if len(layouts) > 1:
             raise RequestError(
                 f"{self.out} has label volumes and volumes per structure: convert all series with one layout of masks"
@@ -168,7 +168,7 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         folder, key = self.series[index % len(self) // self.patches_per_volume]
-        finished = Finished(self.out / folder)
+        finished = FinishedOutput(self.out / folder)
         size = self.patches or finished.geometry.shape
         start = [_patch_start(length, wanted) for length, wanted in zip(finished.geometry.shape, size, strict=True)]
         box, margins = _box_and_margins(start, size, finished.geometry.shape)
@@ -189,7 +189,7 @@ class CohortDataset(Dataset):  # type: ignore[misc, unused-ignore]
         )
         return self.transform(*item) if self.transform else item
 
-    def _label(self, finished: Finished, box: Box) -> NDArray[np.int64]:
+    def _label(self, finished: FinishedOutput, box: Box) -> NDArray[np.int64]:
         shape = tuple(s.stop - s.start for s in box)
         if not self.structures:
             return np.empty((0, *shape), dtype=np.int64)
@@ -218,7 +218,7 @@ def _box_and_margins(start: list[int], size: Shape3, shape: Shape3) -> tuple[Box
     return (box[0], box[1], box[2]), margins
 
 
-def _image(finished: Finished, box: Box) -> NDArray[np.float32]:
+def _image(finished: FinishedOutput, box: Box) -> NDArray[np.float32]:
     """Return the image of a box, scaled to [0, 1] or in HU."""
     return finished.image(box).astype(np.float32) / np.float32(_window_top(finished))
 
@@ -229,13 +229,13 @@ def _value_meaning(recipe: Recipe) -> str:
     return window if recipe.dtype == "int16" or recipe.window_hu is None else f"{window} as 0 to 1"
 
 
-def _air_value(finished: Finished) -> float:
+def _air_value(finished: FinishedOutput) -> float:
     """Return the value for padding in returned images: the lower end of the window, or air without a window."""
     slope, intercept = finished.hu
     low, _ = finished.recipe.window_hu or (AIR_HU, None)
     return (low - intercept) / slope / _window_top(finished)
 
 
-def _window_top(finished: Finished) -> int:
+def _window_top(finished: FinishedOutput) -> int:
     """Return the stored value of the upper end of the window for unsigned integers, else 1."""
     return {"uint8": 255, "uint16": 65535}.get(finished.recipe.dtype, 1)

@@ -25,7 +25,7 @@ SIZE = 24
 RECIPE = ("--size", str(SIZE))
 TIMES = ("finished", "read_s", "process_s", "write_s", "upload_s", "kernels_s", "download_s", "masks_s", "host")
 """Columns in which two runs over the same cohort may differ."""
-WORKSHOP = ".gpuprep"
+WORK_FOLDER = ".gpuprep"
 LIGHT = {"NUMBA_DISABLE_JIT": "1"}
 """Run without Numba, whose import takes a second per run. Compare such runs only with each other: a run in the
 process of the test may round differently."""
@@ -131,15 +131,15 @@ def done(out: Path) -> set[str]:
     found = set()
     with suppress(OSError):
         for top in os.scandir(out):
-            if top.is_dir() and top.name != WORKSHOP:
+            if top.is_dir() and top.name != WORK_FOLDER:
                 found |= {f"{top.name}/{e.name}" for e in os.scandir(top) if os.path.exists(f"{e.path}/volume.json")}
     return found
 
 
-def in_the_making(out: Path, shard: str = "") -> list[str]:
+def unfinished_outputs(out: Path, shard: str = "") -> list[str]:
     """Return unfinished outputs: everything in the temporary folder except locks and the folders of shards."""
     try:
-        names = os.listdir(out / WORKSHOP / shard)
+        names = os.listdir(out / WORK_FOLDER / shard)
     except OSError:
         return []
     return sorted(name for name in names if name != "lock" and "-of-" not in name)
@@ -159,7 +159,7 @@ def tree(out: Path) -> Tree:
     found: Tree = {}
     for folder, below, names in os.walk(out):
         if Path(folder) == out:
-            below[:] = [name for name in below if name != WORKSHOP]
+            below[:] = [name for name in below if name != WORK_FOLDER]
             names = [name for name in names if not name.startswith("manifest.")]
         for name in names:
             file = Path(folder, name)

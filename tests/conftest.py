@@ -21,7 +21,7 @@ from pydicom import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
-from standin import ForeignBackend
+from standin import SimulatedGpu
 
 from gpuprep.compute.backend import Backend, NumpyBackend, get_backend
 from gpuprep.core.geometry import Geometry
@@ -69,7 +69,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "loops":
         return NumpyBackend("loops")
     if request.param == "foreign":
-        return ForeignBackend()
+        return SimulatedGpu()
     try:
         return get_backend("gpu")
     except BackendError as exc:
@@ -77,8 +77,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 @pytest.fixture
-def foreign() -> ForeignBackend:
-    return ForeignBackend()
+def foreign() -> SimulatedGpu:
+    return SimulatedGpu()
 
 
 def axial(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> Geometry:
@@ -131,7 +131,7 @@ def renamed(file: Path, syntax: str) -> None:
     file.write_bytes(bytes(128) + b"DICM" + head.getvalue() + body)
 
 
-def natively(ds: Dataset, syntax: UID, *, meta: bool = True) -> bytes:
+def encoded_natively(ds: Dataset, syntax: UID, *, meta: bool = True) -> bytes:
     """Return a data set encoded in a native transfer syntax; without preamble and meta group if `meta` is False."""
     plain = Dataset()
     for element in ds:

@@ -20,7 +20,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLos
 from pydicom.valuerep import format_number_as_ds
 
 from gpuprep.core.geometry import Geometry
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.dicom_objects import read_object
 from gpuprep.masks.model import Segmentation, Structure
@@ -34,7 +34,7 @@ ENCODERS = {RLELossless: "pydicom", JPEGLSLossless: "pyjpegls", JPEG2000Lossless
 
 def read(path: Path, threshold: float = 0.5) -> Segmentation:
     """Read a structure set or segmentation image."""
-    return read_object(str(path), Reading(threshold=threshold))
+    return read_object(str(path), ReadingOptions(threshold=threshold))
 
 
 def refused(path: Path) -> str:

@@ -40,7 +40,7 @@ class FakeCudaError(RuntimeError):
     """Error of a lost device."""
 
 
-class ForeignBackend:
+class SimulatedGpu:
     """Backend on the simulated GPU. `transfers` lists direction, dtype and shape of each explicit copy.
 
     Parameters
@@ -149,7 +149,7 @@ class ForeignBackend:
 class _Stream:
     """Copies that complete only when they are waited for."""
 
-    def __init__(self, backend: ForeignBackend) -> None:
+    def __init__(self, backend: SimulatedGpu) -> None:
         self._backend = backend
         self._pinned: list[NDArray[np.uint8]] = []
         self._under_way: list[_Copy] = []

@@ -25,7 +25,7 @@ from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.volume import StoredVolume
 from gpuprep.report.html import write_report
-from gpuprep.report.inspect_series import glance
+from gpuprep.report.inspect_series import summarise_series
 from gpuprep.report.montage import montage
 from gpuprep.testing import outlines, thorax, write_series
 
@@ -110,7 +110,7 @@ def show_picture() -> Image.Image:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # keeps its path out of the picture
         write_series(Path("dicom/patient-1"), thorax((60, 224, 224), spacing_mm, seed=1), spacing_mm)
         gpuprep.convert("dicom", "volumes", gpuprep.Recipe(format="tif-stack"), backend="cpu")
-        return montage(glance("volumes/dicom/patient-1"))
+        return montage(summarise_series("volumes/dicom/patient-1"))
 
 
 def save_report_picture(file: Path) -> None:

@@ -6,7 +6,7 @@ The structure set has 300 slices of 512 × 512 pixels and one region. Each slice
 100 discs with a hole each. Discs do not overlap, so all programs should fill the same pixels. The time is measured from
 points in memory, in patient coordinates, to one mask volume:
 
-* gpuprep: `place`, then `Placed.paint` of every slice;
+* gpuprep: `place`, then `PlacedStructure.paint` of every slice;
 * dcmrtstruct2nii: its ``DcmPatientCoords2Mask.convert``;
 * rt-utils: its ``create_series_mask_from_contour_sequence``, from data elements of pydicom. It searches all contours
   for each slice, so the time is quadratic in the number of slices; it gets a few slices only (``--rt-utils-slices``).
@@ -37,7 +37,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from bench.measure import save
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.dicom.discover import discover
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.masks.model import Contour, Segmentation, Structure
@@ -67,7 +67,7 @@ def outlines(n: int, z: float, seed: int) -> list[NDArray[np.float64]]:
 
 
 def gpuprep_mask(segmentation: Segmentation, stacked: Stack) -> NDArray[np.bool_]:
-    (structure, *_), _ = place(segmentation, stacked, Reading())
+    (structure, *_), _ = place(segmentation, stacked, ReadingOptions())
     mask = np.zeros(stacked.geometry.shape, dtype=bool)
     for n in structure.parts:
         box, painted = structure.paint(n, mask.shape[1:])

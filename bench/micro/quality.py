@@ -30,7 +30,7 @@ from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.dicom import read
 from gpuprep.output.manifest import Manifest
-from gpuprep.output.preview import Planes
+from gpuprep.output.preview import MiddlePlanes
 from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline import convert_series
 from gpuprep.report.html import write_report
@@ -38,7 +38,8 @@ from gpuprep.testing import thorax, write_series
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 COLLECTING: tuple[tuple[Any, str, Any], ...] = (
-    (read, "sampled", np.empty(0)), (Histogram, "add", None), (Histogram, "to_dict", None), (Planes, "take", None),
+    (read, "sampled", np.empty(0)), (Histogram, "add", None), (Histogram, "to_dict", None),
+    (MiddlePlanes, "take", None),
     (convert_series, "_write_preview", None),
 )  # fmt: skip
 """Functions that collect metrics and pictures: owner, name, and a return value for runs without collecting."""

@@ -38,7 +38,7 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.stacking_rules import texts
 from gpuprep.errors import GpuprepError, RequestError
 from gpuprep.executors.logs import quiet_libraries
-from gpuprep.executors.signals import held_back
+from gpuprep.executors.signals import signals_blocked
 
 if TYPE_CHECKING:
     from gpuprep.pipeline.options import ConvertOptions
@@ -186,7 +186,7 @@ def demo(
 ) -> None:
     """Write a small synthetic cohort as DICOM, convert it, and print the paths of the results."""
     with errors_to_exit_codes():
-        with held_back():
+        with signals_blocked():
             from gpuprep.cli.console import Monitor, print_line, show_recipe, show_run
             from gpuprep.cli.demo import run_demo
             from gpuprep.compute.backend import get_backend
@@ -216,7 +216,7 @@ def demo(
 def doctor(**flags: Any) -> None:
     """Show backends, devices, decoders and versions, and what to install for those that do not work."""
     with errors_to_exit_codes():
-        with held_back():
+        with signals_blocked():
             from gpuprep.cli.console import show_findings
             from gpuprep.cli.doctor import examine
 
@@ -254,7 +254,7 @@ def _show_scan(
     out: str | None = None,
     calibrate: bool = False,
 ) -> None:
-    with held_back():
+    with signals_blocked():
         from gpuprep.cli.console import show_scan
         from gpuprep.pipeline.events import Listener
         from gpuprep.pipeline.match_masks import Matched

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpuprep.compute.hu_histogram import BANDS
-from gpuprep.core.formatting import first_few, numbered, plain_reason, printable, sized
+from gpuprep.core.formatting import first_few, format_bytes, format_count, plain_reason, printable
 from gpuprep.core.recipe import Preset, Recipe
 from gpuprep.dicom.discover import Cohort
 from gpuprep.output.records import SeriesResult
@@ -36,7 +36,7 @@ from gpuprep.pipeline.scan import Scan
 
 if TYPE_CHECKING:
     from gpuprep.cli.doctor import Finding
-    from gpuprep.report.inspect_series import Glance
+    from gpuprep.report.inspect_series import SeriesSummary
 
 STATES = {"running": "green", "finished": "", "interrupted": "yellow", "killed": "red"}
 STYLES = {"ok": "green", "fixed": "cyan", "skipped": "dim", "rejected": "yellow"}
@@ -141,8 +141,8 @@ class Monitor(ProblemPrinter):
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(used.values()).items()))
         others = len(matched.unmatched) - len(matched.complaints) - len(matched.unused)
         self._console.print(
-            f"masks   {numbered(len(used), 'segmentation')} of {len(matched.by_key)} series ({kinds or 'none'})"
-            + (f"; {numbered(others, 'other file')} skipped" if others else "")
+            f"masks   {format_count(len(used), 'segmentation')} of {len(matched.by_key)} series ({kinds or 'none'})"
+            + (f"; {format_count(others, 'other file')} skipped" if others else "")
         )
         super().matched(matched)
 
@@ -182,10 +182,10 @@ def show_run(run: Run, out: str, seconds: float) -> None:
         notes += f"; {run.stopped} series not started"
     if run.arranged is not None:
         training, others, apart = run.arranged
-        notes += f"; for nnU-Net {numbered(training, 'training case')}, {others} in imagesTs"
+        notes += f"; for nnU-Net {format_count(training, 'training case')}, {others} in imagesTs"
         notes += f" ({apart} series left out: made by another recipe, or with leaning slices)" if apart else ""
     if without := len(run.unmatched) + len(run.unused):
-        notes += f"; {numbered(without, 'segmentation')} without a series"
+        notes += f"; {format_count(without, 'segmentation')} without a series"
     if run.unreadable:
         notes += f"; {len(run.unreadable)} DICOM files or folders unreadable"
     console.print(notes)
@@ -254,7 +254,7 @@ def show_presets(presets: Mapping[str, Preset]) -> None:
     _console(stderr=False).print(table)
 
 
-def show_glance(seen: Glance) -> None:
+def show_series_summary(seen: SeriesSummary) -> None:
     """Print the overview of one series; with three planes if the terminal has colours."""
     from gpuprep.report.montage import LETTERS, grid_lines, text_histogram
 
@@ -295,14 +295,14 @@ def show_forecast(forecast: Forecast) -> None:
     console = _console(stderr=False)
     disk = forecast.disk_bytes
     most = "" if disk is not None else "at most "
-    free = f" of {sized(forecast.free_disk_bytes)} free" if forecast.free_disk_bytes is not None else ""
-    console.print(f"disk    {most}{sized(forecast.output_bytes if disk is None else disk)}{free}")
+    free = f" of {format_bytes(forecast.free_disk_bytes)} free" if forecast.free_disk_bytes is not None else ""
+    console.print(f"disk    {most}{format_bytes(forecast.output_bytes if disk is None else disk)}{free}")
     console.print(
-        f"memory  {sized(forecast.memory_bytes)} at the peak of {numbered(forecast.workers, 'worker')}; "
-        f"{sized(forecast.largest_bytes)} for the largest series"
+        f"memory  {format_bytes(forecast.memory_bytes)} at the peak of {format_count(forecast.workers, 'worker')}; "
+        f"{format_bytes(forecast.largest_bytes)} for the largest series"
     )
     if forecast.expected_s is not None and forecast.experience is not None:
-        conversions = numbered(forecast.experience.series, "conversion")
+        conversions = format_count(forecast.experience.series, "conversion")
         console.print(f"time    {_duration(forecast.expected_s)}, estimated from {conversions}")
     if forecast.misfit:
         console.print(f"does not fit: {forecast.misfit}", style="red")
@@ -323,7 +323,7 @@ def show_status(status: Status, out: str) -> None:
             style=STATES[p.state],
         )
     counts = ", ".join(f"{n} {state}" for state, n in sorted(status.counts.items())) or "no series"
-    console.print(f"{counts}; {sized(status.bytes)}")
+    console.print(f"{counts}; {format_bytes(status.bytes)}")
     for reason in status.reasons:
         console.print(f"{reason.status} {reason.codes}: {reason.series}", style=STYLES.get(reason.status, "red"))
         for example in reason.examples:
@@ -332,7 +332,7 @@ def show_status(status: Status, out: str) -> None:
         console.print(f"{status.unreadable} DICOM files or folders unreadable", style="red")
     if status.other_recipe:
         console.print(
-            f"{numbered(status.other_recipe, 'output')} by another recipe than the last run's: convert their inputs "
+            f"{format_count(status.other_recipe, 'output')} by another recipe than the last run's: convert the inputs "
             f"with --recipe {printable(out)}/recipe.toml to make all outputs alike; gpuprep manifest {printable(out)} "
             "shows which they are in its column recipe_sha256",
             style="yellow",
@@ -371,7 +371,7 @@ def show_damage(findings: Sequence[Damage], outputs: int) -> None:
         style = "red" if f.kind in ("missing", "torn") else "yellow"
         console.print(f"{f.kind:10}  {f.path}", style=style, soft_wrap=True)
     counts = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(f.kind for f in findings).items()))
-    console.print(f"{numbered(outputs, 'output')} read again: {counts or 'all as they were written'}")
+    console.print(f"{format_count(outputs, 'output')} read again: {counts or 'all as they were written'}")
 
 
 def _duration(seconds: float) -> str:
@@ -421,7 +421,7 @@ def _passed_over(passed_over: Mapping[str, int]) -> str:
     if not passed_over:
         return ""
     kinds = ", ".join(f"{n} {kind}" for kind, n in passed_over.items())
-    return f"; passed over {numbered(sum(passed_over.values()), 'other file')} ({kinds})"
+    return f"; passed over {format_count(sum(passed_over.values()), 'other file')} ({kinds})"
 
 
 def _names(names: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import typer
 
 from gpuprep.cli.exit_codes import INTERRUPTED, print_error, print_json
-from gpuprep.executors.signals import Stop, held_back
+from gpuprep.executors.signals import Stop, signals_blocked
 
 if TYPE_CHECKING:
     from gpuprep.compute.backend import BackendName
@@ -32,7 +32,7 @@ def run_conversion(
     report: bool = False,
 ) -> None:
     """Convert, print or log progress as the flags ask for, and exit with the exit code of the run."""
-    with held_back():
+    with signals_blocked():
         from gpuprep.cli.console import Monitor, ProblemPrinter, print_line, show_recipe, show_run
         from gpuprep.cli.run_log import EventLog, Listeners
         from gpuprep.compute.backend import get_backend

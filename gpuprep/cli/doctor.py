@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from gpuprep.compute.backend import imported_loops, numba_works, open_gpus
-from gpuprep.core.recipe import LIBRARIES, Recipe
+from gpuprep.compute.backend import import_loops, numba_works, open_gpus
+from gpuprep.core.recipe import REQUIRED_PACKAGES, Recipe
 from gpuprep.dicom.decode import available_decoders
 from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, RecipeError
@@ -60,7 +60,7 @@ def examine() -> list[Finding]:
         decoders = available_decoders(syntax)
         detail = ", ".join(decoders) or "no decoder: reinstall gpuprep with its dependencies"
         findings.append(Finding("decoder", syntax_name(syntax), bool(decoders), detail))
-    for format_ in LIBRARIES:
+    for format_ in REQUIRED_PACKAGES:
         try:
             Recipe.from_dict({"format": format_}).check_installed()
             findings.append(Finding("format", format_, True, "its packages are installed"))
@@ -81,9 +81,9 @@ def _loops() -> Finding:
         )
         return Finding("backend", "cpu loops", False, f"{reason}; without compiled loops, the CPU takes twice as long")
     try:
-        loops = imported_loops()
+        loops = import_loops()
     except BackendError as exc:
         return Finding("backend", "cpu loops", False, str(exc))
-    if loops.unkept.is_set():
-        return Finding("backend", "cpu loops", True, f"compiled by Numba again in each run: {loops.why_unkept()}")
+    if loops.uncached.is_set():
+        return Finding("backend", "cpu loops", True, f"compiled by Numba again in each run: {loops.why_uncached()}")
     return Finding("backend", "cpu loops", True, "compiled by Numba")

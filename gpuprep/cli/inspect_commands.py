@@ -12,7 +12,7 @@ import typer
 from gpuprep.cli.exit_codes import errors_to_exit_codes, print_json
 from gpuprep.cli.options import STACKING_FLAGS, add_flags, preset_names, select
 from gpuprep.errors import RequestError
-from gpuprep.executors.signals import held_back
+from gpuprep.executors.signals import signals_blocked
 
 
 def recipes(
@@ -24,7 +24,7 @@ def recipes(
 ) -> None:
     """List the named recipes, print one as the start of a recipe file, or print the JSON Schema for editors."""
     with errors_to_exit_codes():
-        with held_back():
+        with signals_blocked():
             from gpuprep.cli.console import show_presets
             from gpuprep.core.recipe import PRESETS, Recipe
             from gpuprep.core.recipe_schema import recipe_schema
@@ -55,13 +55,13 @@ def show(
 ) -> None:
     """Show one series: verdict, grid, HU range, a histogram with bands of tissues, and three planes."""
     with errors_to_exit_codes():
-        with held_back():
-            from gpuprep.cli.console import print_line, show_glance
-            from gpuprep.report.inspect_series import glance
+        with signals_blocked():
+            from gpuprep.cli.console import print_line, show_series_summary
+            from gpuprep.report.inspect_series import summarise_series
             from gpuprep.report.montage import montage
 
-        seen = glance(series, series_uid, flags["group_by"] or "uid")
-        show_glance(seen)
+        seen = summarise_series(series, series_uid, flags["group_by"] or "uid")
+        show_series_summary(seen)
         if png is not None:
             try:
                 montage(seen).save(png, "PNG", optimize=True)

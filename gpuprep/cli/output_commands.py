@@ -17,7 +17,7 @@ from gpuprep.cli.exit_codes import errors_to_exit_codes, ignore_closed_pipe, pri
 from gpuprep.cli.options import OUTPUT_FLAGS, RUN, RUN_FLAGS, add_flags, select
 from gpuprep.cli.parse_flags import display_flags, options_from_flags
 from gpuprep.errors import RequestError
-from gpuprep.executors.signals import held_back
+from gpuprep.executors.signals import signals_blocked
 
 if TYPE_CHECKING:
     from gpuprep.output.records import RunRecord
@@ -29,7 +29,7 @@ OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Output folder o
 def status(out: OutArgument, **flags: Any) -> None:
     """Show progress and results of a run: counts, rate, time left, and rejected and failed series with reasons."""
     with errors_to_exit_codes():
-        with held_back():
+        with signals_blocked():
             from gpuprep.cli.console import show_status
             from gpuprep.output.verify import status as status_of
 
@@ -50,16 +50,16 @@ def verify(
 ) -> None:
     """Read every output again and compare checksums; name damaged, missing, unfinished and stray files."""
     with errors_to_exit_codes():
-        with held_back():
+        with signals_blocked():
             from gpuprep.cli.console import CountingBar, show_damage
             from gpuprep.executors.cores import usable_cores
-            from gpuprep.executors.processes import Processes
+            from gpuprep.executors.processes import ProcessExecutor
             from gpuprep.output.manifest import open_manifest
             from gpuprep.output.object_store import open_out
             from gpuprep.output.verify import mark as mark_damaged
             from gpuprep.output.verify import verify as findings_of
 
-        executor = Processes(flags["jobs"] or usable_cores(), preload=("gpuprep.output.verify",))
+        executor = ProcessExecutor(flags["jobs"] or usable_cores(), preload=("gpuprep.output.verify",))
         try:
             with CountingBar("outputs") as counting:
                 found = list(findings_of(out, executor, counting.one_more))
@@ -87,20 +87,20 @@ def manifest(
 ) -> None:
     """Print the manifest, one row per series, including shards that are not merged yet."""
     with errors_to_exit_codes():
-        with held_back():
+        with signals_blocked():
             from gpuprep.output.export import write_csv, write_json_lines, write_parquet
-            from gpuprep.output.object_store import place_of
-            from gpuprep.output.verify import Records
+            from gpuprep.output.object_store import resolve_out
+            from gpuprep.output.verify import AllManifests
 
         if csv + json_ + parquet > 1:
             raise RequestError("--csv, --json and --parquet: give one of them")
         if parquet and to is None and sys.stdout.isatty():
             raise RequestError("binary Parquet is not written to a terminal: give --to FILE, or redirect with > FILE")
-        place = place_of(out)
+        place = resolve_out(out)
         if to is not None and isinstance(place, Path) and to.resolve().is_relative_to(place.resolve()):
             raise RequestError(f"--to {to} lies in the output folder {out}: choose a file outside of it")
         write: Callable[..., None] = write_parquet if parquet else write_json_lines if json_ else write_csv
-        with closing(Records(out)) as records, ignore_closed_pipe():
+        with closing(AllManifests(out)) as records, ignore_closed_pipe():
             write(records, to)
 
 
@@ -112,7 +112,7 @@ def report(
 ) -> None:
     """Write one HTML page of all series: a table, previews, distributions, and outliers."""
     with errors_to_exit_codes():
-        with held_back():
+        with signals_blocked():
             from gpuprep.cli.console import print_line
             from gpuprep.report.html import write_report
 
@@ -122,14 +122,14 @@ def report(
 def merge(out: OutArgument) -> None:
     """Merge the manifests of shards in OUT into its manifest. First copy shards that ran elsewhere into OUT."""
     with errors_to_exit_codes():
-        with held_back():
+        with signals_blocked():
             from gpuprep.cli.console import print_line
-            from gpuprep.core.formatting import numbered
+            from gpuprep.core.formatting import format_count
             from gpuprep.output.manifest import Manifest, manifest_path, shards_of
             from gpuprep.output.manifest import merge as merge_manifests
-            from gpuprep.output.object_store import open_out, place_of
+            from gpuprep.output.object_store import open_out, resolve_out
 
-        place = place_of(out)
+        place = resolve_out(out)
         if isinstance(place, Path) and not place.is_dir():
             raise RequestError(f"{out} is not a folder: give the --out of a run")
         if isinstance(place, Path) and not shards_of(place) and not manifest_path(place).is_file():
@@ -138,8 +138,8 @@ def merge(out: OutArgument) -> None:
             shards = merge_manifests(merged)
             merged.write_csv()
             missing = sorted({n for s in shards for n in range(1, s.count + 1)} - {s.number for s in shards})
-            file = output.lasting(merged.path.name)
-            print_line(f"{numbered(len(shards), 'shard')} merged into {file}, which has {merged.count()} series")
+            file = output.final_location(merged.path.name)
+            print_line(f"{format_count(len(shards), 'shard')} merged into {file}, which has {merged.count()} series")
             if missing and shards:
                 numbers = ", ".join(f"{n}/{shards[0].count}" for n in missing)
                 print_line(f"missing shards: {numbers}; merge again when they are finished")
@@ -158,15 +158,15 @@ def retry(
 ) -> None:
     """Convert failed series again, with the inputs, masks and recipe of the last run."""
     with errors_to_exit_codes() as stop:
-        with held_back():
+        with signals_blocked():
             from gpuprep.cli.console import print_line
             from gpuprep.core.recipe import Recipe
             from gpuprep.output.manifest import open_manifest
             from gpuprep.output.object_store import open_out
-            from gpuprep.output.verify import Records
+            from gpuprep.output.verify import AllManifests
 
         states = ("failed", "rejected") if rejected else ("failed",)
-        with closing(Records(out)) as records:
+        with closing(AllManifests(out)) as records:
             count = sum(state in states for (state,) in records.columns("status"))
         if not count:
             print_line(f"no series {' or '.join(states)} in {out}")

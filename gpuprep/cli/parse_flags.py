@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gpuprep.cli.exit_codes import header_index
 from gpuprep.cli.options import MASK_FLAGS, OUTPUT_FLAGS, RECIPE_FLAGS, STACKING_FLAGS
 from gpuprep.errors import RecipeError, RequestError
-from gpuprep.executors.signals import held_back
+from gpuprep.executors.signals import signals_blocked
 
 if TYPE_CHECKING:
     from gpuprep.core.recipe import Recipe
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def recipe_from_flags(name: str, flags: Mapping[str, Any], **more: Any) -> Recipe:
     """Return a recipe by its name or file, changed by the flags that were given and by the fields in `more`."""
-    with held_back():
+    with signals_blocked():
         from gpuprep.core.recipe import PRESETS, Recipe
 
     base = (
@@ -37,7 +37,7 @@ def recipe_from_flags(name: str, flags: Mapping[str, Any], **more: Any) -> Recip
 
 def options_from_flags(flags: Mapping[str, Any], out: str | None, **more: Any) -> ConvertOptions:
     """Return the options of a run: the flags that were given, and the fields in `more`, which take precedence."""
-    with held_back():
+    with signals_blocked():
         from gpuprep.pipeline.options import ConvertOptions
 
     given = {f.name: flags[f.name] for f in fields(ConvertOptions) if flags.get(f.name) is not None}

@@ -187,18 +187,18 @@ def numba_works() -> bool:
 
 def compiled_loops() -> Any:
     """Return the module `gpuprep.compute.numba_kernels`; warn once if compiled loops cannot be cached on disk."""
-    loops = imported_loops()
-    if loops.unkept.is_set():
-        _say_unkept()
+    loops = import_loops()
+    if loops.uncached.is_set():
+        _warn_uncached()
     return loops
 
 
 @cache
-def _say_unkept() -> None:
-    log.warning("compiling the inner loops takes ten to thirty seconds in every run: %s", imported_loops().why_unkept())
+def _warn_uncached() -> None:
+    log.warning("compiling the inner loops takes ten to thirty seconds in every run: %s", import_loops().why_uncached())
 
 
-def imported_loops() -> Any:
+def import_loops() -> Any:
     """Import and return `gpuprep.compute.numba_kernels`. Numba is an optional dependency and slow to import."""
     try:
         from gpuprep.compute import numba_kernels

@@ -20,7 +20,7 @@ from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-i
 from numpy.typing import NDArray
 
 from gpuprep.compute import cuda_kernels
-from gpuprep.compute.pinned_transfer import DEVICE, Empty, Transfers
+from gpuprep.compute.pinned_transfer import DEVICE_VARIABLE, Empty, Transfers
 from gpuprep.core.sampling import lost_samples
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 
@@ -89,7 +89,7 @@ class CupyBackend:
     def environment(self) -> dict[str, str]:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         name = visible[self._ordinal] if visible else str(self._ordinal)
-        return {"CUDA_VISIBLE_DEVICES": name, DEVICE: self.device}
+        return {"CUDA_VISIBLE_DEVICES": name, DEVICE_VARIABLE: self.device}
 
     def alone(self) -> Self:
         first = copy(self)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.formatting import numbered
+from gpuprep.core.formatting import format_count
 from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ def flags(result: SeriesResult) -> list[Flag]:
     if (result.padding_share or 0) > PADDING_SHARE:
         found.append(Flag("padding-share", f"{result.padding_share:.0%} of the voxels are padding"))
     if result.slices < FEW_SLICES:
-        found.append(Flag("few-slices", f"only {numbered(result.slices, 'slice')}"))
+        found.append(Flag("few-slices", f"only {format_count(result.slices, 'slice')}"))
     if (quality.get("clipped_share") or 0) > CLIPPED_SHARE:
         found.append(Flag("clipped", f"the window clips {quality['clipped_share']:.0%} of what is not air"))
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpuprep.compute import resample_taps
 from gpuprep.compute.backend import Backend, Body, Engine
-from gpuprep.core.plan import BYTES, Plan, Step
+from gpuprep.core.plan import BYTES_PER_VOXEL, Plan, Step
 
 CONTEXT_BYTES = 600 * 2**20
 """Device memory of a process before its first volume: CUDA context, loaded kernels, cuBLAS and its workspace."""
@@ -19,7 +19,7 @@ AT_REST_BYTES: dict[Body, int] = {"loops": 165 * 10**6, "matmul": 70 * 10**6}
 WRITING_BYTES = {"nifti": 80 * 10**6, "zarr": 150 * 10**6}
 """Memory of a writer by format: its library, and buffers while a volume is written. Other formats need little."""
 
-USABLE = 0.8
+USABLE_SHARE = 0.8
 """Share of the free memory to plan with: estimates count arrays, and allocators round sizes and fragment memory."""
 
 FLOAT_BYTES = 4
@@ -31,12 +31,12 @@ ZOOM_PADDING = 24
 """Voxels by which `cupyx.scipy.ndimage.zoom` lengthens each axis before a prefilter."""
 
 
-def workers(free: int, wanted: int) -> int:
+def worker_count(free: int, wanted: int) -> int:
     """Return the number of processes that may share a device: their contexts take at most half of its usable memory."""
-    return max(1, min(wanted, int(USABLE * free / 2) // CONTEXT_BYTES))
+    return max(1, min(wanted, int(USABLE_SHARE * free / 2) // CONTEXT_BYTES))
 
 
-def for_volumes(free: int, processes: int, at_rest: int = CONTEXT_BYTES, share: float = USABLE) -> int:
+def volume_memory_bytes(free: int, processes: int, at_rest: int = CONTEXT_BYTES, share: float = USABLE_SHARE) -> int:
     """Return the bytes left for volumes: a share of the free memory, less the memory at rest of each process."""
     return max(0, int(share * free) - processes * at_rest)
 
@@ -66,21 +66,21 @@ def host_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
 
     The parameters are those of `device_bytes`.
     """
-    step, out_bytes = plan.resample, _plane_voxels(plan.target.shape) * BYTES[plan.recipe.dtype]
+    step, out_bytes = plan.resample, _plane_voxels(plan.target.shape) * BYTES_PER_VOXEL[plan.recipe.dtype]
     source, slab = _plane_voxels(plan.source.shape), backend.slab_slices
     whole = math.prod(plan.source.shape) if plan.turn.axes[0] != 0 or engine == "ndimage" else 0
     if engine == "ndimage":
         # SciPy pads in float32, filters in float64 and keeps both arrays while it resamples.
         padded = math.prod(n + ZOOM_PADDING for n in step.source) if step.order > 1 else math.prod(step.source)
-        resampled = 0 if step.idle else math.prod(step.target)
-        filtered = 0 if step.idle else (3 if step.order > 1 else 0) * padded
+        resampled = 0 if step.is_identity else math.prod(step.target)
+        filtered = 0 if step.is_identity else (3 if step.order > 1 else 0) * padded
         chunk = backend.chunk_slices * (_plane_voxels(step.target) + 3 * _plane_voxels(plan.resize.target))
         return FLOAT_BYTES * (whole + max(filtered + resampled, resampled + chunk)) + backend.chunk_slices * out_bytes
     if backend.body == "matmul":
         return device_bytes(plan, backend, engine)
     rows, columns = step.target[1:]
     window = 1
-    if step.moves(0):
+    if step.resamples(0):
         ahead = resample_taps.PREFILTER_RADIUS if step.order == 3 and step.along[0] is None and not step.sigma[0] else 0
         span = (
             _band_width(step, 0, round(resample_taps.GROUP_SLICES * step.target[0] / step.source[0]))
@@ -90,8 +90,8 @@ def host_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
         slices = min(step.source[0], span + ahead)
         window = min(step.source[0], slices + slices // 2) + (min(step.source[0], span) if ahead else 0)
     voxels = whole + source * 3 // 2  # the slice being read, as 16-bit integers and as HU
-    voxels += 2 * rows * step.source[2] if step.moves(1) else 0
-    voxels += 2 * rows * columns if step.moves(2) else 0
+    voxels += 2 * rows * step.source[2] if step.resamples(1) else 0
+    voxels += 2 * rows * columns if step.resamples(2) else 0
     voxels += window * rows * columns + rows * plan.resize.target[2]
     return FLOAT_BYTES * voxels + slab * out_bytes
 
@@ -117,7 +117,7 @@ def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
         total += stack * FLOAT_BYTES
     if engine == "ndimage":
         voxels = backend.chunk_slices * 2 * (_plane_voxels(step.target) + _plane_voxels(plan.resize.target))
-        if not step.idle:
+        if not step.is_identity:
             voxels += math.prod(step.target)
             voxels += stack if any(step.sigma) else 0
             voxels += 2 * math.prod(n + ZOOM_PADDING for n in step.source) if step.order > 1 else 0
@@ -135,9 +135,9 @@ def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
         s.target[axis] * _band_width(s, axis, backend.block_rows if axis else chunk)
         for s in (step, plan.resize)
         for axis in range(3)
-        if s.moves(axis)
+        if s.resamples(axis)
     )
-    along_z = chunk * _plane_voxels(shrunk) if step.moves(0) else 0
+    along_z = chunk * _plane_voxels(shrunk) if step.resamples(0) else 0
     windowed = slab * _plane_voxels(m) if plan.recipe.window_hu is not None else 0
     voxels = shrink_kept + window + along_z + grow_kept + windowed + resize_kept + weights
     voxels += max(shrink_temporary, grow_temporary, resize_temporary)
@@ -184,4 +184,4 @@ def _plane_voxels(shape: tuple[int, int, int]) -> int:
 def _output_bytes(plan: Plan, slab: int) -> int:
     """Return the bytes of the finished chunks: the one being downloaded and the next one."""
     placed = slab * _plane_voxels(plan.target.shape) * FLOAT_BYTES if plan.resize.target != plan.target.shape else 0
-    return placed + 2 * slab * _plane_voxels(plan.target.shape) * BYTES[plan.recipe.dtype]
+    return placed + 2 * slab * _plane_voxels(plan.target.shape) * BYTES_PER_VOXEL[plan.recipe.dtype]

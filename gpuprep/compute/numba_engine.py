@@ -60,7 +60,7 @@ _ONE = np.ones(1, dtype=np.float32)
 
 def _axis_tables(step: Step) -> list[resample_taps.LineTables | None]:
     """Return the resampling tables of each axis; None for an axis that is not resampled."""
-    return [resample_taps.build(**step.arguments(axis)) if step.moves(axis) else None for axis in range(3)]
+    return [resample_taps.build(**step.matrix_arguments(axis)) if step.resamples(axis) else None for axis in range(3)]
 
 
 def _slice_groups(across_slices: resample_taps.LineTables) -> Iterator[tuple[int, int, int, int]]:
@@ -147,7 +147,7 @@ class _Finisher:
         self._top, self._left = (max(0, offset) for offset in plan.offset)
         self._top_margin, self._left_margin = (max(0, -offset) for offset in plan.offset)
         axes = zip(plan.offset, resampled, target, strict=True)
-        used = [min(n, o + m) - max(0, o) for o, n, m in axes] if plan.resize.idle else resampled
+        used = [min(n, o + m) - max(0, o) for o, n, m in axes] if plan.resize.is_identity else resampled
         resize = zip(_axis_tables(plan.resize)[1:], used, strict=True)
         self._rows, self._columns = (tables or resample_taps.identity(n) for tables, n in resize)
         self._line = np.empty(self._columns.n_in, dtype=np.float32)

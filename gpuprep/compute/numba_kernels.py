@@ -27,11 +27,11 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 compiling = Event()
 """Set when a loop has to be compiled because it is not in the cache."""
 
-unkept = Event()
+uncached = Event()
 """Set when a compiled loop cannot be cached on disk, so that every process has to compile it."""
 
 
-def why_unkept() -> str:
+def why_uncached() -> str:
     """Return a message that names the folders that cannot be written, and the remedy."""
     folders = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "__pycache__"), "this user's cache folder"]
     if named := os.environ.get("NUMBA_CACHE_DIR"):
@@ -60,7 +60,7 @@ class _FaultTolerantCache:
         try:
             self._cache.save_overload(*args)
         except Exception:
-            unkept.set()
+            uncached.set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -73,7 +73,7 @@ def _compiler(**options: Any) -> Callable[[Loop], Loop]:
             loop.enable_caching()
             loop._cache = _FaultTolerantCache(loop._cache)
         except RuntimeError:  # Numba found no writable cache folder
-            unkept.set()
+            uncached.set()
             compiling.set()
         return cast(Loop, loop)
 

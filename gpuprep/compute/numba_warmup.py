@@ -30,7 +30,7 @@ OTHER_DTYPES: tuple[Dtype, ...] = ("int16", "uint16")
 
 def _warm() -> None:
     _compile(np.int16, COMMON_DTYPES)
-    if compiled_loops().unkept.is_set():
+    if compiled_loops().uncached.is_set():
         _compile(np.int16, OTHER_DTYPES)
         for stored in (np.uint16, np.uint8, np.int8):
             _compile(stored, COMMON_DTYPES[:1])  # only the loops before the HU depend on the stored type
@@ -50,9 +50,9 @@ def _warn_of_compilation() -> None:
     """Log a warning if compiling the loops is slow; slow loading of cached loops is not reported."""
     while not _done.wait(WARN_AFTER_S):
         with contextlib.suppress(Exception):  # as below
-            from gpuprep.compute.numba_kernels import compiling, unkept
+            from gpuprep.compute.numba_kernels import compiling, uncached
 
-            if unkept.is_set():  # `compiled_loops` has already logged a warning
+            if uncached.is_set():  # `compiled_loops` has already logged a warning
                 return
             if compiling.is_set():
                 logging.getLogger("gpuprep").warning(

@@ -32,7 +32,7 @@ UPLOAD, KERNELS, DOWNLOAD, IDLE = "upload_s", "kernels_s", "download_s", ""
 SLOTS = 2
 """Page-locked buffers per direction: the host fills or empties one while the other one is being copied."""
 
-DEVICE = "GPUPREP_DEVICE"
+DEVICE_VARIABLE = "GPUPREP_DEVICE"
 """Environment variable with the name of the device that is assigned to a worker."""
 
 

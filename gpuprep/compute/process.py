@@ -201,7 +201,7 @@ def _ndimage_chunks(source: Source, plan: Plan, backend: Backend, transfers: Tra
         hu = backend.zoom(hu, factors, order=step.order, mode=step.mode, grid_mode=step.grid_mode)
 
     def resize(values: Any) -> Any:
-        if plan.resize.idle:
+        if plan.resize.is_identity:
             return values
         shape = (values.shape[0], *plan.resize.target[1:])
         mode = "reflect" if plan.resize.mode == "mirror" else "edge"  # names of numpy.pad
@@ -308,9 +308,9 @@ def _operators(step: Step, backend: Backend) -> list[resample_matrix.Operator | 
     operators: list[resample_matrix.Operator | None] = []
     for axis in range(3):
         operator = None
-        if step.moves(axis):
+        if step.resamples(axis):
             rows = backend.block_rows if axis else backend.chunk_slices
-            operator = resample_matrix.build(**step.arguments(axis), block_rows=rows).on(backend.to_device)
+            operator = resample_matrix.build(**step.matrix_arguments(axis), block_rows=rows).on(backend.to_device)
         operators.append(operator)
     return operators
 
@@ -355,7 +355,7 @@ def _finished(hu: Any, plan: Plan, resize: Callable[[Any], Any], backend: Backen
     """Window, resize, pad or crop, and quantise a chunk of resampled HU; in one pass if its size does not change."""
     window = None if plan.recipe.window_hu is None else (*plan.recipe.window_hu, plan.scale, plan.shift_hu)
     pads_or_crops = plan.offset != (0, 0) or plan.resize.target[1:] != plan.target.shape[1:]
-    if plan.resize.idle and not pads_or_crops:
+    if plan.resize.is_identity and not pads_or_crops:
         return backend.finish(hu, window, plan.recipe.dtype)
     values = resize(backend.finish(hu, window, "float32"))
     return backend.finish(_padded_or_cropped(values, plan) if pads_or_crops else values, None, plan.recipe.dtype)

@@ -25,7 +25,7 @@ from gpuprep.core.plan import Plan
 SHARE_UNITS = 256
 """Positions between two voxels are rounded to 1/256, so that products of the shares along three axes fit in 24 bits."""
 
-LABELS = 2**16
+LABEL_LIMIT = 2**16
 """Upper limit of label values, exclusive."""
 
 
@@ -210,7 +210,7 @@ def _majority_labels(layers: list[tuple[Any, int, _Taps, _Taps]]) -> Any:
     best = xp.zeros_like(row)
     for label, _ in votes:
         total = sum(xp.where(other == label, weight, 0) for other, weight in votes)
-        best = xp.maximum(best, total * LABELS + label)
+        best = xp.maximum(best, total * LABEL_LIMIT + label)
     vote_index = xp.cumulative_sum(xp.reshape(xp.astype(mixed, xp.int64), (-1,))) - 1
-    voted = xp.take(xp.astype(best % LABELS, highest.dtype), xp.maximum(vote_index, xp.zeros_like(vote_index)))
+    voted = xp.take(xp.astype(best % LABEL_LIMIT, highest.dtype), xp.maximum(vote_index, xp.zeros_like(vote_index)))
     return xp.where(mixed, xp.reshape(voted, highest.shape), highest)

@@ -27,7 +27,7 @@ def plain_reason(reason: str) -> str:
     return re.sub(r"^[A-Z]\w*: ", "", reason)
 
 
-def numbered(count: int, what: str = "number") -> str:
+def format_count(count: int, what: str = "number") -> str:
     """Return a count with its noun, in the plural unless the count is 1."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
@@ -38,9 +38,9 @@ def first_few(parts: Sequence[str], most: int = 3, what: str = "") -> str:
     return ", ".join(parts[:most]) + (f" and {more} more {what}".rstrip() if more > 0 else "")
 
 
-def sized(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Return a number of bytes in B, kB, MB or GB, with three significant digits."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
-    return numbered(count, "byte")
+    return format_count(count, "byte")

@@ -18,10 +18,10 @@ Vector3 = tuple[float, float, float]
 FINEST_MM, COARSEST_MM = 1e-3, 100.0
 """Plausible range of pixel spacings; values outside it are treated as damaged."""
 
-UNSEEN_MM = 0.1
+NEGLIGIBLE_SHIFT_MM = 0.1
 """Voxel displacement that needs no warning: the default of the recipe's ``lean_tolerance_mm``."""
 
-PERPENDICULAR = 1e-2
+PERPENDICULARITY_TOLERANCE = 1e-2
 """Tolerance for the unit length and the perpendicularity of row and column direction cosines."""
 
 
@@ -32,7 +32,7 @@ def directions(orientation: ArrayLike) -> NDArray[np.float64] | None:
     """
     pair = np.array(orientation, dtype=np.float64).reshape(2, 3)
     lengths = np.linalg.norm(np.clip(pair, -9, 9), axis=1)  # clipped, so that squares do not overflow
-    if np.abs(lengths - 1).max() > PERPENDICULAR or abs(pair[0] @ pair[1]) > PERPENDICULAR:
+    if np.abs(lengths - 1).max() > PERPENDICULARITY_TOLERANCE or abs(pair[0] @ pair[1]) > PERPENDICULARITY_TOLERANCE:
         return None
     row, column = pair / lengths[:, None]
     normal = np.cross(row, column)

@@ -117,7 +117,7 @@ def quantise(values: Any, dtype: str) -> Any:
     return xp.astype(xp.clip(xp.round(values), float(limits.min), float(limits.max)), target)
 
 
-def held_hu(window_hu: tuple[float, float] | None, dtype: str) -> tuple[float, float]:
+def representable_hu(window_hu: tuple[float, float] | None, dtype: str) -> tuple[float, float]:
     """Return the range of HU beyond which the output type clips values that the window does not.
 
     Only ``int16`` clips, as it stores unscaled HU. The other integers store the scaled window, and float32 holds all

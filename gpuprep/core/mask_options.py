@@ -1,4 +1,4 @@
-"""Defines `Masks` and `Reading`: how segmentation files are read, which structures are used, how masks are stored."""
+"""Defines `Masks` and `ReadingOptions`: how segmentations are read, which structures are used, how masks are stored."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Resampling = Literal["nearest", "smooth"]
 
 Aliases = tuple[tuple[str, tuple[str, ...]], ...]
 
-Hide = Callable[[str, str], str]
+Pseudonymise = Callable[[str, str], str]
 """Function from a kind ("path", "structure") and a text of that kind to its pseudonym."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class ReadingOptions:
     """Facts that a segmentation file leaves open. None: gpuprep determines them from the file, or refuses it."""
 
     text_format: str | None = None
@@ -53,7 +53,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masks(Reading):
+class Masks(ReadingOptions):
     """The table ``[masks]`` of a recipe.
 
     Raises
@@ -109,7 +109,7 @@ class Masks(Reading):
         return None
 
     def names(
-        self, found: Sequence[tuple[str, str]], hide: Hide | None = None, names_from_paths: Container[str] = ()
+        self, found: Sequence[tuple[str, str]], hide: Pseudonymise | None = None, names_from_paths: Container[str] = ()
     ) -> list[str | None]:
         """Return the name under which each structure of one series is used; None for structures that are not used.
 
@@ -190,7 +190,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """Allowed values by field."""
 
 
-def _distinct_file_names(files: Sequence[str], hide: Hide | None) -> dict[str, str]:
+def _distinct_file_names(files: Sequence[str], hide: Pseudonymise | None) -> dict[str, str]:
     """Return a distinct name for each file: its stem, or as many trailing parts of its path as necessary."""
     if hide is not None:
         return {file: hide("path", file) for file in files}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuprep.core.geometry import UNSEEN_MM, Geometry, Placement, Shape3, Turn
+from gpuprep.core.geometry import NEGLIGIBLE_SHIFT_MM, Geometry, Placement, Shape3, Turn
 from gpuprep.core.hounsfield import AIR_HU
 from gpuprep.core.recipe import LARGEST_AXIS, Recipe
 from gpuprep.core.sampling import lost_samples
@@ -20,7 +20,7 @@ LEANING = "leaning"
 MOST_VOXELS = 2**32
 """Upper limit after resampling: 4000 slices of 1000 × 1000. More is treated as a damaged header or a typo."""
 
-BYTES = {"float32": 4, "uint8": 1, "uint16": 2, "int16": 2}
+BYTES_PER_VOXEL = {"float32": 4, "uint8": 1, "uint16": 2, "int16": 2}
 """Bytes per voxel by output type."""
 
 
@@ -49,22 +49,22 @@ class Step:
         return "nearest" if self.mode == "constant" else self.mode
 
     @property
-    def idle(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether the step changes no axis."""
-        return not any(map(self.moves, range(3)))
+        return not any(map(self.resamples, range(3)))
 
-    def moves(self, axis: int) -> bool:
+    def resamples(self, axis: int) -> bool:
         """Return whether the step resamples an axis."""
         return self.source[axis] != self.target[axis] or self.along[axis] is not None
 
     @property
     def lost_planes(self) -> tuple[tuple[int, int], ...]:
         """Output planes, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `lost_samples`."""
-        zoomed = [a for a in range(3) if self.moves(a) and (self.along[a] is None or self.sigma[a] > 0)]
+        zoomed = [a for a in range(3) if self.resamples(a) and (self.along[a] is None or self.sigma[a] > 0)]
         found = ((a, lost_samples(self.source[a], self.target[a], self.mode, self.grid_mode)) for a in zoomed)
         return tuple((axis, int(index)) for axis, indices in found for index in indices)
 
-    def arguments(self, axis: int) -> dict[str, Any]:
+    def matrix_arguments(self, axis: int) -> dict[str, Any]:
         """Return the keyword arguments of `gpuprep.compute.resample_matrix.matrix` for an axis."""
         return {
             "n_in": self.source[axis],
@@ -132,7 +132,7 @@ class Plan:
                 "scipy.ndimage.zoom, rounding puts them outside the volume; align = 'edge' loses no plane"
             )
             found.append(SeriesWarning("lost-plane", text))
-        if (lean_mm := self.target.lean_mm) > UNSEEN_MM:
+        if (lean_mm := self.target.lean_mm) > NEGLIGIBLE_SHIFT_MM:
             text = (
                 f"slices lean by {lean_mm:.3g} mm in all, so the affine has a shear: programs that do not support "
                 "shears (ITK, ImageJ, nnU-Net) refuse the volume or ignore the shear; --policy fix removes it"
@@ -143,7 +143,7 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Uncompressed size of the output image in bytes."""
-        return int(np.prod(self.target.shape, dtype=np.int64)) * BYTES[self.recipe.dtype]
+        return int(np.prod(self.target.shape, dtype=np.int64)) * BYTES_PER_VOXEL[self.recipe.dtype]
 
 
 def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = None) -> Plan:

@@ -35,7 +35,10 @@ ENDINGS: dict[str, dict[str, str]] = {
 }
 """File name suffix by format and supported compression; "" for a folder of slices."""
 
-LIBRARIES: dict[str, tuple[tuple[str, int], ...]] = {"nifti": (("nibabel", 5), ("isal", 1)), "zarr": (("zarr", 3),)}
+REQUIRED_PACKAGES: dict[str, tuple[tuple[str, int], ...]] = {
+    "nifti": (("nibabel", 5), ("isal", 1)),
+    "zarr": (("zarr", 3),),
+}
 """Required packages by format, each with its minimum major version; the format's extra installs them."""
 
 LARGEST_AXIS = 16384
@@ -182,7 +185,7 @@ class Recipe:
         RecipeError
             If a package is absent or too old; the text says what to install.
         """
-        for package, least in LIBRARIES.get(self.format, ()):
+        for package, least in REQUIRED_PACKAGES.get(self.format, ()):
             try:
                 found = version(package)
             except PackageNotFoundError:

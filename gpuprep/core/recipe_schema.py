@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 from gpuprep.core import mask_options
 from gpuprep.core import recipe as recipes
-from gpuprep.core.mask_options import Masks, Reading
+from gpuprep.core.mask_options import Masks, ReadingOptions
 from gpuprep.core.recipe import PRESETS, Recipe
 from gpuprep.core.stacking_rules import Rules
 
@@ -62,7 +62,7 @@ def recipe_schema() -> dict[str, Any]:
 def _recipe_field_schema(name: str) -> dict[str, Any]:
     """Return the schema of a field of the recipe."""
     if name == "masks":
-        docs = _field_docstrings(Masks) | _field_docstrings(Reading)
+        docs = _field_docstrings(Masks) | _field_docstrings(ReadingOptions)
         return {
             "type": "object",
             "additionalProperties": False,

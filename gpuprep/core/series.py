@@ -97,10 +97,10 @@ def unpacked(text: str, name: str) -> str:
     return next((part[len(name) + 1 :] for part in text.split(" ") if part.startswith(f"{name}=")), "")
 
 
-MALFORMED = "malformed-"
+MALFORMED_UID_PREFIX = "malformed-"
 """Prefix of the hash that replaces a malformed UID."""
 
-FOLDER_UID = "folder-"
+FOLDER_UID_PREFIX = "folder-"
 """Prefix of a series UID made from the path of a folder whose images form the series."""
 
 

@@ -53,5 +53,5 @@ class Shard:
         return int.from_bytes(digest[:8]) % self.count == self.number - 1
 
 
-WHOLE = Shard(1, 1)
+WHOLE_COHORT = Shard(1, 1)
 """The whole cohort."""

@@ -9,11 +9,11 @@ from typing import Literal
 Policy = Literal["fix", "strict", "keep"]
 GroupBy = Literal["uid", "folder"]
 
-SMALLEST_PART = 3
+MIN_STACK_SLICES = 3
 """Minimum number of images of another study, matrix, spacing, orientation or acquisition that form their own volume;
 fewer are treated as strays."""
 
-EACH_A_VOLUME = "each is a volume"
+SEVERAL_VOLUMES_ACTION = "each is a volume"
 """Action taken for a series that holds several volumes."""
 
 

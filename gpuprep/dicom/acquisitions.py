@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gpuprep.core.formatting import first_few
 from gpuprep.core.series import Series, SliceHeader, unpacked
-from gpuprep.core.stacking_rules import EACH_A_VOLUME, SMALLEST_PART, Irregularity, Rules
+from gpuprep.core.stacking_rules import MIN_STACK_SLICES, SEVERAL_VOLUMES_ACTION, Irregularity, Rules
 from gpuprep.dicom.acquisition_keys import ACQUISITION, EXPLICIT, LAST_RESORT, Key
 from gpuprep.dicom.header_checks import check
 from gpuprep.dicom.read import are_copies
@@ -102,7 +102,7 @@ class _SlicePositions:
         large: Groups = []
         small: Groups = []
         for group in groups:
-            (large if len({int(self.position_index[n]) for n in group}) >= SMALLEST_PART else small).append(group)
+            (large if len({int(self.position_index[n]) for n in group}) >= MIN_STACK_SLICES else small).append(group)
         return large, small
 
     def has_mostly_large(self, large: Groups, small: Groups) -> bool:
@@ -160,14 +160,14 @@ class _SlicePositions:
         for k in reversals:
             if self._last_starts_following(runs[k - 1], runs[k]):
                 runs[k].insert(0, runs[k - 1].pop())
-        return runs if min(map(len, runs)) >= SMALLEST_PART else []
+        return runs if min(map(len, runs)) >= MIN_STACK_SLICES else []
 
     def _last_starts_following(self, run: list[int], following: list[int]) -> bool:
         """Whether the last slice before a reversal of direction belongs to the run after it.
 
         It belongs to the run to which its step fits better; if both fit, to the one that makes the runs equally long.
         """
-        if len(run) < SMALLEST_PART or len(following) < SMALLEST_PART - 1:
+        if len(run) < MIN_STACK_SLICES or len(following) < MIN_STACK_SLICES - 1:
             return False
         before, after = (np.diff(self.along_mm[slices]) for slices in (run, following))
         step_mm = self.along_mm[following[0]] - self.along_mm[run[-1]]
@@ -338,7 +338,7 @@ def _split(
         return []
     if shared:
         occupied = {(int(positions.position_index[n]), k) for k, group in enumerate(groups) for n in group}
-        repeated_slice = any(len(group) >= SMALLEST_PART for group in small)
+        repeated_slice = any(len(group) >= MIN_STACK_SLICES for group in small)
         if not repeated_slice and len(occupied) == len({index for index, _ in occupied}):
             return []  # no position holds two groups: the attributes do not separate the images that share one
         stacks = [_irregularity_codes(part, rules) is not None for part in parts]
@@ -404,7 +404,7 @@ def _annotated(volume: Series, parts: list[Series], names: tuple[str, ...], rule
     if rules.policy != "fix":
         note = Irregularity("acquisitions", what, "stacked as one")
         return [replace(volume, irregularities=(*volume.irregularities, note))]
-    done = EACH_A_VOLUME if len(parts) > 1 else "one of them is a volume"
+    done = SEVERAL_VOLUMES_ACTION if len(parts) > 1 else "one of them is a volume"
     annotated = []
     for part in parts:
         note = Irregularity("acquisitions", what + _distinguishing_values(part, names), done)

@@ -18,7 +18,16 @@ from gpuprep.core.stacking_rules import Rules
 from gpuprep.dicom.header_cache import File, HeaderIndex
 from gpuprep.dicom.headers import Contents, read_headers
 from gpuprep.dicom.split_volumes import partition
-from gpuprep.files.filesystem import absolute, folders_at, given, is_requested_folder, is_url, resolved, stat, walk
+from gpuprep.files.filesystem import (
+    absolute,
+    is_requested_folder,
+    is_url,
+    normalised_path,
+    real_path,
+    stat,
+    walk,
+    walk_folders,
+)
 
 FILES_PER_TASK = 64
 
@@ -118,7 +127,7 @@ def discover(
     >>> len(cohort), len(cohort[0].slices), cohort.passed_over
     (1, 12, {})
     """
-    requested = [given(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    requested = [normalised_path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     images: list[Image] = []
     passed_over: Counter[str] = Counter()
     unreadable: list[tuple[str, str]] = []
@@ -139,7 +148,7 @@ def discover(
     with closing(HeaderIndex(index)) if index is not None else nullcontext() as headers:
         unknown: dict[str, File] = {}
         identities: set[tuple[int, int]] = set()
-        excluded = resolved(exclude) if exclude else None
+        excluded = real_path(exclude) if exclude else None
         with _gc_disabled():
             for folder, files, complete in _files_by_folder(requested, excluded, unreadable, passed_over):
                 unseen = [f for f in files if f.identity not in identities]
@@ -209,7 +218,7 @@ def _walk_folder(
     def cannot_list(folder: str, exc: OSError) -> None:
         unreadable.append((printable(folder), f"cannot be listed: {exc.strerror}"))
 
-    for folder, paths in folders_at(top, entered, cannot_list):
+    for folder, paths in walk_folders(top, entered, cannot_list):
         files: list[File] = []
         for path in paths:
             _add_file(path, files, unreadable, passed_over)

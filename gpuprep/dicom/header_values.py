@@ -9,7 +9,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from gpuprep.core.formatting import printable
-from gpuprep.core.series import MALFORMED
+from gpuprep.core.series import MALFORMED_UID_PREFIX
 from gpuprep.dicom.elements import TAGS, UID_PATTERN, Elements, ascii_of, element_of, first_16_bits
 from gpuprep.dicom.odd_numbers import BINARY, binary_numbers, with_points, written_number
 
@@ -156,7 +156,11 @@ def rescale_type_of(ds: Frame, kinds: list[str]) -> str | None:
 def uid_of(ds: Elements, keyword: str) -> str:
     """Return a UID; a hash of a malformed one, since a damaged length makes it include the elements that follow."""
     text = text_of(ds, keyword)
-    return text if UID_PATTERN.fullmatch(text) else f"{MALFORMED}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return (
+        text
+        if UID_PATTERN.fullmatch(text)
+        else f"{MALFORMED_UID_PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    )
 
 
 MOST_GROUPED = {

@@ -47,7 +47,7 @@ from gpuprep.dicom.uids import (
 from gpuprep.errors import nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.archives import GZIP_MEMBER, ContainerError, kind, members, safe_parts
-from gpuprep.files.bounded_reader import open_frugally
+from gpuprep.files.bounded_reader import open_bounded
 
 if TYPE_CHECKING:
     import pydicom
@@ -103,14 +103,14 @@ def _file_contents(file: str) -> Contents:
         status = filesystem.stat(file)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
             return Contents(passed_over={"not a regular file": 1}, cacheable=False)
-        with open_frugally(file, None, HEADER_BYTES) as f:
+        with open_bounded(file, None, HEADER_BYTES) as f:
             packed = kind(f.read(4))
             f.seek(0)
             if packed is None:
                 return _object_contents(f, file, None, status, status.st_size)
         if packed == "zip":
             return _archive_contents(file, status)
-        with open_frugally(file, GZIP_MEMBER, HEADER_BYTES) as f:
+        with open_bounded(file, GZIP_MEMBER, HEADER_BYTES) as f:
             return _object_contents(f, file, GZIP_MEMBER, status, status.st_size)
     except OSError as exc:
         return Contents(unreadable=[(printable(file), _error_text(exc))], cacheable=False)
@@ -124,7 +124,7 @@ def _archive_contents(file: str, status: os.stat_result) -> Contents:
         try:
             if member.error:
                 raise ContainerError(member.error)
-            with open_frugally(file, member.name, HEADER_BYTES) as f:
+            with open_bounded(file, member.name, HEADER_BYTES) as f:
                 found = _object_contents(f, file, member.name, status, member.bytes)
         except OSError as exc:
             total.unreadable.append((_name(file, member.name), _error_text(exc)))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.formatting import numbered
-from gpuprep.core.hounsfield import HIGHEST_HU, held_hu
+from gpuprep.core.formatting import format_count
+from gpuprep.core.hounsfield import HIGHEST_HU, representable_hu
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.errors import IntensityError
@@ -37,7 +37,7 @@ class HuRangeCheck:
         self._dtype = recipe.dtype
         self._keep = recipe.policy == "keep"
         self._padding_is_air = recipe.padding == "air"
-        low_hu, high_hu = held_hu(recipe.window_hu, recipe.dtype)
+        low_hu, high_hu = representable_hu(recipe.window_hu, recipe.dtype)
         self._range_hu = -math.inf if self._padding_is_air else low_hu, high_hu  # low values become air before clipping
         self._voxels = voxels
         self._impossible = self._clipped = 0
@@ -104,14 +104,15 @@ class HuRangeCheck:
         if self._impossible:
             highest_hu, name = self._highest
             text = (
-                f"HU of {numbered(self._impossible, 'voxel')} are above {HIGHEST_HU:g}, the upper limit of CT numbers: "
+                f"HU of {format_count(self._impossible, 'voxel')} are above {HIGHEST_HU:g}, the upper limit of CT "
+                "numbers: "
                 f"up to {highest_hu:g} in {name}"
             )
             found.append(SeriesWarning(CODE, text))
         if self._clipped:
             low, high = self._clipped_hu
             text = (
-                f"HU of {numbered(self._clipped, 'voxel')}, {low:g} to {high:g}, were clipped to the range of "
+                f"HU of {format_count(self._clipped, 'voxel')}, {low:g} to {high:g}, were clipped to the range of "
                 f"{self._dtype}, −32768 to 32767; --dtype float32 holds them"
             )
             found.append(SeriesWarning(CODE, text))

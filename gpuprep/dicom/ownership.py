@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection
 
-from gpuprep.core.series import MALFORMED, Image
-from gpuprep.core.stacking_rules import EACH_A_VOLUME, SMALLEST_PART, Irregularity
+from gpuprep.core.series import MALFORMED_UID_PREFIX, Image
+from gpuprep.core.stacking_rules import MIN_STACK_SLICES, SEVERAL_VOLUMES_ACTION, Irregularity
 
 MISSING_OWNER = ("no Study Instance UID", "no Patient ID")
 """Reasons for leaving out images of which study or patient is unknown, in a series that has several."""
@@ -39,7 +39,7 @@ def split_by_owner(images: list[Image]) -> tuple[list[list[Image]], list[tuple[I
         return [images], [], ()
     for study, patient in list(groups):
         # A damaged UID counts as absent.
-        if study.startswith(MALFORMED) and len(groups[study, patient]) < SMALLEST_PART:
+        if study.startswith(MALFORMED_UID_PREFIX) and len(groups[study, patient]) < MIN_STACK_SLICES:
             groups.setdefault(("", patient), []).extend(groups.pop((study, patient)))
     notes = _ignore_identifiers_per_file(groups)
     unassigned = _assign_incomplete(groups)
@@ -49,7 +49,7 @@ def split_by_owner(images: list[Image]) -> tuple[list[list[Image]], list[tuple[I
     if len(ordered) > 1:
         studies = len({study for study, _ in ordered})
         what = f"{studies} studies" if studies > 1 else f"{len(ordered)} patients"
-        notes.append(Irregularity("studies", f"{what} share a series", EACH_A_VOLUME))
+        notes.append(Irregularity("studies", f"{what} share a series", SEVERAL_VOLUMES_ACTION))
     return [groups[owner] for owner in ordered], unassigned, tuple(notes)
 
 
@@ -60,7 +60,7 @@ def _ignore_identifiers_per_file(groups: dict[Owner, list[Image]]) -> list[Irreg
     """
     independent = {owner for owner, matching in _matching_owners(groups).items() if not matching}
     owner_count = len(independent)
-    all_small = all(len(groups[owner]) < SMALLEST_PART for owner in independent)
+    all_small = all(len(groups[owner]) < MIN_STACK_SLICES for owner in independent)
     ignored = []
     for position, name, other in ((1, "study", "patient"), (0, "patient", "study")):
         by_identifier: dict[str, list[Owner]] = defaultdict(list)
@@ -69,7 +69,7 @@ def _ignore_identifiers_per_file(groups: dict[Owner, list[Image]]) -> list[Irreg
         for kept, small in by_identifier.items():
             # Without Patient ID, join only if all groups are small; without study, never: patients may differ.
             joins = bool(kept) or (position == 1 and all_small)
-            if not joins or len(small) <= MAX_SMALL_OWNERS or any(len(groups[o]) >= SMALLEST_PART for o in small):
+            if not joins or len(small) <= MAX_SMALL_OWNERS or any(len(groups[o]) >= MIN_STACK_SLICES for o in small):
                 continue
             joined = [image for o in small for image in groups.pop(o)]
             owner = ("", kept) if position == 1 else (kept, "")
@@ -123,6 +123,6 @@ def _assign_incomplete(groups: dict[Owner, list[Image]]) -> list[tuple[Image, st
             if len(chosen := owners_beside[image.folder]) == 1:
                 groups[chosen[0]].append(image)
             else:
-                has_study = bool(image.study_uid) and not image.study_uid.startswith(MALFORMED)
+                has_study = bool(image.study_uid) and not image.study_uid.startswith(MALFORMED_UID_PREFIX)
                 unassigned.append((image, MISSING_OWNER[has_study]))
     return unassigned

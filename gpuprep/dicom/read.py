@@ -31,7 +31,7 @@ from gpuprep.dicom.stored_words import FormatCorrections, is_coded, with_all_bit
 from gpuprep.dicom.uids import BIG_WORDS, DEFLATED, NATIVE
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
 from gpuprep.files import filesystem
-from gpuprep.files.bounded_reader import open_frugally
+from gpuprep.files.bounded_reader import open_bounded
 
 
 class SeriesReader:
@@ -419,7 +419,7 @@ def _fragments(f: BinaryIO, header: SliceHeader) -> pydicom.Dataset | Encapsulat
 
 
 def _open(header: SliceHeader) -> BinaryIO:
-    return open_frugally(header.path, header.member)
+    return open_bounded(header.path, header.member)
 
 
 def _fill(f: BinaryIO | io.FileIO, offset: int, view: memoryview) -> int:

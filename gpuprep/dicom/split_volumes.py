@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from gpuprep.core.formatting import first_few
-from gpuprep.core.series import FOLDER_UID, MALFORMED, Image, Series, SliceHeader, packed
-from gpuprep.core.stacking_rules import EACH_A_VOLUME, SMALLEST_PART, Irregularity, Rules, SeriesWarning
+from gpuprep.core.series import FOLDER_UID_PREFIX, MALFORMED_UID_PREFIX, Image, Series, SliceHeader, packed
+from gpuprep.core.stacking_rules import MIN_STACK_SLICES, SEVERAL_VOLUMES_ACTION, Irregularity, Rules, SeriesWarning
 from gpuprep.dicom.acquisitions import split_acquisitions
 from gpuprep.dicom.header_checks import MISSING_GEOMETRY
 from gpuprep.dicom.ownership import split_by_owner
@@ -60,7 +60,7 @@ def _series_by_folder(groups: dict[str, list[Image]]) -> Iterator[tuple[list[Ima
         if uid and not others and folders_of[uid] == 1:
             yield images, ()
             continue
-        folder_uid = f"{FOLDER_UID}{hashlib.sha256(os.fsencode(folder[1:])).hexdigest()[:16]}"
+        folder_uid = f"{FOLDER_UID_PREFIX}{hashlib.sha256(os.fsencode(folder[1:])).hexdigest()[:16]}"
         shared_uids = [uid for uid in uids[folder] if uid and folders_of[uid] > 1]
         what = "images of its Series Instance UID lie in other folders too, and --group-by folder parts them"
         notes = (SeriesWarning("spread", what),) if shared_uids else ()
@@ -80,7 +80,7 @@ def _with_alone_counts(series: list[Series]) -> list[Series]:
     """Set `alone` of series of one image to the number of such series in their folder."""
     alone = Counter(s.folder for s in series if len(s.slices) == 1)
     return [
-        replace(s, alone=n) if len(s.slices) == 1 and (n := alone[s.folder]) >= SMALLEST_PART else s for s in series
+        replace(s, alone=n) if len(s.slices) == 1 and (n := alone[s.folder]) >= MIN_STACK_SLICES else s for s in series
     ]
 
 
@@ -108,7 +108,9 @@ def _volumes(images: list[Image], rules: Rules) -> list[Series]:
     stacks = _group_into_stacks(slices, frames, stack_ids)
     main, *others = stacks
     large = [
-        stacked for stacked in others if len(stacked) >= SMALLEST_PART and not _missing_attribute(stacked[0], main[0])
+        stacked
+        for stacked in others
+        if len(stacked) >= MIN_STACK_SLICES and not _missing_attribute(stacked[0], main[0])
     ]
     non_slices += [(i, _difference(i, main[0], frames)) for small in others if small not in large for i in small]
 
@@ -127,12 +129,12 @@ def _separating_ids(values: Iterable[str]) -> frozenset[str]:
     malformed ones, never are.
     """
     counts = Counter(values)
-    if sum(count >= SMALLEST_PART for value, count in counts.items() if value) < 2:
+    if sum(count >= MIN_STACK_SLICES for value, count in counts.items() if value) < 2:
         return frozenset()
     return frozenset(
         value
         for value, count in counts.items()
-        if value and (count >= SMALLEST_PART or not value.startswith(MALFORMED))
+        if value and (count >= MIN_STACK_SLICES or not value.startswith(MALFORMED_UID_PREFIX))
     )
 
 
@@ -222,7 +224,7 @@ def _with_mixed_note(volume: Series, count: int, by_stack_id: bool) -> Series:
     what = f"{count} stacks unlike in {unlike} share a series"
     stack_id = volume.slices[0].stack_id
     note = f"; this one has Stack ID {stack_id}" if by_stack_id and stack_id.isdigit() else ""
-    return replace(volume, irregularities=(Irregularity("mixed", what + note, EACH_A_VOLUME),))
+    return replace(volume, irregularities=(Irregularity("mixed", what + note, SEVERAL_VOLUMES_ACTION),))
 
 
 def _with_left_out(volume: Series, non_slices: list[tuple[Image, str]]) -> Series:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.formatting import first_few, numbered
+from gpuprep.core.formatting import first_few, format_count
 from gpuprep.core.geometry import Geometry, Placement, directions, facing
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, Rules
@@ -195,7 +195,7 @@ def _drop_duplicates(
     found.append(
         Irregularity(
             "duplicate",
-            f"{numbered(len(duplicates), 'repeated image')}: {names([slices[b] for _, b in duplicates])}",
+            f"{format_count(len(duplicates), 'repeated image')}: {names([slices[b] for _, b in duplicates])}",
             "dropped, if their pixels are equal",
         )
     )

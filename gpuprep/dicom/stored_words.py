@@ -38,7 +38,7 @@ from gpuprep.dicom.word_evidence import (
     signed_from,
 )
 from gpuprep.errors import DecodeError, IntensityError
-from gpuprep.files.bounded_reader import open_frugally
+from gpuprep.files.bounded_reader import open_bounded
 
 LOWEST_FILL_HU = -4096.0
 """Lowest HU for values read with the sign that is not declared: fill of scanners is −2048 or −3024 HU."""
@@ -85,7 +85,7 @@ def overlay_bits(header: SliceHeader) -> int:
     """
     allocated, position = ([(0x6000 + 2 * n) << 16 | element for n in range(16)] for element in (0x0100, 0x0102))
     try:
-        with warnings.catch_warnings(), open_frugally(header.path, header.member) as f:
+        with warnings.catch_warnings(), open_bounded(header.path, header.member) as f:
             warnings.simplefilter("ignore")
             content, *_ = inflated(f, HEADER_BYTES)
             ds = pydicom.dcmread(content, force=True, stop_before_pixels=True, specific_tags=[*allocated, *position])

@@ -19,7 +19,7 @@ from gpuprep._version import __version__
 from gpuprep.compute.backend import Backend, BackendName, Body, get_backend
 from gpuprep.errors import BackendError
 from gpuprep.executors.logs import quiet_libraries
-from gpuprep.executors.processes import FOR_VOLUMES, is_last_task
+from gpuprep.executors.processes import VOLUME_MODULES, replacement_requested
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _prepare() -> None:
     from threadpoolctl import threadpool_limits
 
     quiet_libraries()
-    for name in FOR_VOLUMES:
+    for name in VOLUME_MODULES:
         import_module(name)  # the limit applies only to libraries that are loaded
     threadpool_limits(1)
 
@@ -167,8 +167,8 @@ def run_task(run: str, ticket: int, payload: bytes) -> Answer:
     """Run a task in the worker, and return its answer."""
     distributed = distributed_module()
     worker, client = distributed.get_worker().address, distributed.get_client()
-    if is_last_task() or distributed.Event(run, client=client).is_set():
-        return Answer("not started", worker, os.getpid(), last=is_last_task())
+    if replacement_requested() or distributed.Event(run, client=client).is_set():
+        return Answer("not started", worker, os.getpid(), last=replacement_requested())
     _prepare()
     # This call waits for the scheduler, so that the start is known before the task can kill its worker.
     client.log_event(run, (ticket, worker, os.getpid()))
@@ -183,5 +183,5 @@ def run_task(run: str, ticket: int, payload: bytes) -> Answer:
         outcome = pickle.dumps(function(task))
     except BaseException as exc:  # SystemExit, too, ends only the task
         log.exception("a task raised an exception")
-        return Answer("raised", worker, os.getpid(), f"{type(exc).__name__}: {exc}", is_last_task())
-    return Answer("done", worker, os.getpid(), outcome, is_last_task())
+        return Answer("raised", worker, os.getpid(), f"{type(exc).__name__}: {exc}", replacement_requested())
+    return Answer("done", worker, os.getpid(), outcome, replacement_requested())

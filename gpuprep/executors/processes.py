@@ -24,11 +24,11 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from gpuprep.errors import BackendError, GpuprepError
-from gpuprep.executors.signals import held_back
+from gpuprep.executors.signals import signals_blocked
 
-FOR_HEADERS = ("gpuprep.dicom.headers", "pydicom")
-FOR_VOLUMES = (*FOR_HEADERS, "gpuprep.compute.process", "gpuprep.dicom.read", "gpuprep.output.writers")
-FOR_LOOPS = (*FOR_VOLUMES, "gpuprep.compute.numba_warmup")
+HEADER_MODULES = ("gpuprep.dicom.headers", "pydicom")
+VOLUME_MODULES = (*HEADER_MODULES, "gpuprep.compute.process", "gpuprep.dicom.read", "gpuprep.output.writers")
+LOOP_MODULES = (*VOLUME_MODULES, "gpuprep.compute.numba_warmup")
 """Modules that workers need. The fork server imports them once, so workers share its memory pages."""
 
 HAVE_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
@@ -64,12 +64,12 @@ def never() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WorkerGroup:
     """A group of workers that share a device and a memory budget."""
 
     workers: int
     """Number of workers."""
-    room: int | None = None
+    budget_bytes: int | None = None
     """Total cost of tasks in flight in this group, such as bytes of memory; None for no limit."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the workers, such as those that select a GPU."""
@@ -115,7 +115,7 @@ class Executor(Protocol):
         ...
 
 
-def answers(
+def run_batches(
     executor: Executor,
     function: Callable[[list[T]], list[R]],
     tasks: list[list[T]],
@@ -143,10 +143,10 @@ def answers(
         else:
             yield task, [dead(task[0], outcome)]
     if again:
-        yield from answers(executor, function, again, dead)
+        yield from run_batches(executor, function, again, dead)
 
 
-class Here:
+class InProcessExecutor:
     """Executor in this thread: one task after the other, without time limit."""
 
     def run(
@@ -172,17 +172,17 @@ class _TaskInFlight:
     """A task that was sent to a worker."""
 
     task: Any
-    place: Place
+    group: WorkerGroup
     cost: int
     started_s: float
 
 
-class Processes:
+class ProcessExecutor:
     """Executor in worker processes with one compute thread each. A worker that dies fails its task and is replaced.
 
     Parameters
     ----------
-    places : int or sequence of Place
+    groups : int or sequence of WorkerGroup
         Number of workers, or groups of workers.
     prepare : callable, optional
         Called in each worker before its first task.
@@ -191,29 +191,29 @@ class Processes:
 
     Notes
     -----
-    A worker may request its replacement after a task: see `last_task`.
+    A worker may request its replacement after a task: see `request_replacement`.
     """
 
     def __init__(
         self,
-        places: int | Sequence[Place],
+        groups: int | Sequence[WorkerGroup],
         prepare: Callable[[], None] | None = None,
-        preload: tuple[str, ...] = FOR_VOLUMES,
+        preload: tuple[str, ...] = VOLUME_MODULES,
     ) -> None:
         self._context: Any = multiprocessing.get_context("forkserver" if HAVE_FORK_SERVER else "spawn")
         if HAVE_FORK_SERVER:
-            # If it were started with the first worker, it would unblock the signals that `held_back` blocks.
+            # If it were started with the first worker, it would unblock the signals that `signals_blocked` blocks.
             resource_tracker.ensure_running()
             self._context.set_forkserver_preload(list(preload))
-        self._places = [Place(places)] if isinstance(places, int) else list(places)
+        self._groups = [WorkerGroup(groups)] if isinstance(groups, int) else list(groups)
         self._prepare = prepare
         self._workers: dict[Any, BaseProcess] = {}
-        self._idle: dict[int, list[Any]] = {id(place): [] for place in self._places}
+        self._idle: dict[int, list[Any]] = {id(group): [] for group in self._groups}
 
     @property
     def jobs(self) -> int:
         """Maximum number of tasks that run at the same time."""
-        return sum(place.workers for place in self._places)
+        return sum(group.workers for group in self._groups)
 
     def run(
         self,
@@ -233,10 +233,10 @@ class Processes:
                 if task is _END:
                     break
                 needed = cost(task) if cost is not None else 0
-                place = self._choose_place(needed, in_flight.values())
-                if place is None:
+                group = self._choose_group(needed, in_flight.values())
+                if group is None:
                     break
-                in_flight[self._send(function, task, place)] = _TaskInFlight(task, place, needed, time.monotonic())
+                in_flight[self._send(function, task, group)] = _TaskInFlight(task, group, needed, time.monotonic())
                 task = _NONE
             if not in_flight:
                 return
@@ -253,7 +253,7 @@ class Processes:
                         self._workers[connection].kill()  # its own exit may hang
                         self._reap(connection)
                     else:
-                        self._idle[id(flight.place)].append(connection)
+                        self._idle[id(flight.group)].append(connection)
                 yield flight.task, outcome
             for connection, flight in list(in_flight.items()):
                 if limit_s is not None and time.monotonic() - flight.started_s >= limit_s:
@@ -262,18 +262,18 @@ class Processes:
                     self._reap(connection)
                     yield flight.task, OverdueError(f"not finished after {limit_s:g} s")
 
-    def _choose_place(self, needed: int, in_flight: Iterable[_TaskInFlight]) -> Place | None:
-        """Return the least busy place with a free worker and enough budget for a task; None if there is none."""
-        costs: dict[int, list[int]] = {id(place): [] for place in self._places}
+    def _choose_group(self, needed: int, in_flight: Iterable[_TaskInFlight]) -> WorkerGroup | None:
+        """Return the least busy group with a free worker and enough budget for a task; None if there is none."""
+        costs: dict[int, list[int]] = {id(group): [] for group in self._groups}
         for flight in in_flight:
-            costs[id(flight.place)].append(flight.cost)
+            costs[id(flight.group)].append(flight.cost)
         free = [
-            place
-            for place in self._places
-            if len(used := costs[id(place)]) < place.workers
-            and (not used or place.room is None or sum(used) + needed <= place.room)
+            group
+            for group in self._groups
+            if len(used := costs[id(group)]) < group.workers
+            and (not used or group.budget_bytes is None or sum(used) + needed <= group.budget_bytes)
         ]
-        return min(free, key=lambda place: len(costs[id(place)]) / place.workers, default=None)
+        return min(free, key=lambda group: len(costs[id(group)]) / group.workers, default=None)
 
     def stop(self) -> None:
         for worker in self._workers.values():
@@ -285,9 +285,9 @@ class Processes:
         for idle in self._idle.values():
             idle.clear()
 
-    def _send(self, function: Callable[[Any], Any], task: Any, place: Place) -> Any:
-        """Send a task to an idle or new worker of a place, and return the connection to it."""
-        idle = self._idle[id(place)]
+    def _send(self, function: Callable[[Any], Any], task: Any, group: WorkerGroup) -> Any:
+        """Send a task to an idle or new worker of a group, and return the connection to it."""
+        idle = self._idle[id(group)]
         while idle:
             connection = idle.pop()
             try:
@@ -298,7 +298,7 @@ class Processes:
                 return connection
         for attempt in range(START_ATTEMPTS):
             try:
-                connection = self._start_worker(place)
+                connection = self._start_worker(group)
                 break
             except (EOFError, OSError) as exc:
                 # The fork server died. The next attempt restarts it, once its end has been detected.
@@ -312,14 +312,14 @@ class Processes:
             connection.send((function, task))
         return connection
 
-    def _start_worker(self, place: Place) -> Any:
-        """Start a worker at a place and return the connection to it."""
+    def _start_worker(self, group: WorkerGroup) -> Any:
+        """Start a worker of a group and return the connection to it."""
         connection, worker_end = self._context.Pipe()
         try:
             worker = self._context.Process(
-                target=_serve_tasks, args=(worker_end, self._prepare, dict(place.environment)), daemon=True
+                target=_serve_tasks, args=(worker_end, self._prepare, dict(group.environment)), daemon=True
             )
-            with _hidden_main_module(), _safe_import_path(), held_back():
+            with _hidden_main_module(), _safe_import_path(), signals_blocked():
                 worker.start()
         except BaseException:
             connection.close()
@@ -358,14 +358,14 @@ def _wait_s(in_flight: Iterable[_TaskInFlight], limit_s: float | None) -> float 
 _replacement_requested = False
 
 
-def last_task() -> None:
+def request_replacement() -> None:
     """Request that this worker is replaced after its current task, since it cannot run further tasks."""
     global _replacement_requested
     _replacement_requested = True
 
 
-def is_last_task() -> bool:
-    """Return whether this process has called `last_task`."""
+def replacement_requested() -> bool:
+    """Return whether this process has called `request_replacement`."""
     return _replacement_requested
 
 

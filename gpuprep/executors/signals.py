@@ -40,7 +40,7 @@ class Stop:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Block SIGINT and SIGTERM until the end of the block.
 
     Needed around imports, because Python discards exceptions that a signal handler raises in some of their clean-ups;

@@ -16,7 +16,7 @@ MOST_READS = 500_000
 since pydicom parses it as elements."""
 
 
-class FrugalReader(io.BufferedReader):
+class BoundedReader(io.BufferedReader):
     """A file that allocates memory only for bytes that exist, and fails on endless headers.
 
     Parameters
@@ -55,9 +55,9 @@ class FrugalReader(io.BufferedReader):
         return b"".join(pieces)
 
 
-def open_frugally(path: str, member: str | None, most_bytes: int | None = None) -> BinaryIO:
-    """Open a file, or a member of an archive, as a `FrugalReader` for pydicom."""
+def open_bounded(path: str, member: str | None, most_bytes: int | None = None) -> BinaryIO:
+    """Open a file, or a member of an archive, as a `BoundedReader` for pydicom."""
     if member is None:
-        return FrugalReader(opened(path, head=most_bytes is not None), most_bytes)
+        return BoundedReader(opened(path, head=most_bytes is not None), most_bytes)
     packed = cast(io.BufferedReader, open_member(path, member))
-    return FrugalReader(packed.detach(), most_bytes)
+    return BoundedReader(packed.detach(), most_bytes)

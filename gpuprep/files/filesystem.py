@@ -44,7 +44,7 @@ def is_url(path: str) -> bool:
     return "://" in path and _URL.match(path) is not None
 
 
-def given(path: str | os.PathLike[str]) -> str:
+def normalised_path(path: str | os.PathLike[str]) -> str:
     """Return an input path in normal form: ``file://`` URLs as paths on disk, other URLs without trailing slashes.
 
     Raises
@@ -92,7 +92,7 @@ def isdir(path: str) -> bool:
 
 def absolute(path: str | os.PathLike[str]) -> str:
     """Return an absolute path. Symbolic links are resolved only if it contains "..", which applies to link targets."""
-    path = given(path)
+    path = normalised_path(path)
     if is_url(path):
         return path
     return os.path.realpath(path) if os.pardir in path.split(os.sep) else os.path.abspath(path)
@@ -138,13 +138,13 @@ def _mtime_ns(info: dict[str, Any]) -> int:
     return int(time * 10**9)
 
 
-def resolved(path: str | os.PathLike[str]) -> str:
+def real_path(path: str | os.PathLike[str]) -> str:
     """Return the real path on disk, by which folders are compared; a URL is returned in normal form."""
-    path = given(path)
+    path = normalised_path(path)
     return path if is_url(path) else os.path.realpath(path)
 
 
-def folders_at(
+def walk_folders(
     top: str, entered: set[str | None], cannot_list: Callable[[str, OSError], None] = lambda *_: None
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield the folders at or below one on disk, sorted, each with the sorted paths of its other entries.
@@ -201,7 +201,7 @@ def walk(url: str, exclude: str | None = None) -> Iterator[tuple[str, list[tuple
             yield folder, sorted(folders[folder])
 
 
-def listed(folder: str) -> list[str]:
+def folder_entries(folder: str) -> list[str]:
     """Return the names of the direct entries of a folder."""
     if not is_url(folder):
         return os.listdir(folder)

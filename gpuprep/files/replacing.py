@@ -11,7 +11,7 @@ from typing import TextIO
 
 
 @contextmanager
-def replacing(
+def atomic_writer(
     file: Path, *, within: Path | None = None, private: bool = False, errors: str = "strict"
 ) -> Iterator[TextIO]:
     """Open a temporary text file that replaces `file` when the block ends without an error.

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpuprep.core.formatting import numbered, quoted
-from gpuprep.core.mask_options import TEXT_FORMATS, Reading
+from gpuprep.core.formatting import format_count, quoted
+from gpuprep.core.mask_options import TEXT_FORMATS, ReadingOptions
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.masks.formats import column_roles, cxt, lidc, pinnacle
 from gpuprep.masks.formats.column_roles import HEADER_HINT, MOST_LABELS, Columns
@@ -37,7 +37,7 @@ TEXTS = {
 }
 """Text formats with a signature, by their names for ``--text-format``."""
 
-UNKNOWN = "mask-unknown"
+UNKNOWN_FORMAT = "mask-unknown"
 """Code of the error for files of unknown content, which may be meant as segmentations."""
 
 HEAD = 65536
@@ -77,7 +77,7 @@ class Recognised:
     columns: Columns = NO_ROLES
 
 
-def recognise(text: str, name: str, reading: Reading, plane: Plane | None) -> Recognised:
+def recognise(text: str, name: str, reading: ReadingOptions, plane: Plane | None) -> Recognised:
     """Return the format of a text.
 
     A table of numbers is recognised by the number of columns. Two are the outline on one slice (``imagej-xy``). Three
@@ -153,11 +153,11 @@ def _check_first_line(text: str, name: str) -> None:
         # The message does not quote the text, which may be a report with the name of a patient.
         raise NotASegmentationError(
             f"is no known kind of segmentation text: {quoted(name)} begins with no coordinates and no names of them",
-            UNKNOWN,
+            UNKNOWN_FORMAT,
         )
 
 
-def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognised:
+def _of_numbers(table: Table, reading: ReadingOptions, plane: Plane | None) -> Recognised:
     if table.header:
         found = column_roles.named(table.header, table.labels is not None)
         _check_width(table, found)
@@ -187,7 +187,7 @@ def _of_numbers(table: Table, reading: Reading, plane: Plane | None) -> Recognis
     if width == 4 and bool((grid[:, :2] < grid[:, 2:]).all()):
         raise NotASegmentationError("four numbers in every line, two smaller and two larger: boxes, not contours")
     raise SegmentationError(
-        f"{numbered(width)} in every line, which could mean many things: {HEADER_HINT}, or choose a --text-format"
+        f"{format_count(width)} in every line, which could mean many things: {HEADER_HINT}, or choose a --text-format"
     )
 
 
@@ -209,7 +209,7 @@ def _wide(table: Table, plane: Plane | None) -> Recognised:
     first_whole = column_roles.is_whole(grid[:, 0])
     if not whole and first_whole and grid[:, 1:].min() >= 0 and grid[:, 1:].max() <= 1 and not is_plane:
         return Recognised("polygons", "fractions of the slice after a class in every line", table)
-    size = f"{numbered(rows, 'line')} of {numbered(width)} each"
+    size = f"{format_count(rows, 'line')} of {format_count(width)} each"
     settle = "; if it holds polygons: --text-format polygons"
     if not whole or grid.min() < 0 or _distinct(grid) > MOST_LABELS:
         what = f"with decimals, negative ones or more than {MOST_LABELS} different"
@@ -241,11 +241,12 @@ def _check_width(table: Table, found: Columns) -> None:
     width = table.grid().shape[1]
     if width != len(found.roles):
         raise SegmentationError(
-            f"line {table.lines[0]}: {numbered(width)}, where the header names {numbered(len(found.roles), 'column')}"
+            f"line {table.lines[0]}: {format_count(width)}, where the header names "
+            f"{format_count(len(found.roles), 'column')}"
         )
 
 
-def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None) -> Columns:
+def _columns_of(forced: str, table: Table, reading: ReadingOptions, plane: Plane | None) -> Columns:
     """Return the columns of a table whose format the user chose; raise if they do not fit."""
     format_ = TABLES[forced]
     if not format_.roles:
@@ -263,7 +264,7 @@ def _columns_of(forced: str, table: Table, reading: Reading, plane: Plane | None
             found = guessed
         else:
             raise SegmentationError(
-                f"{numbered(width)} in every line: not --text-format {forced}, unless you {HEADER_HINT}"
+                f"{format_count(width)} in every line: not --text-format {forced}, unless you {HEADER_HINT}"
             )
     more = set(found.roles) - format_.needed - {""}
     if not format_.needed <= set(found.roles) or (more and not format_.has_more):

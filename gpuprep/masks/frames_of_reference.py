@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gpuprep.core.formatting import numbered, printable
+from gpuprep.core.formatting import format_count, printable
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.model import Segmentation, Structure
 
@@ -22,7 +22,7 @@ AMBIGUOUS_FRAME = "mask-frame"
 """Error code: no ROI is in the frame of reference of the series, and several other frames might be meant."""
 
 
-def in_frame_of(segmentation: Segmentation, series_uid: str, frame_uid: str) -> tuple[Segmentation, list[str]]:
+def structures_in_frame(segmentation: Segmentation, series_uid: str, frame_uid: str) -> tuple[Segmentation, list[str]]:
     """Return a segmentation without the structures that lie in the frame of reference of another series.
 
     Structures without a frame of reference are kept. The frame of the series is, in this order: its own, if a structure
@@ -58,7 +58,7 @@ def in_frame_of(segmentation: Segmentation, series_uid: str, frame_uid: str) -> 
             drawn = {s.frame_of_reference_uid for s in segmentation.structures if _is_drawn(s)} & matching
             if len(drawn) > 1:
                 raise SegmentationError(
-                    f"its ROIs have {numbered(len(frames), 'frame')} of reference, none of which is that of the "
+                    f"its ROIs have {format_count(len(frames), 'frame')} of reference, none of which is that of the "
                     "series: it is not clear which ROIs are drawn on it; correct their Referenced Frame of Reference "
                     "UID, or leave the file out",
                     AMBIGUOUS_FRAME,

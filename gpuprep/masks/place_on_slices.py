@@ -15,8 +15,8 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.formatting import numbered, printable
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.formatting import format_count, printable
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
 from gpuprep.masks import oblique_planes
@@ -52,7 +52,7 @@ class _SlicePart:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placed:
+class PlacedStructure:
     """A structure on the slices of its series."""
 
     name: str
@@ -63,7 +63,7 @@ class Placed:
     contours: int
     """Number of contours in the file."""
 
-    def renamed(self, name: str) -> Placed:
+    def renamed(self, name: str) -> PlacedStructure:
         """Return the same structure under another name."""
         return replace(self, name=name)
 
@@ -95,14 +95,14 @@ class Placed:
         return (slice(top, bottom), slice(left, right)), mask
 
 
-def plane_of(stack: Stack) -> Plane:
+def slice_plane(stack: Stack) -> Plane:
     """Return matrix and pixel spacing of the slices of a stack."""
     rows, columns = stack.matrix
     _, between_rows, between_columns = stack.geometry.spacing_mm
     return Plane(rows, columns, (between_rows, between_columns))
 
 
-def place(segmentation: Segmentation, stack: Stack, reading: Reading) -> tuple[list[Placed], list[str]]:
+def place(segmentation: Segmentation, stack: Stack, reading: ReadingOptions) -> tuple[list[PlacedStructure], list[str]]:
     """Return the structures of a segmentation on the slices of a stack, and notes on parts that were left out.
 
     Parameters
@@ -143,7 +143,7 @@ class _Candidate:
     to_plane: NDArray[np.float64] | None
 
 
-def _place_structure(structure: Structure, slices: SeriesSlices, source: str) -> tuple[Placed, list[str]]:
+def _place_structure(structure: Structure, slices: SeriesSlices, source: str) -> tuple[PlacedStructure, list[str]]:
     """Return a structure on its slices, and notes on parts that were left out."""
     parts: dict[int, _SlicePart] = defaultdict(_SlicePart)
     candidates: dict[int, list[_Candidate]] = defaultdict(list)
@@ -187,12 +187,12 @@ def _place_structure(structure: Structure, slices: SeriesSlices, source: str) ->
                 parts[n].rasters.append((c.raster, c.to_plane))
     name = printable(structure.name)
     kind = "frame" if structure.rasters else "contour"
-    notes = [f"{name}: {numbered(count, kind)} left out: {why}" for why, count in left_out.items()]
+    notes = [f"{name}: {format_count(count, kind)} left out: {why}" for why, count in left_out.items()]
     notes += [f"{name}: {note}" for note in _group_outlines(parts.values(), slices.matrix)]
     if parts and not structure.rasters:
         gaps = max(parts) - min(parts) + 1 - len(parts)
-        notes += [f"{name}: no contour on {numbered(gaps, 'slice')} between its first and its last"] if gaps else []
-    return Placed(structure.name, source, dict(parts), len(structure.contours)), notes
+        notes += [f"{name}: no contour on {format_count(gaps, 'slice')} between its first and its last"] if gaps else []
+    return PlacedStructure(structure.name, source, dict(parts), len(structure.contours)), notes
 
 
 def _group_outlines(parts: Iterable[_SlicePart], matrix: tuple[int, int]) -> list[str]:
@@ -207,11 +207,13 @@ def _group_outlines(parts: Iterable[_SlicePart], matrix: tuple[int, int]) -> lis
         united, slices = united + sum(map(len, groups.united)), slices + bool(groups.united)
     notes = []
     if repeated:
-        notes.append(f"{numbered(repeated, 'outline')} left out: the same as another, point by point")
+        notes.append(f"{format_count(repeated, 'outline')} left out: the same as another, point by point")
     if united:
-        notes.append(f"{numbered(united, 'outline')} on {numbered(slices, 'slice')} united: they overlap in part")
+        notes.append(
+            f"{format_count(united, 'outline')} on {format_count(slices, 'slice')} united: they overlap in part"
+        )
     if holes:
-        notes.append(f"{numbered(holes, 'outline')} inside others taken as {'hole' if holes == 1 else 'holes'}")
+        notes.append(f"{format_count(holes, 'outline')} inside others taken as {'hole' if holes == 1 else 'holes'}")
     return notes
 
 

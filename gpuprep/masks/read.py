@@ -9,11 +9,11 @@ import stat
 from collections.abc import Iterable
 
 from gpuprep.core.formatting import printable
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.errors import NotASegmentationError, SegmentationError
 from gpuprep.files import filesystem
 from gpuprep.files.archives import kind
-from gpuprep.masks.detect_format import TEXTS, UNKNOWN, recognise
+from gpuprep.masks.detect_format import TEXTS, UNKNOWN_FORMAT, recognise
 from gpuprep.masks.filename_hints import path_names
 from gpuprep.masks.formats.number_tables import TABLES, Source
 from gpuprep.masks.model import Plane, Segmentation
@@ -49,7 +49,7 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def read_segmentation(
-    path: str | os.PathLike[str], reading: Reading | None = None, plane: Plane | None = None
+    path: str | os.PathLike[str], reading: ReadingOptions | None = None, plane: Plane | None = None
 ) -> Segmentation:
     """Return the structures of a segmentation file.
 
@@ -78,8 +78,8 @@ def read_segmentation(
     >>> [(s.name, len(s.contours)) for s in found.structures]
     [('heart', 1)]
     """
-    path = filesystem.given(path)
-    reading = reading or Reading()
+    path = filesystem.normalised_path(path)
+    reading = reading or ReadingOptions()
     data = _content(path)
     if data[128:132] == b"DICM" or _BARE_DICOM.match(data):
         from gpuprep.masks.formats.dicom_objects import read_object
@@ -126,7 +126,7 @@ def _text(data: bytes) -> str:
         raise SegmentationError("is an ImageJ .roi: in ImageJ, save it with Save As > XY Coordinates")
     if packed := kind(data[:4]):
         hint = " (a RoiSet of ImageJ: save each ROI with Save As > XY Coordinates)" if packed == "zip" else ""
-        raise NotASegmentationError(f"is binary: packed with {packed}; unpack it{hint}", UNKNOWN)
+        raise NotASegmentationError(f"is binary: packed with {packed}; unpack it{hint}", UNKNOWN_FORMAT)
     for magic, name in _BINARY_FORMATS:
         if data.startswith(magic):
             raise NotASegmentationError(f"is binary: {name}, which is not read as a segmentation")

@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
 from gpuprep.masks import oblique_planes
@@ -35,7 +35,7 @@ class SeriesSlices:
     A layer is the distance of neighbouring slices of the grid; positions along the normal are in layers.
     """
 
-    def __init__(self, segmentation: Segmentation, stack: Stack, reading: Reading) -> None:
+    def __init__(self, segmentation: Segmentation, stack: Stack, reading: ReadingOptions) -> None:
         count = len(stack.slices)
         placement = stack.placement
         self.matrix = stack.matrix
@@ -117,7 +117,7 @@ class SeriesSlices:
         return n if abs(self._z[n] - float(key.value)) <= HALF_LAYER * step else None
 
 
-def _numbering(segmentation: Segmentation, stack: Stack, reading: Reading) -> dict[float, int]:
+def _numbering(segmentation: Segmentation, stack: Stack, reading: ReadingOptions) -> dict[float, int]:
     """Return the slice of each slice number of a segmentation.
 
     Numbers count slices from 0 or 1, along the normal or by *Instance Number*. Numberings that contain all numbers of

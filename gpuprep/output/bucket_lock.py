@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.output.paths import WORK_FOLDER
@@ -97,8 +97,8 @@ class BucketLock:
 
     def _excluding_locks(self) -> list[str]:
         """Return the URLs of other locks that exclude this one: only runs of different shards may go on together."""
-        if self._shard != WHOLE:
-            return [lock_url(self._out, WHOLE)]
+        if self._shard != WHOLE_COHORT:
+            return [lock_url(self._out, WHOLE_COHORT)]
         found = filesystem.walk(f"{self._out}/{WORK_FOLDER}")
         return [path for _, files in found for path, _ in files if path.endswith("/lock") and path != self.url]
 

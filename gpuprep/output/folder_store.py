@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.filesystem import opened
-from gpuprep.files.replacing import flush, replacing
+from gpuprep.files.replacing import atomic_writer, flush
 from gpuprep.output.own_files import (
     OWN_FOLDER,
     PREVIEW,
@@ -131,15 +131,15 @@ class Output:
         except (OSError, OutputError):
             return None
 
-    def retire(self, folder: str, key: str) -> None:
+    def remove_output(self, folder: str, key: str) -> None:
         """Remove the output of a series from a folder; files that are not gpuprep's stay."""
-        retire(self.root / checked_folder(folder), key)
+        remove_output(self.root / checked_folder(folder), key)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small text file at the top of OUT, complete or not at all."""
         write_text(self.root / name, text, self.work_folder)
 
-    def lasting(self, name: str) -> str:
+    def final_location(self, name: str) -> str:
         """Return the path or URL of a file at the top of OUT after the run."""
         return str(self.root / name)
 
@@ -152,7 +152,7 @@ class Output:
 
 
 @contextmanager
-def open_output(out: Path, shard: Shard = WHOLE) -> Iterator[Output]:
+def open_output(out: Path, shard: Shard = WHOLE_COHORT) -> Iterator[Output]:
     """Make OUT, lock it against other runs, and remove what an interrupted run left behind.
 
     Different shards of one cohort may run at the same time, each with its own work folder. Two runs of one shard
@@ -198,7 +198,7 @@ def _lock(top: Path, shard: Shard, locks: ExitStack) -> None:
         locks.enter_context(FileLock(path, timeout=LOCK_TIMEOUT_S))
 
 
-def is_open(out: Path, shard: Shard = WHOLE) -> bool:
+def is_open(out: Path, shard: Shard = WHOLE_COHORT) -> bool:
     """Return whether a whole run, or the run of the given shard, is writing into OUT at this moment."""
     lock = out / WORK_FOLDER / shard.name / "lock"
     try:
@@ -228,7 +228,7 @@ def _remove_unfinished(output: Output) -> None:
 
 def write_text(file: Path, text: str, work_folder: Path | None = None) -> None:
     """Write a small text file at the top of OUT, complete or not at all, by way of this run's own work folder."""
-    with replacing(file, within=work_folder) as f:
+    with atomic_writer(file, within=work_folder) as f:
         f.write(text)
 
 
@@ -241,14 +241,14 @@ class PendingFolder:
         self._final = output.root / folder
         self._threads: ThreadPoolExecutor | None = None
         self._settled: dict[Path, Future[dict[str, Any]]] = {}
-        """Size and checksum of each file that `settle` was called for."""
+        """Size and checksum of each file that `finish_file` was called for."""
 
     def _new_folder(self, output: Output) -> Path:
         path = output.work_folder / uuid.uuid4().hex
         path.mkdir()
         return path
 
-    def settle(self, file: Path) -> None:
+    def finish_file(self, file: Path) -> None:
         """Flush a finished file to disk and compute its checksum, in a thread, while others are being written."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(FLUSH_THREADS)
@@ -270,7 +270,7 @@ class PendingFolder:
             for name in names:
                 file = Path(folder, name)
                 if file not in self._settled:
-                    self.settle(file)
+                    self.finish_file(file)
         for file, future in sorted(self._settled.items()):
             outputs[file.relative_to(self.path).as_posix()] = future.result()
         text = json.dumps(sidecar | {"outputs": outputs}, indent=1, allow_nan=False).encode()
@@ -354,7 +354,7 @@ def _exchanged(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def retire(folder: Path, key: str) -> None:
+def remove_output(folder: Path, key: str) -> None:
     """Remove the output of a series from a folder; the output of another series, and other files, stay."""
     sidecar = folder / SIDECAR
     try:

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.files.replacing import replacing
+from gpuprep.files.replacing import atomic_writer
 from gpuprep.output.columns import RUNS, SERIES, Column
 from gpuprep.output.records import Entry, RunRecord, SeriesResult, State, now
 
@@ -30,7 +30,7 @@ _DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOE
 """Errors of SQLite that the disk causes, not the content of the manifest."""
 
 
-def manifest_path(out: Path, shard: Shard = WHOLE) -> Path:
+def manifest_path(out: Path, shard: Shard = WHOLE_COHORT) -> Path:
     """Return the path of the manifest of an output folder, or of a shard that is not merged yet."""
     return out / (f"manifest.{shard.name}.sqlite" if shard.name else "manifest.sqlite")
 
@@ -288,7 +288,7 @@ class Manifest:
 
     def write_csv(self) -> None:
         """Write ``manifest.csv`` beside the manifest, atomically."""
-        with self._writing(), replacing(self.path.with_suffix(".csv")) as f:
+        with self._writing(), atomic_writer(self.path.with_suffix(".csv")) as f:
             writer = csv.writer(f)
             writer.writerow(SERIES)
             writer.writerows(self._db.execute(f"SELECT {self._selected(SERIES)} FROM series {_BY_SOURCE}"))  # noqa: S608
@@ -357,7 +357,7 @@ def merge(manifest: Manifest) -> list[Shard]:
     return list(shards)
 
 
-def open_manifest(out: Path, shard: Shard = WHOLE) -> Manifest:
+def open_manifest(out: Path, shard: Shard = WHOLE_COHORT) -> Manifest:
     """Open the manifest of a run: that of OUT after merging its shards, or that of a shard, a copy of it at first.
 
     Raises
@@ -375,7 +375,7 @@ def open_manifest(out: Path, shard: Shard = WHOLE) -> Manifest:
         if not shard.name:
             merge(manifest)
         elif fresh and whole.exists():
-            manifest.take_over(whole, WHOLE)
+            manifest.take_over(whole, WHOLE_COHORT)
         opened.pop_all()  # the caller closes the manifest
     return manifest
 

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 from gpuprep.core.plan import LEANING
 from gpuprep.core.recipe import Recipe
-from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.output.folder_store import Output, write_text
 from gpuprep.output.manifest import Manifest
@@ -45,7 +45,7 @@ LONGEST_CASE = 200
 """Maximum length of a case name in characters. A name that is longer or not unique ends in a hash."""
 
 
-class Arranged(NamedTuple):
+class NnunetCases(NamedTuple):
     """Number of series in a view, and of those left out."""
 
     training: int
@@ -56,7 +56,7 @@ class Arranged(NamedTuple):
     """Series in OUT that are left out: made by another recipe, or with leaning slices."""
 
 
-def check(out: str | Path, recipe: Recipe, shard: Shard = WHOLE) -> None:
+def check(out: str | Path, recipe: Recipe, shard: Shard = WHOLE_COHORT) -> None:
     """Raise if a run with this recipe cannot make a view in OUT.
 
     Raises
@@ -68,7 +68,7 @@ def check(out: str | Path, recipe: Recipe, shard: Shard = WHOLE) -> None:
     later = "run it once more with --layout nnunet, which skips all series and arranges them"
     if not isinstance(out, Path):
         raise RequestError(f"--layout nnunet needs a folder on disk, not {out}: copy that to one, and {later}")
-    if shard != WHOLE:
+    if shard != WHOLE_COHORT:
         raise RequestError(
             f"--layout nnunet cannot arrange a single shard: leave it out, run gpuprep merge OUT, then {later}"
         )
@@ -87,7 +87,7 @@ def check(out: str | Path, recipe: Recipe, shard: Shard = WHOLE) -> None:
     _existing(out, _record(out))
 
 
-def arrange(output: Output, manifest: Manifest, recipe: Recipe) -> Arranged:
+def arrange(output: Output, manifest: Manifest, recipe: Recipe) -> NnunetCases:
     """Make or update the view of all outputs in the manifest that a recipe made; remove cases that no longer exist.
 
     Raises
@@ -123,7 +123,7 @@ def view_files(out: Path) -> set[str]:
     return set(_record(out))
 
 
-def _planned(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], dict[str, Any], Arranged]:
+def _planned(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str], dict[str, Any], NnunetCases]:
     """Return the link target or text of each file of the view, the content of ``dataset.json``, and the counts."""
     top, ending = manifest.path.parent, recipe.ending
     done = list(
@@ -162,7 +162,7 @@ def _planned(manifest: Manifest, recipe: Recipe) -> tuple[dict[str, Path | str],
     }
     if ending == ".tif":  # otherwise nnU-Net tries its reader for natural images first
         dataset["overwrite_image_reader_writer"] = "Tiff3DIO"
-    return wanted, dataset, Arranged(training, len(rows) - training, len(done) - len(rows))
+    return wanted, dataset, NnunetCases(training, len(rows) - training, len(done) - len(rows))
 
 
 def _present_labels(folder: str, labels: tuple[dict[str, Any], ...], names: dict[int, str]) -> list[int]:

@@ -32,7 +32,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.output import folder_store
@@ -114,7 +114,7 @@ class Bucket(Output):
         except (OSError, OutputError):
             return None
 
-    def retire(self, folder: str, key: str) -> None:
+    def remove_output(self, folder: str, key: str) -> None:
         found = self.sizes(checked_folder(folder))
         url = f"{self.url}/{folder}"
         if SIDECAR in found and json.loads(filesystem.read_bytes(f"{url}/{SIDECAR}")).get("key") == key:
@@ -124,7 +124,7 @@ class Bucket(Output):
     def write_text(self, name: str, text: str) -> None:
         filesystem.write_bytes(f"{self.url}/{name}", text.encode())
 
-    def lasting(self, name: str) -> str:
+    def final_location(self, name: str) -> str:
         return f"{self.url}/{name}"
 
     def free_bytes(self) -> None:
@@ -192,32 +192,32 @@ def _for_each(function: Callable[[str], None], names: Iterable[str]) -> None:
             pass
 
 
-def place_of(out: str | os.PathLike[str]) -> str | Path:
+def resolve_out(out: str | os.PathLike[str]) -> str | Path:
     """Return OUT as the URL of a folder in an object store, or as an absolute path."""
-    out = filesystem.given(out)
+    out = filesystem.normalised_path(out)
     return out if filesystem.is_url(out) else Path(os.path.abspath(out))
 
 
-def output_at(out: str | os.PathLike[str]) -> Output:
+def output_for_reading(out: str | os.PathLike[str]) -> Output:
     """Return access to the outputs in OUT for reading, without a lock."""
-    place = place_of(out)
+    place = resolve_out(out)
     return Output(place, place / WORK_FOLDER) if isinstance(place, Path) else Bucket(Path(), Path(), place)
 
 
-def open_out(out: str | os.PathLike[str], shard: Shard = WHOLE) -> AbstractContextManager[Output]:
+def open_out(out: str | os.PathLike[str], shard: Shard = WHOLE_COHORT) -> AbstractContextManager[Output]:
     """Open OUT for a run, on disk or in a store: see `gpuprep.output.folder_store.open_output`."""
-    place = place_of(out)
+    place = resolve_out(out)
     return open_output(place, shard) if isinstance(place, Path) else open_bucket(place, shard)
 
 
-def is_open(out: str | os.PathLike[str], shard: Shard = WHOLE) -> bool:
+def is_open(out: str | os.PathLike[str], shard: Shard = WHOLE_COHORT) -> bool:
     """Return whether a whole run, or the run of the given shard, is writing into OUT at this moment."""
-    place = place_of(out)
+    place = resolve_out(out)
     return folder_store.is_open(place, shard) if isinstance(place, Path) else is_held(read_lock(lock_url(place, shard)))
 
 
 @contextmanager
-def at_hand(out: str | os.PathLike[str], *names: str) -> Iterator[Path]:
+def local_copies(out: str | os.PathLike[str], *names: str) -> Iterator[Path]:
     """Yield a folder on disk with files from the top of OUT: OUT itself, or for a URL a temporary one with copies.
 
     Parameters
@@ -227,7 +227,7 @@ def at_hand(out: str | os.PathLike[str], *names: str) -> Iterator[Path]:
     *names : str
         Names of the files to copy. Default: all manifests.
     """
-    place = place_of(out)
+    place = resolve_out(out)
     if isinstance(place, Path):
         yield place
         return
@@ -241,7 +241,7 @@ def at_hand(out: str | os.PathLike[str], *names: str) -> Iterator[Path]:
 def _names_at_top(url: str) -> list[str]:
     """Return the names directly in a folder of a store; none if it does not exist."""
     try:
-        return filesystem.listed(url)
+        return filesystem.folder_entries(url)
     except FileNotFoundError:
         return []
 
@@ -251,7 +251,7 @@ def _is_manifest(name: str) -> bool:
 
 
 @contextmanager
-def open_bucket(url: str, shard: Shard = WHOLE) -> Iterator[Bucket]:
+def open_bucket(url: str, shard: Shard = WHOLE_COHORT) -> Iterator[Bucket]:
     """Lock a folder in a store against other runs, and keep its manifest on disk while the context is open.
 
     Raises
@@ -295,7 +295,7 @@ class _ManifestSync:
         for name in _names_at_top(bucket.url):
             if name in ("recipe.toml", self._manifest.name, manifest_path(bucket.root).name):
                 filesystem.download(f"{bucket.url}/{name}", bucket.root / name)
-            elif _is_manifest(name) and shard == WHOLE:
+            elif _is_manifest(name) and shard == WHOLE_COHORT:
                 filesystem.download(f"{bucket.url}/{name}", bucket.root / name)
                 self._merging.append(name)
             elif _is_manifest(name):

@@ -22,7 +22,7 @@ RESERVED = ("recipe.toml", "labels.json", "manifest.", REPORT, "dataset.json", "
 """Beginnings of names at the top of OUT that gpuprep uses itself."""
 
 
-def layout(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, str]) -> dict[str, str]:
+def assign_folders(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, str]) -> dict[str, str]:
     """Return the output folder of each series, relative to OUT.
 
     Parameters
@@ -90,7 +90,7 @@ class _AssignedFolders:
 def _sibling(folder: str, label: str) -> str:
     """Return the name of a sibling of a folder, for a series whose output cannot lie inside that folder."""
     parent, name = os.path.split(folder)
-    return os.path.join(parent, harmless(f"{name}-{label}"))
+    return os.path.join(parent, safe_file_name(f"{name}-{label}"))
 
 
 def _base(folder: str, top: str) -> str:
@@ -99,13 +99,13 @@ def _base(folder: str, top: str) -> str:
     parts = [] if relative == "." else relative.split(os.sep)
     if ".." in parts:
         return ""
-    names = [harmless(part) for part in parts]
+    names = [safe_file_name(part) for part in parts]
     if names and (names[0].startswith((WORK_FOLDER, *RESERVED))):
         names[0] = f"%{ord(names[0][0]):02X}{names[0][1:]}"
     return os.path.join("", *names)
 
 
-def harmless(name: str, longest: int = LONGEST_NAME) -> str:
+def safe_file_name(name: str, longest: int = LONGEST_NAME) -> str:
     """Return a file name of at most `longest` bytes in which unprintable, invalid and "/" characters are %XX of bytes.
 
     The names "." and ".." are escaped too. A name that is too long is cut and ends in a digest.

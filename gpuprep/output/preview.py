@@ -33,7 +33,7 @@ their number."""
 Plane = NDArray[Any]
 
 
-class Planes:
+class MiddlePlanes:
     """The three middle planes of a volume, collected while its chunks are written.
 
     Parameters
@@ -50,7 +50,7 @@ class Planes:
         self._along_rows: list[Plane] = []
         self._along_columns: list[Plane] = []
 
-    def passing(self, chunks: Iterable[Plane]) -> Iterator[Plane]:
+    def collecting(self, chunks: Iterable[Plane]) -> Iterator[Plane]:
         """Yield chunks of a few slices unchanged, and keep their part of the planes."""
         for chunk in chunks:
             self.add(chunk)
@@ -73,8 +73,8 @@ class Planes:
         return self._across, np.concatenate(self._along_rows), np.concatenate(self._along_columns)
 
 
-def picture(
-    image: Planes | None, geometry: Geometry, black: float, white: float, labels: Sequence[Planes] = ()
+def draw_preview(
+    image: MiddlePlanes | None, geometry: Geometry, black: float, white: float, labels: Sequence[MiddlePlanes] = ()
 ) -> NDArray[np.uint8]:
     """Return the planes of a volume side by side: middle slice, through the middle row, through the middle column.
 
@@ -123,7 +123,7 @@ def picture(
     return np.concatenate(panels[:-1], axis=1)
 
 
-def jpeg(pixels: NDArray[np.uint8]) -> bytes:
+def encode_jpeg(pixels: NDArray[np.uint8]) -> bytes:
     """Return a picture as JPEG: array of uint8, shape (rows, columns, 3)."""
     from imagecodecs import jpeg8_encode  # imports in a third of Pillow's time
 

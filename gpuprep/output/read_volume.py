@@ -33,7 +33,7 @@ def full_box(shape: Shape3) -> Box:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedOutput:
     """The output of one series. It keeps no file open, so it can be pickled and sent to other processes.
 
     Parameters

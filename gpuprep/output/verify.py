@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpuprep.core.formatting import printable
-from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors.processes import Executor, WorkerDiedError
 from gpuprep.files.filesystem import walk
 from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import Manifest, manifest_path, shards_of
 from gpuprep.output.nnunet import view_files
-from gpuprep.output.object_store import UNFINISHED, Bucket, at_hand, is_open, output_at, place_of
+from gpuprep.output.object_store import UNFINISHED, Bucket, is_open, local_copies, output_for_reading, resolve_out
 from gpuprep.output.own_files import SIDECAR, is_own
 from gpuprep.output.paths import RESERVED, WORK_FOLDER, folders_above
 from gpuprep.output.records import DONE, RunRecord, SeriesResult, State
@@ -28,7 +28,7 @@ EXAMPLES = 3
 """Number of series that are named for each reason."""
 
 
-class Records:
+class AllManifests:
     """All manifests of an output folder, read as one: that of OUT, and those of shards that are not merged yet.
 
     Raises
@@ -39,10 +39,10 @@ class Records:
 
     def __init__(self, out: str | Path) -> None:
         with ExitStack() as files:
-            top = files.enter_context(at_hand(out))
+            top = files.enter_context(local_copies(out))
             paths = shards_of(top)
             if manifest_path(top).is_file():
-                paths = {**paths, WHOLE: manifest_path(top)}
+                paths = {**paths, WHOLE_COHORT: manifest_path(top)}
             if not paths:
                 raise RequestError(f"{out} has no manifest: give the --out of a run")
             self.manifests = {
@@ -66,9 +66,9 @@ class Records:
 
     def _is_current(self, shard: Shard, uid: str) -> bool:
         """Return whether the manifest of a shard is the one that counts for a series: that of its own shard, if any."""
-        if shard != WHOLE:
+        if shard != WHOLE_COHORT:
             return shard.has(uid)
-        return not any(other.has(uid) for other in self.manifests if other != WHOLE)
+        return not any(other.has(uid) for other in self.manifests if other != WHOLE_COHORT)
 
     def close(self) -> None:
         """Close the manifests, and remove temporary copies of them."""
@@ -134,7 +134,7 @@ def status(out: str | Path) -> Status:
     numbers: Counter[tuple[str, str]] = Counter()
     recipes: Counter[str] = Counter()
     columns = ("status", "codes", "bytes", "reason", "source", "recipe_sha256")
-    with closing(Records(out)) as records:
+    with closing(AllManifests(out)) as records:
         for state, codes, bytes_, reason, source, recipe_sha256 in records.columns(*columns):
             counts[state] += 1
             size += bytes_
@@ -220,9 +220,9 @@ def verify(out: str | Path, executor: Executor, checked: Callable[[], None]) -> 
     OutputError
         If the outputs cannot be read.
     """
-    output = output_at(out)
-    with closing(Records(out)) as records:
-        if any(is_open(out, shard) for shard in (WHOLE, *records.manifests)):
+    output = output_for_reading(out)
+    with closing(AllManifests(out)) as records:
+        if any(is_open(out, shard) for shard in (WHOLE_COHORT, *records.manifests)):
             raise RequestError(f"a run is writing into {out}: verify it afterwards")
         checks = {
             folder: _Check(output, key, folder, sha256 or "")
@@ -236,7 +236,7 @@ def verify(out: str | Path, executor: Executor, checked: Callable[[], None]) -> 
             raise OutputError(f"cannot read {out}: {outcome}") from outcome
         yield from outcome
         checked()
-    place = place_of(out)
+    place = resolve_out(out)
     if isinstance(place, Path):
         yield from _strays(place, set(checks))
     elif isinstance(output, Bucket):

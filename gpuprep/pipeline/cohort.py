@@ -14,13 +14,13 @@ from typing import Any
 from gpuprep._version import __version__
 from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
-from gpuprep.core.series import FOLDER_UID
-from gpuprep.executors.resources import chosen_means
+from gpuprep.core.series import FOLDER_UID_PREFIX
+from gpuprep.executors.resources import choose_resources
 from gpuprep.executors.signals import Stop
 from gpuprep.files.filesystem import absolute
 from gpuprep.output.manifest import Manifest, open_manifest
-from gpuprep.output.nnunet import Arranged, arrange
-from gpuprep.output.object_store import open_out, place_of
+from gpuprep.output.nnunet import NnunetCases, arrange
+from gpuprep.output.object_store import open_out, resolve_out
 from gpuprep.output.records import DONE, RunRecord, SeriesResult, Status, now, this_host
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Results, Run, Tally
@@ -105,13 +105,13 @@ def run_cohort(
     """Convert a cohort as `convert` does."""
     if options.recipe.advice:
         log.warning("%s", options.recipe.advice)
-    out = place_of(out)
+    out = resolve_out(out)
     check_apart(paths, out)
     check_layout(options.layout, out, options.recipe, options.shard)
-    means = chosen_means(options.backend, options.gpus, options.scheduler, options.jobs, options.memory_share)
+    resources = choose_resources(options.backend, options.gpus, options.scheduler, options.jobs, options.memory_share)
     done = _Done()
     with open_out(out, options.shard) as output, closing(open_manifest(output.root, options.shard)) as manifest:
-        context = RunContext(paths, out, options, means, output, manifest, listener)
+        context = RunContext(paths, out, options, resources, output, manifest, listener)
         try:
             prepared = prepare(context)
             _execute(context, prepared, stop, done)
@@ -120,7 +120,7 @@ def run_cohort(
             manifest.end_run("interrupted")
             raise
         finally:
-            means.executor.stop()
+            resources.executor.stop()
             try:
                 if options.names is not None and done.crosswalk:
                     options.names.write_crosswalk(done.crosswalk)
@@ -156,7 +156,7 @@ def _execute(context: RunContext, prepared: Prepared, stop: Stop, done: _Done) -
     options, manifest = context.options, context.manifest
     manifest.begin_run(_record(context, prepared.forecast))
     context.listener.planned(prepared.forecast)
-    attempts = Attempts(context.means.executor, context.output, prepared.forecast.disk_share, options.limit_s, stop)
+    attempts = Attempts(context.resources.executor, context.output, prepared.forecast.disk_share, options.limit_s, stop)
     by_key = {s.key: s for s in prepared.cohort} if options.names else {}
     with stop.in_flight():
         for result in _results(prepared, attempts, manifest):
@@ -166,7 +166,7 @@ def _execute(context: RunContext, prepared: Prepared, stop: Stop, done: _Done) -
             context.listener.finished(result)
 
 
-def _finish(context: RunContext, prepared: Prepared, stop: Stop, done: _Done) -> Arranged | None:
+def _finish(context: RunContext, prepared: Prepared, stop: Stop, done: _Done) -> NnunetCases | None:
     """Remove outputs of earlier divisions of the series, and arrange outputs for nnU-Net if that is asked for."""
     _forget_former_parts(context, prepared, done)
     context.manifest.end_run("interrupted" if stop.asked else "finished")
@@ -175,12 +175,12 @@ def _finish(context: RunContext, prepared: Prepared, stop: Stop, done: _Done) ->
     return arrange(context.output, context.manifest, context.options.recipe)
 
 
-def _run(context: RunContext, prepared: Prepared, stop: Stop, done: _Done, arranged: Arranged | None) -> Run:
+def _run(context: RunContext, prepared: Prepared, stop: Stop, done: _Done, arranged: NnunetCases | None) -> Run:
     cohort, matches, states = prepared.cohort, prepared.matches, done.states
     image = context.options.recipe.image
     return Run(
         results=Results(
-            context.output.lasting(context.manifest.path.name),
+            context.output.final_location(context.manifest.path.name),
             tuple(states),
             frozenset(key for key, status in states.items() if status == "skipped"),
         ),
@@ -219,19 +219,19 @@ def _forget_former_parts(context: RunContext, prepared: Prepared, done: _Done) -
     for series in prepared.cohort:
         if series.series_uid:
             parts[series.public_uid].append(series.key)
-            regrouped[printable(series.folder), not series.public_uid.startswith(FOLDER_UID)].append(series.key)
+            regrouped[printable(series.folder), not series.public_uid.startswith(FOLDER_UID_PREFIX)].append(series.key)
     roots = [printable(absolute(path)) for path in context.paths]
     formers = list(context.manifest.columns("key", "series_uid", "source", "folder"))
     folders = {folder for key, _, _, folder in formers if key in done.states}
     for key, uid, source, folder in formers:
-        now_there = parts.get(uid) or regrouped.get((source, uid.startswith(FOLDER_UID)), [])
+        now_there = parts.get(uid) or regrouped.get((source, uid.startswith(FOLDER_UID_PREFIX)), [])
         seen = any(source == root or source.startswith(root.rstrip("/") + "/") for root in roots)
         if not now_there or not seen or key in now_there:
             continue
         if all(done.states.get(part) in DONE for part in now_there):
             context.manifest.remove(key)
             if folder and folder not in folders:
-                context.output.retire(folder, key)
+                context.output.remove_output(folder, key)
 
 
 def _store(manifest: Manifest, result: SeriesResult, task: Task) -> SeriesResult:
@@ -246,13 +246,13 @@ def _store(manifest: Manifest, result: SeriesResult, task: Task) -> SeriesResult
         result = replace(result, folder=former.folder, warnings=(*result.warnings, note))
     manifest.put(task.public(result))
     if former is not None and former.folder and former.folder != result.folder:
-        task.output.retire(former.folder, result.key)
+        task.output.remove_output(former.folder, result.key)
     return result
 
 
 def _record(context: RunContext, forecast: Forecast) -> RunRecord:
     """Return the record of a run that begins, without the paths of its inputs where pseudonyms are used."""
-    options, backend = context.options, context.means.backend
+    options, backend = context.options, context.resources.backend
     masks = options.masks
     asked = {
         "paths": [absolute(p) for p in context.paths],

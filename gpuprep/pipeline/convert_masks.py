@@ -14,21 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.compute.backend import Backend
-from gpuprep.compute.resample_labels import LABELS, label_chunks, slice_volumes_ml
-from gpuprep.core.formatting import first_few, numbered, printable
-from gpuprep.core.mask_options import Hide, Masks
+from gpuprep.compute.resample_labels import LABEL_LIMIT, label_chunks, slice_volumes_ml
+from gpuprep.core.formatting import first_few, format_count, printable
+from gpuprep.core.mask_options import Masks, Pseudonymise
 from gpuprep.core.plan import Plan
 from gpuprep.dicom.stack import Stack
 from gpuprep.errors import SegmentationError
-from gpuprep.masks.frames_of_reference import in_frame_of
+from gpuprep.masks.frames_of_reference import structures_in_frame
 from gpuprep.masks.joined_files import joined
 from gpuprep.masks.model import Segmentation
-from gpuprep.masks.place_on_slices import Placed, place, plane_of
+from gpuprep.masks.place_on_slices import PlacedStructure, place, slice_plane
 from gpuprep.masks.read import names_by_path, read_segmentation
-from gpuprep.output.paths import LONGEST_NAME, harmless
-from gpuprep.output.preview import Planes
+from gpuprep.output.paths import LONGEST_NAME, safe_file_name
+from gpuprep.output.preview import MiddlePlanes
 from gpuprep.output.writers import WRITERS
-from gpuprep.output.writers.content import Content, Settle, nothing
+from gpuprep.output.writers.content import Content, OnFileFinished, ignore_finished_file
 from gpuprep.output.writers.omezarr import LABELS_GROUP, list_labels
 
 OVERLAPS_NAMED = 3
@@ -73,8 +73,13 @@ class Masked:
 
 
 def read_placed(
-    paths: Sequence[str], stack: Stack, options: Masks, series_uid: str, frame_uid: str, hide: Hide | None = None
-) -> tuple[list[Placed], Masked]:
+    paths: Sequence[str],
+    stack: Stack,
+    options: Masks,
+    series_uid: str,
+    frame_uid: str,
+    hide: Pseudonymise | None = None,
+) -> tuple[list[PlacedStructure], Masked]:
     """Read segmentations, and return the chosen structures on the slices of a series.
 
     Parameters
@@ -96,12 +101,12 @@ def read_placed(
         If a file cannot be read, or its structures cannot be drawn on the slices; names the file.
     """
     masked = Masked()
-    plane = plane_of(stack)
+    plane = slice_plane(stack)
     found: list[Segmentation] = []
     for path in paths:
         with _errors_named(path):
             found.append(read_segmentation(path, options, plane))
-    placed: list[Placed] = []
+    placed: list[PlacedStructure] = []
     known: list[tuple[str, str]] = []
     for segmentation in joined(found):
         known += [(segmentation.path, structure.name) for structure in segmentation.structures]
@@ -109,7 +114,7 @@ def read_placed(
             {"path": printable(segmentation.path), "format": segmentation.format, "why": segmentation.why}
         )
         with _errors_named(segmentation.path):
-            own, left_out = in_frame_of(segmentation, series_uid, frame_uid)
+            own, left_out = structures_in_frame(segmentation, series_uid, frame_uid)
             structures, notes = place(own, stack, options)
         placed += structures
         masked.notes += [f"{printable(os.path.basename(segmentation.path))}: {note}" for note in (*left_out, *notes)]
@@ -130,7 +135,7 @@ def read_placed(
     return wanted, masked
 
 
-def _check_distinct(wanted: Sequence[Placed]) -> None:
+def _check_distinct(wanted: Sequence[PlacedStructure]) -> None:
     """Raise if two structures have the same name, and so the same label."""
     twice = [name for name, count in Counter(p.name for p in wanted).items() if count > 1]
     if twice:
@@ -142,15 +147,15 @@ def _check_distinct(wanted: Sequence[Placed]) -> None:
 
 
 def write_masks(
-    wanted: Sequence[Placed],
+    wanted: Sequence[PlacedStructure],
     masked: Masked,
     stack: Stack,
     plan: Plan,
     backend: Backend,
     values: Mapping[str, int],
     folder: Path,
-    settle: Settle = nothing,
-) -> list[Planes]:
+    finish_file: OnFileFinished = ignore_finished_file,
+) -> list[MiddlePlanes]:
     """Write the masks of a series, and add their structures to `masked`.
 
     Parameters
@@ -167,7 +172,7 @@ def write_masks(
         Label value of each structure.
     folder : path
         Output folder of the series.
-    settle : callable
+    finish_file : callable
         As for a writer.
 
     Returns
@@ -206,16 +211,16 @@ def write_masks(
         content = Content.labels(plan, str(painted.dtype), len(counts) - 1)
         with backend.session() as lane:
             chunks = label_chunks(painted, plan, stack.placement, recipe.masks.resampling, backend)
-            planes = Planes(plan.target.shape)
-            written = planes.passing(_counted(lane.downloads(chunks), counts))
-            masked.notes += write(folder / name, written, content, settle)
+            planes = MiddlePlanes(plan.target.shape)
+            written = planes.collecting(_counted(lane.downloads(chunks), counts))
+            masked.notes += write(folder / name, written, content, finish_file)
             shown.append(planes)
         for label in labels:
             label.voxels = int(counts[label.value])
             label.ml = label.voxels * voxel_ml
             if not label.voxels:
                 lost = (
-                    f"of its {numbered(label.source_voxels, 'voxel')} none is left"
+                    f"of its {format_count(label.source_voxels, 'voxel')} none is left"
                     if label.source_voxels
                     else "it covers no voxel"
                 )
@@ -242,7 +247,8 @@ def _check_not_empty(labels: Sequence[Label]) -> None:
     if labels and not any(label.voxels for label in labels):
         raise SegmentationError(
             f"{_enumerated(labels)} has a voxel left on the grid of the output, of "
-            f"{numbered(sum(label.source_voxels for label in labels), 'voxel')} as acquired: choose a finer spacing",
+            f"{format_count(sum(label.source_voxels for label in labels), 'voxel')} as acquired: choose a finer "
+            "spacing",
             EMPTY,
         )
 
@@ -250,7 +256,7 @@ def _check_not_empty(labels: Sequence[Label]) -> None:
 def _enumerated(labels: Sequence[Label]) -> str:
     """Return "none of N structures", with the first few names."""
     names = first_few([printable(label.name) for label in labels], STRUCTURES_NAMED)
-    return f"none of {numbered(len(labels), 'structure')} ({names})"
+    return f"none of {format_count(len(labels), 'structure')} ({names})"
 
 
 def _files(names: Sequence[str], ending: str) -> list[str]:
@@ -258,7 +264,7 @@ def _files(names: Sequence[str], ending: str) -> list[str]:
     used = {"zarr.json"}  # stands beside label volumes in OME-Zarr
     files = []
     for name in names:
-        file = harmless(printable(name), LONGEST_NAME - len(ending) - 4)
+        file = safe_file_name(printable(name), LONGEST_NAME - len(ending) - 4)
         n = 2
         while (unique := file if n == 2 and file.casefold() not in used else f"{file}~{n}").casefold() in used:
             n += 1
@@ -267,14 +273,16 @@ def _files(names: Sequence[str], ending: str) -> list[str]:
     return files
 
 
-def _painted(members: Sequence[tuple[Placed, int]], labels: Sequence[Label], stack: Stack, plan: Plan) -> NDArray[Any]:
+def _painted(
+    members: Sequence[tuple[PlacedStructure, int]], labels: Sequence[Label], stack: Stack, plan: Plan
+) -> NDArray[Any]:
     """Return the labels on the slices as acquired, (k, j, i) of uint8 or uint16, and count voxels in `labels`."""
     matrix = stack.matrix
     highest = max((value for _, value in members), default=0)
-    if highest >= LABELS:
+    if highest >= LABEL_LIMIT:
         raise SegmentationError(
-            f"there are more than {LABELS - 1} names of structures in OUT/labels.json: choose some with --roi, give "
-            "several one name with aliases, or use --mask-layout per-roi"
+            f"there are more than {LABEL_LIMIT - 1} names of structures in OUT/labels.json: choose some with --roi, "
+            "give several one name with aliases, or use --mask-layout per-roi"
         )
     dtype = np.uint8 if highest < 256 else np.uint16
     painted = np.zeros((len(stack.slices), *matrix), dtype=dtype)
@@ -294,7 +302,9 @@ def _painted(members: Sequence[tuple[Placed, int]], labels: Sequence[Label], sta
                     overlaps[names[int(other)], structure.name] += int(count)
             there[mask] = value
     if overlaps:
-        pairs = [f"{printable(a)} and {printable(b)} ({numbered(n, 'voxel')})" for (a, b), n in overlaps.most_common()]
+        pairs = [
+            f"{printable(a)} and {printable(b)} ({format_count(n, 'voxel')})" for (a, b), n in overlaps.most_common()
+        ]
         found = first_few(pairs, OVERLAPS_NAMED, "pairs")
         raise SegmentationError(
             f"structures overlap, which one label volume cannot hold: {found}; choose some with --roi, or use "

@@ -20,10 +20,10 @@ from gpuprep.core.stacking_rules import codes, texts
 from gpuprep.dicom.audit import Audit, audit
 from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
-from gpuprep.executors.processes import last_task
+from gpuprep.executors.processes import request_replacement
 from gpuprep.output.folder_store import PendingFolder, Written
 from gpuprep.output.own_files import PREVIEW
-from gpuprep.output.preview import Planes, jpeg, picture
+from gpuprep.output.preview import MiddlePlanes, draw_preview, encode_jpeg
 from gpuprep.output.records import SeriesResult, Status, now
 from gpuprep.pipeline.task import Task
 
@@ -62,7 +62,7 @@ def convert_series(task: Task) -> SeriesResult:
     except GpuprepError as exc:
         result = left_out(result, exc)
         if isinstance(exc, BackendError) and not isinstance(exc, DeviceMemoryError):
-            last_task()  # a lost device is lost to this process only; a new one may find it
+            request_replacement()  # a lost device is lost to this process only; a new one may find it
     except Exception as exc:  # a bug that one series provokes must not stop the others
         log.exception("series %s crashed", result.key)
         result = left_out(result, exc)
@@ -127,8 +127,8 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
     plan = make_plan(stacked.geometry, task.recipe, stacked.placement)
     result = replace(result, source_shape=plan.source.shape, source_spacing_mm=plan.source.spacing_mm)
     masked: Masked | None = None
-    image = Planes(plan.target.shape) if source is not None else None
-    labels: list[Planes] = []
+    image = MiddlePlanes(plan.target.shape) if source is not None else None
+    labels: list[MiddlePlanes] = []
     try:
         pending = task.output.pending(task.planned.folder)
     except OSError as exc:
@@ -178,7 +178,7 @@ def _unwritable(exc: OSError) -> OutputError:
 
 
 def _write_image(
-    task: Task, source: SeriesReader, plan: Plan, pending: PendingFolder, result: SeriesResult, planes: Planes
+    task: Task, source: SeriesReader, plan: Plan, pending: PendingFolder, result: SeriesResult, planes: MiddlePlanes
 ) -> SeriesResult:
     """Write the image of a series into a folder and return its result so far; `planes` keeps the middle planes."""
     from gpuprep.compute.process import host_chunks
@@ -191,7 +191,7 @@ def _write_image(
     ending = task.recipe.ending
     path = pending.path / f"volume{ending}" if ending else pending.path
     write = WRITERS[task.recipe.format]
-    notes = write(path, planes.passing(chunks), Content.image(plan), pending.settle) + _stretched(source, plan)
+    notes = write(path, planes.collecting(chunks), Content.image(plan), pending.finish_file) + _stretched(source, plan)
     return replace(
         result,
         warnings=result.warnings + texts(source.warnings + plan.warnings) + notes,
@@ -207,7 +207,7 @@ def _write_image(
     )
 
 
-def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder) -> tuple[Masked, list[Planes]]:
+def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder) -> tuple[Masked, list[MiddlePlanes]]:
     """Write the masks of a series into a folder."""
     from gpuprep.pipeline.convert_masks import read_placed, write_masks
 
@@ -222,17 +222,17 @@ def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder)
         hide,
     )
     values = dict(task.planned.label_values)
-    planes = write_masks(wanted, masked, stacked, plan, task.backend, values, pending.path, pending.settle)
+    planes = write_masks(wanted, masked, stacked, plan, task.backend, values, pending.path, pending.finish_file)
     return masked, planes
 
 
-def _write_preview(plan: Plan, pending: PendingFolder, image: Planes | None, labels: list[Planes]) -> None:
+def _write_preview(plan: Plan, pending: PendingFolder, image: MiddlePlanes | None, labels: list[MiddlePlanes]) -> None:
     """Write the preview of a series into a folder."""
     from gpuprep.output.writers.content import Content
 
     file = pending.path / PREVIEW
-    file.write_bytes(jpeg(picture(image, plan.target, *Content.image(plan).display, labels)))
-    pending.settle(file)
+    file.write_bytes(encode_jpeg(draw_preview(image, plan.target, *Content.image(plan).display, labels)))
+    pending.finish_file(file)
 
 
 def _stretched(source: SeriesReader, plan: Plan) -> tuple[str, ...]:

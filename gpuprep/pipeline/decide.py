@@ -20,7 +20,7 @@ from gpuprep.dicom.discover import Cohort
 from gpuprep.errors import PlanError
 from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import Manifest
-from gpuprep.output.paths import layout
+from gpuprep.output.paths import assign_folders
 from gpuprep.output.records import DONE, Entry
 from gpuprep.pipeline.match_masks import Matched, fingerprint, used_names
 from gpuprep.pipeline.options import ConvertOptions
@@ -66,7 +66,7 @@ def planned_series(
     recipe, names = options.recipe, options.names
     recipe_sha256 = recipe.sha256
     taken = {folder: key for folder, key in manifest.columns("folder", "key") if folder} if manifest else {}
-    folders = {} if names else layout(cohort, paths, taken)
+    folders = {} if names else assign_folders(cohort, paths, taken)
     shared = recipe.masks.layout == "labels"
     doubtful = doubtful_files(cohort)
     for series in chosen:

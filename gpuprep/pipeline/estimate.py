@@ -9,8 +9,8 @@ from math import prod
 from typing import Self
 
 from gpuprep import _version
-from gpuprep.core.formatting import sized
-from gpuprep.core.plan import BYTES
+from gpuprep.core.formatting import format_bytes
+from gpuprep.core.plan import BYTES_PER_VOXEL
 from gpuprep.core.recipe import Recipe
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.records import SeriesResult
@@ -40,7 +40,7 @@ class Experience:
                 seconds += r.read_s + r.process_s + r.write_s + (r.masks_s or 0.0)
                 voxels += prod(r.source_shape) + prod(r.shape)
                 written += r.bytes
-                expected += prod(r.shape) * BYTES[recipe.dtype]
+                expected += prod(r.shape) * BYTES_PER_VOXEL[recipe.dtype]
                 count += 1
         return cls(seconds / voxels, written / expected, count) if count else None
 
@@ -57,7 +57,7 @@ class Forecast:
     """Disk space, memory and time that a run will take; `add` each of its series."""
 
     workers: int
-    room: int | None
+    budget_bytes: int | None
     """Memory in bytes that concurrent series share; None: no limit."""
     at_rest_bytes: int
     """Memory of each worker without a series."""
@@ -111,8 +111,8 @@ class Forecast:
         """Predicted peak memory of all workers together, on the host or device that computes."""
         largest = max(self._largest, default=0)
         together = sum(self._largest)
-        if self.room is not None:
-            together = min(together, max(self.room, largest))
+        if self.budget_bytes is not None:
+            together = min(together, max(self.budget_bytes, largest))
         return self.workers * self.at_rest_bytes + together
 
     @property
@@ -133,7 +133,7 @@ class Forecast:
         need = self.disk_bytes
         if self.free_disk_bytes is not None and need is not None and need > self.free_disk_bytes:
             return (
-                f"the outputs need {sized(need)} and {sized(self.free_disk_bytes)} are free: free some, "
+                f"the outputs need {format_bytes(need)} and {format_bytes(self.free_disk_bytes)} are free: free some, "
                 "choose another --out, a smaller --dtype or a --compression, or begin anyway with --no-room-check"
             )
         return ""

@@ -10,8 +10,8 @@ from typing import overload
 
 from gpuprep.dicom.discover import Cohort
 from gpuprep.output.manifest import Manifest
-from gpuprep.output.nnunet import Arranged
-from gpuprep.output.object_store import at_hand
+from gpuprep.output.nnunet import NnunetCases
+from gpuprep.output.object_store import local_copies
 from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.match_masks import Matched
@@ -43,7 +43,7 @@ class Results(Sequence[SeriesResult]):
 
     def _read(self, keys: tuple[str, ...]) -> Iterator[SeriesResult]:
         out, name = os.path.split(self.manifest)
-        with at_hand(out, name) as top, closing(Manifest(top / name, reading=True)) as manifest:
+        with local_copies(out, name) as top, closing(Manifest(top / name, reading=True)) as manifest:
             for key in keys:
                 result = manifest.get(key)
                 if result is None:
@@ -91,7 +91,7 @@ class Run:
     """(path, reason) of segmentations without a series that ``masks="auto"`` found among the inputs."""
     stopped: int | None = None
     """Number of series that were not begun because the run was stopped; None: it was not stopped."""
-    arranged: Arranged | None = None
+    arranged: NnunetCases | None = None
     """Number of cases in the nnU-Net dataset; None: none was made."""
 
     @property

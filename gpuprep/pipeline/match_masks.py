@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from gpuprep.core.formatting import first_few, printable
-from gpuprep.core.mask_options import Hide, Masks
+from gpuprep.core.mask_options import Masks, Pseudonymise
 from gpuprep.core.series import Series, image_digest, sop_digest
 from gpuprep.dicom.discover import Cohort, OtherSeries
 from gpuprep.errors import SegmentationError
-from gpuprep.executors.processes import Executor, WorkerDiedError, answers
+from gpuprep.executors.processes import Executor, WorkerDiedError, run_batches
 from gpuprep.files.filesystem import absolute, isdir
-from gpuprep.masks.detect_format import UNKNOWN
+from gpuprep.masks.detect_format import UNKNOWN_FORMAT
 from gpuprep.masks.filename_hints import UID
 from gpuprep.masks.joined_files import group_paths
 from gpuprep.masks.model import ImageFrame, Plane
@@ -34,7 +34,7 @@ from gpuprep.pipeline.segmentation_files import (
 
 log = logging.getLogger(__name__)
 
-NONE = (NOT_ONE, UNKNOWN)
+NONE = (NOT_ONE, UNKNOWN_FORMAT)
 """Codes of errors for files that belong to no series."""
 
 SEGMENTATIONS_PER_TASK = 16
@@ -122,7 +122,7 @@ def matched(
     if roots is None:
         return Matched(by_key, unmatched, frozenset(), auto=True)
     explicit = {absolute(root) for root in roots if not isdir(root)}
-    other = {g.path for g, _ in unmatched if g.code == NOT_ONE or (g.code == UNKNOWN and _is_document(g.path))}
+    other = {g.path for g, _ in unmatched if g.code == NOT_ONE or (g.code == UNKNOWN_FORMAT and _is_document(g.path))}
     other -= explicit
     useful = [g.path for g in found if g.path not in other]
     barren = [r for r in map(absolute, roots) if isdir(r) and not any(below(f, r) for f in useful)]
@@ -149,7 +149,7 @@ def _read_summaries(requests: list[SummaryRequest], executor: Executor) -> list[
 
     n = SEGMENTATIONS_PER_TASK
     tasks = [requests[i : i + n] for i in range(0, len(requests), n)]
-    told = {g.path: g for _, found in answers(executor, summaries, tasks, dead) for g in found}
+    told = {g.path: g for _, found in run_batches(executor, summaries, tasks, dead) for g in found}
     return [told[q.path] for q in requests]
 
 
@@ -306,7 +306,7 @@ class _Known:
         return _Answer([], f"it names no series, nor does its path: {HOW}")
 
     def _holding(self, images: Iterable[ImageFrame], g: SegmentationSummary) -> list[Series]:
-        """Return the volumes that hold any of some images; of copies of an image, the volume that `g` means."""
+        """Return the volumes that hold any of some images; of copies of an image, the volume that `g` refers to."""
         holding: dict[int, Series] = {}
         for image in images:
             holders = self._by_image_frame.get(image, ())
@@ -390,7 +390,9 @@ def _of_series(named: list[list[Series]], g: SegmentationSummary) -> _Answer:
     return _Answer(series, reason, precise)
 
 
-def used_names(found: Sequence[SegmentationSummary], mask_options: Masks, hide: Hide | None = None) -> list[str]:
+def used_names(
+    found: Sequence[SegmentationSummary], mask_options: Masks, hide: Pseudonymise | None = None
+) -> list[str]:
     """Return the names under which the structures of one series are converted; `hide` as for `Masks.names`."""
     pairs = [(path, name) for path, g in zip(group_paths(found), found, strict=True) for name in g.names]
     try:

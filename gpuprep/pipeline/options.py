@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from gpuprep.compute.backend import Backend, BackendName, Engine, checked_engine
-from gpuprep.compute.memory_estimate import USABLE
+from gpuprep.compute.memory_estimate import USABLE_SHARE
 from gpuprep.core.recipe import Recipe
-from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import RequestError
-from gpuprep.files.filesystem import given
+from gpuprep.files.filesystem import normalised_path
 from gpuprep.output.nnunet import Layout
 from gpuprep.output.records import Status
 from gpuprep.pipeline.pseudonyms import Pseudonyms
@@ -22,7 +22,7 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 def as_list(paths: Paths) -> list[str]:
     """Return one path, or several, as a list of text."""
-    return [given(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    return [normalised_path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class ConvertOptions:
     scheduler: str | None = None
     """Address of a Dask scheduler whose workers convert, or "local" for `jobs` Dask workers on this machine. All must
     see the same paths."""
-    shard: Shard = WHOLE
+    shard: Shard = WHOLE_COHORT
     """The part of the cohort that this run converts. Runs of other shards may write into the same output folder at the
     same time. Each shard has a manifest of its own until all are merged."""
     layout: Layout = "folders"
@@ -74,7 +74,7 @@ class ConvertOptions:
     """Maximum number of series converted in this run."""
     limit_s: float | None = None
     """Time limit of one series in s; a series that takes longer fails. Needs `jobs`."""
-    memory_share: float = USABLE
+    memory_share: float = USABLE_SHARE
     """Share of the free memory that concurrent series may take, by prediction."""
     room_check: bool = True
     """Whether to begin only if all outputs are predicted to fit on the disk."""

@@ -16,13 +16,13 @@ from gpuprep.core.shard import Shard
 from gpuprep.dicom.discover import FILES_PER_TASK, Cohort, discover
 from gpuprep.dicom.headers import Contents
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.executors.processes import Executor, WorkerDiedError, answers
-from gpuprep.executors.resources import Means
-from gpuprep.files.filesystem import resolved
+from gpuprep.executors.processes import Executor, WorkerDiedError, run_batches
+from gpuprep.executors.resources import Resources
+from gpuprep.files.filesystem import real_path
 from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import Manifest, shards_of
 from gpuprep.output.nnunet import Layout, check
-from gpuprep.output.object_store import place_of
+from gpuprep.output.object_store import resolve_out
 from gpuprep.output.records import Status
 from gpuprep.pipeline.decide import planned_series
 from gpuprep.pipeline.estimate import Forecast, experience
@@ -41,7 +41,7 @@ class RunContext:
     paths: list[str]
     out: str | Path
     options: ConvertOptions
-    means: Means
+    resources: Resources
     output: Output
     manifest: Manifest
     listener: Listener
@@ -78,13 +78,13 @@ def prepare(context: RunContext) -> Prepared:
     RequestError
         If the options contradict what the output folder holds, or the disk has too little room.
     """
-    options, means, output, manifest = context.options, context.means, context.output, context.manifest
+    options, resources, output, manifest = context.options, context.resources, context.output, context.manifest
     names, recipe = options.names, options.recipe
     check_names(names, manifest, context.out)
     manifest.settle_naming(names.check if names else "")
-    cohort = series_under(context.paths, options, context.out, means.executor)
+    cohort = series_under(context.paths, options, context.out, resources.executor)
     context.listener.scanned(cohort)
-    matches = matches_of(cohort, context.paths, options, means.executor, context.out)
+    matches = matches_of(cohort, context.paths, options, resources.executor, context.out)
     _check_both_stay(recipe, matches, manifest, context.out)
     output.write_text("recipe.toml", recipe.to_toml())
     manifest.account(cohort.passed_over, names.paths(cohort.unreadable) if names else cohort.unreadable)
@@ -94,14 +94,14 @@ def prepare(context: RunContext) -> Prepared:
     values = _label_values(matches, recipe, manifest, names)
     if values:
         output.write_text("labels.json", json.dumps(values, indent=1, ensure_ascii=False))
-    prepared = Prepared(cohort, matches, blank_forecast(means, recipe, manifest, output))
+    prepared = Prepared(cohort, matches, blank_forecast(resources, recipe, manifest, output))
     chosen = [s for s in cohort if options.shard.has(s.public_uid) and _wanted(s, options.only, manifest)]
     for planned in planned_series(
-        cohort, chosen, context.paths, options, means.backend, matches, values, output, manifest
+        cohort, chosen, context.paths, options, resources.backend, matches, values, output, manifest
     ):
         _add(planned, context, prepared)
     if names is not None:
-        _name_folders(prepared, names, means.executor)
+        _name_folders(prepared, names, resources.executor)
     if options.room_check and prepared.forecast.misfit:
         raise RequestError(f"{context.out}: {prepared.forecast.misfit}")
     return prepared
@@ -128,7 +128,7 @@ def _task(planned: PlannedSeries, context: RunContext) -> Task:
         planned=planned,
         recipe=options.recipe,
         engine=options.engine,
-        backend=context.means.backend,
+        backend=context.resources.backend,
         output=context.output,
         names=options.names,
     )
@@ -159,7 +159,7 @@ def _patients(tasks: Sequence[Task], executor: Executor) -> dict[str, str | None
     parts = [headers[i : i + FILES_PER_TASK] for i in range(0, len(headers), FILES_PER_TASK)]
     return {
         first_slices[header]: found
-        for part, ids in answers(executor, patient_ids, parts, lambda *_: None)
+        for part, ids in run_batches(executor, patient_ids, parts, lambda *_: None)
         for header, found in zip(part, ids, strict=True)
     }
 
@@ -230,24 +230,24 @@ def _check_both_stay(recipe: Recipe, matches: Matched | None, manifest: Manifest
 def check_layout(layout: Layout, out: str | os.PathLike[str], recipe: Recipe, shard: Shard) -> None:
     """Raise if nnU-Net could not train on the outputs of a run."""
     if layout == "nnunet":
-        check(place_of(out), recipe, shard)
+        check(resolve_out(out), recipe, shard)
 
 
 def check_apart(paths: list[str], out: str | Path) -> None:
     """Raise if volumes would be written among the input: OUT may lie inside an input, but no input inside OUT."""
     for path in paths:
-        if f"{resolved(path)}/".startswith(f"{resolved(out).rstrip('/')}/"):
+        if f"{real_path(path)}/".startswith(f"{real_path(out).rstrip('/')}/"):
             raise RequestError(f"the input {path} lies in the output folder {out}: choose another --out")
 
 
-def blank_forecast(means: Means, recipe: Recipe, manifest: Manifest | None, output: Output | None) -> Forecast:
+def blank_forecast(resources: Resources, recipe: Recipe, manifest: Manifest | None, output: Output | None) -> Forecast:
     """Return a forecast without series."""
     return Forecast(
-        workers=means.workers,
-        room=means.room,
-        at_rest_bytes=means.at_rest_bytes,
+        workers=resources.workers,
+        budget_bytes=resources.budget_bytes,
+        at_rest_bytes=resources.at_rest_bytes,
         free_disk_bytes=output.free_bytes() if output else None,
-        experience=experience(manifest, recipe, means.backend.name),
+        experience=experience(manifest, recipe, resources.backend.name),
         compressed=recipe.compression != "none",
     )
 
@@ -263,7 +263,7 @@ def series_under(
         def unreadable(file: str, exc: WorkerDiedError) -> Contents:
             return Contents(unreadable=[(printable(file), str(exc))], cacheable=False)
 
-        return answers(executor, function, tasks, unreadable)
+        return run_batches(executor, function, tasks, unreadable)
 
     cohort = discover(paths, options.recipe.rules, exclude=out, index=options.index, map_=map_)
     names = options.names

@@ -28,8 +28,8 @@ from filelock import FileLock
 
 from gpuprep.core.series import Series, SliceHeader
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.files.filesystem import given, is_url
-from gpuprep.files.replacing import flush, replacing
+from gpuprep.files.filesystem import is_url, normalised_path
+from gpuprep.files.replacing import atomic_writer, flush
 from gpuprep.output.records import SeriesResult
 
 DIGITS = 20
@@ -79,7 +79,7 @@ class Pseudonyms:
         RequestError
             If it lies in OUT, is readable by other users, cannot be read or made, or holds no key.
         """
-        if not is_url(place := given(out)):
+        if not is_url(place := normalised_path(out)):
             top = Path(place).resolve()
             # The crosswalk is written beside the key, so a link in OUT to a key elsewhere is refused too.
             if any(p.is_relative_to(top) for p in (file.resolve(), file.parent.resolve())):
@@ -163,7 +163,7 @@ class Pseudonyms:
                 known = _crosswalk(file)
                 for key, row in rows.items():
                     known[key] = {**known.get(key, {}), **row}
-                with replacing(file, private=True, errors="surrogateescape") as f:
+                with atomic_writer(file, private=True, errors="surrogateescape") as f:
                     writer = csv.DictWriter(f, CROSSWALK)
                     writer.writeheader()
                     writer.writerows(known.values())
@@ -231,10 +231,10 @@ def _patient_id(header: SliceHeader) -> str | None:
     import pydicom
 
     from gpuprep.dicom.headers import HEADER_BYTES
-    from gpuprep.files.bounded_reader import open_frugally
+    from gpuprep.files.bounded_reader import open_bounded
 
     try:
-        with warnings.catch_warnings(), closing(open_frugally(header.path, header.member, HEADER_BYTES)) as f:
+        with warnings.catch_warnings(), closing(open_bounded(header.path, header.member, HEADER_BYTES)) as f:
             warnings.simplefilter("ignore")
             ds = pydicom.dcmread(f, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
             return str(ds.get("PatientID", "") or "").strip()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import replace
 
-from gpuprep.core.formatting import sized
+from gpuprep.core.formatting import format_bytes
 from gpuprep.executors.processes import Executor, OverdueError, WorkerDiedError
 from gpuprep.executors.signals import Stop
 from gpuprep.output.folder_store import Output
@@ -77,7 +77,9 @@ class Attempts:
             if free is None or need <= free:
                 yield task
                 continue
-            reason = f"OutputError: it needs {sized(need)} and {sized(free)} are free: free some and run again"
+            reason = (
+                f"OutputError: it needs {format_bytes(need)} and {format_bytes(free)} are free: free some and run again"
+            )
             refused = replace(task.result(), reason=reason, codes=("disk-full",), finished=now())
             self._refused.append((task, refused))
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpuprep.compute.backend import Backend, BackendName, get_backend
-from gpuprep.compute.memory_estimate import USABLE
+from gpuprep.compute.memory_estimate import USABLE_SHARE
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import Cohort
-from gpuprep.executors.processes import FOR_HEADERS, WorkerDiedError
-from gpuprep.executors.resources import Means, means_of
+from gpuprep.executors.processes import HEADER_MODULES, WorkerDiedError
+from gpuprep.executors.resources import Resources, local_resources
 from gpuprep.output.manifest import Manifest, manifest_path
-from gpuprep.output.object_store import at_hand, open_out, output_at, place_of
+from gpuprep.output.object_store import local_copies, open_out, output_for_reading, resolve_out
 from gpuprep.output.records import DONE
 from gpuprep.pipeline.convert_series import convert_series
 from gpuprep.pipeline.decide import planned_series
@@ -102,30 +102,30 @@ def scan_cohort(
 ) -> Scan:
     """Scan a cohort as `scan` does."""
     if out is not None:
-        check_apart(paths, place_of(out))
+        check_apart(paths, resolve_out(out))
         check_layout(options.layout, out, options.recipe, options.shard)
     chosen = get_backend(options.backend) if isinstance(options.backend, str) else options.backend
-    means = means_of([chosen], options.jobs, USABLE, None if calibrate else FOR_HEADERS)
+    resources = local_resources([chosen], options.jobs, USABLE_SHARE, None if calibrate else HEADER_MODULES)
     try:
-        cohort = series_under(paths, options, out, means.executor)
-        matches = matches_of(cohort, paths, options, means.executor, out)
+        cohort = series_under(paths, options, out, resources.executor)
+        matches = matches_of(cohort, paths, options, resources.executor, out)
         if matches is not None:
             listener.matched(matches)
-        planned, forecast = _planned(cohort, matches, means, paths, options, out)
+        planned, forecast = _planned(cohort, matches, resources, paths, options, out)
         for one in planned:
             forecast.add(one)
         todo = sorted((one for one in planned if one.action == "convert"), key=lambda one: one.needs.voxels)
         if calibrate and forecast.experience is None and todo:
-            forecast.experience = _experience(todo[len(todo) // 2], means, options)
+            forecast.experience = _experience(todo[len(todo) // 2], resources, options)
     finally:
-        means.executor.stop()
+        resources.executor.stop()
     return Scan(cohort, planned, forecast)
 
 
 def _planned(
     cohort: Cohort,
     matches: Matched | None,
-    means: Means,
+    resources: Resources,
     paths: list[str],
     options: ConvertOptions,
     out: str | os.PathLike[str] | None,
@@ -135,17 +135,17 @@ def _planned(
     output, manifest = None, None
     with ExitStack() as opened:
         if out is not None:
-            output, top = output_at(out), opened.enter_context(at_hand(out, manifest_path(Path()).name))
+            output, top = output_for_reading(out), opened.enter_context(local_copies(out, manifest_path(Path()).name))
             if manifest_path(top).is_file():
                 manifest = opened.enter_context(closing(Manifest(manifest_path(top), reading=True)))
                 check_names(names, manifest, out)
         values = manifest.label_values() if manifest and matches and recipe.masks.layout == "labels" else {}
         share = [s for s in cohort if options.shard.has(s.public_uid)]
-        planned = planned_series(cohort, share, paths, options, means.backend, matches, values, output, manifest)
-        return list(planned), blank_forecast(means, recipe, manifest, output)
+        planned = planned_series(cohort, share, paths, options, resources.backend, matches, values, output, manifest)
+        return list(planned), blank_forecast(resources, recipe, manifest, output)
 
 
-def _experience(planned: PlannedSeries, means: Means, options: ConvertOptions) -> Experience | None:
+def _experience(planned: PlannedSeries, resources: Resources, options: ConvertOptions) -> Experience | None:
     """Convert a series twice into a temporary folder, and return the experience of the second time; None if it fails.
 
     The first time includes what a worker imports and compiles.
@@ -153,10 +153,12 @@ def _experience(planned: PlannedSeries, means: Means, options: ConvertOptions) -
     values = tuple((name, n) for n, (name, _) in enumerate(planned.label_values, 1))  # a cohort has no values yet
     planned = replace(planned.for_worker(), folder="trial", former=None, label_values=values)
     with tempfile.TemporaryDirectory() as folder, open_out(folder) as output:
-        task = Task(planned=planned, recipe=options.recipe, engine=options.engine, backend=means.backend, output=output)
+        task = Task(
+            planned=planned, recipe=options.recipe, engine=options.engine, backend=resources.backend, output=output
+        )
         for _ in range(2):
-            outcomes = list(means.executor.run(convert_series, [task]))
-            output.retire(planned.folder, planned.series.key)
+            outcomes = list(resources.executor.run(convert_series, [task]))
+            output.remove_output(planned.folder, planned.series.key)
     _, result = outcomes[0]
     if isinstance(result, WorkerDiedError) or result.status not in DONE:
         return None

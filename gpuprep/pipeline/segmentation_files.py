@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpuprep.core.formatting import printable
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.core.stacking_rules import SeriesWarning
 from gpuprep.errors import NotASegmentationError, RequestError, SegmentationError
 from gpuprep.files.filesystem import (
     absolute,
-    folders_at,
     is_requested_folder,
     is_url,
     isdir,
     isfile,
-    resolved,
+    real_path,
     stat,
     walk,
+    walk_folders,
 )
 from gpuprep.masks.model import ImageFrame, Plane
 from gpuprep.masks.read import read_segmentation
@@ -38,7 +38,7 @@ class SummaryRequest(NamedTuple):
     """A segmentation file, and what is needed to read it."""
 
     path: str
-    reading: Reading
+    reading: ReadingOptions
     plane: Plane | None = None
 
 
@@ -142,7 +142,7 @@ def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = N
         If a path does not exist, or is neither a file nor a folder.
     """
     files: dict[object, str] = {}
-    excluded = resolved(exclude) if exclude else None
+    excluded = real_path(exclude) if exclude else None
     entered = {excluded}
 
     def take(file: str) -> None:
@@ -161,7 +161,7 @@ def files_under(paths: Iterable[str], exclude: str | os.PathLike[str] | None = N
                     if os.path.basename(file)[0] != ".":
                         files.setdefault((status.st_dev, status.st_ino), file)
         elif isdir(path):
-            for _, found_here in folders_at(absolute(path), entered):
+            for _, found_here in walk_folders(absolute(path), entered):
                 for file in found_here:
                     if os.path.basename(file)[0] != ".":
                         take(file)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gpuprep import _version
 from gpuprep.compute.backend import Backend, Engine
-from gpuprep.compute.pinned_transfer import DEVICE
+from gpuprep.compute.pinned_transfer import DEVICE_VARIABLE
 from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.stacking_rules import texts
@@ -60,7 +60,7 @@ class Task:
             slices=len(series.slices),
             engine=self.engine,
             backend=self.backend.name,
-            device=os.environ.get(DEVICE, self.backend.device),
+            device=os.environ.get(DEVICE_VARIABLE, self.backend.device),
             fingerprint=self.planned.fingerprint,
             recipe_sha256=self.recipe.sha256,
             version=_version.__version__,

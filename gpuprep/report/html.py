@@ -24,13 +24,13 @@ from gpuprep.compute.hu_histogram import BANDS, FLAGS, SOURCES, flags
 from gpuprep.core.formatting import plain_reason
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
-from gpuprep.files.replacing import replacing
+from gpuprep.files.replacing import atomic_writer
 from gpuprep.output.folder_store import Output
-from gpuprep.output.object_store import output_at, place_of
+from gpuprep.output.object_store import output_for_reading, resolve_out
 from gpuprep.output.paths import REPORT
 from gpuprep.output.preview import COLOURS
 from gpuprep.output.records import SeriesResult, now
-from gpuprep.output.verify import Records
+from gpuprep.output.verify import AllManifests
 
 MAX_PICTURES = 10_000
 """Maximum number of pictures per page, those of the first series: about 120 MB. Browsers do not open much more."""
@@ -66,7 +66,7 @@ def write_report(out: str | Path, to: Path | None = None) -> str:
     OutputError
         If a file cannot be read or written.
     """
-    folder = place_of(out)
+    folder = resolve_out(out)
     if to is not None and isinstance(folder, Path):
         file = to.resolve()
         if file != folder.resolve() / REPORT and file.is_relative_to(folder.resolve()):
@@ -86,14 +86,14 @@ def write_report(out: str | Path, to: Path | None = None) -> str:
 
 
 def _write(out: str | Path, file: Path) -> None:
-    with closing(Records(out)) as records:
+    with closing(AllManifests(out)) as records:
         if not file.parent.is_dir():
             raise RequestError(f"cannot write {file}: there is no folder {file.parent}")
-        with replacing(file) as page:
-            _write_page(page, records, output_at(out))
+        with atomic_writer(file) as page:
+            _write_page(page, records, output_for_reading(out))
 
 
-def _write_page(page: TextIO, records: Records, output: Output) -> None:
+def _write_page(page: TextIO, records: AllManifests, output: Output) -> None:
     """Write the page: the table first, then one block of details per series."""
     style, script = _asset("page.css"), _asset("page.js")
     policy = (

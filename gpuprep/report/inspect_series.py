@@ -25,8 +25,8 @@ from gpuprep.dicom.read import SeriesReader
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.output.manifest import Manifest, manifest_path
 from gpuprep.output.own_files import PREVIEW, SIDECAR
-from gpuprep.output.preview import Planes, picture
-from gpuprep.output.read_volume import Finished
+from gpuprep.output.preview import MiddlePlanes, draw_preview
+from gpuprep.output.read_volume import FinishedOutput
 from gpuprep.pipeline.load import one_series
 
 AS_ACQUIRED = Recipe(spacing_mm=None, size=None, dtype="uint8")
@@ -43,7 +43,7 @@ MAX_LISTED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Glance:
+class SeriesSummary:
     """Summary of one series for display."""
 
     title: str
@@ -62,12 +62,12 @@ class Glance:
     structures: tuple[str, ...] = ()
     """Names of the structures in the label volumes of an output."""
     planes: NDArray[np.uint8] | None = None
-    """Picture of the middle planes, shape (rows, columns, 3): see `gpuprep.output.preview.picture`."""
+    """Picture of the middle planes, shape (rows, columns, 3): see `gpuprep.output.preview.draw_preview`."""
     slices: tuple[tuple[int, NDArray[np.uint8]], ...] = ()
     """Index and grey values, shape (j, i), of some slices."""
 
 
-def glance(path: str, series_uid: str | None = None, group_by: GroupBy = "uid") -> Glance:
+def summarise_series(path: str, series_uid: str | None = None, group_by: GroupBy = "uid") -> SeriesSummary:
     """Return a summary of one series.
 
     Parameters
@@ -81,7 +81,7 @@ def glance(path: str, series_uid: str | None = None, group_by: GroupBy = "uid") 
 
     Returns
     -------
-    Glance
+    SeriesSummary
         Summary; also of a series that is rejected.
 
     Raises
@@ -110,22 +110,24 @@ def _listed(folders: Sequence[str]) -> str:
     return first_few([printable(f) for f in folders], MAX_LISTED) or "nothing"
 
 
-def _of_series(series: Series) -> Glance:
+def _of_series(series: Series) -> SeriesSummary:
     audited = audit(series, AS_ACQUIRED.rules)
     title = f"{printable(series.folder)}: series {series.label}, {len(series.slices)} images"
     if audited.stack is None:
-        return Glance(title=title, verdict=audited.verdict, codes=audited.codes, notes=(plain_reason(audited.reason),))
+        return SeriesSummary(
+            title=title, verdict=audited.verdict, codes=audited.codes, notes=(plain_reason(audited.reason),)
+        )
     source = SeriesReader(series, AS_ACQUIRED, stacked=audited.stack)
     plan = make_plan(source.geometry, AS_ACQUIRED, source.placement)
-    planes = Planes(plan.target.shape)
-    selected = set(spread(plan.target.shape[0]))
+    planes = MiddlePlanes(plan.target.shape)
+    selected = set(slice_indices(plan.target.shape[0]))
     slices: list[tuple[int, NDArray[np.uint8]]] = []
     start = 0
-    for chunk in planes.passing(host_chunks(source, plan, NumpyBackend("matmul"))):
+    for chunk in planes.collecting(host_chunks(source, plan, NumpyBackend("matmul"))):
         slices += [(k, values.copy()) for k, values in enumerate(chunk, start) if k in selected]
         start += len(chunk)
     irregularities, warnings = audited.irregularities + source.irregularities, audited.warnings + source.warnings
-    return Glance(
+    return SeriesSummary(
         title=title,
         verdict="fixed" if irregularities else audited.verdict,
         codes=codes((*irregularities, *warnings)),
@@ -134,17 +136,17 @@ def _of_series(series: Series) -> Glance:
         hu=(source.statistics.low, source.statistics.mean, source.statistics.high),
         padding_share=source.padding_voxels / source.statistics.voxels,
         quality=source.histogram.to_dict(),
-        planes=picture(planes, plan.target, 0, 255),
+        planes=draw_preview(planes, plan.target, 0, 255),
         slices=tuple(slices),
     )
 
 
-def _of_output(folder: Path) -> Glance:
-    output = Finished(folder)
+def _of_output(folder: Path) -> SeriesSummary:
+    output = FinishedOutput(folder)
     sidecar, image = output.sidecar, output.recipe.image
     try:
         source = sidecar["source"]
-        return Glance(
+        return SeriesSummary(
             title=f"{folder}: {'image' if image else 'masks'} of a series of {source['slices']} images",
             verdict=sidecar["verdict"],
             codes=tuple(sidecar["codes"]),
@@ -163,7 +165,7 @@ def _of_output(folder: Path) -> Glance:
         ) from exc
 
 
-def spread(count: int) -> list[int]:
+def slice_indices(count: int) -> list[int]:
     """Return the indices of at most `MAX_SLICES` of `count` slices, at equal distances."""
     return sorted({round(k) for k in np.linspace(0, count - 1, min(count, MAX_SLICES))})
 
@@ -176,12 +178,12 @@ def _preview(file: Path) -> NDArray[np.uint8] | None:
     return np.asarray(jpeg8_decode(file.read_bytes()), dtype=np.uint8)
 
 
-def _slices(output: Finished) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def _slices(output: FinishedOutput) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Yield index and grey values of some slices of an output, in its window."""
     slope, intercept = output.hu
     low_hu, high_hu = output.recipe.window_hu or DISPLAY_HU
     slices, rows, columns = output.geometry.shape
-    for k in spread(slices):
+    for k in slice_indices(slices):
         stored = output.image((slice(k, k + 1), slice(0, rows), slice(0, columns)))[0]
         hu = stored.astype(np.float32) * slope + intercept
         yield k, np.rint(np.clip((hu - low_hu) / (high_hu - low_hu), 0, 1) * 255).astype(np.uint8)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from gpuprep.compute.hu_histogram import BANDS, stored_edges
-from gpuprep.report.inspect_series import Glance
+from gpuprep.report.inspect_series import SeriesSummary
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
@@ -88,7 +88,7 @@ def _column(hu: float, width: int) -> int:
     return min(width - 1, max(0, int((hu - low) / (high - low) * width)))
 
 
-def montage(seen: Glance) -> Image.Image:
+def montage(seen: SeriesSummary) -> Image.Image:
     """Return a picture of slices at equal distances, with the pixel aspect ratio of the grid, and of the histogram."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
     tiles = list(_tiles(seen))
@@ -113,7 +113,7 @@ def montage(seen: Glance) -> Image.Image:
     return sheet
 
 
-def grid_lines(seen: Glance) -> Iterator[str]:
+def grid_lines(seen: SeriesSummary) -> Iterator[str]:
     """Yield lines of text about grid, HU, peaks and structures."""
     if seen.grid is not None:
         size, spacing = (" × ".join(f"{v:.4g}" for v in values) for values in (seen.grid.shape, seen.grid.spacing_mm))
@@ -131,7 +131,7 @@ def grid_lines(seen: Glance) -> Iterator[str]:
         yield f"structures: {', '.join(seen.structures)}"
 
 
-def _tiles(seen: Glance) -> Iterator[tuple[int, Image.Image]]:
+def _tiles(seen: SeriesSummary) -> Iterator[tuple[int, Image.Image]]:
     if seen.grid is None:
         return
     _, rows_mm, columns_mm = seen.grid.spacing_mm

@@ -25,7 +25,7 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import discover
 from gpuprep.dicom.read import SeriesReader
 from gpuprep.output.folder_store import checksum
-from gpuprep.output.preview import COLOURS, GAP, HEIGHT, WIDTH, Planes, jpeg, picture
+from gpuprep.output.preview import COLOURS, GAP, HEIGHT, WIDTH, MiddlePlanes, draw_preview, encode_jpeg
 from gpuprep.output.records import SeriesResult
 from gpuprep.testing import write_series
 
@@ -207,10 +207,10 @@ def test_missing_metrics_raise_no_flags() -> None:
 # Preview picture
 
 
-def planes(values: NDArray[Any]) -> Planes:
+def planes(values: NDArray[Any]) -> MiddlePlanes:
     """Return the middle planes of a volume that is passed in chunks of different sizes."""
-    counted = Planes((len(values), values.shape[1], values.shape[2]))
-    passed = list(counted.passing(iter([values[:1], values[1:4], values[4:]])))
+    counted = MiddlePlanes((len(values), values.shape[1], values.shape[2]))
+    passed = list(counted.collecting(iter([values[:1], values[1:4], values[4:]])))
     assert np.array_equal(np.concatenate(passed), values)
     return counted
 
@@ -233,7 +233,7 @@ def test_planes_are_side_by_side_in_true_proportions() -> None:
     values = np.zeros((64, 128, 64), dtype=np.float32)
     values[:, :64] = 400.0  # the front half
     values[63] = 800.0  # the topmost slice, beyond white
-    shown = picture(planes(values), axial((64, 128, 64), (2.0, 1.0, 1.0)), -400.0, 400.0)
+    shown = draw_preview(planes(values), axial((64, 128, 64), (2.0, 1.0, 1.0)), -400.0, 400.0)
     assert shown.shape == (HEIGHT, 64 + GAP + 64 + GAP + 128, 3)
     across, front, side = shown[:, :64], shown[:, 68:132], shown[:, 136:]
     assert np.unique(across[:64]).tolist() == [255]
@@ -246,7 +246,7 @@ def test_planes_are_side_by_side_in_true_proportions() -> None:
 
 
 def test_planes_of_a_flat_volume_are_limited_in_width() -> None:
-    shown = picture(planes(np.ones((8, 100, 100))), axial((8, 100, 100), (5.0, 4.0, 4.0)), 0.0, 1.0)
+    shown = draw_preview(planes(np.ones((8, 100, 100))), axial((8, 100, 100), (5.0, 4.0, 4.0)), 0.0, 1.0)
     # 40 × 400 × 400 mm: one plane of 128 × 128 pixels and two of 160 × 16 pixels, centred vertically.
     assert shown.shape == (HEIGHT, HEIGHT + GAP + WIDTH + GAP + WIDTH, 3)
     lit = np.flatnonzero(shown[:, 140, 0])
@@ -259,7 +259,7 @@ def test_each_structure_is_outlined_in_its_own_colour() -> None:
     one[50:80, 40:90, 60:70] = 1
     one[50:80, 10:20, 60:70] = 2
     other[60:70, 100:110, 60:70] = 1  # label 1 of the second volume has the second colour
-    shown = picture(None, grid, 0.0, 1.0, [planes(one), planes(other)])
+    shown = draw_preview(None, grid, 0.0, 1.0, [planes(one), planes(other)])
     across = shown[:, :128]
     expected = np.zeros((128, 128, 3), dtype=np.uint8)
     for top, bottom, colour in ((40, 90, 0), (10, 20, 1), (100, 110, 1)):
@@ -274,7 +274,7 @@ def test_each_structure_is_outlined_in_its_own_colour() -> None:
 def test_a_picture_survives_jpeg() -> None:
     y, x = np.mgrid[:128, :200]
     pixels = np.stack([y, x, 255 - y], axis=2).astype(np.uint8)
-    data = jpeg(pixels)
+    data = encode_jpeg(pixels)
     assert data[:3] == b"\xff\xd8\xff"
     assert np.abs(imagecodecs.jpeg8_decode(data).astype(int) - pixels).max() < 16
 

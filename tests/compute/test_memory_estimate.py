@@ -15,10 +15,10 @@ from gpuprep.compute.backend import Engine, NumpyBackend
 from gpuprep.compute.memory_estimate import (
     CONTEXT_BYTES,
     device_bytes,
-    for_volumes,
     host_bytes,
     host_bytes_free,
-    workers,
+    volume_memory_bytes,
+    worker_count,
 )
 from gpuprep.compute.process import host_chunks
 from gpuprep.core.geometry import Placement
@@ -158,7 +158,7 @@ def test_uneven_stacks_have_an_estimate() -> None:
 )
 def test_cuda_contexts_take_at_most_half_of_the_usable_memory(free_gb: int, wanted: int, expected: int) -> None:
     free = free_gb * 10**9
-    assert workers(free, wanted) == expected
-    left = for_volumes(free, expected)
+    assert worker_count(free, wanted) == expected
+    left = volume_memory_bytes(free, expected)
     assert left == max(0, int(0.8 * free) - expected * CONTEXT_BYTES)
     assert expected == 1 or left >= 0.4 * free

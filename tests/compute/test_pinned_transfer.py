@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import stored_volume
 from numpy.typing import NDArray
-from standin import DOWNLOAD_S, KERNEL_S, UPLOAD_S, ForeignBackend
+from standin import DOWNLOAD_S, KERNEL_S, UPLOAD_S, SimulatedGpu
 
 from gpuprep.compute import pinned_transfer
 from gpuprep.compute.backend import Engine, NumpyBackend
@@ -59,7 +59,7 @@ RECIPES = [
 def test_the_stand_in_gives_the_same_values_as_the_cpu(noise: Any, recipe: Recipe, engine: Engine) -> None:
     # 31 slices in slabs of 4 and chunks of 8: every buffer is reused several times, and the last one is partly filled.
     volume = stored_volume(noise((31, 40, 37)), SPACING)
-    cpu, foreign = NumpyBackend("matmul"), ForeignBackend()
+    cpu, foreign = NumpyBackend("matmul"), SimulatedGpu()
     for backend in (cpu, foreign):
         backend.chunk_slices, backend.slab_slices = 8, 4
     expected = run(volume, recipe, cpu, engine)
@@ -77,7 +77,7 @@ def test_reoriented_stacks_are_uploaded_in_the_order_of_processing(
     affine[:, 3] *= -1
     volume = replace(volume, geometry=replace(volume.geometry, affine=affine))
     recipe = Recipe(orient="LPS", size=None, spacing_mm=(0.7, 1.3, 1.0), window_hu=None)
-    foreign = ForeignBackend()
+    foreign = SimulatedGpu()
     foreign.slab_slices = 4
     plan = make_plan(volume.geometry, recipe)
     assert any(plan.turn.flips)
@@ -89,7 +89,7 @@ def test_reoriented_stacks_are_uploaded_in_the_order_of_processing(
 def test_the_stand_in_detects_missing_synchronisation(noise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Shows that the tests above can fail.
     volume = stored_volume(noise((31, 40, 37)), SPACING)
-    foreign = ForeignBackend()
+    foreign = SimulatedGpu()
     expected = run(volume, RECIPES[0], NumpyBackend("matmul"))
     with monkeypatch.context() as patched:
         patched.setattr(pinned_transfer, "_completed", lambda _, host: host)
@@ -100,7 +100,7 @@ def test_the_stand_in_detects_missing_synchronisation(noise: Any, monkeypatch: p
 
 
 def test_the_next_slab_is_read_while_the_device_processes_one(
-    noise: Any, foreign: ForeignBackend, monkeypatch: pytest.MonkeyPatch
+    noise: Any, foreign: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The first kernel of each slab waits until reading of the next slab has begun. Without reading ahead it times out.
     volume = stored_volume(noise((24, 10, 10)), SPACING)
@@ -127,7 +127,7 @@ def test_the_next_slab_is_read_while_the_device_processes_one(
     assert next(computed, None) is None
 
 
-def test_a_read_error_is_raised_and_ends_the_reader_thread(noise: Any, foreign: ForeignBackend) -> None:
+def test_a_read_error_is_raised_and_ends_the_reader_thread(noise: Any, foreign: SimulatedGpu) -> None:
     volume = stored_volume(noise((40, 10, 10)), SPACING)
 
     def slab(start: int, stop: int, empty: Any) -> NDArray[Any]:
@@ -141,7 +141,7 @@ def test_a_read_error_is_raised_and_ends_the_reader_thread(noise: Any, foreign: 
     assert reader_threads() == []
 
 
-def test_closing_the_iterator_early_ends_the_reader_thread(noise: Any, foreign: ForeignBackend) -> None:
+def test_closing_the_iterator_early_ends_the_reader_thread(noise: Any, foreign: SimulatedGpu) -> None:
     volume = stored_volume(noise((64, 10, 10)), SPACING)
     chunks: Iterator[Any] = host_chunks(volume, make_plan(volume.geometry, RECIPES[0]), foreign)
     next(chunks)
@@ -154,7 +154,7 @@ def test_closing_the_iterator_early_ends_the_reader_thread(noise: Any, foreign: 
 def test_no_array_outlives_the_session(noise: Any, engine: Engine, to_the_end: bool) -> None:
     # A reference cycle would hold device memory until the next garbage collection, while other processes need it.
     volume = stored_volume(noise((20, 10, 10)), SPACING)
-    foreign = ForeignBackend()
+    foreign = SimulatedGpu()
     gc.collect()
     gc.disable()
     try:
@@ -175,7 +175,7 @@ def test_the_time_of_each_stage_is_measured_separately(noise: Any, slices: int, 
     # Source and output have 1 mm, so nothing is resampled. Slabs of 8 slices are uploaded, windowed and downloaded.
     volume = stored_volume(noise((slices, 12, 12)), (1.0, 1.0, 1.0))
     seconds: dict[str, float] = {}
-    list(host_chunks(volume, make_plan(volume.geometry, Recipe(size=None)), ForeignBackend(), "operators", seconds))
+    list(host_chunks(volume, make_plan(volume.geometry, Recipe(size=None)), SimulatedGpu(), "operators", seconds))
     downloads = uploads
     assert seconds == {
         "upload_s": uploads * UPLOAD_S,
@@ -204,7 +204,7 @@ def test_lack_of_memory_and_a_lost_device_are_different_errors(noise: Any, monke
     monkeypatch.setattr("standin._lost", set())
     volume = stored_volume(noise((9, 30, 30)), SPACING)
     with pytest.raises(DeviceMemoryError, match="out of memory allocating 28800 bytes"):  # 8 × 30 × 30 floats
-        run(volume, RECIPES[0], ForeignBackend(largest=20_000))
+        run(volume, RECIPES[0], SimulatedGpu(largest=20_000))
     with pytest.raises(DeviceLostError, match="illegal memory access"):
-        run(volume, RECIPES[0], ForeignBackend(lost_at=9))
+        run(volume, RECIPES[0], SimulatedGpu(lost_at=9))
     assert reader_threads() == []

@@ -11,7 +11,7 @@ from conftest import axial, stored_volume
 from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.transform import resize as skimage_resize
-from standin import ForeignBackend
+from standin import SimulatedGpu
 
 from gpuprep.compute.backend import Backend, Engine, NumpyBackend
 from gpuprep.compute.process import host_chunks, process
@@ -250,7 +250,7 @@ def test_axes_with_an_unchanged_size_are_not_resampled(noise: Any, backend: Back
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_integers_are_uploaded_once_and_each_chunk_is_downloaded_once(
-    noise: Any, foreign: ForeignBackend, engine: Engine
+    noise: Any, foreign: SimulatedGpu, engine: Engine
 ) -> None:
     stored = noise((9, 40, 37))
     values = run(stored_volume(stored, SPACING), Recipe(size=(16, 16)), foreign, engine)
@@ -269,7 +269,7 @@ def test_integers_are_uploaded_once_and_each_chunk_is_downloaded_once(
 @pytest.mark.parametrize("order", [0, 1, 3])
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (7.0, 1.6, 0.4), (0.9, 3.0, 3.0)])
 def test_engines_agree_with_anti_aliasing_everywhere(
-    noise: Any, foreign: ForeignBackend, align: Any, order: int, spacing: tuple[float, float, float]
+    noise: Any, foreign: SimulatedGpu, align: Any, order: int, spacing: tuple[float, float, float]
 ) -> None:
     # Each axis shrinks and grows; there are more slices than the sliding window of the operators holds.
     volume = stored_volume(noise((90, 21, 24)), (2.5, 0.8, 0.7))

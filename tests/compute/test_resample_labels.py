@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
-from standin import ForeignBackend, to_numpy
+from standin import SimulatedGpu, to_numpy
 
 from gpuprep.compute.backend import Backend, NumpyBackend
 from gpuprep.compute.resample_labels import label_chunks, slice_volumes_ml
@@ -142,7 +142,7 @@ def test_the_stand_in_for_a_gpu_gives_identical_labels(resampling: Resampling, r
     grid = GRIDS["oblique"]
     plan = make_plan(grid, recipe)
     labels = blobs(grid.shape, seed=2)
-    foreign = ForeignBackend()
+    foreign = SimulatedGpu()
     np.testing.assert_array_equal(
         resampled(labels, plan, resampling, foreign), resampled(labels, plan, resampling, NumpyBackend("matmul"))
     )

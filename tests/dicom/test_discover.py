@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pydicom
 import pytest
-from conftest import natively
+from conftest import encoded_natively
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -200,7 +200,7 @@ def test_enhanced_ct_is_found_as_a_multi_frame_image(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_data_sets_without_preamble_or_meta_group_are_found(tmp_path: Path, syntax: UID, meta: bool) -> None:
     for file in write(tmp_path):
-        data = natively(pydicom.dcmread(file), syntax, meta=meta)
+        data = encoded_natively(pydicom.dcmread(file), syntax, meta=meta)
         file.write_bytes(data[132:] if meta else data)
     series = only_series(discover(tmp_path))
     assert len(series.slices) == 3
@@ -410,7 +410,7 @@ def test_a_file_truncated_anywhere_is_reported_or_rejected(tmp_path: Path) -> No
 def test_a_deflated_file_truncated_anywhere_is_reported_or_rejected(tmp_path: Path) -> None:
     # Trap 42: the rest inflates to the beginning of a data set.
     file = write(tmp_path)[2]
-    whole = natively(pydicom.dcmread(file), DeflatedExplicitVRLittleEndian)
+    whole = encoded_natively(pydicom.dcmread(file), DeflatedExplicitVRLittleEndian)
     for size in range(whole.index(CT.encode()) + len(CT) + 1, len(whole) - 2, 29):
         file.write_bytes(whole[:size])
         cohort = discover(tmp_path)
@@ -557,7 +557,7 @@ def test_padding_has_the_sign_of_the_pixels(
         ds.PixelRepresentation = int(signed)
 
     (file,) = write(tmp_path, 1, change)
-    file.write_bytes(natively(pydicom.dcmread(file), syntax))
+    file.write_bytes(encoded_natively(pydicom.dcmread(file), syntax))
     assert (header(file).padding, header(file).padding_limit) == (expected, expected)
 
 
@@ -643,7 +643,7 @@ def test_the_pixel_offset_is_where_the_pixels_begin(tmp_path: Path, syntax: UID,
         ds.add_new(0xFFFCFFFC, "OB", bytes(20))
 
     for file, pixels in zip(write(tmp_path, 3, change), noise(3), strict=True):
-        file.write_bytes(natively(pydicom.dcmread(file), syntax, meta=meta))
+        file.write_bytes(encoded_natively(pydicom.dcmread(file), syntax, meta=meta))
         found = header(file)
         assert found.pixel_offset is not None
         assert found.pixel_bytes == 640
@@ -654,7 +654,7 @@ def test_the_pixel_offset_is_where_the_pixels_begin(tmp_path: Path, syntax: UID,
 def test_the_pixel_offset_in_big_endian_files_is_where_the_pixels_begin(tmp_path: Path) -> None:
     # Trap 29.
     (file,) = write(tmp_path, 1)
-    file.write_bytes(natively(pydicom.dcmread(file), ExplicitVRBigEndian))
+    file.write_bytes(encoded_natively(pydicom.dcmread(file), ExplicitVRBigEndian))
     found = header(file)
     assert found.transfer_syntax == ExplicitVRBigEndian
     assert found.pixel_offset is not None
@@ -665,7 +665,7 @@ def test_the_pixel_offset_in_big_endian_files_is_where_the_pixels_begin(tmp_path
 def test_the_pixel_offset_in_deflated_files_counts_inflated_bytes(tmp_path: Path) -> None:
     # Trap 29.
     (file,) = write(tmp_path, 1)
-    data = natively(pydicom.dcmread(file), DeflatedExplicitVRLittleEndian)
+    data = encoded_natively(pydicom.dcmread(file), DeflatedExplicitVRLittleEndian)
     file.write_bytes(data)
     # PS3.10, 7.1: preamble and prefix are 128 + 4 bytes; an element of 12 bytes with the length of the rest follows.
     unpacked = zlib.decompress(data[144 + int.from_bytes(data[140:144], "little") :], -zlib.MAX_WBITS)
@@ -1013,7 +1013,7 @@ def test_the_cohort_contains_no_patient_data(tmp_path: Path) -> None:
     spoiled, cut, deflated = write(tmp_path / "bad", 3, identifying)
     overwrite_value(spoiled, 0x00280030, b"DS", b"no\\number")
     cut.write_bytes(cut.read_bytes()[:420])
-    deflated.write_bytes(natively(pydicom.dcmread(deflated), DeflatedExplicitVRLittleEndian)[:-400])
+    deflated.write_bytes(encoded_natively(pydicom.dcmread(deflated), DeflatedExplicitVRLittleEndian)[:-400])
     cohort = discover(tmp_path)
     out = [pickle.dumps(cohort), repr(cohort).encode()]
     for series in cohort:

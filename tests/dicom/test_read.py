@@ -14,7 +14,7 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
-from conftest import natively
+from conftest import encoded_natively
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.encaps import encapsulate, generate_frames
@@ -64,7 +64,7 @@ def write(
     files = write_series(folder, stored, SPACING, change=change)
     for file in files:
         if syntax in NATIVE:
-            file.write_bytes(natively(pydicom.dcmread(file), syntax))
+            file.write_bytes(encoded_natively(pydicom.dcmread(file), syntax))
         else:
             encode_file(file, syntax)
     return files
@@ -155,7 +155,7 @@ def test_slices_of_one_series_may_be_in_different_syntaxes(tmp_path: Path) -> No
     files = write_series(tmp_path, stored, SPACING)
     for file, syntax in zip(files, [*NATIVE, *ENCAPSULATED], strict=True):
         if syntax in NATIVE:
-            file.write_bytes(natively(pydicom.dcmread(file), syntax))
+            file.write_bytes(encoded_natively(pydicom.dcmread(file), syntax))
         else:
             encode_file(file, syntax)
     np.testing.assert_array_equal(read_folder(tmp_path).stored, stored)
@@ -168,7 +168,7 @@ def test_a_file_without_preamble_and_meta_group_is_read(tmp_path: Path, syntax: 
     # Trap 29.
     stored = integers(-2000, 3000, "int16")
     for file in write(tmp_path, stored):
-        file.write_bytes(natively(pydicom.dcmread(file), syntax, meta=False))
+        file.write_bytes(encoded_natively(pydicom.dcmread(file), syntax, meta=False))
     np.testing.assert_array_equal(read_folder(tmp_path).stored, stored)
 
 
@@ -190,7 +190,7 @@ def test_a_wrong_transfer_syntax_does_not_shift_the_pixels(tmp_path: Path, decla
         meta = DicomBytesIO()
         meta.is_little_endian, meta.is_implicit_VR = True, False
         write_file_meta_info(meta, ds.file_meta)
-        file.write_bytes(bytes(128) + b"DICM" + meta.getvalue() + natively(ds, true, meta=False))
+        file.write_bytes(bytes(128) + b"DICM" + meta.getvalue() + encoded_natively(ds, true, meta=False))
     try:
         volume = read_folder(tmp_path)
     except DecodeError:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from conftest import natively
+from conftest import encoded_natively
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import (
@@ -100,7 +100,7 @@ def wrapped(files: list[Path], folder: Path, how: str) -> Path:
             (folder / "enhanced.dcm").unlink()
         if how == "enhanced-deflated":
             ds = pydicom.dcmread(folder / "enhanced.dcm")
-            (folder / "enhanced.dcm").write_bytes(natively(ds, DeflatedExplicitVRLittleEndian))
+            (folder / "enhanced.dcm").write_bytes(encoded_natively(ds, DeflatedExplicitVRLittleEndian))
     elif how == "dicomdir":
         for file in files:
             (folder / file.name).write_bytes(file.read_bytes())
@@ -116,7 +116,7 @@ def wrapped(files: list[Path], folder: Path, how: str) -> Path:
             "bare-big-endian": (ExplicitVRBigEndian, False),
         }[how]
         for file in files:
-            (folder / file.name).write_bytes(natively(pydicom.dcmread(file), syntax, meta=meta))
+            (folder / file.name).write_bytes(encoded_natively(pydicom.dcmread(file), syntax, meta=meta))
     return folder
 
 

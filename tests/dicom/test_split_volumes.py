@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from conftest import natively
+from conftest import encoded_natively
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import Dataset
@@ -642,7 +642,7 @@ def test_phases_are_read_in_every_native_syntax(tmp_path: Path, syntax: UID) -> 
         ds.StackID, ds.InStackPositionNumber, ds.DimensionIndexValues = "3", 70000, [1, 2, 70000]
 
     (file,) = write_series(tmp_path, noise(0, 1), (2.5, 0.8, 0.7), change=change)
-    file.write_bytes(natively(pydicom.dcmread(file), syntax))
+    file.write_bytes(encoded_natively(pydicom.dcmread(file), syntax))
     one = header_of(file)
     assert dict(part.split("=") for part in one.phase.split()) == {
         "respiratory": "12.5", "cardiac": "70", "delay": "710.25", "trigger": "75.5", "offset": "0.001", "energy": "67",

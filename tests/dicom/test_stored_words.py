@@ -11,7 +11,7 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
-from conftest import natively
+from conftest import encoded_natively
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.encaps import encapsulate
@@ -63,14 +63,14 @@ def ramp(size: int, slices: int = 3) -> NDArray[np.int16]:
 
 def with_pixel_vr(file: Path, vr: bytes, syntax: UID = ExplicitVRLittleEndian) -> None:
     """Rewrite a file in a native syntax, with other bytes as VR and reserved bytes of *Pixel Data*."""
-    data = natively(
+    data = encoded_natively(
         pydicom.dcmread(file), ExplicitVRBigEndian if syntax == ExplicitVRBigEndian else ExplicitVRLittleEndian
     )
     old = b"\x7f\xe0\x00\x10OW\0\0" if syntax == ExplicitVRBigEndian else PIXELS
     at = data.rindex(old) + 4
     data = data[:at] + vr + data[at + 4 :]
     if syntax == DeflatedExplicitVRLittleEndian:
-        meta = natively(pydicom.dcmread(file), syntax)
+        meta = encoded_natively(pydicom.dcmread(file), syntax)
         group = 132 + 12 + int.from_bytes(meta[140:144], "little")
         plain = 132 + 12 + int.from_bytes(data[140:144], "little")
         squeeze = zlib.compressobj(wbits=-15)
@@ -117,7 +117,7 @@ def test_pixels_begin_after_a_vr_with_a_short_length(tmp_path: Path, vr: bytes) 
 def test_pixel_data_may_have_another_vr_encoding_than_the_data_set(tmp_path: Path, others: UID, size: int) -> None:
     stored = ramp(size)
     for file in write_series(tmp_path, stored, SPACING_MM):
-        data = natively(pydicom.dcmread(file), others)
+        data = encoded_natively(pydicom.dcmread(file), others)
         length = (size * size * 2).to_bytes(4, "little")
         explicit, implicit = PIXELS + length, PIXELS[:4] + length
         old, new = (implicit, explicit) if others == ImplicitVRLittleEndian else (explicit, implicit)
@@ -131,7 +131,7 @@ def test_a_length_is_not_mistaken_for_a_vr(tmp_path: Path, size: tuple[int, int]
     # 141 × 149 × 2 bytes are 0xA422, 337 × 62 × 2 are 0xA33C. First letters of VRs of pixels are odd numbers.
     stored = np.random.default_rng(0).integers(0, 3000, (3, *size)).astype(np.int16)
     for file in write_series(tmp_path, stored, SPACING_MM):
-        file.write_bytes(natively(pydicom.dcmread(file), ImplicitVRLittleEndian))
+        file.write_bytes(encoded_natively(pydicom.dcmread(file), ImplicitVRLittleEndian))
     np.testing.assert_array_equal(gpuprep.read(only_series(tmp_path)).stored, stored)
 
 
@@ -142,7 +142,7 @@ def test_a_length_that_spells_a_vr_is_read_as_a_length(tmp_path: Path, letters: 
     rows = next(n for n in range(1, pixels) if pixels % n == 0 and pixels // n <= 8192)
     stored = np.random.default_rng(0).integers(0, 3000, (3, rows, pixels // rows)).astype(np.int16)
     for file in write_series(tmp_path, stored, SPACING_MM):
-        file.write_bytes(natively(pydicom.dcmread(file), ImplicitVRLittleEndian))
+        file.write_bytes(encoded_natively(pydicom.dcmread(file), ImplicitVRLittleEndian))
         assert b"\xe0\x7f\x10\x00" + letters.encode() + b"\0\0" in file.read_bytes()
     np.testing.assert_array_equal(gpuprep.read(only_series(tmp_path)).stored, stored)
 
@@ -174,7 +174,7 @@ def test_float_pixels_are_rejected_by_name(tmp_path: Path, keyword: str, dtype: 
         setattr(ds, keyword, np.full((16, 20), -1000.5 + k, dtype).tobytes())
 
     for file in write_series(tmp_path, np.zeros((3, 16, 20), np.int16), SPACING_MM, change=change):
-        file.write_bytes(natively(pydicom.dcmread(file), syntax))
+        file.write_bytes(encoded_natively(pydicom.dcmread(file), syntax))
     cohort = gpuprep.discover(tmp_path)
     assert len(cohort) == 0
     assert len(cohort.unreadable) == 3
@@ -238,7 +238,7 @@ def series_of(folder: Path, words: Stored, change: Change, syntax: UID = Explici
             ds.BitsStored, ds.HighBit = declared_bits
             ds.save_as(file, enforce_file_format=True)
         else:
-            file.write_bytes(natively(ds, syntax))
+            file.write_bytes(encoded_natively(ds, syntax))
     return only_series(folder)
 
 
@@ -1120,7 +1120,7 @@ def test_undeclared_pixels_after_a_single_frame_give_a_warning(
 
     for file in write_series(tmp_path / "in", stored, SPACING_MM, change=change):
         ds = pydicom.dcmread(file)
-        file.write_bytes(natively(ds, syntax))
+        file.write_bytes(encoded_natively(ds, syntax))
     assert verdicts(tmp_path / "in", tmp_path / "out") == [("ok", codes)]
     np.testing.assert_array_equal(gpuprep.read(only_series(tmp_path / "in")).stored, stored)
 

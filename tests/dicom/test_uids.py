@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from conftest import natively, renamed
+from conftest import encoded_natively, renamed
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.encaps import encapsulate
@@ -48,7 +48,7 @@ def write_big_endian_words(folder: Path, stored: NDArray[Any], syntax: UID = Imp
         ds.PixelData = np.frombuffer(ds.PixelData, "<u2").astype(">u2").tobytes()
 
     for file in write_series(folder, stored, SPACING_MM, change=swap):
-        file.write_bytes(natively(pydicom.dcmread(file), syntax))
+        file.write_bytes(encoded_natively(pydicom.dcmread(file), syntax))
         renamed(file, GE)
 
 
@@ -84,7 +84,7 @@ def test_the_byte_order_of_eight_bit_pixels_is_not_guessed(tmp_path: Path) -> No
         ds.PixelData = bytes(range(12)) * 11
 
     for file in write_series(tmp_path, np.zeros((4, 11, 12), np.int16), SPACING_MM, change=eight_bits):
-        file.write_bytes(natively(pydicom.dcmread(file), ImplicitVRLittleEndian))
+        file.write_bytes(encoded_natively(pydicom.dcmread(file), ImplicitVRLittleEndian))
         renamed(file, GE)
     with pytest.raises(DecodeError, match="order of bytes") as caught:
         gpuprep.read(only_series(tmp_path))

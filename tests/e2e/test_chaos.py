@@ -26,9 +26,9 @@ from cohort import (
     done,
     findings,
     gpuprep,
-    in_the_making,
     marks,
     rows,
+    unfinished_outputs,
     whole,
     write_cohort,
 )
@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_repeatedly_finally_gives_the_same_outputs(
                 until_s = started_s + chance.uniform(0, startup_s)
                 run.wait_until(lambda more=more, until_s=until_s: time.monotonic() > until_s or len(done(out)) > more)  # type: ignore[misc]
             elif kind == "making":
-                run.wait_until(lambda: in_the_making(out) != [])
+                run.wait_until(lambda: unfinished_outputs(out) != [])
                 time.sleep(chance.uniform(0, 0.02))
             else:  # at once: the row of the manifest may still be missing
                 run.wait_until(lambda more=more: len(done(out)) >= more)  # type: ignore[misc]
@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_repeatedly_finally_gives_the_same_outputs(
         assert run.end() == 0, run.stderr
     witness.look()
     assert whole(out) == undisturbed
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
     assert [str(path) for path in out.rglob("*.part")] == []
     assert findings(out) == []
 
@@ -157,7 +157,7 @@ def test_a_run_that_loses_many_workers_continues(
     again = gpuprep("retry", out, "--backend", "cpu", "--jobs", "2", "--quiet", "--index", "none")
     assert (again.returncode, again.stderr) == (0, "")
     assert whole(out) == undisturbed
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
     assert findings(out) == []
 
 
@@ -194,5 +194,5 @@ def test_a_cluster_that_loses_workers_finally_gives_the_same_outputs(
     if failed:
         gpuprep("retry", out, "--backend", "cpu", "--jobs", "2", "--quiet", "--index", "none")
     assert whole(out) == undisturbed
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
     assert findings(out) == []

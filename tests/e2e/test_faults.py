@@ -22,24 +22,24 @@ from typing import Any
 
 import pytest
 from cohort import (
-    WORKSHOP,
+    WORK_FOLDER,
     Running,
     command,
     done,
     findings,
     gpuprep,
-    in_the_making,
     marks,
     python,
     rows,
     tree,
+    unfinished_outputs,
     whole,
     write_cohort,
 )
 
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
-from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.output.folder_store import Output, PendingFolder, open_output
 from gpuprep.output.manifest import Manifest
@@ -150,7 +150,7 @@ def test_series_that_fit_on_a_full_disk_are_converted_and_the_rest_when_there_is
             r"|OutputError: it needs [\d.]+ \w+ and [\d.]+ \w+ are free: free some and run again",
             row["reason"],
         )
-    assert in_the_making(disk.path) == []
+    assert unfinished_outputs(disk.path) == []
     assert findings(disk.path) == []
     before = marks(disk.path)
     disk.change("size=40m")
@@ -178,7 +178,7 @@ def test_a_run_whose_outputs_cannot_fit_does_not_start(tmp_path: Path, disks: Ca
     # The manifest may run out of space too, and then the run cannot continue.
     without_record = f"gpuprep: cannot write into {disk.path}: "
     assert "failed" in statuses(disk.path).values() or begun.stderr.splitlines()[-1].startswith(without_record)
-    assert in_the_making(disk.path) == []
+    assert unfinished_outputs(disk.path) == []
 
 
 def test_a_disk_without_any_space_is_named(dicom: Path, disks: Callable[[int], Disk]) -> None:
@@ -218,7 +218,7 @@ def test_a_disk_that_fills_up_fails_only_the_series_being_written(
     row = rows(out)["s001"]
     assert row["codes"] == '["disk-full"]'
     assert row["reason"] == "OutputError: cannot write the series: [Errno 28] No space left on device"
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
     assert go(dicom, out).counts == {"skipped": 3, "ok": 1}
     go(dicom, out.with_name("undisturbed"))
     assert whole(out) == whole(out.with_name("undisturbed"))
@@ -285,7 +285,7 @@ def test_an_output_that_becomes_read_only_loses_no_volume(
     words = command(dicom, out)
     with Running(words, prefix=stoppable) as run:
         run.wait_until(lambda: len(done(out)) >= 3)
-        closed = [out, out / "dicom", out / WORKSHOP]
+        closed = [out, out / "dicom", out / WORK_FOLDER]
         for folder in closed:
             folder.chmod(0o555)
         code = run.end()
@@ -303,7 +303,7 @@ def test_an_output_that_becomes_read_only_loses_no_volume(
     undisturbed = tmp_path / "undisturbed"
     assert python(*command(dicom, undisturbed)).returncode == 0
     assert whole(out) == whole(undisturbed)
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
 
 
 def test_a_manifest_that_becomes_read_only_ends_the_run(
@@ -347,7 +347,7 @@ def test_a_series_that_vanishes_before_it_is_read_is_named(dicom: Path, out: Pat
     assert found["s002"]["status"] in ("rejected", "failed")
     assert re.search(r"S1-000\d\.dcm.*(No such file|not found|gone|missing)", found["s002"]["reason"])
     assert done(out) == {"dicom/s000", "dicom/s001", "dicom/s003"}
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
 
 
 def test_a_file_that_vanishes_is_named(dicom: Path, out: Path) -> None:
@@ -476,7 +476,7 @@ def test_different_shards_run_concurrently_and_other_runs_are_refused(
     counts: dict[str, int] = {}
 
     def beside_a_shard() -> None:
-        for shard in (Shard(1, 2), WHOLE):
+        for shard in (Shard(1, 2), WHOLE_COHORT):
             with pytest.raises(RequestError, match=taken(out)):
                 go(dicom, out, shard=shard)
         counts["second"] = len(go(dicom, out, shard=Shard(2, 2)).results)
@@ -487,7 +487,7 @@ def test_different_shards_run_concurrently_and_other_runs_are_refused(
     monkeypatch.setattr("gpuprep.output.folder_store.WHOLE_LOCK_TIMEOUT_S", 0.1)
 
     def beside_everything() -> None:
-        for shard in (Shard(1, 2), WHOLE):
+        for shard in (Shard(1, 2), WHOLE_COHORT):
             with pytest.raises(RequestError, match=taken(out)):
                 go(dicom, out, shard=shard)
 
@@ -542,7 +542,7 @@ def test_ctrl_c_finishes_the_series_in_progress(many: Path, out: Path) -> None:
         out
     )  # every series that was started was finished and recorded
     assert 3 <= len(found) < 40
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
     assert findings(out) == []
     with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
         assert db.execute("SELECT state FROM runs").fetchall() == [("interrupted",)]
@@ -558,7 +558,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path, out: Path) -> None:
     # Two series of 600 slices on two workers: none is finished at the first signal.
     dicom = write_cohort(tmp_path / "dicom", 2, slices=600)
     with Running(command(dicom, out)) as run:
-        run.wait_until(lambda: len(in_the_making(out)) == 2)
+        run.wait_until(lambda: len(unfinished_outputs(out)) == 2)
         run.signal(signal.SIGINT)
         time.sleep(0.2)
         run.signal(signal.SIGINT)
@@ -567,7 +567,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path, out: Path) -> None:
     assert run.stderr.splitlines() == [FINISHING, INTERRUPTED]
     assert {row["folder"] for row in rows(out).values()} == done(out)
     assert len(done(out)) < 2
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
     assert findings(out) == []
 
 
@@ -611,7 +611,7 @@ def test_a_series_that_exceeds_the_time_limit_fails_without_affecting_others(
         "OverdueError: not finished after 20 s, the limit set by --time-limit: raise it, and gpuprep retry tries it "
         "again"
     )
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
 
 
 def test_a_time_limit_requires_worker_processes(dicom: Path, out: Path) -> None:
@@ -677,10 +677,10 @@ def test_a_former_output_is_restored_if_the_run_is_killed_during_its_replacement
     before = {k: v for k, v in tree(out).items() if k.startswith("dicom/s001/")}
     assert python("-c", KILLED_BETWEEN, str(dicom), str(out)).returncode == 9
     assert not (out / "dicom" / "s001").exists()
-    assert any(name.endswith(".place") for name in in_the_making(out))
+    assert any(name.endswith(".place") for name in unfinished_outputs(out))
     with open_output(out):
         assert {k: v for k, v in tree(out).items() if k.startswith("dicom/s001/")} == before
-        assert in_the_making(out) == []
+        assert unfinished_outputs(out) == []
     undisturbed = out.with_name("undisturbed")
     for place in (out, undisturbed):
         assert python(*command(dicom, place, "--size", "26")).returncode == 0
@@ -715,7 +715,7 @@ def test_a_former_output_is_restored_if_its_replacement_fails(
             row = rows(out)["s001"]
             assert (row["status"], row["folder"]) == ("failed", "dicom/s001")
     assert {k: v for k, v in tree(out).items() if k.startswith("dicom/s001/")} == before
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
     assert go(dicom, out, recipe=other).exit_code == 0
     go(dicom, out.with_name("undisturbed"), recipe=other)
     assert whole(out) == whole(out.with_name("undisturbed"))

@@ -165,9 +165,9 @@ def uncached_loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(type(numba.njit(lambda: None)), "enable_caching", refuse)
     monkeypatch.delitem(sys.modules, "gpuprep.compute.numba_kernels", raising=False)
     monkeypatch.delattr("gpuprep.compute.numba_kernels", raising=False)
-    backend._say_unkept.cache_clear()
-    yield backend.imported_loops()
-    backend._say_unkept.cache_clear()
+    backend._warn_uncached.cache_clear()
+    yield backend.import_loops()
+    backend._warn_uncached.cache_clear()
 
 
 def test_loops_that_cannot_be_cached_give_one_warning(uncached_loops: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -189,20 +189,20 @@ def test_doctor_reports_that_loops_cannot_be_cached(caplog: pytest.LogCaptureFix
 
 
 def test_a_loop_that_cannot_be_saved_counts_as_uncached(uncached_loops: Any) -> None:
-    uncached_loops.unkept.clear()
+    uncached_loops.uncached.clear()
 
     class Full:
         def save_overload(self, *_: Any) -> None:
             raise OSError(28, "No space left on device")
 
     uncached_loops._FaultTolerantCache(Full()).save_overload()
-    assert uncached_loops.unkept.is_set()
+    assert uncached_loops.uncached.is_set()
 
 
 def test_loops_that_cannot_be_cached_are_compiled_for_all_dtypes_before_workers_start(
     warmup: Any, uncached_loops: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert uncached_loops.unkept.is_set()
+    assert uncached_loops.uncached.is_set()
     inputs, outputs = set(), set()
 
     def process(volume: Any, recipe: Recipe, **_: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from conftest import natively
+from conftest import encoded_natively
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless, generate_uid
@@ -83,7 +83,7 @@ def test_no_memory_is_allocated_for_an_element_with_a_length_of_4_gb(tmp_path: P
 def test_a_deflated_bomb_is_unpacked_only_up_to_the_header_limit(tmp_path: Path) -> None:
     files = write(tmp_path, 12)
     ds = pydicom.dcmread(files[3])
-    content = natively(ds, DeflatedExplicitVRLittleEndian)
+    content = encoded_natively(ds, DeflatedExplicitVRLittleEndian)
     end = content.index(b"1.2.840.10008.1.2.1.99") + 22
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     zeros = b"\x09\x00\x10\x00UN\0\0" + (2**31).to_bytes(4, "little") + bytes(2**20)
@@ -319,7 +319,7 @@ def test_big_endian_pixels_in_a_zip_archive_are_read_correctly(
     (tmp_path / "in").mkdir()
     with zipfile.ZipFile(tmp_path / "in" / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for n, file in enumerate(files):
-            archive.writestr(str(n), natively(pydicom.dcmread(file), ExplicitVRBigEndian))
+            archive.writestr(str(n), encoded_natively(pydicom.dcmread(file), ExplicitVRBigEndian))
     volume = gpuprep.read(gpuprep.discover(tmp_path / "in")[0])
     assert np.array_equal(volume.stored, noise((5, 16, 20)))
 

@@ -47,7 +47,7 @@ from pydicom.uid import (
 )
 from scipy import ndimage
 from segmentations import write_rtstruct, write_seg
-from standin import ForeignBackend
+from standin import SimulatedGpu
 
 import gpuprep
 from gpuprep.compute.backend import Backend, Engine, NumpyBackend
@@ -61,8 +61,8 @@ from gpuprep.dicom import decode
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.headers import read_headers
 from gpuprep.errors import GeometryError, InputError, OutputError
-from gpuprep.executors.processes import Here
-from gpuprep.output.read_volume import Finished
+from gpuprep.executors.processes import InProcessExecutor
+from gpuprep.output.read_volume import FinishedOutput
 from gpuprep.output.records import SeriesResult
 from gpuprep.output.verify import verify
 from gpuprep.output.writers import tiff
@@ -1121,7 +1121,7 @@ def test_more_than_2_gib_are_processed_in_bounded_chunks() -> None:
 
 @trap(32, "compiled-per-shape")
 def test_the_operators_use_the_same_functions_for_every_shape(
-    foreign: ForeignBackend, monkeypatch: pytest.MonkeyPatch
+    foreign: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # CuPy compiles elementwise functions once per dtype, and `matmul` calls cuBLAS: neither depends on shapes. Its
     # `ndimage` puts shapes into the source of its kernels, so the operators must not use it.
@@ -1137,7 +1137,7 @@ def test_the_operators_use_the_same_functions_for_every_shape(
     recorder = Recorder()
     monkeypatch.setattr(array_api_strict._array_object.Array, "__array_namespace__", lambda *_, **__: recorder)
     for name in ("zoom", "gaussian_filter", "resize"):
-        monkeypatch.delattr(ForeignBackend, name)
+        monkeypatch.delattr(SimulatedGpu, name)
     recipes = (Recipe(size=(30, 30), dtype="uint8"), Recipe(window_hu=None, size=None, anti_alias="both"))
     functions = []
     for recipe in recipes:
@@ -1462,10 +1462,10 @@ def test_a_lost_chunk_of_an_ome_zarr_reads_as_air_and_is_detected_by_gpuprep(
         if name == "volume.ome.zarr":
             values = values * hu["slope"] + hu["intercept"]
         np.testing.assert_allclose(values, lost, atol=2.0)  # a step of uint8 is 3 HU
-        lost_files = [f.path for f in verify(tmp_path / "out", Here(), lambda: None)]
+        lost_files = [f.path for f in verify(tmp_path / "out", InProcessExecutor(), lambda: None)]
         assert f"in/{name}/0/c/1/0/0" in lost_files
         with pytest.raises(OutputError, match="cannot be read"):
-            _ = Finished(folder).image() if name == "volume.ome.zarr" else Finished(folder).mask(name)
+            _ = FinishedOutput(folder).image() if name == "volume.ome.zarr" else FinishedOutput(folder).mask(name)
 
 
 # Masks

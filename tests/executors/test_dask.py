@@ -37,7 +37,7 @@ from gpuprep.compute.backend import NumpyBackend
 from gpuprep.errors import BackendError, RequestError
 from gpuprep.executors.dask import Cluster
 from gpuprep.executors.dask_worker import RemoteBackend, remote_gpu
-from gpuprep.executors.processes import Here, OverdueError, WorkerDiedError
+from gpuprep.executors.processes import InProcessExecutor, OverdueError, WorkerDiedError
 from gpuprep.output.folder_store import Output
 from gpuprep.pipeline.convert_series import convert_series
 from gpuprep.pipeline.planned_series import PlannedSeries
@@ -134,7 +134,7 @@ def backend_of(task: Computed) -> tuple[str, str, int, int]:
 
 def test_a_cluster_yields_the_same_outcomes_as_this_process(shared: Cluster) -> None:
     tasks = list(range(-9, 9))
-    assert sorted(shared.run(abs, tasks)) == sorted(Here().run(abs, tasks)) == [(n, abs(n)) for n in tasks]
+    assert sorted(shared.run(abs, tasks)) == sorted(InProcessExecutor().run(abs, tasks)) == [(n, abs(n)) for n in tasks]
     assert list(shared.run(abs, list[int]())) == []
     assert list(shared.run(sorted, [["b", "a"]])) == [(["b", "a"], ["a", "b"])]  # tasks of discovery are lists
 

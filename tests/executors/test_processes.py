@@ -1,4 +1,4 @@
-"""Tests of `Here` and `Processes`: both yield the same outcomes, and a worker that dies fails only its task.
+"""Tests of both local executors: they yield the same outcomes, and a worker that dies fails only its task.
 
 Most tasks are partials of library functions, run by `operator.call`. Workers can also run functions of this module,
 since `multiprocessing` passes them its path, but then each worker has to import pytest.
@@ -36,17 +36,17 @@ from worker_tasks import (
 from gpuprep.executors.processes import (
     HAVE_FORK_SERVER,
     Executor,
-    Here,
+    InProcessExecutor,
     OverdueError,
-    Place,
-    Processes,
+    ProcessExecutor,
     WorkerDiedError,
+    WorkerGroup,
 )
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {
-    "here": Here,
-    "1 process": lambda: Processes(1),
-    "2 processes": lambda: Processes(2),
+    "here": InProcessExecutor,
+    "1 process": lambda: ProcessExecutor(1),
+    "2 processes": lambda: ProcessExecutor(2),
 }
 
 
@@ -58,9 +58,9 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
 
 
 @pytest.fixture
-def processes() -> Iterator[Processes]:
+def processes() -> Iterator[ProcessExecutor]:
     """Two worker processes."""
-    executor = Processes(2)
+    executor = ProcessExecutor(2)
     yield executor
     executor.stop()
 
@@ -120,9 +120,9 @@ def test_stop_may_be_called_twice_and_without_a_run(executor: Executor) -> None:
     executor.stop()
 
 
-def test_only_worker_processes_are_other_processes(processes: Processes) -> None:
+def test_only_worker_processes_are_other_processes(processes: ProcessExecutor) -> None:
     where: dict[Executor, set[int]] = {}
-    for executor in (Here(), processes):
+    for executor in (InProcessExecutor(), processes):
         where[executor] = set(run(executor, [partial(os.getpid) for _ in range(4)]))
         executor.stop()
     here, others = where.values()
@@ -130,13 +130,13 @@ def test_only_worker_processes_are_other_processes(processes: Processes) -> None
     assert os.getpid() not in others
 
 
-def test_processes_run_as_many_tasks_at_a_time_as_there_are_workers(processes: Processes, tmp_path: Path) -> None:
+def test_processes_run_as_many_tasks_at_a_time_as_there_are_workers(processes: ProcessExecutor, tmp_path: Path) -> None:
     # Each task waits for the other to start, which would never happen with one worker.
     assert len(set(run(processes, [partial(meet, str(tmp_path)) for _ in range(2)]))) == 2
 
 
 def test_no_more_workers_are_started_than_there_are_tasks() -> None:
-    executor = Processes(50)
+    executor = ProcessExecutor(50)
     try:
         assert run(executor, squares(3)) == [9]
         assert len(multiprocessing.active_children()) == 1
@@ -145,7 +145,7 @@ def test_no_more_workers_are_started_than_there_are_tasks() -> None:
 
 
 def test_workers_are_reused_for_later_tasks() -> None:
-    executor = Processes(1)
+    executor = ProcessExecutor(1)
     try:
         pids = [run(executor, [partial(os.getpid) for _ in range(3)]) for _ in range(2)]
     finally:
@@ -153,7 +153,7 @@ def test_workers_are_reused_for_later_tasks() -> None:
     assert len({*pids[0], *pids[1]}) == 1
 
 
-def test_a_worker_computes_in_one_thread(processes: Processes) -> None:
+def test_a_worker_computes_in_one_thread(processes: ProcessExecutor) -> None:
     assert run(processes, [partial(compute_threads)]) == [{1}]
 
 
@@ -173,7 +173,7 @@ def test_a_worker_computes_in_one_thread(processes: Processes) -> None:
     ids=["killed", "exit 3", "exit 0", "segmentation fault", "abort", "signal without a name"],
 )
 def test_a_worker_that_dies_fails_only_its_task(fatal: Job, words: str) -> None:
-    executor = Processes(1)
+    executor = ProcessExecutor(1)
     try:
         first, death, *rest = run(executor, [*squares(1), fatal, *squares(2, 3)])
     finally:
@@ -183,33 +183,33 @@ def test_a_worker_that_dies_fails_only_its_task(fatal: Job, words: str) -> None:
     assert (first, rest) == (1, [4, 9])
 
 
-def test_consecutive_and_final_deaths_of_workers_fail_only_their_tasks(processes: Processes) -> None:
+def test_consecutive_and_final_deaths_of_workers_fail_only_their_tasks(processes: ProcessExecutor) -> None:
     fatal = [partial(os._exit, 1) for _ in range(3)]
     outcomes = run(processes, [*fatal[:2], *squares(5, 6, 7), fatal[2]])
     assert [isinstance(outcome, WorkerDiedError) for outcome in outcomes] == [True, True, False, False, False, True]
     assert outcomes[2:5] == [25, 36, 49]
 
 
-def test_a_worker_that_died_while_idle_is_replaced(processes: Processes) -> None:
+def test_a_worker_that_died_while_idle_is_replaced(processes: ProcessExecutor) -> None:
     (pid,) = run(processes, [partial(os.getpid)])
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not multiprocessing.active_children())
     assert run(processes, squares(*range(5))) == [0, 1, 4, 9, 16]  # no task was lost with the dead worker
 
 
-def test_an_exception_in_a_worker_fails_only_its_task(processes: Processes) -> None:
+def test_an_exception_in_a_worker_fails_only_its_task(processes: ProcessExecutor) -> None:
     one, bad, two = run(processes, [partial(int, "1"), partial(int, "x"), partial(int, "2")])
     assert isinstance(bad, WorkerDiedError)
     assert (one, two) == (1, 2)
 
 
-def test_an_outcome_that_cannot_be_pickled_fails_only_its_task(processes: Processes) -> None:
+def test_an_outcome_that_cannot_be_pickled_fails_only_its_task(processes: ProcessExecutor) -> None:
     bad, good = run(processes, [partial(threading.Lock), partial(int, "1")])
     assert isinstance(bad, WorkerDiedError)
     assert good == 1
 
 
-def test_large_tasks_and_outcomes_are_transferred(processes: Processes) -> None:
+def test_large_tasks_and_outcomes_are_transferred(processes: ProcessExecutor) -> None:
     # The text is larger than the buffer of a pipe.
     text = "x" * 3_000_000
     assert run(processes, [partial(str.upper, text), partial(str.title, text)]) == [text.upper(), text.title()]
@@ -217,7 +217,7 @@ def test_large_tasks_and_outcomes_are_transferred(processes: Processes) -> None:
 
 @pytest.mark.parametrize("size", [1, 5_000_000], ids=["small task", "large task"])
 def test_a_worker_that_cannot_start_fails_only_its_task(
-    processes: Processes, monkeypatch: pytest.MonkeyPatch, size: int
+    processes: ProcessExecutor, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     # A small task fits into the buffer of the pipe; sending a large one fails.
     monkeypatch.setattr("gpuprep.executors.processes._serve_tasks", die_at_once)
@@ -225,7 +225,7 @@ def test_a_worker_that_cannot_start_fails_only_its_task(
     assert isinstance(outcome, WorkerDiedError)
 
 
-def test_stop_ends_a_worker_in_the_middle_of_a_task(processes: Processes, tmp_path: Path) -> None:
+def test_stop_ends_a_worker_in_the_middle_of_a_task(processes: ProcessExecutor, tmp_path: Path) -> None:
     short, long = partial(abs, -3), partial(sleep_in, str(tmp_path))
     assert next(processes.run(operator.call, [long, short])) == (short, 3)
     pid = sleeping_pid(tmp_path)
@@ -236,21 +236,21 @@ def test_stop_ends_a_worker_in_the_middle_of_a_task(processes: Processes, tmp_pa
     assert multiprocessing.active_children() == []
 
 
-def test_stop_leaves_no_process_behind(processes: Processes) -> None:
+def test_stop_leaves_no_process_behind(processes: ProcessExecutor) -> None:
     pids = set(run(processes, [partial(os.getpid) for _ in range(8)]))
     processes.stop()
     assert not any(is_running(pid) for pid in pids)
     assert multiprocessing.active_children() == []
 
 
-def test_after_stop_new_workers_are_started(processes: Processes) -> None:
+def test_after_stop_new_workers_are_started(processes: ProcessExecutor) -> None:
     run(processes, squares(1))
     processes.stop()
     assert run(processes, squares(2)) == [4]
 
 
 def test_a_worker_that_requests_its_replacement_returns_its_outcome_first() -> None:
-    executor = Processes(1)
+    executor = ProcessExecutor(1)
     try:
         first, last, next_, same = run(executor, [partial(os.getpid), partial(give_up), *[partial(os.getpid)] * 2])
     finally:
@@ -274,7 +274,7 @@ def test_the_cost_of_tasks_in_flight_stays_within_the_budget(
     log = tmp_path / "log"
     log.touch()
     jobs = [partial(be_seen, str(log), n) for n in range(len(costs))]
-    executor = Processes([Place(4, room=8)])
+    executor = ProcessExecutor([WorkerGroup(4, budget_bytes=8)])
     try:
         outcomes = list(executor.run(operator.call, jobs, lambda job: costs[job.args[1]]))
     finally:
@@ -302,8 +302,8 @@ def where(_: int) -> str:
 
 
 def test_each_worker_sees_the_device_of_its_place() -> None:
-    places = [Place(2, environment={"CUDA_VISIBLE_DEVICES": n}) for n in ("0", "3")]
-    executor = Processes(places)
+    places = [WorkerGroup(2, environment={"CUDA_VISIBLE_DEVICES": n}) for n in ("0", "3")]
+    executor = ProcessExecutor(places)
     try:
         devices = [device for _, device in executor.run(where, range(12))]
         alone = [str(device) for _, device in executor.run(where, range(2))]
@@ -315,7 +315,7 @@ def test_each_worker_sees_the_device_of_its_place() -> None:
 
 
 def test_a_task_beyond_the_time_limit_is_ended_and_the_others_continue(tmp_path: Path) -> None:
-    executor = Processes(2)
+    executor = ProcessExecutor(2)
     try:
         jobs = [partial(sleep_in, str(tmp_path)), partial(abs, -1), partial(abs, -2), partial(abs, -3)]
         outcomes = dict(executor.run(operator.call, jobs, limit_s=3.0))
@@ -328,7 +328,7 @@ def test_a_task_beyond_the_time_limit_is_ended_and_the_others_continue(tmp_path:
     assert not is_running(int((tmp_path / "pid").read_text()))
 
 
-@pytest.mark.parametrize("make", [Here, lambda: Processes(2)], ids=["here", "processes"])
+@pytest.mark.parametrize("make", [InProcessExecutor, lambda: ProcessExecutor(2)], ids=["here", "processes"])
 def test_after_a_stop_request_tasks_in_flight_finish_and_no_others_begin(make: Any) -> None:
     executor = make()
     stop = threading.Event()
@@ -401,7 +401,7 @@ def test_workers_import_nothing_from_the_folder_they_are_started_in(tmp_path: Pa
 
 @pytest.mark.skipif(not HAVE_FORK_SERVER, reason="this system has no fork server")
 def test_a_fork_server_that_died_is_started_again() -> None:
-    processes = Processes(1, preload=("time",))
+    processes = ProcessExecutor(1, preload=("time",))
     server: Any = forkserver._forkserver
     os.kill(server._forkserver_pid, signal.SIGKILL)
     try:

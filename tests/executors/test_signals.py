@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from gpuprep.core.recipe import Recipe
-from gpuprep.executors.signals import held_back
+from gpuprep.executors.signals import signals_blocked
 from gpuprep.output.paths import WORK_FOLDER
 from gpuprep.pipeline.cohort import convert
 from gpuprep.testing import write_series
@@ -199,10 +199,10 @@ def test_blocked_signals_arrive_after_the_block() -> None:
     reached = []
 
     def import_much() -> None:
-        with held_back():
+        with signals_blocked():
             signal.raise_signal(signal.SIGINT)
             reached.append("inside")
-            with held_back():
+            with signals_blocked():
                 reached.append("twice inside")
             reached.append("still inside")
         reached.append("afterwards")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpuprep.executors.processes import Executor, last_task
+from gpuprep.executors.processes import Executor, request_replacement
 
 Job = partial[Any]
 
@@ -48,7 +48,7 @@ def pid_left_by_killed_parent(command: list[str], folder: Path) -> int:
 
 def give_up() -> int:
     """Request the replacement of the worker, and return its process ID."""
-    last_task()
+    request_replacement()
     return os.getpid()
 
 

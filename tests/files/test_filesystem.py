@@ -83,7 +83,7 @@ def outputs(out: Path) -> dict[str, bytes]:
     ],
 )
 def test_urls_are_distinguished_from_paths(path: str | Path, url: bool, used: str) -> None:
-    assert (filesystem.is_url(str(path)), filesystem.given(path)) == (url, used)
+    assert (filesystem.is_url(str(path)), filesystem.normalised_path(path)) == (url, used)
 
 
 @pytest.mark.parametrize("url", ["s3://key:hush@bucket/a", "https://host/a?Signature=hush", "file://host/a"])

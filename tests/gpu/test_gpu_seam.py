@@ -23,7 +23,7 @@ import gpuprep.compute.backend
 from gpuprep.compute import cuda_kernels
 from gpuprep.compute.backend import NumpyBackend, _gpu_or_cpu, get_backend
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
-from gpuprep.executors.processes import FOR_VOLUMES
+from gpuprep.executors.processes import VOLUME_MODULES
 
 HAVE_CUPY = find_spec("cupy") is not None and find_spec("cucim") is not None
 needs_cupy = pytest.mark.skipif(not HAVE_CUPY, reason="CuPy or cuCIM is not installed")
@@ -238,7 +238,7 @@ def test_importing_the_backend_does_not_load_the_driver() -> None:
 
 @needs_cupy
 def test_the_fork_server_does_not_import_cupy() -> None:
-    assert not any("cupy" in module or "cucim" in module for module in FOR_VOLUMES)
+    assert not any("cupy" in module or "cucim" in module for module in VOLUME_MODULES)
     code = (
         "import gpuprep.compute.process, gpuprep.dicom.read, gpuprep.output.writers, sys; print('cupy' in sys.modules)"
     )

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gpuprep.core.mask_options import TEXT_FORMATS, Reading
+from gpuprep.core.mask_options import TEXT_FORMATS, ReadingOptions
 from gpuprep.dicom.uids import SEGMENTATION_CLASSES
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.detect_format import TEXTS, recognise
@@ -43,7 +43,7 @@ def opened(tmp_path: Path) -> Open:
         text: str | bytes, plane: Plane | None = None, name: str = "liver_012.txt", **reading: Any
     ) -> Segmentation:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_segmentation(tmp_path / name, Reading(**reading), plane)
+        return read_segmentation(tmp_path / name, ReadingOptions(**reading), plane)
 
     return opened
 
@@ -111,7 +111,7 @@ def test_outlines_of_imagej_fill_as_imagej_fills_them(
 
 
 def test_an_outline_between_pixels_fills_as_imagej_fills_it(imagej: Path) -> None:
-    found = read_segmentation(imagej / "lidc0001_z-125_xy_subpixel_px.txt", Reading(units="px"))
+    found = read_segmentation(imagej / "lidc0001_z-125_xy_subpixel_px.txt", ReadingOptions(units="px"))
     assert filled([found.structures[0].contours[0].points], (512, 512)).sum() == 415
 
 
@@ -241,7 +241,7 @@ def test_the_format_of_a_table_of_numbers_is_recognised(
     opened: Open, text: str, format_: str, frame: str, slices: list[float | None]
 ) -> None:
     text = "\n".join(line for line in text.split("\n") if len(line.split()) != 1 or "," in line or ";" in line)
-    assert recognise(text, "a", Reading(), None).format == format_
+    assert recognise(text, "a", ReadingOptions(), None).format == format_
     found = opened(text)
     contours = [c for s in found.structures for c in s.contours]
     assert [c.frame for c in contours] == [frame] * len(slices)

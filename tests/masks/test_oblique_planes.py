@@ -24,7 +24,7 @@ from test_convert_masks import LEFT, RAW, Ct, square
 import gpuprep
 from gpuprep import Masks
 from gpuprep.core.geometry import Geometry
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.masks.formats.dicom_objects import read_object
@@ -84,7 +84,7 @@ def nearest(volume: NDArray[np.bool_], own: Geometry, series: Geometry) -> NDArr
 
 def painted(path: Path, stacked: Stack) -> tuple[dict[str, NDArray[np.bool_]], list[str]]:
     """Return the masks of a file on a series by structure, and the notes."""
-    structures, notes = place(read_object(str(path), Reading()), stacked, Reading())
+    structures, notes = place(read_object(str(path), ReadingOptions()), stacked, ReadingOptions())
     masks = {}
     for structure in structures:
         mask = np.zeros((len(stacked.slices), *stacked.matrix), dtype=bool)

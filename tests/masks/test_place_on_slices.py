@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import gpuprep
 from gpuprep.core.geometry import Geometry
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.joined_files import joined
@@ -23,7 +23,7 @@ from gpuprep.masks.rasterize import filled, on_outline
 from gpuprep.testing import write_series
 
 MATRIX = (12, 15)
-IN_ORDER = Reading(slice_order="stack", index_base=0)
+IN_ORDER = ReadingOptions(slice_order="stack", index_base=0)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from conftest import natively
+from conftest import encoded_natively
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -162,7 +162,7 @@ class TestReading:
             pytest.skip("without a meta group, nothing states that it is deflated")
         written = pydicom.dcmread(write_rtstruct(tmp_path / "plain.dcm", {"ä": [SQUARE]}))
         path = tmp_path / "rs.dcm"
-        path.write_bytes(natively(written, syntax, meta=meta))
+        path.write_bytes(encoded_natively(written, syntax, meta=meta))
         structure = read(path).structures[0]
         assert structure.name == "ä"
         assert structure.contours[0].points.tolist() == SQUARE

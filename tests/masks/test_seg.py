@@ -10,7 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from conftest import axial, natively
+from conftest import axial, encoded_natively
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -184,15 +184,15 @@ class TestEncodings:
     @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian], ids=lambda s: s.name)
     def test_files_without_meta_group_are_read(self, tmp_path: Path, syntax: UID) -> None:
         ds = pydicom.dcmread(write_seg(tmp_path / "s.dcm", blobs(), GRID))
-        (tmp_path / "bare").write_bytes(natively(ds, syntax, meta=False))
+        (tmp_path / "bare").write_bytes(encoded_natively(ds, syntax, meta=False))
         check(read(tmp_path / "bare"), blobs())
 
     def test_big_endian_words_are_read_and_bits_refused(self, tmp_path: Path) -> None:
         ds = pydicom.dcmread(write_seg(tmp_path / "s.dcm", blobs(), GRID, kind="labelmap", bits=16))
-        (tmp_path / "big").write_bytes(natively(ds, ExplicitVRBigEndian))
+        (tmp_path / "big").write_bytes(encoded_natively(ds, ExplicitVRBigEndian))
         check(read(tmp_path / "big"), blobs())
         ds = pydicom.dcmread(write_seg(tmp_path / "s.dcm", blobs(), GRID))
-        (tmp_path / "big").write_bytes(natively(ds, ExplicitVRBigEndian))
+        (tmp_path / "big").write_bytes(encoded_natively(ds, ExplicitVRBigEndian))
         assert "big-endian" in refused(tmp_path / "big")
 
     @pytest.mark.parametrize(("kind", "bits"), [("binary", 8), ("fractional", 8), ("labelmap", 8), ("labelmap", 16)])

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.output.folder_store import Output, PendingFolder, Written, open_output, retire, write_text
+from gpuprep.output.folder_store import Output, PendingFolder, Written, open_output, remove_output, write_text
 from gpuprep.output.own_files import contents
 from gpuprep.output.paths import WORK_FOLDER
 
@@ -264,7 +264,7 @@ def test_contents_counts_own_files_and_their_bytes(tmp_path: Path) -> None:
 
 def test_retire_removes_own_files_and_the_folder(out: Path) -> None:
     filled(out, "p", "0000.tif", "0001.tif").commit({"key": "1"})
-    retire(out / "p", "1")
+    remove_output(out / "p", "1")
     assert tree(out) == {}
 
 
@@ -272,7 +272,7 @@ def test_retire_keeps_foreign_files_and_other_outputs(out: Path) -> None:
     filled(out, "p", "0000.tif").commit({"key": "1"})
     filled(out, "p/below", "0000.tif").commit({"key": "2"})
     (out / "p" / "notes.txt").write_text("mine")
-    retire(out / "p", "1")
+    remove_output(out / "p", "1")
     assert set(tree(out)) == {"p", "p/below", "p/below/0000.tif", "p/below/volume.json", "p/notes.txt"}
 
 
@@ -280,22 +280,22 @@ def test_retire_keeps_foreign_files_and_other_outputs(out: Path) -> None:
 def test_retire_keeps_a_tif_with_a_foreign_name(out: Path, name: str) -> None:
     filled(out, "p", "0000.tif", "volume.tif").commit({"key": "1"})
     (out / "p" / name).write_text("a week of work")
-    retire(out / "p", "1")
+    remove_output(out / "p", "1")
     assert tree(out) == {"p": None, f"p/{name}": b"a week of work"}
 
 
 def test_retire_accepts_a_folder_that_is_named_like_a_file(out: Path) -> None:
     filled(out, "p", "0000.tif").commit({"key": "1"})
     filled(out, "p/scan.tif", "0000.tif").commit({"key": "2"})  # source folders may have any name
-    retire(out / "p", "1")
+    remove_output(out / "p", "1")
     assert set(tree(out)) == {"p", "p/scan.tif", "p/scan.tif/0000.tif", "p/scan.tif/volume.json"}
 
 
 def test_retire_leaves_a_folder_without_a_sidecar_alone(out: Path) -> None:
     (out / "p").mkdir()
     (out / "p" / "0000.tif").write_text("mine")
-    retire(out / "p", "1")
-    retire(out / "absent", "1")
+    remove_output(out / "p", "1")
+    remove_output(out / "absent", "1")
     assert set(tree(out)) == {"p", "p/0000.tif"}
 
 
@@ -394,7 +394,7 @@ def test_an_output_folder_that_cannot_be_made_is_a_bad_request(tmp_path: Path) -
 
 def test_retire_leaves_the_output_of_another_series_alone(out: Path) -> None:
     filled(out, "p", "0000.tif").commit({"key": "1"})
-    retire(out / "p", "2")
+    remove_output(out / "p", "2")
     assert set(tree(out)) == {"p", "p/0000.tif", "p/volume.json"}
 
 
@@ -408,5 +408,5 @@ def test_a_folder_outside_of_the_output_is_refused_even_if_the_manifest_names_it
         with pytest.raises(OutputError, match="which is no folder in OUT: move the manifest away"):
             method(folder)
     with pytest.raises(OutputError, match="which is no folder in OUT"):
-        output.retire(folder, "1")
+        output.remove_output(folder, "1")
     assert (victim / "volume.json").exists()

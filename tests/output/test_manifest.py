@@ -17,13 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.dicom.header_cache import File, HeaderIndex
 from gpuprep.dicom.headers import Contents
 from gpuprep.errors import OutputError
 from gpuprep.output.manifest import Manifest, open_manifest
 from gpuprep.output.records import SeriesResult
-from gpuprep.output.verify import Records
+from gpuprep.output.verify import AllManifests
 
 OK = SeriesResult(
     key="1.2.3",
@@ -349,7 +349,7 @@ def test_a_manifest_without_a_later_column_can_be_read_and_extended(tmp_path: Pa
     shard = tmp_path / "manifest.1-of-2.sqlite"
     shard.write_bytes(before)
     with closing(Manifest(tmp_path / "whole.sqlite")) as whole:
-        whole.take_over(shard, WHOLE)
+        whole.take_over(shard, WHOLE_COHORT)
         assert list(whole) == [replace(OK, quality=None)]
     later = replace(OK, key="2", upload_s=0.5, kernels_s=1.5, download_s=2.5)
     with closing(Manifest(file)) as manifest:
@@ -458,7 +458,7 @@ def test_a_stop_while_a_manifest_is_opened_closes_it(
 
 
 @pytest.mark.parametrize("damaged", ["manifest.sqlite", "manifest.1-of-2.sqlite"])
-@pytest.mark.parametrize("shard", [WHOLE, Shard(2, 2)])
+@pytest.mark.parametrize("shard", [WHOLE_COHORT, Shard(2, 2)])
 def test_a_manifest_that_cannot_take_over_another_is_closed(
     tmp_path: Path, damaged: str, shard: Shard, connections: list[sqlite3.Connection]
 ) -> None:
@@ -476,7 +476,7 @@ def test_manifests_are_closed_if_one_of_them_is_damaged(tmp_path: Path, connecti
     make_whole(tmp_path / "manifest.1-of-2.sqlite")
     corrupt(tmp_path / "manifest.2-of-2.sqlite")
     with pytest.raises(OutputError, match=r"2-of-2\.sqlite cannot be used as manifest"):
-        Records(tmp_path)
+        AllManifests(tmp_path)
     assert_closed(connections)
 
 

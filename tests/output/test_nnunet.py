@@ -25,7 +25,7 @@ from gpuprep import Masks, Recipe
 from gpuprep.cli.app import app
 from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError
-from gpuprep.executors.processes import Here
+from gpuprep.executors.processes import InProcessExecutor
 from gpuprep.output.nnunet import case_names
 from gpuprep.output.verify import verify
 from gpuprep.pipeline.events import Run
@@ -74,7 +74,7 @@ def test_series_with_equal_paths_are_separate_cases(tmp_path: Path) -> None:
     files = sorted((tmp_path / "out" / "labelsTr").glob("*.tif"), key=lambda f: len(f.name))
     labels = [tifffile.imread(f) for f in files]
     np.testing.assert_array_equal(labels, [LEFT_BOX, RIGHT_BOX])  # dicom_p1 and dicom_p1-series-…
-    assert not list(verify(tmp_path / "out", Here(), lambda: None))
+    assert not list(verify(tmp_path / "out", InProcessExecutor(), lambda: None))
 
 
 VIEW = [
@@ -121,7 +121,7 @@ def test_series_with_labels_are_training_cases_and_others_test_cases(out: Path) 
         "volume.json",
         "volume.tif",
     ]
-    assert list(verify(out, Here(), lambda: None)) == []
+    assert list(verify(out, InProcessExecutor(), lambda: None)) == []
 
 
 def test_nifti_cases_have_no_json_files(out: Path) -> None:
@@ -237,7 +237,9 @@ def test_a_foreign_dataset_is_not_taken_over(out: Path) -> None:
 def test_verify_accepts_files_of_the_view_and_reports_others(out: Path) -> None:
     convert(out)
     put_notes_among_images(out)
-    assert [(f.kind, f.path) for f in verify(out, Here(), lambda: None)] == [("stray", "imagesTr/notes.txt")]
+    assert [(f.kind, f.path) for f in verify(out, InProcessExecutor(), lambda: None)] == [
+        ("stray", "imagesTr/notes.txt")
+    ]
 
 
 @pytest.mark.parametrize("survives", range(4))
@@ -281,7 +283,7 @@ def test_symbolic_links_or_copies_replace_unsupported_hard_links(
     assert view(moved) == VIEW
     assert (moved / "imagesTr" / "dicom_p2_0000.tif").is_symlink() is symlinks
     np.testing.assert_array_equal(tifffile.imread(moved / "labelsTr" / "dicom_p2.tif"), 2 * RIGHT_BOX)
-    assert list(verify(moved, Here(), lambda: None)) == []
+    assert list(verify(moved, InProcessExecutor(), lambda: None)) == []
 
 
 @pytest.mark.parametrize(
@@ -313,7 +315,7 @@ def test_a_case_whose_json_is_named_volume_json_is_not_taken_for_an_output(tmp_p
     run = gpuprep.convert(tmp_path / "volume", tmp_path / "out", RECIPE, layout="nnunet", backend="cpu")
     assert run.results[0].folder == "volume"
     assert view(tmp_path / "out") == ["imagesTs/volume.json", "imagesTs/volume_0000.tif"]
-    assert list(verify(tmp_path / "out", Here(), lambda: None)) == []
+    assert list(verify(tmp_path / "out", InProcessExecutor(), lambda: None)) == []
 
 
 def test_structure_names_that_nnunet_reserves_get_a_suffix(tmp_path: Path) -> None:

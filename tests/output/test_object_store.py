@@ -25,13 +25,13 @@ from gpuprep import Recipe
 from gpuprep.cli.app import app
 from gpuprep.core.shard import Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.executors.processes import Here
+from gpuprep.executors.processes import InProcessExecutor
 from gpuprep.files import filesystem
 from gpuprep.output import bucket_lock, object_store
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.object_store import Bucket, open_bucket
 from gpuprep.output.records import SeriesResult
-from gpuprep.output.verify import Records, status, verify
+from gpuprep.output.verify import AllManifests, status, verify
 from gpuprep.pipeline.events import Listener
 from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
@@ -163,12 +163,12 @@ def test_an_interrupted_upload_is_unfinished_and_the_next_run_completes_it(
     assert "dicom/p2/volume.json" in there
     assert "dicom/p1/volume.json" not in there
     assert "dicom/p1/volume.json.part" in there
-    assert [(f.kind, f.path) for f in verify(OUT, Here(), lambda: None)] == [("unfinished", "dicom/p1")]
+    assert [(f.kind, f.path) for f in verify(OUT, InProcessExecutor(), lambda: None)] == [("unfinished", "dicom/p1")]
 
     assert gpuprep.convert(dicom, OUT, SMALL).counts == {"ok": 1, "skipped": 1}
     gpuprep.convert(dicom, tmp_path / "here", SMALL)
     assert objects(memory, OUT) == files(tmp_path / "here")
-    assert list(verify(OUT, Here(), lambda: None)) == []
+    assert list(verify(OUT, InProcessExecutor(), lambda: None)) == []
 
 
 @pytest.mark.usefixtures("memory")
@@ -219,7 +219,7 @@ def test_an_output_with_a_foreign_object_is_not_replaced(dicom: Path, memory: An
     assert {n: c for n, c in objects(memory, OUT).items() if "p1" in n} == {
         n: c for n, c in before.items() if "p1" in n
     }
-    assert ("stray", "dicom/p1/notes.txt") in [(f.kind, f.path) for f in verify(OUT, Here(), lambda: None)]
+    assert ("stray", "dicom/p1/notes.txt") in [(f.kind, f.path) for f in verify(OUT, InProcessExecutor(), lambda: None)]
 
 
 def test_status_verify_and_manifest_work_on_a_store(dicom: Path, memory: Any, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_status_verify_and_manifest_work_on_a_store(dicom: Path, memory: Any, tm
     memory.pipe_file("/out/x/notes.txt", b"mine")
     for name in ("volume.json", "0000.tif", "labels/0000.tif"):
         memory.pipe_file(f"/out/x/lost/{name}", b"{}")
-    findings = list(verify(OUT, Here(), lambda: None))
+    findings = list(verify(OUT, InProcessExecutor(), lambda: None))
     assert sorted((f.kind, f.path) for f in findings) == [
         ("stray", "notes.txt"),
         ("torn", "dicom/p1/0001.tif"),
@@ -243,9 +243,9 @@ def test_status_verify_and_manifest_work_on_a_store(dicom: Path, memory: Any, tm
     result = CliRunner().invoke(app, ["manifest", OUT, "--csv", "--to", str(tmp_path / "all.csv")])
     assert (result.exit_code, len((tmp_path / "all.csv").read_text().splitlines())) == (0, 3)
     memory.rm("/out/x/dicom/p1", recursive=True)
-    assert ("missing", "dicom/p1") in [(f.kind, f.path) for f in verify(OUT, Here(), lambda: None)]
+    assert ("missing", "dicom/p1") in [(f.kind, f.path) for f in verify(OUT, InProcessExecutor(), lambda: None)]
     with pytest.raises(RequestError, match="memory://nothing/here has no manifest"):
-        Records("memory://nothing/here")
+        AllManifests("memory://nothing/here")
 
 
 @pytest.mark.usefixtures("memory")
@@ -253,7 +253,7 @@ def test_series_with_equal_paths_get_sibling_folders(tmp_path: Path, dicom: Path
     gpuprep.convert(dicom, OUT, SMALL)
     write_series(tmp_path / "other" / "dicom" / "p1", np.zeros((5, 14, 18), np.int16), SPACING_MM, series_uid="1.2.3")
     assert gpuprep.convert(tmp_path / "other" / "dicom", OUT, SMALL).counts == {"ok": 1}
-    assert not list(verify(OUT, Here(), lambda: None))
+    assert not list(verify(OUT, InProcessExecutor(), lambda: None))
     folders = sorted(name.rpartition("/")[0] for name in memory.find("/out/x") if name.endswith("/volume.json"))
     # The digest by sha256sum.
     assert folders == [f"/out/x/dicom/{name}" for name in ("p1", "p1-series-1-c47f5b", "p2")]

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpuprep.core.series import Series
-from gpuprep.output.paths import layout
+from gpuprep.output.paths import assign_folders
 
 
 def series(folder: str, uid: str = "1.2.3", *, number: int | None = 1, part: int = 0) -> Series:
@@ -24,7 +24,7 @@ def series(folder: str, uid: str = "1.2.3", *, number: int | None = 1, part: int
 def folders(cohort: Iterable[Series], *inputs: str, taken: dict[str, str] | None = None) -> list[str]:
     """Return the folder of each series, in the order of the cohort."""
     cohort = list(cohort)
-    found = layout(cohort, inputs, taken or {})
+    found = assign_folders(cohort, inputs, taken or {})
     assert set(found) == {s.key for s in cohort}
     return [found[s.key] for s in cohort]
 

@@ -27,9 +27,9 @@ from gpuprep.core.geometry import Geometry
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import ENDINGS, Recipe
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.output.read_volume import Box, Finished, full_box
+from gpuprep.output.read_volume import Box, FinishedOutput, full_box
 from gpuprep.output.writers import WRITERS
-from gpuprep.output.writers.content import Content, nothing
+from gpuprep.output.writers.content import Content, ignore_finished_file
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -44,7 +44,7 @@ class Opened:
         ct = Ct(root / "dicom" / "patient-1")
         run = gpuprep.convert(root / "dicom", root / "out", recipe, masks=rtstruct(root / "rs.dcm", ct), backend="cpu")
         assert run.counts == {"ok": 1}, run.results[0].reason
-        self.finished = Finished(root / "out" / run.results[0].folder)
+        self.finished = FinishedOutput(root / "out" / run.results[0].folder)
         self.volume = gpuprep.load(ct.folder, recipe, backend="cpu")
 
 
@@ -165,14 +165,14 @@ def test_a_damaged_volume_raises_a_one_line_error(tmp_path: Path, format_: Any, 
 def test_a_damaged_sidecar_raises_a_one_line_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "volume.json").write_text(content)
     with pytest.raises(OutputError, match=r"see gpuprep verify$"):
-        Finished(tmp_path).image()
+        FinishedOutput(tmp_path).image()
     with pytest.raises(OutputError, match=r"see gpuprep verify$"):
-        Finished(tmp_path).geometry  # noqa: B018
+        FinishedOutput(tmp_path).geometry  # noqa: B018
 
 
 def test_a_folder_without_sidecar_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"is no finished output .*No such file.*see gpuprep verify$"):
-        Finished(tmp_path).image()
+        FinishedOutput(tmp_path).image()
 
 
 @pytest.mark.parametrize(("format_", "library"), [("nifti", "nibabel.nifti1"), ("zarr", "zarr")])
@@ -205,12 +205,12 @@ def test_reading_a_patch_of_zarr_reads_a_small_part_of_its_bytes(tmp_path: Path)
     recipe = Recipe(spacing_mm=None, size=None, format="zarr", dtype="uint8")
     values: NDArray[np.uint8] = np.random.default_rng(0).integers(1, 255, shape, np.uint8)
     content = Content.image(make_plan(Geometry(shape, np.eye(4)), recipe))
-    WRITERS["zarr"](tmp_path / "volume.ome.zarr", iter(np.array_split(values, 8)), content, nothing)
+    WRITERS["zarr"](tmp_path / "volume.ome.zarr", iter(np.array_split(values, 8)), content, ignore_finished_file)
     (tmp_path / "volume.json").write_text(
         json.dumps({"shape": shape, "affine_lps": np.eye(4).tolist(), "recipe": recipe.to_dict(), "outputs": {}})
     )
     box = (slice(40, 104), slice(200, 264), slice(300, 364))
-    finished = Finished(tmp_path)
+    finished = FinishedOutput(tmp_path)
     np.testing.assert_array_equal(finished.image(box), values[box])
     whole_bytes = bytes_read(lambda: finished.image(full_box(shape)))
     assert whole_bytes >= values.nbytes  # so reads are counted
@@ -277,7 +277,7 @@ def test_reading_a_patch_of_a_mapped_file_reads_a_small_part_of_its_bytes(
         json.dumps({"shape": shape, "affine_lps": np.eye(4).tolist(), "recipe": recipe.to_dict(), "outputs": outputs})
     )
     forget(path)
-    found = Finished(tmp_path).image(PATCH)
+    found = FinishedOutput(tmp_path).image(PATCH)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.dtype("=f4")
     assert expected.nbytes < in_memory(path) < 0.1 * path.stat().st_size

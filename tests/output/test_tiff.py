@@ -20,7 +20,7 @@ import gpuprep
 from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.output.writers import WRITERS, tiff
-from gpuprep.output.writers.content import Content, nothing
+from gpuprep.output.writers.content import Content, ignore_finished_file
 
 DTYPES = ["float32", "uint8", "uint16", "int16"]
 IMAGEJ = Path("/usr/share/java/ij.jar")
@@ -43,7 +43,7 @@ def write(folder: Path, recipe: Recipe, values: NDArray[Any]) -> tuple[str, ...]
     folder.mkdir()
     chunks = iter([values[:2], values[2:]])
     path = folder if recipe.format == "tif" else folder / "volume.tif"
-    return WRITERS[recipe.format](path, chunks, Content.image(some_plan(recipe, values.shape)), nothing)
+    return WRITERS[recipe.format](path, chunks, Content.image(some_plan(recipe, values.shape)), ignore_finished_file)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,7 +21,7 @@ from gpuprep.cli.app import app
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import Shard
 from gpuprep.errors import RequestError
-from gpuprep.executors.processes import Here
+from gpuprep.executors.processes import InProcessExecutor
 from gpuprep.output.folder_store import open_output
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.paths import WORK_FOLDER
@@ -52,7 +52,7 @@ def command(*words: str | Path) -> Result:
 
 
 def findings(out: Path) -> list[tuple[str, str]]:
-    return [(f.kind, f.path) for f in verify(out, Here(), lambda: None)]
+    return [(f.kind, f.path) for f in verify(out, InProcessExecutor(), lambda: None)]
 
 
 def flip(file: Path) -> None:
@@ -279,7 +279,7 @@ def test_findings_have_the_key_of_their_series(out: Path) -> None:
     flip_a_bit(out)
     with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
         ((key,),) = db.execute("SELECT key FROM series WHERE source LIKE '%p1'")
-    assert list(verify(out, Here(), lambda: None)) == [Finding("torn", "dicom/p1/0001.tif", key)]
+    assert list(verify(out, InProcessExecutor(), lambda: None)) == [Finding("torn", "dicom/p1/0001.tif", key)]
 
 
 # --- retry

@@ -29,12 +29,12 @@ from gpuprep.core.geometry import Geometry
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import RecipeError
-from gpuprep.executors.processes import Here
-from gpuprep.output.folder_store import retire
+from gpuprep.executors.processes import InProcessExecutor
+from gpuprep.output.folder_store import remove_output
 from gpuprep.output.own_files import is_own
 from gpuprep.output.verify import verify
 from gpuprep.output.writers import WRITERS, gzipping, nifti, omezarr
-from gpuprep.output.writers.content import Content, nothing
+from gpuprep.output.writers.content import Content, ignore_finished_file
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -62,7 +62,7 @@ def on(grid: Geometry, recipe: Recipe, values: NDArray[Any], path: Path) -> Path
     """Write an image on a grid, in two chunks, and return the file."""
     file = path / f"volume{recipe.ending}"
     chunks = iter([values[:1], values[1:]])
-    assert WRITERS[recipe.format](file, chunks, Content.image(make_plan(grid, recipe)), nothing) == ()
+    assert WRITERS[recipe.format](file, chunks, Content.image(make_plan(grid, recipe)), ignore_finished_file) == ()
     return file
 
 
@@ -146,7 +146,7 @@ def test_nibabel_places_sheared_voxels_correctly(
     grid = Geometry((20, 3, 4), affine)
     file = tmp_path_factory.mktemp("n") / "volume.nii"
     content = Content.image(make_plan(grid, replace(RAW, format="nifti")))
-    (warning,) = WRITERS["nifti"](file, iter([some_values("float32", grid.shape)]), content, nothing)
+    (warning,) = WRITERS["nifti"](file, iter([some_values("float32", grid.shape)]), content, ignore_finished_file)
     assert "slices lean" in warning
     assert int(nibabel.load(file).header["qform_code"]) == 0  # a quaternion cannot describe shear
     expected = (affine @ [1, 2, 3, 1])[:3]
@@ -288,7 +288,7 @@ def test_zarr_has_the_nearest_directions_of_oblique_axes_and_a_warning(tmp_path:
     affine[:3, :3] = rotated((np.deg2rad(20), 0, 0))[:, ::-1] * (2.0, 0.75, 0.5)
     plan = make_plan(Geometry(SHAPE, affine), replace(RAW, format="zarr"))
     file = tmp_path / "volume.ome.zarr"
-    (note,) = WRITERS["zarr"](file, iter([some_values("float32")]), Content.image(plan), nothing)
+    (note,) = WRITERS["zarr"](file, iter([some_values("float32")]), Content.image(plan), ignore_finished_file)
     assert note.startswith("axes are up to 20° off those of the patient")
     straight = np.diag([1.0, 1, 1, 1])
     straight[:3, :3] = np.eye(3)[:, ::-1] * (2.0, 0.75, 0.5)
@@ -310,7 +310,7 @@ def test_zarr_marks_labels_as_image_label(tmp_path: Path) -> None:
     labels = np.zeros(SHAPE, dtype=np.uint8)
     labels[1, 2, 3] = 2
     content = Content.labels(make_plan(axial(SHAPE, (2.5, 0.75, 0.5)), replace(RAW, format="zarr")), "uint8", 2)
-    WRITERS["zarr"](tmp_path / "labels.ome.zarr", iter([labels]), content, nothing)
+    WRITERS["zarr"](tmp_path / "labels.ome.zarr", iter([labels]), content, ignore_finished_file)
     attributes = json.loads((tmp_path / "labels.ome.zarr" / "zarr.json").read_text())["attributes"]
     assert attributes["ome"]["image-label"] == {}  # all its fields are optional
     assert attributes["ome"]["multiscales"][0]["name"] == "labels"
@@ -451,7 +451,7 @@ def test_a_series_and_its_labels_are_written_as_computed(tmp_path: Path, format_
     assert {label["file"] for label in sidecar["labels"]} == {labels_name}
     files = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
     assert set(sidecar["outputs"]) == files - {"volume.json"}
-    assert list(verify(out, Here(), lambda: None)) == []
+    assert list(verify(out, InProcessExecutor(), lambda: None)) == []
     assert gpuprep.convert(tmp_path / "dicom", out, recipe, masks=masks, backend="cpu").counts == {"skipped": 1}
 
 
@@ -480,8 +480,8 @@ def test_each_structure_can_have_a_separate_volume_in_every_format(
         assert files == [f"masks/{name}{ending}" for name in plain]
     for file, expected in zip(files, (LEFT_BOX, RIGHT_BOX, LEFT_BOX, RIGHT_BOX), strict=True):
         np.testing.assert_array_equal(read_back(out / result.folder / file), expected)
-    assert list(verify(out, Here(), lambda: None)) == []
-    retire(out / result.folder, result.key)
+    assert list(verify(out, InProcessExecutor(), lambda: None)) == []
+    remove_output(out / result.folder, result.key)
     assert not (out / result.folder).exists()
 
 
@@ -495,10 +495,10 @@ def test_an_output_in_another_format_replaces_the_former_one(tmp_path: Path, sma
     shard = folder / name / "0" / "c" / "0" / "0" / "0"
     shard.write_bytes(shard.read_bytes()[:-1])
     (folder / name / "0" / "notes.txt").write_text("mine")
-    found = {(f.kind, f.path) for f in verify(tmp_path / "out", Here(), lambda: None)}
+    found = {(f.kind, f.path) for f in verify(tmp_path / "out", InProcessExecutor(), lambda: None)}
     here = f"{run.results[0].folder}/{name}/0"
     assert found == {("torn", f"{here}/c/0/0/0"), ("stray", f"{here}/notes.txt")}
-    retire(folder, run.results[0].key)  # keeps foreign files
+    remove_output(folder, run.results[0].key)  # keeps foreign files
     assert [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()] == [f"{name}/0/notes.txt"]
 
 
@@ -535,4 +535,4 @@ def test_a_folder_in_a_store_is_replaced_with_all_of_its_chunks(memory: Any, sma
     again = gpuprep.convert(small_series, url, Recipe(size=(16, 16), format="npy"), backend="cpu")
     assert again.counts == {"ok": 1}
     assert [f.removeprefix(f"{place}/") for f in memory.find(place)] == ["preview.jpg", "volume.json", "volume.npy"]
-    assert list(verify(url, Here(), lambda: None)) == []
+    assert list(verify(url, InProcessExecutor(), lambda: None)) == []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from standin import ForeignBackend
+from standin import SimulatedGpu
 
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.memory_estimate import CONTEXT_BYTES, device_bytes
@@ -17,7 +17,7 @@ from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import BackendError
 from gpuprep.executors import resources
-from gpuprep.executors.processes import Here, Place
+from gpuprep.executors.processes import InProcessExecutor, WorkerGroup
 from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.events import Run
 from gpuprep.pipeline.scan import scan
@@ -40,11 +40,11 @@ def by_name(run: Run) -> dict[str, Any]:
     return {Path(r.source).name: r for r in run.results}
 
 
-class Watched(Here):
+class Watched(InProcessExecutor):
     """Executor in this process that logs tasks and stops in `log`."""
 
     def __init__(self) -> None:
-        self.places: list[Place] = []
+        self.places: list[WorkerGroup] = []
         self.log: list[Any] = []
 
     def run(
@@ -65,7 +65,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Replace the worker processes by an executor in this process."""
     executor = Watched()
 
-    def processes(places: list[Place], *_: object) -> Watched:
+    def processes(places: list[WorkerGroup], *_: object) -> Watched:
         executor.places = places
         return executor
 
@@ -73,7 +73,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     return executor
 
 
-def on(backend: ForeignBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def on(backend: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpuprep.pipeline.scan.get_backend", lambda _: backend)
     monkeypatch.setattr(resources, "get_backends", lambda *_: [backend])
 
@@ -84,12 +84,12 @@ def test_worker_processes_on_a_device_give_the_same_outputs_as_the_cpu(
     for n in range(4):
         add(tmp_path / "dicom" / f"p{n}", slices=5 + n)
     on_cpu = convert(tmp_path / "dicom", tmp_path / "cpu", RECIPE, backend="cpu")
-    on(ForeignBackend(), monkeypatch)
+    on(SimulatedGpu(), monkeypatch)
     run = convert(tmp_path / "dicom", tmp_path / "device", RECIPE, jobs=2)
     assert run.counts == on_cpu.counts == {"ok": 4}
     assert len(images(tmp_path / "cpu")) > 40
     assert images(tmp_path / "device") == images(tmp_path / "cpu")
-    assert {(r.backend, r.device) for r in run.results} == {("foreign", ForeignBackend.device)}
+    assert {(r.backend, r.device) for r in run.results} == {("foreign", SimulatedGpu.device)}
     # 5 to 8 slices are one slab; 12 to 20 slices are downloaded, in chunks of 16 and slabs of 8.
     for name, result in by_name(run).items():
         slices = 5 + int(name[1])
@@ -105,7 +105,7 @@ def test_a_lost_device_fails_its_series_and_the_next_one_gets_a_new_worker(
     # In the same process, every later call to the device would fail: see `standin`.
     for n, slices in enumerate((6, 7, 6, 6)):
         add(tmp_path / "dicom" / f"p{n}", slices=slices)
-    on(ForeignBackend(lost_at=7), monkeypatch)
+    on(SimulatedGpu(lost_at=7), monkeypatch)
     run = convert(tmp_path / "dicom", tmp_path / "out", RECIPE, jobs=1)
     results = by_name(run)
     assert {name: r.status for name, r in results.items()} == {"p0": "ok", "p1": "failed", "p2": "ok", "p3": "ok"}
@@ -116,7 +116,7 @@ def test_a_lost_device_fails_its_series_and_the_next_one_gets_a_new_worker(
 def test_a_device_that_stays_lost_fails_every_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(3):
         add(tmp_path / "dicom" / f"p{n}", slices=7)
-    on(ForeignBackend(lost_at=7), monkeypatch)
+    on(SimulatedGpu(lost_at=7), monkeypatch)
     run = convert(tmp_path / "dicom", tmp_path / "out", RECIPE, jobs=2)
     assert run.counts == {"failed": 3}
     assert not images(tmp_path / "out")
@@ -132,7 +132,7 @@ def test_series_without_enough_device_memory_are_tried_again_alone_and_in_smalle
     add(tmp_path / "dicom" / "d-single", matrix=(45, 50))  # 2 slices: 18 kB; a slice: 9 kB
     expected = convert(tmp_path / "dicom", tmp_path / "cpu", RECIPE, backend="cpu")
     assert expected.counts == {"ok": 4}
-    backend = ForeignBackend(largest=12_000)
+    backend = SimulatedGpu(largest=12_000)
     on(backend, monkeypatch)
     run = convert(tmp_path / "dicom", tmp_path / "out", RECIPE)
     results = by_name(run)
@@ -166,7 +166,7 @@ def test_the_ndimage_engine_is_not_tried_in_smaller_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched: Watched
 ) -> None:
     add(tmp_path / "dicom" / "large", matrix=(40, 40))
-    on(ForeignBackend(largest=5_000), monkeypatch)
+    on(SimulatedGpu(largest=5_000), monkeypatch)
     run = convert(tmp_path / "dicom", tmp_path / "out", RECIPE, engine="ndimage")
     assert run.counts == {"failed": 1}
     assert [entry[:2] for entry in watched.log if entry != "stop"][1:] == [(["large"], 16)]
@@ -177,11 +177,11 @@ def test_tasks_share_the_device_memory_that_the_contexts_leave(
 ) -> None:
     add(tmp_path / "dicom" / "p1")
     free = 4 * 10**9
-    backend = ForeignBackend(memory=free)
+    backend = SimulatedGpu(memory=free)
     on(backend, monkeypatch)
     assert convert(tmp_path / "dicom", tmp_path / "out", RECIPE, jobs=16).counts == {"ok": 1}
     # 0.8 · 4 GB / 2 = 1.6 GB, a context is 0.63 GB
-    assert watched.places == [Place(2, int(0.8 * free) - 2 * CONTEXT_BYTES)]
+    assert watched.places == [WorkerGroup(2, int(0.8 * free) - 2 * CONTEXT_BYTES)]
     (_, _, cost), *_ = watched.log
     plan = make_plan(*planned(tmp_path / "dicom" / "p1"))
     assert cost == [device_bytes(plan, backend, "operators")] > [0]
@@ -209,8 +209,8 @@ def planned(folder: Path) -> Any:
     return only.plan.source, RECIPE
 
 
-def smallest(backend: ForeignBackend) -> Any:
-    least = ForeignBackend()
+def smallest(backend: SimulatedGpu) -> Any:
+    least = SimulatedGpu()
     least.chunk_slices = least.slab_slices = 1
     least.block_rows = backend.block_rows
     return least

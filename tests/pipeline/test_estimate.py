@@ -34,7 +34,7 @@ def dicom(tmp_path: Path, noise: Callable[..., NDArray[np.int16]]) -> Path:
 
 def empty(**facts: Any) -> Forecast:
     defaults: dict[str, Any] = {
-        "workers": 2, "room": None, "at_rest_bytes": 100, "free_disk_bytes": 1000, "experience": None,
+        "workers": 2, "budget_bytes": None, "at_rest_bytes": 100, "free_disk_bytes": 1000, "experience": None,
         "compressed": False,
     }  # fmt: skip
     return Forecast(**(defaults | facts))
@@ -60,8 +60,10 @@ def test_output_bytes_are_those_of_the_voxels(dicom: Path, tmp_path: Path) -> No
 
 def test_memory_is_that_of_the_largest_concurrent_series_within_the_limit(dicom: Path) -> None:
     assert filled(empty(), dicom, 5, 70, 30, 60).memory_bytes == 2 * 100 + 70 + 60
-    assert filled(empty(room=90), dicom, 5, 70, 30, 60).memory_bytes == 2 * 100 + 90
-    assert filled(empty(room=50), dicom, 5, 70, 30, 60).memory_bytes == 2 * 100 + 70  # a larger series runs alone
+    assert filled(empty(budget_bytes=90), dicom, 5, 70, 30, 60).memory_bytes == 2 * 100 + 90
+    assert (
+        filled(empty(budget_bytes=50), dicom, 5, 70, 30, 60).memory_bytes == 2 * 100 + 70
+    )  # a larger series runs alone
     assert filled(empty(), dicom, 5, 70, 30).largest_bytes == 70
 
 

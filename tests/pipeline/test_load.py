@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from standin import ForeignBackend
+from standin import SimulatedGpu
 
 import gpuprep
 from gpuprep.errors import GeometryError, RequestError
@@ -39,7 +39,7 @@ def test_dlpack_shares_the_values_without_a_copy(folder: Path) -> None:
 
 
 def test_values_stay_on_the_device(folder: Path) -> None:
-    foreign = ForeignBackend()
+    foreign = SimulatedGpu()
     volume = gpuprep.load(folder / "p0", RECIPE, backend=foreign)
     assert type(volume.values).__module__.startswith("array_api_strict")
 

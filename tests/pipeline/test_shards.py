@@ -20,19 +20,19 @@ from cohort import (
     done,
     findings,
     gpuprep,
-    in_the_making,
     marks,
     other_tables,
     python,
     rows,
     tree,
+    unfinished_outputs,
     whole,
     write_cohort,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuprep.core.shard import WHOLE, Shard
+from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import RequestError
 from gpuprep.output.folder_store import open_output
 from gpuprep.output.manifest import Manifest, manifest_path
@@ -94,9 +94,9 @@ def check_merged(out: Path, like: Path) -> None:
     assert whole(out) == whole(like)
     assert csv_rows(out) == csv_rows(like)
     assert sorted(path.name for path in out.glob("manifest.*")) == ["manifest.csv", "manifest.sqlite"]
-    assert in_the_making(out) == []
+    assert unfinished_outputs(out) == []
     for n in range(1, SHARDS + 1):
-        assert in_the_making(out, f"{n}-of-{SHARDS}") == []
+        assert unfinished_outputs(out, f"{n}-of-{SHARDS}") == []
     assert findings(out) == []
 
 
@@ -283,7 +283,7 @@ def with_labels(path: Path, values: dict[str, int]) -> None:
         db.executemany("INSERT INTO label_values VALUES (?, ?)", values.items())
 
 
-@pytest.mark.parametrize("shard", [Shard(1, 2), WHOLE])
+@pytest.mark.parametrize("shard", [Shard(1, 2), WHOLE_COHORT])
 def test_a_structure_with_two_label_values_is_named(tmp_path: Path, shard: Shard) -> None:
     ours, theirs = tmp_path / "manifest.sqlite", tmp_path / "manifest.1-of-2.sqlite"
     with_labels(ours, {"heart": 1, "lung": 2})

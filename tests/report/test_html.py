@@ -22,13 +22,13 @@ from cohort import findings, gpuprep
 from gpuprep.compute.hu_histogram import Histogram
 from gpuprep.errors import RequestError
 from gpuprep.output.manifest import Manifest
-from gpuprep.output.preview import jpeg
+from gpuprep.output.preview import encode_jpeg
 from gpuprep.output.records import SeriesResult
 from gpuprep.report.html import write_report
 from gpuprep.testing import write_series
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
-JPEG = jpeg(np.full((128, 392, 3), 90, dtype=np.uint8))
+JPEG = encode_jpeg(np.full((128, 392, 3), 90, dtype=np.uint8))
 
 
 class Page(HTMLParser):

@@ -15,7 +15,7 @@ import gpuprep
 from gpuprep.cli.app import app
 from gpuprep.compute.backend import NumpyBackend
 from gpuprep.compute.hu_histogram import Histogram
-from gpuprep.report.inspect_series import glance, spread
+from gpuprep.report.inspect_series import slice_indices, summarise_series
 from gpuprep.report.montage import montage, shares, text_histogram
 from gpuprep.testing import write_series
 
@@ -117,7 +117,7 @@ def test_slices_are_read_from_every_format(format_: Any, compression: Any, serie
         pytest.importorskip(extra)
     recipe = gpuprep.Recipe(size=None, spacing_mm=None, dtype="int16", format=format_, compression=compression)
     gpuprep.convert(series, tmp_path / "out", recipe, backend=NumpyBackend("matmul"), jobs=1)
-    seen = glance(str(tmp_path / "out" / "ct"))
+    seen = summarise_series(str(tmp_path / "out" / "ct"))
     assert [k for k, _ in seen.slices] == [0, 1, 2, 3, 4, 5]
     for _, values in seen.slices:
         assert values.shape == (20, COLUMNS)
@@ -126,11 +126,11 @@ def test_slices_are_read_from_every_format(format_: Any, compression: Any, serie
 
 
 def test_at_most_20_slices_are_selected_at_equal_distances() -> None:
-    assert spread(1) == [0]
-    assert spread(20) == list(range(20))
-    assert spread(39) == list(range(0, 39, 2))
-    assert len(spread(1000)) == 20
-    assert (spread(1000)[0], spread(1000)[-1]) == (0, 999)
+    assert slice_indices(1) == [0]
+    assert slice_indices(20) == list(range(20))
+    assert slice_indices(39) == list(range(0, 39, 2))
+    assert len(slice_indices(1000)) == 20
+    assert (slice_indices(1000)[0], slice_indices(1000)[-1]) == (0, 999)
 
 
 def test_a_text_histogram_counts_each_voxel_in_its_column() -> None:
@@ -200,4 +200,4 @@ def test_missing_and_damaged_inputs_give_one_line_of_error(series: Path, out: Pa
 
 def test_the_montage_of_a_rejected_series_has_no_slices_but_is_drawn(tmp_path: Path) -> None:
     write_series(tmp_path / "one", two_halves(1), (2.5, 0.8, 0.7))
-    assert montage(glance(str(tmp_path / "one"))).width > 0
+    assert montage(summarise_series(str(tmp_path / "one"))).width > 0

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.formatting import quoted
-from gpuprep.core.mask_options import Reading, Units
+from gpuprep.core.mask_options import ReadingOptions, Units
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.parse_numbers import Table
 from gpuprep.masks.model import Plane
@@ -105,7 +105,7 @@ def named(header: tuple[str, ...], labelled: bool) -> Columns:
     return Columns(tuple(roles), f"a header that names {', '.join(r for r in roles if r)}", next(iter(units), None))
 
 
-def of_points(table: Table, reading: Reading, plane: Plane | None) -> Columns | None:
+def of_points(table: Table, reading: ReadingOptions, plane: Plane | None) -> Columns | None:
     """Return the columns of a list of points on several slices without header; None if it is no such list.
 
     A column that keeps each value for at least three lines is no x or y of an outline. Of three columns, such a column
@@ -133,7 +133,7 @@ def of_points(table: Table, reading: Reading, plane: Plane | None) -> Columns | 
     return None
 
 
-def _three_columns(grid: NDArray[np.float64], reading: Reading, plane: Plane | None) -> Columns | None:
+def _three_columns(grid: NDArray[np.float64], reading: ReadingOptions, plane: Plane | None) -> Columns | None:
     first, last = steady(grid[:, 0]), steady(grid[:, 2], whole_only=False)
     slice_x_y = Columns(("slice", "x", "y"), "three columns, and the first one stays the same from point to point")
     x_y_z = Columns(("x", "y", "z"), "three columns, and the last one stays the same from point to point")

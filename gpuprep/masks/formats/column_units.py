@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.mask_options import Reading, Units
+from gpuprep.core.mask_options import ReadingOptions, Units
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.column_roles import Columns, in_patient, is_whole
 from gpuprep.masks.model import Plane
@@ -14,7 +14,7 @@ ROUNDING_PX = 2e-3
 """Largest distance, in pixels, from a whole number of pixels of a length that was written in mm with four decimals."""
 
 
-def stated(reading: Reading, columns: Columns | None) -> Units | None:
+def stated(reading: ReadingOptions, columns: Columns | None) -> Units | None:
     """Return the units that the header or the options state, None if neither does; raise if they differ."""
     header = columns.units if columns else None
     if header and reading.units and header != reading.units:

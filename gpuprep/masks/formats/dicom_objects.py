@@ -15,13 +15,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 from gpuprep.core.formatting import printable
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.dicom.deflate import inflated
 from gpuprep.dicom.elements import SEGMENTATION_TAGS, TAGS
 from gpuprep.dicom.uids import LABEL_MAP_SEGMENTATION, RT_STRUCTURE_SET, SEGMENTATION
 from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
 from gpuprep.files import filesystem
-from gpuprep.files.bounded_reader import FrugalReader
+from gpuprep.files.bounded_reader import BoundedReader
 from gpuprep.masks.formats import rtstruct, seg
 from gpuprep.masks.formats.segmentation_values import text
 from gpuprep.masks.model import References, Segmentation
@@ -45,7 +45,7 @@ MOST_INFLATED_BYTES = 2**30
 class ObjectFormat(NamedTuple):
     """A kind of DICOM object that holds a segmentation."""
 
-    read: Callable[[pydicom.Dataset, str, Reading], Segmentation]
+    read: Callable[[pydicom.Dataset, str, ReadingOptions], Segmentation]
     """Returns the segmentation of an object, given its path."""
     references: Callable[[pydicom.Dataset], References]
     """Returns the UIDs that a damaged object refers to, as far as it can be read."""
@@ -59,7 +59,7 @@ OBJECTS = {
 """Formats by SOP Class UID."""
 
 
-class _InflatedReader(FrugalReader):
+class _InflatedReader(BoundedReader):
     """Reader of the unpacked content of a deflated file."""
 
     name = ""  # attribute that pydicom reads
@@ -69,7 +69,7 @@ class _InflatedReader(FrugalReader):
         super().__init__(cast(io.RawIOBase, content), most_reads=MOST_READS)
 
 
-def read_object(path: str, reading: Reading) -> Segmentation:
+def read_object(path: str, reading: ReadingOptions) -> Segmentation:
     """Read a structure set or a segmentation image.
 
     Parameters
@@ -119,7 +119,7 @@ def _dataset(path: str, until: int | None = None) -> pydicom.Dataset:
     """Return the data set of a file, or its elements up to the tag `until`."""
     if not stat.S_ISREG(filesystem.stat(path).st_mode):  # opening a pipe would wait for ever
         raise SegmentationError("not a regular file")
-    with FrugalReader(filesystem.opened(path), most_reads=MOST_READS) as file:
+    with BoundedReader(filesystem.opened(path), most_reads=MOST_READS) as file:
         return _parsed(file, until)
 
 
@@ -143,7 +143,7 @@ def _parsed(file: BinaryIO, until: int | None) -> pydicom.Dataset:
     return ds
 
 
-def _read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
+def _read(ds: pydicom.Dataset, path: str, reading: ReadingOptions) -> Segmentation:
     kind = _kind(ds)
     if kind in OBJECTS:
         return OBJECTS[kind].read(ds, path, reading)

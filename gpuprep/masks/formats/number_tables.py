@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.formatting import numbered, printable
-from gpuprep.core.mask_options import Reading, Units
+from gpuprep.core.formatting import format_count, printable
+from gpuprep.core.mask_options import ReadingOptions, Units
 from gpuprep.dicom.header_checks import LARGEST_SIDE
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.filename_hints import slice_and_structure, stem
@@ -40,7 +40,7 @@ class Source:
     """Gives slice and structure if the content does not."""
     table: Table
     columns: Columns
-    reading: Reading
+    reading: ReadingOptions
     plane: Plane | None
     """Matrix and pixel spacing of the series, if known."""
     found: Collector = field(default_factory=Collector)
@@ -59,7 +59,7 @@ class TableFormat:
     """Collects the structures of a table."""
     roles: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     """Roles of columns without a header, by the number of columns; empty: it has no columns."""
-    guessed: Callable[[Table, Reading, Plane | None], Columns | None] | None = None
+    guessed: Callable[[Table, ReadingOptions, Plane | None], Columns | None] | None = None
     """Returns the roles of other numbers of columns; None: they cannot be of this format."""
     needed: frozenset[str] = frozenset()
     """Roles that its columns must have."""
@@ -185,11 +185,13 @@ def _collect(
             source.found.add(name, Contour(points[first:last], frame, key))
             kept = True
     if not kept:
-        raise SegmentationError(f"holds {numbered(len(points), 'point')}, but no contour: one takes at least 3 points")
+        raise SegmentationError(
+            f"holds {format_count(len(points), 'point')}, but no contour: one takes at least 3 points"
+        )
     if not too_short:
         return ()
     first_line = source.table.lines[too_short[0]]
-    return (f"{numbered(len(too_short), 'contour')} {NO_AREA}, the first in line {first_line}",)
+    return (f"{format_count(len(too_short), 'contour')} {NO_AREA}, the first in line {first_line}",)
 
 
 def _recurrences(points: NDArray[np.float64]) -> list[int]:
@@ -223,13 +225,13 @@ def _polygons(source: Source) -> Result:
         at = int(np.argmax(odd != odd[0])) if table.labels is None else int(np.argmax(odd))
         expected = "odd" if table.labels is None and odd[0] else "even"
         raise SegmentationError(
-            f"line {table.lines[at]}: {numbered(int(counts[at]))}, but an {expected} count is expected: cut short or "
-            "damaged"
+            f"line {table.lines[at]}: {format_count(int(counts[at]))}, but an {expected} count is expected: cut short "
+            "or damaged"
         )
     if (few := counts - odd < 6).any():
         at = int(np.argmax(few))
         raise SegmentationError(
-            f"line {table.lines[at]}: {numbered(int(counts[at]))}: a polygon takes at least 3 points"
+            f"line {table.lines[at]}: {format_count(int(counts[at]))}: a polygon takes at least 3 points"
         )
     numeric = bool(odd.all())
     coordinates = np.ones(len(table.values), dtype=bool)

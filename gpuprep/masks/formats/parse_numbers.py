@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.formatting import numbered, quoted
+from gpuprep.core.formatting import format_count, quoted
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.text_parsing import LARGEST_COORDINATE, NUMBER
 
@@ -63,7 +63,7 @@ class Table:
         counts = self.counts
         if odd := np.flatnonzero(counts != counts[0]).tolist():
             raise SegmentationError(
-                f"line {self.lines[odd[0]]}: {numbered(int(counts[odd[0]]))}, where line {self.lines[0]} has "
+                f"line {self.lines[odd[0]]}: {format_count(int(counts[odd[0]]))}, where line {self.lines[0]} has "
                 f"{counts[0]}: the file is damaged, or has lines of another kind"
             )
         return self.values.reshape(len(counts), -1)

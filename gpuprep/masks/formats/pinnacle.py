@@ -202,7 +202,7 @@ def _header(path: str) -> tuple[dict[str, str], list[str], tuple[str, ...]]:
     is_plan = os.path.basename(own_folder).startswith("Plan_")
     for folder in [own_folder, os.path.dirname(own_folder)] if is_plan else [own_folder]:
         try:
-            names = [name for name in filesystem.listed(folder) if _HEADER_NAME.fullmatch(name)]
+            names = [name for name in filesystem.folder_entries(folder) if _HEADER_NAME.fullmatch(name)]
             found = [file for name in names if filesystem.isfile(file := os.path.join(folder, name))]
             if len(found) > 1:
                 return {}, ["there are several ImageSet_….header; keep only the one that plan.roi was drawn on"], ()

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.formatting import numbered, quoted
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.formatting import format_count, quoted
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.segmentation_values import decimals, image_frames, integer, items, name, raw, text, uid
 from gpuprep.masks.model import Collector, Contour, ImageFrame, References, Segmentation
@@ -35,7 +35,7 @@ _NUMERIC = b"0123456789eE+-. \\"
 """Characters of decimal strings and their separator. Python's float() accepts more than the standard does."""
 
 
-def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:  # noqa: ARG001 - as in `seg.read`
+def read(ds: pydicom.Dataset, path: str, reading: ReadingOptions) -> Segmentation:  # noqa: ARG001 - as in `seg.read`
     """Return the closed outlines of a structure set.
 
     The points of a contour give its slice, because the images it refers to may be absent or wrong. Open contours and
@@ -137,9 +137,9 @@ def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images
         images.add(item)
     notes = [f"{label}: {count} contours left out: {why}" for why, count in left_out.items()]
     if moved:
-        notes.append(f"{label}: {numbered(moved, 'contour')} moved by Contour Offset Vector")
+        notes.append(f"{label}: {format_count(moved, 'contour')} moved by Contour Offset Vector")
     if miscounted:
-        notes.append(f"{label}: {numbered(miscounted, 'contour')} with a wrong Number of Contour Points")
+        notes.append(f"{label}: {format_count(miscounted, 'contour')} with a wrong Number of Contour Points")
     return notes
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.mask_options import Reading
+from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.seg_frames import Groups
 from gpuprep.masks.formats.seg_image import MOST_PAINTED, SegImage
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # gpuprep.dicom.decode, which imports pydicom, is imported only if frames are encapsulated.
 
 
-def read(ds: pydicom.Dataset, path: str, reading: Reading) -> Segmentation:
+def read(ds: pydicom.Dataset, path: str, reading: ReadingOptions) -> Segmentation:
     """Return the painted pixels of a segmentation image, frame by frame.
 
     In a fractional segmentation, a pixel belongs to the segment if value / *Maximum Fractional Value* is at least

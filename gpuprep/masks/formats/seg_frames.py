@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.geometry import COARSEST_MM, FINEST_MM, PERPENDICULAR, Geometry, directions
+from gpuprep.core.geometry import COARSEST_MM, FINEST_MM, PERPENDICULARITY_TOLERANCE, Geometry, directions
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.seg_image import SegImage
 from gpuprep.masks.formats.segmentation_values import binary, decimals, image_frames, items, raw, text
@@ -103,7 +103,7 @@ class Groups:
         )
         if key not in self._known_geometries:
             position = decimals(plane_position, "ImagePositionPatient", 3, LARGEST_COORDINATE)
-            orientation = decimals(plane_orientation, "ImageOrientationPatient", 6, 1 + PERPENDICULAR)
+            orientation = decimals(plane_orientation, "ImageOrientationPatient", 6, 1 + PERPENDICULARITY_TOLERANCE)
             spacing = decimals(measures, "PixelSpacing", 2, COARSEST_MM)
             if position is None or orientation is None or spacing is None:
                 return None

@@ -8,15 +8,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gpuprep.output.writers.content import Content, Settle
+from gpuprep.output.writers.content import Content, OnFileFinished
 from gpuprep.output.writers.nifti import write_nifti
 from gpuprep.output.writers.npy import write_npy
 from gpuprep.output.writers.omezarr import write_omezarr
 from gpuprep.output.writers.tiff import write_slices, write_stack
 
-Writer = Callable[[Path, Iterator[NDArray[Any]], Content, Settle], tuple[str, ...]]
-"""``write(path, chunks, content, settle)`` writes a file or folder at `path`, whose name has the ending of the recipe,
-calls `settle` with each finished file, and returns warnings about the volume."""
+Writer = Callable[[Path, Iterator[NDArray[Any]], Content, OnFileFinished], tuple[str, ...]]
+"""``write(path, chunks, content, finish_file)`` writes a file or folder at `path`, whose name has the ending of the
+recipe, calls `finish_file` with each finished file, and returns warnings about the volume."""
 
 WRITERS: dict[str, Writer] = {
     "tif": write_slices,

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from gpuprep.core.geometry import Geometry, Shape3, Vector3
-from gpuprep.core.plan import BYTES, Plan
+from gpuprep.core.plan import BYTES_PER_VOXEL, Plan
 from gpuprep.core.recipe import Compression
 
-Settle = Callable[[Path], None]
+OnFileFinished = Callable[[Path], None]
 """Callback for a finished file, which is flushed to disk while others are being written."""
 
 
-def nothing(_: Path) -> None:
+def ignore_finished_file(_: Path) -> None:
     """Do nothing with a finished file."""
 
 
@@ -48,7 +48,7 @@ class Content:
     @property
     def bytes(self) -> int:
         """Uncompressed size of the voxels."""
-        return int(np.prod(self.shape, dtype=np.int64)) * BYTES[self.dtype]
+        return int(np.prod(self.shape, dtype=np.int64)) * BYTES_PER_VOXEL[self.dtype]
 
     @classmethod
     def image(cls, plan: Plan) -> Content:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.geometry import UNSEEN_MM
-from gpuprep.output.writers.content import Content, Settle, nothing
+from gpuprep.core.geometry import NEGLIGIBLE_SHIFT_MM
+from gpuprep.output.writers.content import Content, OnFileFinished, ignore_finished_file
 from gpuprep.output.writers.gzipping import gzipped
 
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -29,7 +29,7 @@ SCANNER = 1
 
 
 def write_nifti(
-    path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
+    path: Path, chunks: Iterator[NDArray[Any]], content: Content, finish_file: OnFileFinished = ignore_finished_file
 ) -> tuple[str, ...]:
     """Write a ``.nii`` or ``.nii.gz``; unsigned integers get a slope and intercept with which readers return HU."""
     header = _header(content)
@@ -37,7 +37,7 @@ def write_nifti(
         append(memoryview(header.binaryblock + bytes(4)))  # no extensions
         for chunk in chunks:
             append(np.ascontiguousarray(chunk).data.cast("B"))
-    settle(path)
+    finish_file(path)
     if header["qform_code"]:
         return ()
     return (f"slices lean, and only the sform of {path.name} describes that: nibabel reads it, ITK refuses the file",)
@@ -56,7 +56,7 @@ def _header(content: Content) -> Any:
     # four digits.
     header.set_qform(affine, SCANNER)
     apart_mm = np.abs(header.get_qform() - affine)[:3, :3] @ content.shape[::-1]
-    if apart_mm.max() > UNSEEN_MM:
+    if apart_mm.max() > NEGLIGIBLE_SHIFT_MM:
         header["qform_code"] = 0
     slope, intercept = content.hu if content.hu and content.dtype in ("uint8", "uint16") else (1.0, 0.0)
     header["scl_slope"], header["scl_inter"] = slope, intercept

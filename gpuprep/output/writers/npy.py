@@ -15,11 +15,11 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from gpuprep.output.writers.content import Content, Settle, nothing
+from gpuprep.output.writers.content import Content, OnFileFinished, ignore_finished_file
 
 
 def write_npy(
-    path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
+    path: Path, chunks: Iterator[NDArray[Any]], content: Content, finish_file: OnFileFinished = ignore_finished_file
 ) -> tuple[str, ...]:
     """Write a ``.npy`` of shape (k, j, i); its affine is in ``volume.json``."""
     header = {"descr": npy.dtype_to_descr(np.dtype(content.dtype)), "fortran_order": False, "shape": content.shape}
@@ -27,5 +27,5 @@ def write_npy(
         npy.write_array_header_1_0(f, header)
         for chunk in chunks:
             f.write(np.ascontiguousarray(chunk).data.cast("B"))
-    settle(path)
+    finish_file(path)
     return ()

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.geometry import UNSEEN_MM, Geometry, Shape3
-from gpuprep.output.writers.content import Content, Settle, nothing
+from gpuprep.core.geometry import NEGLIGIBLE_SHIFT_MM, Geometry, Shape3
+from gpuprep.output.writers.content import Content, OnFileFinished, ignore_finished_file
 
 CHUNK = (32, 64, 64)
 """Approximate shape of a chunk; each axis is divided evenly, so that the last chunk has little padding."""
@@ -45,7 +45,7 @@ SHARD_BYTES = 2**25
 
 
 def write_omezarr(
-    path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
+    path: Path, chunks: Iterator[NDArray[Any]], content: Content, finish_file: OnFileFinished = ignore_finished_file
 ) -> tuple[str, ...]:
     """Write a group with array "0": axes z, y, x in mm, and gpuprep's attributes under "gpuprep"."""
     import zarr  # takes a second, and is an optional dependency
@@ -74,7 +74,7 @@ def write_omezarr(
             filled += count
             if filled == depth or start + filled == content.shape[0]:
                 array[start : start + filled] = slab[:filled]
-                settle(path / "0" / "c" / str(start // depth) / "0" / "0")
+                finish_file(path / "0" / "c" / str(start // depth) / "0" / "0")
                 start, filled = start + filled, 0
     if (angle_deg := _obliqueness_deg(content.grid)) is None:
         return ()
@@ -161,7 +161,7 @@ def _obliqueness_deg(grid: Geometry) -> float | None:
     axial = grid.affine[:3, list(turn.axes)] * np.where(turn.flips, -1, 1)  # columns near +z, +y, +x
     spacing_mm = np.linalg.norm(axial, axis=0)
     apart_mm = np.abs(axial - np.eye(3)[:, ::-1] * spacing_mm) @ np.array(grid.shape)[list(turn.axes)]
-    if apart_mm.max() <= UNSEEN_MM:
+    if apart_mm.max() <= NEGLIGIBLE_SHIFT_MM:
         return None
     cosines = axial[[2, 1, 0], [0, 1, 2]] / spacing_mm
     return math.degrees(math.acos(min(1.0, float(cosines.min()))))

@@ -19,7 +19,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from gpuprep.output.writers.content import Content, Settle, nothing
+from gpuprep.output.writers.content import Content, OnFileFinished, ignore_finished_file
 
 BIGTIFF_BYTES = 2**32 - 2**25
 """Maximum size of the voxels of a classic TIFF. Its offsets have 32 bits; the difference is for its directories."""
@@ -29,7 +29,7 @@ ZLIB_LEVEL = 6
 
 
 def write_slices(
-    folder: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
+    folder: Path, chunks: Iterator[NDArray[Any]], content: Content, finish_file: OnFileFinished = ignore_finished_file
 ) -> tuple[str, ...]:
     """Write ``0000.tif``, ``0001.tif``, … along k; voxel size in the resolution tags and the description."""
     folder.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def write_slices(
                     view = memoryview(part).cast("B")
                     while view:  # an unbuffered write may write only a part
                         view = view[f.write(view) :]
-            settle(file)
+            finish_file(file)
             k += 1
     return ()
 
@@ -74,7 +74,7 @@ class _Encoder:
 
 
 def write_stack(
-    path: Path, chunks: Iterator[NDArray[Any]], content: Content, settle: Settle = nothing
+    path: Path, chunks: Iterator[NDArray[Any]], content: Content, finish_file: OnFileFinished = ignore_finished_file
 ) -> tuple[str, ...]:
     """Write a stack: axes ZYX, voxel size in mm, display range; for unsigned integers also the calibration to HU.
 
@@ -105,7 +105,7 @@ def write_stack(
             **_compression(content),
             **resolution,
         )
-    settle(path)
+    finish_file(path)
     return (f"larger than 4 GB, so {path.name} is a BigTIFF: ImageJ opens it only with Bio-Formats",) if big else ()
 
 
