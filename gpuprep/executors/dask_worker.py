@@ -154,7 +154,7 @@ def worker_version() -> str:
 
 @cache
 def _prepare() -> None:
-    """Set up a Dask worker like a worker of `Processes`, before its first task."""
+    """Set up a Dask worker like a worker of `ProcessExecutor`, before its first task."""
     from threadpoolctl import threadpool_limits
 
     quiet_libraries()

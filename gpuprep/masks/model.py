@@ -89,6 +89,13 @@ class Raster:
     slab: Slab | None = None
     """None: half the thickness of `geometry` to both sides."""
 
+    @property
+    def extent_mm(self) -> tuple[float, float]:
+        """Extent below and above a plane with a geometry, along its normal."""
+        assert self.geometry is not None  # noqa: S101 - the caller checks it
+        half_mm = self.geometry.spacing_mm[0] / 2
+        return (half_mm, half_mm) if self.slab is None else (self.slab.below_mm, self.slab.above_mm)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Structure:

@@ -96,12 +96,7 @@ def _volume(planes: Sequence[tuple[float, Raster]]) -> _Volume:
     axes = geometries[0].affine[:3, :3] / (geometries[0].spacing_mm[0], 1, 1)
     origins = np.array([geometry.affine[:3, 3] for geometry in geometries])
     offsets = np.array([offset_mm for offset_mm, _ in planes])
-    extents = np.array(
-        [
-            (geometry.spacing_mm[0] / 2,) * 2 if raster.slab is None else raster.slab[:2]
-            for geometry, (_, raster) in zip(geometries, planes, strict=True)
-        ]
-    )
+    extents = np.array([raster.extent_mm for _, raster in planes])
     sizes = [raster.mask.size for _, raster in planes]
     return _Volume(
         axes,

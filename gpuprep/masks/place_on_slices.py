@@ -160,7 +160,7 @@ def _place_structure(structure: Structure, slices: SeriesSlices, source: str) ->
     for raster in structure.rasters:
         if raster.geometry is not None and _is_parallel(raster, slices):
             _match_raster(raster, slices, candidates, left_out)
-        elif raster.geometry is not None and not slices.overlap(_layers(raster, slices)):
+        elif raster.geometry is not None and not slices.overlap(_box_layers(raster, slices)):
             left_out["on no slice of the series"] += 1
         elif raster.geometry is not None:
             oblique.append(raster)
@@ -271,7 +271,7 @@ def _is_parallel(raster: Raster, slices: SeriesSlices) -> bool:
     """Return whether the plane of a raster is parallel to the slices, within `PARALLEL_LAYERS`."""
     assert raster.geometry is not None  # noqa: S101 - the caller passes only rasters with a geometry
     rise = np.abs((slices.to_index @ raster.geometry.affine)[0, 1:3])
-    return bool(rise @ (np.array(raster.geometry.shape[1:]) - 1) <= PARALLEL_LAYERS)
+    return bool(rise @ np.array(raster.geometry.shape[1:]) <= PARALLEL_LAYERS)
 
 
 def _layers(raster: Raster, slices: SeriesSlices) -> NDArray[np.float64]:
@@ -280,6 +280,21 @@ def _layers(raster: Raster, slices: SeriesSlices) -> NDArray[np.float64]:
     rows, columns = raster.mask.shape
     corners = [[0, raster.row + r, raster.column + c, 1] for r in (0, rows - 1) for c in (0, columns - 1)]
     return np.asarray((slices.to_index @ raster.geometry.affine)[0] @ np.array(corners, dtype=np.float64).T)
+
+
+def _box_layers(raster: Raster, slices: SeriesSlices) -> NDArray[np.float64]:
+    """Return the layers of the corners of the painted rectangle, from edge to edge and as thick as its plane."""
+    assert raster.geometry is not None  # noqa: S101 - the caller passes only rasters with a geometry
+    per_thickness, per_row, per_column, origin = (slices.to_index @ raster.geometry.affine)[0]
+    below, above = (mm / raster.geometry.spacing_mm[0] for mm in raster.extent_mm)
+    rows, columns = raster.mask.shape
+    corners = [
+        origin + per_thickness * depth + per_row * row + per_column * column
+        for depth in (-below, above)
+        for row in (raster.row - 0.5, raster.row + rows - 0.5)
+        for column in (raster.column - 0.5, raster.column + columns - 0.5)
+    ]
+    return np.array(corners)
 
 
 def _match_raster(

@@ -347,9 +347,9 @@ def test_after_a_stop_request_tasks_in_flight_finish_and_no_others_begin(make: A
 ORPHANS = """
 import sys
 from worker_tasks import sleep_in
-from gpuprep.executors.processes import Processes
+from gpuprep.executors.processes import ProcessExecutor
 if __name__ == "__main__":
-    list(Processes(1).run(sleep_in, [sys.argv[1]]))
+    list(ProcessExecutor(1).run(sleep_in, [sys.argv[1]]))
 """
 
 
@@ -367,9 +367,9 @@ def test_a_worker_ends_with_its_parent_in_the_middle_of_a_task(tmp_path: Path) -
 
 
 UNGUARDED = """
-from gpuprep.executors.processes import Processes
+from gpuprep.executors.processes import ProcessExecutor
 print("the script runs")
-executor = Processes(2)
+executor = ProcessExecutor(2)
 print(dict(executor.run(len, ["a", "bb"])))
 executor.stop()
 """

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydicom import Dataset
@@ -128,6 +128,9 @@ class TestNotParallel:
         st.tuples(*[st.floats(0.4, 4)] * 3),
         st.integers(0, 2**32),
     )
+    @example(
+        angles=(0.0, 1.0, 0.0), spacing=(3.375, 1.0, 2.0), seed=0
+    )  # a frame beyond the end reaches the first slice
     @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_random_orientations_and_spacings_give_the_nearest_voxel(
         self, tmp_path: Path, stacked: Stack, angles: Any, spacing: Any, seed: int
@@ -141,6 +144,42 @@ class TestNotParallel:
         fraction = np.abs(indices_in(own, stacked.geometry) % 1 - 0.5)
         clear = (fraction > 1e-4).all(axis=-1)  # half-way between two voxels, both values are right
         np.testing.assert_array_equal(masks["a"][clear], nearest(volume, own, stacked.geometry)[clear])
+
+    @pytest.mark.parametrize("end", [0, -1], ids=["first-slice", "last-slice"])
+    def test_a_tilted_frame_whose_middle_lies_beyond_the_stack_covers_slices_within_its_thickness(
+        self, tmp_path: Path, stacked: Stack, end: int
+    ) -> None:
+        # One frame, 8 mm thick and tilted by 2°, whose middle is 3 mm (1.2 layers) beyond the first or the last slice.
+        own = grid(rotation(2, 1), (1, 30, 30), (8.0, 1.0, 1.0))
+        affine = own.affine.copy()
+        affine[2, 3] += stacked.geometry.affine[2, 3] + (8 * 2.5 + 3 if end else -3) - MIDDLE[2]
+        own = Geometry(own.shape, affine)
+        # Origins are voxel centres, and `grid` puts the edge of the frame's only layer half a voxel lower.
+        own = Geometry(own.shape, affine + np.pad(own.affine[:3, :1] / 2, ((0, 1), (3, 0))))
+        volume = np.ones(own.shape, dtype=bool)
+        masks, notes = painted(write_seg(tmp_path / "s.dcm", {"a": volume}, own), stacked)
+        expected = nearest(volume, own, stacked.geometry)
+        assert expected[end].all()
+        assert not expected[4].any()
+        np.testing.assert_array_equal(masks["a"], expected)
+        assert notes == []
+
+    def test_a_pixel_of_a_coronal_frame_that_reaches_beyond_the_stack_covers_the_last_slice(
+        self, tmp_path: Path, stacked: Stack
+    ) -> None:
+        # One pixel, 6 mm high: its centre is 2 mm (0.8 layers) above the last slice, its lower edge 1 mm below it.
+        affine = np.eye(4)
+        top_mm = stacked.geometry.affine[2, 3] + 8 * 2.5
+        affine[:3, :3] = np.array([[0, 0, 1.0], [1, 0, 0], [0, 1, 0]]) @ np.diag([1.5, 6.0, 20.0])
+        affine[:3, 3] = [MIDDLE[0], MIDDLE[1], top_mm + 2]
+        own = Geometry((1, 1, 1), affine)
+        volume = np.ones(own.shape, dtype=bool)
+        masks, notes = painted(write_seg(tmp_path / "s.dcm", {"a": volume}, own), stacked)
+        expected = nearest(volume, own, stacked.geometry)
+        assert expected[8].sum() > 10
+        assert not expected[:8].any()
+        np.testing.assert_array_equal(masks["a"], expected)
+        assert notes == []
 
     def test_sagittal_frames_of_a_label_map_may_have_any_order(self, tmp_path: Path, stacked: Stack) -> None:
         def reverse(ds: Dataset) -> None:
@@ -373,11 +412,12 @@ class TestMasksWithoutVoxels:
         own = grid(rotation(60, 0), (60, 6, 6), (1.0, 1.0, 1.0))
         volume = np.ones(own.shape, bool)
         _, notes = painted(write_seg(tmp_path / "s.dcm", {"a": volume}, own), stacked)
-        corners = np.array([(f, r, c) for f in range(60) for r in (0, 5) for c in (0, 5)])
+        edges = (-0.5, 5.5)
+        corners = np.array([(f + d, r, c) for f in range(60) for d in (-0.5, 0.5) for r in edges for c in edges])
         k = (own.points_mm(corners)[:, 2] - stacked.geometry.origin_mm[2]) / SPACING[0]
-        k = k.reshape(60, 4)
+        k = k.reshape(60, 8)
         beyond = int(((k.max(axis=1) < -0.501) | (k.min(axis=1) > SHAPE[0] - 1 + 0.501)).sum())
-        assert beyond > 5
+        assert beyond > 2
         assert notes == [f"a: {beyond} frames left out: on no slice of the series"]
 
 

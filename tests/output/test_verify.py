@@ -118,7 +118,7 @@ def test_status_says_how_many_outputs_are_by_another_recipe(dicom: Path, out: Pa
     go(dicom / "p1", out, finer)
     assert status(out).other_recipe == 1  # p2; the rejected one has no output
     shown = command("status", out)
-    assert f"1 output by another recipe than the last run's: convert their inputs with --recipe {out}/recipe.toml" in (
+    assert f"1 output by another recipe than the last run's: convert the inputs with --recipe {out}/recipe.toml" in (
         " ".join(shown.stdout.split())
     )
     assert json.loads(command("status", out, "--json").stdout)["other_recipe"] == 1

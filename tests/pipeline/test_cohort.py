@@ -1059,7 +1059,7 @@ def test_a_broken_numba_gives_a_reason_and_no_traceback(
     monkeypatch.setitem(sys.modules, "gpuprep.compute.numba_kernels", None)  # makes its import fail
     (result,) = convert(small_series, tmp_path / "out", backend="cpu").results
     assert result.status == "failed"
-    assert "set NUMBA_DISABLE_JIT=1 to do without it" in result.reason
+    assert "set NUMBA_DISABLE_JIT=1 to run without it" in result.reason
     assert not caplog.records
 
 

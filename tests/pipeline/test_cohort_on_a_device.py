@@ -69,7 +69,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
         executor.places = places
         return executor
 
-    monkeypatch.setattr(resources, "Processes", processes)
+    monkeypatch.setattr(resources, "ProcessExecutor", processes)
     return executor
 
 
