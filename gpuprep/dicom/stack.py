@@ -266,17 +266,15 @@ def _fit_grid(
 
     count = len(positions.slices)
     if rules.policy == "keep":
-        if missing.any() or (np.abs(gaps_mm - typical_mm) > tolerance_mm).any():
-            what = (
-                _gaps_text(positions, gaps_mm, missing, tolerances)
-                if missing.any()
-                else _spacings_text(positions, gaps_mm, typical_mm, tolerance_mm, tolerances)
-            )
-            found.append(Irregularity("gap" if missing.any() else "uneven", what, "stacked as if even"))
+        if missing.any():
+            what = _gaps_text(positions, gaps_mm, missing, tolerances)
+            found.append(Irregularity("gap", what, "stacked as if even"))
+        elif (np.abs(gaps_mm - typical_mm) > tolerance_mm).any():
+            what = _spacings_text(positions, gaps_mm, typical_mm, tolerance_mm, tolerances)
+            found.append(Irregularity("uneven", what, "stacked as if even"))
         if scatter_mm is not None:
-            found.append(
-                Irregularity("tilt", f"the stack leans by {measures.tilt_deg:.2f}°", "kept, in a sheared affine")
-            )
+            what = f"the stack leans by {measures.tilt_deg:.2f}°"
+            found.append(Irregularity("tilt", what, "kept, in a sheared affine"))
         offset = normal * positions.along_mm[-1] + positions.lateral_mm[-1] @ np.array([column, row])
         return None, offset / (count - 1), count
 
@@ -284,11 +282,8 @@ def _fit_grid(
     spacing_mm = float(positions.along_mm[-1]) / (count - 1)
     _check_gaps(positions, gaps_mm, missing, typical_mm, rules, tolerances)
     if missing.any():
-        found.append(
-            Irregularity(
-                "gap", _gaps_text(positions, gaps_mm, missing, tolerances), "interpolated from the slices around"
-            )
-        )
+        what = _gaps_text(positions, gaps_mm, missing, tolerances)
+        found.append(Irregularity("gap", what, "interpolated from the slices around"))
     uneven = np.abs(gaps_mm - (missing + 1) * typical_mm) > tolerance_mm
     if uneven.any():
         what = _spacings_text(positions, gaps_mm, typical_mm, tolerance_mm, tolerances)
@@ -303,9 +298,8 @@ def _fit_grid(
             )
             found.append(Irregularity("uneven", what, "resampled from true positions"))
         _check_smallest_distance(positions, gaps_mm, typical_mm, tolerances)
-        count = (
-            math.ceil(float(positions.along_mm[-1]) / typical_mm - GRID_TOLERANCE) + 1
-        )  # spacing no coarser than acquired
+        # The spacing is no coarser than acquired.
+        count = math.ceil(float(positions.along_mm[-1]) / typical_mm - GRID_TOLERANCE) + 1
         spacing_mm = float(positions.along_mm[-1]) / (count - 1)
         indices = positions.along_mm / spacing_mm
     shift = None

@@ -280,41 +280,17 @@ def _are_fractions(values: NDArray[np.float64]) -> bool:
 
 
 def _pixel_list(source: Source) -> Result:
-    table, reading, columns = source.table, source.reading, source.columns
-    grid = table.grid()
-    by_role = {role: grid[:, n] for n, role in enumerate(columns.roles) if role}
+    grid = source.table.grid()
+    by_role = {role: grid[:, n] for n, role in enumerate(source.columns.roles) if role}
     depth = "z" if "z" in by_role else "slice"
-    for role in ("x", "y", depth):
-        bad = (
-            (by_role[role] != np.rint(by_role[role])) | (by_role[role] < 0)
-            if role in by_role
-            else np.zeros(1, dtype=bool)
-        )
-        if role != depth:
-            bad |= by_role[role] - reading.pixel_base >= LARGEST_SIDE
-        if bad.any():
-            at = int(np.argmax(bad))
-            raise SegmentationError(
-                f"line {table.lines[at]}: {role} = {by_role[role][at]:g} is no pixel or slice number"
-            )
-    x, y = ((by_role[role] - reading.pixel_base).astype(np.int64) for role in ("x", "y"))
-    if min(x.min(), y.min()) < 0:
-        raise SegmentationError("--pixel-base 1, but its pixels are counted from 0: omit the option")
-    if column_units.stated(reading, columns) not in (None, "px"):
-        raise SegmentationError("a list of pixels has coordinates in pixels, not mm or cm: correct --units or header")
-    order = ["x", "y", depth] if depth in by_role else ["x", "y"]
-    if is_scan(np.stack([by_role[role] for role in order], axis=1), len(order)) and _runs_upwards(by_role, depth):
-        raise SegmentationError("y runs upwards (in ImageJ, Edit > Options > Invert Y): save it with y downwards")
-    if (plane := source.plane) is not None and depth not in by_role and len(x) >= plane.rows * plane.columns:
-        raise SegmentationError("lists every pixel of the slice: an image, not a mask")
-
+    x, y = _pixel_columns(source, by_role, depth)
     values = by_role["value"]
     notes: tuple[str, ...] = ()
     if not _are_labels(values, by_role):
         notes = ("values are intensities; all the pixels listed are taken as the mask",)
         values = np.ones_like(values)
     key, name = (
-        slice_and_structure(source.path, reading.slice_from)
+        slice_and_structure(source.path, source.reading.slice_from)
         if depth not in by_role
         else (None, printable(stem(source.path)))
     )
@@ -342,6 +318,43 @@ def _pixel_list(source: Source) -> Result:
     if not labels:
         notes = (EMPTY,)
     return notes, depth not in by_role
+
+
+def _pixel_columns(
+    source: Source, by_role: dict[str, NDArray[np.float64]], depth: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return columns (x) and rows (y) of the pixels of a list, counted from 0.
+
+    Raises
+    ------
+    SegmentationError
+        If a coordinate is no pixel or slice number, or the list is no mask.
+    """
+    table, reading = source.table, source.reading
+    for role in ("x", "y", depth):
+        bad = (
+            (by_role[role] != np.rint(by_role[role])) | (by_role[role] < 0)
+            if role in by_role
+            else np.zeros(1, dtype=bool)
+        )
+        if role != depth:
+            bad |= by_role[role] - reading.pixel_base >= LARGEST_SIDE
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise SegmentationError(
+                f"line {table.lines[at]}: {role} = {by_role[role][at]:g} is no pixel or slice number"
+            )
+    x, y = ((by_role[role] - reading.pixel_base).astype(np.int64) for role in ("x", "y"))
+    if min(x.min(), y.min()) < 0:
+        raise SegmentationError("--pixel-base 1, but its pixels are counted from 0: omit the option")
+    if column_units.stated(reading, source.columns) not in (None, "px"):
+        raise SegmentationError("a list of pixels has coordinates in pixels, not mm or cm: correct --units or header")
+    order = ["x", "y", depth] if depth in by_role else ["x", "y"]
+    if is_scan(np.stack([by_role[role] for role in order], axis=1), len(order)) and _runs_upwards(by_role, depth):
+        raise SegmentationError("y runs upwards (in ImageJ, Edit > Options > Invert Y): save it with y downwards")
+    if (plane := source.plane) is not None and depth not in by_role and len(x) >= plane.rows * plane.columns:
+        raise SegmentationError("lists every pixel of the slice: an image, not a mask")
+    return x, y
 
 
 def _runs_upwards(by_role: dict[str, NDArray[np.float64]], depth: str) -> bool:
