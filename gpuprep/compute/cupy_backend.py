@@ -29,6 +29,9 @@ def _elementwise(kernel: cuda_kernels.Kernel) -> Any:
     return cupy.ElementwiseKernel(kernel.inputs, kernel.outputs, kernel.operation, kernel.name)
 
 
+PROBE_SIZE = 512
+"""Rows and columns of the product that tests the precision; cuBLAS may choose other algorithms for small products."""
+
 HU, WINDOW, QUANTISE = (_elementwise(k) for k in (cuda_kernels.HU, cuda_kernels.WINDOW, cuda_kernels.QUANTISE))
 
 
@@ -62,6 +65,9 @@ class CupyBackend:
     def _session(self) -> Iterator[Transfers]:
         _checked_device(self._ordinal)
         try:
+            # Arrays that an earlier session returned may have been deleted while kernels of other streams still read
+            # them. This session could get the same stream handle, and with it their memory. Freeing it waits for them.
+            self._free_memory()
             with cupy.cuda.Device(self._ordinal), cupy.cuda.Stream(non_blocking=True):
                 transfers = Transfers(_Copies())
                 try:
@@ -78,7 +84,12 @@ class CupyBackend:
             raise device_exc from exc
         finally:
             with suppress(Exception):  # fails if the device is lost
-                cupy.get_default_memory_pool().free_all_blocks()
+                self._free_memory()
+
+    def _free_memory(self) -> None:
+        """Return unused memory of CuPy's pool to the driver: of the current device, since each has its own pool."""
+        with cupy.cuda.Device(self._ordinal):
+            cupy.get_default_memory_pool().free_all_blocks()
 
     def session(self) -> AbstractContextManager[Transfers]:
         return self._session()
@@ -199,19 +210,49 @@ def device_count() -> int:
         return 0
 
 
+def _why_no_device() -> str:
+    """Return the reason why this process can use no GPU; "" if it can."""
+    runtime = cupy.cuda.runtime
+    try:
+        if runtime.getDeviceCount() > 0:
+            return ""
+        reason = "CUDA lists none"
+    except runtime.CUDARuntimeError as exc:
+        reason = str(exc)
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") == "":
+        return "CUDA_VISIBLE_DEVICES is empty: unset it, or list the GPUs to use"
+    if not (driver := runtime.driverGetVersion()):
+        return "no NVIDIA driver is loaded: check that nvidia-smi lists the GPU"
+    if "InsufficientDriver" in reason:
+        return (
+            f"the driver supports CUDA {_cuda_version(driver)}, CuPy needs "
+            f"{_cuda_version(runtime.runtimeGetVersion())}: update the driver, or install gpuprep[cuda12]"
+        )
+    return f"{reason}: check that nvidia-smi lists the GPU"
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 @cache
 def _checked_device(ordinal: int) -> str:
     """Test a device, once per process, and return its name."""
-    if os.environ.get("CUPY_TF32", "0") not in ("", "0"):
-        raise BackendError("CUPY_TF32 is set: TF32 products are wrong by up to 1.7 HU; unset it")
-    if not cupy.is_available():
-        raise BackendError("CuPy finds no GPU: check that nvidia-smi lists one and that the driver is loaded")
+    if (tf32 := os.environ.get("CUPY_TF32", "0")) != "0":
+        raise BackendError(f"CUPY_TF32 is {tf32!r}: TF32 products are wrong by up to 1.7 HU; unset it")
+    if reason := _why_no_device():
+        raise BackendError(f"CuPy finds no GPU: {reason}")
     try:
         with cupy.cuda.Device(ordinal):
-            # One compiled kernel and one matrix product: they need the driver, NVRTC and cuBLAS.
-            ones = cupy.ones((2, 2), dtype=cupy.float32) * 2
-            if float((ones @ ones).sum()) != 32.0:
-                raise BackendError("a test product on the GPU gave a wrong result: do not use this device")
+            # One compiled kernel and one matrix product: they need the driver, NVRTC and cuBLAS. The product is exact
+            # in float32. Formats with fewer bits round its factors to 1, whichever setting chose them.
+            expected = np.full((PROBE_SIZE, PROBE_SIZE), 1 + 2**-12, dtype=np.float32)
+            identity = cupy.asarray(np.eye(PROBE_SIZE, dtype=np.float32))
+            if not np.array_equal(cupy.asnumpy((cupy.asarray(expected) * 1) @ identity), expected):
+                raise BackendError(
+                    "a matrix product on the GPU has not the precision of float32: unset NVIDIA_TF32_OVERRIDE and the "
+                    "variables of cuBLAS for emulation; if none is set, do not use this device"
+                )
             properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
     # CUDA errors are RuntimeErrors, and a missing cuBLAS is an ImportError; NVRTC and memory errors are neither.
     except OSError as exc:  # CuPy caches compiled kernels on disk

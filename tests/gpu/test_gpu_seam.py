@@ -174,13 +174,13 @@ def test_cupy_parses_the_signatures_of_the_fused_kernels() -> None:
 def test_an_unwritable_kernel_cache_is_a_backend_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy, ours = import_module("cupy"), import_module("gpuprep.compute.cupy_backend")
     monkeypatch.delenv("CUPY_TF32", raising=False)
-    monkeypatch.setattr(cupy, "is_available", lambda: True)
+    monkeypatch.setattr(ours, "_why_no_device", lambda: "")
     monkeypatch.setattr(cupy.cuda, "Device", lambda _: nullcontext())
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "/kernel_cache/x")
 
-    monkeypatch.setattr(cupy, "ones", refuse)  # CuPy caches its first kernel on disk
+    monkeypatch.setattr(cupy, "asarray", refuse)  # stands for the first kernel, which CuPy caches on disk
     with pytest.raises(BackendError, match=r"/kernel_cache/x.*set CUPY_CACHE_DIR"):
         ours._checked_device(99)
 
