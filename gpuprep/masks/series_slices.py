@@ -67,8 +67,8 @@ class SeriesSlices:
         return np.where(np.minimum(to_lower, to_upper) <= HALF_LAYER, n, -1)
 
     def overlap(self, k: NDArray[np.float64]) -> bool:
-        """Return whether the range of positions `k` overlaps the stack, half a layer beyond its ends included."""
-        return bool(k.max() >= self.along[0] - HALF_LAYER and k.min() <= self.along[-1] + HALF_LAYER)
+        """Return whether the range of positions `k`, in layers, overlaps that from the first slice to the last."""
+        return bool(k.max() >= self.along[0] - ROUNDING and k.min() <= self.along[-1] + ROUNDING)
 
     @property
     def plane_layers(self) -> float:

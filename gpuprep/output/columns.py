@@ -7,6 +7,7 @@ because manifests of earlier versions lack it.
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 
@@ -20,6 +21,8 @@ class Kind(NamedTuple):
     """Arrow type of a value, or of each value of a list."""
     json: type | None = None
     """Type of the JSON in a cell of SQLite or CSV: list or dict; None: the cell is no JSON."""
+    is_time: bool = False
+    """Whether it is a time as ISO 8601, or empty."""
     nested: bool = False
     """Whether it contains objects, so that it is JSON text in Parquet, too."""
 
@@ -30,6 +33,7 @@ class Kind(NamedTuple):
 
 
 TEXT = Kind("TEXT", str, "string")
+TIME = Kind("TEXT", str, "string", is_time=True)
 WHOLE = Kind("INTEGER", int, "int64")
 NUMBER = Kind("REAL", float, "float64")
 TEXTS = Kind("TEXT", str, "string", json=list)
@@ -68,6 +72,8 @@ class Column(NamedTuple):
         value = json.loads(cell) if self.kind.json is not None and isinstance(cell, str) else cell
         if not isinstance(value, self.kind.json or self.kind.cell):
             raise ValueError(f"{self.name} is {cell!r}")
+        if self.kind.is_time and value:
+            datetime.fromisoformat(str(value))
         return tuple(value) if isinstance(value, list) else value
 
 
@@ -126,13 +132,13 @@ SERIES = _by_name(
         optional=True,
     ),
     Column("host", TEXT, "Host that converted it.", optional=True),
-    Column("finished", TEXT, "Time of the end of the conversion: UTC, ISO 8601."),
+    Column("finished", TIME, "Time of the end of the conversion: UTC, ISO 8601."),
 )  # fmt: skip
 """The columns of a series, by name: the fields of `SeriesResult`."""
 
 RUNS = _by_name(
-    Column("started", TEXT, "Time of the beginning: UTC, ISO 8601."),
-    Column("ended", TEXT, "Time of the end: UTC, ISO 8601; empty while it runs."),
+    Column("started", TIME, "Time of the beginning: UTC, ISO 8601."),
+    Column("ended", TIME, "Time of the end: UTC, ISO 8601; empty while it runs."),
     Column("state", TEXT, "State of the run: see `State`."),
     Column("host", TEXT, "Host of the parent process."),
     Column("pid", WHOLE, "Process ID of the parent process."),

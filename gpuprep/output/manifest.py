@@ -238,7 +238,10 @@ class Manifest:
         count, last = next(
             self._rows("SELECT count(*), coalesce(max(finished), '') FROM series WHERE finished >= ?", started)
         )
-        return count, last
+        try:
+            return count, SERIES["finished"].from_cell(last)
+        except ValueError as exc:
+            raise self._unusable(exc) from exc
 
     def unreadable(self) -> int:
         """Return the number of files that the latest scan could not read."""

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from gpuprep.core.formatting import printable
+from gpuprep.core.formatting import plain_reason, printable
 from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.executors.processes import Executor, WorkerDiedError
@@ -144,7 +144,7 @@ def status(out: str | Path) -> Status:
                 kind = state, ", ".join(codes)
                 numbers[kind] += 1
                 if len(left_out[kind]) < EXAMPLES:
-                    left_out[kind].append(f"{source}: {reason}")
+                    left_out[kind].append(f"{source}: {plain_reason(reason)}")
         reasons = tuple(Reason(*kind, n, tuple(left_out[kind])) for kind, n in numbers.most_common())
         unreadable = max(manifest.unreadable() for manifest in records.manifests.values())
         progress = tuple(

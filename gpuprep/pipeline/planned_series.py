@@ -73,9 +73,9 @@ class PlannedSeries:
     @property
     def verdict(self) -> Verdict | Literal["skipped"]:
         """Verdict of the headers."""
-        if self.audit is None:
-            return "skipped"
-        return "rejected" if self.action == "reject" else self.audit.verdict
+        if self.action == "reject":
+            return "rejected"
+        return "skipped" if self.audit is None else self.audit.verdict
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -103,4 +103,4 @@ class PlannedSeries:
 
     def rejected(self, reason: str, code: str = "") -> Self:
         """Return the series as one that is not converted."""
-        return replace(self, action="reject", folder="", plan=None, reason=reason, code=code, needs=NO_NEEDS)
+        return replace(self, action="reject", folder="", plan=None, reason=reason, code=code, notes=(), needs=NO_NEEDS)

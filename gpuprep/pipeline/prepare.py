@@ -13,6 +13,7 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import Series
 from gpuprep.core.shard import Shard
+from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import FILES_PER_TASK, Cohort, discover
 from gpuprep.dicom.headers import Contents
 from gpuprep.errors import OutputError, RequestError
@@ -144,6 +145,7 @@ def _name_folders(prepared: Prepared, names: Pseudonyms, executor: Executor) -> 
         patient = patients[series.key]
         if patient is None:  # in the folder of another patient it would be worse than missing
             rejected = task.planned.rejected("InputError: its Patient ID cannot be read", "changed")
+            rejected = replace(rejected, audit=audit(series, task.recipe.rules))
             prepared.rejected.append(replace(task, planned=rejected))
         else:
             folder = names.folder(series, patient)

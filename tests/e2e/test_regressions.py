@@ -145,6 +145,17 @@ def test_a_circular_link_does_not_affect_other_files_of_its_folder(tmp_path: Pat
     assert run.exit_code == 1
 
 
+def test_a_rejected_series_is_not_warned_of_unreadable_files_in_its_folder(tmp_path: Path) -> None:
+    # Its own images are of no known series: counted as doubtful files, they would be warned of by themselves.
+    def without_uid(ds: Dataset, _: int) -> None:
+        del ds.SeriesInstanceUID
+
+    write_series(tmp_path / "dicom", np.zeros((4, 8, 8), np.int16), (3, 9, 9), change=without_uid)
+    recipe = Recipe(spacing_mm=None, size=None)
+    (result,) = convert(tmp_path / "dicom", tmp_path / "out", recipe, backend="cpu").results
+    assert (result.status, result.warnings) == ("rejected", ())
+
+
 def test_files_packed_twice_are_reported_as_unreadable(tmp_path: Path) -> None:
     files = write(tmp_path / "plain")
     (tmp_path / "in").mkdir()

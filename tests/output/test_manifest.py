@@ -319,6 +319,7 @@ def test_an_empty_file_is_no_manifest_to_read(tmp_path: Path) -> None:
     [
         ("bytes", "many"), ("folder", b"7"), ("status", None), ("hu_mean", "dense"), ("key", b"1"), ("slices", 2.5),
         ("codes", '"gap"'), ("codes", "[" * 100_000), ("audit", "[]"), ("warnings", "no JSON"), ("shape", "3"),
+        ("finished", "7"),
     ],
 )  # fmt: skip
 def test_a_cell_of_the_wrong_type_is_an_output_error(tmp_path: Path, column: str, cell: object) -> None:

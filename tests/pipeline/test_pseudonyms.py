@@ -403,6 +403,8 @@ def test_a_series_whose_patient_id_cannot_be_read_is_rejected(
     names = Pseudonyms.load(tmp_path / "key", tmp_path / "out")
     (result,) = cohort.convert(small_series, tmp_path / "out", backend="cpu", names=names).results
     assert (result.status, result.codes, result.folder) == ("rejected", ("changed",), "")
+    assert result.audit is not None
+    assert result.audit["slices"] == result.slices == 6
     assert "its Patient ID cannot be read" in (tmp_path / "key.crosswalk.csv").read_text()
 
 
