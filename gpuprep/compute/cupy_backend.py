@@ -204,21 +204,23 @@ def _is_out_of_memory(exc: Exception) -> bool:
 
 def device_count() -> int:
     """Return the number of GPUs visible to this process; 0 without a driver."""
+    return _count_devices()[0]
+
+
+def _count_devices() -> tuple[int, str]:
+    """Return the number of visible GPUs, and the words of CUDA where there are none."""
     try:
-        return int(cupy.cuda.runtime.getDeviceCount())
-    except cupy.cuda.runtime.CUDARuntimeError:
-        return 0
+        return int(cupy.cuda.runtime.getDeviceCount()), "CUDA lists none"
+    except cupy.cuda.runtime.CUDARuntimeError as exc:
+        return 0, str(exc)
 
 
 def _why_no_device() -> str:
     """Return the reason why this process can use no GPU; "" if it can."""
     runtime = cupy.cuda.runtime
-    try:
-        if runtime.getDeviceCount() > 0:
-            return ""
-        reason = "CUDA lists none"
-    except runtime.CUDARuntimeError as exc:
-        reason = str(exc)
+    count, reason = _count_devices()
+    if count:
+        return ""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") == "":
         return "CUDA_VISIBLE_DEVICES is empty: unset it, or list the GPUs to use"
     if not (driver := runtime.driverGetVersion()):

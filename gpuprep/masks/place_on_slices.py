@@ -274,14 +274,6 @@ def _is_parallel(raster: Raster, slices: SeriesSlices) -> bool:
     return bool(rise @ np.array(raster.geometry.shape[1:]) <= PARALLEL_LAYERS)
 
 
-def _layers(raster: Raster, slices: SeriesSlices) -> NDArray[np.float64]:
-    """Return the layers of the corners of the painted rectangle, with fractions, shape (4,)."""
-    assert raster.geometry is not None  # noqa: S101 - the caller passes only rasters with a geometry
-    rows, columns = raster.mask.shape
-    corners = [[0, raster.row + r, raster.column + c, 1] for r in (0, rows - 1) for c in (0, columns - 1)]
-    return np.asarray((slices.to_index @ raster.geometry.affine)[0] @ np.array(corners, dtype=np.float64).T)
-
-
 def _box_layers(raster: Raster, slices: SeriesSlices) -> NDArray[np.float64]:
     """Return the layers of the corners of the painted rectangle, from edge to edge and as thick as its plane."""
     assert raster.geometry is not None  # noqa: S101 - the caller passes only rasters with a geometry
@@ -303,7 +295,8 @@ def _match_raster(
     """Add a plane that is parallel to the slices to the candidates of the slices it covers."""
     assert raster.geometry is not None  # noqa: S101 - the caller passes only rasters with a geometry
     to_index = slices.to_index @ raster.geometry.affine  # (0, row, column) of the plane to (k, j, i) of the grid
-    middle = float(_layers(raster, slices).mean())
+    rows, columns = raster.mask.shape
+    middle = float(to_index[0] @ [0, raster.row + (rows - 1) / 2, raster.column + (columns - 1) / 2, 1])
     to_plane = np.linalg.inv(np.vstack([to_index[1:3, 1:], [0, 0, 1]]))
     # A plane thicker than a layer covers all slices within its thickness.
     half = HALF_LAYER * max(1.0, abs(float(to_index[0, 0])))

@@ -118,7 +118,7 @@ def matched(
         if g.error and g.code != DAMAGED_OBJECT
     }
     again = {g.path: g for g in _read_summaries(list(requests.values()), executor)}
-    by_key = {key: tuple(_matched(again.get(g.path, g), g.volumes) for g in gs) for key, gs in by_key.items()}
+    by_key = {key: tuple(_without_images(again.get(g.path, g), g.volumes) for g in gs) for key, gs in by_key.items()}
     if roots is None:
         return Matched(by_key, unmatched, frozenset(), auto=True)
     explicit = {absolute(root) for root in roots if not isdir(root)}
@@ -130,7 +130,7 @@ def matched(
     return Matched(by_key, unmatched + nothing, (frozenset(files) - other).union(barren))
 
 
-def _matched(summary: SegmentationSummary, volumes: int) -> SegmentationSummary:
+def _without_images(summary: SegmentationSummary, volumes: int) -> SegmentationSummary:
     """Return a summary without the images that it refers to: they are many, and only matching needs them."""
     return replace(summary, volumes=volumes, sop_uids=frozenset(), drawn_on=frozenset())
 

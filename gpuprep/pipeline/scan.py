@@ -114,8 +114,9 @@ def scan_cohort(
         planned, forecast = _planned(cohort, matches, resources, paths, options, out)
         for one in planned:
             forecast.add(one)
-        todo = sorted((one for one in planned if one.action == "convert"), key=lambda one: one.needs.voxels)
+        todo = [one for one in planned if one.action == "convert"]
         if calibrate and forecast.experience is None and todo:
+            todo.sort(key=lambda one: one.needs.voxels)
             forecast.experience = _experience(todo[len(todo) // 2], resources, options)
     finally:
         resources.executor.stop()
