@@ -121,9 +121,32 @@ def test_simpleitk_and_nibabel_place_oblique_voxels_correctly(
     read = SimpleITK.ReadImage(str(file))
     assert read.TransformIndexToPhysicalPoint([3, 2, 1]) == pytest.approx(tuple(expected), abs=1e-3)
     image = nibabel.load(file)
-    for found in (image.affine, image.header.get_qform()):
-        np.testing.assert_allclose((LPS_TO_RAS @ found @ [3, 2, 1, 1])[:3], expected, atol=1e-3)
+    np.testing.assert_allclose((LPS_TO_RAS @ image.affine @ [3, 2, 1, 1])[:3], expected, atol=1e-3)
     np.testing.assert_allclose(image.header.get_zooms(), steps[::-1], rtol=1e-5)
+    # nibabel sets the first part of a quaternion to 0 if its square is under 3.6e-7: it is then off by 1.2e-3 radians.
+    off_mm = 1e-3 + 1.2e-3 * float(np.linalg.norm(expected - np.array(origin)))
+    np.testing.assert_allclose((LPS_TO_RAS @ image.header.get_qform() @ [3, 2, 1, 1])[:3], expected, atol=off_mm)
+
+
+@pytest.mark.parametrize("turned_rad", [1e-4, 5e-4, 1e-3, 1.1e-3, 2e-3])
+def test_a_slightly_turned_patient_has_a_quaternion_and_no_warning(tmp_path: Path, turned_rad: float) -> None:
+    # About the axis of the scanner. RAS is LPS turned by 180° about it, where nibabel rounds such turns away.
+    c, s = np.cos(turned_rad), np.sin(turned_rad)
+    affine = np.array([[0, -0.7 * s, 0.7 * c, -180], [0, 0.7 * c, 0.7 * s, -180], [2, 0, 0, -300], [0, 0, 0, 1.0]])
+    grid = Geometry((2, 512, 512), affine)
+    content = Content.image(make_plan(grid, replace(RAW, format="nifti")))
+    file = tmp_path / "volume.nii"
+    values = np.zeros(grid.shape, np.float32)
+    assert WRITERS["nifti"](file, iter([values]), content, ignore_finished_file) == ()
+    header = nibabel.load(file).header
+    assert (int(header["sform_code"]), int(header["qform_code"])) == (1, 1)
+    # nifti1.h: a = √(1 − b² − c² − d²); the turn in LPS is the distance from 180°. float32 holds it to 5e-4 radians.
+    b, c, d = (float(header[f"quatern_{name}"]) for name in "bcd")
+    a = np.sqrt(max(0.0, 1 - b * b - c * c - d * d))
+    assert 2 * np.arctan2(a, abs(d)) == pytest.approx(turned_rad, abs=5e-4)
+    corner = affine @ [1, 511, 511, 1]
+    place = SimpleITK.ReadImage(str(file)).TransformIndexToPhysicalPoint([511, 511, 1])
+    assert place == pytest.approx(tuple(corner[:3]), abs=1e-3)
 
 
 @given(st.tuples(angle, angle, angle), st.tuples(step_mm, step_mm, step_mm), st.floats(0, 0.5))

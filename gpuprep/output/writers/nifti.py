@@ -55,7 +55,7 @@ def _header(content: Content) -> Any:
     # A quaternion cannot describe shear. ITK needs one, and uses it if the axes of the sform are not perpendicular to
     # four digits.
     header.set_qform(affine, SCANNER)
-    apart_mm = np.abs(header.get_qform() - affine)[:3, :3] @ content.shape[::-1]
+    apart_mm = np.abs(_without_shear(affine[:3, :3]) - affine[:3, :3]) @ content.shape[::-1]
     if apart_mm.max() > NEGLIGIBLE_SHIFT_MM:
         header["qform_code"] = 0
     slope, intercept = content.hu if content.hu and content.dtype in ("uint8", "uint16") else (1.0, 0.0)
@@ -63,6 +63,17 @@ def _header(content: Content) -> Any:
     header["cal_min"], header["cal_max"] = (value * slope + intercept for value in content.display)
     header["magic"], header["vox_offset"] = b"n+1", 352
     return header
+
+
+def _without_shear(axes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the nearest perpendicular axes of the same lengths: what a quaternion and *pixdim* describe.
+
+    The header is not asked for them, because nibabel takes its quaternion for a turn of exactly 180° if it is within
+    0.07° of one. That is nearly every CT, since LPS is turned to RAS.
+    """
+    lengths = np.linalg.norm(axes, axis=0)
+    left, _, right = np.linalg.svd(axes / lengths)
+    return np.asarray(left @ right * lengths)
 
 
 @contextmanager
