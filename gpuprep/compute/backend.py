@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 BackendName = Literal["auto", "cpu", "gpu"]
 Engine = Literal["operators", "ndimage"]
 """Resampling method: banded matrices, or calls to SciPy, scikit-image and their GPU counterparts."""
-Body = Literal["matmul", "loops"]
-"""Implementation of the engine ``operators``: matrix products of an array library, or CPU loops compiled by Numba."""
+Body = Literal["kernels", "loops", "matmul"]
+"""Implementation of the engine ``operators``: a CUDA kernel, CPU loops compiled by Numba, or matrix products of any
+array library."""
 
 
 class Transfers(Protocol):

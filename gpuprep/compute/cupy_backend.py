@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy
 from functools import cache
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import cupy  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
 import cupyx  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
@@ -17,22 +17,26 @@ import numpy as np
 from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
     resize as cucim_resize,
 )
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from gpuprep.compute import cuda_kernels
+from gpuprep.compute import cuda_kernels, resample_blocks
+from gpuprep.compute.backend import Body
+from gpuprep.compute.cuda_kernels import Rescale, Window
 from gpuprep.compute.pinned_transfer import DEVICE_VARIABLE, Empty, Transfers
+from gpuprep.compute.resample_blocks import OUTPUTS, BlockTables
 from gpuprep.core.sampling import lost_samples
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 
 
-def _elementwise(kernel: cuda_kernels.Kernel) -> Any:
-    return cupy.ElementwiseKernel(kernel.inputs, kernel.outputs, kernel.operation, kernel.name)
+@cache
+def _kernel(voxels: cuda_kernels.Variant) -> Any:
+    return cupy.RawKernel(cuda_kernels.SOURCE, cuda_kernels.NAME, options=voxels.options)
 
 
-PROBE_SIZE = 512
-"""Rows and columns of the product that tests the precision; cuBLAS may choose other algorithms for small products."""
-
-HU, WINDOW, QUANTISE = (_elementwise(k) for k in (cuda_kernels.HU, cuda_kernels.WINDOW, cuda_kernels.QUANTISE))
+def _resample(values: Any, out: Any, tables: BlockTables, **options: Any) -> None:
+    kernel = _kernel(cuda_kernels.variant(values.dtype, out.dtype))
+    arguments = cuda_kernels.arguments(values, out, tables, **options)
+    kernel(cuda_kernels.grid(values.shape, tables.n_out), cuda_kernels.BLOCK, arguments)
 
 
 class CupyBackend:
@@ -52,7 +56,7 @@ class CupyBackend:
     """
 
     name = "gpu"
-    body: Literal["matmul", "loops"] = "matmul"
+    body: Body = "kernels"
 
     def __init__(self, ordinal: int = 0) -> None:
         self._ordinal = ordinal
@@ -110,21 +114,36 @@ class CupyBackend:
     def to_device(self, host: Any) -> Any:
         return cupy.asarray(host)
 
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        return cupy.empty(shape, dtype=dtype)
+
+    def resample(
+        self,
+        values: Any,
+        out: Any,
+        tables: BlockTables,
+        *,
+        turned: bool = False,
+        window: Window | None = None,
+        rescale: Rescale | None = None,
+    ) -> None:
+        _resample(cupy.ascontiguousarray(values), out, tables, turned=turned, window=window, rescale=rescale)
+
     def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
-        zero = rule == "minus2000-to-0" and stored.dtype.kind == "i"  # unsigned types cannot hold −2000
-        declared = padding is not None
-        plane = stored.shape[1] * stored.shape[2]
-        return HU(stored, slope, intercept, padding if declared else stored, plane, zero, rule == "air", declared)
+        hu = cupy.empty(stored.shape, dtype=np.float32)
+        self.resample(stored, hu, self._unchanged(stored.shape[1]), rescale=Rescale(slope, intercept, padding, rule))
+        return hu
 
     def finish(self, values: Any, window: tuple[float, float, float, float] | None, dtype: str) -> Any:
         if window is None and dtype == "float32":
             return values
-        low, high, scale, shift_hu = window or (-np.inf, np.inf, 1.0, 0.0)
-        if dtype == "float32":
-            return WINDOW(values, low, high, shift_hu, scale)
-        limits = np.iinfo(dtype)
         out = cupy.empty(values.shape, dtype=dtype)
-        return QUANTISE(values, low, high, shift_hu, scale, float(limits.min), float(limits.max), out)
+        low_hu, high_hu, scale, shift_hu = window or (-np.inf, np.inf, 1.0, 0.0)
+        self.resample(values, out, self._unchanged(values.shape[1]), window=Window(low_hu, high_hu, shift_hu, scale))
+        return out
+
+    def _unchanged(self, rows: int) -> BlockTables:
+        return resample_blocks.selection(rows, 0, rows).on(self.to_device)
 
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
         if mode != "constant":
@@ -240,23 +259,18 @@ def _cuda_version(number: int) -> str:
 @cache
 def _checked_device(ordinal: int) -> str:
     """Test a device, once per process, and return its name."""
-    if (tf32 := os.environ.get("CUPY_TF32", "0")) != "0":
-        raise BackendError(f"CUPY_TF32 is {tf32!r}: TF32 products are wrong by up to 1.7 HU; unset it")
     if reason := _why_no_device():
         raise BackendError(f"CuPy finds no GPU: {reason}")
     try:
         with cupy.cuda.Device(ordinal):
-            # One compiled kernel and one matrix product: they need the driver, NVRTC and cuBLAS. The product is exact
-            # in float32. Formats with fewer bits round its factors to 1, whichever setting chose them.
-            expected = np.full((PROBE_SIZE, PROBE_SIZE), 1 + 2**-12, dtype=np.float32)
-            identity = cupy.asarray(np.eye(PROBE_SIZE, dtype=np.float32))
-            if not np.array_equal(cupy.asnumpy((cupy.asarray(expected) * 1) @ identity), expected):
-                raise BackendError(
-                    "a matrix product on the GPU has not the precision of float32: unset NVIDIA_TF32_OVERRIDE and the "
-                    "variables of cuBLAS for emulation; if none is set, do not use this device"
-                )
+            # The kernel itself, on a few values that are exact only in float32: it needs the driver and NVRTC.
+            expected = np.full((1, OUTPUTS, 1), 1 + 2**-12, dtype=np.float32)
+            found = cupy.empty(expected.shape, dtype=np.float32)
+            _resample(cupy.asarray(expected), found, resample_blocks.selection(OUTPUTS, 0, OUTPUTS).on(cupy.asarray))
+            if not np.array_equal(cupy.asnumpy(found), expected):
+                raise BackendError("a small test kernel returns wrong values: do not use this device")
             properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
-    # CUDA errors are RuntimeErrors, and a missing cuBLAS is an ImportError; NVRTC and memory errors are neither.
+    # CUDA errors are RuntimeErrors, and a missing library is an ImportError; NVRTC and memory errors are neither.
     except OSError as exc:  # CuPy caches compiled kernels on disk
         hint = "set CUPY_CACHE_DIR to a folder that can be written"
         raise BackendError(f"CuPy cannot cache its compiled kernels ({exc}): {hint}") from exc

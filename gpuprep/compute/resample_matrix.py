@@ -71,7 +71,7 @@ def build(
     block_rows: int,
 ) -> Operator:
     """Return `matrix` as an operator with blocks of `block_rows` output rows."""
-    return _banded(
+    return banded(
         matrix(n_in, n_out, along=along, order=order, mode=mode, grid_mode=grid_mode, sigma=sigma, blur_mode=blur_mode),
         block_rows,
     )
@@ -130,8 +130,8 @@ def _spline(positions: NDArray[Any], order: int) -> Any:
     return interpolate.make_interp_spline(positions, np.eye(len(positions)), k=min(order, len(positions) - 1))
 
 
-def shifted(n_in: int, n_out: int, shift: float, *, order: int) -> tuple[Operator, NDArray[np.bool_]]:
-    """Return the operator that shifts `n_in` samples in a line of `n_out`, and the mask of outputs without a source.
+def shifted(n_in: int, n_out: int, shift: float, *, order: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the matrix that shifts `n_in` samples in a line of `n_out`, and the mask of outputs without a source.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def shifted(n_in: int, n_out: int, shift: float, *, order: int) -> tuple[Operato
     """
     at = np.arange(n_out) - shift
     matrix = _shift_spline(n_in, order)(np.clip(at, 0, n_in - 1)) if order else _interpolation(np.arange(n_in), at, 0)
-    return _banded(matrix, BLOCK_ROWS), (at < -0.5) | (at > n_in - 0.5)
+    return np.asarray(matrix), (at < -0.5) | (at > n_in - 0.5)
 
 
 @lru_cache(maxsize=16)
@@ -153,7 +153,7 @@ def _shift_spline(n: int, order: int) -> Any:
     return _spline(np.arange(n), order)
 
 
-def _banded(matrix: NDArray[np.float64], block_rows: int) -> Operator:
+def banded(matrix: NDArray[np.float64], block_rows: int) -> Operator:
     """Split a dense matrix into blocks of rows with their non-zero columns; first columns are non-decreasing."""
     matrix[np.abs(matrix) < NEGLIGIBLE] = 0
     n_out, n_in = matrix.shape

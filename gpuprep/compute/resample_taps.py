@@ -72,6 +72,54 @@ def build(
     blur_mode: str,
 ) -> LineTables:
     """Return the tables that resample a line; the arguments are those of `gpuprep.compute.resample_matrix.matrix`."""
+    start, weights, prefiltered = _interpolation(n_in, n_out, along, order, mode, grid_mode, sigma, blur_mode)
+    if not prefiltered:
+        return _line_tables(n_in, start, weights)
+    return _line_tables(n_in, start, weights, _recursion(n_in, _edge(mode)), _extended(n_in, mode))
+
+
+def weights_of_samples(
+    n_in: int,
+    n_out: int,
+    *,
+    along: tuple[float, ...] | None,
+    order: int,
+    mode: str,
+    grid_mode: bool,
+    sigma: float,
+    blur_mode: str,
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return the first sample, shape (n_out,), and the weights of samples, shape (n_out, taps), for each output.
+
+    The prefilter, cut off at `PREFILTER_RADIUS`, is included in the weights: a cubic output has up to 28 of them.
+    """
+    start, weights, prefiltered = _interpolation(n_in, n_out, along, order, mode, grid_mode, sigma, blur_mode)
+    if not prefiltered:
+        return start, weights
+    response = np.array(INVERSE[:0:-1] + INVERSE)
+    taps = weights.shape[1]
+    folded = np.zeros((n_out, len(response) + taps - 1))
+    for t in range(taps):
+        folded[:, t : t + len(response)] += weights[:, [t]] * response  # coefficient start + t, as samples
+    width = min(folded.shape[1], n_in)
+    first = np.clip(start - PREFILTER_RADIUS, 0, n_in - width)
+    samples = _extended(n_in, mode)[start[:, None] + np.arange(folded.shape[1])]
+    band = np.zeros((n_out, width))
+    np.add.at(band, (np.arange(n_out)[:, None], samples - first[:, None]), folded)
+    return first, band
+
+
+def _interpolation(
+    n_in: int,
+    n_out: int,
+    along: tuple[float, ...] | None,
+    order: int,
+    mode: str,
+    grid_mode: bool,
+    sigma: float,
+    blur_mode: str,
+) -> tuple[NDArray[np.intp], NDArray[np.float64], bool]:
+    """Return first index and weights per output, and whether they apply to spline coefficients, not to samples."""
     positions = (
         sample_positions(n_in, n_out, mode, grid_mode) if order in (1, 3) and along is None and not sigma else None
     )
@@ -81,16 +129,24 @@ def build(
         matrix = resample_matrix.matrix(
             n_in, n_out, along=along, order=order, mode=mode, grid_mode=grid_mode, sigma=sigma, blur_mode=blur_mode
         )
-        return _line_tables(matrix.shape[1], *_band(matrix, resample_matrix.NEGLIGIBLE))
+        return *band_of(matrix, resample_matrix.NEGLIGIBLE), False
     if order == 1:
-        start = np.clip(np.floor(positions), 0, n_in - 2)
+        start = np.clip(np.floor(positions), 0, n_in - 2).astype(np.intp)
         part = np.clip(positions, 0, n_in - 1) - start
-        return _line_tables(n_in, start, _zero_lost(np.stack([1 - part, part], axis=1), n_in, mode, grid_mode))
-    edge = np.array([4 + POLE, 1]) / (5 + POLE) if mode == "nearest" else np.array([4, 2]) / 6
-    ghosts = _ghost_coefficients(edge) if mode == "nearest" else np.eye(4)[[2, 1]]
+        return start, _zero_lost(np.stack([1 - part, part], axis=1), n_in, mode, grid_mode), False
+    ghosts = _ghost_coefficients(_edge(mode)) if mode == "nearest" else np.eye(4)[[2, 1]]
     start, weights = _cubic(positions, n_in, np.concatenate([ghosts, np.eye(4)]))
-    boundary = np.pad(np.arange(n_in), PREFILTER_RADIUS, mode="edge" if mode == "nearest" else "reflect")
-    return _line_tables(n_in, start, _zero_lost(weights, n_in, mode, grid_mode), _recursion(n_in, edge), boundary)
+    return start, _zero_lost(weights, n_in, mode, grid_mode), True
+
+
+def _edge(mode: str) -> NDArray[np.float64]:
+    """Return the two weights in the outer rows of the prefilter's system."""
+    return np.array([4 + POLE, 1]) / (5 + POLE) if mode == "nearest" else np.array([4, 2]) / 6
+
+
+def _extended(n_in: int, mode: str) -> NDArray[np.intp]:
+    """Return the indices of the samples of a line that is extended by `PREFILTER_RADIUS` at both ends."""
+    return np.pad(np.arange(n_in), PREFILTER_RADIUS, mode="edge" if mode == "nearest" else "reflect")
 
 
 def identity(n: int) -> LineTables:
@@ -164,8 +220,8 @@ def _recursion(n: int, edge: NDArray[Any]) -> NDArray[np.float64]:
     return table
 
 
-def _band(matrix: NDArray[np.float64], negligible: float) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Return first column and weights of each row: equally many weights per row, and non-decreasing first columns."""
+def band_of(matrix: NDArray[np.float64], negligible: float) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Return first column and weights of each row of a matrix: equally many weights, and ascending first columns."""
     used = np.abs(matrix) >= negligible
     n_in = matrix.shape[1]
     empty = ~used.any(axis=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from array_api_compat import array_namespace, device
@@ -15,15 +15,15 @@ class Scratch:
         self._buffers: dict[Any, Any] = {}
 
     def like(self, values: Any, shape: Sequence[int], name: Any) -> Any:
-        """Return a buffer with the library, device and dtype of `values`. Its contents are undefined.
+        """Return a buffer with the library, device and dtype of `values`. Its contents are undefined."""
+        xp = array_namespace(values)
+        return self.of(shape, name, lambda: xp.empty(tuple(shape), dtype=values.dtype, device=device(values)))
 
-        A buffer with the same name is reused if it has enough elements along axis 0.
-        """
+    def of(self, shape: Sequence[int], name: Any, make: Callable[[], Any]) -> Any:
+        """Return the buffer of this name, made by `make` if there is none with enough elements along axis 0."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape[0] < shape[0]:
-            xp = array_namespace(values)
-            buffer = xp.empty(tuple(shape), dtype=values.dtype, device=device(values))
-            self._buffers[name] = buffer
+            buffer = self._buffers[name] = make()
         return buffer[: shape[0], ...]
 
 

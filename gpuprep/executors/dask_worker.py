@@ -37,7 +37,7 @@ class RemoteBackend:
 
     name: BackendName = "gpu"
     device: str = ""
-    body: Body = "matmul"
+    body: Body = "kernels"
     chunk_slices: int = 64
     slab_slices: int = 32
     block_rows: int = 128
