@@ -21,6 +21,8 @@ from pydicom import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from simulated_cuda import Machine
+from simulated_finder import installed
 from standin import SimulatedGpu
 
 from gpuprep.compute.backend import Backend, NumpyBackend, get_backend
@@ -74,6 +76,18 @@ def backend(request: pytest.FixtureRequest) -> Backend:
         return get_backend("gpu")
     except BackendError as exc:
         pytest.skip(str(exc))
+
+
+@pytest.fixture
+def cupy_on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Replace CuPy by a stand-in without a GPU: see `simulated_finder`; yield the machine that it simulates.
+
+    A test may give the machine as the fixture's parameter.
+    """
+    machine = getattr(request, "param", Machine())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with installed(machine):
+        yield machine
 
 
 @pytest.fixture
