@@ -277,17 +277,25 @@ def _enqueue(arrays: Sequence[ndarray], run: Callable[[], Any], duration_s: floa
 
 
 def computed(
-    function: Callable[..., Any], arguments: Any, options: dict[str, Any], *, wait: bool = False
+    function: Callable[..., Any],
+    arguments: Any,
+    options: dict[str, Any],
+    *,
+    wait: bool = False,
+    shape: tuple[int, ...] | None = None,
 ) -> Any:
     """Return the result of a NumPy function on device arrays, computed in the order of the stream.
 
-    If its shape depends on values (`wait`), the host waits for the arrays.
+    If its shape depends on values (`wait`), the host waits for the arrays. If `shape` is given, the result has it, and
+    the dtype of the first array.
     """
     arrays = _arrays_in((arguments, options))
     views = _replaced((arguments, options), _view_of)
     if wait:
         simulation().wait([_enqueue(arrays, lambda: None)])
         trial = function(*views[0], **views[1])
+    elif shape is not None:
+        trial = np.broadcast_to(np.zeros((), arrays[0].dtype), shape)
     else:
         trials = _replaced((arguments, options), lambda a: np.zeros(a.shape, a.dtype))
         with np.errstate(all="ignore"), warnings.catch_warnings():

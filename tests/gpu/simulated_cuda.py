@@ -183,6 +183,8 @@ class Simulation:
         self.fault: Exception | None = None
         """Why every call fails from now on."""
         self.thread = ThreadState()
+        self.computes = True
+        """Whether work is done at all; without it, values are undefined, and large arrays take no time."""
         self._random = random.Random(machine.seed)  # noqa: S311 - repeatable
         self._devices: list[DeviceState] | None = None
         self._process = 0
@@ -265,6 +267,7 @@ class Simulation:
             if queue not in device.queues:
                 raise CUDARuntimeError(400)
             others = device.queues if queue is device.null else [device.null] if queue.blocking else []
+            run = run if self.computes else None
             before = [q.last for q in (queue, *others) if q.blocking or q is queue]
             operation = Operation(run, [*after, *(last for last in before if last is not None)], duration_s)
             queue.pending.append(operation)

@@ -41,7 +41,8 @@ def zoom(
 
     assert output is None
     options = {"order": order, "mode": mode, "cval": cval, "prefilter": prefilter, "grid_mode": grid_mode}
-    return computed(ndimage.zoom, (input, zoom), options)
+    shape = tuple(round(n * factor) for n, factor in zip(input.shape, zoom, strict=True))
+    return computed(ndimage.zoom, (input, zoom), options, shape=shape)
 
 
 def gaussian_filter(
@@ -60,7 +61,7 @@ def gaussian_filter(
 
     assert output is None
     options = {"order": order, "mode": mode, "cval": cval, "truncate": truncate, "radius": radius, "axes": axes}
-    return computed(ndimage.gaussian_filter, (input, sigma), options)
+    return computed(ndimage.gaussian_filter, (input, sigma), options, shape=input.shape)
 
 
 def resize(
@@ -81,7 +82,7 @@ def resize(
         "order": order, "mode": mode, "cval": cval, "clip": True if clip is None else clip,
         "preserve_range": preserve_range, "anti_aliasing": anti_aliasing, "anti_aliasing_sigma": anti_aliasing_sigma,
     }  # fmt: skip
-    return computed(transform.resize, (image, tuple(output_shape)), options)
+    return computed(transform.resize, (image, tuple(output_shape)), options, shape=tuple(output_shape))
 
 
 @cache
