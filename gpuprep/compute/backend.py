@@ -59,8 +59,6 @@ class Backend(Protocol):
     """Output slices per chunk along z. Larger chunks read source slices less often."""
     slab_slices: int
     """Slices per upload, and per pass through window and resize: few stay in a CPU's cache, more keep a GPU busy."""
-    block_rows: int
-    """Output rows per block of an in-plane operator. Larger blocks take fewer calls, but contain more zeros."""
     body: Body
     """Implementation of the engine ``operators``."""
 
@@ -127,7 +125,6 @@ class NumpyBackend:
     name = "cpu"
     device = "cpu"
     chunk_slices = 16
-    block_rows = 32
 
     def __init__(self, body: Body | None = None) -> None:
         self.body: Body = body or ("loops" if numba_works() else "matmul")

@@ -63,7 +63,6 @@ class CupyBackend:
         self.device = _checked_device(ordinal)
         self.chunk_slices = 64
         self.slab_slices = 32
-        self.block_rows = 128
 
     @contextmanager
     def _session(self) -> Iterator[Transfers]:
