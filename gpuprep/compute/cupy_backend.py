@@ -46,8 +46,8 @@ def _libraries() -> tuple[Any, Any]:
         from cucim.skimage.transform import resize  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
     except ImportError as exc:
         raise BackendError(
-            f"on a GPU, the engine ndimage needs cuCIM, which cannot be imported ({exc}): pip install 'gpuprep[cuda12]' "
-            "or 'gpuprep[cuda13]', or use the engine operators"
+            f"on a GPU, the engine ndimage needs cuCIM, which cannot be imported ({exc}): "
+            "pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]', or use the engine operators"
         ) from exc
     return cupyx.scipy.ndimage, resize
 
