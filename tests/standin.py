@@ -60,7 +60,6 @@ class SimulatedGpu:
     def __init__(self, *, largest: int | None = None, lost_at: int | None = None, memory: int = 10**11) -> None:
         self.chunk_slices = 16
         self.slab_slices = 8
-        self.block_rows = 32
         self.transfers: list[tuple[str, str, tuple[int, ...]]] = []
         self.sessions = 0
         self._largest = largest

@@ -76,8 +76,7 @@ class HuSlabs:
         declared = source.padding if self._rule == "air" else None
         self._padding = None if declared is None else backend.to_device(declared)
 
-        shifted = source.placement is not None and source.placement.shift is not None
-        self._direct = plan.turn.axes == (0, 1, 2) and not shifted
+        self._direct = plan.turn.axes == (0, 1, 2) and not plan.shifted
 
     @property
     def flips(self) -> tuple[bool, bool, bool]:

@@ -6,14 +6,16 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
-from gpuprep.compute import resample_taps
+from gpuprep.compute import resample_matrix, resample_taps
 from gpuprep.compute.backend import Backend, Body, Engine
+from gpuprep.compute.cuda_engine import ring_slices
+from gpuprep.compute.resample_blocks import OUTPUTS
 from gpuprep.core.plan import BYTES_PER_VOXEL, Plan, Step
 
 CONTEXT_BYTES = 600 * 2**20
-"""Device memory of a process before its first volume: CUDA context, loaded kernels, cuBLAS and its workspace."""
+"""Device memory of a process before its first volume: CUDA context and loaded kernels."""
 
-AT_REST_BYTES: dict[Body, int] = {"loops": 165 * 10**6, "matmul": 70 * 10**6}
+AT_REST_BYTES: dict[Body, int] = {"kernels": 70 * 10**6, "loops": 165 * 10**6, "matmul": 70 * 10**6}
 """Memory of a worker process without a volume: Python, imported modules, and for the loops most of a compiler."""
 
 WRITING_BYTES = {"nifti": 80 * 10**6, "zarr": 150 * 10**6}
@@ -108,6 +110,8 @@ def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
     engine : {"operators", "ndimage"}
         Resampling method; "ndimage" holds the whole volume before and after resampling.
     """
+    if backend.body == "kernels" and engine == "operators":
+        return _kernel_bytes(plan, backend)
     step, slab = plan.resample, backend.slab_slices
     stack = math.prod(plan.source.shape)
     source = math.prod(plan.source.shape[1:])
@@ -125,14 +129,14 @@ def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
 
     n, m = step.source, step.target
     shrunk = (n[0], min(n[1], m[1]), min(n[2], m[2]))
-    shrink_kept, shrink_temporary = _in_plane_voxels(n, shrunk, slab, step, backend)
-    grow_kept, grow_temporary = _in_plane_voxels(shrunk, m, slab, step, backend)
-    resize_kept, resize_temporary = _in_plane_voxels(m, plan.resize.target, slab, plan.resize, backend)
+    shrink_kept, shrink_temporary = _in_plane_voxels(n, shrunk, slab, step)
+    grow_kept, grow_temporary = _in_plane_voxels(shrunk, m, slab, step)
+    resize_kept, resize_temporary = _in_plane_voxels(m, plan.resize.target, slab, plan.resize)
     chunk = min(backend.chunk_slices, m[0])
     band = _band_width(step, 0, chunk)
     window = min(n[0], band + max(band // 2, slab)) * _plane_voxels(shrunk)
     weights = 2 * sum(
-        s.target[axis] * _band_width(s, axis, backend.block_rows if axis else chunk)
+        s.target[axis] * _band_width(s, axis, resample_matrix.BLOCK_ROWS if axis else chunk)
         for s in (step, plan.resize)
         for axis in range(3)
         if s.resamples(axis)
@@ -144,6 +148,34 @@ def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
     return total + FLOAT_BYTES * voxels + _output_bytes(plan, slab)
 
 
+def _kernel_bytes(plan: Plan, backend: Backend) -> int:
+    """Return the estimate for `gpuprep.compute.cuda_engine`: its buffers, one by one."""
+    step, chunk = plan.resample, min(backend.chunk_slices, plan.target.shape[0])
+    slab, plane = min(backend.slab_slices, step.source[0]), _plane_voxels(step.target)
+    source = slab * _plane_voxels(plan.source.shape)
+    total = 2 * 2 * source  # uploaded integers: this slab and the next one
+    if plan.turn.axes != (0, 1, 2):
+        total += FLOAT_BYTES * (math.prod(plan.source.shape) + 2 * source)  # the volume, and a slab with adjacent rows
+    elif plan.shifted:
+        total += FLOAT_BYTES * 3 * source  # HU as acquired, shifted along rows, and along columns
+    needed = _band_width(step, 0, chunk)
+    voxels = ring_slices(needed, backend.slab_slices, step.source[0]) * plane
+    if step.resamples(2) or plan.turn.flips[2]:
+        voxels += slab * step.source[2] * step.target[1]
+    finished = chunk
+    if not plan.resize.is_identity or plan.resampled.shape != plan.target.shape:
+        finished = min(backend.slab_slices, chunk)
+        voxels += chunk * plane + finished * step.target[2] * plan.target.shape[1]
+    weights = sum(
+        s.target[axis] * _band_width(s, axis, OUTPUTS)
+        for s in (step, plan.resize)
+        for axis in range(3)
+        if axis or s is step
+    )
+    output = finished * _plane_voxels(plan.target.shape) * BYTES_PER_VOXEL[plan.recipe.dtype]
+    return total + FLOAT_BYTES * (voxels + weights) + output
+
+
 def mask_bytes(plan: Plan, backend: Backend) -> int:
     """Return an upper estimate of the peak memory of the labels of a series."""
     # The labels of all source slices, in up to 16 bits, and one copy; the output is made in chunks.
@@ -151,7 +183,7 @@ def mask_bytes(plan: Plan, backend: Backend) -> int:
 
 
 def _in_plane_voxels(
-    before: tuple[int, int, int], after: tuple[int, int, int], slab: int, step: Step, backend: Backend
+    before: tuple[int, int, int], after: tuple[int, int, int], slab: int, step: Step
 ) -> tuple[int, int]:
     """Return the voxels that stay allocated for resampling slabs along rows and columns, and the temporary maximum.
 
@@ -162,7 +194,7 @@ def _in_plane_voxels(
         if before[axis] == after[axis]:
             continue
         other = shape[3 - axis]
-        rows = min(backend.block_rows, after[axis])
+        rows = min(resample_matrix.BLOCK_ROWS, after[axis])
         temporary = max(temporary, slab * other * (_band_width(step, axis, rows) + rows))
         shape[axis] = after[axis]
         kept += slab * shape[1] * shape[2]

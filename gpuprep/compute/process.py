@@ -181,7 +181,7 @@ def _operators(step: Step, backend: Backend) -> list[resample_matrix.Operator | 
     for axis in range(3):
         operator = None
         if step.resamples(axis):
-            rows = backend.block_rows if axis else backend.chunk_slices
+            rows = resample_matrix.BLOCK_ROWS if axis else backend.chunk_slices
             operator = resample_matrix.build(**step.matrix_arguments(axis), block_rows=rows).on(backend.to_device)
         operators.append(operator)
     return operators

@@ -102,6 +102,8 @@ class Plan:
     """Output units per HU: output = (HU + `shift_hu`) · `scale`."""
     shift_hu: float
     """HU added before scaling."""
+    shifted: bool
+    """Whether slices have to be shifted sideways to their positions in `source`."""
 
     @property
     def hu_slope(self) -> float:
@@ -218,7 +220,8 @@ def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = No
         low, high = recipe.window_hu
         top = {"float32": 1.0, "uint8": 255.0, "uint16": 65535.0}[recipe.dtype]
         scale, shift_hu = top / (high - low), -low
-    return Plan(recipe, source, turn, resampled, target, resample, resize, offset, scale, shift_hu)
+    shifted = placement is not None and placement.shift is not None
+    return Plan(recipe, source, turn, resampled, target, resample, resize, offset, scale, shift_hu, shifted)
 
 
 def _along(placement: Placement | None, layers: int, turn: Turn) -> Any:

@@ -40,7 +40,6 @@ class RemoteBackend:
     body: Body = "kernels"
     chunk_slices: int = 64
     slab_slices: int = 32
-    block_rows: int = 128
 
     def free_bytes(self) -> None:
         """Return None, since the memory of the workers is unknown."""

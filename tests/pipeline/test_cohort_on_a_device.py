@@ -139,7 +139,7 @@ def test_series_without_enough_device_memory_are_tried_again_alone_and_in_smalle
     statuses = {name: r.status for name, r in results.items()}
     assert statuses == {"a-never": "failed", "b-fits": "ok", "c-quarter": "ok", "d-single": "ok"}
     assert results["a-never"].codes == ("device-memory",)
-    need = device_bytes(make_plan(*planned(tmp_path / "dicom" / "a-never")), smallest(backend), "operators") / 1e9
+    need = device_bytes(make_plan(*planned(tmp_path / "dicom" / "a-never")), smallest(), "operators") / 1e9
     assert results["a-never"].reason == (
         "DeviceMemoryError: out of memory allocating 14400 bytes; the stand-in has 100000000000 bytes free; in chunks "
         f"of 1 slices the series needs about {need:.2f} GB, alone on the device: ask for a coarser --spacing or a "
@@ -209,8 +209,7 @@ def planned(folder: Path) -> Any:
     return only.plan.source, RECIPE
 
 
-def smallest(backend: SimulatedGpu) -> Any:
+def smallest() -> Any:
     least = SimulatedGpu()
     least.chunk_slices = least.slab_slices = 1
-    least.block_rows = backend.block_rows
     return least
