@@ -133,9 +133,7 @@ class ndarray:  # noqa: N801 - CuPy's name
 
         def run() -> None:
             target[...] = source
-            fatal = simulated.machine.fatal_value
-            if fatal is not None and bool((source == fatal).any()):
-                simulated.lose()
+            simulated.inspect(source)
 
         self._check_place(stream)
         simulated.enqueue(*stream.place, run, duration_s)
