@@ -23,7 +23,6 @@ from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
 from simulated_cuda import Machine
 from simulated_finder import child_environment, installed
-from standin import SimulatedGpu
 
 from gpuprep.compute.backend import Backend, NumpyBackend, _gpu_or_cpu, get_backend
 from gpuprep.core.geometry import Geometry
@@ -63,19 +62,25 @@ def data() -> Path:
     return DATA
 
 
-@pytest.fixture(params=["numpy", "loops", "foreign", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["numpy", "loops", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """NumPy, compiled loops, the simulated GPU, and with ``-m gpu`` a real GPU."""
+    """NumPy, compiled loops, and a GPU or a simulated one."""
     if request.param == "numpy":
         return NumpyBackend("matmul")
     if request.param == "loops":
         return NumpyBackend("loops")
-    if request.param == "foreign":
-        return SimulatedGpu()
+    gpu: Backend = request.getfixturevalue("gpu")
+    return gpu
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Backend:
+    """Return a GPU, or a simulated one on a machine without."""
     try:
         return get_backend("gpu")
-    except BackendError as exc:
-        pytest.skip(str(exc))
+    except BackendError:
+        request.getfixturevalue("cupy_on_host")
+        return get_backend("gpu")
 
 
 @pytest.fixture
@@ -94,11 +99,6 @@ def cupy_on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         yield machine
     _gpu_or_cpu.cache_clear()
     _stop_fork_server()
-
-
-@pytest.fixture
-def foreign() -> SimulatedGpu:
-    return SimulatedGpu()
 
 
 def axial(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> Geometry:
@@ -122,6 +122,11 @@ def stored_volume(
     return StoredVolume(
         stored, np.full(count, slope), np.full(count, intercept), None, axial(stored.shape, spacing_mm), HuStatistics()
     )
+
+
+def to_numpy(array: Any) -> NDArray[Any]:
+    """Return the values of a host or device array as NumPy."""
+    return array if isinstance(array, np.ndarray) else np.asarray(array.get())
 
 
 @pytest.fixture

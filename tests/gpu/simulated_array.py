@@ -136,6 +136,7 @@ class ndarray:  # noqa: N801 - CuPy's name
             simulated.inspect(source)
 
         self._check_place(stream)
+        simulated.copies.append(("up", str(self.dtype), self.shape))
         simulated.enqueue(*stream.place, run, duration_s)
 
     def get(
@@ -159,6 +160,7 @@ class ndarray:  # noqa: N801 - CuPy's name
         elif not out.flags.c_contiguous and not out.flags.f_contiguous:
             raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
         self._check_place(stream)
+        simulation().copies.append(("down", str(self.dtype), self.shape))
         page_locked = pinned.locate(out)
         target = out if page_locked is None else page_locked
         operation = simulation().enqueue(*stream.place, lambda: np.copyto(target, source), DOWNLOAD_S)

@@ -194,6 +194,8 @@ class Simulation:
         self._next_handle = 0x1000
         self.modules: dict[tuple[str, tuple[str, ...]], Any] = {}
         """Compiled modules by source and options."""
+        self.copies: list[tuple[str, str, tuple[int, ...]]] = []
+        """Direction ("up" or "down"), dtype and shape of each copy that was begun."""
         self._discarded: list[tuple[DeviceState, Queue]] = []
 
     def devices(self) -> list[DeviceState]:

@@ -30,7 +30,7 @@ from gpuprep.compute.process import host_chunks
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
-from gpuprep.errors import BackendError, DeviceMemoryError
+from gpuprep.errors import DeviceMemoryError
 from gpuprep.pipeline.cohort import convert
 from gpuprep.testing import thorax, write_series
 
@@ -39,16 +39,6 @@ pytestmark = pytest.mark.gpu
 SPACING = (3.0, 0.6816, 0.6816)
 ENGINES = ("operators", "ndimage")
 TOLERANCE_HU = {"operators": 0.01, "ndimage": 0.5}
-
-
-@pytest.fixture
-def gpu(request: pytest.FixtureRequest) -> Any:
-    """Return a GPU, or a simulated one on a machine without."""
-    try:
-        return get_backend("gpu")
-    except BackendError:
-        request.getfixturevalue("cupy_on_host")
-        return get_backend("gpu")
 
 
 @pytest.fixture
