@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -82,11 +83,13 @@ def test_the_next_slab_is_read_while_the_device_processes_one(
     begun = {start: threading.Event() for start in (0, 8, 16, 24)}
     begun[24].set()  # no slab follows the last one
     reading: list[str] = []
+    slabs: list[NDArray[Any]] = []
 
     def slab(start: int, stop: int, empty: Any) -> NDArray[Any]:
         reading.append(threading.current_thread().name)
         begun[start].set()
-        return volume.slab(start, stop, empty)
+        slabs.append(volume.slab(start, stop, empty))
+        return slabs[-1]
 
     computed = iter((8, 16, 24))
     resample = simulated.resample
@@ -100,6 +103,7 @@ def test_the_next_slab_is_read_while_the_device_processes_one(
     values = run(Source(volume, slab), RECIPE, simulated)
     assert np.abs(values - run(volume, RECIPE, NumpyBackend("matmul"))).max() < 1e-5
     assert all(name.startswith("gpuprep-read") for name in reading)
+    assert not any(np.shares_memory(a, b) for a, b in pairwise(slabs))  # the upload of the first may not have begun
     assert next(computed, None) is None
 
 

@@ -26,6 +26,15 @@ def test_a_device_that_computes_in_float32_is_accepted() -> None:
     assert backend().device == "Simulated GPU (device 0)"
 
 
+@pytest.mark.parametrize(
+    "cupy_on_host", [Machine(gpus=(Gpu("GPU-0"), Gpu("GPU-1", memory_bytes=10**9)))], indirect=True, ids=[""]
+)
+@pytest.mark.usefixtures("cupy_on_host")
+def test_each_device_reports_its_own_free_memory() -> None:
+    free = [device.free_bytes() for device in open_gpus()]
+    assert free == pytest.approx([10**10, 10**9], abs=10_000)  # a few blocks are in use
+
+
 @pytest.mark.usefixtures("cupy_on_host")
 def test_a_device_that_computes_wrong_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # The kernel of this device keeps few bits of the values, as for bfloat16 and TF32.
