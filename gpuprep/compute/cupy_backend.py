@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy
 from functools import cache
@@ -14,9 +16,6 @@ import cupy  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
 import cupyx  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
 import cupyx.scipy.ndimage as cupy_ndimage  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
 import numpy as np
-from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
-    resize as cucim_resize,
-)
 from numpy.typing import DTypeLike, NDArray
 
 from gpuprep.compute import cuda_kernels, resample_blocks
@@ -24,8 +23,36 @@ from gpuprep.compute.backend import Body
 from gpuprep.compute.cuda_kernels import Rescale, Window
 from gpuprep.compute.pinned_transfer import DEVICE_VARIABLE, Empty, Transfers
 from gpuprep.compute.resample_blocks import OUTPUTS, BlockTables
+from gpuprep.core.formatting import format_cuda_version
 from gpuprep.core.sampling import lost_samples
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
+
+
+@cache
+def cucim_resize() -> Callable[..., Any]:
+    """Return `cucim.skimage.transform.resize`. Only the engine ``ndimage`` needs cuCIM.
+
+    Raises
+    ------
+    BackendError
+        If cuCIM is missing or cannot be imported.
+    """
+    try:
+        from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
+            resize,
+        )
+    except ImportError as exc:
+        raise BackendError(
+            f"the engine ndimage needs cuCIM, which is not installed ({exc}): pip install 'gpuprep[cuda12]' or "
+            "'gpuprep[cuda13]', or use --engine operators"
+        ) from exc
+    except Exception as exc:  # importing it also runs code of CuPy and scikit-image
+        raise BackendError(
+            f"the engine ndimage needs cuCIM, which cannot be imported ({type(exc).__name__}: {exc}): install CuPy and "
+            "cuCIM again, or use --engine operators"
+        ) from exc
+    found: Callable[..., Any] = resize
+    return found
 
 
 @cache
@@ -161,7 +188,7 @@ class CupyBackend:
 
     def resize(self, values: Any, shape: Sequence[int], *, mode: str, anti_aliasing: bool) -> Any:
         # clip=True would synchronise with the GPU twice, and linear interpolation cannot overshoot.
-        return cucim_resize(
+        return cucim_resize()(
             values, shape, order=1, mode=mode, clip=False, preserve_range=True, anti_aliasing=anti_aliasing
         )
 
@@ -220,6 +247,62 @@ def _is_out_of_memory(exc: Exception) -> bool:
     return isinstance(exc, cupy.cuda.memory.OutOfMemoryError) or any(word in str(exc) for word in words)
 
 
+def cuda_versions() -> dict[str, int]:
+    """Return the CUDA versions of "driver", "runtime" (linked to CuPy) and "nvrtc"; 0 if absent.
+
+    A version is a number: 1000 · major + 10 · minor.
+    """
+    found = dict.fromkeys(("driver", "runtime", "nvrtc"), 0)
+    runtime = cupy.cuda.runtime
+    for name, version in (("driver", runtime.driverGetVersion), ("runtime", runtime.runtimeGetVersion)):
+        with suppress(RuntimeError):
+            found[name] = int(version())
+    with suppress(Exception):  # CuPy loads the library at the first call
+        major, minor = cupy.cuda.nvrtc.getVersion()
+        found["nvrtc"] = 1000 * major + 10 * minor
+    return found
+
+
+def device_properties(ordinal: int) -> dict[str, Any]:
+    """Return the fields of `cudaDeviceProp`, and "freeMem", the free memory in bytes."""
+    with cupy.cuda.Device(ordinal) as device:
+        return dict(cupy.cuda.runtime.getDeviceProperties(ordinal)) | {"freeMem": int(device.mem_info[0])}
+
+
+def page_locked(size: int) -> NDArray[np.uint8]:
+    """Return page-locked host memory of `size` bytes."""
+    return _Copies().pinned(size)
+
+
+def copy_on_device(target: Any, source: Any) -> None:
+    """Start to copy an array to another one on the same device."""
+    cupy.copyto(target, source)
+
+
+def device_seconds(work: Callable[[], Any]) -> float:
+    """Return the seconds between two events in the current stream, around the work that `work` submits to it."""
+    copies = _Copies()
+    start = copies.mark()
+    work()
+    return copies.elapsed(start, copies.mark())
+
+
+def compiler_seconds(voxels: cuda_kernels.Variant) -> float:
+    """Return the seconds that NVRTC needs to compile a variant of the kernel."""
+    before = os.environ.get("CUPY_CACHE_IN_MEMORY")
+    os.environ["CUPY_CACHE_IN_MEMORY"] = "1"  # neither reads nor writes the cache folder
+    source = f"{cuda_kernels.SOURCE}// {uuid.uuid4()}\n"  # CuPy has not loaded it yet
+    try:
+        started = time.perf_counter()
+        cupy.RawKernel(source, cuda_kernels.NAME, options=voxels.options).compile()
+        return time.perf_counter() - started
+    finally:
+        if before is None:
+            del os.environ["CUPY_CACHE_IN_MEMORY"]
+        else:
+            os.environ["CUPY_CACHE_IN_MEMORY"] = before
+
+
 def device_count() -> int:
     """Return the number of GPUs visible to this process; 0 without a driver."""
     return _count_devices()[0]
@@ -245,14 +328,10 @@ def _why_no_device() -> str:
         return "no NVIDIA driver is loaded: check that nvidia-smi lists the GPU"
     if "InsufficientDriver" in reason:
         return (
-            f"the driver supports CUDA {_cuda_version(driver)}, CuPy needs "
-            f"{_cuda_version(runtime.runtimeGetVersion())}: update the driver, or install gpuprep[cuda12]"
+            f"the driver supports CUDA {format_cuda_version(driver)}, CuPy needs "
+            f"{format_cuda_version(runtime.runtimeGetVersion())}: update the driver, or install gpuprep[cuda12]"
         )
     return f"{reason}: check that nvidia-smi lists the GPU"
-
-
-def _cuda_version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 @cache
