@@ -21,9 +21,11 @@ from pydicom import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from simulated_cuda import Machine
+from simulated_finder import child_environment, installed
 from standin import SimulatedGpu
 
-from gpuprep.compute.backend import Backend, NumpyBackend, get_backend
+from gpuprep.compute.backend import Backend, NumpyBackend, _gpu_or_cpu, get_backend
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.volume import StoredVolume
@@ -74,6 +76,24 @@ def backend(request: pytest.FixtureRequest) -> Backend:
         return get_backend("gpu")
     except BackendError as exc:
         pytest.skip(str(exc))
+
+
+@pytest.fixture
+def cupy_on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Replace CuPy by a stand-in without a GPU, in this process and its children; yield the machine that it simulates.
+
+    A test may give the machine as the fixture's parameter. See `simulated_finder`.
+    """
+    machine = getattr(request, "param", Machine())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in child_environment(machine).items():
+        monkeypatch.setenv(name, value)
+    _stop_fork_server()  # workers inherit the environment in which it was started
+    _gpu_or_cpu.cache_clear()
+    with installed(machine):
+        yield machine
+    _gpu_or_cpu.cache_clear()
+    _stop_fork_server()
 
 
 @pytest.fixture

@@ -300,4 +300,4 @@ def import_cupy_backend() -> Any:
 def check_engine(backend: Backend, engine: Engine) -> None:
     """Raise a BackendError if the backend lacks a library that the engine needs."""
     if backend.name == "gpu" and engine == "ndimage":
-        import_cupy_backend().cucim_resize()
+        import_cupy_backend().check_ndimage()

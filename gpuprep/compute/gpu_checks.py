@@ -22,7 +22,7 @@ from gpuprep.compute.gpu_timing import bandwidths, pass_bytes, stage_seconds
 from gpuprep.compute.memory_estimate import needed_bytes, volume_memory_bytes, worker_count
 from gpuprep.compute.process import host_chunks
 from gpuprep.core import hounsfield
-from gpuprep.core.formatting import format_bytes, printable
+from gpuprep.core.formatting import format_bytes, format_count, printable
 from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Dtype, Recipe
 from gpuprep.core.volume import StoredVolume
@@ -73,7 +73,7 @@ def examine_gpus(make_phantoms: Callable[[], Phantoms], cores: int) -> GpuReport
     """
     try:
         module = import_cupy_backend()
-    except BackendError as exc:
+    except Exception as exc:  # a broken installation of CuPy can raise any exception
         findings = [*software_findings(None), *environment_findings(), _unusable(0, exc)]
         return GpuReport(0, findings)
     findings = [*software_findings(module.cuda_versions()), *environment_findings()]
@@ -93,15 +93,15 @@ def examine_gpus(make_phantoms: Callable[[], Phantoms], cores: int) -> GpuReport
     return GpuReport(len(backends), findings)
 
 
-def _unusable(ordinal: int, exc: BackendError) -> GpuFinding:
-    return GpuFinding("device", "test kernel", False, printable(str(exc)), decisive=True, device=ordinal)
+def _unusable(ordinal: int, exc: Exception) -> GpuFinding:
+    return GpuFinding("device", "test kernel", False, _text(exc), decisive=True, device=ordinal)
 
 
 def _device_findings(module: Any, backend: Any, ordinal: int, phantoms: Phantoms, cores: int) -> Iterator[GpuFinding]:
     """Yield the findings about one device."""
     plan = make_plan(phantoms.series.geometry, Recipe())
     rates: dict[str, float] = {}
-    yield _checked("device", backend.device, device, module, ordinal)
+    yield _checked("device", "properties", device, module, ordinal)
     yield _checked("exact", "identity", identity, backend, decisive=True)
     yield _checked("exact", "HU", exact_hu, backend, decisive=True)
     yield _checked("exact", "output types", exact_outputs, backend, decisive=True)
@@ -126,16 +126,20 @@ def _checked(topic: str, name: str, check: Callable[..., Found], *arguments: Any
     except _Failed as exc:
         detail, figures = exc.args
         return GpuFinding(topic, name, False, detail, decisive, figures)
-    except BackendError as exc:
-        return GpuFinding(topic, name, False, printable(str(exc)), decisive)
     except Exception as exc:
-        return GpuFinding(topic, name, False, printable(f"{type(exc).__name__}: {exc}"), decisive)
+        return GpuFinding(topic, name, False, _text(exc), decisive)
     return GpuFinding(topic, name, True, detail, decisive, figures)
 
 
+def _text(exc: Exception) -> str:
+    """Return an error as one line."""
+    text = str(exc) if isinstance(exc, BackendError) else f"{type(exc).__name__}: {exc}"
+    return printable(text.replace("\n", " "))
+
+
 def _cucim(module: Any) -> Found:
-    """Import the function of cuCIM that the engine ndimage uses."""
-    module.cucim_resize()
+    """Import the libraries of the engine ndimage."""
+    module.check_ndimage()
     return "works", {}
 
 
@@ -156,6 +160,7 @@ def device(module: Any, ordinal: int) -> Found:
         "uuid": str(uuid.UUID(bytes=found["uuid"])) if len(found.get("uuid", b"")) == 16 else None,
     }
     parts = [
+        name,
         f"compute capability {figures['compute_capability']}",
         f"{figures['multiprocessors']} multiprocessors",
         f"L2 {format_bytes(figures['l2_bytes'] or 0)}",
@@ -242,14 +247,25 @@ def parity(backend: Any, small: StoredVolume, engine: Engine, preset: str) -> Fo
             expected = _whole(volume, plan, NumpyBackend("matmul"), engine).astype(np.float64)
             found = _whole(volume, plan, backend, engine)
             row["largest_difference_hu"] = float(np.abs(found - expected).max()) * plan.hu_slope
+            row["largest_steps"] = None if dtype == "float32" else round(row["largest_difference_hu"] / plan.hu_slope)
             row["ok"] = row["largest_difference_hu"] <= row["limit_hu"]  # False for NaN
             compared.append(row)
     figures = {"tolerance_hu": TOLERANCE_HU[engine], "compared": compared}
-    largest = {d: max(r["largest_difference_hu"] for r in compared if r["written"] == d) for d in get_args(Dtype)}
-    detail = "largest difference " + ", ".join(f"{d} {hu:.2g} HU" for d, hu in largest.items())
+    worst = [max((r for r in compared if r["written"] == d), key=_difference_hu) for d in get_args(Dtype)]
+    detail = "largest difference " + ", ".join(
+        f"{r['written']} " + (f"{_difference_hu(r):.2g} HU" if r["written"] == "float32" else _steps(r)) for r in worst
+    )
     if wrong := [f"{r['stored']} to {r['written']}" for r in compared if not r["ok"]]:
         raise _Failed(f"{detail}; too large for {', '.join(wrong)}: do not use this device", figures)
-    return f"{detail} (≤ {TOLERANCE_HU[engine]:g} HU, and one step of integers)", figures
+    return f"{detail} (allowed: {TOLERANCE_HU[engine]:g} HU, and for integers one step more)", figures
+
+
+def _difference_hu(row: dict[str, Any]) -> float:
+    return float(row["largest_difference_hu"])
+
+
+def _steps(row: dict[str, Any]) -> str:
+    return format_count(row["largest_steps"], "step")
 
 
 def repeatable(backend: Any, series: StoredVolume, plan: Plan) -> Found:
