@@ -84,7 +84,7 @@ def test_the_library_functions_accept_the_arguments_of_our_calls() -> None:
     zoom = inspect.signature(module.cupy_ndimage.zoom)
     zoom.bind(volume, [1.0, 2.0, 2.0], order=3, mode="nearest", grid_mode=True)
     inspect.signature(module.cupy_ndimage.gaussian_filter).bind(volume, [0.0, 1.0, 1.0], mode="nearest")
-    inspect.signature(module.cucim_resize()).bind(
+    inspect.signature(module.cucim_resize).bind(
         volume, (2, 4, 4), order=1, mode="edge", clip=False, preserve_range=True, anti_aliasing=False
     )
 
