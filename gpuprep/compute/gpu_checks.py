@@ -282,9 +282,7 @@ def _steps(row: dict[str, Any]) -> str:
 
 def repeatable(backend: Any, series: StoredVolume, plan: Plan) -> Found:
     """Check that two runs give the same bits."""
-    sums = [
-        [zlib.crc32(np.ascontiguousarray(chunk).data) for chunk in host_chunks(series, plan, backend)] for _ in range(2)
-    ]
+    sums = [_checksums(series, plan, backend) for _ in range(2)]
     figures = {"chunks": len(sums[0]), "different_chunks": sum(a != b for a, b in zip(*sums, strict=True))}
     if figures["different_chunks"]:
         raise _Failed(
@@ -342,6 +340,10 @@ def kernels(backend: Any, series: StoredVolume, plan: Plan, rates: dict[str, flo
 
 def _downloaded(transfers: Any, arrays: list[Any]) -> list[NDArray[Any]]:
     return [array.copy() for array in transfers.downloads(iter(arrays))]
+
+
+def _checksums(volume: StoredVolume, plan: Plan, backend: Any) -> list[int]:
+    return [zlib.crc32(np.ascontiguousarray(chunk).data) for chunk in host_chunks(volume, plan, backend)]
 
 
 def _whole(volume: StoredVolume, plan: Plan, backend: Any, engine: Engine) -> NDArray[Any]:

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from gpuprep.cli import doctor
 from gpuprep.cli.app import app
 from gpuprep.compute import gpu_checks, gpu_environment
-from gpuprep.compute.backend import NoTransfers, NumpyBackend, check_engine
+from gpuprep.compute.backend import NoTransfers, NumpyBackend, check_engine, import_cupy_backend
+from gpuprep.compute.cuda_kernels import VARIANTS
 from gpuprep.compute.gpu_findings import GpuFinding
 from gpuprep.compute.gpu_timing import pass_bytes
 from gpuprep.core import hounsfield
@@ -370,7 +371,7 @@ def test_without_a_usable_gpu_the_reason_is_one_line_and_exit_code_4(
 @pytest.mark.parametrize("cupy_on_host", [Machine(gpus=(Gpu(name="Simulated MIG 1g.18gb"),))], indirect=True)
 def test_versions_properties_and_times_come_from_cupy(cupy_on_host: Machine) -> None:
     del cupy_on_host
-    module = gpu_checks.import_cupy_backend()
+    module = import_cupy_backend()
     assert {"driver": 13000, "runtime": 13000}.items() <= module.cuda_versions().items()
     detail, figures = gpu_checks.device(module, 0)
     assert (figures["name"], figures["mig"], figures["total_bytes"]) == ("Simulated MIG 1g.18gb", True, 10**10)
@@ -379,23 +380,23 @@ def test_versions_properties_and_times_come_from_cupy(cupy_on_host: Machine) -> 
     with backend.session():
         array = backend.empty((100,), np.uint8)
         assert module.device_seconds(lambda: array.set(module.page_locked(100))) > 0
-    assert module.compiler_seconds(gpu_checks.VARIANTS[0]) > 0
+    assert module.compiler_seconds(VARIANTS[0]) > 0
 
 
 @pytest.mark.usefixtures("cupy_on_host")
 def test_values_on_a_simulated_cupy_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     monkeypatch.setattr(gpu_checks, "STORED_TYPES", {"int16": "short"})
-    backend = gpu_checks.import_cupy_backend().CupyBackend(0)
+    backend = import_cupy_backend().CupyBackend(0)
     assert gpu_checks.identity(backend)[1] == {f"wrong_values_axis_{axis}": 0 for axis in range(3)}
     assert gpu_checks.exact_hu(backend)[1]["wrong_values"] == {}
 
 
 @pytest.mark.usefixtures("cupy_on_host")
 def test_the_engine_ndimage_without_cucim_is_refused_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = gpu_checks.import_cupy_backend().CupyBackend(0)
+    backend = import_cupy_backend().CupyBackend(0)
     check_engine(backend, "ndimage")
-    gpu_checks.import_cupy_backend()._libraries.cache_clear()
+    import_cupy_backend()._libraries.cache_clear()
     monkeypatch.setitem(sys.modules, "cucim.skimage.transform", None)
     check_engine(backend, "operators")
     with pytest.raises(BackendError, match=r"needs cuCIM, .*pip install 'gpuprep\[cuda12\]'"):
