@@ -99,7 +99,7 @@ run_part() {
     took=$((SECONDS - started))
     case $code in
         0) note "$name: done in $took s" 0 ;;
-        124 | 137) note "$name: stopped after $limit_s s; figures until then are kept" 1 ;;
+        124 | 137) note "$name: stopped after $took s of at most $limit_s; figures until then are kept" 1 ;;
         *) note "$name: failed with exit code $code in $took s: $(tail -n 1 "$out/$name-gpu.txt")" 1 ;;
     esac
 }
@@ -107,7 +107,7 @@ run_part() {
 if [ "$wheels" != - ]; then
     install_missing || note "wheels: not all were installed" 1
 fi
-timeout 20 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || echo "no nvidia-smi"
+timeout 20 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
 
 run_part doctor 100
 run_part tests 170

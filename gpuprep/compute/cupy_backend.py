@@ -200,9 +200,7 @@ class _Copies:
     """Asynchronous copies on the current stream: see `gpuprep.compute.pinned_transfer.Device`."""
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
-        # CuPy's pinned memory pool keeps the buffer for the next series: page-locking takes as long as reading a slab.
-        buffer: NDArray[np.uint8] = cupyx.empty_pinned((size,), dtype=np.uint8)
-        return buffer
+        return page_locked(size)
 
     def start_upload(self, host: NDArray[Any]) -> tuple[Any, Any]:
         array = cupy.empty(host.shape, dtype=host.dtype)
@@ -218,8 +216,7 @@ class _Copies:
         return _event(timing=True)
 
     def elapsed(self, start: Any, stop: Any) -> float:
-        stop.synchronize()
-        return float(cupy.cuda.get_elapsed_time(start, stop)) / 1000
+        return _seconds_between(start, stop)
 
 
 def _event(*, timing: bool = False) -> Any:
@@ -227,6 +224,11 @@ def _event(*, timing: bool = False) -> Any:
     event = cupy.cuda.Event(block=True, disable_timing=not timing)
     event.record(cupy.cuda.get_current_stream())
     return event
+
+
+def _seconds_between(start: Any, stop: Any) -> float:
+    stop.synchronize()
+    return float(cupy.cuda.get_elapsed_time(start, stop)) / 1000
 
 
 def device_error(exc: Exception, backend: CupyBackend) -> BackendError | None:
@@ -257,9 +259,10 @@ def cuda_versions() -> dict[str, int]:
     """
     found = dict.fromkeys(("driver", "runtime", "nvrtc"), 0)
     runtime = cupy.cuda.runtime
-    for name, version in (("driver", runtime.driverGetVersion), ("runtime", runtime.runtimeGetVersion)):
-        with suppress(RuntimeError):
-            found[name] = int(version())
+    with suppress(RuntimeError):
+        found["driver"] = int(runtime.driverGetVersion())
+    with suppress(RuntimeError):
+        found["runtime"] = int(runtime.runtimeGetVersion())
     with suppress(Exception):  # CuPy loads the library at the first call
         major, minor = cupy.cuda.nvrtc.getVersion()
         found["nvrtc"] = 1000 * major + 10 * minor
@@ -274,7 +277,9 @@ def device_properties(ordinal: int) -> dict[str, Any]:
 
 def page_locked(size: int) -> NDArray[np.uint8]:
     """Return page-locked host memory of `size` bytes."""
-    return _Copies().pinned(size)
+    # CuPy's pinned memory pool keeps the buffer for the next series: page-locking takes as long as reading a slab.
+    buffer: NDArray[np.uint8] = cupyx.empty_pinned((size,), dtype=np.uint8)
+    return buffer
 
 
 def copy_on_device(target: Any, source: Any) -> None:
@@ -284,10 +289,9 @@ def copy_on_device(target: Any, source: Any) -> None:
 
 def device_seconds(work: Callable[[], Any]) -> float:
     """Return the seconds between two events in the current stream, around the work that `work` submits to it."""
-    copies = _Copies()
-    start = copies.mark()
+    start = _event(timing=True)
     work()
-    return copies.elapsed(start, copies.mark())
+    return _seconds_between(start, _event(timing=True))
 
 
 def compiler_seconds(voxels: cuda_kernels.Variant) -> float:

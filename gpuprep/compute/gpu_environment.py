@@ -118,7 +118,10 @@ def pair_findings(
         remedy = f"update the driver, or {EXTRAS.format(driver // 1000)}"
         add("driver and CuPy", driver // 1000 >= major, detail, remedy)
     if nvrtc and runtime:
-        remedy = f"pip install 'cupy-cuda{major}x[ctk]', or unset CUDA_PATH and LD_LIBRARY_PATH"
+        remedy = (
+            f"pip uninstall nvidia-cuda-nvrtc nvidia-cuda-nvrtc-cu12, then pip install 'cupy-cuda{major}x[ctk]'; or "
+            "unset CUDA_PATH and LD_LIBRARY_PATH"
+        )
         detail = f"CUDA {format_cuda_version(nvrtc)} and {format_cuda_version(runtime)}"
         add("NVRTC and CuPy", nvrtc // 1000 == major, detail, remedy)
     for name in cucim:
