@@ -149,6 +149,7 @@ struct Place {
 #define UNDEFINED(name, text, ...) \
   EXPORT void __ubsan_handle_##name(const Place* place, ##__VA_ARGS__) { fail(text " in line %u", place->line); }
 UNDEFINED(out_of_bounds, "index out of the bounds of an array", uintptr_t)
+UNDEFINED(type_mismatch_v1, "misaligned access", uintptr_t)
 UNDEFINED(add_overflow, "overflow of a sum", uintptr_t, uintptr_t)
 UNDEFINED(sub_overflow, "overflow of a difference", uintptr_t, uintptr_t)
 UNDEFINED(mul_overflow, "overflow of a product", uintptr_t, uintptr_t)

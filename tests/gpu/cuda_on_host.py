@@ -42,12 +42,21 @@ POISON = np.uint16(0x7FFD)
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-CHECKS = (
-    "-fsanitize=kernel-address --param=asan-instrumentation-with-call-threshold=0 --param=asan-globals=0 "
-    "--param=asan-stack=0 -fsanitize=bounds,signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow"
-).split()
-BUILD = ["-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-U_FORTIFY_SOURCE"]
-KERNEL_ONLY = ["-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+CHECKS = [
+    "-fsanitize=kernel-address",
+    *(f"--param=asan-{name}=0" for name in ("instrumentation-with-call-threshold", "globals", "stack")),
+    "-fsanitize=bounds,alignment,signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow",
+]
+BUILD = ["-O2", "-fPIC", "-Wall", "-Werror"]
+KERNEL_ONLY = [
+    "-ffp-contract=fast",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-gnu-unique",
+    "-Wno-unknown-pragmas",
+    "-Wno-sign-compare",
+]
+RUNTIME_ONLY = ["-std=c++17", "-U_FORTIFY_SOURCE"]  # _FORTIFY_SOURCE forbids to jump between stacks
 
 _running = threading.Lock()
 """A kernel has one state for each process."""
@@ -82,7 +91,12 @@ class _Index(ctypes.Structure):
 
 
 class _Parameter(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_char), ("bytes", ctypes.c_int), ("alignment", ctypes.c_int), ("pointer", ctypes.c_bool))
+    _fields_ = (
+        ("kind", ctypes.c_char),
+        ("bytes", ctypes.c_int),
+        ("alignment", ctypes.c_int),
+        ("pointer", ctypes.c_bool),
+    )
 
 
 class Kernel:
@@ -203,7 +217,8 @@ def virtual_array(shape: Any, dtype: Any) -> NDArray[Any]:
     size = prod(shape) * np.dtype(dtype).itemsize
     no_reserve = 0x4000
     memory = mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS | no_reserve)
-    return np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
+    array: NDArray[Any] = np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
+    return array
 
 
 @cache
@@ -231,7 +246,7 @@ def compile_kernel(source: str, name: str, options: tuple[str, ...] = ()) -> Ker
     text = f'#include "cuda_on_host.h"\n#line 1 "{name}.cu"\n{source}\nCUDA_KERNEL({name})\n'
     flags = [*BUILD, *KERNEL_ONLY, *CHECKS, *_host_flags(), *_compiler_options(options), f"-I{HERE}"]
     library = _cached(text, flags)
-    kernel = Kernel(library, name, has_barriers="__syncthreads" in source)
+    kernel = Kernel(library, name, has_barriers="__syncthreads" in f"{source}{options}")
     if kernel.shared_bytes > MOST_SHARED_BYTES:
         raise CompileError(f"{name} uses too much shared data: {kernel.shared_bytes} bytes of {MOST_SHARED_BYTES}")
     return kernel
@@ -277,10 +292,13 @@ def _version() -> str:
     return version + "".join((HERE / f"cuda_on_host.{suffix}").read_text() for suffix in ("h", "cpp"))
 
 
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join([_version(), *texts]).encode()).hexdigest()[:32]
+
+
 def _cached(text: str, flags: list[str]) -> Path:
     """Return the library that g++ makes of a source, from the cache if it is there."""
-    digest = hashlib.sha256("\0".join([_version(), text, *flags]).encode()).hexdigest()[:32]
-    library = _folder() / f"{digest}.so"
+    library = _folder() / f"{_digest(text, *flags)}.so"
     if library.exists():
         return library
     with tempfile.TemporaryDirectory(dir=_folder()) as work:
@@ -296,10 +314,12 @@ def _cached(text: str, flags: list[str]) -> Path:
 @cache
 def _runtime(part: str) -> str:
     """Return the object file of a part of cuda_on_host.cpp."""
-    compiled = _folder() / f"{hashlib.sha256((part + _version()).encode()).hexdigest()[:32]}.o"
+    compiled = _folder() / f"{_digest(part, *BUILD, *RUNTIME_ONLY)}.o"
     if not compiled.exists():
         with tempfile.TemporaryDirectory(dir=_folder()) as work:
-            _run_compiler(*BUILD, f"-DCUDA_{part}", "-c", str(HERE / "cuda_on_host.cpp"), "-o", f"{work}/part.o")
+            _run_compiler(
+                *BUILD, *RUNTIME_ONLY, f"-DCUDA_{part}", "-c", str(HERE / "cuda_on_host.cpp"), "-o", f"{work}/part.o"
+            )
             os.replace(f"{work}/part.o", compiled)
     return str(compiled)
 

@@ -15,18 +15,38 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from simulated_cuda import DOWNLOAD_S, UPLOAD_S, DeviceState, Queue, simulation
-from simulated_memory import Memory, OutOfMemoryError, PinnedPool, current_pool
+from simulated_cuda import DOWNLOAD_S, UPLOAD_S, simulation
+from simulated_memory import Memory, PinnedPool, current_pool
 from simulated_streams import Device, Stream, get_current_stream
 
 VIEWS = frozenset(
-    "reshape transpose permute_dims flip flipud fliplr expand_dims squeeze broadcast_to moveaxis swapaxes rollaxis ravel "
-    "atleast_1d atleast_2d atleast_3d diagonal real".split()
+    {"reshape", "transpose", "permute_dims", "moveaxis", "swapaxes", "rollaxis", "flip", "flipud", "fliplr"}
+    | {"expand_dims", "squeeze", "broadcast_to", "ravel", "atleast_1d", "atleast_2d", "atleast_3d", "diagonal", "real"}
 )
 """Functions that return a view if they can."""
 
-SYNCHRONOUS = frozenset("nonzero flatnonzero argwhere unique unique_values compress extract".split())
+SYNCHRONOUS = frozenset({"nonzero", "flatnonzero", "argwhere", "unique", "unique_values", "compress", "extract"})
 """Functions whose result has a shape that depends on the values, so the host waits for them."""
+
+METHODS = (
+    *(
+        "all",
+        "any",
+        "argmax",
+        "argmin",
+        "clip",
+        "cumprod",
+        "cumsum",
+        "diagonal",
+        "dot",
+        "flatten",
+        "max",
+        "mean",
+        "min",
+    ),
+    *("nonzero", "prod", "ravel", "repeat", "round", "squeeze", "std", "sum", "swapaxes", "take", "trace", "var"),
+)
+"""Methods of NumPy's arrays that need no code of their own."""
 
 pinned = PinnedPool()
 
@@ -69,7 +89,9 @@ class ndarray:  # noqa: N801 - CuPy's name
         array._view, array._memory = view, memory
         return array
 
-    shape = property(lambda self: self._view.shape, lambda self, shape: setattr(self, "_view", _shaped(self._view, shape)))
+    shape = property(
+        lambda self: self._view.shape, lambda self, shape: setattr(self, "_view", _shaped(self._view, shape))
+    )
     dtype = property(lambda self: self._view.dtype)
     ndim = property(lambda self: self._view.ndim)
     size = property(lambda self: self._view.size)
@@ -83,7 +105,8 @@ class ndarray:  # noqa: N801 - CuPy's name
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError(
-            "Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct a NumPy array explicitly."
+            "Implicit conversion to a NumPy array is not allowed. "
+            "Please use `.get()` to construct a NumPy array explicitly."
         )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
@@ -105,14 +128,12 @@ class ndarray:  # noqa: N801 - CuPy's name
 
     def _upload(self, host: NDArray[Any], stream: Stream, duration_s: float) -> None:
         simulated, target = simulation(), self._view
-        if not (host.flags.c_contiguous and pinned.holds(host)):
-            host = host.copy()  # the driver copies pageable memory before it returns
+        page_locked = pinned.locate(host) if host.flags.c_contiguous else None
+        source = host.copy() if page_locked is None else page_locked  # the driver copies pageable memory at once
 
         def run() -> None:
-            target[...] = host
-            fatal = simulated.machine.fatal_value
-            if fatal is not None and bool((host == fatal).any()):
-                simulated.lose()
+            target[...] = source
+            simulated.inspect(source)
 
         self._check_place(stream)
         simulated.enqueue(*stream.place, run, duration_s)
@@ -138,8 +159,10 @@ class ndarray:  # noqa: N801 - CuPy's name
         elif not out.flags.c_contiguous and not out.flags.f_contiguous:
             raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
         self._check_place(stream)
-        operation = simulation().enqueue(*stream.place, lambda: np.copyto(out, source), DOWNLOAD_S)
-        if blocking or not pinned.holds(out):
+        page_locked = pinned.locate(out)
+        target = out if page_locked is None else page_locked
+        operation = simulation().enqueue(*stream.place, lambda: np.copyto(target, source), DOWNLOAD_S)
+        if blocking or page_locked is None:
             simulation().wait([operation])
         return out
 
@@ -204,7 +227,7 @@ class ndarray:  # noqa: N801 - CuPy's name
     def view(self, dtype: Any = None) -> ndarray:
         return self._over(self._view.view() if dtype is None else self._view.view(dtype), self._memory)
 
-    def astype(self, dtype: Any, order: str = "K", casting: str = "unsafe", subok: Any = None, copy: bool = True) -> Any:
+    def astype(self, dtype: Any, order: str = "K", casting: str = "unsafe", *, copy: bool = True) -> Any:
         if not copy and self.dtype == np.dtype(dtype):
             return self
         return computed(np.ndarray.astype, (self, dtype), {"order": order, "casting": casting})
@@ -381,11 +404,11 @@ def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
     return ndarray(shape, dtype, order=order)
 
 
-def empty_like(prototype: ndarray, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None) -> ndarray:
-    return ndarray(prototype.shape if shape is None else shape, dtype or prototype.dtype)
+def empty_like(prototype: ndarray, dtype: Any = None) -> ndarray:
+    return ndarray(prototype.shape, dtype or prototype.dtype)
 
 
-def empty_pinned(shape: Any, dtype: Any = float, order: str = "C") -> NDArray[Any]:
+def empty_pinned(shape: Any, dtype: Any = float) -> NDArray[Any]:
     """Return page-locked host memory."""
     simulation().device()
     return pinned.allocate(shape, dtype)
@@ -393,8 +416,22 @@ def empty_pinned(shape: Any, dtype: Any = float, order: str = "C") -> NDArray[An
 
 def _add_operators() -> None:
     """Give `ndarray` the operators and methods of NumPy's."""
-    binary = "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
-    comparisons = "lt le eq ne gt ge".split()
+    binary = [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "matmul",
+    ]
+    comparisons = ["lt", "le", "eq", "ne", "gt", "ge"]
     for name in (*binary, *comparisons, "neg", "pos", "abs", "invert"):
         function = getattr(operator, f"__{name}__")
         setattr(ndarray, f"__{name}__", lambda *values, _f=function: computed(_f, values, {}))
@@ -404,8 +441,7 @@ def _add_operators() -> None:
         if name != "matmul":
             setattr(ndarray, f"__i{name}__", lambda a, b, _f=function: _in_place(_f, a, b))
     ndarray.__hash__ = None  # type: ignore[assignment]
-    methods = "all any argmax argmin clip cumsum cumprod dot max mean min nonzero prod ravel repeat round squeeze std sum"
-    for name in (*methods.split(), "swapaxes", "take", "trace", "var", "diagonal", "flatten"):
+    for name in METHODS:
         function = getattr(np, name) if name != "flatten" else np.ndarray.flatten
         setattr(ndarray, name, lifted(name, function))
 
@@ -416,4 +452,3 @@ def _in_place(function: Callable[..., Any], target: ndarray, value: Any) -> ndar
 
 
 _add_operators()
-

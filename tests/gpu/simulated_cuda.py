@@ -16,6 +16,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -74,6 +75,8 @@ class Machine:
     """Largest allocation that succeeds, as if the free memory was in pieces; None for no limit."""
     fatal_value: int | None = None
     """The device fails for good when this value is uploaded."""
+    stuck_value: int | None = None
+    """The device works forever on an upload of this value."""
     seed: int = 0
     """Chooses the order of work."""
 
@@ -220,9 +223,12 @@ class Simulation:
         if self.fault is not None:
             raise self.fault
 
-    def lose(self) -> None:
-        """Let every call fail from now on."""
-        self.fault = CUDARuntimeError(700)
+    def inspect(self, uploaded: Any) -> None:
+        """Let the device fail, or never end, if uploaded values say so."""
+        if self.machine.fatal_value in uploaded:
+            self.fault = CUDARuntimeError(700)
+        while self.machine.stuck_value in uploaded:
+            time.sleep(1)
 
     def next_seed(self) -> int:
         """Return a number that chooses the order of the blocks of a kernel."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -30,7 +30,7 @@ DEPENDENT = ("array_api_compat.cupy", "gpuprep.compute.cupy_backend")
 class Finder(MetaPathFinder, Loader):
     """Finds the modules of the stand-in."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         if name.partition(".")[0] not in PACKAGES:
             return None
         from simulated_cupy import modules

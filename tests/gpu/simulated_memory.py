@@ -118,7 +118,7 @@ class Pool:
     def _new_region(self, size: int) -> NDArray[np.uint8]:
         if self._limit and size > self._limit:
             raise OutOfMemoryError(size, self._total, self._limit)
-        attempts: list[Callable[[], Any]] = [self.free_all_blocks, lambda: (gc.collect(), self.free_all_blocks())]
+        remedies: list[Callable[[], Any]] = [gc.collect, self.free_all_blocks]
         while True:
             if not self._limit or self._total + size <= self._limit:
                 try:
@@ -129,9 +129,10 @@ class Pool:
                 else:
                     self._total += size
                     return region
-            if not attempts:
+            if not remedies:
                 raise OutOfMemoryError(size, self._total, self._limit)
-            attempts.pop(0)()
+            remedies.pop()()
+            self.free_all_blocks()
 
     def _malloc(self, size: int) -> NDArray[np.uint8]:
         largest = self._simulation.machine.largest_bytes
@@ -222,11 +223,16 @@ class PinnedPool:
         memory.view(np.uint16).fill(POISON)
         owner = _Owner(memory)
         weakref.finalize(owner, free.append, memory).atexit = False
-        return np.asarray(owner)[:size].view(dtype).reshape(shape)
+        array: NDArray[Any] = np.asarray(owner)[:size].view(dtype).reshape(shape)
+        return array
 
-    def holds(self, array: NDArray[Any]) -> bool:
-        """Return whether an array is in page-locked memory."""
-        return any(np.may_share_memory(array, memory) for memory in self._all)
+    def locate(self, array: NDArray[Any]) -> NDArray[Any] | None:
+        """Return the page-locked memory of an array as an array that does not keep it; None for pageable memory."""
+        for memory in self._all:
+            offset = array.ctypes.data - memory.ctypes.data
+            if 0 <= offset <= memory.nbytes - array.nbytes:
+                return np.ndarray(array.shape, array.dtype, memory, offset, array.strides)
+        return None
 
 
 class _Owner:
