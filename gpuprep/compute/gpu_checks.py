@@ -59,7 +59,7 @@ class Phantoms:
     """Series on which the GPU is examined."""
 
     small: StoredVolume
-    """Series for comparisons with the host: int16, with values that uint16 can hold where it matters."""
+    """Series for comparisons with the host, as int16; negative values become 0 where uint16 is compared."""
     series: StoredVolume
     """Series of a usual size, for times and memory."""
 
@@ -117,7 +117,7 @@ def _device_findings(module: Any, backend: Any, ordinal: int, phantoms: Phantoms
             yield finding if engine == "operators" or finding.figures else replace(finding, decisive=False)
     yield _checked("repeatable", "two runs", repeatable, backend, phantoms.series, plan, decisive=True)
     yield _checked("memory", "workers", workers, backend, plan, cores)
-    yield _checked("speed", "compiler", compiler, module)
+    yield _checked("speed", "compiler", compiler, module, backend)
     yield _checked("speed", "copies", copies, backend, rates)
     yield _checked("speed", "kernels", kernels, backend, phantoms.series, plan, rates)
 
@@ -306,9 +306,10 @@ def workers(backend: Any, plan: Plan, cores: int) -> Found:
     return f"{detail}, {budget // need} at once", figures
 
 
-def compiler(module: Any) -> Found:
+def compiler(module: Any, backend: Any) -> Found:
     """Return the time to compile one variant of the kernel."""
-    seconds = module.compiler_seconds(VARIANTS[0])
+    with backend.session():
+        seconds = module.compiler_seconds(VARIANTS[0])
     return f"{seconds:.2f} s for one of {len(VARIANTS)} variants of the kernel, without a cache", {"compile_s": seconds}
 
 
