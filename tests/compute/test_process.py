@@ -259,7 +259,7 @@ def test_integers_are_uploaded_once_and_each_chunk_is_downloaded_once(noise: Any
     integers = [t for t in up if t[1] == "int16"]
     assert sum(t[2][0] for t in integers) == 9
     assert all(t[2][1:] == (40, 37) for t in integers)
-    assert max(np.prod(t[2]) for t in up if t[1] != "int16") <= 1000  # the other uploads are tables
+    assert max(np.prod(t[2]) for t in up if t[1] != "int16") < stored.size / 10  # the other uploads are tables
     down = [t for t in simulation().copies if t[0] == "down"]
     assert sum(t[2][0] for t in down) == 27
     assert all(t[1] == "float32" and t[2][1:] == (16, 16) for t in down)

@@ -27,24 +27,23 @@ WEIGHT_TOLERANCE = 4 / 256
 """Upper limit of the error of a voxel's weight from rounding positions to 1/256 voxel along each axis."""
 
 
+STRICT_DEVICE = array_api_strict.Device("device1")
+"""Another device than NumPy's, so a hidden conversion fails."""
+
+
 class StrictBackend(NumpyBackend):
-    """Backend with the arrays of array-api-strict, which have only the functions of the standard.
-
-    They are on another device than NumPy's, so a hidden conversion fails.
-    """
-
-    device = array_api_strict.Device("device1")
+    """Backend with the arrays of array-api-strict, which have only the functions of the standard."""
 
     def __init__(self) -> None:
         super().__init__("matmul")
 
     def to_device(self, host: Any) -> Any:
-        return array_api_strict.asarray(host, device=self.device, copy=True)
+        return array_api_strict.asarray(host, device=STRICT_DEVICE, copy=True)
 
 
 def on_host(array: Any) -> NDArray[Any]:
     if isinstance(array, array_api_strict._array_object.Array):
-        assert array.device == StrictBackend.device
+        assert array.device == STRICT_DEVICE
         return np.array(array.to_device(array_api_strict.Device("CPU_DEVICE")))
     return to_numpy(array)
 

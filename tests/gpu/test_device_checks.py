@@ -1,176 +1,73 @@
-"""Checks of a device, and the memory of sessions, on a simulated CuPy that computes with NumPy and logs its calls."""
+"""Checks of a device, and the memory of sessions, on the stand-in for CuPy."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda_on_host import COMPILER
+from simulated_cuda import Gpu, Machine, simulation
 
+from gpuprep.compute import cuda_kernels
+from gpuprep.compute.backend import open_gpus
 from gpuprep.errors import BackendError
 
-OURS = "gpuprep.compute.cupy_backend"
-
-
-class RoundedArray(np.ndarray):
-    """Array whose products round their factors to a number of mantissa bits, as tensor cores do."""
-
-    mantissa_bits = 23
-
-    def __matmul__(self, other: Any) -> Any:
-        return np.asarray(self._rounded()) @ np.asarray(other)
-
-    def _rounded(self) -> Any:
-        bits = np.asarray(self).view(np.uint32)
-        dropped = 23 - RoundedArray.mantissa_bits
-        half = np.uint32(1 << dropped >> 1)
-        return ((bits + half) >> dropped << dropped).view(np.float32)
-
-
-class SimulatedCuda:
-    """State of the simulated CUDA, and a log of its calls with the device that was current."""
-
-    def __init__(self) -> None:
-        self.devices = [0]
-        self.log: list[tuple[str, int]] = []
-        self.count = 1
-        self.driver = 12090
-        self.error = ""
-
-    def note(self, call: str) -> None:
-        self.log.append((call, self.devices[-1]))
-
-    @contextmanager
-    def device(self, ordinal: int) -> Iterator[None]:
-        self.devices.append(ordinal)
-        try:
-            yield
-        finally:
-            self.devices.pop()
-
-    @contextmanager
-    def stream(self, *, non_blocking: bool) -> Iterator[None]:
-        assert non_blocking
-        self.note("stream")
-        yield
-        self.note("stream ends")
-
-
-class SimulatedCudaError(RuntimeError):
-    """Error of the simulated CUDA runtime."""
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> SimulatedCuda:
-    cuda = SimulatedCuda()
-
-    def device_count() -> int:
-        if cuda.error:
-            raise SimulatedCudaError(cuda.error)
-        return cuda.count
-
-    def event(**_: Any) -> Any:
-        return SimpleNamespace(record=lambda _: None, synchronize=lambda: cuda.note("wait"))
-
-    cupy: Any = ModuleType("cupy")
-    cupy.float32 = np.float32
-    cupy.ElementwiseKernel = lambda *_: None
-    cupy.asarray = lambda array: np.asarray(array).view(RoundedArray)
-    cupy.asnumpy = np.asarray
-    cupy.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: cuda.note("free"))
-    cupy.cuda = SimpleNamespace(
-        Device=cuda.device,
-        Stream=cuda.stream,
-        Event=event,
-        get_current_stream=lambda: None,
-        compiler=SimpleNamespace(CompileException=type("CompileException", (Exception,), {})),
-        memory=SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (Exception,), {})),
-        runtime=SimpleNamespace(
-            getDeviceCount=device_count,
-            driverGetVersion=lambda: cuda.driver,
-            runtimeGetVersion=lambda: 12090,
-            CUDARuntimeError=SimulatedCudaError,
-            getDeviceProperties=lambda ordinal: {"name": f"simulated {ordinal}".encode()},
-        ),
-    )
-    modules = {"cupy": cupy, "cupyx": ModuleType("cupyx")}
-    for name in ("cupyx.scipy", "cupyx.scipy.ndimage", "cucim", "cucim.skimage", "cucim.skimage.transform"):
-        modules[name] = ModuleType(name)
-    modules["cucim.skimage.transform"].resize = None
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    # The backend is imported anew with the simulated CuPy; setting an item first makes sure that it is removed again.
-    monkeypatch.setitem(sys.modules, OURS, ModuleType(OURS))
-    monkeypatch.delitem(sys.modules, OURS)
-    monkeypatch.setattr(import_module("gpuprep.compute"), "cupy_backend", None, raising=False)
-    monkeypatch.setattr(RoundedArray, "mantissa_bits", 23)
-    for variable in ("CUPY_TF32", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(variable, raising=False)
-    return cuda
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
 
 
 def backend(ordinal: int = 0) -> Any:
-    return import_module(OURS).CupyBackend(ordinal)
+    return open_gpus([ordinal])[0]
 
 
-@pytest.mark.usefixtures("cuda")
-def test_a_device_that_multiplies_in_float32_is_accepted() -> None:
-    assert backend().device == "simulated 0 (device 0)"
+@pytest.mark.usefixtures("cupy_on_host")
+def test_a_device_that_computes_in_float32_is_accepted() -> None:
+    assert backend().device == "Simulated GPU (device 0)"
 
 
-@pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("mantissa_bits", [10, 7], ids=["TF32", "bfloat16"])
-def test_a_device_whose_products_have_fewer_bits_is_refused(
-    monkeypatch: pytest.MonkeyPatch, mantissa_bits: int
-) -> None:
-    monkeypatch.setattr(RoundedArray, "mantissa_bits", mantissa_bits)
-    with pytest.raises(BackendError, match="not the precision of float32: unset NVIDIA_TF32_OVERRIDE"):
+@pytest.mark.usefixtures("cupy_on_host")
+def test_a_device_that_computes_wrong_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernel of this device keeps few bits of the values, as for bfloat16 and TF32.
+    rounded = cuda_kernels.SOURCE.replace("u.x * value", "u.x * ((value + 16384.0f) - 16384.0f)")
+    assert rounded != cuda_kernels.SOURCE
+    monkeypatch.setattr(cuda_kernels, "SOURCE", rounded)
+    with pytest.raises(BackendError, match="a small test kernel returns wrong values: do not use this device"):
         backend()
 
 
-@pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("value", ["1", "", "yes"])
-def test_any_value_of_cupy_tf32_but_0_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setenv("CUPY_TF32", "0")
-    assert backend().device
-    monkeypatch.setenv("CUPY_TF32", value)
-    with pytest.raises(BackendError, match=f"CUPY_TF32 is '{value}': .*unset it"):
-        import_module(OURS)._checked_device(1)
-
-
-INSUFFICIENT = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
+@pytest.mark.usefixtures("cupy_on_host")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("#include <cstdio>", "the GPU does not work: NVRTC has no"), ("int x = ;", "the GPU does not work: .*expected")],
+)
+def test_a_kernel_that_does_not_compile_is_a_backend_error(
+    monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    monkeypatch.setattr(cuda_kernels, "SOURCE", source + "\n" + cuda_kernels.SOURCE)
+    with pytest.raises(BackendError, match=message):
+        backend()
 
 
 @pytest.mark.parametrize(
-    ("error", "driver", "visible", "message"),
+    ("cupy_on_host", "visible", "message"),
     [
-        (INSUFFICIENT, 0, None, "CuPy finds no GPU: no NVIDIA driver is loaded: check that nvidia-smi"),
-        (INSUFFICIENT, 11080, None, r"the driver supports CUDA 11\.8, CuPy needs 12\.9: update the driver"),
-        ("cudaErrorNoDevice: no CUDA-capable device is detected", 12090, "", "CUDA_VISIBLE_DEVICES is empty: unset it"),
+        (Machine(driver_version=0), None, "CuPy finds no GPU: no NVIDIA driver is loaded: check that nvidia-smi"),
         (
-            "cudaErrorNoDevice: no CUDA-capable device is detected",
-            12090,
+            Machine(driver_version=11080, runtime_version=12090),
             None,
-            "no CUDA-capable device is detected: ch",
+            r"the driver supports CUDA 11\.8, CuPy needs 12\.9: update the driver",
         ),
-        ("", 12090, None, "CUDA lists none: check that nvidia-smi lists the GPU"),
+        (Machine(), "", "CUDA_VISIBLE_DEVICES is empty: unset it"),
+        (Machine(gpus=()), None, "cudaErrorNoDevice: no CUDA-capable device is detected: check that nvidia-smi"),
+        (Machine(), "GPU-of-another-machine", "no CUDA-capable device is detected"),
+        (Machine(gpus=(Gpu(memory_bytes=0),)), None, "the GPU has no memory left for a small test kernel: Out of mem"),
     ],
-    ids=["no driver", "old driver", "none visible", "no device", "count 0"],
+    indirect=["cupy_on_host"],
+    ids=["no driver", "old driver", "none visible", "no device", "unknown device", "no memory"],
 )
-def test_the_reason_for_no_gpu_is_one_line(
-    cuda: SimulatedCuda,
-    monkeypatch: pytest.MonkeyPatch,
-    error: str,
-    driver: int,
-    visible: str | None,
-    message: str,
-) -> None:
-    cuda.error, cuda.driver, cuda.count = error, driver, 0
+@pytest.mark.usefixtures("cupy_on_host")
+def test_the_reason_for_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, visible: str | None, message: str) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(BackendError, match=message) as caught:
@@ -178,25 +75,37 @@ def test_the_reason_for_no_gpu_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("cupy_on_host", [Machine(gpus=(Gpu("GPU-0"), Gpu("GPU-1")))], indirect=True, ids=[""])
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_session_frees_the_memory_of_its_device_before_it_gets_a_stream_and_after_its_end(
-    cuda: SimulatedCuda, fails: bool
-) -> None:
+@pytest.mark.usefixtures("cupy_on_host")
+def test_a_session_frees_the_memory_of_its_device_before_it_begins_and_after_its_end(fails: bool) -> None:
     # Another device is current outside of the session.
+    cupy = import_module("cupy")
     device = backend(ordinal=1)
-    cuda.devices, cuda.log = [0], []
+    with cupy.cuda.Device(1):
+        pool = cupy.get_default_memory_pool()
+        cupy.empty(10_000, np.uint8)  # a free block
+    other = cupy.get_default_memory_pool().total_bytes()
+    assert pool.total_bytes() > 0
 
-    def use() -> None:
+    def use() -> Any:
         with device.session():
-            cuda.note("work")
+            assert pool.total_bytes() == 0
+            assert simulation().device().ordinal == 1
+            assert cupy.cuda.get_current_stream().is_non_blocking
+            temporary, kept = cupy.empty(20_000, np.uint8), cupy.empty(512, np.uint8)
+            del temporary
             if fails:
+                del kept
                 raise KeyError("from the work")
+            return kept
 
     if fails:
         with pytest.raises(KeyError):
             use()
+        assert pool.total_bytes() == 0
     else:
-        use()
-    calls = [call for call, _ in cuda.log if call not in ("wait", "stream ends")]
-    assert calls == ["free", "stream", "work", "free"]
-    assert {ordinal for _, ordinal in cuda.log} == {1}
+        kept = use()
+        assert pool.total_bytes() == pool.used_bytes() == kept.nbytes == 512
+    assert cupy.get_default_memory_pool().total_bytes() == other
+    assert simulation().device().ordinal == 0

@@ -85,7 +85,7 @@ sizes = st.integers(1, 70)
 def test_any_shape_is_resampled_as_by_scipy(
     shape: Any, outputs: int, order: int, rule: tuple[str, bool], sigma: float, turned: bool, seed: int
 ) -> None:
-    step = {"order": order, "mode": rule[0], "grid_mode": rule[1], "sigma": sigma}
+    step: dict[str, Any] = {"order": order, "mode": rule[0], "grid_mode": rule[1], "sigma": sigma}
     check_resampling(shape, outputs, seed=seed, turned=turned, **step)
 
 

@@ -49,7 +49,8 @@ def pinned(values: Any) -> Any:
 
 def test_an_array_is_converted_to_numpy_only_explicitly(cupy: Any) -> None:
     array = cupy.asarray(np.arange(6.0).reshape(2, 3))
-    for convert in (np.asarray, np.array, lambda a: np.concatenate([a])):
+    conversions: list[Callable[[Any], Any]] = [np.asarray, np.array, lambda a: np.concatenate([a])]
+    for convert in conversions:
         with pytest.raises(TypeError, match="Implicit conversion to a NumPy array is not allowed"):
             convert(array)
     for host in (array.get(), cupy.asnumpy(array)):

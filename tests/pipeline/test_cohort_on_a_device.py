@@ -42,7 +42,7 @@ TWO = replace(ONE, gpus=(Gpu("GPU-0", "first"), Gpu("GPU-1", "second")))
 MIG = Machine(gpus=(Gpu("MIG-1", "instance 1"), Gpu("MIG-2", "instance 2")))
 
 
-def machine(simulated: Machine) -> Any:
+def machine(simulated: Machine) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("cupy_on_host", [simulated], indirect=True, ids=[""])
 
 
