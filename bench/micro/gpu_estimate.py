@@ -151,8 +151,8 @@ def main() -> None:
             need, workers = device_bytes(plan, Recorder(), "operators"), worker_count(card.memory_bytes, 16)
             fit = int(USABLE_SHARE * card.memory_bytes) // (CONTEXT_BYTES + need)
             print(
-                f"\nA series needs {need / 1e6:.0f} MB beside {CONTEXT_BYTES / 1e6:.0f} MB of the process: {fit} workers "
-                f"with a series each would fit; of 16 that are asked for, gpuprep starts {workers}."
+                f"\nA series needs {need / 1e6:.0f} MB beside {CONTEXT_BYTES / 1e6:.0f} MB of the process: "
+                f"{fit} workers with a series each would fit; of 16 that are asked for, gpuprep starts {workers}."
             )
 
 

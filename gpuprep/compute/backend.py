@@ -269,16 +269,16 @@ def open_gpus(ordinals: Sequence[int] | None = None) -> list[Backend]:
     Raises
     ------
     BackendError
-        If CuPy or cuCIM is missing, or one of the GPUs cannot be used; the message has the reason and the remedy.
+        If CuPy is missing, or one of the GPUs cannot be used; the message has the reason and the remedy.
     """
     try:
         from gpuprep.compute.cupy_backend import CupyBackend, device_count
     except ImportError as exc:
         raise BackendError(
-            f"CuPy or cuCIM is not installed ({exc}): pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'"
+            f"CuPy is not installed ({exc}): pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'"
         ) from exc
     except OSError as exc:
         # CuPy creates its kernel cache folder on import.
-        hint = "set CUPY_CACHE_DIR to a folder that can be written" if exc.filename else "install CuPy and cuCIM again"
+        hint = "set CUPY_CACHE_DIR to a folder that can be written" if exc.filename else "install CuPy again"
         raise BackendError(f"CuPy cannot be imported ({exc}): {hint}") from exc
     return [CupyBackend(n) for n in (range(max(1, device_count())) if ordinals is None else dict.fromkeys(ordinals))]

@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(LANES * WARPS)
 {NAME}(
     const IN* __restrict__ in, const long long inner, const int in_rows,
     OUT* __restrict__ out, const long long out_outer, const long long out_row, const int out_rows, const bool turned,
-    const int* __restrict__ first, const float4* __restrict__ weights, const int width,
+    const int* __restrict__ first, const float* __restrict__ weights, const int width,
     const float low, const float high, const float shift, const float scale, const float least, const float most
 #if STORED
     , const float* __restrict__ slope, const float* __restrict__ intercept, const IN* __restrict__ padding,
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(LANES * WARPS)
 
     if (column < inner && block * OUTPUTS < out_rows) {{
         const IN* const line = in + slice * (in_rows * inner) + column;
-        const float4* weight = weights + (long long) block * width * (OUTPUTS / 4);
+        const float4* weight = reinterpret_cast<const float4*>(weights) + (long long) block * width * (OUTPUTS / 4);
         int row = first[block] % in_rows;
         const IN* sample = line + row * inner;
 #if STORED
@@ -233,9 +233,9 @@ def arguments(
     )  # fmt: skip
     if rescale is None:
         return found
-    declared, signed = rescale.padding is not None, values.dtype.kind == "i"
+    declared, zero = rescale.padding is not None, rescale.rule == "minus2000-to-0"
     padding = rescale.padding if declared else values  # not read
-    flags = declared, rescale.rule == "air", rescale.rule == "minus2000-to-0" and signed  # −2000 is never unsigned
+    flags = declared, rescale.rule == "air", zero and np.iinfo(values.dtype).min <= -2000
     return *found, rescale.slope, rescale.intercept, padding, *map(np.bool_, flags)
 
 

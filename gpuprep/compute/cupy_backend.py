@@ -12,11 +12,7 @@ from typing import Any, Self
 
 import cupy  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
 import cupyx  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
-import cupyx.scipy.ndimage as cupy_ndimage  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
 import numpy as np
-from cucim.skimage.transform import (  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
-    resize as cucim_resize,
-)
 from numpy.typing import DTypeLike, NDArray
 
 from gpuprep.compute import cuda_kernels, resample_blocks
@@ -30,7 +26,30 @@ from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 
 @cache
 def _kernel(voxels: cuda_kernels.Variant) -> Any:
-    return cupy.RawKernel(cuda_kernels.SOURCE, cuda_kernels.NAME, options=voxels.options)
+    kernel = cupy.RawKernel(cuda_kernels.SOURCE, cuda_kernels.NAME, options=voxels.options)
+    try:
+        kernel.compile()
+    except OSError as exc:  # CuPy caches compiled kernels on disk
+        hint = "set CUPY_CACHE_DIR to a folder that can be written"
+        raise BackendError(f"CuPy cannot cache its compiled kernels ({exc}): {hint}") from exc
+    return kernel
+
+
+@cache
+def _libraries() -> tuple[Any, Any]:
+    """Return `cupyx.scipy.ndimage`, and the ``resize`` of cuCIM.
+
+    Importing cuCIM takes longer than importing CuPy, and only the engine ``ndimage`` needs it.
+    """
+    try:
+        import cupyx.scipy.ndimage  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
+        from cucim.skimage.transform import resize  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
+    except ImportError as exc:
+        raise BackendError(
+            f"on a GPU, the engine ndimage needs cuCIM, which cannot be imported ({exc}): "
+            "pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]', or use the engine operators"
+        ) from exc
+    return cupyx.scipy.ndimage, resize
 
 
 def _resample(values: Any, out: Any, tables: BlockTables, **options: Any) -> None:
@@ -145,6 +164,7 @@ class CupyBackend:
         return resample_blocks.selection(rows, 0, rows).on(self.to_device)
 
     def zoom(self, values: Any, factors: Sequence[float], *, order: int, mode: str, grid_mode: bool) -> Any:
+        cupy_ndimage, _ = _libraries()
         if mode != "constant":
             return cupy_ndimage.zoom(values, factors, order=order, mode=mode, grid_mode=grid_mode)
         # CuPy computes sample positions in float32, so the planes it leaves at 0 differ from SciPy's. With
@@ -157,9 +177,11 @@ class CupyBackend:
         return zoomed
 
     def gaussian_filter(self, values: Any, sigma: Sequence[float], *, mode: str) -> Any:
+        cupy_ndimage, _ = _libraries()
         return cupy_ndimage.gaussian_filter(values, sigma, mode=mode)
 
     def resize(self, values: Any, shape: Sequence[int], *, mode: str, anti_aliasing: bool) -> Any:
+        _, cucim_resize = _libraries()
         # clip=True would synchronise with the GPU twice, and linear interpolation cannot overshoot.
         return cucim_resize(
             values, shape, order=1, mode=mode, clip=False, preserve_range=True, anti_aliasing=anti_aliasing
@@ -216,7 +238,7 @@ def device_error(exc: Exception, backend: CupyBackend) -> BackendError | None:
 
 
 def _is_out_of_memory(exc: Exception) -> bool:
-    words = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
     return isinstance(exc, cupy.cuda.memory.OutOfMemoryError) or any(word in str(exc) for word in words)
 
 
@@ -270,9 +292,6 @@ def _checked_device(ordinal: int) -> str:
                 raise BackendError("a small test kernel returns wrong values: do not use this device")
             properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
     # CUDA errors are RuntimeErrors, and a missing library is an ImportError; NVRTC and memory errors are neither.
-    except OSError as exc:  # CuPy caches compiled kernels on disk
-        hint = "set CUPY_CACHE_DIR to a folder that can be written"
-        raise BackendError(f"CuPy cannot cache its compiled kernels ({exc}): {hint}") from exc
     except (RuntimeError, ImportError, MemoryError, cupy.cuda.compiler.CompileException) as exc:
         if _is_out_of_memory(exc):
             raise DeviceMemoryError(f"the GPU has no memory left for a small test kernel: {exc}") from exc

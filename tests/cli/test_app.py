@@ -296,7 +296,7 @@ def test_a_missing_gpu_is_exit_code_4_and_the_message_says_what_to_install(
     args: list[str | Path] = [small_series, "--out", out] if command == "convert" else [out]
     result = run(command, *args, "--backend", "gpu")
     assert result.code == 4
-    assert "CuPy or cuCIM is not installed" in result.error_line
+    assert "CuPy is not installed" in result.error_line
     assert "pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'" in result.error_line
     assert not out.exists()
 
@@ -731,7 +731,7 @@ def test_doctor_shows_what_works_and_what_to_install() -> None:
     assert f"ok version numpy {np.__version__}" in text
     assert f"ok version pydicom {pydicom.__version__}" in text
     if find_spec("cupy") is None:
-        assert "no backend gpu CuPy or cuCIM is not installed" in text
+        assert "no backend gpu CuPy is not installed" in text
 
 
 def test_doctor_finds_a_decoder_for_every_encoding_of_ct() -> None:
