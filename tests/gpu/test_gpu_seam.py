@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Callable

@@ -29,7 +29,7 @@ ARCHITECTURES = ("70", "80", "90", "100", "120")
 """Compute capabilities of Volta, Ampere, Hopper, and Blackwell in data centres and workstations."""
 
 REGISTERS = 64
-"""Registers per thread with which four blocks of 256 threads are resident, half of the threads that a multiprocessor holds."""
+"""Registers per thread with which four blocks of 256 threads are resident: half the threads of a multiprocessor."""
 
 STORED = [v for v in VARIANTS if v.read != "float32"]
 ROUNDED = [v for v in VARIANTS if v.written != "float32"]
