@@ -8,10 +8,10 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import pytest
 import gpuprep.compute.backend
 from gpuprep.compute.backend import NumpyBackend, _gpu_or_cpu, get_backend
 from gpuprep.compute.cuda_engine import KernelBackend
+from gpuprep.compute.cuda_kernels import VARIANTS
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 from gpuprep.executors.processes import VOLUME_MODULES
 
@@ -129,15 +130,13 @@ def test_copies_and_events_are_created_with_arguments_that_cupy_accepts() -> Non
 @needs_cupy
 def test_an_unwritable_kernel_cache_is_a_backend_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy, ours = import_module("cupy"), import_module("gpuprep.compute.cupy_backend")
-    monkeypatch.setattr(ours, "_why_no_device", lambda: "")
-    monkeypatch.setattr(cupy.cuda, "Device", lambda _: nullcontext())
 
-    def refuse(*_: Any, **__: Any) -> None:
+    def refuse() -> None:
         raise PermissionError(13, "Permission denied", "/kernel_cache/x")
 
-    monkeypatch.setattr(cupy, "empty", refuse)  # stands for the first kernel, which CuPy caches on disk
+    monkeypatch.setattr(cupy, "RawKernel", lambda *_, **__: SimpleNamespace(compile=refuse))
     with pytest.raises(BackendError, match=r"/kernel_cache/x.*set CUPY_CACHE_DIR"):
-        ours._checked_device(99)
+        ours._kernel.__wrapped__(VARIANTS[0])  # not one of the kernels that are cached in memory
 
 
 @needs_cupy
