@@ -192,7 +192,8 @@ def test_integers_are_rounded_to_nearest_even_then_limited(ptx_of: Callable[[Var
     integers = ptx.named(FLOAT_TO_INTEGER)
     assert integers
     for conversion in integers:
-        chain, (register,) = [], ptx.read(conversion)
+        chain: list[str] = []
+        (register,) = ptx.read(conversion)
         while (makers := ptx.makers(register)) and chain[-1:] != ["cvt.rni.f32.f32"]:
             (maker,) = makers
             chain.append(maker)
