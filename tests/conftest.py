@@ -21,9 +21,10 @@ from pydicom import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
-from standin import SimulatedGpu
+from simulated_cuda import Machine
+from simulated_finder import child_environment, installed
 
-from gpuprep.compute.backend import Backend, NumpyBackend, get_backend
+from gpuprep.compute.backend import Backend, NumpyBackend, _gpu_or_cpu, get_backend
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.volume import StoredVolume
@@ -61,24 +62,43 @@ def data() -> Path:
     return DATA
 
 
-@pytest.fixture(params=["numpy", "loops", "foreign", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["numpy", "loops", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """NumPy, compiled loops, the simulated GPU, and with ``-m gpu`` a real GPU."""
+    """NumPy, compiled loops, and a GPU or a simulated one."""
     if request.param == "numpy":
         return NumpyBackend("matmul")
     if request.param == "loops":
         return NumpyBackend("loops")
-    if request.param == "foreign":
-        return SimulatedGpu()
-    try:
-        return get_backend("gpu")
-    except BackendError as exc:
-        pytest.skip(str(exc))
+    gpu: Backend = request.getfixturevalue("gpu")
+    return gpu
 
 
 @pytest.fixture
-def foreign() -> SimulatedGpu:
-    return SimulatedGpu()
+def gpu(request: pytest.FixtureRequest) -> Backend:
+    """Return a GPU, or a simulated one on a machine without."""
+    try:
+        return get_backend("gpu")
+    except BackendError:
+        request.getfixturevalue("cupy_on_host")
+        return get_backend("gpu")
+
+
+@pytest.fixture
+def cupy_on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Replace CuPy by a stand-in without a GPU, in this process and its children; yield the machine that it simulates.
+
+    A test may give the machine as the fixture's parameter. See `simulated_finder`.
+    """
+    machine = getattr(request, "param", Machine())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in child_environment(machine).items():
+        monkeypatch.setenv(name, value)
+    _stop_fork_server()  # workers inherit the environment in which it was started
+    _gpu_or_cpu.cache_clear()
+    with installed(machine):
+        yield machine
+    _gpu_or_cpu.cache_clear()
+    _stop_fork_server()
 
 
 def axial(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> Geometry:
@@ -102,6 +122,11 @@ def stored_volume(
     return StoredVolume(
         stored, np.full(count, slope), np.full(count, intercept), None, axial(stored.shape, spacing_mm), HuStatistics()
     )
+
+
+def to_numpy(array: Any) -> NDArray[Any]:
+    """Return the values of a host or device array as NumPy."""
+    return array if isinstance(array, np.ndarray) else np.asarray(array.get())
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Overlap of reading, copies and computation, on a stand-in for a GPU that makes silent errors visible."""
+"""Overlap of reading, copies and computation, on a simulated GPU; `test_order_of_work` checks the values."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import stored_volume
+from cuda_on_host import COMPILER
 from numpy.typing import NDArray
-from standin import DOWNLOAD_S, KERNEL_S, UPLOAD_S, SimulatedGpu
+from simulated_cuda import DOWNLOAD_S, KERNEL_S, UPLOAD_S, Gpu, Machine
 
-from gpuprep.compute import pinned_transfer
-from gpuprep.compute.backend import Engine, NumpyBackend
+from gpuprep.compute.backend import Backend, Engine, NumpyBackend, get_backend
 from gpuprep.compute.process import host_chunks
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import DecodeError, DeviceLostError, DeviceMemoryError
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="no g++"),
+    pytest.mark.usefixtures("cupy_on_host"),
+]
 
 SPACING = (3.0, 0.7, 0.8)
 
@@ -43,64 +49,33 @@ def run(source: Any, recipe: Recipe, backend: Any, engine: Engine = "operators")
     return np.concatenate([chunk.copy() for chunk in host_chunks(source, plan, backend, engine)])
 
 
-RECIPES = [
-    Recipe(size=(40, 44)),
-    Recipe(size=(40, 44), dtype="uint8"),
-    Recipe(size=(64, 64), fit="pad", dtype="uint16"),
-    Recipe(size=None, dtype="int16"),
-    Recipe(size=None, window_hu=None),
-    Recipe.from_dict({"base": "classic", "size": [30, 30]}),
-    Recipe(spacing_mm=None, size=None, dtype="uint8"),
-]
+RECIPE = Recipe(size=(40, 44))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("engine", ["operators", "ndimage"])
-def test_the_stand_in_gives_the_same_values_as_the_cpu(noise: Any, recipe: Recipe, engine: Engine) -> None:
-    # 31 slices in slabs of 4 and chunks of 8: every buffer is reused several times, and the last one is partly filled.
-    volume = stored_volume(noise((31, 40, 37)), SPACING)
-    cpu, foreign = NumpyBackend("matmul"), SimulatedGpu()
-    for backend in (cpu, foreign):
-        backend.chunk_slices, backend.slab_slices = 8, 4
-    expected = run(volume, recipe, cpu, engine)
-    values = run(volume, recipe, foreign, engine)
-    assert values.dtype == expected.dtype
-    np.testing.assert_array_equal(values, expected)
+@pytest.fixture
+def simulated() -> Backend:
+    """Return a simulated GPU that processes slabs of 8 slices."""
+    backend = get_backend("gpu")
+    backend.chunk_slices, backend.slab_slices = 16, 8
+    return backend
 
 
 @pytest.mark.parametrize("orientation", [(2, 0, 1), (0, 2, 1)])
 def test_reoriented_stacks_are_uploaded_in_the_order_of_processing(
-    noise: Any, orientation: tuple[int, int, int]
+    noise: Any, simulated: Backend, orientation: tuple[int, int, int]
 ) -> None:
     volume = stored_volume(noise((11, 14, 13)), (1.0, 1.0, 1.0))
     affine = -volume.geometry.affine[:, [*orientation, 3]]
     affine[:, 3] *= -1
     volume = replace(volume, geometry=replace(volume.geometry, affine=affine))
     recipe = Recipe(orient="LPS", size=None, spacing_mm=(0.7, 1.3, 1.0), window_hu=None)
-    foreign = SimulatedGpu()
-    foreign.slab_slices = 4
     plan = make_plan(volume.geometry, recipe)
     assert any(plan.turn.flips)
-    cpu = NumpyBackend("matmul")
-    cpu.slab_slices = 4
-    np.testing.assert_array_equal(run(volume, recipe, foreign), run(volume, recipe, cpu))
-
-
-def test_the_stand_in_detects_missing_synchronisation(noise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Shows that the tests above can fail.
-    volume = stored_volume(noise((31, 40, 37)), SPACING)
-    foreign = SimulatedGpu()
-    expected = run(volume, RECIPES[0], NumpyBackend("matmul"))
-    with monkeypatch.context() as patched:
-        patched.setattr(pinned_transfer, "_completed", lambda _, host: host)
-        assert not np.array_equal(run(volume, RECIPES[0], foreign), expected)
-    monkeypatch.setattr(pinned_transfer._Buffer, "wait", lambda _: None)
-    with pytest.raises(AssertionError, match="overwritten while it was copied up"):
-        run(volume, RECIPES[0], foreign)
+    assert np.abs(run(volume, recipe, simulated) - run(volume, recipe, NumpyBackend("matmul"))).max() < 0.01
 
 
 def test_the_next_slab_is_read_while_the_device_processes_one(
-    noise: Any, foreign: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+    noise: Any, simulated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The first kernel of each slab waits until reading of the next slab has begun. Without reading ahead it times out.
     volume = stored_volume(noise((24, 10, 10)), SPACING)
@@ -114,20 +89,21 @@ def test_the_next_slab_is_read_while_the_device_processes_one(
         return volume.slab(start, stop, empty)
 
     computed = iter((8, 16, 24))
-    to_hu = foreign.to_hu
+    resample = simulated.resample
 
-    def compute(*args: Any) -> Any:
-        assert begun[next(computed)].wait(60), "nothing is read ahead"
-        return to_hu(*args)
+    def compute(values: Any, *args: Any, **options: Any) -> None:
+        if values.dtype == np.int16:
+            assert begun[next(computed)].wait(60), "nothing is read ahead"
+        resample(values, *args, **options)
 
-    monkeypatch.setattr(foreign, "to_hu", compute)
-    values = run(Source(volume, slab), RECIPES[0], foreign)
-    np.testing.assert_array_equal(values, run(volume, RECIPES[0], NumpyBackend("matmul")))
+    monkeypatch.setattr(simulated, "resample", compute)
+    values = run(Source(volume, slab), RECIPE, simulated)
+    assert np.abs(values - run(volume, RECIPE, NumpyBackend("matmul"))).max() < 1e-5
     assert all(name.startswith("gpuprep-read") for name in reading)
     assert next(computed, None) is None
 
 
-def test_a_read_error_is_raised_and_ends_the_reader_thread(noise: Any, foreign: SimulatedGpu) -> None:
+def test_a_read_error_is_raised_and_ends_the_reader_thread(noise: Any, simulated: Backend) -> None:
     volume = stored_volume(noise((40, 10, 10)), SPACING)
 
     def slab(start: int, stop: int, empty: Any) -> NDArray[Any]:
@@ -136,14 +112,14 @@ def test_a_read_error_is_raised_and_ends_the_reader_thread(noise: Any, foreign: 
         return volume.slab(start, stop, empty)
 
     with pytest.raises(DecodeError, match="slice 17") as caught:
-        run(Source(volume, slab), RECIPES[0], foreign)
+        run(Source(volume, slab), RECIPE, simulated)
     assert caught.value.code == "truncated"
     assert reader_threads() == []
 
 
-def test_closing_the_iterator_early_ends_the_reader_thread(noise: Any, foreign: SimulatedGpu) -> None:
+def test_closing_the_iterator_early_ends_the_reader_thread(noise: Any, simulated: Backend) -> None:
     volume = stored_volume(noise((64, 10, 10)), SPACING)
-    chunks: Iterator[Any] = host_chunks(volume, make_plan(volume.geometry, RECIPES[0]), foreign)
+    chunks: Iterator[Any] = host_chunks(volume, make_plan(volume.geometry, RECIPE), simulated)
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
     assert reader_threads() == []
@@ -151,32 +127,34 @@ def test_closing_the_iterator_early_ends_the_reader_thread(noise: Any, foreign: 
 
 @pytest.mark.parametrize("engine", ["operators", "ndimage"])
 @pytest.mark.parametrize("to_the_end", [True, False])
-def test_no_array_outlives_the_session(noise: Any, engine: Engine, to_the_end: bool) -> None:
+def test_no_array_outlives_the_session(noise: Any, simulated: Backend, engine: Engine, to_the_end: bool) -> None:
     # A reference cycle would hold device memory until the next garbage collection, while other processes need it.
     volume = stored_volume(noise((20, 10, 10)), SPACING)
-    foreign = SimulatedGpu()
+    pool = import_module("cupy").get_default_memory_pool()
     gc.collect()
     gc.disable()
     try:
-        chunks = host_chunks(volume, make_plan(volume.geometry, RECIPES[1]), foreign, engine)
+        chunks = host_chunks(volume, make_plan(volume.geometry, replace(RECIPE, dtype="uint8")), simulated, engine)
         next(chunks)
         if to_the_end:
             list(chunks)
+        else:
+            assert pool.used_bytes() > 0
         del chunks
-        alive = [array for array in foreign.arrays if array() is not None]
+        assert pool.total_bytes() == 0
     finally:
         gc.enable()
-    assert len(foreign.arrays) > 5
-    assert alive == []
 
 
 @pytest.mark.parametrize(("slices", "uploads"), [(1, 1), (8, 1), (9, 2), (31, 4)])
-def test_the_time_of_each_stage_is_measured_separately(noise: Any, slices: int, uploads: int) -> None:
-    # Source and output have 1 mm, so nothing is resampled. Slabs of 8 slices are uploaded, windowed and downloaded.
+def test_the_time_of_each_stage_is_measured_separately(
+    noise: Any, simulated: Backend, slices: int, uploads: int
+) -> None:
+    # Source and output have 1 mm, so nothing is resampled. Slabs of 8 slices become HU, and 16 at a time are windowed.
     volume = stored_volume(noise((slices, 12, 12)), (1.0, 1.0, 1.0))
     seconds: dict[str, float] = {}
-    list(host_chunks(volume, make_plan(volume.geometry, Recipe(size=None)), SimulatedGpu(), "operators", seconds))
-    downloads = uploads
+    list(host_chunks(volume, make_plan(volume.geometry, Recipe(size=None)), simulated, "operators", seconds))
+    downloads = -(-slices // 16)
     assert seconds == {
         "upload_s": uploads * UPLOAD_S,
         "kernels_s": (uploads + downloads) * KERNEL_S,
@@ -194,17 +172,26 @@ def test_the_cpu_uses_no_thread_and_no_copy_and_reports_no_transfer_times(noise:
         return given[-1]
 
     seconds: dict[str, float] = {}
-    plan = make_plan(volume.geometry, RECIPES[0])
+    plan = make_plan(volume.geometry, RECIPE)
     list(host_chunks(Source(volume, slab), plan, NumpyBackend("matmul"), "operators", seconds))
     assert all(np.shares_memory(s, volume.stored) for s in given)
     assert seconds == {}
 
 
-def test_lack_of_memory_and_a_lost_device_are_different_errors(noise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("standin._lost", set())
-    volume = stored_volume(noise((9, 30, 30)), SPACING)
-    with pytest.raises(DeviceMemoryError, match="out of memory allocating 28800 bytes"):  # 8 × 30 × 30 floats
-        run(volume, RECIPES[0], SimulatedGpu(largest=20_000))
-    with pytest.raises(DeviceLostError, match="illegal memory access"):
-        run(volume, RECIPES[0], SimulatedGpu(lost_at=9))
+@pytest.mark.parametrize(
+    ("cupy_on_host", "error", "message"),
+    [
+        (Machine(largest_bytes=20_000), DeviceMemoryError, r"Out of memory allocating .* has 10\.00 GB free"),
+        (Machine(fatal_value=3001), DeviceLostError, "illegal memory access"),
+        (Machine(gpus=(Gpu(memory_bytes=20_000),)), DeviceMemoryError, r"Out of memory .* has 0\.00 GB free"),
+    ],
+    indirect=["cupy_on_host"],
+)
+def test_lack_of_memory_and_a_lost_device_are_different_errors(
+    noise: Any, simulated: Backend, error: type[Exception], message: str
+) -> None:
+    stored = noise((9, 40, 40))
+    stored[8, 20, 20] = 3001
+    with pytest.raises(error, match=message):
+        run(stored_volume(stored, SPACING), RECIPE, simulated)
     assert reader_threads() == []

@@ -11,10 +11,10 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
+from conftest import to_numpy
 from numpy.typing import NDArray
 from pydicom import Dataset
 from scipy.interpolate import CubicSpline
-from standin import to_numpy
 
 import gpuprep
 from gpuprep.compute.backend import Backend, NumpyBackend

@@ -1,4 +1,7 @@
-"""Tests that need a GPU. `python -m pytest -m gpu` also runs all tests with the fixture `backend` on the GPU."""
+"""The GPU path, on a GPU or on a simulated one.
+
+On a machine with a GPU, `python -m pytest -m gpu` also runs all tests with the fixture `backend` on the GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ import tifffile
 from conftest import axial, stored_volume
 from numpy.typing import NDArray
 from scipy import ndimage
+from simulated_cuda import Gpu, simulation
 from skimage.transform import resize as skimage_resize
 
 from gpuprep.compute.backend import Engine, NumpyBackend, get_backend
@@ -26,7 +30,7 @@ from gpuprep.compute.process import host_chunks
 from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
-from gpuprep.errors import BackendError, DeviceMemoryError
+from gpuprep.errors import DeviceMemoryError
 from gpuprep.pipeline.cohort import convert
 from gpuprep.testing import thorax, write_series
 
@@ -38,11 +42,14 @@ TOLERANCE_HU = {"operators": 0.01, "ndimage": 0.5}
 
 
 @pytest.fixture
-def gpu() -> Any:
-    try:
-        return get_backend("gpu")
-    except BackendError as exc:
-        pytest.skip(str(exc))
+def without_values(gpu: Any) -> None:
+    """Let a simulated GPU skip its work, so that large volumes take no time."""
+    if is_simulated(gpu):
+        simulation().computes = False
+
+
+def is_simulated(gpu: Any) -> bool:
+    return bool(gpu.device.startswith(Gpu().name))
 
 
 @pytest.fixture
@@ -67,7 +74,7 @@ def run(volume: StoredVolume, recipe: Recipe, backend: Any, engine: Engine) -> N
 
 @pytest.fixture(scope="module")
 def chest() -> StoredVolume:
-    return stored_volume(thorax((40, 96, 96), (3.0, 1.8, 1.8)), (3.0, 1.8, 1.8))
+    return stored_volume(thorax((40, 48, 52), (3.0, 3.4, 3.4)), (3.0, 1.8, 1.8))
 
 
 HU = Recipe(window_hu=None, size=None)
@@ -127,7 +134,7 @@ def test_the_classic_recipe_equals_the_library_calls(gpu: Any, noise: Any) -> No
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", ["float32", "uint8", "uint16", "int16"])
 def test_two_runs_are_bit_identical_in_every_dtype(gpu: Any, chest: StoredVolume, dtype: Any, engine: Engine) -> None:
-    recipe = Recipe(dtype=dtype, size=(200, 200))
+    recipe = Recipe(dtype=dtype, size=(100, 110))
     first, second = (run(chest, recipe, gpu, engine) for _ in range(2))
     assert first.dtype == np.dtype(dtype)
     assert first.tobytes() == second.tobytes()
@@ -155,8 +162,8 @@ def shapes() -> list[tuple[int, int, int]]:
     return [(20 + 3 * n, 64 + 5 * n, 90 - 2 * n) for n in range(20)]
 
 
-def kernels_of(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the number of compiled kernels after each shape, and that of gpuprep's kernels; for a fresh process."""
+def kernels_of(recipe: dict[str, Any]) -> list[int]:
+    """Return the number of compiled kernels after each shape; for a fresh process."""
     compiler = import_module("cupy").cuda.compiler
     original, sources = compiler._compile_module_with_cache, []
 
@@ -166,30 +173,27 @@ def kernels_of(recipe: dict[str, Any]) -> dict[str, Any]:
 
     compiler._compile_module_with_cache = count
     backend, counts = get_backend("gpu"), []
+    if is_simulated(backend):
+        simulation().computes = False
     for shape in shapes():
         stored = np.random.default_rng(0).integers(0, 3000, shape).astype(np.int16)
         volume = stored_volume(stored, (2.5, 0.7 + shape[0] / 1000, 0.8))
         run(volume, Recipe.from_dict(recipe), backend, "operators")
         counts.append(len(sources))
-    names = ("gpuprep_hu", "gpuprep_window", "gpuprep_quantise")
-    return {"counts": counts, "own_kernels": {name: sum(name in source for source in sources) for name in names}}
+    return counts
 
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(dtype="uint8"), Recipe(size=(300, 300), fit="pad", dtype="int16")])
 def test_no_kernel_is_compiled_for_a_shape(recipe: Recipe) -> None:
     code = f"import json, test_gpu; print(json.dumps(test_gpu.kernels_of({recipe.to_dict()!r})))"
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True
     )
-    found = json.loads(done.stdout)
-    counts = found["counts"]
-    assert 0 < counts[0] <= counts[-1] <= 24
-    # A last slab or block of one slice or row has fewer dimensions for CuPy: a few more kernels are compiled early on.
-    assert counts[-1] == counts[9], counts
-    assert found["own_kernels"]["gpuprep_hu"] == 1
-    assert all(n <= 1 for n in found["own_kernels"].values())
+    counts = json.loads(done.stdout)
+    # Stored values to HU, HU to HU, and HU to the output type.
+    assert 0 < counts[0] == counts[-1] <= 3, counts
 
 
 def test_lack_of_memory_is_reported_and_all_memory_is_freed(gpu: Any, pool: Any, chest: StoredVolume) -> None:
@@ -213,11 +217,14 @@ def test_smaller_chunks_fit_where_larger_ones_do_not(gpu: Any, pool: Any, chest:
     assert np.abs(run(chest, HU, gpu, "operators") - expected).max() <= TOLERANCE_HU["operators"]
 
 
+@pytest.mark.usefixtures("without_values")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(dtype="uint8"), Recipe(size=None, spacing_mm=(1.0, 0.5, 0.5))])
 def test_the_predicted_memory_is_within_a_third_above_the_peak(
     gpu: Any, cupy: Any, pool: Any, noise: Any, recipe: Recipe, engine: Engine
 ) -> None:
+    if is_simulated(gpu) and engine == "ndimage":
+        pytest.skip("CuPy's library functions allocate arrays that the stand-in does not")
     volume = stored_volume(noise((108, 512, 512)), SPACING)
     plan = make_plan(volume.geometry, recipe)
     run(volume, recipe, gpu, engine)  # cuBLAS and the kernels keep their memory
@@ -239,13 +246,13 @@ def test_the_predicted_memory_is_within_a_third_above_the_peak(
 def test_a_session_frees_its_memory_at_the_end(gpu: Any, pool: Any, chest: StoredVolume) -> None:
     # Other processes share the device.
     for _ in range(3):
-        run(chest, Recipe(), gpu, "operators")
+        run(chest, Recipe(size=(64, 64)), gpu, "operators")
         assert pool.total_bytes() == 0
 
 
 def test_the_times_of_all_stages_are_reported(gpu: Any, chest: StoredVolume) -> None:
     seconds: dict[str, float] = {}
-    for _ in host_chunks(chest, make_plan(chest.geometry, Recipe()), gpu, "operators", seconds):
+    for _ in host_chunks(chest, make_plan(chest.geometry, Recipe(size=(64, 64))), gpu, "operators", seconds):
         pass
     assert set(seconds) == {"upload_s", "kernels_s", "download_s"}
     assert all(s > 0 for s in seconds.values())
@@ -253,9 +260,9 @@ def test_the_times_of_all_stages_are_reported(gpu: Any, chest: StoredVolume) -> 
 
 def test_the_command_converts_a_cohort_on_the_gpu(gpu: Any, tmp_path: Path) -> None:
     for n in range(5):
-        shape = (24 + n, 96, 112)
+        shape = (24 + n, 40, 44)
         write_series(tmp_path / "dicom" / f"p{n}", thorax(shape, (2.5, 3.0, 3.0), seed=n), (2.5, 3.0, 3.0))
-    os.truncate(next((tmp_path / "dicom" / "p4").iterdir()), 5000)
+    os.truncate(next((tmp_path / "dicom" / "p4").iterdir()), 2500)
     options = ["--size", "128", "--dtype", "uint8", "--jobs", "2", "--quiet"]
     command = [sys.executable, "-m", "gpuprep", "convert", str(tmp_path / "dicom"), "--out", str(tmp_path / "gpu")]
     done = subprocess.run([*command, "--backend", "gpu", *options], capture_output=True, text=True, check=False)
