@@ -89,7 +89,7 @@ def skip_unless_supported(arch: str) -> None:
         pytest.skip(f"NVRTC {'.'.join(map(str, nvrtc.getVersion()))} does not compile for sm_{arch}")
 
 
-def of(variant: Variant) -> str:
+def name_of(variant: Variant) -> str:
     return f"{variant.read}-{variant.written}"
 
 
@@ -105,9 +105,9 @@ def test_every_variant_compiles_for_every_architecture_without_spilling(compile_
         cubin, log = compile_only(SOURCE, (*variant.options, "--ptxas-options=-v"), arch=arch)
         assert cubin[:4] == b"\x7fELF"
         assert f"Compiling entry function '{NAME}' for 'sm_{arch}'" in log
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, of(variant)
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, name_of(variant)
         (registers,) = map(int, re.findall(r"Used (\d+) registers", log))
-        assert registers <= REGISTERS, of(variant)
+        assert registers <= REGISTERS, name_of(variant)
 
 
 class Ptx:
@@ -165,14 +165,14 @@ def fused_without_weight(ptx: Ptx) -> list[str]:
     return [i for i in fused if WEIGHTS not in {m for r in ptx.read(i)[:2] for m in ptx.makers(r)}]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=of)
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_only_products_with_weights_are_fused_with_sums(ptx_of: Callable[[Variant], Ptx], variant: Variant) -> None:
     ptx = ptx_of(variant)
     assert ptx.named(FUSED)
     assert fused_without_weight(ptx) == []
 
 
-@pytest.mark.parametrize("variant", STORED, ids=of)
+@pytest.mark.parametrize("variant", STORED, ids=name_of)
 def test_stored_values_are_converted_by_a_product_and_a_sum_that_both_round(
     ptx_of: Callable[[Variant], Ptx], variant: Variant
 ) -> None:
@@ -186,7 +186,7 @@ def test_stored_values_are_converted_by_a_product_and_a_sum_that_both_round(
         assert {ptx.name(i) for i in sums} == {"add.rn.ftz.f32"}
 
 
-@pytest.mark.parametrize("variant", ROUNDED, ids=of)
+@pytest.mark.parametrize("variant", ROUNDED, ids=name_of)
 def test_integers_are_rounded_to_nearest_even_then_limited(ptx_of: Callable[[Variant], Ptx], variant: Variant) -> None:
     ptx = ptx_of(variant)
     integers = ptx.named(FLOAT_TO_INTEGER)
@@ -202,14 +202,14 @@ def test_integers_are_rounded_to_nearest_even_then_limited(ptx_of: Callable[[Var
         assert chain == ["min.ftz.f32", "max.ftz.f32", "cvt.rni.f32.f32"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=of)
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_there_is_no_double_precision_no_division_of_64_bits_and_no_local_memory(
     ptx_of: Callable[[Variant], Ptx], variant: Variant
 ) -> None:
     assert re.findall(r"\S+\.f64|(?:div|rem)\.[su]64|\S*\.local\S*|\bcall\b", ptx_of(variant).text) == []
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=of)
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_arguments_of_a_launch_have_the_sizes_of_the_parameters_of_the_kernel(
     ptx_of: Callable[[Variant], Ptx], variant: Variant
 ) -> None:
