@@ -150,7 +150,7 @@ def test_the_stand_in_has_the_signatures_of_cupy() -> None:
     cupy: Any = import_module("cupy")
     own = {name for name in vars(simulated_array.ndarray) if not name.startswith("_")}
     assert own <= set(dir(cupy.ndarray))
-    assert set(vars(simulated_cupy.modules()["cupy"])) - set(dir(cupy)) == {"__path__"}
+    assert set(vars(simulated_cupy.modules()["cupy"])) <= set(dir(cupy)) | {"__path__"}
 
 
 @pytest.mark.usefixtures("cupy_on_host")
