@@ -105,17 +105,23 @@ def largest_difference(a: Path, b: Path) -> float:
     return max(float(np.abs(tifffile.imread(a / n) - tifffile.imread(b / n)).max()) for n in names)
 
 
-def save(out: Path | None, module: str, figures: dict[str, Any]) -> None:
+def save(out: Path | None, module: str, figures: dict[str, Any], *, gpu: bool = False) -> None:
     """Write the results of a benchmark to `out`, if given, as JSON with command, machine and versions."""
     if out is None:
         return
     provenance = {
         "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(gpu),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(provenance | figures, indent=1) + "\n")
+
+
+def shape_argument(text: str) -> tuple[int, int, int]:
+    """Return the value of ``--shape``: slices, rows and columns, separated by commas."""
+    slices, rows, columns = (int(n) for n in text.split(","))
+    return slices, rows, columns
 
 
 def machine() -> dict[str, Any]:

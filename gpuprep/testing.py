@@ -12,7 +12,9 @@ from pydicom import Dataset, FileDataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from gpuprep.core.geometry import Vector3
+from gpuprep.core.geometry import Geometry, Vector3
+from gpuprep.core.hounsfield import HuStatistics
+from gpuprep.core.volume import StoredVolume
 
 OUTSIDE_CIRCLE = -2000
 """Stored value of padding outside the scanner's circle; −3024 HU with the usual intercept."""
@@ -78,6 +80,14 @@ def thorax(shape: tuple[int, int, int], spacing_mm: Vector3, seed: int = 0) -> N
         stored[k] = np.clip(np.round(hu) + 1024, 0, 4095)
         stored[k][~ellipse(0, 0, 0.5, 0.5)] = OUTSIDE_CIRCLE
     return stored
+
+
+def thorax_volume(shape: tuple[int, int, int], spacing_mm: Vector3) -> StoredVolume:
+    """Return a `thorax` as a stacked axial series in memory; its slices declare no padding."""
+    stored = thorax(shape, spacing_mm)
+    affine = np.diag([*spacing_mm[::-1], 1.0])[:, [2, 1, 0, 3]]  # columns: a step of slice, row and column
+    slope, intercept = np.ones(shape[0]), np.full(shape[0], -1024.0)
+    return StoredVolume(stored, slope, intercept, None, Geometry(shape, affine), HuStatistics())
 
 
 def _breadth(k: int, slices: int) -> float:

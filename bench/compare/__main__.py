@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from bench.compare import agreement, cohort, report
 from bench.compare.contenders import Contender, contenders, floors
 from bench.compare.driver import Driver
 from bench.compare.summary import summarise, without_paths
-from bench.measure import MemoryWatch, machine
+from bench.measure import MemoryWatch, machine, shape_argument
 from gpuprep.executors.cores import usable_cores
 from gpuprep.pipeline.convert_series import versions
 
@@ -193,11 +194,6 @@ def _versions(gpu: bool) -> dict[str, str]:
     return found
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    slices, rows, columns = (int(n) for n in text.split(","))
-    return slices, rows, columns
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m bench.compare"
@@ -205,9 +201,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of real series, of which the regular ones are copied")
     parser.add_argument("--series", type=int, default=8)
     parser.add_argument(
-        "--shape", type=_shape, default=(108, 512, 512), help="shape of a phantom; a small one for a quick test"
+        "--shape", type=shape_argument, default=(108, 512, 512), help="shape of a phantom; a small one for a quick test"
     )
     parser.add_argument("--backend", choices=("cpu", "gpu"), default="cpu", help="gpu: also gpuprep on the GPU")
+    parser.add_argument("--only", metavar="PATTERN", nargs="+", help="names of contenders, such as 'gpuprep, GPU*'")
     parser.add_argument("--minutes", type=float, default=14, help="time limit for second and later rounds")
     parser.add_argument("--whole", action="store_true", help="slow contenders convert the whole cohort too")
     parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured")
@@ -235,6 +232,8 @@ def main() -> int:
         bytes_in = cohort.size_bytes(folders)
         log(f"{len(folders)} series, {bytes_in / 1e6:.0f} MB")
         all_ = contenders(cores, gpu, scratch)
+        if args.only:
+            all_ = [c for c in all_ if any(fnmatch(c.name, pattern) for pattern in args.only)]
         if args.whole:
             all_ = [replace(c, series=None) for c in all_]
         comparison = Comparison(folders, scratch, log)

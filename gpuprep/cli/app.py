@@ -213,18 +213,39 @@ def demo(
 
 @app.command()
 @add_flags(select(OUTPUT_FLAGS, "json_"))
-def doctor(**flags: Any) -> None:
-    """Show backends, devices, decoders and versions, and what to install for those that do not work."""
+def doctor(
+    gpu: Annotated[
+        bool,
+        typer.Option("--gpu", help="Examine GPUs only: versions, settings, results compared with the host, speed."),
+    ] = False,
+    **flags: Any,
+) -> None:
+    """Show backends, devices, decoders and versions, and what to install for those that do not work.
+
+    With --gpu, exit code 0 says that results of the GPU can be trusted, 1 that a check failed, 4 that no GPU works.
+    """
     with errors_to_exit_codes():
         with signals_blocked():
-            from gpuprep.cli.console import show_findings
-            from gpuprep.cli.doctor import examine
+            from gpuprep.cli.console import print_line, show_findings
+            from gpuprep.cli.doctor import examine, examine_gpu, gpu_lines, gpu_verdict
 
-        findings = examine()
+        if not gpu:
+            findings = examine()
+            if flags["json_"]:
+                print_json([asdict(f) for f in findings])
+            else:
+                show_findings(findings)
+            return
+        report = examine_gpu()
         if flags["json_"]:
-            print_json([asdict(f) for f in findings])
+            print_json(report.to_dict())
         else:
-            show_findings(findings)
+            show_findings(gpu_lines(report))
+        if report.exit_code:
+            print_error(gpu_verdict(report))
+            raise typer.Exit(report.exit_code)
+        if not flags["json_"]:
+            print_line(gpu_verdict(report))
 
 
 def main() -> None:

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from gpuprep.compute.backend import import_loops, numba_works, open_gpus
+from gpuprep.compute.gpu_checks import Phantoms, examine_gpus
+from gpuprep.compute.gpu_findings import GpuReport
 from gpuprep.core.recipe import REQUIRED_PACKAGES, Recipe
 from gpuprep.dicom.decode import available_decoders
 from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, RecipeError
 from gpuprep.executors.cores import usable_cores
 from gpuprep.pipeline.convert_series import RECORDED_GPU_PACKAGES, versions
+from gpuprep.testing import thorax_volume
 
 COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.5",  # RLE Lossless
@@ -35,6 +38,12 @@ COMPRESSED_SYNTAXES = (
     "1.2.840.10008.1.2.1.98",  # Encapsulated Uncompressed
 )
 """Compressed transfer syntaxes in which CT occurs."""
+
+SMALL_PHANTOM = (24, 96, 96), (3.0, 1.8, 1.8)
+"""Shape and spacing in mm of the phantom for comparisons of a GPU with the host."""
+
+PHANTOM = (108, 512, 512), (3.0, 0.6816, 0.6816)
+"""Shape and spacing in mm of the phantom for times and memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +96,24 @@ def _loops() -> Finding:
     if loops.uncached.is_set():
         return Finding("backend", "cpu loops", True, f"compiled by Numba again in each run: {loops.why_uncached()}")
     return Finding("backend", "cpu loops", True, "compiled by Numba")
+
+
+def examine_gpu() -> GpuReport:
+    """Examine all visible GPUs by phantoms."""
+    return examine_gpus(lambda: Phantoms(thorax_volume(*SMALL_PHANTOM), thorax_volume(*PHANTOM)), usable_cores())
+
+
+def gpu_lines(report: GpuReport) -> list[Finding]:
+    """Return the findings about GPUs as lines of the report."""
+    return [Finding(f.topic, f.title, f.ok, f.detail) for f in report.findings]
+
+
+def gpu_verdict(report: GpuReport) -> str:
+    """Return a sentence that says whether results of the GPU can be trusted."""
+    if not report.failed:
+        return "results of the GPU can be trusted: all comparisons with the host passed"
+    failed = [f"{f.topic}, {f.title}: {f.detail}" for f in report.failed]
+    if not report.devices:
+        return f"no GPU can be used: {report.failed[0].detail}"
+    more = f" (and {len(failed) - 1} more checks)" if len(failed) > 1 else ""
+    return f"results of the GPU cannot be trusted: {failed[0]}{more}"

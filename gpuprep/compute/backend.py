@@ -271,8 +271,21 @@ def open_gpus(ordinals: Sequence[int] | None = None) -> list[Backend]:
     BackendError
         If CuPy is missing, or one of the GPUs cannot be used; the message has the reason and the remedy.
     """
+    module = import_cupy_backend()
+    count = max(1, module.device_count())
+    return [module.CupyBackend(n) for n in (range(count) if ordinals is None else dict.fromkeys(ordinals))]
+
+
+def import_cupy_backend() -> Any:
+    """Import and return `gpuprep.compute.cupy_backend`.
+
+    Raises
+    ------
+    BackendError
+        If CuPy is missing or cannot be imported; the message has the reason and the remedy.
+    """
     try:
-        from gpuprep.compute.cupy_backend import CupyBackend, device_count
+        from gpuprep.compute import cupy_backend
     except ImportError as exc:
         raise BackendError(
             f"CuPy is not installed ({exc}): pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]'"
@@ -281,4 +294,10 @@ def open_gpus(ordinals: Sequence[int] | None = None) -> list[Backend]:
         # CuPy creates its kernel cache folder on import.
         hint = "set CUPY_CACHE_DIR to a folder that can be written" if exc.filename else "install CuPy again"
         raise BackendError(f"CuPy cannot be imported ({exc}): {hint}") from exc
-    return [CupyBackend(n) for n in (range(max(1, device_count())) if ordinals is None else dict.fromkeys(ordinals))]
+    return cupy_backend
+
+
+def check_engine(backend: Backend, engine: Engine) -> None:
+    """Raise a BackendError if the backend lacks a library that the engine needs."""
+    if backend.name == "gpu" and engine == "ndimage":
+        import_cupy_backend().check_ndimage()

@@ -7,8 +7,9 @@ its rows and then along its columns, and all reads and writes are of adjacent me
 
 Shapes, tables and values of a series are arguments. So a kernel is compiled once per pair of voxel types. The source is
 plain text, so that tests can compile it for the host without a GPU. HU are bit-identical to those of
-`gpuprep.core.hounsfield`: there, products and sums are rounded separately (`__fmul_rn`, `__fadd_rn`), because a
-compiler could otherwise contract them into one operation that rounds once.
+`gpuprep.core.hounsfield`, except for denormal floats, which CuPy's options set to 0: products and sums are rounded
+separately (`__fmul_rn`, `__fadd_rn`), because a compiler could otherwise contract them into one operation that rounds
+once.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy
 from functools import cache
@@ -20,6 +22,7 @@ from gpuprep.compute.backend import Body
 from gpuprep.compute.cuda_kernels import Rescale, Window
 from gpuprep.compute.pinned_transfer import DEVICE_VARIABLE, Empty, Transfers
 from gpuprep.compute.resample_blocks import OUTPUTS, BlockTables
+from gpuprep.core.formatting import format_cuda_version
 from gpuprep.core.sampling import lost_samples
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 
@@ -44,12 +47,17 @@ def _libraries() -> tuple[Any, Any]:
     try:
         import cupyx.scipy.ndimage  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
         from cucim.skimage.transform import resize  # type: ignore[import-not-found, unused-ignore]  # noqa: TID251
-    except ImportError as exc:
+    except Exception as exc:  # importing cuCIM also runs code of CuPy and scikit-image
         raise BackendError(
             f"on a GPU, the engine ndimage needs cuCIM, which cannot be imported ({exc}): "
             "pip install 'gpuprep[cuda12]' or 'gpuprep[cuda13]', or use the engine operators"
         ) from exc
     return cupyx.scipy.ndimage, resize
+
+
+def check_ndimage() -> None:
+    """Raise a BackendError if the libraries of the engine ``ndimage`` cannot be imported."""
+    _libraries()
 
 
 def _resample(values: Any, out: Any, tables: BlockTables, **options: Any) -> None:
@@ -192,9 +200,7 @@ class _Copies:
     """Asynchronous copies on the current stream: see `gpuprep.compute.pinned_transfer.Device`."""
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
-        # CuPy's pinned memory pool keeps the buffer for the next series: page-locking takes as long as reading a slab.
-        buffer: NDArray[np.uint8] = cupyx.empty_pinned((size,), dtype=np.uint8)
-        return buffer
+        return page_locked(size)
 
     def start_upload(self, host: NDArray[Any]) -> tuple[Any, Any]:
         array = cupy.empty(host.shape, dtype=host.dtype)
@@ -210,8 +216,7 @@ class _Copies:
         return _event(timing=True)
 
     def elapsed(self, start: Any, stop: Any) -> float:
-        stop.synchronize()
-        return float(cupy.cuda.get_elapsed_time(start, stop)) / 1000
+        return _seconds_between(start, stop)
 
 
 def _event(*, timing: bool = False) -> Any:
@@ -219,6 +224,11 @@ def _event(*, timing: bool = False) -> Any:
     event = cupy.cuda.Event(block=True, disable_timing=not timing)
     event.record(cupy.cuda.get_current_stream())
     return event
+
+
+def _seconds_between(start: Any, stop: Any) -> float:
+    stop.synchronize()
+    return float(cupy.cuda.get_elapsed_time(start, stop)) / 1000
 
 
 def device_error(exc: Exception, backend: CupyBackend) -> BackendError | None:
@@ -240,6 +250,64 @@ def device_error(exc: Exception, backend: CupyBackend) -> BackendError | None:
 def _is_out_of_memory(exc: Exception) -> bool:
     words = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
     return isinstance(exc, cupy.cuda.memory.OutOfMemoryError) or any(word in str(exc) for word in words)
+
+
+def cuda_versions() -> dict[str, int]:
+    """Return the CUDA versions of "driver", "runtime" (linked to CuPy) and "nvrtc"; 0 if absent.
+
+    A version is a number: 1000 · major + 10 · minor.
+    """
+    found = dict.fromkeys(("driver", "runtime", "nvrtc"), 0)
+    runtime = cupy.cuda.runtime
+    with suppress(RuntimeError):
+        found["driver"] = int(runtime.driverGetVersion())
+    with suppress(RuntimeError):
+        found["runtime"] = int(runtime.runtimeGetVersion())
+    with suppress(Exception):  # CuPy loads the library at the first call
+        major, minor = cupy.cuda.nvrtc.getVersion()
+        found["nvrtc"] = 1000 * major + 10 * minor
+    return found
+
+
+def device_properties(ordinal: int) -> dict[str, Any]:
+    """Return the fields of `cudaDeviceProp`, and "freeMem", the free memory in bytes."""
+    with cupy.cuda.Device(ordinal) as device:
+        return dict(cupy.cuda.runtime.getDeviceProperties(ordinal)) | {"freeMem": int(device.mem_info[0])}
+
+
+def page_locked(size: int) -> NDArray[np.uint8]:
+    """Return page-locked host memory of `size` bytes."""
+    # CuPy's pinned memory pool keeps the buffer for the next series: page-locking takes as long as reading a slab.
+    buffer: NDArray[np.uint8] = cupyx.empty_pinned((size,), dtype=np.uint8)
+    return buffer
+
+
+def copy_on_device(target: Any, source: Any) -> None:
+    """Start to copy an array to another one on the same device."""
+    cupy.copyto(target, source)
+
+
+def device_seconds(work: Callable[[], Any]) -> float:
+    """Return the seconds between two events in the current stream, around the work that `work` submits to it."""
+    start = _event(timing=True)
+    work()
+    return _seconds_between(start, _event(timing=True))
+
+
+def compiler_seconds(voxels: cuda_kernels.Variant) -> float:
+    """Return the seconds that NVRTC needs to compile a variant of the kernel."""
+    before = os.environ.get("CUPY_CACHE_IN_MEMORY")
+    os.environ["CUPY_CACHE_IN_MEMORY"] = "1"  # neither reads nor writes the cache folder
+    source = f"{cuda_kernels.SOURCE}// {uuid.uuid4()}\n"  # CuPy has not loaded it yet
+    try:
+        started = time.perf_counter()
+        cupy.RawKernel(source, cuda_kernels.NAME, options=voxels.options).compile()
+        return time.perf_counter() - started
+    finally:
+        if before is None:
+            del os.environ["CUPY_CACHE_IN_MEMORY"]
+        else:
+            os.environ["CUPY_CACHE_IN_MEMORY"] = before
 
 
 def device_count() -> int:
@@ -267,14 +335,10 @@ def _why_no_device() -> str:
         return "no NVIDIA driver is loaded: check that nvidia-smi lists the GPU"
     if "InsufficientDriver" in reason:
         return (
-            f"the driver supports CUDA {_cuda_version(driver)}, CuPy needs "
-            f"{_cuda_version(runtime.runtimeGetVersion())}: update the driver, or install gpuprep[cuda12]"
+            f"the driver supports CUDA {format_cuda_version(driver)}, CuPy needs "
+            f"{format_cuda_version(runtime.runtimeGetVersion())}: update the driver, or install gpuprep[cuda12]"
         )
     return f"{reason}: check that nvidia-smi lists the GPU"
-
-
-def _cuda_version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 @cache

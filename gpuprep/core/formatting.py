@@ -44,3 +44,8 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return format_count(count, "byte")
+
+
+def format_cuda_version(number: int) -> str:
+    """Return a version number of CUDA, 1000 · major + 10 · minor, as text; "" for 0."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else ""

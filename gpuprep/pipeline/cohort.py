@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gpuprep._version import __version__
+from gpuprep.compute.backend import check_engine
 from gpuprep.core.formatting import printable
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import FOLDER_UID_PREFIX
@@ -109,6 +110,8 @@ def run_cohort(
     check_apart(paths, out)
     check_layout(options.layout, out, options.recipe, options.shard)
     resources = choose_resources(options.backend, options.gpus, options.scheduler, options.jobs, options.memory_share)
+    if options.scheduler is None:  # a Dask worker may have other packages
+        check_engine(resources.backend, options.engine)
     done = _Done()
     with open_out(out, options.shard) as output, closing(open_manifest(output.root, options.shard)) as manifest:
         context = RunContext(paths, out, options, resources, output, manifest, listener)

@@ -134,7 +134,7 @@ def plain(text: str) -> str:
         ),
         (("scan",), ["DICOM_DIR", "--recipe", "--json"]),
         (("demo",), ["OUT", "--backend", "--jobs"]),
-        (("doctor",), ["--json"]),
+        (("doctor",), ["--gpu", "--json"]),
     ],
 )
 def test_help_lists_all_commands_and_flags(command: tuple[str, ...], words: list[str]) -> None:

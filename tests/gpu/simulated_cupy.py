@@ -22,9 +22,11 @@ NOT_IN_CUPY = frozenset({
     "nanquantile", "nested_iters", "polyder", "polydiv", "polyint", "setbufsize", "seterr", "seterrcall",
     "show_runtime", "spacing", "test", "unstack", "vecdot", "vecmat", "load", "loadtxt", "save", "savetxt",
     "savez", "savez_compressed", "genfromtxt", "fromfile", "fromiter", "frombuffer", "fromstring", "array2string",
-    "array_repr", "array_str",
+    "array_repr", "array_str", "False_", "ScalarType", "True_", "busdaycalendar", "bytes_", "character", "clongdouble",
+    "complex256", "datetime64", "errstate", "flexible", "float128", "little_endian", "longdouble", "matrix", "memmap",
+    "ndenumerate", "nditer", "object_", "recarray", "record", "sctypeDict", "str_", "timedelta64", "typecodes", "void",
 })  # fmt: skip
-"""NumPy's functions that CuPy has not, or that have to do with the host."""
+"""NumPy's names that CuPy has not, or that have to do with the host."""
 
 
 def zoom(

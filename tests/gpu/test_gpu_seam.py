@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import pytest
 
 import gpuprep.compute.backend
 from gpuprep.compute.backend import NumpyBackend, _gpu_or_cpu, get_backend
+from gpuprep.compute.cuda_engine import KernelBackend
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 from gpuprep.executors.processes import VOLUME_MODULES
 
@@ -74,19 +74,6 @@ def test_cupy_without_a_driver_is_a_backend_error() -> None:
         get_backend("gpu")
 
 
-@needs_cupy
-def test_the_library_functions_accept_the_arguments_of_our_calls() -> None:
-    module: Any = import_module("gpuprep.compute.cupy_backend")
-    cupy_ndimage, cucim_resize = module._libraries()
-    volume = np.zeros((2, 2, 2), dtype=np.float32)
-    zoom = inspect.signature(cupy_ndimage.zoom)
-    zoom.bind(volume, [1.0, 2.0, 2.0], order=3, mode="nearest", grid_mode=True)
-    inspect.signature(cupy_ndimage.gaussian_filter).bind(volume, [0.0, 1.0, 1.0], mode="nearest")
-    inspect.signature(cucim_resize).bind(
-        volume, (2, 4, 4), order=1, mode="edge", clip=False, preserve_range=True, anti_aliasing=False
-    )
-
-
 @pytest.mark.usefixtures("cupy")
 @pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("", "1"), ("4,7", "7"), ("GPU-aa,GPU-bb", "GPU-bb")])
 def test_a_worker_sees_one_gpu_and_uses_it_as_its_first(
@@ -102,7 +89,7 @@ def test_a_worker_sees_one_gpu_and_uses_it_as_its_first(
     assert (backend.alone()._ordinal, backend._ordinal) == (0, 1)
 
 
-def test_both_backends_offer_the_same_methods() -> None:
+def test_the_gpu_backend_has_the_methods_of_the_other_one_and_those_that_run_the_kernel() -> None:
     file = Path(gpuprep.compute.backend.__file__).with_name("cupy_backend.py")
     (cupys,) = (
         node
@@ -110,9 +97,14 @@ def test_both_backends_offer_the_same_methods() -> None:
         if isinstance(node, ast.ClassDef) and node.name == "CupyBackend"
     )
     methods = {n.name: n for n in cupys.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
-    numpys = {n: f for n, f in vars(NumpyBackend).items() if callable(f) and not n.startswith("_")}
-    assert set(methods) == set(numpys) | {"empty", "resample"}  # of `KernelBackend`
-    for name, function in numpys.items():
+    expected = {
+        name: function
+        for owner in (NumpyBackend, KernelBackend)
+        for name, function in vars(owner).items()
+        if inspect.isfunction(function) and not name.startswith("_")
+    }
+    assert set(methods) == set(expected)
+    for name, function in expected.items():
         args = methods[name].args
         names = [a.arg for a in (*args.args, *args.kwonlyargs)]
         assert names == list(inspect.signature(function).parameters), name
@@ -137,23 +129,8 @@ def test_copies_and_events_are_created_with_arguments_that_cupy_accepts() -> Non
     for call in calls:
         with pytest.raises(missing, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
             call()
-    get = cupy.ndarray.get.__doc__
-    assert "out=None, blocking=True" in get
     with pytest.raises(TypeError):
         cupy.cuda.Event(blocks=True)  # shows that wrong arguments are detected
-
-
-@needs_cupy
-@pytest.mark.parametrize("file", ["gpuprep/compute/cupy_backend.py", "bench/micro/kernels.py", "tests/gpu/test_gpu.py"])
-def test_every_cupy_name_that_is_used_exists(file: str) -> None:
-    tree = ast.parse((Path(__file__).parents[2] / file).read_text("utf-8"))
-    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    dotted = {name for name in used if re.fullmatch(r"(cupy|cupyx)(\.\w+)+", name)}
-    assert len(dotted) >= 3
-    for name in dotted:
-        found: Any = import_module(name.split(".")[0])
-        for part in name.split(".")[1:]:
-            found = getattr(found, part)
 
 
 @needs_cupy
@@ -173,7 +150,7 @@ def test_the_stand_in_has_the_signatures_of_cupy() -> None:
     cupy: Any = import_module("cupy")
     own = {name for name in vars(simulated_array.ndarray) if not name.startswith("_")}
     assert own <= set(dir(cupy.ndarray))
-    assert set(vars(simulated_cupy.modules()["cupy"])) - set(dir(cupy)) == {"__path__"}
+    assert set(vars(simulated_cupy.modules()["cupy"])) <= set(dir(cupy)) | {"__path__"}
 
 
 @pytest.mark.usefixtures("cupy_on_host")

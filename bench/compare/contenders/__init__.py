@@ -14,9 +14,6 @@ from typing import Any, Literal
 Claim = Literal["cubic", "linear", "classic"]
 """Recipe that a contender claims to compute: gpuprep's default, the same with linear resampling, or the notebook's."""
 
-GPU_JOBS = 4
-"""Series in parallel on a GPU: gpuprep's default."""
-
 MIRRORED_VOXELS = 8
 """Width of the border in source voxels where SimpleITK's B-spline, which mirrors the volume, differs from a spline that
 repeats the border voxels; further inside, the difference is below 1e-4."""
@@ -56,7 +53,7 @@ class Contender:
     @property
     def jobs(self) -> int:
         """Number of series converted in parallel."""
-        return int(self.options.get("jobs") or (GPU_JOBS if self.options.get("gpu") else 1))
+        return int(self.options.get("jobs", 1))
 
 
 FLOORS = {"uint8": {"dtype": "uint8"}, "float32": {}, "uint8 stack": {"dtype": "uint8", "format": "tif-stack"}}
@@ -68,7 +65,7 @@ MEDIUM: dict[str, Any] = {"series": 2, "rounds": 2}
 
 def contenders(cores: int, gpu: bool, scratch: Path) -> list[Contender]:
     """Return all contenders; gpuprep with the default recipe in both dtypes comes first."""
-    return [*_gpuprep(cores, scratch), *(_gpuprep_gpu() if gpu else ()), *_rivals(), *_converters()]
+    return [*_gpuprep(cores, scratch), *(_gpuprep_gpu(cores) if gpu else ()), *_rivals(), *_converters()]
 
 
 def floors(cores: int, sizes_bytes: Mapping[str, dict[str, list[int]]]) -> list[Contender]:
@@ -113,12 +110,12 @@ def _gpuprep(cores: int, scratch: Path) -> list[Contender]:
     ]
 
 
-def _gpuprep_gpu() -> list[Contender]:
+def _gpuprep_gpu(cores: int) -> list[Contender]:
     def ours(dtype: str, engine: str) -> Contender:
         return Contender(
             name=f"gpuprep, GPU, {dtype}" + (", engine ndimage" if engine == "ndimage" else ""),
             module="with_gpuprep",
-            options={"recipe": FLOORS[dtype], "engine": engine, "gpu": True},
+            options={"recipe": FLOORS[dtype], "engine": engine, "gpu": True, "jobs": cores},
             dtype=dtype,
             claim="cubic",
             floor=dtype,
@@ -155,6 +152,14 @@ def _rivals() -> list[Contender]:
         itk("linear", "uint8", **MEDIUM),
         monai("cpu"),
         monai("cuda"),
+        Contender(
+            name="torch, CUDA, linear, uint8",
+            module="with_torch",
+            options={"device": "cuda", "dtype": "uint8"},
+            dtype="uint8",
+            claim="linear",
+            **MEDIUM,
+        ),
         Contender(
             name="TorchIO, linear, uint8",
             module="with_torchio",

@@ -28,10 +28,12 @@ class _Clock(Listener):
         self.planned_s = 0.0
         self.largest_bytes = 0
         self.at_rest_bytes = 0
+        self.workers = 0
 
     def planned(self, forecast: Forecast) -> None:
         self.planned_s = time.perf_counter() - self.started
         self.largest_bytes, self.at_rest_bytes = forecast.largest_bytes, forecast.at_rest_bytes
+        self.workers = forecast.workers
 
 
 def convert_all(
@@ -44,7 +46,7 @@ def convert_all(
     jobs: int | None = None,
     index: str | None = None,
 ) -> dict[str, Any]:
-    """Convert a cohort; return the output folder of each series, the times of the stages, and the device."""
+    """Convert a cohort; return the output folder of each series, times of the stages, number of workers, and device."""
     clock = _Clock()
     try:
         run = gpuprep.convert(
@@ -65,6 +67,7 @@ def convert_all(
     return {
         "outputs": {Path(r.source).name: r.folder for r in run.results},
         "split": _split(run, clock.planned_s),
+        "workers": clock.workers,
         "device": run.results[0].device,
         "predicted_process_bytes": None if gpu else clock.at_rest_bytes + clock.largest_bytes,
     }
