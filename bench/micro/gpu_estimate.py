@@ -20,11 +20,9 @@ from gpuprep.compute.cuda_kernels import grid
 from gpuprep.compute.memory_estimate import CONTEXT_BYTES, USABLE_SHARE, device_bytes, worker_count
 from gpuprep.compute.process import host_chunks
 from gpuprep.compute.resample_blocks import OUTPUTS, BlockTables
-from gpuprep.core.geometry import Geometry
-from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Dtype, Recipe
-from gpuprep.core.volume import StoredVolume
+from gpuprep.testing import thorax_volume
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 DTYPES: tuple[Dtype, ...] = ("uint8", "float32")
@@ -120,10 +118,7 @@ class Recorder(NumpyBackend):
 
 def recorded(dtype: Dtype) -> tuple[list[Launch], Plan]:
     """Return the launches for one series, and its plan."""
-    affine = np.diag([*SPACING_MM, 1.0])[[2, 1, 0, 3]]
-    stored = np.zeros(SHAPE, dtype=np.int16)
-    slope, intercept = np.ones(SHAPE[0]), np.full(SHAPE[0], -1024.0)
-    volume = StoredVolume(stored, slope, intercept, None, Geometry(SHAPE, affine), HuStatistics())
+    volume = thorax_volume(SHAPE, SPACING_MM)
     plan, recorder = make_plan(volume.geometry, Recipe(dtype=dtype)), Recorder()
     for _ in host_chunks(volume, plan, recorder):
         pass
