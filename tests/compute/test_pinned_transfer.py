@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import stored_volume
-from cuda_on_host import COMPILER
 from numpy.typing import NDArray
 from simulated_cuda import DOWNLOAD_S, KERNEL_S, UPLOAD_S, Gpu, Machine
 
@@ -24,10 +23,7 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 from gpuprep.errors import DecodeError, DeviceLostError, DeviceMemoryError
 
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="no g++"),
-    pytest.mark.usefixtures("cupy_on_host"),
-]
+pytestmark = pytest.mark.usefixtures("cupy_on_host")
 
 SPACING = (3.0, 0.7, 0.8)
 

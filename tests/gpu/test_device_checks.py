@@ -7,14 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_on_host import COMPILER
 from simulated_cuda import Gpu, Machine, simulation
 
 from gpuprep.compute import cuda_kernels
 from gpuprep.compute.backend import open_gpus
 from gpuprep.errors import BackendError
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
 
 
 def backend(ordinal: int = 0) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import stored_volume
-from cuda_on_host import COMPILER
 from numpy.typing import NDArray
 from simulated_cuda import Gpu, Machine, simulate
 
@@ -24,10 +23,7 @@ from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume
 
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="no g++"),
-    pytest.mark.usefixtures("cupy_on_host"),
-]
+pytestmark = pytest.mark.usefixtures("cupy_on_host")
 
 SPACING = (3.0, 0.7, 0.8)
 GPUS = (Gpu("GPU-0", "first"), Gpu("GPU-1", "second"))

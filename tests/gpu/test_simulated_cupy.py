@@ -13,14 +13,11 @@ from typing import Any, ClassVar
 import array_api_compat
 import numpy as np
 import pytest
-from cuda_on_host import COMPILER, KernelFault, LaunchError
+from cuda_on_host import KernelFault, LaunchError
 from simulated_cuda import DOWNLOAD_S, KERNEL_S, UPLOAD_S, Gpu, Machine, simulate, simulation
 from simulated_finder import installed
 
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="no g++"),
-    pytest.mark.usefixtures("cupy_on_host"),
-]
+pytestmark = pytest.mark.usefixtures("cupy_on_host")
 
 TWO = Machine(gpus=(Gpu("GPU-0a", "first"), Gpu("GPU-0b", "second")))
 two_gpus = pytest.mark.parametrize("cupy_on_host", [TWO], indirect=True)

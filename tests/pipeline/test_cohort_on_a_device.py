@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from cuda_on_host import COMPILER
 from simulated_cuda import DOWNLOAD_S, UPLOAD_S, Gpu, Machine
 
 from gpuprep.compute.backend import NumpyBackend, open_gpus
@@ -29,8 +28,6 @@ from gpuprep.pipeline.cohort import convert
 from gpuprep.pipeline.events import Run
 from gpuprep.pipeline.scan import scan
 from gpuprep.testing import write_series
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
 
 RECIPE = Recipe(spacing_mm=(1.0, 2.0, 2.0), size=(12, 10), dtype="uint8")
 SPACING = (2.5, 0.8, 0.7)
