@@ -81,8 +81,13 @@ def chunks(hu: HuSlabs, plan: Plan, backend: KernelBackend) -> Iterator[Any]:
 
 def chunk_spans(count: int, chunk_slices: int) -> Iterator[tuple[int, int]]:
     """Return spans [start, stop) of output slices; each starts at a block of the tables."""
-    step = max(1, chunk_slices // OUTPUTS) * OUTPUTS
+    step = slices_per_chunk(chunk_slices)
     return ((start, min(start + step, count)) for start in range(0, count, step))
+
+
+def slices_per_chunk(chunk_slices: int) -> int:
+    """Return the number of output slices that are computed together: whole blocks of the tables, at least one."""
+    return max(1, chunk_slices // OUTPUTS) * OUTPUTS
 
 
 def ring_slices(needed: int, slab_slices: int, count: int) -> int:
