@@ -207,6 +207,22 @@ def test_lack_of_memory_is_reported_and_all_memory_is_freed(gpu: Any, pool: Any,
     assert run(chest, HU, gpu, "operators").shape[0] == 120
 
 
+def test_memory_is_freed_wherever_it_ends_though_the_error_is_kept(gpu: Any, pool: Any, noise: Any) -> None:
+    volume = stored_volume(noise((9, 10, 12)), (2.0, 1.0, 1.0))
+    gpu.chunk_slices = gpu.slab_slices = 8
+    plan = make_plan(volume.geometry, Recipe(size=(20, 22)))
+    errors = []
+    for limit in range(512, 100_000, 1024):
+        pool.set_limit(size=limit)
+        try:
+            for _ in host_chunks(volume, plan, gpu):
+                pass
+        except DeviceMemoryError as exc:
+            errors.append(exc)
+        assert pool.total_bytes() == 0, limit
+    assert 10 < len(errors) < 97
+
+
 def test_smaller_chunks_fit_where_larger_ones_do_not(gpu: Any, pool: Any, chest: StoredVolume) -> None:
     plan = make_plan(chest.geometry, HU)
     expected = run(chest, HU, gpu, "operators")
