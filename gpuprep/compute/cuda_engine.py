@@ -9,6 +9,7 @@ grow with the series.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -81,8 +82,13 @@ def chunks(hu: HuSlabs, plan: Plan, backend: KernelBackend) -> Iterator[Any]:
 
 def chunk_spans(count: int, chunk_slices: int) -> Iterator[tuple[int, int]]:
     """Return spans [start, stop) of output slices; each starts at a block of the tables."""
-    step = max(1, chunk_slices // OUTPUTS) * OUTPUTS
+    step = slices_per_chunk(chunk_slices)
     return ((start, min(start + step, count)) for start in range(0, count, step))
+
+
+def slices_per_chunk(chunk_slices: int) -> int:
+    """Return the number of output slices that are computed together: whole blocks of the tables, at least one."""
+    return max(1, chunk_slices // OUTPUTS) * OUTPUTS
 
 
 def ring_slices(needed: int, slab_slices: int, count: int) -> int:
@@ -208,7 +214,8 @@ class _Finisher:
         rows, columns = self._rows, self._columns
         for start in range(0, chunk.shape[0], step):
             values = chunk[start : start + step]
-            out = self._scratch.of((values.shape[0],), "out", lambda: self.out(step))
+            # A lambda would keep this object, and so its buffers, as long as an error that is raised within it.
+            out = self._scratch.of((values.shape[0],), "out", partial(self.out, step))
             inner = out[:, self._top : self._top + rows.n_out, self._left : self._left + columns.n_out]
             in_plane(values, inner, rows, columns, self._backend, self._scratch)
             yield out

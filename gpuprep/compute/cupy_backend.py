@@ -22,7 +22,7 @@ from gpuprep.compute.backend import Body
 from gpuprep.compute.cuda_kernels import Rescale, Window
 from gpuprep.compute.pinned_transfer import DEVICE_VARIABLE, Empty, Transfers
 from gpuprep.compute.resample_blocks import OUTPUTS, BlockTables
-from gpuprep.core.formatting import format_cuda_version
+from gpuprep.core.formatting import format_cuda_version, quoted
 from gpuprep.core.sampling import lost_samples
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
 
@@ -338,6 +338,8 @@ def _why_no_device() -> str:
             f"the driver supports CUDA {format_cuda_version(driver)}, CuPy needs "
             f"{format_cuda_version(runtime.runtimeGetVersion())}: update the driver, or install gpuprep[cuda12]"
         )
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return f"{reason}: check that nvidia-smi lists what CUDA_VISIBLE_DEVICES begins with, {quoted(visible)}"
     return f"{reason}: check that nvidia-smi lists the GPU"
 
 

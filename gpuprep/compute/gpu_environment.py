@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuprep.compute.gpu_findings import GpuFinding
-from gpuprep.core.formatting import format_bytes, format_cuda_version
+from gpuprep.core.formatting import format_bytes, format_cuda_version, printable
 
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUPY_CACHE_DIR", "CUPY_GPU_MEMORY_LIMIT", "CUDA_PATH")
 """Environment variables that act on the GPU path."""
@@ -45,15 +45,19 @@ def cache_finding() -> GpuFinding:
     with suppress(OSError):
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     figures: dict[str, Any] = {"path": str(folder), "size_bytes": size, "writable": True}
-    existing = next(f for f in (folder, *folder.parents) if f.exists())  # CuPy makes the others
     try:
+        existing = next(f for f in (folder, *folder.parents) if f.exists())  # CuPy makes the others
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as exc:
         figures["writable"] = False
         hint = "set CUPY_CACHE_DIR to a folder that can be written"
-        return GpuFinding("environment", "kernel cache", False, f"{folder}: {exc.strerror}: {hint}", figures=figures)
-    return GpuFinding("environment", "kernel cache", True, f"{folder}, {format_bytes(size)}", figures=figures)
+        return GpuFinding(
+            "environment", "kernel cache", False, f"{printable(str(folder))}: {exc.strerror}: {hint}", figures=figures
+        )
+    return GpuFinding(
+        "environment", "kernel cache", True, f"{printable(str(folder))}, {format_bytes(size)}", figures=figures
+    )
 
 
 def software_findings(cuda: dict[str, int] | None) -> list[GpuFinding]:
@@ -169,4 +173,4 @@ def torch_version() -> tuple[str, str] | None:
 
 
 def _shown(value: str | None) -> str:
-    return "not set" if value is None else value or "empty"
+    return "not set" if value is None else printable(value) or "empty"

@@ -6,9 +6,11 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from gpuprep.compute import resample_matrix, resample_taps
 from gpuprep.compute.backend import Backend, Body, Engine
-from gpuprep.compute.cuda_engine import ring_slices
+from gpuprep.compute.cuda_engine import ring_slices, slices_per_chunk
 from gpuprep.compute.resample_blocks import OUTPUTS
 from gpuprep.core.plan import BYTES_PER_VOXEL, Plan, Step
 
@@ -150,24 +152,31 @@ def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
 
 def _kernel_bytes(plan: Plan, backend: Backend) -> int:
     """Return the estimate for `gpuprep.compute.cuda_engine`: its buffers, one by one."""
-    step, chunk = plan.resample, min(backend.chunk_slices, plan.target.shape[0])
-    slab, plane = min(backend.slab_slices, step.source[0]), _plane_voxels(step.target)
-    source = slab * _plane_voxels(plan.source.shape)
+    step, chunk = plan.resample, min(slices_per_chunk(backend.chunk_slices), plan.target.shape[0])
+    samples = _samples(step, 0), _samples(step, 1), _samples(step, 2)
+    slab, plane = min(backend.slab_slices, samples[0]), _plane_voxels(step.target)
+    slices = samples[plan.turn.axes.index(0)]
+    source = min(backend.slab_slices, slices) * _plane_voxels(plan.source.shape)
     total = 2 * 2 * source  # uploaded integers: this slab and the next one
+    # HU of this slab and the next one; or the next one as acquired, shifted along rows, and along columns
+    loaded = (4 if plan.shifted else 2) * source
     if plan.turn.axes != (0, 1, 2):
-        total += FLOAT_BYTES * (math.prod(plan.source.shape) + 2 * source)  # the volume, and a slab with adjacent rows
+        copied = slab * _plane_voxels(samples)  # a slab with adjacent rows
+        total += FLOAT_BYTES * (slices * _plane_voxels(plan.source.shape) + max(loaded, copied))
     elif plan.shifted:
-        total += FLOAT_BYTES * 3 * source  # HU as acquired, shifted along rows, and along columns
+        total += FLOAT_BYTES * loaded
+    if plan.shifted:
+        total += FLOAT_BYTES * sum(plan.source.shape[1:]) * (SPLINE_REACH[step.order] + OUTPUTS)  # tables of a slice
     needed = _band_width(step, 0, chunk)
-    voxels = ring_slices(needed, backend.slab_slices, step.source[0]) * plane
+    voxels = ring_slices(needed, backend.slab_slices, samples[0]) * plane
     if step.resamples(2) or plan.turn.flips[2]:
-        voxels += slab * step.source[2] * step.target[1]
+        voxels += slab * samples[2] * step.target[1]
     finished = chunk
     if not plan.resize.is_identity or plan.resampled.shape != plan.target.shape:
         finished = min(backend.slab_slices, chunk)
         voxels += chunk * plane + finished * step.target[2] * plan.target.shape[1]
     weights = sum(
-        s.target[axis] * _band_width(s, axis, OUTPUTS)
+        -(-s.target[axis] // OUTPUTS) * OUTPUTS * _band_width(s, axis, OUTPUTS)
         for s in (step, plan.resize)
         for axis in range(3)
         if axis or s is step
@@ -203,10 +212,20 @@ def _in_plane_voxels(
 
 def _band_width(step: Step, axis: int, rows: int) -> int:
     """Return the number of input samples on which `rows` consecutive output samples depend."""
+    span, reach = rows * step.source[axis] / step.target[axis], SPLINE_REACH[step.order]
+    blur = math.ceil(8 * step.sigma[axis])
+    if step.along[axis] is None:
+        return min(step.source[axis], math.ceil(span) + reach + blur)
+    positions = np.array(step.along[axis])
+    span += reach + blur if blur else 0  # first interpolated to the regular grid, then blurred and resampled
+    densest = np.searchsorted(positions, positions + span, side="right") - np.arange(len(positions))
+    return min(len(positions), int(densest.max()) + reach)
+
+
+def _samples(step: Step, axis: int) -> int:
+    """Return the number of input samples along an axis."""
     positions = step.along[axis]
-    n = step.source[axis] if positions is None else len(positions)
-    reach = SPLINE_REACH[step.order] + math.ceil(8 * step.sigma[axis])
-    return min(n, math.ceil(rows * n / step.target[axis]) + reach)
+    return step.source[axis] if positions is None else len(positions)
 
 
 def _plane_voxels(shape: tuple[int, int, int]) -> int:

@@ -66,11 +66,16 @@ def test_a_kernel_that_does_not_compile_is_a_backend_error(
         ),
         (Machine(), "", "CUDA_VISIBLE_DEVICES is empty: unset it"),
         (Machine(gpus=()), None, "cudaErrorNoDevice: no CUDA-capable device is detected: check that nvidia-smi"),
-        (Machine(), "GPU-of-another-machine", "no CUDA-capable device is detected"),
+        (
+            Machine(),
+            "GPU-of-another-machine",
+            "no CUDA-capable device is detected: check .* CUDA_VISIBLE_DEVICES begins with, 'GPU-of-another-machine'",
+        ),
+        (Machine(), "7\n,0", r"CUDA_VISIBLE_DEVICES begins with, '7\\n,0'"),
         (Machine(gpus=(Gpu(memory_bytes=0),)), None, "the GPU has no memory left for a small test kernel: Out of mem"),
     ],
     indirect=["cupy_on_host"],
-    ids=["no driver", "old driver", "none visible", "no device", "unknown device", "no memory"],
+    ids=["no driver", "old driver", "none visible", "no device", "unknown device", "line break", "no memory"],
 )
 @pytest.mark.usefixtures("cupy_on_host")
 def test_the_reason_for_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, visible: str | None, message: str) -> None:

@@ -428,6 +428,22 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypa
     assert found.detail.endswith("set CUPY_CACHE_DIR to a folder that can be written")
 
 
+def test_a_path_that_no_file_system_holds_is_a_cache_folder_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/" + "x" * 5000)
+    found = gpu_environment.cache_finding()
+    assert not found.ok
+    assert "File name too long: set CUPY_CACHE_DIR" in found.detail
+
+
+def test_control_characters_of_a_variable_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0\n\x1b[31m1")
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/proc/\x1b[31m")
+    for found in gpu_environment.environment_findings():
+        assert found.detail.isprintable(), found
+
+
 def test_the_size_of_the_cache_is_that_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.cubin").write_bytes(bytes(1000))
     (tmp_path / "b.cubin").write_bytes(bytes(234))
