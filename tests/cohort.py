@@ -19,6 +19,8 @@ import pytest
 from typer.testing import CliRunner
 
 from gpuprep.cli.app import app
+from gpuprep.compute.backend import numba_works
+from gpuprep.executors.processes import LOOP_MODULES
 from gpuprep.testing import write_series
 
 SIZE = 24
@@ -27,8 +29,8 @@ TIMES = ("finished", "read_s", "process_s", "write_s", "upload_s", "kernels_s", 
 """Columns in which two runs over the same cohort may differ."""
 WORK_FOLDER = ".gpuprep"
 LIGHT = {"NUMBA_DISABLE_JIT": "1"}
-"""Run without Numba, whose import takes a second per run. Compare such runs only with each other: a run in the
-process of the test may round differently."""
+"""Run without Numba, whose import takes a second per run. Compare such runs only with each other: compiled loops may
+round differently."""
 Tree = dict[str, bytes]
 Row = dict[str, Any]
 
@@ -41,18 +43,34 @@ def write_cohort(root: Path, series: int, slices: int = 6, first: int = 0) -> Pa
     return root
 
 
+def run_words(dicom: Path, out: Path, *more: str, jobs: int = 2) -> list[str]:
+    """Return the words of a command that converts a cohort, without the name of the program."""
+    common = ("--backend", "cpu", "--jobs", str(jobs), "--index", "none", "--quiet")
+    return ["convert", str(dicom), "--out", str(out), *RECIPE, *common, *more]
+
+
 def command(dicom: Path, out: Path, *more: str, jobs: int = 2) -> list[str]:
     """Return the arguments of Python for a run."""
-    common = ("--backend", "cpu", "--jobs", str(jobs), "--index", "none", "--quiet")
-    return ["-m", "gpuprep", "convert", str(dicom), "--out", str(out), *RECIPE, *common, *more]
+    return ["-m", "gpuprep", *run_words(dicom, out, *more, jobs=jobs)]
 
 
-def gpuprep(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command of gpuprep; in this process, which saves a second, unless it converts."""
+def gpuprep(*words: str | Path, loops: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which saves seconds; without compiled loops it writes what `python` writes.
+
+    Its workers come from the fork server of this process, as those of later runs will. So it must have the environment
+    of this process, and the modules of compiled loops, which each of their workers would otherwise import.
+    """
     command_line = [str(word) for word in words]
-    if options or command_line[0] in ("convert", "retry"):
-        return python("-m", "gpuprep", *command_line, **options)
-    ran = CliRunner().invoke(app, command_line)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if numba_works() and not loops:
+                patch.setattr("gpuprep.executors.resources.VOLUME_MODULES", LOOP_MODULES)
+                patch.setattr("gpuprep.compute.backend.numba_works", lambda: False)
+            ran = CliRunner().invoke(app, command_line)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if ran.exception is not None and not isinstance(ran.exception, SystemExit):
         raise ran.exception
     return subprocess.CompletedProcess(command_line, ran.exit_code, ran.stdout, ran.stderr)

@@ -17,6 +17,7 @@ import hypothesis
 import numpy as np
 import pydicom
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.filebase import DicomBytesIO
@@ -53,6 +54,19 @@ def log_level() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that the first worker of pytest to need it makes, and for which the others wait."""
+    top = tmp_path_factory.getbasetemp()
+    folder = (top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            part = folder.with_name(f"{name}.part")
+            part.mkdir()
+            make(part)
+            part.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

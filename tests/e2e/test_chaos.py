@@ -35,8 +35,8 @@ from cohort import (
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
-SERIES = 60
-KILLS = int(os.environ.get("GPUPREP_CHAOS_KILLS", "12"))
+SERIES = 30
+KILLS = int(os.environ.get("GPUPREP_CHAOS_KILLS", "10"))
 WORKER_KILLS = 10
 DASK_KILLS = 4
 

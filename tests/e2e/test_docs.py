@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
+from cohort import gpuprep as run_here
 
 import gpuprep
 from gpuprep import errors
@@ -83,7 +84,7 @@ def test_every_page_is_in_the_index() -> None:
     assert {page.name for page in DOCS.glob("*.md")} - {"index.md"} <= set(links(DOCS / "index.md"))
 
 
-def test_the_examples_of_the_readme_and_of_the_usage_page_run(tmp_path: Path) -> None:
+def test_the_examples_of_the_readme_and_of_the_usage_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     program = programs / "gpuprep"
@@ -93,15 +94,24 @@ def test_the_examples_of_the_readme_and_of_the_usage_page_run(tmp_path: Path) ->
     environment = os.environ | {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", "")))),
-        "NUMBA_DISABLE_JIT": "1",  # compiling the loops would take longer than all commands
         "OPENBLAS_NUM_THREADS": "1",  # more threads would wait for each other while other tests use the cores
     }
     folder = tmp_path / "work"
     folder.mkdir()
 
+    monkeypatch.chdir(folder)
+
     def run(arguments: list[str], code: int) -> None:
-        ended = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        ended = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
         assert ended.returncode == code, f"{arguments}\n{ended.stdout}\n{ended.stderr}"
+
+    def run_command(line: str, code: int) -> None:
+        words = shlex.split(line, comments=True)
+        if words[0] != "gpuprep" or not {">", "|", "&&"}.isdisjoint(words):
+            run(["bash", "-c", line], code)
+            return
+        ended = run_here(*words[1:], loops=True)
+        assert ended.returncode == code, f"{line}\n{ended.stdout}\n{ended.stderr}"
 
     assert DEMO in README.read_text("utf-8")
     write_cohort(folder / "demo" / "dicom")
@@ -112,7 +122,7 @@ def test_the_examples_of_the_readme_and_of_the_usage_page_run(tmp_path: Path) ->
             if kind == "console":
                 for command in (line.removeprefix("$ ") for line in lines if line.startswith("$ ")):
                     stated = re.search(r"# exit code (\d+)", command)
-                    run(["bash", "-c", command], int(stated[1]) if stated else 0)
+                    run_command(command, int(stated[1]) if stated else 0)
                     ran += 1
             elif kind == "python" and (find_spec("torch") or not any("gpuprep.torch" in line for line in lines)):
                 script = tmp_path / "example.py"

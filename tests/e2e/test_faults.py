@@ -31,6 +31,7 @@ from cohort import (
     marks,
     python,
     rows,
+    run_words,
     tree,
     unfinished_outputs,
     whole,
@@ -131,9 +132,9 @@ def disks(tmp_path: Path) -> Iterator[Callable[[int], Disk]]:
 def test_series_that_fit_on_a_full_disk_are_converted_and_the_rest_when_there_is_space(
     tmp_path: Path, disks: Callable[[int], Disk]
 ) -> None:
-    # A volume is 80 files of 24 × 24 float32. Each takes a page of 4096 bytes, more than the predicted size.
-    dicom = write_cohort(tmp_path / "dicom", 10, slices=40)
-    disk = disks(2400)
+    # A volume is 40 files of 24 × 24 float32. Each takes a page of 4096 bytes, more than the predicted size.
+    dicom = write_cohort(tmp_path / "dicom", 10, slices=20)
+    disk = disks(1400)
     with Running(command(dicom, disk.path)) as run:
         code = run.end()
     assert code == 1, run.stderr
@@ -154,11 +155,11 @@ def test_series_that_fit_on_a_full_disk_are_converted_and_the_rest_when_there_is
     assert findings(disk.path) == []
     before = marks(disk.path)
     disk.change("size=40m")
-    with Running(command(dicom, disk.path)) as run:
-        assert run.end() == 0, run.stderr
+    again = gpuprep(*run_words(dicom, disk.path))
+    assert (again.returncode, again.stderr) == (0, "")
     assert {folder: marks(disk.path)[folder] for folder in before} == before
     undisturbed = tmp_path / "undisturbed"
-    assert python(*command(dicom, undisturbed)).returncode == 0
+    assert gpuprep(*run_words(dicom, undisturbed)).returncode == 0
     assert whole(disk.path) == whole(undisturbed)
 
 
@@ -166,7 +167,7 @@ def test_a_run_whose_outputs_cannot_fit_does_not_start(tmp_path: Path, disks: Ca
     # 4 volumes of at least 39 × 24 × 24 float32 are 360 kB.
     dicom = write_cohort(tmp_path / "dicom", 4, slices=20)
     disk = disks(300)
-    refused = python(*command(dicom, disk.path))
+    refused = gpuprep(*run_words(dicom, disk.path))
     assert (refused.returncode, refused.stdout) == (2, "")
     assert MISFIT.fullmatch(refused.stderr)
     assert done(disk.path) == set()
@@ -226,11 +227,11 @@ def test_a_disk_that_fills_up_fails_only_the_series_being_written(
 
 def test_a_read_only_output_can_be_read_but_not_written(dicom: Path, disks: Callable[[int], Disk]) -> None:
     disk = disks(8000)
-    assert python(*command(dicom, disk.path)).returncode == 0
+    assert gpuprep(*run_words(dicom, disk.path)).returncode == 0
     (dicom / "s000" / "S1-0006.dcm").touch()
     disk.change("ro")
     before = whole(disk.path)
-    run = python(*command(dicom, disk.path))
+    run = gpuprep(*run_words(dicom, disk.path))
     assert run.returncode == 2
     assert (
         one_line(run.stderr) == f"gpuprep: cannot write into {disk.path}: Read-only file system; choose another --out"
@@ -252,7 +253,7 @@ def test_a_read_only_output_can_be_read_but_not_written(dicom: Path, disks: Call
 def test_a_new_output_on_a_read_only_disk_gives_one_line(dicom: Path, disks: Callable[[int], Disk]) -> None:
     disk = disks(8000)
     disk.change("ro")
-    run = python(*command(dicom, disk.path / "out"))
+    run = gpuprep(*run_words(dicom, disk.path / "out"))
     assert run.returncode == 2
     out = disk.path / "out"
     assert one_line(run.stderr) == f"gpuprep: cannot write into {out}: Read-only file system; choose another --out"
@@ -281,9 +282,8 @@ def stoppable() -> tuple[str, ...]:
 def test_an_output_that_becomes_read_only_loses_no_volume(
     tmp_path: Path, out: Path, stoppable: tuple[str, ...]
 ) -> None:
-    dicom = write_cohort(tmp_path / "dicom", 30)
-    words = command(dicom, out)
-    with Running(words, prefix=stoppable) as run:
+    dicom = write_cohort(tmp_path / "dicom", 20)
+    with Running(command(dicom, out), prefix=stoppable) as run:
         run.wait_until(lambda: len(done(out)) >= 3)
         closed = [out, out / "dicom", out / WORK_FOLDER]
         for folder in closed:
@@ -297,11 +297,11 @@ def test_an_output_that_becomes_read_only_loses_no_volume(
     assert {f"dicom/{name}" for name, status in statuses(out).items() if status == "ok"} <= done(out)
     before = marks(out)
     assert len(before) >= 3
-    with Running(words, prefix=stoppable) as run:
-        assert run.end() == 0, run.stderr
+    again = gpuprep(*run_words(dicom, out))
+    assert (again.returncode, again.stderr) == (0, "")
     assert {folder: marks(out)[folder] for folder in before} == before
     undisturbed = tmp_path / "undisturbed"
-    assert python(*command(dicom, undisturbed)).returncode == 0
+    assert gpuprep(*run_words(dicom, undisturbed)).returncode == 0
     assert whole(out) == whole(undisturbed)
     assert unfinished_outputs(out) == []
 
@@ -374,7 +374,7 @@ def test_former_outputs_of_vanished_inputs_are_kept(dicom: Path, out: Path) -> N
     known = rows(out)
     with pytest.raises(RequestError, match="dicom"):
         go(dicom, out)
-    command_line = python(*command(dicom, out))
+    command_line = gpuprep(*run_words(dicom, out))
     assert command_line.returncode == 2
     assert str(dicom) in one_line(command_line.stderr)
     assert rows(out) == known
@@ -421,7 +421,7 @@ def test_a_damaged_manifest_gives_one_line_and_loses_no_volume(
             )
     damage(manifest)
     content = manifest.read_bytes()
-    run = python(*command(dicom, out))
+    run = gpuprep(*run_words(dicom, out))
     assert (run.returncode, run.stdout) == (1, "")
     line = one_line(run.stderr)
     assert line.startswith(f"gpuprep: {manifest} cannot be used as manifest (")
@@ -436,7 +436,7 @@ def test_a_damaged_manifest_gives_one_line_and_loses_no_volume(
         assert looked.returncode == 0 or str(manifest) in one_line(looked.stderr), words
     assert manifest.read_bytes() == content  # the damaged file is unchanged
     manifest.rename(out.with_name("damaged"))
-    again = python(*command(dicom, out))
+    again = gpuprep(*run_words(dicom, out))
     assert (again.returncode, again.stderr) == (0, "")
     assert marks(out) == before
     assert whole(out) == undisturbed
@@ -521,7 +521,7 @@ def test_asking_for_the_status_does_not_block_a_run(dicom: Path, out: Path) -> N
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cohort(tmp_path_factory.mktemp("many") / "dicom", 40)
+    return write_cohort(tmp_path_factory.mktemp("many") / "dicom", 24)
 
 
 FINISHING = "gpuprep: finishing the series in flight; interrupt again to stop at once"
@@ -541,23 +541,22 @@ def test_ctrl_c_finishes_the_series_in_progress(many: Path, out: Path) -> None:
     assert {row["folder"] for row in found.values()} == done(
         out
     )  # every series that was started was finished and recorded
-    assert 3 <= len(found) < 40
+    assert 3 <= len(found) < 24
     assert unfinished_outputs(out) == []
     assert findings(out) == []
     with closing(sqlite3.connect(out / "manifest.sqlite")) as db:
         assert db.execute("SELECT state FROM runs").fetchall() == [("interrupted",)]
     before = marks(out)
-    with Running(command(many, out)) as run:
-        assert run.end() == 0
+    assert gpuprep(*run_words(many, out)).returncode == 0
     assert {folder: marks(out)[folder] for folder in before} == before
-    assert len(done(out)) == 40
+    assert len(done(out)) == 24
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_twice_stops_at_once(tmp_path: Path, out: Path) -> None:
-    # Two series of 600 slices on two workers: none is finished at the first signal.
-    dicom = write_cohort(tmp_path / "dicom", 2, slices=600)
-    with Running(command(dicom, out)) as run:
+    # Two series that become 1200 slices on two workers: none is finished at the first signal.
+    dicom = write_cohort(tmp_path / "dicom", 2)
+    with Running(command(dicom, out, "--spacing", "0.01,1,1")) as run:
         run.wait_until(lambda: len(unfinished_outputs(out)) == 2)
         run.signal(signal.SIGINT)
         time.sleep(0.2)
@@ -601,7 +600,7 @@ def test_a_series_that_exceeds_the_time_limit_fails_without_affecting_others(
     dicom: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_cohort(dicom, 1, slices=7, first=4)
-    monkeypatch.setattr("gpuprep.executors.resources.get_backends", lambda *_: [SleepyBackend()])
+    monkeypatch.setattr("gpuprep.executors.resources.get_backends", lambda *_: [SleepyBackend("matmul")])
     run = go(dicom, out, jobs=2, limit_s=20)
     assert run.exit_code == 1
     assert statuses(out) == {**dict.fromkeys(names(4), "ok"), "s004": "failed"}
@@ -683,7 +682,7 @@ def test_a_former_output_is_restored_if_the_run_is_killed_during_its_replacement
         assert unfinished_outputs(out) == []
     undisturbed = out.with_name("undisturbed")
     for place in (out, undisturbed):
-        assert python(*command(dicom, place, "--size", "26")).returncode == 0
+        assert gpuprep(*run_words(dicom, place, "--size", "26")).returncode == 0
     assert whole(out) == whole(undisturbed)
 
 
@@ -730,7 +729,7 @@ def test_the_log_is_machine_readable_and_has_no_names_or_paths(tmp_path: Path, o
     (dicom / "s001" / "S1-0003.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\1" * 64)
     os.truncate(dicom / "s002" / "S1-0003.dcm", (dicom / "s002" / "S1-0003.dcm").stat().st_size - 50)
     log = tmp_path / "log"
-    run = python(*command(dicom, out, "--log", str(log), "--log-format", format_))
+    run = gpuprep(*run_words(dicom, out, "--log", str(log), "--log-format", format_))
     assert run.returncode == 1
     text = log.read_text()
     for word in ("Quincey", "Morris", "secret", "s000", "s001", "s002", ".dcm", str(tmp_path), "Phantom", "PHANTOM"):

@@ -1,8 +1,9 @@
-"""Of 200 series, a tenth is faulty in ten ways: the others are converted as if the faulty ones were absent."""
+"""Of 100 series, a tenth is faulty in ten ways: the others are converted as if the faulty ones were absent."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pydicom.uid import JPEGLSLossless, generate_uid
 
 from gpuprep.testing import write_series
 
-SERIES = 200
+SERIES = 100
 SPACING_MM = (2.0, 0.9, 0.8)
 
 
@@ -136,12 +137,10 @@ def test_exactly_the_intact_series_are_converted_and_do_not_depend_on_the_others
     assert {r["status"] for name, r in results.items() if name not in broken} == {"ok"}
 
     alone = tmp_path / "sound"
-    shutil.copytree(cohort, alone / cohort.name)
+    # Links have the same modification time, which is part of the fingerprint in volume.json.
+    shutil.copytree(cohort, alone / cohort.name, copy_function=os.link)
     for name in broken:
         shutil.rmtree(alone / cohort.name / name)
-    for file in cohort.rglob("*.dcm"):  # the modification time is part of the fingerprint in volume.json
-        if file.parent.name not in broken:
-            shutil.copystat(file, alone / cohort.name / file.parent.name / file.name)
     code, report, _ = converted(alone / cohort.name, tmp_path / "without")
     assert (code, report["counts"]) == (0, {"ok": SERIES - len(broken)})
     outputs = [

@@ -15,6 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
+from conftest import made_once
 
 import gpuprep
 from bench.compare import classic
@@ -24,7 +25,7 @@ from gpuprep.core.plan import make_plan
 from gpuprep.core.recipe import Recipe
 
 CHESTS = ("lidc-0001-jls", "lungdx-a0002", "4dlung-113-crop")
-SOME_SLICES = 8
+SOME_SLICES = 5
 ENGINES: tuple[Engine, ...] = ("operators", "ndimage")
 
 
@@ -38,18 +39,20 @@ def catalogue(data: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def converted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Convert three real collections by the command line, to uint8 to save disk space."""
-    out = tmp_path_factory.mktemp("real") / "out"
-    command = [sys.executable, "-m", "gpuprep", "convert", *(str(data / name) for name in CHESTS)]
-    run = subprocess.run(
-        [*command, "--out", str(out), "--backend", "cpu", "--dtype", "uint8", "--json"],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout)
-    assert report["counts"] == {"ok": 4}
-    assert report["passed_over"] == {"LIDC-IDRI XML": 1, "RT Structure Set Storage": 1, "not DICOM": 19}
-    assert report["unreadable"] == []
-    return out
+
+    def convert(out: Path) -> None:
+        command = [sys.executable, "-m", "gpuprep", "convert", *(str(data / name) for name in CHESTS)]
+        run = subprocess.run(
+            [*command, "--out", str(out), "--backend", "cpu", "--dtype", "uint8", "--json"],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        report = json.loads(run.stdout)
+        assert report["counts"] == {"ok": 4}
+        assert report["passed_over"] == {"LIDC-IDRI XML": 1, "RT Structure Set Storage": 1, "not DICOM": 19}
+        assert report["unreadable"] == []
+
+    return made_once(tmp_path_factory, "real-ct", convert)
 
 
 def test_four_series_have_the_expected_shapes(data: Path, converted: Path) -> None:

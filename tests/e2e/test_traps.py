@@ -2087,12 +2087,16 @@ def test_frames_separated_by_instance_only_are_separate_volumes(tmp_path: Path) 
 def test_1000_acquisition_times_have_different_hashes(tmp_path: Path) -> None:
     # With 16 bits, 7.3 pairs of 1000 times would be expected to have equal hashes.
     times = [f"{10 + n // 3600:02}{n // 60 % 60:02}{n % 60:02}" for n in range(1000)]
-    files = []
 
-    def at(ds: Dataset, k: int) -> None:
-        ds.AcquisitionDate, ds.AcquisitionTime = "20250131", times[k]
+    def at(ds: Dataset, _: int) -> None:
+        ds.AcquisitionDate, ds.AcquisitionTime = "20250131", "235959"
 
-    files = write_series(tmp_path, np.zeros((1000, 1, 1), np.int16), (2.5, 0.8, 0.7), series_uid="1.2.3", change=at)
+    (one,) = write_series(tmp_path, np.zeros((1, 1, 1), np.int16), (2.5, 0.8, 0.7), series_uid="1.2.3", change=at)
+    content, element = one.read_bytes(), b"TM\x06\0"
+    assert content.count(element + b"235959") == 1
+    files = [tmp_path / f"{time}.dcm" for time in times]
+    for file, time in zip(files, times, strict=True):
+        file.write_bytes(content.replace(element + b"235959", element + time.encode()))
     images = [image for contents in read_headers([str(f) for f in files]) for image in contents.images]
     assert len({image.header.acquisition_time for image in images}) == 1000
 

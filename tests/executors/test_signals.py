@@ -14,14 +14,16 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cohort import LIGHT
 
+from gpuprep.compute.backend import NumpyBackend
 from gpuprep.core.recipe import Recipe
 from gpuprep.executors.signals import signals_blocked
 from gpuprep.output.paths import WORK_FOLDER
@@ -33,6 +35,8 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and proce
 SERIES = 8
 RECIPE = Recipe(size=(192, 192), compression="zlib")
 COMMAND = ["-m", "gpuprep", "convert", "--size", "192", "--compression", "zlib", "--backend", "cpu", "--jobs", "2"]
+BACKEND = NumpyBackend("matmul")
+"""Backend of `LIGHT` commands, with which runs in this process give the same bytes."""
 Volumes = dict[str, dict[str, bytes]]
 
 
@@ -61,7 +65,7 @@ def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Volumes:
     """Return the volumes of an uninterrupted run over the cohort."""
     out = tmp_path_factory.mktemp("whole")
-    assert convert(dicom, out, RECIPE, backend="cpu").counts == {"ok": SERIES}
+    assert convert(dicom, out, RECIPE, backend=BACKEND).counts == {"ok": SERIES}
     expected = volumes(out)
     assert set(expected) == {f"dicom/p{n}" for n in range(SERIES)}
     # 10 slices of 2.5 mm become 25 of 1 mm; two more files are the volume.json and the preview.
@@ -101,9 +105,11 @@ class Interrupted:
         *,
         delay_s: float = 0.0,
         whole_group: bool = False,
+        environment: Mapping[str, str] = LIGHT,
     ) -> None:
         process = subprocess.Popen(
             [sys.executable, *command],
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -154,13 +160,13 @@ def check_orderly(run: Interrupted, out: Path) -> None:
 
 def finish(dicom: Path, out: Path, whole: Volumes) -> None:
     """Assert that the next run completes the cohort, with the same files as an uninterrupted run."""
-    run = convert(dicom, out, RECIPE, backend="cpu", jobs=2)
+    run = convert(dicom, out, RECIPE, backend=BACKEND, jobs=2)
     assert run.exit_code == 0
     assert set(run.counts) <= {"ok", "skipped"}
     assert len(run.results) == SERIES
     assert volumes(out) == whole
     assert not is_writing(out)
-    assert convert(dicom, out, RECIPE, backend="cpu").counts == {"skipped": SERIES}
+    assert convert(dicom, out, RECIPE, backend=BACKEND).counts == {"skipped": SERIES}
 
 
 @pytest.mark.parametrize(
@@ -187,10 +193,11 @@ def test_interrupted_runs_leave_complete_volumes_and_the_next_run_does_the_rest(
 
 
 def test_ctrl_c_while_workers_are_starting_is_one_line(dicom: Path, tmp_path: Path) -> None:
-    # A terminal sends SIGINT to the fork server, too, which is then importing modules.
+    # A terminal sends SIGINT to the fork server, too, which is then importing modules, of which Numba takes longest.
     out = tmp_path / "out"
     command = [*COMMAND, str(dicom), "--out", str(out)]
-    run = Interrupted(command, signal.SIGINT, (out / WORK_FOLDER / "lock").exists, delay_s=0.2, whole_group=True)
+    begun = (out / WORK_FOLDER / "lock").exists
+    run = Interrupted(command, signal.SIGINT, begun, delay_s=0.2, whole_group=True, environment={})
     check_orderly(run, out)
 
 

@@ -18,6 +18,7 @@ from segmentations import write_rtstruct
 import gpuprep
 from gpuprep import Masks, Recipe
 from gpuprep.compute.backend import Backend
+from gpuprep.executors.processes import InProcessExecutor
 from gpuprep.testing import write_series
 
 SHAPE = (20, 100, 110)
@@ -104,11 +105,11 @@ def truth(shape: Shape, grid: Any) -> Any:
     return shape.inside(index @ affine[:3, :3].T + affine[:3, 3] - CENTRE_MM)
 
 
-def write_ct(folder: Path, shape: Shape | None = None, matrix: tuple[int, int, int] = SHAPE) -> str:
+def write_ct(folder: Path, shape: Shape | None = None) -> str:
     """Write a series with the shape at 1000 HU in air; return its UID."""
     spacing = np.array(SPACING_MM[::-1])
-    index = np.moveaxis(np.indices(matrix), 0, -1)[..., ::-1]
-    bright = shape.inside(index * spacing + ORIGIN_MM - CENTRE_MM) if shape else np.zeros(matrix, bool)
+    index = np.moveaxis(np.indices(SHAPE), 0, -1)[..., ::-1]
+    bright = shape.inside(index * spacing + ORIGIN_MM - CENTRE_MM) if shape else np.zeros(SHAPE, bool)
     files = write_series(
         folder, np.where(bright, 2024, 24).astype(np.int16), SPACING_MM, origin_mm=tuple(ORIGIN_MM.tolist())
     )
@@ -130,6 +131,12 @@ def as_rtstruct(path: Path, shape: Shape, series_uid: str) -> Path:
 
 def as_text(path: Path, shape: Shape, _: str) -> Path:
     return write_points(path / "shape.txt", [o for z in heights() for o in shape.outlines(float(z))])
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep runs on a device in this process: each of their workers would import the simulated GPU anew."""
+    monkeypatch.setattr("gpuprep.executors.resources.ProcessExecutor", lambda *_: InProcessExecutor())
 
 
 @pytest.fixture(scope="module")
@@ -216,12 +223,12 @@ def test_image_and_mask_of_a_bright_object_coincide_after_the_default_recipe(
     tmp_path: Path, name: str, resampling: Literal["nearest", "smooth"]
 ) -> None:
     shape = SHAPES[name]
-    uid = write_ct(tmp_path / "dicom", shape, (20, 300, 320))
-    recipe = Recipe(size=(300, 320), masks=Masks(resampling=resampling, units="mm"))
+    uid = write_ct(tmp_path / "dicom", shape)
+    recipe = Recipe(size=(96, 90), masks=Masks(resampling=resampling, units="mm"))
     got, _ = masks(tmp_path / "dicom", tmp_path, as_text(tmp_path, shape, uid), recipe)
     folder = next((tmp_path / "out").rglob("volume.json")).parent
     image = np.stack([tifffile.imread(f) for f in sorted(folder.glob("*.tif"))])
-    assert image.shape == got.shape == (60, 300, 320)
+    assert image.shape == got.shape == (60, 96, 90)
     bright = image > 0.5
     around = np.ones((3, 3, 3), bool)
     assert not (bright & ~ndimage.binary_dilation(got != 0, around)).any()

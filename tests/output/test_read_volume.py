@@ -8,9 +8,10 @@ import mmap
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -260,24 +261,31 @@ def sparse_nii(path: Path, shape: tuple[int, int, int]) -> NDArray[Any]:
     return np.memmap(path, "<f4", "r+", 352, shape)
 
 
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """Yield a folder of the system's place for temporary files, even if --basetemp names a file system in memory."""
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the page cache by mincore of Linux")
 @pytest.mark.parametrize(("format_", "make"), [("npy", sparse_npy), ("tif-stack", sparse_tif), ("nifti", sparse_nii)])
 def test_reading_a_patch_of_a_mapped_file_reads_a_small_part_of_its_bytes(
-    tmp_path: Path, format_: Any, make: Callable[[Path, tuple[int, int, int]], NDArray[Any]]
+    disk: Path, format_: Any, make: Callable[[Path, tuple[int, int, int]], NDArray[Any]]
 ) -> None:
     shape = (324, 512, 512)
     recipe = Recipe(spacing_mm=None, size=None, format=format_)
-    path = tmp_path / f"volume{recipe.ending}"
+    path = disk / f"volume{recipe.ending}"
     values = make(path, shape)  # 340 MB, but a sparse file
     expected = np.random.default_rng(0).random((64, 64, 64), np.float32)
     values[PATCH] = expected
     del values
     outputs = {path.name: {"bytes": path.stat().st_size}}
-    (tmp_path / "volume.json").write_text(
+    (disk / "volume.json").write_text(
         json.dumps({"shape": shape, "affine_lps": np.eye(4).tolist(), "recipe": recipe.to_dict(), "outputs": outputs})
     )
     forget(path)
-    found = FinishedOutput(tmp_path).image(PATCH)
+    found = FinishedOutput(disk).image(PATCH)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.dtype("=f4")
     assert expected.nbytes < in_memory(path) < 0.1 * path.stat().st_size

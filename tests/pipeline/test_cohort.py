@@ -1020,36 +1020,46 @@ def test_outputs_and_rows_are_removed_when_a_series_is_divided_differently(tmp_p
     assert folders == set(map(Path, rows.values()))
 
 
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Convert "in" to "first" in a process that finds no compiled loops; return the folder of both, and stderr."""
+    top = tmp_path_factory.mktemp("first-run")
+    for n in range(3):
+        stored = np.random.default_rng(n).integers(0, 3000, (9 + n, 40, 37)).astype(np.int16)
+        write_series(top / "in" / f"p{n}", stored, (2.5, 0.8, 0.7))
+    how = ["--size", "48", "--dtype", "uint8", "--backend", "cpu"]
+    run = subprocess.run(
+        [sys.executable, "-m", "gpuprep", "convert", str(top / "in"), "--out", str(top / "first"), *how],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(top / "numba")}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return top, run.stderr
+
+
 def test_outputs_do_not_depend_on_workers_resumption_or_compilation(
-    tmp_path: Path, noise: Any, monkeypatch: pytest.MonkeyPatch
+    first_run: tuple[Path, str], tmp_path: Path
 ) -> None:
     # One worker or several, one run or two, loops compiled or loaded from the cache.
-    for n in range(3):
-        write_series(tmp_path / "in" / f"p{n}", noise((9 + n, 40, 37), seed=n), (2.5, 0.8, 0.7))
+    top, _ = first_run
     recipe = Recipe(size=(48, 48), dtype="uint8")
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
     for out, jobs, limit in (("one", 1, None), ("two", 2, None), ("here", None, None), ("resumed", 2, 1)):
         if limit:
-            assert (
-                convert(tmp_path / "in", tmp_path / out, recipe, backend="cpu", jobs=jobs, limit=limit).postponed == 2
-            )
-        run = convert(tmp_path / "in", tmp_path / out, recipe, backend="cpu", jobs=jobs)
+            assert convert(top / "in", tmp_path / out, recipe, backend="cpu", jobs=jobs, limit=limit).postponed == 2
+        run = convert(top / "in", tmp_path / out, recipe, backend="cpu", jobs=jobs)
         assert set(run.counts) <= {"ok", "skipped"}
 
-    def slices(out: str) -> dict[str, bytes]:
-        return {str(f.relative_to(tmp_path / out)): f.read_bytes() for f in (tmp_path / out).rglob("*.tif")}
+    def slices(out: Path) -> dict[str, bytes]:
+        return {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*.tif")}
 
-    expected = slices("one")
+    expected = slices(top / "first")
     assert len(expected) == round(9 * 2.5) + round(10 * 2.5) + round(11 * 2.5)
-    assert slices("two") == slices("here") == slices("resumed") == expected
+    for name in ("one", "two", "here", "resumed"):
+        assert slices(tmp_path / name) == expected, name
 
 
-def test_the_first_run_on_a_machine_reports_the_compilation(tmp_path: Path, small_series: Path) -> None:
-    command = [sys.executable, "-m", "gpuprep", "convert", str(small_series), "--backend", "cpu", "--out"]
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "numba")}
-    run = subprocess.run([*command, str(tmp_path / "out")], env=environment, capture_output=True, text=True, check=True)
-    assert "compiling the inner loops" in run.stderr
-    assert list((tmp_path / "numba").rglob("*.nbc"))
+def test_the_first_run_on_a_machine_reports_the_compilation(first_run: tuple[Path, str]) -> None:
+    top, stderr = first_run
+    assert "compiling the inner loops" in stderr
+    assert list((top / "numba").rglob("*.nbc"))
 
 
 def test_a_broken_numba_gives_a_reason_and_no_traceback(

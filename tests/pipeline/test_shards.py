@@ -22,8 +22,8 @@ from cohort import (
     gpuprep,
     marks,
     other_tables,
-    python,
     rows,
+    run_words,
     tree,
     unfinished_outputs,
     whole,
@@ -57,8 +57,8 @@ def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_run(dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output of a single run over the whole cohort."""
     out = tmp_path_factory.mktemp("one") / "out"
-    with Running(command(dicom, out)) as run:
-        assert run.end() == 1, run.stderr
+    ran = gpuprep(*run_words(dicom, out))
+    assert ran.returncode == 1, ran.stderr
     assert [name for name, row in rows(out).items() if row["status"] != "ok"] == ["s003", "s007"]
     return out
 
@@ -159,7 +159,7 @@ def test_verify_and_manifest_read_unmerged_shards_as_one(out: Path, one_run: Pat
 
 def test_a_resumed_shard_skips_its_finished_series(dicom: Path, out: Path) -> None:
     before, known = marks(out), rows(out, f"manifest.2-of-{SHARDS}.sqlite")
-    again = python(*command(dicom, out, "--shard", f"2/{SHARDS}", "--json"))
+    again = gpuprep(*run_words(dicom, out, "--shard", f"2/{SHARDS}", "--json"))
     assert "Traceback" not in again.stderr
     assert f'"skipped": {sum(row["status"] == "ok" for row in known.values())}' in again.stdout
     assert '"ok"' not in again.stdout.split('"postponed"')[0]
@@ -172,7 +172,7 @@ def test_a_run_over_the_whole_cohort_merges_shards_and_skips_their_series(
 ) -> None:
     before = marks(out)
     assert before.keys() == done(one_run)
-    run = python(*command(dicom, out))
+    run = gpuprep(*run_words(dicom, out))
     assert run.returncode == 1  # two series are still faulty
     assert "Traceback" not in run.stderr
     assert marks(out) == before
@@ -180,7 +180,7 @@ def test_a_run_over_the_whole_cohort_merges_shards_and_skips_their_series(
 
 
 def test_shards_of_another_division_are_refused(dicom: Path, out: Path) -> None:
-    refused = python(*command(dicom, out, "--shard", "1/3"))
+    refused = gpuprep(*run_words(dicom, out, "--shard", "1/3"))
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == (f"gpuprep: {out} holds 1-of-4, a shard of another division: gpuprep merge {out} first\n")
     # A manifest of another division was copied there.
@@ -200,7 +200,7 @@ def test_shards_after_a_merge_may_be_of_another_division(dicom: Path, out: Path,
     assert gpuprep("merge", out).returncode == 0
     before = marks(out)
     for n in (1, 2):
-        run = python(*command(dicom, out, "--shard", f"{n}/2"))
+        run = gpuprep(*run_words(dicom, out, "--shard", f"{n}/2"))
         assert run.returncode in (0, 1)
         assert "Traceback" not in run.stderr
     assert marks(out) == before
@@ -327,7 +327,7 @@ def test_label_values_that_agree_are_joined(tmp_path: Path) -> None:
 
 def test_a_shard_without_series_has_exit_code_0(tmp_path: Path) -> None:
     dicom = write_cohort(tmp_path / "dicom", 1)
-    codes = [gpuprep(*command(dicom, tmp_path / "out", "--shard", f"{n}/2")[2:]).returncode for n in (1, 2)]
+    codes = [gpuprep(*run_words(dicom, tmp_path / "out", "--shard", f"{n}/2")).returncode for n in (1, 2)]
     assert codes == [0, 0]
     (tmp_path / "empty").mkdir()
-    assert gpuprep(*command(tmp_path / "empty", tmp_path / "out2", "--shard", "1/2")[2:]).returncode == 3
+    assert gpuprep(*run_words(tmp_path / "empty", tmp_path / "out2", "--shard", "1/2")).returncode == 3
