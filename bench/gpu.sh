@@ -52,7 +52,8 @@ from gpuprep.errors import BackendError
 try:
     get_backend("gpu")
 except BackendError as exc:
-    sys.exit(f"no figures without a GPU: {exc}")'
+    print(f"not run, because no GPU can be used: {exc}")
+    sys.exit(exc.exit_code)'
 }
 
 doctor() { python3 -m gpuprep doctor --gpu --json >"$out/doctor-gpu.json"; }

@@ -64,7 +64,7 @@ class Launch:
     """Samples per block of outputs."""
     warps: int
     """Warps that compute."""
-    turned: bool
+    transposed: bool
     stored: bool
     from_cache: bool
     """Whether the values were written by the launch before."""
@@ -76,7 +76,7 @@ class Launch:
         moved = 0
         for size, cached in ((self.read_bytes, self.from_cache), (self.written_bytes, self.to_cache)):
             moved += 0 if cached and size <= card.cache_bytes else size
-        per_warp = 3 * self.width + (3 if self.turned else 1) * OUTPUTS
+        per_warp = 3 * self.width + (3 if self.transposed else 1) * OUTPUTS
         instructions = self.width * (LOAD_INSTRUCTIONS + self.stored * STORED_INSTRUCTIONS)
         instructions += OUTPUTS * STORE_INSTRUCTIONS
         clocks = self.warps / card.multiprocessors / card.clock_hz
@@ -98,21 +98,21 @@ class Recorder(NumpyBackend):
         return np.empty(shape, dtype)
 
     def resample(self, values: Any, out: Any, tables: BlockTables, **options: Any) -> None:
-        turned, stored = options.get("turned", False), options.get("rescale") is not None
+        transposed, stored = options.get("transposed", False), options.get("rescale") is not None
         cached = self._last is not None and np.shares_memory(values, self._last)
         if cached:
             self.launches[-1].to_cache = True
         if stored or (cached and self.launches[-1].stored):
             stage = "source slices"
         else:
-            stage = "output slices" if turned else "across slices"
+            stage = "output slices" if transposed else "across slices"
         width = int(tables.weights.shape[1])
         blocks_x, _, outer = grid(values.shape, tables.n_out)
         warps = blocks_x * outer * -(-tables.n_out // OUTPUTS)
         rows = min(values.shape[1], int(tables.first[-1]) + width - int(tables.first[0]))
         columns = values.shape[0] * values.shape[2]
         read, written = rows * columns * values.itemsize, tables.n_out * columns * out.itemsize
-        self.launches.append(Launch(stage, read, written, width, warps, turned, stored, cached))
+        self.launches.append(Launch(stage, read, written, width, warps, transposed, stored, cached))
         self._last = out
 
 

@@ -2,8 +2,8 @@
 
 Stored values of a few slices become HU and are resampled along rows and columns; then slices are resampled across; then
 a few output slices are windowed, resized along rows and columns, and rounded. Between rows and columns the slices stay
-in the cache of the GPU. Only the source slices that an output still needs are kept, in a ring, so that memory does not
-grow with the series.
+in the cache of the GPU, if it holds them (23 MB for 32 slices of 512 × 512). Only the source slices that an output
+still needs are kept, in a ring, so that memory does not grow with the series.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class KernelBackend(Backend, Protocol):
         out: Any,
         tables: BlockTables,
         *,
-        turned: bool = False,
+        transposed: bool = False,
         window: Window | None = None,
         rescale: Rescale | None = None,
     ) -> None:
@@ -77,7 +77,7 @@ def chunks(hu: HuSlabs, plan: Plan, backend: KernelBackend) -> Iterator[Any]:
         # The window precedes the resize, which interpolates windowed values.
         backend.resample(_flat(ring.slices), _flat(target), on_device.part(*span), window=finish.window)
         yield from [target] if finish.is_last else finish.resized(target)
-    ring.load(hu.count)  # the remaining slices count in the HU statistics
+    ring.load(hu.count)  # the remaining slices are read too: their values are recorded
 
 
 def chunk_spans(count: int, chunk_slices: int) -> Iterator[tuple[int, int]]:
@@ -92,7 +92,10 @@ def slices_per_chunk(chunk_slices: int) -> int:
 
 
 def ring_slices(needed: int, slab_slices: int, count: int) -> int:
-    """Return how many of `count` slices a ring has to hold, so that `needed` remain while whole slabs are added."""
+    """Return how many of `count` slices a ring has to hold, so that `needed` remain while whole slabs are added.
+
+    That is all of them, or a multiple of `slab_slices`, so that no slab crosses the end of the ring.
+    """
     return min(count, -(-(needed + slab_slices - 1) // slab_slices) * slab_slices)
 
 
@@ -141,9 +144,9 @@ def in_plane(
         backend.resample(values, out, rows, window=window, rescale=rescale)
         return
     shape = values.shape[0], values.shape[2], rows.n_out
-    between = scratch.of(shape, ("turned", shape[1:]), lambda: backend.empty(shape, np.float32))
-    backend.resample(values, between, rows, turned=True, rescale=rescale)
-    backend.resample(between, out, columns, turned=True, window=window)
+    between = scratch.of(shape, ("transposed", shape[1:]), lambda: backend.empty(shape, np.float32))
+    backend.resample(values, between, rows, transposed=True, rescale=rescale)
+    backend.resample(between, out, columns, transposed=True, window=window)
 
 
 class _Ring:

@@ -2,8 +2,8 @@
 
 The kernel resamples along the middle axis of an array (outer, rows, inner) by the tables of
 `gpuprep.compute.resample_blocks`. On the way in it can turn stored values into HU, on the way out it applies a window
-and rounds to an integer type. It writes rows, or columns: two launches that both write columns resample a slice along
-its rows and then along its columns, and all reads and writes are of adjacent memory.
+and rounds to an integer type. It writes the result with the same order of axes, or with the last two exchanged: two
+launches that exchange them resample a slice along both axes, and all reads and writes are of adjacent memory.
 
 Shapes, tables and values of a series are arguments. So a kernel is compiled once per pair of voxel types. The source is
 plain text, so that tests can compile it for the host without a GPU. HU are bit-identical to those of
@@ -118,12 +118,13 @@ __device__ __forceinline__ float hu(
 }}
 #endif
 
-// in: (outer, in_rows, inner); row r of a line is row r % in_rows in memory
-// out: (outer, out_rows, inner), or turned: (outer, inner, out_rows); out_outer and out_row are strides in elements
+// in: (outer, in_rows, inner); sample r of a line is in row r % in_rows
+// out: (outer, out_rows, inner), or transposed: (outer, inner, out_rows); out_outer and out_row are strides in elements
 extern "C" __global__ void __launch_bounds__(LANES * WARPS)
 {NAME}(
     const IN* __restrict__ in, const long long inner, const int in_rows,
-    OUT* __restrict__ out, const long long out_outer, const long long out_row, const int out_rows, const bool turned,
+    OUT* __restrict__ out, const long long out_outer, const long long out_row, const int out_rows,
+    const bool transposed,
     const int* __restrict__ first, const float* __restrict__ weights, const int width,
     const float low, const float high, const float shift, const float scale, const float least, const float most
 #if STORED
@@ -171,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(LANES * WARPS)
     }}
 
     OUT* const to = out + slice * out_outer;
-    if (!turned) {{
+    if (!transposed) {{
         for (int r = 0; r < OUTPUTS; ++r) {{
             const int q = block * OUTPUTS + r;
             if (column < inner && q < out_rows)
@@ -202,7 +203,7 @@ def arguments(
     out: Any,
     tables: BlockTables,
     *,
-    turned: bool = False,
+    transposed: bool = False,
     window: Window | None = None,
     rescale: Rescale | None = None,
 ) -> tuple[Any, ...]:
@@ -213,11 +214,11 @@ def arguments(
     values : array, shape (outer, rows, inner), contiguous
         Samples. `rows` may be fewer than the samples of a line, if earlier ones have been overwritten: sample r is in
         row r % `rows`.
-    out : array, shape (outer, outputs, inner), or (outer, inner, outputs) if `turned`
+    out : array, shape (outer, outputs, inner), or (outer, inner, outputs) if `transposed`
         Memory for the result; adjacent along the last axis.
     tables : BlockTables
         Tables on the device.
-    turned : bool
+    transposed : bool
         Whether to exchange the last two axes.
     window : Window, optional
         Window for the result.
@@ -230,7 +231,7 @@ def arguments(
     found = (
         values, np.int64(values.shape[2]), np.int32(values.shape[1]),
         out, np.int64(out.strides[0] // size), np.int64(out.strides[1] // size), np.int32(tables.n_out),
-        np.bool_(turned), tables.first, tables.weights, np.int32(tables.weights.shape[1]), *map(np.float32, floats),
+        np.bool_(transposed), tables.first, tables.weights, np.int32(tables.weights.shape[1]), *map(np.float32, floats),
     )  # fmt: skip
     if rescale is None:
         return found

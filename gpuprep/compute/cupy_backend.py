@@ -149,11 +149,11 @@ class CupyBackend:
         out: Any,
         tables: BlockTables,
         *,
-        turned: bool = False,
+        transposed: bool = False,
         window: Window | None = None,
         rescale: Rescale | None = None,
     ) -> None:
-        _resample(cupy.ascontiguousarray(values), out, tables, turned=turned, window=window, rescale=rescale)
+        _resample(cupy.ascontiguousarray(values), out, tables, transposed=transposed, window=window, rescale=rescale)
 
     def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
         hu = cupy.empty(stored.shape, dtype=np.float32)

@@ -77,16 +77,17 @@ def examine_gpus(make_phantoms: Callable[[], Phantoms], cores: int) -> GpuReport
     try:
         module = import_cupy_backend()
     except Exception as exc:  # a broken installation of CuPy can raise any exception
-        findings = [*software_findings(None), *environment_findings(), _unusable(0, exc)]
+        findings = [*software_findings(None), *environment_findings(), _unusable(None, exc)]
         return GpuReport(0, findings)
     findings = [*software_findings(module.cuda_versions()), *environment_findings()]
     findings.append(_checked("version", "cuCIM import", _cucim, module))
     backends = {}
-    for ordinal in range(max(1, module.device_count())):
+    count = module.device_count()
+    for ordinal in range(max(1, count)):
         try:
             backends[ordinal] = module.CupyBackend(ordinal)
         except BackendError as exc:
-            findings.append(_unusable(ordinal, exc))
+            findings.append(_unusable(ordinal if count else None, exc))
     if not backends:
         return GpuReport(0, findings)
     phantoms = make_phantoms()
@@ -96,8 +97,9 @@ def examine_gpus(make_phantoms: Callable[[], Phantoms], cores: int) -> GpuReport
     return GpuReport(len(backends), findings)
 
 
-def _unusable(ordinal: int, exc: Exception) -> GpuFinding:
-    return GpuFinding("device", "test kernel", False, _text(exc), decisive=True, device=ordinal)
+def _unusable(ordinal: int | None, exc: Exception) -> GpuFinding:
+    name = "GPU" if ordinal is None else "test kernel"
+    return GpuFinding("device", name, False, _text(exc), decisive=True, device=ordinal)
 
 
 def _device_findings(module: Any, backend: Any, ordinal: int, phantoms: Phantoms, cores: int) -> Iterator[GpuFinding]:

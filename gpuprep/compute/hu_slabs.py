@@ -1,4 +1,7 @@
-"""Uploads the slices of a series slab by slab, and converts them to HU in the orientation of the plan."""
+"""Uploads the slices of a series, and converts them to HU in the orientation of the plan or leaves that to the kernel.
+
+A slab is the slices of one upload.
+"""
 
 from __future__ import annotations
 

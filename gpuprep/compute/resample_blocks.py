@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gpuprep.compute import resample_taps
 
 OUTPUTS = 8
-"""Outputs per block."""
+"""Outputs per block. The source of the kernel is written out for eight."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +58,7 @@ def build(n_in: int, n_out: int, *, flipped: bool = False, **step: Any) -> Block
     flipped : bool
         Whether the samples are stored in reverse order.
     **step
-        Further arguments of `gpuprep.compute.resample_taps.weights_of_samples`.
+        Further arguments of `gpuprep.compute.resample_taps.weights_of_samples`, all of them.
     """
     first, weights = resample_taps.weights_of_samples(n_in, n_out, **step)
     samples = n_in if step["along"] is None else len(step["along"])
@@ -72,7 +72,7 @@ def selection(n_in: int, start: int, stop: int, *, flipped: bool = False) -> Blo
 
 
 def from_matrix(matrix: NDArray[np.float64], negligible: float) -> BlockTables:
-    """Return the tables of a banded matrix of shape (outputs, samples); smaller weights than `negligible` are 0."""
+    """Return the tables of a banded matrix of shape (outputs, samples); weights below `negligible` are 0."""
     return _blocks(matrix.shape[1], *resample_taps.band_of(matrix, negligible))
 
 

@@ -64,7 +64,7 @@ class HostDevice(NumpyBackend):
         return np.full(shape, 77, dtype)
 
     def resample(
-        self, values: Any, out: Any, tables: Any, *, turned: bool = False, window: Any = None, rescale: Any = None
+        self, values: Any, out: Any, tables: Any, *, transposed: bool = False, window: Any = None, rescale: Any = None
     ) -> None:
         hu = values if rescale is None else hounsfield.to_hu(values, *rescale)
         matrix = np.zeros((8 * len(tables.first), hu.shape[1]))
@@ -78,7 +78,7 @@ class HostDevice(NumpyBackend):
             values = np.einsum("qr,orx->oqx", matrix, hu.astype(np.float64)).astype(np.float32)
         if window is not None:
             values = hounsfield.window(values, window.low_hu, window.high_hu, window.scale, window.shift_hu)
-        out[...] = hounsfield.quantise(values.swapaxes(1, 2) if turned else values, out.dtype.name)
+        out[...] = hounsfield.quantise(values.swapaxes(1, 2) if transposed else values, out.dtype.name)
         self.fault(out)
 
     def to_hu(self, stored: Any, slope: Any, intercept: Any, padding: Any, rule: str) -> Any:
@@ -364,8 +364,8 @@ def test_without_a_usable_gpu_the_reason_is_one_line_and_exit_code_4(
     code, findings, stderr = examined()
     assert code == 4
     assert words in stderr
-    assert words in findings["device: test kernel"]["detail"]
-    assert [name for name, f in findings.items() if f["decisive"]] == ["device: test kernel"]
+    assert words in findings["device: GPU"]["detail"]
+    assert [name for name, f in findings.items() if f["decisive"]] == ["device: GPU"]
 
 
 @pytest.mark.parametrize("cupy_on_host", [Machine(gpus=(Gpu(name="Simulated MIG 1g.18gb"),))], indirect=True)
@@ -411,7 +411,7 @@ def test_a_broken_cupy_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "import_cupy_backend", broken)
     code, findings, stderr = examined()
     assert code == 4
-    assert findings["device: test kernel"]["detail"] == "AttributeError: module 'numpy' has no attribute 'x'"
+    assert findings["device: GPU"]["detail"] == "AttributeError: module 'numpy' has no attribute 'x'"
     assert findings["version: CUDA of CuPy"]["detail"] == "unknown without CuPy"
     assert "no GPU can be used" in stderr
 

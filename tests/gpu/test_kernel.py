@@ -52,16 +52,16 @@ def along_rows(values: NDArray[Any], matrix: NDArray[np.float64]) -> NDArray[np.
 
 
 def check_resampling(
-    shape: tuple[int, int, int], outputs: int, *, source: str = "", seed: int = 0, turned: bool = False, **step: Any
+    shape: tuple[int, int, int], outputs: int, *, source: str = "", seed: int = 0, transposed: bool = False, **step: Any
 ) -> None:
     """Compare with the matrix from SciPy. Float32 holds 4000 HU to 2.4e-4; the sums have up to 28 terms."""
     step = CUBIC | step
     values = noise(shape, seed)
     matrix = resample_matrix.matrix(shape[1], outputs, **step)
     expected = along_rows(values, matrix)
-    expected = expected.transpose(0, 2, 1) if turned else expected
+    expected = expected.transpose(0, 2, 1) if transposed else expected
     out = poisoned(expected.shape)
-    run(values, out, resample_blocks.build(shape[1], outputs, **step), source=source, seed=seed, turned=turned)
+    run(values, out, resample_blocks.build(shape[1], outputs, **step), source=source, seed=seed, transposed=transposed)
     assert np.abs(out - expected).max() < 0.003
 
 
@@ -75,18 +75,18 @@ sizes = st.integers(1, 70)
     order=st.sampled_from([0, 1, 3, 3, 5]),
     rule=st.sampled_from([("nearest", True), ("constant", False), ("mirror", True)]),
     sigma=st.sampled_from([0.0, 0.0, 1.3]),
-    turned=st.booleans(),
+    transposed=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-@example(shape=(1, 1, 1), outputs=1, order=3, rule=("nearest", True), sigma=0.0, turned=True, seed=1)
-@example(shape=(1, 1, 33), outputs=65, order=3, rule=("nearest", True), sigma=0.0, turned=True, seed=2)
-@example(shape=(2, 65, 1), outputs=1, order=3, rule=("nearest", True), sigma=0.0, turned=False, seed=3)
-@example(shape=(1, 50, 32), outputs=150, order=3, rule=("constant", False), sigma=0.0, turned=False, seed=4)
+@example(shape=(1, 1, 1), outputs=1, order=3, rule=("nearest", True), sigma=0.0, transposed=True, seed=1)
+@example(shape=(1, 1, 33), outputs=65, order=3, rule=("nearest", True), sigma=0.0, transposed=True, seed=2)
+@example(shape=(2, 65, 1), outputs=1, order=3, rule=("nearest", True), sigma=0.0, transposed=False, seed=3)
+@example(shape=(1, 50, 32), outputs=150, order=3, rule=("constant", False), sigma=0.0, transposed=False, seed=4)
 def test_any_shape_is_resampled_as_by_scipy(
-    shape: Any, outputs: int, order: int, rule: tuple[str, bool], sigma: float, turned: bool, seed: int
+    shape: Any, outputs: int, order: int, rule: tuple[str, bool], sigma: float, transposed: bool, seed: int
 ) -> None:
     step: dict[str, Any] = {"order": order, "mode": rule[0], "grid_mode": rule[1], "sigma": sigma}
-    check_resampling(shape, outputs, seed=seed, turned=turned, **step)
+    check_resampling(shape, outputs, seed=seed, transposed=transposed, **step)
 
 
 def test_an_axis_of_uneven_positions_is_resampled_by_its_spline() -> None:
@@ -136,14 +136,16 @@ def test_stored_values_become_hu_before_they_are_resampled() -> None:
     expected = along_rows(hu, resample_matrix.matrix(24, 31, **CUBIC)).transpose(0, 2, 1)
     out = poisoned(expected.shape)
     rescale = Rescale(slope, intercept, padding, "air")
-    run(stored, out, resample_blocks.build(24, 31, **CUBIC), turned=True, rescale=rescale)
+    run(stored, out, resample_blocks.build(24, 31, **CUBIC), transposed=True, rescale=rescale)
     assert np.abs(out - expected).max() < 0.001
 
 
 TOPS = {"float32": 1.0, "uint8": 255.0, "uint16": 65535.0, "int16": None}
 
 
-def check_window(dtype: str, window_hu: tuple[float, float] | None, *, source: str = "", turned: bool = False) -> None:
+def check_window(
+    dtype: str, window_hu: tuple[float, float] | None, *, source: str = "", transposed: bool = False
+) -> None:
     """Compare windowed and rounded values bit by bit with NumPy's."""
     rng = np.random.default_rng(2)
     halves = np.arange(-1400, 500, 0.5)  # are rounded to even
@@ -158,17 +160,17 @@ def check_window(dtype: str, window_hu: tuple[float, float] | None, *, source: s
         window = Window(*window_hu, float(shift), float(scale))
     if dtype != "float32":
         expected = np.clip(np.rint(expected), np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
-    expected = expected.transpose(0, 2, 1) if turned else expected
+    expected = expected.transpose(0, 2, 1) if transposed else expected
     out = poisoned(expected.shape, dtype)
-    run(values, out, resample_blocks.selection(40, 0, 40), source=source, window=window, turned=turned)
+    run(values, out, resample_blocks.selection(40, 0, 40), source=source, window=window, transposed=transposed)
     np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("window_hu", [None, (-1000.0, 400.0), (-1350.5, 149.25)])
 @pytest.mark.parametrize("dtype", TOPS)
-@pytest.mark.parametrize("turned", [False, True])
-def test_windowed_and_rounded_values_are_bit_identical_to_numpy(dtype: str, window_hu: Any, turned: bool) -> None:
-    check_window(dtype, window_hu, turned=turned)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_windowed_and_rounded_values_are_bit_identical_to_numpy(dtype: str, window_hu: Any, transposed: bool) -> None:
+    check_window(dtype, window_hu, transposed=transposed)
 
 
 def check_ring(*, source: str = "") -> None:
@@ -189,15 +191,15 @@ def test_samples_are_found_in_a_ring_of_rows() -> None:
     check_ring()
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_only_the_given_rows_and_columns_of_a_view_are_written(turned: bool) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_only_the_given_rows_and_columns_of_a_view_are_written(transposed: bool) -> None:
     values = noise((2, 20, 37))
-    shape = (2, 37, 9) if turned else (2, 9, 37)
+    shape = (2, 37, 9) if transposed else (2, 9, 37)
     canvas = poisoned((2, 60, 70))
     view = canvas[::-1, 5 : 5 + shape[1], 3 : 3 + shape[2]]  # slices in reverse order, as of a stack from head to feet
-    run(values, view, resample_blocks.build(20, 9, **CUBIC), turned=turned)
+    run(values, view, resample_blocks.build(20, 9, **CUBIC), transposed=transposed)
     expected = along_rows(values, resample_matrix.matrix(20, 9, **CUBIC))
-    assert np.abs(view - (expected.transpose(0, 2, 1) if turned else expected)).max() < 0.003
+    assert np.abs(view - (expected.transpose(0, 2, 1) if transposed else expected)).max() < 0.003
     assert np.isnan(canvas).sum() == canvas.size - view.size
 
 
@@ -234,11 +236,11 @@ def checks() -> tuple[Callable[[str], None], ...]:
     return (
         lambda source: check_rescale("int16", "air", source=source),
         lambda source: check_rescale("int16", "minus2000-to-0", source=source),
-        lambda source: check_window("uint8", (-1350.5, 149.25), source=source, turned=True),
+        lambda source: check_window("uint8", (-1350.5, 149.25), source=source, transposed=True),
         lambda source: check_window("int16", None, source=source),
         lambda source: check_ring(source=source),
         lambda source: check_resampling((2, 50, 37), 75, source=source),
-        lambda source: check_resampling((2, 37, 50), 75, source=source, turned=True),
+        lambda source: check_resampling((2, 37, 50), 75, source=source, transposed=True),
     )
 
 
@@ -252,7 +254,7 @@ MUTATIONS = {
     "weights of the next block": ("(long long) block * width", "(long long) (block + 1) * width"),
     "column beyond the last": ("if (column < inner && block", "if (column <= inner && block"),
     "row beyond the last": ("if (column < inner && q < out_rows)", "if (column < inner && q <= out_rows)"),
-    "turned row beyond the last": ("top + r < out_rows)", "top + r <= out_rows)"),
+    "transposed row beyond the last": ("top + r < out_rows)", "top + r <= out_rows)"),
     "swapped axes": ("tile[lane][warp * OUTPUTS + r] = sum[r];", "tile[warp * 4 + r % 4][lane + r / 4] = sum[r];"),
     "missing barrier": ("    __syncthreads();\n", ""),
     "slices at the distance of a row": ("slice * (in_rows * inner)", "slice * inner"),
