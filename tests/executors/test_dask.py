@@ -261,7 +261,7 @@ def test_a_backend_that_cannot_be_opened_ends_the_run(shared: Cluster) -> None:
 
 def test_the_placeholder_of_a_gpu_has_the_attributes_that_plans_need() -> None:
     backend = remote_gpu()
-    assert (backend.name, backend.body, backend.device, backend.free_bytes()) == ("gpu", "matmul", "", None)
+    assert (backend.name, backend.body, backend.device, backend.free_bytes()) == ("gpu", "kernels", "", None)
 
 
 def test_stop_ends_tasks_and_processes_and_the_cluster_can_run_again(tmp_path: Path) -> None:
