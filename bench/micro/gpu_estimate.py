@@ -22,6 +22,7 @@ from gpuprep.compute.process import host_chunks
 from gpuprep.compute.resample_blocks import OUTPUTS, BlockTables
 from gpuprep.core.plan import Plan, make_plan
 from gpuprep.core.recipe import Dtype, Recipe
+from gpuprep.core.volume import StoredVolume
 from gpuprep.testing import thorax_volume
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
@@ -116,9 +117,8 @@ class Recorder(NumpyBackend):
         self._last = out
 
 
-def recorded(dtype: Dtype) -> tuple[list[Launch], Plan]:
-    """Return the launches for one series, and its plan."""
-    volume = thorax_volume(SHAPE, SPACING_MM)
+def recorded(volume: StoredVolume, dtype: Dtype) -> tuple[list[Launch], Plan]:
+    """Return the launches for a series, and its plan."""
     plan, recorder = make_plan(volume.geometry, Recipe(dtype=dtype)), Recorder()
     for _ in host_chunks(volume, plan, recorder):
         pass
@@ -127,9 +127,9 @@ def recorded(dtype: Dtype) -> tuple[list[Launch], Plan]:
 
 def main() -> None:
     """Print a table per card and output type."""
+    volume = thorax_volume(SHAPE, SPACING_MM)
     for dtype in DTYPES:
-        launches, plan = recorded(dtype)
-        up_bytes = 2 * int(np.prod(SHAPE))
+        launches, plan = recorded(volume, dtype)
         for card in CARDS:
             print(f"\n{card.name}, {dtype}, {len(launches)} launches\n")
             print("| stage | launches | by bytes, ms | by loads and stores, ms | by instructions, ms | highest, ms |")
@@ -141,7 +141,7 @@ def main() -> None:
                 total += figures
                 print(f"| {stage} | {len(limits)} | " + " | ".join(f"{f:.3f}" for f in figures) + " |")
             print(f"| kernels | {len(launches)} | " + " | ".join(f"{f:.3f}" for f in total) + " |")
-            copied = up_bytes / card.host_bytes_per_s * 1e3, plan.output_bytes / card.host_bytes_per_s * 1e3
+            copied = volume.stored.nbytes / card.host_bytes_per_s * 1e3, plan.output_bytes / card.host_bytes_per_s * 1e3
             print(f"| copies up and down | | {copied[0]:.2f} + {copied[1]:.2f} | | | {sum(copied):.2f} |")
             need, workers = device_bytes(plan, Recorder(), "operators"), worker_count(card.memory_bytes, 16)
             fit = int(USABLE_SHARE * card.memory_bytes) // (CONTEXT_BYTES + need)

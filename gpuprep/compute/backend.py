@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 BackendName = Literal["auto", "cpu", "gpu"]
 Engine = Literal["operators", "ndimage"]
 """Resampling method: banded matrices, or calls to SciPy, scikit-image and their GPU counterparts."""
+CACHE_REMEDY = "set CUPY_CACHE_DIR to a folder that can be written"
+"""Remedy if CuPy cannot cache its compiled kernels."""
+
 Body = Literal["kernels", "loops", "matmul"]
 """Implementation of the engine ``operators``: a CUDA kernel, CPU loops compiled by Numba, or matrix products of any
 array library."""
@@ -104,6 +107,11 @@ class Backend(Protocol):
     def resize(self, values: Any, shape: Sequence[int], *, mode: str, anti_aliasing: bool) -> Any:
         """Call `skimage.transform.resize` or its cuCIM counterpart: linear interpolation, value range preserved."""
         ...
+
+
+def spans_of(count: int, step: int) -> Iterator[tuple[int, int]]:
+    """Return spans [start, stop) of length `step` that cover `count`; the last one may be shorter."""
+    return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
 class NoTransfers:
@@ -292,7 +300,7 @@ def import_cupy_backend() -> Any:
         ) from exc
     except OSError as exc:
         # CuPy creates its kernel cache folder on import.
-        hint = "set CUPY_CACHE_DIR to a folder that can be written" if exc.filename else "install CuPy again"
+        hint = CACHE_REMEDY if exc.filename else "install CuPy again"
         raise BackendError(f"CuPy cannot be imported ({exc}): {hint}") from exc
     return cupy_backend
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from gpuprep.compute import resample_blocks
-from gpuprep.compute.backend import Backend
+from gpuprep.compute.backend import Backend, spans_of
 from gpuprep.compute.cuda_kernels import Rescale, Window
 from gpuprep.compute.resample_blocks import OUTPUTS, BlockTables
 from gpuprep.compute.scratch import Scratch
@@ -66,7 +66,7 @@ def chunks(hu: HuSlabs, plan: Plan, backend: KernelBackend) -> Iterator[Any]:
     resampled = plan.resampled.shape
     across = _tables(plan.resample, 0) or _all(resampled[0])
     on_device = across.on(backend.to_device)
-    spans = list(chunk_spans(across.n_out, backend.chunk_slices))
+    spans = list(spans_of(across.n_out, slices_per_chunk(backend.chunk_slices)))
     needed = [across.part(*span).samples for span in spans]
     ring.reserve(max(high - low for low, high in needed))
     most = max(stop - start for start, stop in spans)
@@ -78,12 +78,6 @@ def chunks(hu: HuSlabs, plan: Plan, backend: KernelBackend) -> Iterator[Any]:
         backend.resample(_flat(ring.slices), _flat(target), on_device.part(*span), window=finish.window)
         yield from [target] if finish.is_last else finish.resized(target)
     ring.load(hu.count)  # the remaining slices are read too: their values are recorded
-
-
-def chunk_spans(count: int, chunk_slices: int) -> Iterator[tuple[int, int]]:
-    """Return spans [start, stop) of output slices; each starts at a block of the tables."""
-    step = slices_per_chunk(chunk_slices)
-    return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
 def slices_per_chunk(chunk_slices: int) -> int:
@@ -188,9 +182,8 @@ class _Finisher:
     def __init__(self, plan: Plan, backend: KernelBackend, scratch: Scratch) -> None:
         self._backend, self._scratch = backend, scratch
         self._dtype, self._target = plan.recipe.dtype, plan.target.shape[1:]
-        resampled = plan.resampled.shape[1:]
-        self.is_last = plan.resize.is_identity and plan.offset == (0, 0) and resampled == self._target
-        """Whether slices have their final size when they have been resampled across."""
+        self.is_last = plan.has_final_size
+        """Whether slices are finished when they have been resampled across."""
         self.window = None
         if plan.recipe.window_hu is not None:
             self.window = Window(*plan.recipe.window_hu, plan.shift_hu, plan.scale)
@@ -199,7 +192,7 @@ class _Finisher:
         rows, columns = (
             _tables(plan.resize, axis + 1)
             or resample_blocks.selection(n, max(0, offset), min(n, offset + self._target[axis]))
-            for axis, (n, offset) in enumerate(zip(resampled, plan.offset, strict=True))
+            for axis, (n, offset) in enumerate(zip(plan.resampled.shape[1:], plan.offset, strict=True))
         )
         self._pads = (rows.n_out, columns.n_out) != self._target
         self._rows, self._columns = rows.on(backend.to_device), columns.on(backend.to_device)
@@ -215,8 +208,8 @@ class _Finisher:
         """Yield the slices of a chunk in their final size, a few at a time."""
         step = min(self._backend.slab_slices, chunk.shape[0])
         rows, columns = self._rows, self._columns
-        for start in range(0, chunk.shape[0], step):
-            values = chunk[start : start + step]
+        for start, stop in spans_of(chunk.shape[0], step):
+            values = chunk[start:stop]
             # A lambda would keep this object, and so its buffers, as long as an error that is raised within it.
             out = self._scratch.of((values.shape[0],), "out", partial(self.out, step))
             inner = out[:, self._top : self._top + rows.n_out, self._left : self._left + columns.n_out]

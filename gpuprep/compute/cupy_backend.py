@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from gpuprep.compute import cuda_kernels, resample_blocks
-from gpuprep.compute.backend import Body
+from gpuprep.compute.backend import CACHE_REMEDY, Body
 from gpuprep.compute.cuda_kernels import Rescale, Window
 from gpuprep.compute.pinned_transfer import DEVICE_VARIABLE, Empty, Transfers
 from gpuprep.compute.resample_blocks import OUTPUTS, BlockTables
@@ -33,8 +33,7 @@ def _kernel(voxels: cuda_kernels.Variant) -> Any:
     try:
         kernel.compile()
     except OSError as exc:  # CuPy caches compiled kernels on disk
-        hint = "set CUPY_CACHE_DIR to a folder that can be written"
-        raise BackendError(f"CuPy cannot cache its compiled kernels ({exc}): {hint}") from exc
+        raise BackendError(f"CuPy cannot cache its compiled kernels ({exc}): {CACHE_REMEDY}") from exc
     return kernel
 
 

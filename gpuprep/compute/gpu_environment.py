@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gpuprep.compute.backend import CACHE_REMEDY
 from gpuprep.compute.gpu_findings import GpuFinding
 from gpuprep.core.formatting import format_bytes, format_cuda_version, printable
 
@@ -51,9 +52,12 @@ def cache_finding() -> GpuFinding:
             pass
     except OSError as exc:
         figures["writable"] = False
-        hint = "set CUPY_CACHE_DIR to a folder that can be written"
         return GpuFinding(
-            "environment", "kernel cache", False, f"{printable(str(folder))}: {exc.strerror}: {hint}", figures=figures
+            "environment",
+            "kernel cache",
+            False,
+            f"{printable(str(folder))}: {exc.strerror}: {CACHE_REMEDY}",
+            figures=figures,
         )
     return GpuFinding(
         "environment", "kernel cache", True, f"{printable(str(folder))}, {format_bytes(size)}", figures=figures

@@ -85,7 +85,7 @@ def pass_bytes(plan: Plan, stored_bytes: int) -> tuple[int, ...]:
     step = plan.resample
     stored = stored_bytes * math.prod(step.source)
     in_plane = FLOAT_BYTES * step.source[0] * math.prod(step.target[1:])
-    if plan.resize.is_identity and plan.resampled.shape == plan.target.shape:  # resampling across writes the output
+    if plan.has_final_size:  # resampling across writes the output
         return stored + in_plane, in_plane + plan.output_bytes
     across = FLOAT_BYTES * math.prod(step.target)
     return stored + in_plane, in_plane + across, across + plan.output_bytes

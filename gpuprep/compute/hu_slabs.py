@@ -13,7 +13,7 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from gpuprep.compute import cuda_engine, resample_blocks, resample_matrix
-from gpuprep.compute.backend import Backend, Transfers
+from gpuprep.compute.backend import Backend, Transfers, spans_of
 from gpuprep.compute.cuda_kernels import Rescale
 from gpuprep.core.geometry import Geometry, Placement
 from gpuprep.core.hounsfield import AIR_HU
@@ -78,7 +78,6 @@ class HuSlabs:
         self._intercept = backend.to_device(source.intercept.astype(np.float32))
         declared = source.padding if self._rule == "air" else None
         self._padding = None if declared is None else backend.to_device(declared)
-
         self._direct = plan.turn.axes == (0, 1, 2) and not plan.shifted
 
     @property
@@ -186,8 +185,3 @@ def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return [start, stop) of each run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     return [(int(low), int(high)) for low, high in edges.reshape(-1, 2)]
-
-
-def spans_of(count: int, step: int) -> Iterator[tuple[int, int]]:
-    """Return spans [start, stop) of length `step` that cover `count`; the last one may be shorter."""
-    return ((start, min(start + step, count)) for start in range(0, count, step))

@@ -172,7 +172,7 @@ def _kernel_bytes(plan: Plan, backend: Backend) -> int:
     if step.resamples(2) or plan.turn.flips[2]:
         voxels += slab * samples[2] * step.target[1]
     finished = chunk
-    if not plan.resize.is_identity or plan.resampled.shape != plan.target.shape:
+    if not plan.has_final_size:
         finished = min(backend.slab_slices, chunk)
         voxels += chunk * plane + finished * step.target[2] * plan.target.shape[1]
     weights = sum(

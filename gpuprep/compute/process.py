@@ -15,8 +15,17 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from gpuprep.compute import cuda_engine, resample_matrix
-from gpuprep.compute.backend import Backend, BackendName, Engine, Transfers, checked_engine, compiled_loops, get_backend
-from gpuprep.compute.hu_slabs import HuSlabs, Source, resample_axis, spans_of
+from gpuprep.compute.backend import (
+    Backend,
+    BackendName,
+    Engine,
+    Transfers,
+    checked_engine,
+    compiled_loops,
+    get_backend,
+    spans_of,
+)
+from gpuprep.compute.hu_slabs import HuSlabs, Source, resample_axis
 from gpuprep.compute.scratch import Scratch, SlidingWindow
 from gpuprep.core.plan import Plan, Step, make_plan
 from gpuprep.core.recipe import Recipe
@@ -219,11 +228,12 @@ def _along_z(
 def _finished(hu: Any, plan: Plan, resize: Callable[[Any], Any], backend: Backend) -> Any:
     """Window, resize, pad or crop, and quantise a chunk of resampled HU; in one pass if its size does not change."""
     window = None if plan.recipe.window_hu is None else (*plan.recipe.window_hu, plan.scale, plan.shift_hu)
-    pads_or_crops = plan.offset != (0, 0) or plan.resize.target[1:] != plan.target.shape[1:]
-    if plan.resize.is_identity and not pads_or_crops:
+    if plan.has_final_size:
         return backend.finish(hu, window, plan.recipe.dtype)
     values = resize(backend.finish(hu, window, "float32"))
-    return backend.finish(_padded_or_cropped(values, plan) if pads_or_crops else values, None, plan.recipe.dtype)
+    if plan.resize.target != plan.target.shape:
+        values = _padded_or_cropped(values, plan)
+    return backend.finish(values, None, plan.recipe.dtype)
 
 
 def _padded_or_cropped(values: Any, plan: Plan) -> Any:

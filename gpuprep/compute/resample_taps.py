@@ -60,40 +60,21 @@ class LineTables:
 
 
 @lru_cache(maxsize=512)
-def build(
-    n_in: int,
-    n_out: int,
-    *,
-    along: tuple[float, ...] | None,
-    order: int,
-    mode: str,
-    grid_mode: bool,
-    sigma: float,
-    blur_mode: str,
-) -> LineTables:
+def build(n_in: int, n_out: int, **step: Any) -> LineTables:
     """Return the tables that resample a line; the arguments are those of `gpuprep.compute.resample_matrix.matrix`."""
-    start, weights, prefiltered = _interpolation(n_in, n_out, along, order, mode, grid_mode, sigma, blur_mode)
+    start, weights, prefiltered = _interpolation(n_in, n_out, **step)
     if not prefiltered:
         return _line_tables(n_in, start, weights)
-    return _line_tables(n_in, start, weights, _recursion(n_in, _edge(mode)), _extended(n_in, mode))
+    return _line_tables(n_in, start, weights, _recursion(n_in, _edge(step["mode"])), _extended(n_in, step["mode"]))
 
 
-def weights_of_samples(
-    n_in: int,
-    n_out: int,
-    *,
-    along: tuple[float, ...] | None,
-    order: int,
-    mode: str,
-    grid_mode: bool,
-    sigma: float,
-    blur_mode: str,
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+def weights_of_samples(n_in: int, n_out: int, **step: Any) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Return the first sample, shape (n_out,), and the weights of samples, shape (n_out, taps), for each output.
 
-    The prefilter, cut off at `PREFILTER_RADIUS`, is included in the weights: a cubic output has up to 28 of them.
+    The arguments are those of `build`. The prefilter, cut off at `PREFILTER_RADIUS`, is included in the weights: a
+    cubic output has up to 28 of them.
     """
-    start, weights, prefiltered = _interpolation(n_in, n_out, along, order, mode, grid_mode, sigma, blur_mode)
+    start, weights, prefiltered = _interpolation(n_in, n_out, **step)
     if not prefiltered:
         return start, weights
     response = np.array(INVERSE[:0:-1] + INVERSE)
@@ -103,7 +84,7 @@ def weights_of_samples(
         folded[:, t : t + len(response)] += weights[:, [t]] * response  # coefficient start + t, as samples
     width = min(folded.shape[1], n_in)
     first = np.clip(start - PREFILTER_RADIUS, 0, n_in - width)
-    samples = _extended(n_in, mode)[start[:, None] + np.arange(folded.shape[1])]
+    samples = _extended(n_in, step["mode"])[start[:, None] + np.arange(folded.shape[1])]
     band = np.zeros((n_out, width))
     np.add.at(band, (np.arange(n_out)[:, None], samples - first[:, None]), folded)
     return first, band
@@ -112,6 +93,7 @@ def weights_of_samples(
 def _interpolation(
     n_in: int,
     n_out: int,
+    *,
     along: tuple[float, ...] | None,
     order: int,
     mode: str,

@@ -106,6 +106,11 @@ class Plan:
     """Whether slices have to be shifted sideways to their positions in `source`."""
 
     @property
+    def has_final_size(self) -> bool:
+        """Whether slices are neither resized nor cropped nor padded after they have been resampled."""
+        return self.resampled.shape == self.target.shape
+
+    @property
     def hu_slope(self) -> float:
         """HU per output unit."""
         return 1 / self.scale
