@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK_BYTES = 128 * 2**10
-"""Length of text that is best parsed at once: the numbers of each step then stay in the cache."""
+BLOCK_BYTES = 48 * 2**10
+"""Length of text that is best parsed at once. Arrays of more numbers are allocated anew at each step, with cleared pages
+of memory, which takes as long as the arithmetic."""
 
 MOST_DIGITS = 15
 """Largest number of digits whose integer is exact in float64."""
@@ -51,13 +52,17 @@ def parse_decimals(texts: Sequence[bytes], largest: float) -> list[NDArray[np.fl
     characters = np.frombuffer(data, np.uint8)
     marks = np.flatnonzero((characters == ord("\\")) | (characters == ord(".")))[_WORD - 1 :]
     separators = np.flatnonzero(characters[marks] == ord("\\"))
-    starts, ends = marks[separators[:-1]] + 1, marks[separators[1:]]
+    ends = marks[separators]
+    starts, ends = ends[:-1] + 1, ends[1:]
     has_point = np.diff(separators) > 1
     points = np.where(has_point, marks[separators[1:] - 1], ends)
     negative = characters[starts] == ord("-")
-    before = points - starts - negative
-    after = ends - points - has_point
-    ordinary = (before <= _WORD) & (before + after <= MOST_DIGITS) & (before + after > 0)
+    before = points - starts
+    before -= negative
+    after = ends - points
+    after -= has_point
+    digits = before + after
+    ordinary = (before <= _WORD) & (digits <= MOST_DIGITS) & (digits > 0)
     if not ordinary.all():
         before[~ordinary] = after[~ordinary] = 0
 
@@ -65,17 +70,18 @@ def parse_decimals(texts: Sequence[bytes], largest: float) -> list[NDArray[np.fl
     words = np.ndarray((len(data) - _WORD + 1,), "<u8", data, strides=(1,))
     wrong = np.zeros(len(ends), _U)
     whole = _integers(words[points - _WORD], before, wrong)
-    fraction = _integers(words[ends - _WORD], np.minimum(after, _WORD), wrong)
-    if (after > _WORD).any():
-        higher = np.where(after > _WORD, ends - 2 * _WORD, 0)
-        fraction += _integers(words[higher], np.maximum(after, _WORD) - _WORD, wrong) * _U(10**_WORD)
     whole *= _INTEGER_POWERS[after]
-    whole += fraction
+    if after.max() > _WORD:
+        higher = np.where(after > _WORD, ends - 2 * _WORD, 0)
+        whole += _integers(words[higher], np.maximum(after, _WORD) - _WORD, wrong) * _U(10**_WORD)
+        whole += _integers(words[ends - _WORD], np.minimum(after, _WORD), wrong)
+    else:
+        whole += _integers(words[ends - _WORD], after, wrong)
     values = whole.astype(np.float64)
     values /= _POWERS[after]
-    ordinary &= wrong == 0
+    ordinary &= (wrong & _U(0x8080808080808080)) == 0
     ordinary &= values <= largest
-    np.negative(values, out=values, where=negative)
+    values *= 1.0 - 2.0 * negative
 
     counts = np.array([text.count(b"\\") + 1 for text in texts])
     last = np.cumsum(counts)
@@ -88,10 +94,12 @@ def parse_decimals(texts: Sequence[bytes], largest: float) -> list[NDArray[np.fl
 
 
 def _integers(words: NDArray[np.uint64], counts: NDArray[np.intp], wrong: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the integers of the last `counts` characters of words; set bits in `wrong` where they are no digits."""
+    """Return the integers of the last `counts` characters of words; set the highest bit of bytes that are no digits."""
     words ^= _U(0x3030303030303030)  # digits become 0 to 9
     words &= _LAST[counts]
-    wrong |= (words | (words + _U(0x7676767676767676))) & _U(0x8080808080808080)  # bytes of at least 10
+    over = words + _U(0x7676767676767676)
+    over |= words
+    wrong |= over
     # Neighbours are combined: digits to numbers of two digits, these to numbers of four, these to one of eight.
     words *= _U(10 * 2**8 + 1)
     words >>= _U(8)

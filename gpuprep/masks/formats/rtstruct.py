@@ -170,11 +170,11 @@ def _with_coordinates(contours: Iterable[Elements]) -> Iterator[tuple[Elements, 
         data = b"" if element is None else element.value
         if not isinstance(data, bytes) or len(data) > LONGEST_PARSED_BYTES:
             data = b""
-        block.append((contour, data.strip(_PADDING)))
-        block_bytes += len(data)
-        if block_bytes >= BLOCK_BYTES:
+        if block_bytes + len(data) > BLOCK_BYTES:
             yield from _parsed(block)
             block, block_bytes = [], 0
+        block.append((contour, data.strip(_PADDING)))
+        block_bytes += len(data)
     yield from _parsed(block)
 
 
