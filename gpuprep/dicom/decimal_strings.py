@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_BYTES = 48 * 2**10
-"""Length of text that is best parsed at once. Arrays of more numbers are allocated anew at each step, with cleared pages
-of memory, which takes as long as the arithmetic."""
+"""Length of text that is best parsed at once. Arrays of more numbers get new, cleared pages of memory at each step,
+which takes as long as the arithmetic."""
 
 MOST_DIGITS = 15
 """Largest number of digits whose integer is exact in float64."""
@@ -30,6 +30,9 @@ _LAST = np.array([0] + [2**64 - 2 ** (64 - 8 * n) for n in range(1, _WORD + 1)],
 """Masks of the last n characters of a word, for n from 0 to 8."""
 _INTEGER_POWERS = 10 ** np.arange(MOST_DIGITS + 1, dtype=_U)
 _POWERS = 10.0 ** np.arange(MOST_DIGITS + 1)
+_SIGNS = np.ones(256)
+_SIGNS[ord("-")] = -1
+"""Sign of a number by its first character."""
 
 
 def parse_decimals(texts: Sequence[bytes], largest: float) -> list[NDArray[np.float64] | None]:
@@ -50,15 +53,17 @@ def parse_decimals(texts: Sequence[bytes], largest: float) -> list[NDArray[np.fl
     """
     data = b"\\" * _WORD + b"\\".join(texts) + b"\\"
     characters = np.frombuffer(data, np.uint8)
-    marks = np.flatnonzero((characters == ord("\\")) | (characters == ord(".")))[_WORD - 1 :]
-    separators = np.flatnonzero(characters[marks] == ord("\\"))
-    ends = marks[separators]
-    starts, ends = ends[:-1] + 1, ends[1:]
-    has_point = np.diff(separators) > 1
-    points = np.where(has_point, marks[separators[1:] - 1], ends)
-    negative = characters[starts] == ord("-")
+    separators = np.flatnonzero(characters == ord("\\"))[_WORD - 1 :]
+    starts, ends = separators[:-1] + 1, separators[1:]
+    points = np.flatnonzero(characters == ord("."))
+    has_point: NDArray[np.bool_] | int = 1
+    if len(points) != len(ends) or not ((points >= starts) & (points < ends)).all():
+        last_points = np.append(0, points)[np.searchsorted(points, ends)]
+        has_point = last_points >= starts
+        points = np.where(has_point, last_points, ends)
+    signs = _SIGNS.take(characters[starts])
     before = points - starts
-    before -= negative
+    before -= signs < 0
     after = ends - points
     after -= has_point
     digits = before + after
@@ -81,15 +86,16 @@ def parse_decimals(texts: Sequence[bytes], largest: float) -> list[NDArray[np.fl
     values /= _POWERS[after]
     ordinary &= (wrong & _U(0x8080808080808080)) == 0
     ordinary &= values <= largest
-    values *= 1.0 - 2.0 * negative
+    values *= signs
 
-    counts = np.array([text.count(b"\\") + 1 for text in texts])
-    last = np.cumsum(counts)
-    unusual = np.append(0, np.cumsum(~ordinary))
-    is_ordinary = unusual[last] == unusual[last - counts]
+    text_ends = np.cumsum([len(text) + 1 for text in texts]) + (_WORD - 1)
+    stops = np.searchsorted(ends, text_ends, side="right")
+    unusual = np.searchsorted(np.flatnonzero(~ordinary), stops)
     return [
-        values[stop - count : stop] if fine else None
-        for count, stop, fine in zip(counts.tolist(), last.tolist(), is_ordinary.tolist(), strict=True)
+        None if number else values[start:stop]
+        for start, stop, number in zip(
+            [0, *stops.tolist()], stops.tolist(), np.diff(unusual, prepend=0).tolist(), strict=False
+        )
     ]
 
 

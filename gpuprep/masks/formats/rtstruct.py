@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gpuprep.core.formatting import format_count, quoted
 from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.dicom.decimal_strings import BLOCK_BYTES, parse_decimals
-from gpuprep.dicom.elements import Elements, element_of
+from gpuprep.dicom.elements import Elements
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats.segmentation_values import (
     decimals,
@@ -141,7 +141,11 @@ def _contours(roi: Elements, structure: str, collector: Collector, images: _Imag
         if kind not in CLOSED:
             left_out[kind if kind.replace("_", "").isalpha() and len(kind) <= 16 else "no known type"] += 1
             continue
-        points = _points(raw(item, "ContourData"), values, label, n)
+        if values is None:
+            values = _values(raw(item, "ContourData"), label, n)
+        if len(values) % 3:
+            raise SegmentationError(f"{label}, contour {n}: {len(values)} values are no points of x, y and z")
+        points = values.reshape(-1, 3)
         stated_count = text(item, "NumberOfContourPoints")
         miscounted += bool(stated_count) and stated_count != str(len(points))
         if len(points) < 3:
@@ -166,8 +170,10 @@ def _with_coordinates(contours: Iterable[Elements]) -> Iterator[tuple[Elements, 
     block: list[tuple[Elements, bytes]] = []
     block_bytes = 0
     for contour in contours:
-        element = element_of(contour, "ContourData")
-        data = b"" if element is None else element.value
+        try:
+            data = raw(contour, "ContourData")
+        except SegmentationError:  # raised again when it is this contour's turn
+            data = b""
         if not isinstance(data, bytes) or len(data) > LONGEST_PARSED_BYTES:
             data = b""
         if block_bytes + len(data) > BLOCK_BYTES:
@@ -182,15 +188,6 @@ def _parsed(block: list[tuple[Elements, bytes]]) -> Iterator[tuple[Elements, NDA
     if block:
         contours, texts = zip(*block, strict=True)
         yield from zip(contours, parse_decimals(texts, LARGEST_COORDINATE), strict=True)
-
-
-def _points(data: Any, values: NDArray[np.float64] | None, roi: str, contour: int) -> NDArray[np.float64]:
-    """Return the points of *Contour Data*, shape (n, 3), given its `values` if they are parsed already."""
-    if values is None:
-        values = _values(data, roi, contour)
-    if len(values) % 3:
-        raise SegmentationError(f"{roi}, contour {contour}: {len(values)} values are no points of x, y and z")
-    return values.reshape(-1, 3)
 
 
 def _values(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
