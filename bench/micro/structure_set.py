@@ -4,8 +4,8 @@
 
 The file has 40 ROIs of 200 contours of 600 points with two decimals, 96 MB, or with ``--contours 1200 --points 80
 --decimals 4`` more contours of fewer points. It is written with sequences of defined length and with ones of undefined
-length. "pydicom" is the least that a program does with it: items as pydicom returns them, and `float` of each coordinate.
-Both read the same file in turn in one process; medians are reported.
+length. "pydicom" is the least that a program has to do with it: it takes the items from pydicom, and calls `float` for
+each coordinate. Both read the same file in turn in one process; medians are reported.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def structure_set(rois: int, contours: int, points: int, decimals: int, *, undef
     angles = np.linspace(0, 2 * np.pi, points, endpoint=False)
     data = []
     for n in range(PATTERNS):
-        circle = np.stack([np.cos(angles), np.sin(angles), 0 * angles], axis=1) * rng.uniform(20, 150)
-        placed = circle + [*rng.uniform(-100, 100, 2), 3 * n - 96]
+        circle = np.stack([np.cos(angles), np.sin(angles), 0 * angles], axis=1)
+        placed = np.append(rng.uniform(-100, 100, 2), 3 * n - 96) + circle * rng.uniform(20, 150)
         data.append("\\".join(f"{v:.{decimals}f}" for v in placed.ravel()).encode())
 
     def sequence(tag: int, contents: list[bytes]) -> bytes:
