@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from gpuprep.dicom import headers, parse_header
+from gpuprep.dicom import element_stream, headers
 
 READ_HEADER = headers._read_header
 """The function itself, without the comparison."""
@@ -17,12 +17,9 @@ READ_HEADER = headers._read_header
 @contextmanager
 def pydicom_alone() -> Iterator[None]:
     """Read all headers with pydicom."""
-    ordinary = parse_header.read_ordinary_header
-    parse_header.read_ordinary_header = lambda _: None
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(element_stream, "read_ordinary_header", lambda _: None)
         yield
-    finally:
-        parse_header.read_ordinary_header = ordinary
 
 
 def read_header(f: BinaryIO, *args: Any) -> Any:

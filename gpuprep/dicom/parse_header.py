@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, BinaryIO
 
+from gpuprep.dicom import element_stream
 from gpuprep.dicom.deflate import inflated
-from gpuprep.dicom.element_stream import read_ordinary_header
 from gpuprep.dicom.elements import IMAGE_TAGS, DataSet
 from gpuprep.dicom.header_values import Frame, text_of
 from gpuprep.dicom.uids import BIG_ENDIAN, EXPLICIT_VR, IMPLICIT_VR
@@ -39,7 +39,7 @@ def parse_header(f: BinaryIO, *, no_preamble: bool) -> ParsedHeader:
 
     pydicom warns about invalid values, and raises exceptions of many types for damaged files.
     """
-    if (header := read_ordinary_header(f)) is not None:
+    if (header := element_stream.read_ordinary_header(f)) is not None:
         f.seek(header.pixels)
         meta_class = text_of(header.meta, "MediaStorageSOPClassUID")
         return ParsedHeader(f, header.dataset, header.syntax == IMPLICIT_VR, header.syntax, meta_class)
