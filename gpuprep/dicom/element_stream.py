@@ -64,7 +64,7 @@ _WANTED = frozenset({*IMAGE_TAGS.values(), _CHARACTER_SET} - _META)
 _WANTED_META = frozenset({*_META, _META_LENGTH})
 _WANTED_NESTED = frozenset({_CHARACTER_SET})
 
-_FUNCTIONAL_GROUPS = {
+_LEFT_TO_PYDICOM = {
     TAGS[keyword]
     for keyword in (
         "SharedFunctionalGroupsSequence",
@@ -72,6 +72,7 @@ _FUNCTIONAL_GROUPS = {
         "MultienergyCTProcessingSequence",
     )
 }
+"""Sequences whose items are read."""
 _AMBIGUOUS = [TAGS[keyword] for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence")]
 """Elements that pydicom converts with the help of others if they are empty."""
 
@@ -115,7 +116,7 @@ class _Reader:
         head = self._bytes(at, 12)
         if head[:4] not in _PIXEL_TAGS or not (implicit or head[4:6] in _HEAD_BYTES):
             raise _UnusualError
-        if not _FUNCTIONAL_GROUPS.isdisjoint(dataset) or any(t in dataset and not dataset[t].value for t in _AMBIGUOUS):
+        if not _LEFT_TO_PYDICOM.isdisjoint(dataset) or any(t in dataset and not dataset[t].value for t in _AMBIGUOUS):
             raise _UnusualError
         return OrdinaryHeader(meta, dataset, syntax, at, head)
 

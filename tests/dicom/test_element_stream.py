@@ -310,6 +310,7 @@ UNUSUAL = {
     ),
     "an item that ends in an element": ct(undefined(REFERENCED, item(CODE, len(CODE) - 2))),
     "an end of an item in an item of defined length": ct(undefined(REFERENCED, item(CODE + ITEM_END))),
+    "an end of an item with a length": ct(undefined(REFERENCED, item(CODE + ITEM_END[:4] + b"UN\0\0", UNDEFINED))),
     "sequences that are nested too deeply": ct(nested(MOST_NESTED + 1)),
     "a large sequence": ct(
         undefined(REFERENCED, item(encoded(Element(0x0009_1001, b"OB", bytes(LARGEST_SEQUENCE_BYTES)), False, False)))
