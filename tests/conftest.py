@@ -12,6 +12,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import both_ways
 import hypothesis
 import numpy as np
 import pydicom
@@ -27,6 +28,7 @@ from gpuprep.compute.backend import Backend, NumpyBackend, get_backend
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.volume import StoredVolume
+from gpuprep.dicom import headers
 from gpuprep.errors import BackendError
 from gpuprep.testing import write_series
 
@@ -51,6 +53,13 @@ def log_level() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def headers_read_both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests of DICOM, require of every header that is read in this process that pydicom gives the same result."""
+    if request.path.parent.name in ("dicom", "e2e", "fuzz"):
+        monkeypatch.setattr(headers, "_read_header", both_ways.read_header)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import BinaryIO
 
-from gpuprep.dicom.elements import IMAGE_TAGS, LONG_VRS, SHORT_VRS, TAGS
+from gpuprep.dicom.elements import IMAGE_TAGS, LONG_VRS, SHORT_VRS, TAGS, Element, ElementTable
 from gpuprep.dicom.uids import ENCODINGS, EXPLICIT_VR, IMPLICIT_VR, UNDEFINED_LENGTH
 
 FIRST_BYTES = 16 * 2**10
@@ -30,25 +30,6 @@ MOST_NESTED = 8
 """Upper limit of sequences inside each other."""
 LARGEST_SEQUENCE_BYTES = 2**20
 """Upper limit of a sequence of undefined length, whose elements have to be read to find its end."""
-
-
-class Element:
-    """An element as it stands in the file, with the attributes of pydicom's `RawDataElement` that are needed."""
-
-    __slots__ = ("VR", "value")
-    is_little_endian = True
-
-    def __init__(self, vr: str | None, value: bytes) -> None:
-        self.VR = vr
-        self.value = value
-
-
-class ElementTable(dict[int, Element]):
-    """Elements by tag, with the methods of a data set of pydicom that are needed."""
-
-    def get_item(self, tag: int) -> Element | None:
-        """Return the element of a tag; None where it is absent."""
-        return self.get(tag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +64,7 @@ _WANTED = frozenset({*IMAGE_TAGS.values(), _CHARACTER_SET} - _META)
 _WANTED_META = frozenset({*_META, _META_LENGTH})
 _WANTED_NESTED = frozenset({_CHARACTER_SET})
 
-_FUNCTIONAL_GROUPS = {
+_LEFT_TO_PYDICOM = {
     TAGS[keyword]
     for keyword in (
         "SharedFunctionalGroupsSequence",
@@ -91,6 +72,7 @@ _FUNCTIONAL_GROUPS = {
         "MultienergyCTProcessingSequence",
     )
 }
+"""Sequences whose items are read."""
 _AMBIGUOUS = [TAGS[keyword] for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence")]
 """Elements that pydicom converts with the help of others if they are empty."""
 
@@ -134,7 +116,7 @@ class _Reader:
         head = self._bytes(at, 12)
         if head[:4] not in _PIXEL_TAGS or not (implicit or head[4:6] in _HEAD_BYTES):
             raise _UnusualError
-        if not _FUNCTIONAL_GROUPS.isdisjoint(dataset) or any(t in dataset and not dataset[t].value for t in _AMBIGUOUS):
+        if not _LEFT_TO_PYDICOM.isdisjoint(dataset) or any(t in dataset and not dataset[t].value for t in _AMBIGUOUS):
             raise _UnusualError
         return OrdinaryHeader(meta, dataset, syntax, at, head)
 

@@ -158,6 +158,23 @@ class DataSet(Elements, Protocol):
     def __getitem__(self, tag: int) -> Any: ...
 
 
+class Element:
+    """An element as it stands in the file, with the attributes of pydicom's `RawDataElement` that are needed."""
+
+    __slots__ = ("VR", "value")
+    is_little_endian = True
+
+    def __init__(self, vr: str | None, value: bytes) -> None:
+        self.VR = vr
+        self.value = value
+
+
+class ElementTable(dict[int, Element]):
+    """Elements by tag, with the methods of a data set of pydicom that are needed."""
+
+    get_item = dict.get
+
+
 def element_of(ds: Elements, keyword: str) -> Any:
     """Return an element as it stands in the file, its value as bytes; None where it is absent."""
     return ds.get_item(TAGS[keyword])

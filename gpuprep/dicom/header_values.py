@@ -6,11 +6,21 @@ import hashlib
 import math
 import re
 import struct
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gpuprep.core.formatting import printable
 from gpuprep.core.series import MALFORMED_UID_PREFIX
-from gpuprep.dicom.elements import TAGS, UID_PATTERN, DataSet, Elements, ascii_of, element_of, first_16_bits
+from gpuprep.dicom.elements import (
+    TAGS,
+    UID_PATTERN,
+    DataSet,
+    Elements,
+    ElementTable,
+    ascii_of,
+    element_of,
+    first_16_bits,
+)
 from gpuprep.dicom.odd_numbers import BINARY, binary_numbers, with_points, written_number
 
 if TYPE_CHECKING:
@@ -36,16 +46,18 @@ class Frame:
     def __init__(self, *layers: DataSet) -> None:
         self.remarks: set[str] = set()
         """Deviations from DICOM that were understood: see `SliceHeader.remarks`."""
-        # Keys are plain integers, since pydicom compares its tags in Python: forty times for each image of a cohort.
-        self._elements = {
-            int(tag): layer.get_item(tag)
-            for layer in reversed(layers)
-            for tag in layer.keys()  # noqa: SIM118 - a data set iterates over its elements, and converts them
-        }
-
-    def get_item(self, tag: int) -> Any:
-        """Return the element of the innermost layer that has it; None where none has."""
-        return self._elements.get(tag)
+        elements: Mapping[int, Any]
+        if len(layers) == 1 and isinstance(layers[0], ElementTable):
+            elements = layers[0]
+        else:
+            # Keys are plain integers, since pydicom compares its tags in Python: forty times for each image.
+            elements = {
+                int(tag): layer.get_item(tag)
+                for layer in reversed(layers)
+                for tag in layer.keys()  # noqa: SIM118 - a data set iterates over its elements, and converts them
+            }
+        self.get_item: Callable[[int], Any] = elements.get
+        """Returns the element of the innermost layer that has a tag; None where none has."""
 
 
 def frames_of(ds: DataSet) -> list[tuple[Frame, int]]:
@@ -95,7 +107,7 @@ def either(a: int | None, b: int | None) -> int | None:
 
 def text_of(ds: Elements, keyword: str) -> str:
     """Return a value as printable text; "" where it is absent."""
-    element = element_of(ds, keyword)
+    element = ds.get_item(TAGS[keyword])
     return "" if element is None else printable(ascii_of(element.value))
 
 

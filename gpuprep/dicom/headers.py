@@ -187,7 +187,7 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         _check_class(ds, parsed.meta_class, no_preamble)
         if not UID_PATTERN.fullmatch(syntax):
             raise ValueError("the Transfer Syntax UID is invalid")
-        offset, length = locate_pixels(parsed.content, parsed.implicit, syntax == BIG_ENDIAN)
+        offset, length = locate_pixels(*parsed.pixel_element(), parsed.implicit, syntax == BIG_ENDIAN)
         if syntax == GE_BIG_WORDS and getattr(ds.get_item(TAGS["BitsAllocated"]), "VR", None):
             offset = None  # this syntax has implicit VRs; with explicit ones, the byte order of the pixels is unknown
         encoded = stream = None

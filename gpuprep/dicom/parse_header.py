@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, BinaryIO
 
+from gpuprep.dicom import element_stream
 from gpuprep.dicom.deflate import inflated
-from gpuprep.dicom.element_stream import read_ordinary_header
+from gpuprep.dicom.element_stream import OrdinaryHeader
 from gpuprep.dicom.elements import IMAGE_TAGS, DataSet
 from gpuprep.dicom.header_values import Frame, text_of
 from gpuprep.dicom.uids import BIG_ENDIAN, EXPLICIT_VR, IMPLICIT_VR
@@ -23,7 +24,7 @@ class ParsedHeader:
     """The wanted elements of a file before *Pixel Data*."""
 
     content: BinaryIO
-    """The file, or the inflated data set of a deflated file, positioned at *Pixel Data*."""
+    """The file, or the inflated data set of a deflated file."""
     dataset: DataSet
     """The elements; sequences of functional groups only in a data set of pydicom."""
     implicit: bool
@@ -32,6 +33,14 @@ class ParsedHeader:
     """Transfer syntax, which may be any text."""
     meta_class: str
     """SOP class of the meta group."""
+    ordinary: OrdinaryHeader | None = None
+    """The header, if it was read without pydicom."""
+
+    def pixel_element(self) -> tuple[int, bytes]:
+        """Return the offset where reading stopped, and the next 12 bytes: of *Pixel Data*, if the file has it."""
+        if self.ordinary is not None:
+            return self.ordinary.pixels, self.ordinary.pixels_head
+        return self.content.tell(), self.content.read(12)
 
 
 def parse_header(f: BinaryIO, *, no_preamble: bool) -> ParsedHeader:
@@ -39,10 +48,9 @@ def parse_header(f: BinaryIO, *, no_preamble: bool) -> ParsedHeader:
 
     pydicom warns about invalid values, and raises exceptions of many types for damaged files.
     """
-    if (header := read_ordinary_header(f)) is not None:
-        f.seek(header.pixels)
+    if (header := element_stream.read_ordinary_header(f)) is not None:
         meta_class = text_of(header.meta, "MediaStorageSOPClassUID")
-        return ParsedHeader(f, header.dataset, header.syntax == IMPLICIT_VR, header.syntax, meta_class)
+        return ParsedHeader(f, header.dataset, header.syntax == IMPLICIT_VR, header.syntax, meta_class, header)
     f.seek(0)
     return _parse_with_pydicom(f, no_preamble)
 

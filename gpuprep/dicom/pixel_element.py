@@ -9,8 +9,8 @@ from gpuprep.dicom.header_values import Frame, binary_of, integer_of
 from gpuprep.dicom.jpeg_markers import frame_info
 
 
-def locate_pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, int | None]:
-    """Return offset and length of the value of *Pixel Data*, where pydicom stopped reading; length 0 if it is absent.
+def locate_pixels(start: int, head: bytes, implicit: bool, big: bool) -> tuple[int | None, int | None]:
+    """Return offset and length of the value of *Pixel Data* from its first 12 bytes at `start`; length 0 if absent.
 
     The element itself shows whether it has a VR: lengths are even, but the letters of a VR of pixels (O., U. or S.)
     would be an odd length. For other letters, the VR encoding of the data set decides.
@@ -19,8 +19,6 @@ def locate_pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, i
     ----------
     DICOM PS3.5, 7.1.2 and 7.1.3 (Data Element Structure with and without VR).
     """
-    start = f.tell()
-    head = f.read(12)
     tag = bytes((head[1], head[0], head[3], head[2])) if len(head) >= 8 and not big else head[:4]
     if tag in _FLOAT_PIXELS:
         raise ValueError(f"its pixels are {_FLOAT_PIXELS[tag]}, which are not stored values of CT")
