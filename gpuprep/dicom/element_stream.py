@@ -14,10 +14,23 @@ import re
 import struct
 import sys
 from dataclasses import dataclass
-from struct import Struct
 from typing import BinaryIO
 
-from gpuprep.dicom.elements import IMAGE_TAGS, LONG_VRS, SHORT_VRS, TAGS, Element, ElementTable
+from gpuprep.dicom.element_heads import (
+    DELIMITERS,
+    EXPLICIT,
+    HEAD_BYTES,
+    IMPLICIT,
+    ITEM,
+    ITEM_END,
+    LENGTH,
+    MOST_NESTED,
+    SEQUENCE_END,
+    VR_NAMES,
+    UnusualError,
+    is_sequence,
+)
+from gpuprep.dicom.elements import IMAGE_TAGS, TAGS, Element, ElementTable
 from gpuprep.dicom.uids import ENCODINGS, EXPLICIT_VR, IMPLICIT_VR, UNDEFINED_LENGTH
 
 FIRST_BYTES = 16 * 2**10
@@ -26,8 +39,6 @@ WINDOW_BYTES = 64 * 2**10
 """Length of each further part, and upper limit of a value."""
 MOST_WINDOWS = 12
 """Upper limit of further parts. They have fewer elements than pydicom may read (`bounded_reader.MOST_READS`)."""
-MOST_NESTED = 8
-"""Upper limit of sequences inside each other."""
 LARGEST_SEQUENCE_BYTES = 2**20
 """Upper limit of a sequence of undefined length, whose elements have to be read to find its end."""
 
@@ -43,10 +54,6 @@ class OrdinaryHeader:
     """Offset of the element *Pixel Data*."""
     pixels_head: bytes
     """The first 12 bytes of that element."""
-
-
-class _UnusualError(Exception):
-    """The header is not ordinary."""
 
 
 def read_ordinary_header(f: BinaryIO) -> OrdinaryHeader | None:
@@ -80,16 +87,10 @@ _SYNTAXES = {uid.encode() + b"\0" * (len(uid) % 2): uid for uid in (IMPLICIT_VR,
 _CHARACTER_SETS = re.compile(rb"[A-Z0-9 _\\]*")
 """Names of character sets, which pydicom looks up."""
 
-_IMPLICIT, _EXPLICIT, _LENGTH = Struct("<HHL").unpack_from, Struct("<HH2sH").unpack_from, Struct("<L").unpack_from
-_HEAD_BYTES = dict.fromkeys(SHORT_VRS, 8) | dict.fromkeys(LONG_VRS, 12)
-_NAMES = {vr: vr.decode() for vr in _HEAD_BYTES}
-
 _AFTER_META = 0x0003_0000
 _PIXELS = 0x7FE0_0008
 _PIXEL_TAGS = {b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00", b"\xe0\x7f\x10\x00"}
 """Float Pixel Data, Double Float Pixel Data and Pixel Data."""
-_DELIMITERS = 0xFFFE_0000
-_ITEM, _ITEM_END, _SEQUENCE_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\x0d\xe0\0\0\0\0", b"\xfe\xff\xdd\xe0\0\0\0\0"
 
 
 class _Reader:
@@ -104,20 +105,20 @@ class _Reader:
     def header(self) -> OrdinaryHeader:
         """Return the header, or raise an exception of any class."""
         if self._block[128:132] != b"DICM":
-            raise _UnusualError
+            raise UnusualError
         at, meta = self._elements(132, False, _WANTED_META, _META_LENGTH, _AFTER_META)
         if any(("UL" if tag == _META_LENGTH else "UI") != element.VR for tag, element in meta.items()):
-            raise _UnusualError
+            raise UnusualError
         syntax = _SYNTAXES[meta[TAGS["TransferSyntaxUID"]].value]
         implicit = syntax == IMPLICIT_VR
         if len(meta[_META_LENGTH].value) != 4 or (implicit and _is_vr(self._bytes(at, 6)[4:])):
-            raise _UnusualError
+            raise UnusualError
         at, dataset = self._elements(at, implicit, _WANTED, _AFTER_META, _PIXELS)
         head = self._bytes(at, 12)
-        if head[:4] not in _PIXEL_TAGS or not (implicit or head[4:6] in _HEAD_BYTES):
-            raise _UnusualError
+        if head[:4] not in _PIXEL_TAGS or not (implicit or head[4:6] in HEAD_BYTES):
+            raise UnusualError
         if not _LEFT_TO_PYDICOM.isdisjoint(dataset) or any(t in dataset and not dataset[t].value for t in _AMBIGUOUS):
-            raise _UnusualError
+            raise UnusualError
         return OrdinaryHeader(meta, dataset, syntax, at, head)
 
     def _elements(
@@ -153,26 +154,26 @@ class _Reader:
         while at < end:
             try:
                 if implicit:
-                    group, number, length = _IMPLICIT(block, at - start)
+                    group, number, length = IMPLICIT(block, at - start)
                 else:
-                    group, number, vr, length = _EXPLICIT(block, at - start)
+                    group, number, vr, length = EXPLICIT(block, at - start)
                 tag = group << 16 | number
                 if tag >= stop:
                     break
-                if not implicit and (head_bytes := _HEAD_BYTES[vr]) == 12:
-                    (length,) = _LENGTH(block, at - start + 8)
+                if not implicit and (head_bytes := HEAD_BYTES[vr]) == 12:
+                    (length,) = LENGTH(block, at - start + 8)
             except struct.error:
                 block, start = self._next_part(at), at
                 continue
             if tag <= last:
-                raise _UnusualError
+                raise UnusualError
             body = at - start + head_bytes
             if tag in wanted:
                 value = block[body : body + length]
                 if len(value) != length:
                     block, start = self._next_part(at), at
                     continue
-                found[tag] = Element(_NAMES.get(vr), value)
+                found[tag] = Element(VR_NAMES.get(vr), value)
             elif length == UNDEFINED_LENGTH:
                 at = self._after_items(at + head_bytes, tag, vr, implicit, nested + 1)
                 block, start, last = self._block, self._start, tag
@@ -180,19 +181,19 @@ class _Reader:
             at += head_bytes + length
             last = tag
         if _CHARACTER_SET in found and not _is_ordinary_character_set(found[_CHARACTER_SET]):
-            raise _UnusualError
+            raise UnusualError
         return at, found
 
     def _after_items(self, at: int, tag: int, vr: bytes, implicit: bool, nested: int) -> int:
         """Return the position after a sequence of undefined length, whose items begin at `at`."""
-        is_sequence = _is_sequence(tag, self._bytes(at, 4)) if implicit else vr in (b"SQ", b"UN")
+        has_items = is_sequence(tag, self._bytes(at, 4)) if implicit else vr in (b"SQ", b"UN")
         most = at + LARGEST_SEQUENCE_BYTES
-        while is_sequence and nested <= MOST_NESTED and at < most:
+        while has_items and nested <= MOST_NESTED and at < most:
             head = self._bytes(at, 8)
             at += 8
-            if head == _SEQUENCE_END:
+            if head == SEQUENCE_END:
                 return at
-            if head[:4] != _ITEM:
+            if head[:4] != ITEM:
                 break
             length = int.from_bytes(head[4:], "little")
             if length == 0:
@@ -200,14 +201,14 @@ class _Reader:
             # An item may be without VRs in a data set that has them, as PS3.5, 6.2.2 demands of UN.
             without_vr = implicit or not _is_vr(self._bytes(at, 6)[4:])
             end = sys.maxsize if length == UNDEFINED_LENGTH else at + length
-            at, _ = self._elements(at, without_vr, _WANTED_NESTED, 0, _DELIMITERS, end, nested)
+            at, _ = self._elements(at, without_vr, _WANTED_NESTED, 0, DELIMITERS, end, nested)
             if length == UNDEFINED_LENGTH:
-                if self._bytes(at, 8) != _ITEM_END:
+                if self._bytes(at, 8) != ITEM_END:
                     break
                 at += 8
             elif at != end:
                 break
-        raise _UnusualError
+        raise UnusualError
 
     def _bytes(self, at: int, size: int) -> bytes:
         """Return the bytes [at, at + size), all of which must exist."""
@@ -215,14 +216,14 @@ class _Reader:
             self._next_part(at)
         taken = self._block[at - self._start : at - self._start + size]
         if len(taken) < size:
-            raise _UnusualError
+            raise UnusualError
         return taken
 
     def _next_part(self, at: int) -> bytes:
         """Return the part of the file that begins at `at`."""
         self._windows += 1
         if at == self._start or self._windows > MOST_WINDOWS:
-            raise _UnusualError
+            raise UnusualError
         self._f.seek(at)
         self._start, self._block = at, self._f.read(WINDOW_BYTES)
         return self._block
@@ -235,13 +236,3 @@ def _is_vr(text: bytes) -> bool:
 
 def _is_ordinary_character_set(element: Element) -> bool:
     return element.VR in ("CS", None) and _CHARACTER_SETS.fullmatch(element.value) is not None
-
-
-def _is_sequence(tag: int, head: bytes) -> bool:
-    """Return whether pydicom takes an element of undefined length without a VR for a sequence."""
-    from pydicom.datadict import dictionary_VR
-
-    try:
-        return dictionary_VR(tag) == "SQ"
-    except KeyError:  # private, or unknown
-        return head == _ITEM

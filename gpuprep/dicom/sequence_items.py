@@ -12,44 +12,44 @@ from __future__ import annotations
 
 import struct
 import sys
-from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gpuprep.dicom.elements import LONG_VRS, SHORT_VRS, TAGS
+from gpuprep.dicom.element_heads import (
+    DELIMITERS,
+    EXPLICIT,
+    HEAD_BYTES,
+    IMPLICIT,
+    ITEM,
+    ITEM_END,
+    LENGTH,
+    MOST_NESTED,
+    SEQUENCE_END,
+    VR_NAMES,
+    UnusualError,
+    is_sequence,
+)
+from gpuprep.dicom.elements import TAGS, Element
 from gpuprep.dicom.uids import UNDEFINED_LENGTH
 
 if TYPE_CHECKING:
     import pydicom
 
-MOST_NESTED = 8
-"""Upper limit of sequences inside each other."""
-
-_IMPLICIT, _EXPLICIT, _LENGTH = Struct("<HHL").unpack_from, Struct("<HH2sH").unpack_from, Struct("<L").unpack_from
-_HEAD_BYTES = dict.fromkeys(SHORT_VRS, 8) | dict.fromkeys(LONG_VRS, 12)
-_NAMES = {vr: vr.decode() for vr in _HEAD_BYTES}
 _CHARACTER_SET = TAGS["SpecificCharacterSet"]
-_DELIMITERS = 0xFFFE_0000
-_ITEM, _ITEM_END, _SEQUENCE_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\x0d\xe0\0\0\0\0", b"\xfe\xff\xdd\xe0\0\0\0\0"
 
-DELIMITER_BYTES = len(_SEQUENCE_END)
+DELIMITER_BYTES = len(SEQUENCE_END)
 """Length of the delimiter after the last item of a sequence of undefined length."""
 
 
-class _UnusualError(Exception):
-    """The sequence is not ordinary."""
+class ItemElement(Element):
+    """An element of an item, with the attributes that pydicom needs to convert it."""
 
+    __slots__ = ("is_implicit_VR", "length", "value_tell")
 
-class ItemElement(NamedTuple):
-    """An element of an item as it stands in the file, with the attributes of pydicom's `RawDataElement`."""
-
-    VR: str | None
-    length: int
-    value: bytes
-    """Without the delimiter, if the length is undefined."""
-    value_tell: int
-    """Position of the value, as pydicom counts it: a sequence of defined length is a file of its own."""
-    is_implicit_VR: bool  # noqa: N815 - the name in pydicom
-    is_little_endian: bool = True
+    def __init__(self, vr: str | None, length: int, value: bytes, value_tell: int, is_implicit_vr: bool) -> None:
+        super().__init__(vr, value)
+        self.length = length
+        self.value_tell = value_tell
+        self.is_implicit_VR = is_implicit_vr
 
 
 class Item:
@@ -68,7 +68,7 @@ class Item:
             return None
         vr, length, start, stop = found
         data, implicit, origin = self._source
-        return ItemElement(_NAMES.get(vr), length, data[start:stop], origin + start, implicit)
+        return ItemElement(VR_NAMES.get(vr), length, data[start:stop], origin + start, implicit)
 
     def as_dataset(self) -> pydicom.Dataset:
         """Return the item as pydicom would."""
@@ -76,8 +76,15 @@ class Item:
         from pydicom.dataelem import RawDataElement
         from pydicom.tag import BaseTag
 
-        found = {BaseTag(tag): self.get_item(tag) for tag in self._elements}
-        return Dataset({tag: RawDataElement(tag, *element) for tag, element in found.items() if element is not None})
+        data, implicit, origin = self._source
+        return Dataset(
+            {
+                BaseTag(tag): RawDataElement(
+                    BaseTag(tag), VR_NAMES.get(vr), length, data[start:stop], origin + start, implicit, True
+                )
+                for tag, (vr, length, start, stop) in self._elements.items()
+            }
+        )
 
 
 class _Source(NamedTuple):
@@ -107,7 +114,7 @@ def ordinary_items(element: Any) -> list[Item] | None:
     found: list[Item] = []
     try:
         _after_items(_Source(value, element.is_implicit_VR, origin), 0, len(value), 0, found)
-    except (_UnusualError, struct.error, KeyError):
+    except (UnusualError, struct.error, KeyError):
         return None
     return found
 
@@ -129,7 +136,7 @@ def ordinary_length(data: bytes, implicit: bool) -> int | None:
     """
     try:
         return _after_items(_Source(data, implicit, 0), 0, None, 0) - DELIMITER_BYTES
-    except (_UnusualError, struct.error, KeyError):
+    except (UnusualError, struct.error, KeyError):
         return None
 
 
@@ -139,19 +146,19 @@ def _after_items(source: _Source, at: int, end: int | None, nested: int, found: 
     while at != end:
         head = data[at : at + 8]
         at += 8
-        if head == _SEQUENCE_END and end is None:
+        if head == SEQUENCE_END and end is None:
             return at
-        if head[:4] != _ITEM or len(head) < 8 or nested > MOST_NESTED:
-            raise _UnusualError
-        (length,) = _LENGTH(head, 4)
+        if head[:4] != ITEM or len(head) < 8 or nested > MOST_NESTED:
+            raise UnusualError
+        (length,) = LENGTH(head, 4)
         elements: dict[int, tuple[bytes, int, int, int]] | None = None if found is None else {}
         stop = sys.maxsize if length == UNDEFINED_LENGTH else at + length
         if stop > len(data) and stop != sys.maxsize:
-            raise _UnusualError
+            raise UnusualError
         at = _after_elements(source, at, stop, nested, elements)
         if length == UNDEFINED_LENGTH:
-            if data[at : at + 8] != _ITEM_END:
-                raise _UnusualError
+            if data[at : at + 8] != ITEM_END:
+                raise UnusualError
             at += 8
         if found is not None and elements is not None:
             found.append(Item(source, elements))
@@ -166,39 +173,29 @@ def _after_elements(
     vr, head_bytes, last = b"", 8, -1
     while at < stop:
         if implicit:
-            group, number, length = _IMPLICIT(data, at)
+            group, number, length = IMPLICIT(data, at)
         else:
-            group, number, vr, length = _EXPLICIT(data, at)
+            group, number, vr, length = EXPLICIT(data, at)
         tag = group << 16 | number
-        if tag >= _DELIMITERS:
+        if tag >= DELIMITERS:
             break
-        if not implicit and (head_bytes := _HEAD_BYTES[vr]) == 12:
-            (length,) = _LENGTH(data, at + 8)
+        if not implicit and (head_bytes := HEAD_BYTES[vr]) == 12:
+            (length,) = LENGTH(data, at + 8)
         if tag <= last or tag == _CHARACTER_SET:
-            raise _UnusualError
+            raise UnusualError
         last = tag
         start = at + head_bytes
         if length == UNDEFINED_LENGTH:
-            if not (_is_sequence(tag, data[start : start + 4]) if implicit else vr == b"SQ"):
-                raise _UnusualError
+            if not (is_sequence(tag, data[start : start + 4]) if implicit else vr == b"SQ"):
+                raise UnusualError
             at = _after_items(source, start, None, nested + 1)
             value_stop = at - DELIMITER_BYTES
         else:
             at = value_stop = start + length
             if at > len(data):
-                raise _UnusualError
+                raise UnusualError
         if found is not None:
             found[tag] = vr, length, start, value_stop
     if at != stop and stop != sys.maxsize:
-        raise _UnusualError
+        raise UnusualError
     return at
-
-
-def _is_sequence(tag: int, head: bytes) -> bool:
-    """Return whether pydicom takes an element of undefined length without a VR for a sequence."""
-    from pydicom.datadict import dictionary_VR
-
-    try:
-        return dictionary_VR(tag) == "SQ"
-    except KeyError:  # private, or unknown
-        return head == _ITEM

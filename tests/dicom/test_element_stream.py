@@ -20,10 +20,10 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 import gpuprep
 from gpuprep.dicom import headers
+from gpuprep.dicom.element_heads import MOST_NESTED
 from gpuprep.dicom.element_stream import (
     FIRST_BYTES,
     LARGEST_SEQUENCE_BYTES,
-    MOST_NESTED,
     MOST_WINDOWS,
     WINDOW_BYTES,
     read_ordinary_header,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from segmentations import read, write_rtstruct
 
 from bench.micro.structure_set import element, item, structure_set
+from gpuprep.dicom.decimal_strings import parse_decimals
+from gpuprep.dicom.sequence_items import ordinary_items
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats import dicom_objects, rtstruct, segmentation_values
 
@@ -61,10 +64,9 @@ def check(path: Path) -> tuple[Any, ...]:
 def by_bytes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each sequence was read from its bytes."""
     kept: list[bool] = []
-    original: Callable[[Any], Any] = segmentation_values.ordinary_items
 
     def watched(sequence: Any) -> Any:
-        found = original(sequence)
+        found = ordinary_items(sequence)
         kept.append(found is not None)
         return found
 
@@ -180,7 +182,8 @@ class TestReadFromBytes:
         assert by_bytes == [True] * (1 + 2 + 3)  # ROIs; contours of each; three images, which both refer to
 
     def test_an_unusual_sequence_alone_is_left_to_pydicom(self, tmp_path: Path, by_bytes: list[bool]) -> None:
-        path = write_rtstruct(tmp_path / "rs.dcm", {n: [[[0, 0, 1], [1, 0, 1], [1, 1.5, 1]]] * 2 for n in "ab"})
+        triangle = np.array([[0, 0, 1], [1, 0, 1], [1, 1.5, 1]])
+        path = write_rtstruct(tmp_path / "rs.dcm", {"a": [triangle] * 2, "b": [triangle] * 2})
         content = path.read_bytes()
         assert content.count(b"\x06\x30\x46\x00IS") == 4
         path.write_bytes(content.replace(b"\x06\x30\x46\x00IS", b"\x06\x30\x46\x00ZZ", 1))  # an unknown VR
@@ -192,6 +195,13 @@ class TestReadFromBytes:
         monkeypatch.setattr(rtstruct, "LONGEST_PARSED_BYTES", 100)
         path = tmp_path / "rs.dcm"
         path.write_bytes(structure_set(1, 2, 20, 2, undefined=False))
-        monkeypatch.setattr(rtstruct, "parse_decimals", lambda texts, _: [None if not any(texts) else 1 / 0])
-        ((_, _, contours),) = outcome(path)[0]
-        assert [shape for shape, *_ in contours] == [(20, 3)] * 2
+        parsed: list[bytes] = []
+
+        def watched(texts: Sequence[bytes], largest: float) -> Any:
+            parsed.extend(texts)
+            return parse_decimals(texts, largest)
+
+        monkeypatch.setattr(rtstruct, "parse_decimals", watched)
+        structures, *_ = check(path)
+        assert [shape for _, _, contours in structures for shape, *_ in contours] == [(20, 3)] * 2
+        assert parsed == [b"", b""]
