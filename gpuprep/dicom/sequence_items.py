@@ -46,7 +46,8 @@ class ItemElement(Element):
     __slots__ = ("is_implicit_VR", "length", "value_tell")
 
     def __init__(self, vr: str | None, length: int, value: bytes, value_tell: int, is_implicit_vr: bool) -> None:
-        super().__init__(vr, value)
+        self.VR = vr
+        self.value = value
         self.length = length
         self.value_tell = value_tell
         self.is_implicit_VR = is_implicit_vr
