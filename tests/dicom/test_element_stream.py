@@ -299,12 +299,12 @@ UNUSUAL = {
     "bytes of undefined length": ct(undefined(0x0009_1001, item(CODE), vr=b"OB")),
     "a long value": ct(Element(TAGS["ExtendedOffsetTable"], b"OV", bytes(WINDOW_BYTES))),
     "a character set with a null": ct(element("SpecificCharacterSet", b"ISO\0IR 1")),
-    "a character set of another VR": ct(Element(CHARACTER_SET, b"US", b"\1\0")),
+    "a character set of another VR": ct(Element(CHARACTER_SET, b"US", b"AB")),
     "a character set in small letters in an item": ct(
         undefined(REFERENCED, item(encoded(element("SpecificCharacterSet", b"utf-8\0"), False, False)))
     ),
     "a sequence without its end": ct(Element(REFERENCED, b"SQ", item(CODE), length=UNDEFINED)),
-    "a sequence with another tag than an item": ct(undefined(REFERENCED, b"\xfe\xff\x01\xe0\0\0\0\0")),
+    "a sequence with another tag than an item": ct(undefined(REFERENCED, b"\xfe\xff\x00\xe1\0\0\0\0")),
     "an end of a sequence with a length": ct(
         Element(REFERENCED, b"SQ", SEQUENCE_END[:4] + b"\1\0\0\0", length=UNDEFINED)
     ),
@@ -345,6 +345,13 @@ def test_a_data_set_that_is_not_encoded_as_its_transfer_syntax_says_is_left_to_p
     assert not is_read(data)
     (image,) = read_both_ways(file, data).images
     assert image.header.pixel_offset == len(data) - 8
+
+
+def test_a_length_that_looks_like_a_vr_in_the_first_element_is_left_to_pydicom(file: Path) -> None:
+    for length, read in ((0x4142, False), (0x4042, True)):
+        data = header(ct(Element(0x0008_0001, b"UN", bytes(length))), IMPLICIT)
+        assert is_read(data) is read
+        read_both_ways(file, data)
 
 
 def test_a_sequence_without_a_vr_is_recognised_by_its_tag_or_its_first_item(file: Path) -> None:
