@@ -40,19 +40,6 @@ DELIMITER_BYTES = len(SEQUENCE_END)
 """Length of the delimiter after the last item of a sequence of undefined length."""
 
 
-class ItemElement(Element):
-    """An element of an item, with the attributes that pydicom needs to convert it."""
-
-    __slots__ = ("is_implicit_VR", "length", "value_tell")
-
-    def __init__(self, vr: str | None, length: int, value: bytes, value_tell: int, is_implicit_vr: bool) -> None:
-        self.VR = vr
-        self.value = value
-        self.length = length
-        self.value_tell = value_tell
-        self.is_implicit_VR = is_implicit_vr
-
-
 class Item:
     """An item of a sequence, whose values are taken from the bytes of the sequence when they are asked for."""
 
@@ -62,14 +49,25 @@ class Item:
         self._source = source
         self._elements = elements
 
-    def get_item(self, tag: int) -> ItemElement | None:
+    def get_item(self, tag: int) -> Element | None:
         """Return the element of a tag; None where it is absent."""
         found = self._elements.get(tag)
         if found is None:
             return None
+        vr, _, start, stop = found
+        return Element(VR_NAMES.get(vr), self._source.data[start:stop])
+
+    def items(self, tag: int) -> list[Item] | None:
+        """Return the items of a sequence in this item; None if pydicom has to read them."""
+        found = self._elements.get(tag)
+        if found is None:
+            return []
         vr, length, start, stop = found
-        data, implicit, origin = self._source
-        return ItemElement(VR_NAMES.get(vr), length, data[start:stop], origin + start, implicit)
+        if vr not in (b"SQ", b""):
+            return None
+        # Without a copy of the bytes, which may be nearly all of a file.
+        origin = self._source.origin if length == UNDEFINED_LENGTH else -start
+        return _split(self._source._replace(origin=origin), start, stop)
 
     def as_dataset(self) -> pydicom.Dataset:
         """Return the item as pydicom would."""
@@ -95,7 +93,7 @@ class _Source(NamedTuple):
     implicit: bool
     """Whether its elements have no VR."""
     origin: int
-    """Position at which pydicom counts the first byte."""
+    """Position of the first byte, as pydicom counts it: a sequence of defined length is a file of its own."""
 
 
 def ordinary_items(element: Any) -> list[Item] | None:
@@ -103,7 +101,7 @@ def ordinary_items(element: Any) -> list[Item] | None:
 
     Parameters
     ----------
-    element : RawDataElement or ItemElement
+    element : RawDataElement
         Element of a sequence. Names in its items cannot be read, because the character set is unknown.
     """
     value = element.value
@@ -112,12 +110,7 @@ def ordinary_items(element: Any) -> list[Item] | None:
     if element.length not in (len(value), UNDEFINED_LENGTH):
         return None
     origin = element.value_tell if element.length == UNDEFINED_LENGTH else 0
-    found: list[Item] = []
-    try:
-        _after_items(_Source(value, element.is_implicit_VR, origin), 0, len(value), 0, found)
-    except (UnusualError, struct.error, KeyError):
-        return None
-    return found
+    return _split(_Source(value, element.is_implicit_VR, origin), 0, len(value))
 
 
 def ordinary_length(data: bytes, implicit: bool) -> int | None:
@@ -141,10 +134,22 @@ def ordinary_length(data: bytes, implicit: bool) -> int | None:
         return None
 
 
+def _split(source: _Source, start: int, stop: int) -> list[Item] | None:
+    """Return the items in the bytes from `start` to `stop`; None if pydicom has to read them."""
+    found: list[Item] = []
+    try:
+        _after_items(source, start, stop, 0, found)
+    except (UnusualError, struct.error, KeyError):
+        return None
+    return found
+
+
 def _after_items(source: _Source, at: int, end: int | None, nested: int, found: list[Item] | None = None) -> int:
     """Return the position after a sequence whose items begin at `at`; its length is undefined without an `end`."""
     data = source.data
     while at != end:
+        if end is not None and at > end:
+            raise UnusualError
         head = data[at : at + 8]
         at += 8
         if head == SEQUENCE_END and end is None:

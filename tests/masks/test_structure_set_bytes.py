@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from segmentations import read, write_rtstruct
 
 from bench.micro.structure_set import element, item, structure_set
+from gpuprep.dicom import sequence_items
 from gpuprep.dicom.decimal_strings import parse_decimals
-from gpuprep.dicom.sequence_items import ordinary_items
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.formats import dicom_objects, rtstruct, segmentation_values
 
@@ -64,13 +64,14 @@ def check(path: Path) -> tuple[Any, ...]:
 def by_bytes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each sequence was read from its bytes."""
     kept: list[bool] = []
+    split = sequence_items._split
 
-    def watched(sequence: Any) -> Any:
-        found = ordinary_items(sequence)
+    def watched(*args: Any) -> Any:
+        found = split(*args)
         kept.append(found is not None)
         return found
 
-    monkeypatch.setattr(segmentation_values, "ordinary_items", watched)
+    monkeypatch.setattr(sequence_items, "_split", watched)
     return kept
 
 

@@ -66,12 +66,13 @@ def items_without_names(ds: Elements, keyword: str) -> Sequence[Elements]:
     Text that depends on the character set cannot be read in these items. If the sequence is ordinary, this is several
     times as fast as `items`.
     """
+    if isinstance(ds, Item):
+        found = ds.items(TAGS[keyword])
+        return items(ds.as_dataset(), keyword) if found is None else found
     element = element_of(ds, keyword)
-    if element is None:
-        return ()
-    if (found := ordinary_items(element)) is not None:
+    if element is not None and (found := ordinary_items(element)) is not None:
         return found
-    return items(ds.as_dataset() if isinstance(ds, Item) else cast("pydicom.Dataset", ds), keyword)
+    return items(cast("pydicom.Dataset", ds), keyword)
 
 
 def text(ds: Elements, keyword: str) -> str:
