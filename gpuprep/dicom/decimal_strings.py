@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_BYTES = 128 * 2**10
-"""Length of text that is best parsed at once: a shorter one takes longer per number, a longer one does not take less."""
+"""Length of text that is best parsed at once: a shorter one takes longer per number, a longer one as long."""
 
 MOST_DIGITS = 15
 """Largest number of digits whose integer is exact in float64."""
