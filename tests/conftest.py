@@ -13,6 +13,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import both_ways
 import hypothesis
 import numpy as np
 import pydicom
@@ -30,6 +31,7 @@ from gpuprep.compute.backend import Backend, NumpyBackend, _gpu_or_cpu, get_back
 from gpuprep.core.geometry import Geometry
 from gpuprep.core.hounsfield import HuStatistics
 from gpuprep.core.volume import StoredVolume
+from gpuprep.dicom import headers
 from gpuprep.errors import BackendError
 from gpuprep.testing import write_series
 
@@ -67,6 +69,13 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
             make(part)
             part.rename(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def headers_read_both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests of DICOM, require of every header that is read in this process that pydicom gives the same result."""
+    if request.path.parent.name in ("dicom", "e2e", "fuzz"):
+        monkeypatch.setattr(headers, "_read_header", both_ways.read_header)
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ import io
 import zlib
 from typing import BinaryIO
 
+from gpuprep.dicom.elements import LONG_VRS
 from gpuprep.dicom.uids import DEFLATED_DATA_SETS
 from gpuprep.errors import DecodeError
 
-_LONG_VRS = {b"OB", b"OW", b"SQ", b"UN", b"UT", b"OF", b"OD", b"OL", b"OV", b"UC", b"UR", b"SV", b"UV"}
 _META_BYTES = 4096
 """Length of the file that is searched for the meta group, which takes a few hundred bytes."""
 _CHUNK = 64 * 1024
@@ -98,7 +98,7 @@ def _meta(head: bytes) -> tuple[dict[int, bytes], int]:
     at = 132
     while head[128:132] == b"DICM" and head[at : at + 2] == b"\x02\x00" and at + 12 <= len(head):
         number = int.from_bytes(head[at + 2 : at + 4], "little")
-        start = at + (12 if head[at + 4 : at + 6] in _LONG_VRS else 8)
+        start = at + (12 if head[at + 4 : at + 6] in LONG_VRS else 8)
         length = int.from_bytes(head[start - 4 : start] if start - at == 12 else head[at + 6 : at + 8], "little")
         elements[number] = head[start : start + length]
         at = start + length

@@ -8,6 +8,7 @@ mean by them is read in `gpuprep.dicom.header_values`, and what segmentations do
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 _SHARED = {
@@ -128,16 +129,50 @@ SEGMENTATION_TAGS = _SHARED | _OF_SEGMENTATIONS
 
 TAGS = IMAGE_TAGS | SEGMENTATION_TAGS
 
+LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+"""VRs with two reserved bytes and a length of four."""
+SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+"""VRs with a length of two bytes, which hold no large image."""
+
 UID_PATTERN = re.compile("[0-9A-Fa-f.]{0,64}")
 """A UID; some writers use hexadecimal digits, which do no harm."""
 
 
 class Elements(Protocol):
-    """A data set of pydicom, or a frame with the attributes of its functional groups."""
+    """A data set, or a frame with the attributes of its functional groups."""
 
     def get_item(self, tag: int) -> Any:
         """Return the element of a tag as it stands in the file; None where it is absent."""
         ...
+
+
+class DataSet(Elements, Protocol):
+    """A data set of pydicom, or a table of elements without functional groups."""
+
+    def keys(self) -> Iterable[int]:
+        """Return the tags of all elements."""
+        ...
+
+    def __contains__(self, tag: int) -> bool: ...
+
+    def __getitem__(self, tag: int) -> Any: ...
+
+
+class Element:
+    """An element as it stands in the file, with the attributes of pydicom's `RawDataElement` that are needed."""
+
+    __slots__ = ("VR", "value")
+    is_little_endian = True
+
+    def __init__(self, vr: str | None, value: bytes) -> None:
+        self.VR = vr
+        self.value = value
+
+
+class ElementTable(dict[int, Element]):
+    """Elements by tag, with the methods of a data set of pydicom that are needed."""
+
+    get_item = dict.get
 
 
 def element_of(ds: Elements, keyword: str) -> Any:

@@ -6,11 +6,21 @@ import hashlib
 import math
 import re
 import struct
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gpuprep.core.formatting import printable
 from gpuprep.core.series import MALFORMED_UID_PREFIX
-from gpuprep.dicom.elements import TAGS, UID_PATTERN, Elements, ascii_of, element_of, first_16_bits
+from gpuprep.dicom.elements import (
+    TAGS,
+    UID_PATTERN,
+    DataSet,
+    Elements,
+    ElementTable,
+    ascii_of,
+    element_of,
+    first_16_bits,
+)
 from gpuprep.dicom.odd_numbers import BINARY, binary_numbers, with_points, written_number
 
 if TYPE_CHECKING:
@@ -33,22 +43,24 @@ class Frame:
     DICOM PS3.3, C.7.6.16 (Multi-frame Functional Groups module).
     """
 
-    def __init__(self, *layers: pydicom.Dataset) -> None:
+    def __init__(self, *layers: DataSet) -> None:
         self.remarks: set[str] = set()
         """Deviations from DICOM that were understood: see `SliceHeader.remarks`."""
-        # Keys are plain integers, since pydicom compares its tags in Python: forty times for each image of a cohort.
-        self._elements = {
-            int(tag): layer.get_item(tag)
-            for layer in reversed(layers)
-            for tag in layer.keys()  # noqa: SIM118 - a data set iterates over its elements, and converts them
-        }
+        elements: Mapping[int, Any]
+        if len(layers) == 1 and isinstance(layers[0], ElementTable):
+            elements = layers[0]
+        else:
+            # Keys are plain integers, since pydicom compares its tags in Python: forty times for each image.
+            elements = {
+                int(tag): layer.get_item(tag)
+                for layer in reversed(layers)
+                for tag in layer.keys()  # noqa: SIM118 - a data set iterates over its elements, and converts them
+            }
+        self.get_item: Callable[[int], Any] = elements.get
+        """Returns the element of the innermost layer that has a tag; None where none has."""
 
-    def get_item(self, tag: int) -> Any:
-        """Return the element of the innermost layer that has it; None where none has."""
-        return self._elements.get(tag)
 
-
-def frames_of(ds: pydicom.Dataset) -> list[tuple[Frame, int]]:
+def frames_of(ds: DataSet) -> list[tuple[Frame, int]]:
     """Return the frames of an image, each with the number of frames; only the first if others have no attributes."""
     image = Frame(ds)
     binary = getattr(element_of(image, "NumberOfFrames"), "VR", None) in BINARY
@@ -62,7 +74,9 @@ def frames_of(ds: pydicom.Dataset) -> list[tuple[Frame, int]]:
     if own_tag not in ds:
         # The only sequence that matters for a single frame describes how it was computed from several energies.
         return [(Frame(*energies, ds) if (energies := _energies(ds)) else image, count)]
-    shared = [layer for item in ((ds[shared_tag].value or []) if shared_tag in ds else []) for layer in _macros(item)]
+    shared: list[DataSet] = [
+        layer for item in ((ds[shared_tag].value or []) if shared_tag in ds else []) for layer in _macros(item)
+    ]
     own = list(ds[own_tag].value or [])
     if len(own) != count or count > MOST_FRAMES:
         raise ValueError(f"{len(own)} functional groups for {count} frames")
@@ -70,7 +84,7 @@ def frames_of(ds: pydicom.Dataset) -> list[tuple[Frame, int]]:
     return [(Frame(*_macros(item), *shared, ds), count) for item in own]
 
 
-def _energies(ds: pydicom.Dataset) -> list[pydicom.Dataset]:
+def _energies(ds: DataSet) -> list[DataSet]:
     """Return the first item of the Multi-energy CT Processing Sequence of an image that has one outside its frames."""
     tag = TAGS["MultienergyCTProcessingSequence"]
     return [items[0]] if tag in ds and (items := ds[tag].value) else []
@@ -93,7 +107,7 @@ def either(a: int | None, b: int | None) -> int | None:
 
 def text_of(ds: Elements, keyword: str) -> str:
     """Return a value as printable text; "" where it is absent."""
-    element = element_of(ds, keyword)
+    element = ds.get_item(TAGS[keyword])
     return "" if element is None else printable(ascii_of(element.value))
 
 

@@ -8,14 +8,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from gpuprep.core.formatting import printable
 from gpuprep.core.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.core.series import Image, OtherImage, SliceHeader, packed, sop_digest
-from gpuprep.dicom.deflate import inflated
-from gpuprep.dicom.elements import IMAGE_TAGS, TAGS, UID_PATTERN, element_of
+from gpuprep.dicom.elements import TAGS, UID_PATTERN, DataSet, element_of
 from gpuprep.dicom.header_values import (
     Frame,
     binary_of,
@@ -33,13 +31,12 @@ from gpuprep.dicom.header_values import (
     text_of,
     uid_of,
 )
-from gpuprep.dicom.jpeg_markers import frame_info
+from gpuprep.dicom.parse_header import HEADER_BYTES, parse_header
+from gpuprep.dicom.pixel_element import is_native_length, jpeg2000_format, locate_pixels
 from gpuprep.dicom.uids import (
     BIG_ENDIAN,
     BIG_WORDS,
-    EXPLICIT_VR,
     GE_BIG_WORDS,
-    IMPLICIT_VR,
     NATIVE,
     SEGMENTATION_CLASSES,
     UNDEFINED_LENGTH,
@@ -50,7 +47,7 @@ from gpuprep.files.archives import GZIP_MEMBER, ContainerError, kind, members, s
 from gpuprep.files.bounded_reader import open_bounded
 
 if TYPE_CHECKING:
-    import pydicom
+    pass
 
 # pydicom is imported late: workers read the files, so the parent process of a cohort does not need it.
 
@@ -171,8 +168,6 @@ def _error_text(exc: Exception) -> str:
 
 
 def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_result, size: int) -> list[Image]:
-    import pydicom
-
     if not size and (member or file).lower().endswith(".dcm"):
         raise ValueError("the file is empty")
     head = f.read(132)
@@ -187,26 +182,18 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
     f.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid values are handled below
-        content, deflated, meta_class = inflated(f, HEADER_BYTES)
-        force = no_preamble or content is not f
-        ds = pydicom.dcmread(content, stop_before_pixels=True, specific_tags=_pydicom_tags(), force=force)
-        meta = Frame(ds.file_meta)
-        meta_class = meta_class or text_of(meta, "MediaStorageSOPClassUID")
-        _check_class(ds, meta_class, no_preamble)
-        if content is not f:
-            syntax = deflated
-        elif not UID_PATTERN.fullmatch(syntax := text_of(meta, "TransferSyntaxUID")):
+        parsed = parse_header(f, no_preamble=no_preamble)
+        ds, syntax = parsed.dataset, parsed.syntax
+        _check_class(ds, parsed.meta_class, no_preamble)
+        if not UID_PATTERN.fullmatch(syntax):
             raise ValueError("the Transfer Syntax UID is invalid")
-        elif not syntax:
-            implicit, little = ds.original_encoding  # no meta group: pydicom detects the encoding
-            syntax = IMPLICIT_VR if implicit else EXPLICIT_VR if little else BIG_ENDIAN
-        offset, length = _locate_pixels(content, bool(ds.original_encoding[0]), syntax == BIG_ENDIAN)
+        offset, length = locate_pixels(*parsed.pixel_element(), parsed.implicit, syntax == BIG_ENDIAN)
         if syntax == GE_BIG_WORDS and getattr(ds.get_item(TAGS["BitsAllocated"]), "VR", None):
             offset = None  # this syntax has implicit VRs; with explicit ones, the byte order of the pixels is unknown
         encoded = stream = None
-        if syntax not in NATIVE and (length == UNDEFINED_LENGTH or not _is_native_length(ds, length)):
+        if syntax not in NATIVE and (length == UNDEFINED_LENGTH or not is_native_length(ds, length)):
             if length == UNDEFINED_LENGTH and offset is not None:
-                stream = _jpeg2000_format(content, offset)
+                stream = jpeg2000_format(parsed.content, offset)
             # With an Extended Offset Table, the file is parsed again when its pixels are read.
             encoded = offset if TAGS["ExtendedOffsetTable"] not in ds else None
             offset = length = None
@@ -216,17 +203,6 @@ def _read_header(f: BinaryIO, file: str, member: str | None, status: os.stat_res
         images = [images[0]._replace(header=images[0].header._replace(position_mm=None, frames=count))]
     return images
 
-
-@cache
-def _pydicom_tags() -> list[Any]:
-    """Return `IMAGE_TAGS` as pydicom's tags, created once per process."""
-    from pydicom.tag import Tag
-
-    return [Tag(tag) for tag in IMAGE_TAGS.values()]
-
-
-HEADER_BYTES = 16 * 2**20
-"""Limit on the length of a header element and of an inflated header."""
 
 _FIRST_TAGS = {
     group + element
@@ -239,7 +215,7 @@ _FIRST_TAGS = {
 }
 
 
-def _check_class(ds: pydicom.Dataset, meta_class: str, no_preamble: bool) -> None:
+def _check_class(ds: DataSet, meta_class: str, no_preamble: bool) -> None:
     """Raise unless the file is a CT image by its data set, or by its meta group if the data set is truncated."""
     kind = text_of(ds, "SOPClassUID") or meta_class
     if kind in CT_CLASSES:
@@ -259,72 +235,12 @@ def _check_class(ds: pydicom.Dataset, meta_class: str, no_preamble: bool) -> Non
     raise _NotCtError(name, segmentation=segmentation, other=None if segmentation else _other_image(ds))
 
 
-def _other_image(ds: pydicom.Dataset) -> OtherImage | None:
+def _other_image(ds: DataSet) -> OtherImage | None:
     """Return the attributes by which a segmentation refers to a non-CT image; None for objects that are not images."""
     series_uid = uid_of(ds, "SeriesInstanceUID")
     if not series_uid or TAGS["Rows"] not in ds:
         return None
     return OtherImage(series_uid, term_of(ds, "Modality") or "", sop_digest(uid_of(ds, "SOPInstanceUID")))
-
-
-def _locate_pixels(f: BinaryIO, implicit: bool, big: bool) -> tuple[int | None, int | None]:
-    """Return offset and length of the value of *Pixel Data*, where pydicom stopped reading; length 0 if it is absent.
-
-    The element itself shows whether it has a VR: lengths are even, but the letters of a VR of pixels (O., U. or S.)
-    would be an odd length. For other letters, the VR encoding of the data set decides.
-
-    References
-    ----------
-    DICOM PS3.5, 7.1.2 and 7.1.3 (Data Element Structure with and without VR).
-    """
-    start = f.tell()
-    head = f.read(12)
-    tag = bytes((head[1], head[0], head[3], head[2])) if len(head) >= 8 and not big else head[:4]
-    if tag in _FLOAT_PIXELS:
-        raise ValueError(f"its pixels are {_FLOAT_PIXELS[tag]}, which are not stored values of CT")
-    if tag != b"\x7f\xe0\x00\x10" or len(head) < 8:
-        return None, 0
-    order: Any = "big" if big else "little"
-    vr = head[4:6]
-    odd = bool(vr[0] % 2)
-    if vr in _SHORT_VRS and (odd or not implicit):
-        return start + 8, int.from_bytes(head[6:8], order)
-    if vr in _LONG_VRS or (not implicit and (odd or (vr.isalpha() and vr.isupper()))):
-        return start + 12, int.from_bytes(head[8:12], order)  # the two reserved bytes may have any value
-    return start + 8, int.from_bytes(head[4:8], order)
-
-
-def _jpeg2000_format(f: BinaryIO, offset: int) -> str | None:
-    """Return sign and bits of the first code stream of encapsulated pixels ("i16", "u12"); None unless JPEG 2000."""
-    f.seek(offset)
-    table_bytes = int.from_bytes(f.read(8)[4:], "little")
-    f.seek(offset + 8 + table_bytes + 8)
-    info = frame_info(f.read(CODE_STREAM_HEAD_BYTES))
-    if info is None or info.kind != "JPEG 2000":
-        return None
-    return f"{'i' if info.signed else 'u'}{info.precision}"
-
-
-CODE_STREAM_HEAD_BYTES = 512
-"""Length that contains the precision of a JPEG 2000 code stream, even in a JP2 file."""
-
-_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
-"""VRs with two reserved bytes and a length of four."""
-_SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
-"""VRs with a length of two bytes, which hold no large image."""
-_FLOAT_PIXELS = {
-    b"\x7f\xe0\x00\x08": "Float Pixel Data (7FE0,0008)",
-    b"\x7f\xe0\x00\x09": "Double Float Pixel Data (7FE0,0009)",
-}
-
-
-def _is_native_length(ds: pydicom.Dataset, length: int | None) -> bool:
-    """Whether a value has the length of the native pixels of all frames."""
-    image = Frame(ds)
-    rows, columns, bits = (binary_of(image, k) or 0 for k in ("Rows", "Columns", "BitsAllocated"))
-    samples, frames = binary_of(image, "SamplesPerPixel") or 1, integer_of(image, "NumberOfFrames") or 1
-    size = rows * columns * samples * frames * bits // 8
-    return size > 0 and length in (size, size + size % 2)
 
 
 @dataclass(frozen=True, slots=True)

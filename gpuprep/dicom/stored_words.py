@@ -24,7 +24,7 @@ from gpuprep.core.series import SliceHeader
 from gpuprep.core.stacking_rules import Irregularity, Policy, SeriesWarning
 from gpuprep.dicom.deflate import inflated
 from gpuprep.dicom.header_values import pixel_value
-from gpuprep.dicom.headers import HEADER_BYTES
+from gpuprep.dicom.parse_header import HEADER_BYTES
 from gpuprep.dicom.uids import ENCODINGS
 from gpuprep.dicom.word_evidence import (
     MIN_DISTINCT_VALUES,

@@ -230,7 +230,7 @@ def _patient_id(header: SliceHeader) -> str | None:
 
     import pydicom
 
-    from gpuprep.dicom.headers import HEADER_BYTES
+    from gpuprep.dicom.parse_header import HEADER_BYTES
     from gpuprep.files.bounded_reader import open_bounded
 
     try:

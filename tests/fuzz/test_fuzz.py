@@ -22,12 +22,13 @@ import numpy as np
 import pydicom
 import pytest
 from elements import PIXEL_DATA, UNDEFINED, Element, Parsed, built, parsed
-from fuzzing import Base, Subject, _again, _fragments, bases, convert_case, fuzz, main, make_case, only
+from fuzzing import Base, Subject, _again, _fragments, bases, convert_case, fuzz, main, make_case, only, write_case
 from numpy.typing import NDArray
 from oddities import ODDITIES
 from pydicom.encaps import generate_frames
 
 from gpuprep.core.recipe import Recipe
+from gpuprep.dicom.headers import read_headers
 from gpuprep.pipeline.events import Run
 
 CASES = int(os.environ.get("GPUPREP_FUZZ_CASES", "150"))
@@ -43,6 +44,16 @@ def test_damaged_series_lead_to_a_verdict(tmp_path: Path) -> None:
     assert summary.skipped == {}
     assert summary.cases == CASES
     assert not summary.violations, f"files are in {tmp_path}"
+
+
+def test_damaged_headers_are_read_from_their_bytes_as_pydicom_reads_them_or_left_to_it(
+    stock: tuple[Base, ...], tmp_path: Path
+) -> None:
+    for number in range(CASES):
+        folder = tmp_path / str(number)
+        write_case(make_case(stock, 2, number), folder)
+        files = [str(file) for file in sorted(folder.rglob("*")) if file.is_file()]
+        assert len(read_headers(files)) == len(files)  # `both_ways` compares
 
 
 def test_splitting_and_assembling_a_file_restores_its_bytes(stock: tuple[Base, ...]) -> None:

@@ -12,13 +12,14 @@ import stat
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from gpuprep.core.formatting import printable
 from gpuprep.core.mask_options import ReadingOptions
 from gpuprep.dicom.deflate import inflated
 from gpuprep.dicom.elements import SEGMENTATION_TAGS, TAGS
-from gpuprep.dicom.uids import LABEL_MAP_SEGMENTATION, RT_STRUCTURE_SET, SEGMENTATION
+from gpuprep.dicom.sequence_items import DELIMITER_BYTES, ordinary_length
+from gpuprep.dicom.uids import LABEL_MAP_SEGMENTATION, RT_STRUCTURE_SET, SEGMENTATION, UNDEFINED_LENGTH
 from gpuprep.errors import NotASegmentationError, SegmentationError, nested_too_deeply
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import BoundedReader
@@ -28,9 +29,13 @@ from gpuprep.masks.model import References, Segmentation
 
 if TYPE_CHECKING:
     import pydicom
+    from pydicom.tag import BaseTag
 
 # pydicom is imported only when a file is read, because its import is slow.
 
+
+CONTOURS = TAGS["ROIContourSequence"]
+"""Tag of the element that is nearly all of a structure set."""
 
 LAST_REFERENCE = TAGS["ReferencedFrameOfReferenceSequence"]
 """Tag of the last element that says to which series an object belongs."""
@@ -126,7 +131,7 @@ def _dataset(path: str, until: int | None = None) -> pydicom.Dataset:
 def _parsed(file: BinaryIO, until: int | None) -> pydicom.Dataset:
     """Return the elements of `dicom_elements.TAGS` in a file; pydicom leaves most values as bytes."""
     from pydicom.filereader import read_partial
-    from pydicom.tag import BaseTag, Tag
+    from pydicom.tag import Tag
 
     content, _, announced = inflated(file, MOST_INFLATED_BYTES)
     if isinstance(content, io.BytesIO):
@@ -136,10 +141,62 @@ def _parsed(file: BinaryIO, until: int | None) -> pydicom.Dataset:
             )
         content = _InflatedReader(content)
     wanted: list[BaseTag | int] = [Tag(tag) for tag in SEGMENTATION_TAGS.values()]
-    stop = None if until is None else lambda tag, _vr, _length: tag > until
-    ds = read_partial(content, stop, force=True, specific_tags=wanted)
+    if until is not None:
+        ds = read_partial(content, lambda tag, _vr, _length: tag > until, force=True, specific_tags=wanted)
+    elif (found := _with_contours_as_bytes(content, wanted)) is not None:
+        ds = found
+    else:
+        content.seek(0)
+        ds = read_partial(content, None, force=True, specific_tags=wanted)
     if announced:
         ds.file_meta.add_new(TAGS["MediaStorageSOPClassUID"], "UI", announced)
+    return ds
+
+
+def _with_contours_as_bytes(file: BinaryIO, wanted: list[BaseTag | int]) -> pydicom.FileDataset | None:
+    """Return the elements of a file with *ROI Contour Sequence* as bytes, even if its length is undefined.
+
+    pydicom parses sequences of undefined length to find their end.
+
+    Returns
+    -------
+    FileDataset or None
+        None if the file is not ordinary.
+    """
+    from pydicom.dataelem import RawDataElement
+    from pydicom.filereader import data_element_generator, read_partial
+    from pydicom.tag import BaseTag
+
+    stopped_at: list[str | None] = []
+
+    def is_undefined(tag: int, vr: str | None, length: int) -> bool:
+        found = tag == CONTOURS and length == UNDEFINED_LENGTH
+        if found:
+            stopped_at.append(vr)
+        return found
+
+    try:
+        ds = read_partial(file, is_undefined, force=True, specific_tags=wanted)
+        if not stopped_at:
+            return ds
+        encoding: Any = ds.get_item(TAGS["SOPClassUID"])
+        vr, implicit = stopped_at[0], encoding.is_implicit_VR
+        start = file.tell() + (8 if implicit else 12)
+        if vr != (None if implicit else "SQ") or not encoding.is_little_endian:
+            return None
+        file.seek(start)
+        content = file.read()
+        length = ordinary_length(content, implicit)
+        if length is None:
+            return None
+        value = content[:length]
+        del content
+        file.seek(start + length + DELIMITER_BYTES)
+        if any(data_element_generator(file, implicit, True, specific_tags=wanted)):
+            return None
+    except Exception:  # pydicom comes upon it again, and the caller reports it
+        return None
+    ds[BaseTag(CONTOURS)] = RawDataElement(BaseTag(CONTOURS), vr, UNDEFINED_LENGTH, value, start, implicit, True)
     return ds
 
 

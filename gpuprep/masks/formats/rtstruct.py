@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -20,8 +20,20 @@ from numpy.typing import NDArray
 
 from gpuprep.core.formatting import format_count, quoted
 from gpuprep.core.mask_options import ReadingOptions
+from gpuprep.dicom.decimal_strings import BLOCK_BYTES, parse_decimals
+from gpuprep.dicom.elements import Elements
 from gpuprep.errors import SegmentationError
-from gpuprep.masks.formats.segmentation_values import decimals, image_frames, integer, items, name, raw, text, uid
+from gpuprep.masks.formats.segmentation_values import (
+    decimals,
+    image_frames,
+    integer,
+    items,
+    items_without_names,
+    name,
+    raw,
+    text,
+    uid,
+)
 from gpuprep.masks.model import Collector, Contour, ImageFrame, References, Segmentation
 from gpuprep.masks.text_parsing import LARGEST_COORDINATE, unique_names
 
@@ -33,6 +45,12 @@ CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR")
 
 _NUMERIC = b"0123456789eE+-. \\"
 """Characters of decimal strings and their separator. Python's float() accepts more than the standard does."""
+
+LONGEST_PARSED_BYTES = 2**20
+"""Longer *Contour Data* are parsed by float(): all numbers at once would need more memory."""
+
+_PADDING = b" \0"
+"""Characters around decimal strings that are no part of them."""
 
 
 def read(ds: pydicom.Dataset, path: str, reading: ReadingOptions) -> Segmentation:  # noqa: ARG001 - as in `seg.read`
@@ -56,14 +74,14 @@ def read(ds: pydicom.Dataset, path: str, reading: ReadingOptions) -> Segmentatio
         If coordinates are no numbers, or contours cannot be assigned to ROIs.
     """
     rois, frames = _rois(ds)
-    sequence = items(ds, "ROIContourSequence")
+    sequence = items_without_names(ds, "ROIContourSequence")
     if not rois or not sequence:  # both are required; a file cut short between elements may lack one
         raise SegmentationError(
             f"it names {len(rois)} ROIs and has contours of {len(sequence)}: cut short, or nothing was outlined"
         )
     for n, roi in enumerate(sequence, 1):  # adds ROIs without a description, before names are made unique
         number = integer(roi, "ReferencedROINumber")
-        if number is None and items(roi, "ContourSequence"):
+        if number is None and items_without_names(roi, "ContourSequence"):
             raise SegmentationError(f"contours {n} of {len(sequence)} do not say to which ROI they belong")
         if number is not None and number not in rois:
             rois[number] = ""
@@ -113,17 +131,21 @@ def _rois(ds: pydicom.Dataset) -> tuple[dict[int, str], dict[int, str]]:
     return rois, frames
 
 
-def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images: _Images) -> list[str]:
+def _contours(roi: Elements, structure: str, collector: Collector, images: _Images) -> list[str]:
     """Collect the contours of one ROI; return notes on irregular ones."""
     left_out: Counter[str] = Counter()
     miscounted = moved = 0
     label = f"ROI {quoted(structure)}"
-    for n, item in enumerate(items(roi, "ContourSequence"), 1):
+    for n, (item, values) in enumerate(_with_coordinates(items_without_names(roi, "ContourSequence")), 1):
         kind = text(item, "ContourGeometricType").upper()
         if kind not in CLOSED:
             left_out[kind if kind.replace("_", "").isalpha() and len(kind) <= 16 else "no known type"] += 1
             continue
-        points = _points(raw(item, "ContourData"), label, n)
+        if values is None:
+            values = _values(raw(item, "ContourData"), label, n)
+        if len(values) % 3:
+            raise SegmentationError(f"{label}, contour {n}: {len(values)} values are no points of x, y and z")
+        points = values.reshape(-1, 3)
         stated_count = text(item, "NumberOfContourPoints")
         miscounted += bool(stated_count) and stated_count != str(len(points))
         if len(points) < 3:
@@ -143,15 +165,40 @@ def _contours(roi: pydicom.Dataset, structure: str, collector: Collector, images
     return notes
 
 
-def _points(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
-    """Return the points of *Contour Data*, shape (n, 3)."""
+def _with_coordinates(contours: Iterable[Elements]) -> Iterator[tuple[Elements, NDArray[np.float64] | None]]:
+    """Yield each contour with its coordinates; None if they are missing or not written as usual."""
+    block: list[tuple[Elements, bytes]] = []
+    block_bytes = 0
+    for contour in contours:
+        try:
+            data = raw(contour, "ContourData")
+        except SegmentationError:  # raised again when it is this contour's turn
+            data = b""
+        if not isinstance(data, bytes) or len(data) > LONGEST_PARSED_BYTES:
+            data = b""
+        if block_bytes + len(data) > BLOCK_BYTES:
+            yield from _parsed(block)
+            block, block_bytes = [], 0
+        block.append((contour, data.strip(_PADDING)))
+        block_bytes += len(data)
+    yield from _parsed(block)
+
+
+def _parsed(block: list[tuple[Elements, bytes]]) -> Iterator[tuple[Elements, NDArray[np.float64] | None]]:
+    if block:
+        contours, texts = zip(*block, strict=True)
+        yield from zip(contours, parse_decimals(texts, LARGEST_COORDINATE), strict=True)
+
+
+def _values(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
+    """Return the numbers of *Contour Data*."""
     if data is None:
-        return np.empty((0, 3))
+        return np.empty(0)
     if not isinstance(data, bytes):
         raise SegmentationError(f"{roi}, contour {contour}: its Contour Data are no numbers")
-    data = data.strip(b" \0")
+    data = data.strip(_PADDING)
     if not data:
-        return np.empty((0, 3))
+        return np.empty(0)
     parts = data.split(b"\\")
     try:
         if data.translate(None, _NUMERIC):
@@ -165,9 +212,7 @@ def _points(data: Any, roi: str, contour: int) -> NDArray[np.float64]:
             f"{roi}, contour {contour}, value {n + 1} of {len(parts)}: {quoted(parts[n].decode('latin-1'))} is no "
             f"coordinate in mm of at most {LARGEST_COORDINATE:.0f}"
         ) from None
-    if len(values) % 3:
-        raise SegmentationError(f"{roi}, contour {contour}: {len(values)} values are no points of x, y and z")
-    return values.reshape(-1, 3)
+    return values
 
 
 def _is_coordinate(part: bytes) -> bool:
@@ -184,14 +229,14 @@ class _Images:
         self.found: set[ImageFrame] = set()
         self._seen: set[bytes] = set()
 
-    def add(self, ds: pydicom.Dataset) -> None:
+    def add(self, ds: Elements) -> None:
         """Add the images of a *Contour Image Sequence*. Contours of one slice repeat the same bytes, parsed once."""
         encoded = raw(ds, "ContourImageSequence")
         if isinstance(encoded, bytes):
             if encoded in self._seen:
                 return
             self._seen.add(encoded)
-        for image in items(ds, "ContourImageSequence"):
+        for image in items_without_names(ds, "ContourImageSequence"):
             self.found |= image_frames(image)
 
     @property
@@ -210,8 +255,8 @@ def references(ds: pydicom.Dataset) -> References:
     with suppress(Exception):
         frames.extend(uid(item, "ReferencedFrameOfReferenceUID") for item in items(ds, "StructureSetROISequence"))
     with suppress(Exception):
-        for roi in items(ds, "ROIContourSequence"):
-            for item in items(roi, "ContourSequence"):
+        for roi in items_without_names(ds, "ROIContourSequence"):
+            for item in items_without_names(roi, "ContourSequence"):
                 images.add(item)
     frame = ""
     with suppress(Exception):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gpuprep.core.formatting import quoted
-from gpuprep.dicom.elements import TAGS, UID_PATTERN, ascii_of, element_of, first_16_bits
+from gpuprep.dicom.elements import TAGS, UID_PATTERN, Elements, ascii_of, element_of, first_16_bits
+from gpuprep.dicom.sequence_items import Item, ordinary_items
 from gpuprep.dicom.uids import UNDEFINED_LENGTH
 from gpuprep.errors import SegmentationError
 from gpuprep.masks.model import ImageFrame
@@ -25,7 +26,7 @@ def words(keyword: str) -> str:
     return _WORDS.sub(" ", keyword)
 
 
-def raw(ds: pydicom.Dataset, keyword: str) -> Any:
+def raw(ds: Elements, keyword: str) -> Any:
     """Return the value of an element, usually as bytes; None where it is absent.
 
     Raises
@@ -59,7 +60,22 @@ def items(ds: pydicom.Dataset, keyword: str) -> Sequence[pydicom.Dataset]:
     raise SegmentationError(f"its {words(keyword)} is no sequence: the file is damaged")
 
 
-def text(ds: pydicom.Dataset, keyword: str) -> str:
+def items_without_names(ds: Elements, keyword: str) -> Sequence[Elements]:
+    """Return the items of a sequence; none where it is absent or empty.
+
+    Text that depends on the character set cannot be read in these items. If the sequence is ordinary, this is several
+    times as fast as `items`.
+    """
+    if isinstance(ds, Item):
+        found = ds.items(TAGS[keyword])
+        return items(ds.as_dataset(), keyword) if found is None else found
+    element = element_of(ds, keyword)
+    if element is not None and (found := ordinary_items(element)) is not None:
+        return found
+    return items(cast("pydicom.Dataset", ds), keyword)
+
+
+def text(ds: Elements, keyword: str) -> str:
     """Return a value that is written in ASCII; "" where it is absent."""
     return ascii_of(raw(ds, keyword))
 
@@ -75,13 +91,13 @@ def name(ds: pydicom.Dataset, keyword: str) -> str:
     return "\\".join(map(str, parts)).strip(" \0")
 
 
-def uid(ds: pydicom.Dataset, keyword: str) -> str:
+def uid(ds: Elements, keyword: str) -> str:
     """Return a UID; "" where it is absent or malformed."""
     found = text(ds, keyword)
     return found if UID_PATTERN.fullmatch(found) else ""
 
 
-def image_frames(item: pydicom.Dataset) -> set[ImageFrame]:
+def image_frames(item: Elements) -> set[ImageFrame]:
     """Return the image, or its frames, that an item of a sequence refers to; empty without a UID."""
     sop_uid = uid(item, "ReferencedSOPInstanceUID")
     numbers = text(item, "ReferencedFrameNumber").split("\\")
@@ -89,7 +105,7 @@ def image_frames(item: pydicom.Dataset) -> set[ImageFrame]:
     return {ImageFrame(sop_uid, n) for n in frames or (0,)} if sop_uid else set()
 
 
-def binary(ds: pydicom.Dataset, keyword: str) -> int | None:
+def binary(ds: Elements, keyword: str) -> int | None:
     """Return an unsigned number of 16 bits (US); None where it is absent."""
     element, value = element_of(ds, keyword), raw(ds, keyword)
     if value is None or value == b"":
@@ -99,7 +115,7 @@ def binary(ds: pydicom.Dataset, keyword: str) -> int | None:
     return first_16_bits(element)
 
 
-def integer(ds: pydicom.Dataset, keyword: str) -> int | None:
+def integer(ds: Elements, keyword: str) -> int | None:
     """Return an integer string (IS); None where it is absent."""
     found = text(ds, keyword)
     if not found:
@@ -109,7 +125,7 @@ def integer(ds: pydicom.Dataset, keyword: str) -> int | None:
     return int(found)
 
 
-def decimals(ds: pydicom.Dataset, keyword: str, count: int, most: float) -> tuple[float, ...] | None:
+def decimals(ds: Elements, keyword: str, count: int, most: float) -> tuple[float, ...] | None:
     """Return `count` decimal strings (DS) of magnitude up to `most`; None where they are absent."""
     found = text(ds, keyword)
     if not found:
