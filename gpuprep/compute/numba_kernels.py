@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 
-from gpuprep.compute.resample_taps import INVERSE, PREFILTER_RADIUS
+from gpuprep.compute.numba_gather import PERMUTES, four_of_one, four_of_two, two_of_one, two_of_two
+from gpuprep.compute.resample_taps import INVERSE, LANES, PREFILTER_RADIUS
 from gpuprep.core.hounsfield import AIR_HU, LOWEST_HU
 
 STRIP = 128
@@ -174,27 +175,9 @@ def combine(values: Any, start: Any, weights: Any, out: Any, top: int, left: int
 
 
 @_compiled
-def combine_rounded(
-    values: Any, start: Any, weights: Any, least: Any, most: Any, line: Any, out: Any, top: int, left: int
+def along_columns(
+    values: Any, boundary: Any, start: Any, weights: Any, vectors: Any, line: Any, solved: Any, out: Any
 ) -> None:
-    """Like `combine`, with rounding to the integer type of `out`; `line` is scratch of shape (1, columns)."""
-    width = values.shape[1]
-    for y in range(len(start)):
-        o = out[top + y, left : left + width]
-        if weights.shape[1] == 2:
-            a, b = weights[y, 0], weights[y, 1]
-            v, w = values[start[y]], values[start[y] + 1]
-            for x in range(width):
-                o[x] = np.rint(min(max(a * v[x] + b * w[x], least), most))
-        else:
-            combine(values, start[y : y + 1], weights[y : y + 1], line, 0, 0, width)
-            v = line[0]
-            for x in range(width):
-                o[x] = np.rint(min(max(v[x], least), most))
-
-
-@_compiled
-def along_columns(values: Any, boundary: Any, start: Any, weights: Any, line: Any, solved: Any, out: Any) -> None:
     """Resample a slice along axis 1; `weights` has shape (taps, columns of `out`); `line` and `solved` are scratch."""
     columns = values.shape[1]
     for j in range(values.shape[0]):
@@ -209,15 +192,17 @@ def along_columns(values: Any, boundary: Any, start: Any, weights: Any, line: An
                 for t in range(1, PREFILTER_RADIUS + 1):
                     c += _INVERSE[t] * (line[x + PREFILTER_RADIUS - t] + line[x + PREFILTER_RADIUS + t])
                 solved[x] = c
-            gather(solved, start, weights, out[j])
+            gather(solved, start, weights, vectors, out[j])
         else:
-            gather(values[j], start, weights, out[j])
+            gather(values[j], start, weights, vectors, out[j])
 
 
 @_compiled
-def gather(line: Any, start: Any, weights: Any, out: Any) -> None:
+def gather(line: Any, start: Any, weights: Any, vectors: Any, out: Any) -> None:
     """Write weighted sums of neighbouring values of a line to `out`."""
-    if weights.shape[0] == 4:
+    if PERMUTES and vectors:
+        _gather_by_eight(line, start, weights, vectors, out)
+    elif weights.shape[0] == 4:
         a, b, c, d = weights[0], weights[1], weights[2], weights[3]
         for x in range(len(out)):
             s = start[x]
@@ -236,57 +221,150 @@ def gather(line: Any, start: Any, weights: Any, out: Any) -> None:
 
 
 @_compiled
-def forwards(plane: Any, previous: Any, p: Any, q: Any) -> None:
-    """Apply the causal half of the spline prefilter across slices in place; `previous` is the filtered slice before."""
-    for j in range(plane.shape[1]):
-        for i in range(plane.shape[2]):
-            plane[0, j, i] = p * plane[0, j, i] - q * previous[0, j, i]
+def _gather_by_eight(line: Any, start: Any, weights: Any, vectors: Any, out: Any) -> None:
+    """Like `gather`, for eight outputs at a time; the last eight may overlap with those before."""
+    last = len(line) - LANES * vectors
+    for group in range(0, len(out), LANES):
+        x = min(group, len(out) - LANES)
+        base = min(int(start[x]), last)
+        if weights.shape[0] == 2:
+            if vectors == 1:
+                two_of_one(line, base, start, weights, out, x)
+            else:
+                two_of_two(line, base, start, weights, out, x)
+        elif vectors == 1:
+            four_of_one(line, base, start, weights, out, x)
+        else:
+            four_of_two(line, base, start, weights, out, x)
 
 
 @_compiled
-def backwards(planes: Any, g: Any, line: Any, out: Any) -> None:
-    """Apply the anticausal half of the spline prefilter across slices, from the last of `planes` to the first."""
-    count, rows, columns = planes.shape
-    for j in range(rows):
-        for i in range(columns):
-            line[i] = planes[count - 1, j, i]
+def forwards(plane: Any, previous: Any, p: Any, q: Any) -> None:
+    """Apply the causal half of the spline prefilter across slices in place; `previous` is the filtered slice before."""
+    for j in range(plane.shape[0]):
+        for i in range(plane.shape[1]):
+            plane[j, i] = p * plane[j, i] - q * previous[j, i]
+
+
+@_compiled
+def backwards(planes: Any, places: Any, g: Any, line: Any, out: Any) -> None:
+    """Apply the anticausal half of the spline prefilter across slices, and write the first ones to `out`.
+
+    `places` has the index in `planes` of each slice, in order.
+    """
+    count = len(places)
+    for j in range(planes.shape[1]):
+        plane = planes[places[count - 1], j]
+        for i in range(len(line)):
+            line[i] = plane[i]
         if count <= out.shape[0]:
-            for i in range(columns):
+            for i in range(len(line)):
                 out[count - 1, j, i] = line[i]
         for k in range(count - 2, -1, -1):
-            gk = g[k]
-            for i in range(columns):
-                line[i] = planes[k, j, i] - gk * line[i]
+            gk, plane = g[k], planes[places[k], j]
+            for i in range(len(line)):
+                line[i] = plane[i] - gk * line[i]
             if k < out.shape[0]:
-                for i in range(columns):
-                    out[k, j, i] = line[i]
+                to = out[k, j]
+                for i in range(len(line)):
+                    to[i] = line[i]
 
 
 @_compiled
 def finish(
-    planes: Any, weights_k: Any, top: int, left: int, window: Any, start: Any, weights: Any, line: Any, out: Any
+    planes: Any,
+    combined: Any,
+    weights_k: Any,
+    top: int,
+    left: int,
+    window: Any,
+    columns_start: Any,
+    columns_weights: Any,
+    vectors: Any,
+    rows_start: Any,
+    rows_weights: Any,
+    limits: Any,
+    line: Any,
+    total: Any,
+    resized: Any,
+    out: Any,
+    top_margin: int,
+    left_margin: int,
 ) -> None:
-    """Combine slices into one, starting at row `top` and column `left`, apply the window, and resample along axis 1.
+    """Combine planes into each slice of `out`, starting at row `top` and column `left`, apply the window, and resize.
 
-    `line` is scratch for a row. `window` has the lowest and highest HU, the shift in HU and the scale factor.
+    The slices of `out` are computed together, row by row, since they share most of the planes that they combine. So
+    all rows in use stay in the first-level cache.
+
+    `combined` has the indices of the planes of each output slice, and `weights_k` their weights. `limits` has the
+    lowest and highest integer to round to; it is None for an `out` of float32. `line` and `total` are scratch for a row
+    before and after resizing along axis 1. `resized` is scratch for the resized rows that one output row combines.
+    """
+    taps, width = rows_weights.shape[1], len(total)
+    ready = 0
+    for y in range(len(rows_start)):
+        s = int(rows_start[y])
+        for j in range(max(ready, s), s + taps):
+            for q in range(len(combined)):
+                _combine_planes(planes, combined[q], weights_k[q], top + j, left, window, line)
+                gather(line, columns_start, columns_weights, vectors, resized[q, j % taps])
+        ready = max(ready, s + taps)
+        for q in range(len(combined)):
+            o = out[q, top_margin + y, left_margin : left_margin + width]
+            _combine_resized(resized[q], s, rows_weights[y], limits, total, o)
+
+
+@_compiled
+def _combine_planes(planes: Any, combined: Any, weights: Any, row: int, left: int, window: Any, line: Any) -> None:
+    """Write to `line` the weighted sum of a row of some planes, in the window, shifted and scaled.
+
+    `window` has the lowest and highest HU, the shift in HU and the scale factor.
     """
     low, high, shift, scale = window[0], window[1], window[2], window[3]
-    width = len(line)
-    for j in range(out.shape[0]):
-        if len(weights_k) == 4:
-            a, b, c, d = weights_k[0], weights_k[1], weights_k[2], weights_k[3]
-            e, f = planes[0, top + j, left : left + width], planes[1, top + j, left : left + width]
-            g, h = planes[2, top + j, left : left + width], planes[3, top + j, left : left + width]
-            for i in range(width):
-                line[i] = a * e[i] + b * f[i] + c * g[i] + d * h[i]
+    right = left + len(line)
+    a, e = weights[0], planes[combined[0], row, left:right]
+    if len(weights) == 4:
+        b, c, d = weights[1], weights[2], weights[3]
+        f, g = planes[combined[1], row, left:right], planes[combined[2], row, left:right]
+        h = planes[combined[3], row, left:right]
+        for i in range(len(line)):
+            v = a * e[i] + b * f[i] + c * g[i] + d * h[i]
+            line[i] = (min(max(v, low), high) + shift) * scale
+        return
+    for i in range(len(line)):
+        line[i] = a * e[i]
+    for t in range(1, len(weights)):
+        a, e = weights[t], planes[combined[t], row, left:right]
+        for i in range(len(line)):
+            line[i] += a * e[i]
+    for i in range(len(line)):
+        line[i] = (min(max(line[i], low), high) + shift) * scale
+
+
+@_compiled
+def _combine_resized(rows: Any, s: int, weights: Any, limits: Any, total: Any, out: Any) -> None:
+    """Write to `out` the weighted sum of as many rows as there are weights; row j is at j modulo their number."""
+    if len(weights) == 2:
+        a, b, v, w = weights[0], weights[1], rows[s % 2], rows[(s + 1) % 2]
+        if limits is None:
+            for x in range(len(out)):
+                out[x] = a * v[x] + b * w[x]
         else:
-            a, e = weights_k[0], planes[0, top + j, left : left + width]
-            for i in range(width):
-                line[i] = a * e[i]
-            for t in range(1, len(weights_k)):
-                a, e = weights_k[t], planes[t, top + j, left : left + width]
-                for i in range(width):
-                    line[i] += a * e[i]
-        for i in range(width):
-            line[i] = (min(max(line[i], low), high) + shift) * scale
-        gather(line, start, weights, out[j])
+            least, most = limits[0], limits[1]
+            for x in range(len(out)):
+                out[x] = np.rint(min(max(a * v[x] + b * w[x], least), most))
+        return
+    a, v = weights[0], rows[s % len(weights)]
+    for x in range(len(total)):
+        total[x] = a * v[x]
+    for t in range(1, len(weights)):
+        a, v = weights[t], rows[(s + t) % len(weights)]
+        for x in range(len(total)):
+            total[x] += a * v[x]
+    if limits is None:
+        for x in range(len(total)):
+            out[x] = total[x]
+    else:
+        least, most = limits[0], limits[1]
+        for x in range(len(total)):
+            out[x] = np.rint(min(max(total[x], least), most))

@@ -30,6 +30,13 @@ PREFILTER_RADIUS = 12
 GROUP_SLICES = 16
 """Source slices per group of output slices. Larger groups filter fewer slices twice; smaller ones need less memory."""
 
+BLOCK_SLICES = 4
+"""Output slices that are computed together: at 1 mm, 2 to 4 share the slices that they combine if those are 2 to 4 mm
+apart. The rows of more slices would not fit into the first-level cache."""
+
+LANES = 8
+"""Outputs that are computed together from samples in vectors of the same length."""
+
 INVERSE = tuple(-6 * POLE / (1 - POLE**2) * POLE**t for t in range(PREFILTER_RADIUS + 1))
 """Impulse response of the prefilter at distances of 0, 1, 2, … samples, far from both ends."""
 
@@ -52,6 +59,13 @@ class LineTables:
     (2, PREFILTER_RADIUS), or (2, 0) without prefilter."""
     weights_transposed: NDArray[np.float32]
     """`weights` transposed and contiguous; shape (taps, n_out)."""
+    vectors: int
+    """Vectors of `LANES` samples, 1 or 2, that contain all samples of `LANES` outputs in a row; 0 if there are more."""
+
+    @property
+    def prefiltered(self) -> bool:
+        """Whether the weights apply to the coefficients of a spline, which a prefilter computes from the samples."""
+        return self.recursion.shape[1] > 0
 
     @property
     def taps(self) -> int:
@@ -151,7 +165,20 @@ def _line_tables(
         np.ascontiguousarray(tables, dtype=np.float32),
         np.ascontiguousarray(ends, dtype=np.uint32),
         np.ascontiguousarray(weights.T, dtype=np.float32),
+        _vectors(n_in, np.asarray(start), weights.shape[1]),
     )
+
+
+def _vectors(n_in: int, start: NDArray[Any], taps: int) -> int:
+    """Return `LineTables.vectors`."""
+    if taps not in (2, 4) or len(start) < LANES:
+        return 0
+    group = np.minimum(np.arange(0, len(start), LANES), len(start) - LANES)
+    for vectors in (1, 2):
+        last = n_in - vectors * LANES  # the vectors must not reach beyond the line
+        if last >= 0 and (start[group + LANES - 1] + taps - np.minimum(start[group], last)).max() <= vectors * LANES:
+            return vectors
+    return 0
 
 
 def _zero_lost(weights: NDArray[Any], n_in: int, mode: str, grid_mode: bool) -> NDArray[Any]:
