@@ -71,7 +71,7 @@ def host_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
     The parameters are those of `device_bytes`.
     """
     step, out_bytes = plan.resample, _plane_voxels(plan.target.shape) * BYTES_PER_VOXEL[plan.recipe.dtype]
-    source, slab = _plane_voxels(plan.source.shape), backend.slab_slices
+    source = _plane_voxels(plan.source.shape)
     whole = math.prod(plan.source.shape) if plan.turn.axes[0] != 0 or engine == "ndimage" else 0
     if engine == "ndimage":
         # SciPy pads in float32, filters in float64 and keeps both arrays while it resamples.
@@ -83,21 +83,17 @@ def host_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
     if backend.body == "matmul":
         return device_bytes(plan, backend, engine)
     rows, columns = step.target[1:]
-    window = 1
+    planes = resample_taps.BLOCK_SLICES  # slices that wait to be combined, and filtered ones
     if step.resamples(0):
-        ahead = resample_taps.PREFILTER_RADIUS if step.order == 3 and step.along[0] is None and not step.sigma[0] else 0
-        span = (
-            _band_width(step, 0, round(resample_taps.GROUP_SLICES * step.target[0] / step.source[0]))
-            if not ahead
-            else resample_taps.GROUP_SLICES + 4
-        )
-        slices = min(step.source[0], span + ahead)
-        window = min(step.source[0], slices + slices // 2) + (min(step.source[0], span) if ahead else 0)
+        prefiltered = step.order == 3 and step.along[0] is None and not step.sigma[0]
+        planes = _band_width(step, 0, resample_taps.BLOCK_SLICES)
+        if prefiltered:
+            planes = resample_taps.GROUP_SLICES + 4
+            planes += min(step.source[0], planes + resample_taps.PREFILTER_RADIUS)
     voxels = whole + source * 3 // 2  # the slice being read, as 16-bit integers and as HU
-    voxels += 2 * rows * step.source[2] if step.resamples(1) else 0
-    voxels += 2 * rows * columns if step.resamples(2) else 0
-    voxels += window * rows * columns + rows * plan.resize.target[2]
-    return FLOAT_BYTES * voxels + slab * out_bytes
+    voxels += rows * step.source[2] if step.resamples(1) else 0
+    voxels += planes * rows * columns
+    return FLOAT_BYTES * voxels + resample_taps.BLOCK_SLICES * out_bytes
 
 
 def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:

@@ -50,7 +50,7 @@ def chunks(hu: Iterator[NDArray[np.float32]], count: int, plan: Plan) -> Iterato
         loaded = max(loaded, stop)
         if ahead:
             numba_kernels.backwards(ring, places[low:stop], across.recursion[2, low:stop], line, filtered[: high - low])
-            planes, combined = filtered, samples[first:last] - np.uint32(low)
+            planes, combined = filtered, (samples[first:last] - low).astype(np.uint32)
         else:
             planes, combined = ring, places[samples[first:last]]
         for k, end in spans_of(last - first, resample_taps.BLOCK_SLICES):
@@ -125,7 +125,8 @@ class _Finisher:
         low, high = plan.recipe.window_hu or (-np.inf, np.inf)
         self._window = np.array([low, high, plan.shift_hu, plan.scale], dtype=np.float32)
         shape = resample_taps.BLOCK_SLICES, *plan.target.shape[1:]
-        self._slices = quantise(np.full(shape, plan.air, dtype=np.float32), plan.recipe.dtype)
+        air = quantise(np.array([plan.air], dtype=np.float32), plan.recipe.dtype)
+        self._slices = np.full(shape, air[0])
         self._limits: NDArray[np.float32] | None = None
         if plan.recipe.dtype != "float32":
             limits = np.iinfo(self._slices.dtype)
@@ -169,4 +170,4 @@ class _Finisher:
             out,
             *self._margins,
         )
-        return out
+        return np.asarray(out)

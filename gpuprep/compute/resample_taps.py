@@ -65,7 +65,7 @@ class LineTables:
     @property
     def prefiltered(self) -> bool:
         """Whether the weights apply to the coefficients of a spline, which a prefilter computes from the samples."""
-        return self.recursion.shape[1] > 0
+        return self.recursion.size > 0
 
     @property
     def taps(self) -> int:

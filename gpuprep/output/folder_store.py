@@ -16,11 +16,10 @@ import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +27,8 @@ from filelock import FileLock, Timeout
 
 from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.files.filesystem import opened
 from gpuprep.files.replacing import atomic_writer, flush
+from gpuprep.output.checksums import checksum, hexadecimal
 from gpuprep.output.own_files import (
     OWN_FOLDER,
     PREVIEW,
@@ -248,11 +247,14 @@ class PendingFolder:
         path.mkdir()
         return path
 
-    def finish_file(self, file: Path) -> None:
-        """Flush a finished file to disk and compute its checksum, in a thread, while others are being written."""
+    def finish_file(self, file: Path, crc32: int | None = None) -> None:
+        """Flush a finished file to disk in a thread, while others are being written.
+
+        Its CRC-32 is computed from the file if it is not given.
+        """
         if self._threads is None:
             self._threads = ThreadPoolExecutor(FLUSH_THREADS)
-        self._settled[file] = self._threads.submit(_flushed_size_and_checksum, file)
+        self._settled[file] = self._threads.submit(_flushed_size_and_checksum, file, crc32)
 
     def commit(self, sidecar: dict[str, Any], *, known: bool = False) -> Written:
         """Add ``volume.json`` and move the folder into place, in one step.
@@ -299,26 +301,9 @@ class PendingFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _flushed_size_and_checksum(file: Path) -> dict[str, Any]:
+def _flushed_size_and_checksum(file: Path, crc32: int | None) -> dict[str, Any]:
     flush(file)
-    return {"bytes": os.path.getsize(file), "crc32": checksum(file)}
-
-
-def checksum(file: str | os.PathLike[str]) -> str:
-    """Return the CRC-32 of a file or of the object at a URL, as in gzip and zip, as eight hexadecimal digits."""
-    crc = _crc32()
-    value = 0
-    with opened(os.fspath(file)) as f:
-        while block := f.read(2**20):
-            value = crc(block, value)
-    return f"{value:08x}"
-
-
-@cache
-def _crc32() -> Callable[[bytes, int], int]:
-    from imagecodecs import deflate_crc32  # 25 times as fast as zlib.crc32
-
-    return deflate_crc32  # type: ignore[no-any-return, unused-ignore]
+    return {"bytes": os.path.getsize(file), "crc32": checksum(file) if crc32 is None else hexadecimal(crc32)}
 
 
 def _swap(new: Path, final: Path, root: Path) -> None:

@@ -37,7 +37,8 @@ from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.output import folder_store
 from gpuprep.output.bucket_lock import LEASE_S, BucketLock, is_held, lock_url, read_lock
-from gpuprep.output.folder_store import Output, PendingFolder, Written, checksum, open_output
+from gpuprep.output.checksums import checksum
+from gpuprep.output.folder_store import Output, PendingFolder, Written, open_output
 from gpuprep.output.manifest import copy_manifest, manifest_path
 from gpuprep.output.own_files import PREVIEW, SIDECAR, check_replaceable, checked_folder, is_own
 from gpuprep.output.paths import WORK_FOLDER

@@ -24,7 +24,7 @@ from gpuprep.compute.hu_histogram import FLAGS, Histogram, flags, sampled
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import discover
 from gpuprep.dicom.read import SeriesReader
-from gpuprep.output.folder_store import checksum
+from gpuprep.output.checksums import checksum
 from gpuprep.output.preview import COLOURS, GAP, HEIGHT, WIDTH, MiddlePlanes, draw_preview, encode_jpeg
 from gpuprep.output.records import SeriesResult
 from gpuprep.testing import write_series

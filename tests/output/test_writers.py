@@ -352,7 +352,9 @@ def test_zarr_accepts_chunks_of_any_thickness(
     settled: list[Path] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(omezarr, "SHARD_BYTES", shard_bytes)
-        WRITERS["zarr"](file, iter(np.split(values, np.cumsum(thick)[:-1])), content, settled.append)
+        WRITERS["zarr"](
+            file, iter(np.split(values, np.cumsum(thick)[:-1])), content, lambda file, crc32=None: settled.append(file)
+        )
     array = zarr.open_array(file / "0", mode="r")
     np.testing.assert_array_equal(array[:], values)
     assert array.chunks[0] * 1000 <= shard_bytes

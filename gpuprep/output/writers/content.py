@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -12,11 +12,16 @@ from gpuprep.core.geometry import Geometry, Shape3, Vector3
 from gpuprep.core.plan import BYTES_PER_VOXEL, Plan
 from gpuprep.core.recipe import Compression
 
-OnFileFinished = Callable[[Path], None]
-"""Callback for a finished file, which is flushed to disk while others are being written."""
+
+class OnFileFinished(Protocol):
+    """Callback for a finished file, which is flushed to disk while others are being written."""
+
+    def __call__(self, file: Path, crc32: int | None = None) -> None:
+        """Take a file that is complete, and its CRC-32 if it is known."""
+        ...
 
 
-def ignore_finished_file(_: Path) -> None:
+def ignore_finished_file(file: Path, crc32: int | None = None) -> None:
     """Do nothing with a finished file."""
 
 

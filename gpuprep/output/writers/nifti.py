@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.geometry import NEGLIGIBLE_SHIFT_MM
+from gpuprep.output.writers.appending import appended
 from gpuprep.output.writers.content import Content, OnFileFinished, ignore_finished_file
 from gpuprep.output.writers.gzipping import gzipped
 
@@ -33,11 +34,10 @@ def write_nifti(
 ) -> tuple[str, ...]:
     """Write a ``.nii`` or ``.nii.gz``; unsigned integers get a slope and intercept with which readers return HU."""
     header = _header(content)
-    with _opened(path) as append:
+    with _opened(path, finish_file) as append:
         append(memoryview(header.binaryblock + bytes(4)))  # no extensions
         for chunk in chunks:
             append(np.ascontiguousarray(chunk).data.cast("B"))
-    finish_file(path)
     if header["qform_code"]:
         return ()
     return (f"slices lean, and only the sform of {path.name} describes that: nibabel reads it, ITK refuses the file",)
@@ -77,10 +77,11 @@ def _without_shear(axes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Callable[[memoryview], Any]]:
+def _opened(path: Path, finish_file: OnFileFinished) -> Iterator[Callable[[memoryview], Any]]:
     if path.suffix == ".gz":
         with gzipped(path) as append:
             yield append
+        finish_file(path)
     else:
-        with open(path, "wb") as f:
-            yield f.write
+        with appended(path, finish_file) as append:
+            yield append

@@ -7,6 +7,7 @@ NEP 1, A Simple File Format for NumPy Arrays; ``numpy.lib.format``.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from gpuprep.output.writers.appending import appended
 from gpuprep.output.writers.content import Content, OnFileFinished, ignore_finished_file
 
 
@@ -23,9 +25,10 @@ def write_npy(
 ) -> tuple[str, ...]:
     """Write a ``.npy`` of shape (k, j, i); its affine is in ``volume.json``."""
     header = {"descr": npy.dtype_to_descr(np.dtype(content.dtype)), "fortran_order": False, "shape": content.shape}
-    with open(path, "wb") as f:
-        npy.write_array_header_1_0(f, header)
+    first = io.BytesIO()
+    npy.write_array_header_1_0(first, header)
+    with appended(path, finish_file) as append:
+        append(first.getbuffer())
         for chunk in chunks:
-            f.write(np.ascontiguousarray(chunk).data.cast("B"))
-    finish_file(path)
+            append(np.ascontiguousarray(chunk))
     return ()

@@ -19,6 +19,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from gpuprep.output.writers.appending import appended
 from gpuprep.output.writers.content import Content, OnFileFinished, ignore_finished_file
 
 BIGTIFF_BYTES = 2**32 - 2**25
@@ -42,12 +43,9 @@ def write_slices(
     for chunk in chunks:
         for values in chunk:
             file = folder / f"{k:0{digits}d}.tif"
-            with open(file, "wb", buffering=0) as f:
+            with appended(file, finish_file) as append:
                 for part in encode(values):
-                    view = memoryview(part).cast("B")
-                    while view:  # an unbuffered write may write only a part
-                        view = view[f.write(view) :]
-            finish_file(file)
+                    append(part)
             k += 1
     return ()
 
@@ -70,7 +68,7 @@ class _Encoder:
             if not self._reusable:
                 return (whole,)
             self._header = whole[: len(whole) - values.nbytes]
-        return self._header, np.ascontiguousarray(values).data
+        return self._header, np.ascontiguousarray(values)
 
 
 def write_stack(

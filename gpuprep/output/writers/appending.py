@@ -1,0 +1,31 @@
+"""Writes a file from beginning to end, and computes its checksum meanwhile, so that it need not be read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gpuprep.output.checksums import crc32
+from gpuprep.output.writers.content import OnFileFinished
+
+
+@contextmanager
+def appended(path: Path, finish_file: OnFileFinished) -> Iterator[Callable[[Any], None]]:
+    """Open a new file and yield a function that appends the bytes of a contiguous array or other buffer to it.
+
+    `finish_file` is called at the end, unless there was an error.
+    """
+    value = 0
+    with open(path, "wb", buffering=0) as f:
+
+        def append(part: Any) -> None:
+            nonlocal value
+            view = memoryview(part).cast("B")
+            value = crc32(view, value)
+            while view:  # an unbuffered write may write only a part
+                view = view[f.write(view) :]
+
+        yield append
+    finish_file(path, value)
