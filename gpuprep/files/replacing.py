@@ -42,7 +42,7 @@ def atomic_writer(
             part.unlink(missing_ok=True)
 
 
-def flush(path: Path) -> None:
+def flush(path: str | os.PathLike[str]) -> None:
     """Flush a file, or the entries of a folder, to disk, so that they survive a loss of power."""
     file = os.open(path, os.O_RDONLY)
     try:

@@ -45,6 +45,9 @@ from gpuprep.output.paths import WORK_FOLDER
 FLUSH_THREADS = 4
 """Threads that flush files to disk. A single one would wait for the file system's journal once per file."""
 
+BATCH_BYTES = 2**21
+"""Minimum size of the files that a thread flushes in turn. A task for each small file takes longer than its CRC-32."""
+
 LOCK_TIMEOUT_S = 0.5
 """Timeout for a lock that another process may take for a moment, only to see whether a run is active."""
 
@@ -239,22 +242,34 @@ class PendingFolder:
         self._root = output.root
         self._final = output.root / folder
         self._threads: ThreadPoolExecutor | None = None
-        self._settled: dict[Path, Future[dict[str, Any]]] = {}
-        """Size and checksum of each file that `finish_file` was called for."""
+        self._batch: list[tuple[str, int | None]] = []
+        """Finished files that no thread flushes yet, with their CRC-32 if it is known."""
+        self._batch_bytes = 0
+        self._flushed: list[Future[dict[str, dict[str, Any]]]] = []
+        """Size and checksum of each file by its path, one batch each."""
 
     def _new_folder(self, output: Output) -> Path:
         path = output.work_folder / uuid.uuid4().hex
         path.mkdir()
         return path
 
-    def finish_file(self, file: Path, crc32: int | None = None) -> None:
+    def finish_file(self, file: str | os.PathLike[str], crc32: int | None = None) -> None:
         """Flush a finished file to disk in a thread, while others are being written.
 
         Its CRC-32 is computed from the file if it is not given.
         """
+        self._batch.append((os.fspath(file), crc32))
+        self._batch_bytes += os.path.getsize(file)
+        if self._batch_bytes >= BATCH_BYTES:
+            self._flush_batch()
+
+    def _flush_batch(self) -> None:
+        if not self._batch:
+            return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(FLUSH_THREADS)
-        self._settled[file] = self._threads.submit(_flushed_size_and_checksum, file, crc32)
+        self._flushed.append(self._threads.submit(_flushed, self._batch))
+        self._batch, self._batch_bytes = [], 0
 
     def commit(self, sidecar: dict[str, Any], *, known: bool = False) -> Written:
         """Add ``volume.json`` and move the folder into place, in one step.
@@ -267,15 +282,8 @@ class PendingFolder:
         OutputError
             If the path is taken by something that is not an output of this series.
         """
-        outputs: dict[str, Any] = {}
-        for folder, _, names in os.walk(self.path):
-            for name in names:
-                file = Path(folder, name)
-                if file not in self._settled:
-                    self.finish_file(file)
-        for file, future in sorted(self._settled.items()):
-            outputs[file.relative_to(self.path).as_posix()] = future.result()
-        text = json.dumps(sidecar | {"outputs": outputs}, indent=1, allow_nan=False).encode()
+        outputs = self._finished_outputs()
+        text = _as_json(sidecar, outputs).encode()
         (self.path / SIDECAR).write_bytes(text)
         flush(self.path / SIDECAR)
         for folder, _, _ in os.walk(self.path, topdown=False):
@@ -284,6 +292,16 @@ class PendingFolder:
         self.discard()
         size = sum(file["bytes"] for file in outputs.values()) + len(text)
         return Written(len(outputs) + 1, size, hashlib.sha256(text).hexdigest())
+
+    def _finished_outputs(self) -> dict[str, dict[str, Any]]:
+        """Return size and checksum of all files in the folder, in the order of their names, once they are flushed."""
+        self._flush_batch()
+        finished = {file: found for batch in self._flushed for file, found in batch.result().items()}
+        for folder, _, names in os.walk(self.path):
+            rest = (os.path.join(folder, name) for name in names)
+            finished |= _flushed([(file, None) for file in rest if file not in finished])
+        start = len(os.path.join(self.path, ""))
+        return {file[start:].replace(os.sep, "/"): finished[file] for file in sorted(finished)}
 
     def _move_into_place(self, key: str, known: bool) -> None:
         self._final.parent.mkdir(parents=True, exist_ok=True)
@@ -301,9 +319,21 @@ class PendingFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _flushed_size_and_checksum(file: Path, crc32: int | None) -> dict[str, Any]:
-    flush(file)
-    return {"bytes": os.path.getsize(file), "crc32": checksum(file) if crc32 is None else hexadecimal(crc32)}
+def _flushed(files: list[tuple[str, int | None]]) -> dict[str, dict[str, Any]]:
+    """Flush files to disk; return size and checksum of each by its path."""
+    found = {}
+    for file, crc32 in files:
+        flush(file)
+        value = checksum(file) if crc32 is None else hexadecimal(crc32)
+        found[file] = {"bytes": os.path.getsize(file), "crc32": value}
+    return found
+
+
+def _as_json(sidecar: dict[str, Any], outputs: dict[str, dict[str, Any]]) -> str:
+    """Return the text of ``volume.json``, with one line for each file, since there may be thousands."""
+    text = json.dumps(sidecar, indent=1, allow_nan=False)
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(file)}" for name, file in outputs.items())
+    return text.removesuffix("\n}") + f',\n "outputs": {{\n{lines}\n }}\n}}'
 
 
 def _swap(new: Path, final: Path, root: Path) -> None:

@@ -287,7 +287,7 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
             "shape": plan.source.shape,
             "spacing_mm": plan.source.spacing_mm,
             "affine_lps": plan.source.affine.tolist(),
-            "transfer_syntaxes": sorted({syntax_name(s.transfer_syntax) for s in series.slices}),
+            "transfer_syntaxes": sorted(map(syntax_name, {s.transfer_syntax for s in series.slices})),
         },
         "fingerprint": task.planned.fingerprint,
         "recipe": task.recipe.to_dict(),

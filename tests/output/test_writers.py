@@ -353,7 +353,7 @@ def test_zarr_accepts_chunks_of_any_thickness(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(omezarr, "SHARD_BYTES", shard_bytes)
         WRITERS["zarr"](
-            file, iter(np.split(values, np.cumsum(thick)[:-1])), content, lambda file, crc32=None: settled.append(file)
+            file, iter(np.split(values, np.cumsum(thick)[:-1])), content, lambda file, _=None: settled.append(file)
         )
     array = zarr.open_array(file / "0", mode="r")
     np.testing.assert_array_equal(array[:], values)

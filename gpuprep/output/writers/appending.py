@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from gpuprep.output.checksums import crc32
@@ -12,7 +12,7 @@ from gpuprep.output.writers.content import OnFileFinished
 
 
 @contextmanager
-def appended(path: Path, finish_file: OnFileFinished) -> Iterator[Callable[[Any], None]]:
+def appended(path: str | os.PathLike[str], finish_file: OnFileFinished) -> Iterator[Callable[[Any], None]]:
     """Open a new file and yield a function that appends the bytes of a contiguous array or other buffer to it.
 
     `finish_file` is called at the end, unless there was an error.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +16,12 @@ from gpuprep.core.recipe import Compression
 class OnFileFinished(Protocol):
     """Callback for a finished file, which is flushed to disk while others are being written."""
 
-    def __call__(self, file: Path, crc32: int | None = None) -> None:
+    def __call__(self, file: str | os.PathLike[str], crc32: int | None = None) -> None:
         """Take a file that is complete, and its CRC-32 if it is known."""
         ...
 
 
-def ignore_finished_file(file: Path, crc32: int | None = None) -> None:
+def ignore_finished_file(file: str | os.PathLike[str], crc32: int | None = None) -> None:
     """Do nothing with a finished file."""
 
 

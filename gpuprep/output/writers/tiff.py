@@ -11,6 +11,7 @@ TIFF 6.0 (Adobe, 1992), sections 8 and 14; ImageJ 1.x source, ``ij.io.TiffDecode
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,7 @@ def write_slices(
     k = 0
     for chunk in chunks:
         for values in chunk:
-            file = folder / f"{k:0{digits}d}.tif"
-            with appended(file, finish_file) as append:
+            with appended(os.path.join(folder, f"{k:0{digits}d}.tif"), finish_file) as append:
                 for part in encode(values):
                     append(part)
             k += 1
