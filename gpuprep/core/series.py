@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from gpuprep.core.formatting import printable
@@ -83,7 +82,7 @@ class SliceHeader(NamedTuple):
     @property
     def name(self) -> str:
         """File name, with archive member and frame, for messages."""
-        name = Path(self.path).name + (f"/{self.member}" if self.member else "")
+        name = os.path.basename(self.path) + (f"/{self.member}" if self.member else "")
         return printable(name) + (f" frame {self.frame + 1}" if self.frames > 1 else "")
 
 
