@@ -75,7 +75,7 @@ def run(out: Path, series: int, slices: int) -> dict[str, Any]:
     cohort = Cohort(tuple(synthetic_series(n, slices) for n in range(series)), {}, ())
     headers_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gpuprep.pipeline.prepare.discover = lambda *_, **__: cohort  # type: ignore[attr-defined]
-    gpuprep.pipeline.retry.convert_series = stub_conversion  # type: ignore[attr-defined]
+    gpuprep.pipeline.retry.fill_series = stub_conversion  # type: ignore[attr-defined]
     recipe = Recipe(dtype="uint8")
     processor_s = time.process_time()
     for one in cohort:

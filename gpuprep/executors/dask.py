@@ -75,6 +75,8 @@ class Cluster:
         limit.
     """
 
+    on_this_machine = False
+
     def __init__(
         self, scheduler: str, jobs: int | None = None, *, gpu: bool = False, timeout_s: float = TIMEOUT_S
     ) -> None:

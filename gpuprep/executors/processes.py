@@ -78,6 +78,9 @@ class WorkerGroup:
 class Executor(Protocol):
     """Interface of executors: see the module's docstring."""
 
+    on_this_machine: bool
+    """Whether tasks run on this machine."""
+
     def run(
         self,
         function: Callable[[T], R],
@@ -149,6 +152,8 @@ def run_batches(
 class InProcessExecutor:
     """Executor in this thread: one task after the other, without time limit."""
 
+    on_this_machine = True
+
     def run(
         self,
         function: Callable[[T], R],
@@ -193,6 +198,8 @@ class ProcessExecutor:
     -----
     A worker may request its replacement after a task: see `request_replacement`.
     """
+
+    on_this_machine = True
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Stores outputs in folders on disk that appear complete or not at all.
 
-A series is written into a new folder inside the work folder (``OUT/.gpuprep``). Each file is flushed to disk and its
-checksum computed. Then ``volume.json``, which lists them all, is written, and the folder is renamed into place; a
-former output is exchanged for it in the same step. The next run removes what an interrupted run left in the work
+A series is written into a new folder inside the work folder (``OUT/.gpuprep``). When all its files are flushed to
+disk, ``volume.json``, which lists them with their checksums, is written, and the folder is renamed into place; a former
+output is exchanged for it in the same step. The next run removes what an interrupted run left in the work
 folder. A lock keeps two runs from writing at the same time.
 """
 
@@ -17,11 +17,11 @@ import shutil
 import sqlite3
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -42,11 +42,8 @@ from gpuprep.output.own_files import (
 )
 from gpuprep.output.paths import WORK_FOLDER
 
-FLUSH_THREADS = 4
-"""Threads that flush files to disk. A single one would wait for the file system's journal once per file."""
-
-BATCH_BYTES = 2**21
-"""Minimum size of the files that a thread flushes in turn. A task for each small file takes longer than its CRC-32."""
+FLUSH_THREADS = 8
+"""Threads that flush the files of a series. A single one would wait for the file system's journal once per file."""
 
 LOCK_TIMEOUT_S = 0.5
 """Timeout for a lock that another process may take for a moment, only to see whether a run is active."""
@@ -75,6 +72,8 @@ class Output:
     """Folder that holds the manifest during a run."""
     work_folder: Path
     """Folder for unfinished outputs of this run."""
+    waits_for_disk: ClassVar[bool] = True
+    """Whether a commit mostly waits for the disk of this machine, so that others can use the processor meanwhile."""
 
     def pending(self, folder: str) -> PendingFolder:
         """Return a new folder that becomes `folder` when it is committed."""
@@ -235,18 +234,14 @@ def write_text(file: Path, text: str, work_folder: Path | None = None) -> None:
 
 
 class PendingFolder:
-    """An output folder that is being written: fill `path`, then `commit`."""
+    """An output folder that is being written: fill `path`, then `commit`, in this process or another one."""
 
     def __init__(self, output: Output, folder: str) -> None:
         self.path = self._new_folder(output)
         self._root = output.root
         self._final = output.root / folder
-        self._threads: ThreadPoolExecutor | None = None
-        self._batch: list[tuple[str, int | None]] = []
-        """Finished files that no thread flushes yet, with their CRC-32 if it is known."""
-        self._batch_bytes = 0
-        self._flushed: list[Future[dict[str, dict[str, Any]]]] = []
-        """Size and checksum of each file by its path, one batch each."""
+        self._crc32: dict[str, int] = {}
+        """CRC-32 of finished files, by their paths."""
 
     def _new_folder(self, output: Output) -> Path:
         path = output.work_folder / uuid.uuid4().hex
@@ -254,25 +249,12 @@ class PendingFolder:
         return path
 
     def finish_file(self, file: str | os.PathLike[str], crc32: int | None = None) -> None:
-        """Flush a finished file to disk in a thread, while others are being written.
-
-        Its CRC-32 is computed from the file if it is not given.
-        """
-        self._batch.append((os.fspath(file), crc32))
-        self._batch_bytes += os.path.getsize(file)
-        if self._batch_bytes >= BATCH_BYTES:
-            self._flush_batch()
-
-    def _flush_batch(self) -> None:
-        if not self._batch:
-            return
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(FLUSH_THREADS)
-        self._flushed.append(self._threads.submit(_flushed, self._batch))
-        self._batch, self._batch_bytes = [], 0
+        """Take note of a finished file, and of its CRC-32 if it is known."""
+        if crc32 is not None:
+            self._crc32[os.fspath(file)] = crc32
 
     def commit(self, sidecar: dict[str, Any], *, known: bool = False) -> Written:
-        """Add ``volume.json`` and move the folder into place, in one step.
+        """Flush all files to disk, add ``volume.json``, and move the folder into place, in one step.
 
         A former output of the same series is replaced, if its ``volume.json`` has the key of the series or the manifest
         lists it (`known`). Anything else at the same path is left alone.
@@ -282,26 +264,34 @@ class PendingFolder:
         OutputError
             If the path is taken by something that is not an output of this series.
         """
-        outputs = self._finished_outputs()
+        outputs = self._flushed_outputs()
         text = _as_json(sidecar, outputs).encode()
         (self.path / SIDECAR).write_bytes(text)
         flush(self.path / SIDECAR)
         for folder, _, _ in os.walk(self.path, topdown=False):
-            flush(Path(folder))
+            flush(folder)
         self._move_into_place(sidecar["key"], known)
         self.discard()
         size = sum(file["bytes"] for file in outputs.values()) + len(text)
         return Written(len(outputs) + 1, size, hashlib.sha256(text).hexdigest())
 
-    def _finished_outputs(self) -> dict[str, dict[str, Any]]:
-        """Return size and checksum of all files in the folder, in the order of their names, once they are flushed."""
-        self._flush_batch()
-        finished = {file: found for batch in self._flushed for file, found in batch.result().items()}
-        for folder, _, names in os.walk(self.path):
-            rest = (os.path.join(folder, name) for name in names)
-            finished |= _flushed([(file, None) for file in rest if file not in finished])
+    def _flushed_outputs(self) -> dict[str, dict[str, Any]]:
+        """Flush all files to disk; return size and checksum of each by its name, in order."""
+        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names)
+        with ThreadPoolExecutor(FLUSH_THREADS) as threads:
+            parts = list(threads.map(self._flushed, (files[k::FLUSH_THREADS] for k in range(FLUSH_THREADS))))
+        found = {file: size_and_checksum for part in parts for file, size_and_checksum in part.items()}
         start = len(os.path.join(self.path, ""))
-        return {file[start:].replace(os.sep, "/"): finished[file] for file in sorted(finished)}
+        return {file[start:].replace(os.sep, "/"): found[file] for file in files}
+
+    def _flushed(self, files: list[str]) -> dict[str, dict[str, Any]]:
+        found = {}
+        for file in files:
+            flush(file)
+            known = self._crc32.get(file)
+            value = checksum(file) if known is None else hexadecimal(known)
+            found[file] = {"bytes": os.path.getsize(file), "crc32": value}
+        return found
 
     def _move_into_place(self, key: str, known: bool) -> None:
         self._final.parent.mkdir(parents=True, exist_ok=True)
@@ -314,19 +304,7 @@ class PendingFolder:
 
     def discard(self) -> None:
         """Remove the uncommitted folder, or the former output that a commit exchanged for it."""
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _flushed(files: list[tuple[str, int | None]]) -> dict[str, dict[str, Any]]:
-    """Flush files to disk; return size and checksum of each by its path."""
-    found = {}
-    for file, crc32 in files:
-        flush(file)
-        value = checksum(file) if crc32 is None else hexadecimal(crc32)
-        found[file] = {"bytes": os.path.getsize(file), "crc32": value}
-    return found
 
 
 def _as_json(sidecar: dict[str, Any], outputs: dict[str, dict[str, Any]]) -> str:

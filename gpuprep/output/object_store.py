@@ -30,7 +30,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, ClassVar
 
 from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
@@ -62,6 +62,7 @@ class Bucket(Output):
 
     url: str
     """URL of the output folder."""
+    waits_for_disk: ClassVar[bool] = False
 
     def pending(self, folder: str) -> PendingFolder:
         return _PendingObjects(self, folder)

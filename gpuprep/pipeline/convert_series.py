@@ -7,7 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -52,13 +52,34 @@ RECORDED_PACKAGES = (
 RECORDED_GPU_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cucim-cu12", "cucim-cu13")
 
 
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A series whose files are written, but not yet flushed to disk and moved into place."""
+
+    blank: SeriesResult
+    """Result without output, in case of an error."""
+    result: SeriesResult
+    pending: PendingFolder
+    sidecar: dict[str, Any]
+    """Content of ``volume.json``, without the files."""
+
+
 def convert_series(task: Task) -> SeriesResult:
     """Convert one series and return what happened; every error is in the result, and nothing is raised."""
+    filled = fill_series(task)
+    return commit_series(task, filled) if isinstance(filled, Filled) else filled
+
+
+def fill_series(task: Task) -> Filled | SeriesResult:
+    """Write the files of one series; return the result at once if there is nothing to commit."""
     result = task.result()
     try:
         audited = audit(task.planned.series, task.recipe.rules)
         result = task.result(audited)
-        result = _recognised(task, result) or _convert(task, audited, result)
+        recognised = _recognised(task, result)
+        if recognised is None:
+            return _fill(task, audited, result)
+        result = recognised
     except GpuprepError as exc:
         result = left_out(result, exc)
         if isinstance(exc, BackendError) and not isinstance(exc, DeviceMemoryError):
@@ -66,6 +87,25 @@ def convert_series(task: Task) -> SeriesResult:
     except Exception as exc:  # a bug that one series provokes must not stop the others
         log.exception("series %s crashed", result.key)
         result = left_out(result, exc)
+    return replace(result, finished=now())
+
+
+def commit_series(task: Task, filled: Filled) -> SeriesResult:
+    """Flush the files of a series to disk, move them into place, and return the result; nothing is raised."""
+    started = time.perf_counter()
+    try:
+        written = filled.pending.commit(filled.sidecar, known=task.known)
+        write_s = filled.result.write_s + time.perf_counter() - started
+        result = _in_place(replace(filled.result, write_s=write_s), task, written)
+    except OSError as exc:
+        result = left_out(filled.blank, _unwritable(exc))
+    except GpuprepError as exc:
+        result = left_out(filled.blank, exc)
+    except Exception as exc:
+        log.exception("series %s crashed", filled.blank.key)
+        result = left_out(filled.blank, exc)
+    finally:
+        filled.pending.discard()
     return replace(result, finished=now())
 
 
@@ -115,7 +155,7 @@ def _in_place(result: SeriesResult, task: Task, written: Written) -> SeriesResul
     return replace(result, folder=task.planned.folder, files=written.files, bytes=written.bytes, sha256=written.sha256)
 
 
-def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
+def _fill(task: Task, audited: Audit, blank: SeriesResult) -> Filled:
     # Imported here, in the worker: the parent of a cohort only hands out tasks, and stays small.
     from gpuprep.dicom.read import SeriesReader
 
@@ -125,7 +165,7 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
     loops = task.backend.body == "loops"
     source = SeriesReader(task.planned.series, task.recipe, loops=loops, stacked=stacked) if task.recipe.image else None
     plan = make_plan(stacked.geometry, task.recipe, stacked.placement)
-    result = replace(result, source_shape=plan.source.shape, source_spacing_mm=plan.source.spacing_mm)
+    result = replace(blank, source_shape=plan.source.shape, source_spacing_mm=plan.source.spacing_mm)
     masked: Masked | None = None
     image = MiddlePlanes(plan.target.shape) if source is not None else None
     labels: list[MiddlePlanes] = []
@@ -154,22 +194,25 @@ def _convert(task: Task, audited: Audit, result: SeriesResult) -> SeriesResult:
             status="fixed" if irregularities and task.recipe.policy == "fix" else "ok",
             codes=codes((*irregularities, *warnings)),
             irregularities=texts(irregularities),
+            shape=plan.target.shape,
+            spacing_mm=plan.target.spacing_mm,
         )
         started = time.perf_counter()
         _write_preview(plan, pending, image, labels)
-        written = pending.commit(_sidecar(task, source, plan, task.public(result)), known=task.known)
-        write_s = result.write_s + time.perf_counter() - started
+        sidecar = _sidecar(task, source, plan, task.public(result))
+        return Filled(blank, replace(result, write_s=result.write_s + time.perf_counter() - started), pending, sidecar)
     except DeviceMemoryError as exc:
+        pending.discard()
         need = needed_bytes(plan, task.backend, task.engine) / 1e9
         raise DeviceMemoryError(
             f"{exc}; in chunks of {task.backend.chunk_slices} slices the series needs about {need:.2f} GB"
         ) from exc
     except OSError as exc:
-        raise _unwritable(exc) from exc
-    finally:
         pending.discard()
-    result = replace(result, shape=plan.target.shape, spacing_mm=plan.target.spacing_mm, write_s=write_s)
-    return _in_place(result, task, written)
+        raise _unwritable(exc) from exc
+    except BaseException:
+        pending.discard()
+        raise
 
 
 def _unwritable(exc: OSError) -> OutputError:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
+from typing import TypeVar
 
 from gpuprep.core.formatting import format_bytes
 from gpuprep.executors.processes import Executor, OverdueError, WorkerDiedError
 from gpuprep.executors.signals import Stop
 from gpuprep.output.folder_store import Output
 from gpuprep.output.records import SeriesResult, now
-from gpuprep.pipeline.convert_series import DEVICE_MEMORY, convert_series, left_out
+from gpuprep.pipeline.convert_series import (
+    DEVICE_MEMORY,
+    Filled,
+    commit_series,
+    convert_series,
+    fill_series,
+    left_out,
+)
 from gpuprep.pipeline.task import Task
+
+COMMITS = 4
+"""Maximum number of series that are flushed to disk while workers convert the next ones."""
 
 DEATHS_ALLOWED = 2
 """Number of workers that may die over a series before it is recorded as failed."""
+
+
+T = TypeVar("T")
 
 
 class Attempts:
@@ -62,8 +78,30 @@ class Attempts:
             yield task, result
 
     def _run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, SeriesResult | WorkerDiedError]]:
+        if not (self._executor.on_this_machine and self._output.waits_for_disk):
+            yield from self._outcomes(convert_series, tasks)
+            return
+        threads = ThreadPoolExecutor(COMMITS)
+        try:
+            waiting: deque[tuple[Task, Future[SeriesResult]]] = deque()
+            for task, outcome in self._outcomes(fill_series, tasks):
+                if isinstance(outcome, Filled):
+                    waiting.append((task, threads.submit(commit_series, task, outcome)))
+                else:
+                    yield task, outcome
+                while waiting and (waiting[0][1].done() or len(waiting) > COMMITS):
+                    committed, future = waiting.popleft()
+                    yield committed, future.result()
+            for committed, future in waiting:
+                yield committed, future.result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _outcomes(
+        self, function: Callable[[Task], T], tasks: Iterable[Task]
+    ) -> Iterator[tuple[Task, T | WorkerDiedError]]:
         return self._executor.run(
-            convert_series,
+            function,
             tasks,
             lambda task: task.planned.needs.memory_bytes,
             limit_s=self._limit_s,
