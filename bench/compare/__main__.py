@@ -6,8 +6,9 @@ First each contender converts the cohort (slow contenders: one series) while its
 contenders that claim the same recipe is compared with SciPy in float64. Then all contenders take turns for some rounds,
 so that slow minutes of the machine affect all of them. In each round a fresh process converts one series, which
 measures the cold start, and then the timed cohort, or a few series for slow contenders (see the table). In between,
-outputs are emptied and the disk is synchronised. The floor only reads the same input and writes as many files of the
-same sizes. Programs that are not installed are listed as absent.
+outputs are emptied and the disk is synchronised. The floor only reads the same input, and writes as many files of the
+same sizes and flushes them to disk, as gpuprep does; "not flushed" leaves out the latter, as the other programs do.
+Programs that are not installed are listed as absent.
 
 The ratio to gpuprep is the time of a contender over that of gpuprep with the same dtype (writing a stack, if the
 contender writes one file).
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.compare.contenders import NOT_FLUSHED
+
 Record = dict[str, Any]
 
 COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
@@ -91,10 +93,14 @@ def _markdown_rows(lines: list[list[str]]) -> list[str]:
 
 
 def chart(result: dict[str, Any], file: Path) -> None:
-    """Draw bars of seconds per series, the fastest on top, and the floors as vertical lines."""
+    """Draw bars of seconds per series, the fastest on top, and the flushed floors as vertical lines."""
     from matplotlib.figure import Figure
 
-    timed = {n: r for n, r in result["contenders"].items() if "seconds_per_series" in r}
+    timed = {
+        name: record
+        for name, record in result["contenders"].items()
+        if "seconds_per_series" in record and not name.endswith(NOT_FLUSHED)
+    }
     floors = {n: r["seconds_per_series"] for n, r in timed.items() if n.startswith("floor")}
     bars = sorted(((n, r) for n, r in timed.items() if n not in floors), key=lambda b: -b[1]["seconds_per_series"])
     if not bars:

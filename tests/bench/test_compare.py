@@ -1,6 +1,7 @@
 """The arithmetic of the comparison; no other program is needed, and nothing is timed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import tifffile
 
 from bench.compare import agreement, report
-from bench.compare.contenders import Contender, contenders, floor, with_gpuprep
+from bench.compare.contenders import FLOORS, Contender, contenders, floor, floors, with_gpuprep
 from bench.compare.run_contender import answer
 from bench.compare.summary import summarise, without_paths
 from gpuprep.testing import thorax, write_series
@@ -83,18 +84,26 @@ def test_the_chart_is_drawn(tmp_path: Path) -> None:
 
 
 def test_names_of_contenders_are_unique() -> None:
-    names = [c.name for c in contenders(16, True, Path("scratch"))]
+    all_ = contenders(16, True, Path("scratch"))
+    names = [c.name for c in (*all_, *floors(16, {name: {} for name in FLOORS}))]
     assert len(names) == len(set(names))
     assert {"gpuprep, float32", "gpuprep, uint8", "gpuprep, uint8 stack"} <= set(names)  # references of the ratios
 
 
-def test_the_floor_writes_files_of_the_given_sizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flushed", [True, False])
+def test_the_floor_writes_files_of_the_given_sizes_and_flushes_each_and_the_folder(
+    flushed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed_files: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed_files.append(os.fstat(file).st_ino))
     folder = tmp_path / "series"
     folder.mkdir()
     (folder / "a.dcm").write_bytes(b"1234")
     sizes_bytes = [3, floor.WRITE_BYTES, 2 * floor.WRITE_BYTES + 5]
-    floor.copy(folder, tmp_path / "out", sizes_bytes)
-    assert [f.stat().st_size for f in sorted((tmp_path / "out").iterdir())] == sizes_bytes
+    out = tmp_path / "out"
+    floor.copy(folder, out, sizes_bytes, flushed)
+    assert [f.stat().st_size for f in sorted(out.iterdir())] == sizes_bytes
+    assert sorted(flushed_files) == (sorted(f.stat().st_ino for f in (out, *out.iterdir())) if flushed else [])
 
 
 def test_gpuprep_agrees_with_the_reference_and_a_shifted_volume_does_not(tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ class Contender:
 FLOORS = {"uint8": {"dtype": "uint8"}, "float32": {}, "uint8 stack": {"dtype": "uint8", "format": "tif-stack"}}
 """Recipe fields of the gpuprep runs that have a floor, by name of the floor."""
 
+NOT_FLUSHED = ", not flushed"
+"""End of the names of floors that do not flush their files to disk."""
+
 SLOW: dict[str, Any] = {"series": 1, "rounds": 2}
 MEDIUM: dict[str, Any] = {"series": 2, "rounds": 2}
 
@@ -69,15 +72,16 @@ def contenders(cores: int, gpu: bool, scratch: Path) -> list[Contender]:
 
 
 def floors(cores: int, sizes_bytes: Mapping[str, dict[str, list[int]]]) -> list[Contender]:
-    """Return one floor per output with known file sizes; `sizes_bytes` is by floor and series."""
+    """Return two floors per output with known file sizes, flushed and not; `sizes_bytes` is by floor and series."""
     return [
         Contender(
-            name=f"floor, {name}",
+            name=f"floor, {name}" + ("" if flushed else NOT_FLUSHED),
             module="floor",
-            options={"sizes_bytes": sizes, "jobs": cores},
+            options={"sizes_bytes": sizes, "jobs": cores, "flushed": flushed},
             dtype=name.split()[0],
             against=f"gpuprep, {name}",
         )
+        for flushed in (True, False)
         for name, sizes in sizes_bytes.items()
     ]
 
