@@ -17,6 +17,9 @@ from bench.compare.driver import Driver
 from bench.compare.summary import without_paths
 from bench.measure import MemoryWatch
 
+ORDERS = {"cubic": 3, "linear": 1}
+"""Spline orders of the reference, by claim."""
+
 SETTLE_S = 1.0
 """Pause after outputs are emptied, so that the disk has freed the space before the next output is timed."""
 
@@ -32,14 +35,27 @@ class Comparison:
         self._out = scratch / "out"
         self._cleaned = 0
         self._log = log
+        self._digests: dict[str, dict[str, str]] = {}
+        """Digests of the files of this build, by name of the contender."""
         self._expected: dict[str, NDArray[np.float32]] = {}
         self._source_shape: tuple[int, ...] = ()
 
+    def warm_up(self, contender: Contender) -> None:
+        """Let a contender convert the whole cohort once, which fills its caches."""
+        with Driver(contender) as driver:
+            answer = driver.ask(self.folders, self._out)
+        if "failed" in answer:
+            raise SystemExit(f"{contender.name}: {without_paths(answer['failed'])}")
+        self._log(f"warm-up of {contender.name}: {answer['seconds']:.1f} s")
+        self._clean()
+
     def watch_and_check(self, all_: list[Contender]) -> None:
         """Run each contender once for peak memory, output sizes and agreement with the reference."""
-        hu, spacing_mm = agreement.hounsfield(self.folders[0])
-        self._source_shape = hu.shape
-        for claim, order in (("cubic", 3), ("linear", 1)):
+        orders = {claim: order for claim, order in ORDERS.items() if any(c.claim == claim for c in all_)}
+        if orders:
+            hu, spacing_mm = agreement.hounsfield(self.folders[0])
+            self._source_shape = hu.shape
+        for claim, order in orders.items():
             self._expected[claim] = agreement.reference(hu, spacing_mm, order)
             self._log(f"reference, {claim}")
         for contender in sorted(all_, key=lambda c: c.module != "notebook"):  # its values are a reference
@@ -64,6 +80,8 @@ class Comparison:
             self.sizes_bytes[contender.floor] = {name: cohort.file_sizes_bytes(out) for name, out in outputs.items()}
         if contender.claim is not None:
             self._check(contender, record, outputs[self.folders[0].name])
+        if contender.root is not None:
+            self._count_equal_files(contender, record)
         self._log(f"{contender.name}: {memory.peak_bytes / 1e6:.0f} MB" + _agreement_text(record))
         self._clean()
 
@@ -85,11 +103,22 @@ class Comparison:
         record["largest_difference_inside_hu"] = agreement.largest_difference_hu(values[inside], expected[inside])
         record["agrees"] = record["largest_difference_inside_hu"] <= tolerance_hu
 
+    def _count_equal_files(self, contender: Contender, record: dict[str, Any]) -> None:
+        digests = cohort.digests(self._out)
+        if contender.name == contender.against:
+            self._digests[contender.name] = digests
+        elif (expected := self._digests.get(contender.against)) is not None:
+            record["files"] = len(expected.keys() | digests.keys())
+            record["equal_files"] = len(expected.items() & digests.items())
+
     def time(self, all_: list[Contender], until: float) -> None:
-        """Time all contenders in turns; skip repeated rounds that would end after `until` (`time.perf_counter`)."""
+        """Time all contenders in turns, in the reverse order in every other round.
+
+        Repeated rounds that would end after `until` (`time.perf_counter`) are skipped.
+        """
         round_s: dict[str, float] = {}
         for n in range(max(c.rounds for c in all_)):
-            for contender in all_:
+            for contender in reversed(all_) if n % 2 else all_:
                 record = self.records.setdefault(contender.name, {"status": "ok", "dtype": contender.dtype})
                 late = n > 0 and time.perf_counter() + round_s.get(contender.name, 0) > until
                 if n < contender.rounds and record["status"] == "ok" and not late:

@@ -41,29 +41,30 @@ def _summarised() -> dict[str, dict[str, Any]]:
     ]
     records: dict[str, dict[str, Any]] = {
         "floor, float32": {"status": "ok", "dtype": "float32", "runs": [_run(1, 4), _run(2, 4), _run(9, 4)]},
-        "gpuprep, float32": {"status": "ok", "dtype": "float32", "runs": [_run(4, 4, split=split)]},
-        "slow": {"status": "ok", "dtype": "float32", "runs": [_run(10, 1)]},
+        "gpuprep, float32": {"status": "ok", "dtype": "float32", "runs": [_run(s, 4, split=split) for s in (4, 4, 9)]},
+        "slow": {"status": "ok", "dtype": "float32", "runs": [_run(10, 1), _run(20, 1)]},
         "gone": {"status": "absent", "dtype": "uint8", "reason": "gone is not installed"},
     }
     summarise(records, all_)
     return records
 
 
-def test_a_summary_has_medians_per_series_and_ratios() -> None:
+def test_a_summary_has_medians_per_series_and_of_the_ratios_in_each_round() -> None:
     records = _summarised()
     assert records["floor, float32"]["seconds_per_series"] == 0.5
+    assert records["floor, float32"]["seconds_per_series_range"] == [0.25, 2.25]
     ours = records["gpuprep, float32"]
     assert ours["series_per_hour"] == 3600
-    assert ours["ratio_to_floor"] == 2
+    assert (ours["ratio_to_floor"], ours["ratio_to_floor_range"]) == (2, [1, 4])
     assert (ours["mb_per_s_in"], ours["mb_per_s_out"]) == (0.25, 1)
     assert ours["cpu_s_per_series"] == 2
-    assert records["slow"]["ratio_to_gpuprep"] == 10
+    assert records["slow"]["ratio_to_gpuprep"] == 15  # the third round of gpuprep has no counterpart
     assert "ratio_to_gpuprep" not in records["gone"]
 
 
 def test_the_accounted_share_compares_stage_times_with_wall_time() -> None:
     split = _summarised()["gpuprep, float32"]["split"]
-    assert split["accounted_share"] == (1 + 1.5 * 4 / 2) / 4
+    assert split["accounted_share"] == (1 + 1.5 * 4 / 2) / ((4 + 4 + 9) / 3)
 
 
 def _result() -> dict[str, Any]:
@@ -74,6 +75,7 @@ def _result() -> dict[str, Any]:
 
 def test_tables_list_all_contenders() -> None:
     assert "absent: gone is not installed" in report.table(_result())
+    assert "largest Δ HU" not in report.table(_result())  # nobody has a value
     assert report.markdown(_result()).count("\n|---") == 2
 
 
