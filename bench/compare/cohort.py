@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -38,6 +39,15 @@ def copies(root: Path, data: Path, count: int) -> list[Path]:
 def size_bytes(folders: list[Path]) -> int:
     """Return the total size of all files in the folders in bytes."""
     return sum(size for folder in folders for size in file_sizes_bytes(folder))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every TIFF file under a folder, by relative path."""
+    found = {}
+    for file in folder.rglob("*.tif"):
+        with file.open("rb") as f:
+            found[str(file.relative_to(folder))] = hashlib.file_digest(f, "sha256").hexdigest()
+    return found
 
 
 def file_sizes_bytes(folder: Path) -> list[int]:

@@ -33,7 +33,7 @@ class Driver:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            cwd=ROOT,
+            cwd=contender.root or ROOT,  # where Python looks for packages first
             env=os.environ | dict(contender.environment),
         )
         self.process = psutil.Process(self._process.pid)

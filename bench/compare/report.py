@@ -11,12 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.compare.contenders import NOT_FLUSHED
+
 Record = dict[str, Any]
 
 COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("s/series", lambda r: _number(r, "seconds_per_series")),
+    ("min–max", lambda r: _range(r, "seconds_per_series_range")),
     ("series/h", lambda r: _number(r, "series_per_hour", ".0f")),
     ("× gpuprep", lambda r: _number(r, "ratio_to_gpuprep")),
+    ("min–max", lambda r: _range(r, "ratio_to_gpuprep_range")),
     ("× floor", lambda r: _number(r, "ratio_to_floor")),
     ("cold, s", lambda r: _number(r, "cold_s")),
     ("CPU s/series", lambda r: _number(r, "cpu_s_per_series")),
@@ -26,6 +30,7 @@ COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("largest process MB", lambda r: _number(r, "largest_process_bytes", ".0f", 1e-6)),
     ("predicted MB", lambda r: _number(r, "predicted_process_bytes", ".0f", 1e-6)),
     ("largest Δ HU", lambda r: _difference(r)),
+    ("equal files", lambda r: f"{r['equal_files']} of {r['files']}" if "files" in r else ""),
     ("timed", lambda r: _timed(r)),
 )
 STAGES = ("scan_s", "read_s", "process_s", "write_s", "accounted_share", "upload_s", "kernels_s", "download_s")
@@ -38,6 +43,10 @@ def _number(record: Record, key: str, form: str = ".3g", factor: float = 1) -> s
         return ""
     text = f"{record[key] * factor:{form}}"
     return f"{float(text):.0f}" if "e" in text else text
+
+
+def _range(record: Record, key: str) -> str:
+    return "–".join(f"{value:.3g}" for value in record.get(key, ()))
 
 
 def _difference(record: Record) -> str:
@@ -53,12 +62,13 @@ def _timed(record: Record) -> str:
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """Return a header row and one row per contender."""
+    """Return a header row and one row per contender, without columns that are empty in all of these."""
     lines = [["contender", *(name for name, _ in COLUMNS), "note"]]
     for name, record in result["contenders"].items():
         note = record.get("note", "") if record["status"] == "ok" else f"{record['status']}: {record['reason']}"
         lines.append([name, *(cell(record) for _, cell in COLUMNS), note])
-    return lines
+    filled = [k for k, column in enumerate(zip(*lines[1:], strict=True)) if any(column)]
+    return [[line[k] for k in filled] for line in lines]
 
 
 def split_rows(result: dict[str, Any]) -> list[list[str]]:
@@ -70,14 +80,18 @@ def split_rows(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+def _tables(result: dict[str, Any]) -> list[list[list[str]]]:
+    return [lines for lines in (rows(result), split_rows(result)) if len(lines) > 1]
+
+
 def table(result: dict[str, Any]) -> str:
-    """Return both tables as plain text with aligned columns."""
-    return "\n\n".join("\n".join(_aligned(lines)) for lines in (rows(result), split_rows(result)))
+    """Return the tables as plain text with aligned columns."""
+    return "\n\n".join("\n".join(_aligned(lines)) for lines in _tables(result))
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return both tables in Markdown."""
-    return "\n\n".join("\n".join(_markdown_rows(lines)) for lines in (rows(result), split_rows(result)))
+    """Return the tables in Markdown."""
+    return "\n\n".join("\n".join(_markdown_rows(lines)) for lines in _tables(result))
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:
@@ -91,10 +105,14 @@ def _markdown_rows(lines: list[list[str]]) -> list[str]:
 
 
 def chart(result: dict[str, Any], file: Path) -> None:
-    """Draw bars of seconds per series, the fastest on top, and the floors as vertical lines."""
+    """Draw bars of seconds per series, the fastest on top, and the flushed floors as vertical lines."""
     from matplotlib.figure import Figure
 
-    timed = {n: r for n, r in result["contenders"].items() if "seconds_per_series" in r}
+    timed = {
+        name: record
+        for name, record in result["contenders"].items()
+        if "seconds_per_series" in record and not name.endswith(NOT_FLUSHED)
+    }
     floors = {n: r["seconds_per_series"] for n, r in timed.items() if n.startswith("floor")}
     bars = sorted(((n, r) for n, r in timed.items() if n not in floors), key=lambda b: -b[1]["seconds_per_series"])
     if not bars:

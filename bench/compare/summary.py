@@ -10,15 +10,17 @@ from bench.compare.contenders import Contender
 
 
 def summarise(records: dict[str, dict[str, Any]], all_: list[Contender]) -> None:
-    """Add medians, ratios and stage times to each record."""
+    """Add medians, ratios and stage times to each record. Ratios are medians of the ratios in the same round."""
     for contender in all_:
         record = records[contender.name]
         runs = record.get("runs", [])
         if not runs:
             continue
-        seconds_per_series = statistics.median(r["seconds"] / r["series"] for r in runs)
+        per_series_s = _per_series_s(record)
+        seconds_per_series = statistics.median(per_series_s)
         record |= {
             "seconds_per_series": seconds_per_series,
+            "seconds_per_series_range": [min(per_series_s), max(per_series_s)],
             "series_per_hour": 3600 / seconds_per_series,
             "cold_s": statistics.median(r["cold_s"] for r in runs),
             "cpu_s_per_series": statistics.median(r["cpu_s"] / r["series"] for r in runs),
@@ -32,9 +34,16 @@ def summarise(records: dict[str, dict[str, Any]], all_: list[Contender]) -> None
     for contender in all_:
         against = contender.against or f"gpuprep, {contender.dtype}"
         for key, other in (("ratio_to_gpuprep", against), ("ratio_to_floor", f"floor, {contender.floor}")):
-            mine, theirs = records[contender.name], records.get(other, {})
-            if "seconds_per_series" in mine and "seconds_per_series" in theirs:
-                mine[key] = mine["seconds_per_series"] / theirs["seconds_per_series"]
+            mine = records[contender.name]
+            pairs = zip(_per_series_s(mine), _per_series_s(records.get(other, {})), strict=False)
+            ratios = [mine_s / theirs_s for mine_s, theirs_s in pairs]
+            if ratios:
+                mine |= {key: statistics.median(ratios), f"{key}_range": [min(ratios), max(ratios)]}
+
+
+def _per_series_s(record: dict[str, Any]) -> list[float]:
+    """Return the seconds per series of each round."""
+    return [run["seconds"] / run["series"] for run in record.get("runs", [])]
 
 
 def accounted_share(split: dict[str, float], runs: list[dict[str, Any]], jobs: int) -> float:

@@ -1,6 +1,7 @@
 """The arithmetic of the comparison; no other program is needed, and nothing is timed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import tifffile
 
 from bench.compare import agreement, report
-from bench.compare.contenders import Contender, contenders, floor, with_gpuprep
+from bench.compare.contenders import FLOORS, Contender, contenders, floor, floors, with_gpuprep
 from bench.compare.run_contender import answer
 from bench.compare.summary import summarise, without_paths
 from gpuprep.testing import thorax, write_series
@@ -40,29 +41,30 @@ def _summarised() -> dict[str, dict[str, Any]]:
     ]
     records: dict[str, dict[str, Any]] = {
         "floor, float32": {"status": "ok", "dtype": "float32", "runs": [_run(1, 4), _run(2, 4), _run(9, 4)]},
-        "gpuprep, float32": {"status": "ok", "dtype": "float32", "runs": [_run(4, 4, split=split)]},
-        "slow": {"status": "ok", "dtype": "float32", "runs": [_run(10, 1)]},
+        "gpuprep, float32": {"status": "ok", "dtype": "float32", "runs": [_run(s, 4, split=split) for s in (4, 4, 9)]},
+        "slow": {"status": "ok", "dtype": "float32", "runs": [_run(10, 1), _run(20, 1)]},
         "gone": {"status": "absent", "dtype": "uint8", "reason": "gone is not installed"},
     }
     summarise(records, all_)
     return records
 
 
-def test_a_summary_has_medians_per_series_and_ratios() -> None:
+def test_a_summary_has_medians_per_series_and_of_the_ratios_in_each_round() -> None:
     records = _summarised()
     assert records["floor, float32"]["seconds_per_series"] == 0.5
+    assert records["floor, float32"]["seconds_per_series_range"] == [0.25, 2.25]
     ours = records["gpuprep, float32"]
     assert ours["series_per_hour"] == 3600
-    assert ours["ratio_to_floor"] == 2
+    assert (ours["ratio_to_floor"], ours["ratio_to_floor_range"]) == (2, [1, 4])
     assert (ours["mb_per_s_in"], ours["mb_per_s_out"]) == (0.25, 1)
     assert ours["cpu_s_per_series"] == 2
-    assert records["slow"]["ratio_to_gpuprep"] == 10
+    assert records["slow"]["ratio_to_gpuprep"] == 15  # the third round of gpuprep has no counterpart
     assert "ratio_to_gpuprep" not in records["gone"]
 
 
 def test_the_accounted_share_compares_stage_times_with_wall_time() -> None:
     split = _summarised()["gpuprep, float32"]["split"]
-    assert split["accounted_share"] == (1 + 1.5 * 4 / 2) / 4
+    assert split["accounted_share"] == (1 + 1.5 * 4 / 2) / ((4 + 4 + 9) / 3)
 
 
 def _result() -> dict[str, Any]:
@@ -73,6 +75,7 @@ def _result() -> dict[str, Any]:
 
 def test_tables_list_all_contenders() -> None:
     assert "absent: gone is not installed" in report.table(_result())
+    assert "largest Δ HU" not in report.table(_result())  # nobody has a value
     assert report.markdown(_result()).count("\n|---") == 2
 
 
@@ -83,18 +86,26 @@ def test_the_chart_is_drawn(tmp_path: Path) -> None:
 
 
 def test_names_of_contenders_are_unique() -> None:
-    names = [c.name for c in contenders(16, True, Path("scratch"))]
+    all_ = contenders(16, True, Path("scratch"))
+    names = [c.name for c in (*all_, *floors(16, {name: {} for name in FLOORS}))]
     assert len(names) == len(set(names))
     assert {"gpuprep, float32", "gpuprep, uint8", "gpuprep, uint8 stack"} <= set(names)  # references of the ratios
 
 
-def test_the_floor_writes_files_of_the_given_sizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flushed", [True, False])
+def test_the_floor_writes_files_of_the_given_sizes_and_flushes_each_and_the_folder(
+    flushed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed_files: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed_files.append(os.fstat(file).st_ino))
     folder = tmp_path / "series"
     folder.mkdir()
     (folder / "a.dcm").write_bytes(b"1234")
     sizes_bytes = [3, floor.WRITE_BYTES, 2 * floor.WRITE_BYTES + 5]
-    floor.copy(folder, tmp_path / "out", sizes_bytes)
-    assert [f.stat().st_size for f in sorted((tmp_path / "out").iterdir())] == sizes_bytes
+    out = tmp_path / "out"
+    floor.copy(folder, out, sizes_bytes, flushed)
+    assert [f.stat().st_size for f in sorted(out.iterdir())] == sizes_bytes
+    assert sorted(flushed_files) == (sorted(f.stat().st_ino for f in (out, *out.iterdir())) if flushed else [])
 
 
 def test_gpuprep_agrees_with_the_reference_and_a_shifted_volume_does_not(tmp_path: Path) -> None:

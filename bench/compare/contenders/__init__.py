@@ -1,7 +1,7 @@
 """Defines the contenders: how each is run, which recipe it claims to compute, and how often it is timed.
 
 A module of this package has either ``convert(folder, out, **options)`` for one series, as a competent user of that
-library would write it, or ``convert_all(folders, out, **options)`` for a cohort. Only `with_gpuprep` uses gpuprep.
+library would write it, or ``convert_all(folders, out, **options)`` for a cohort. Only those of `OURS` use gpuprep.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ Claim = Literal["cubic", "linear", "classic"]
 MIRRORED_VOXELS = 8
 """Width of the border in source voxels where SimpleITK's B-spline, which mirrors the volume, differs from a spline that
 repeats the border voxels; further inside, the difference is below 1e-4."""
+
+
+OURS = ("with_gpuprep", "with_any_build", "command_line")
+"""Modules that run gpuprep."""
 
 
 class AbsentError(Exception):
@@ -44,11 +48,13 @@ class Contender:
     note: str = ""
     against: str = ""
     """Name of the gpuprep contender for the ratio; if empty, the one with the same dtype."""
+    root: Path | None = None
+    """Folder of the build of gpuprep that it runs, whose files are compared with those of `against`; None: this one."""
 
     @property
     def ours(self) -> bool:
         """Whether this is gpuprep."""
-        return self.module == "with_gpuprep"
+        return self.module in OURS
 
     @property
     def jobs(self) -> int:
@@ -58,6 +64,9 @@ class Contender:
 
 FLOORS = {"uint8": {"dtype": "uint8"}, "float32": {}, "uint8 stack": {"dtype": "uint8", "format": "tif-stack"}}
 """Recipe fields of the gpuprep runs that have a floor, by name of the floor."""
+
+NOT_FLUSHED = ", not flushed"
+"""End of the names of floors that do not flush their files to disk."""
 
 SLOW: dict[str, Any] = {"series": 1, "rounds": 2}
 MEDIUM: dict[str, Any] = {"series": 2, "rounds": 2}
@@ -69,15 +78,16 @@ def contenders(cores: int, gpu: bool, scratch: Path) -> list[Contender]:
 
 
 def floors(cores: int, sizes_bytes: Mapping[str, dict[str, list[int]]]) -> list[Contender]:
-    """Return one floor per output with known file sizes; `sizes_bytes` is by floor and series."""
+    """Return two floors per output with known file sizes, flushed and not; `sizes_bytes` is by floor and series."""
     return [
         Contender(
-            name=f"floor, {name}",
+            name=f"floor, {name}" + ("" if flushed else NOT_FLUSHED),
             module="floor",
-            options={"sizes_bytes": sizes, "jobs": cores},
+            options={"sizes_bytes": sizes, "jobs": cores, "flushed": flushed},
             dtype=name.split()[0],
             against=f"gpuprep, {name}",
         )
+        for flushed in (True, False)
         for name, sizes in sizes_bytes.items()
     ]
 
