@@ -33,7 +33,7 @@ from gpuprep.testing import thorax
 
 SHAPE, SPACING_MM = (108, 512, 512), (3.0, 0.6816, 0.6816)
 ROUNDS = 9
-STAGES = ("summary", "to_hu", "along_rows", "along_columns", "forwards", "backwards", "finish")
+STAGES = ("summary", "to_hu", "along_rows", "along_columns", "forwards", "backwards", "finish", "combine_rounded")
 
 
 @numba.njit(fastmath=True)
@@ -119,7 +119,8 @@ def needs(plan: Any) -> dict[str, tuple[float, float]]:
         "along_columns": (planes, 13.0 * n * j * columns + 4.0 * n * j * i),
         "forwards": (2 * planes, 2.0 * n * j * i),
         "backwards": (2 * planes, 1.0 * n * j * i),
-        "finish": (planes + m * height * width, 5.0 * m * j * i + 2.0 * m * j * width + 2.0 * m * height * width),
+        "finish": (planes, 5.0 * m * j * i + 2.0 * m * j * width),
+        "combine_rounded": (1.0 * m * height * width, 2.0 * m * height * width),
     }
 
 

@@ -83,17 +83,17 @@ def host_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:
     if backend.body == "matmul":
         return device_bytes(plan, backend, engine)
     rows, columns = step.target[1:]
-    planes = resample_taps.BLOCK_SLICES  # slices that wait to be combined, and filtered ones
+    planes = 1  # slices that wait to be combined, and filtered ones
     if step.resamples(0):
         prefiltered = step.order == 3 and step.along[0] is None and not step.sigma[0]
-        planes = _band_width(step, 0, resample_taps.BLOCK_SLICES)
+        planes = _band_width(step, 0, 1)
         if prefiltered:
             planes = resample_taps.GROUP_SLICES + 4
             planes += min(step.source[0], planes + resample_taps.PREFILTER_RADIUS)
     voxels = whole + source * 3 // 2  # the slice being read, as 16-bit integers and as HU
     voxels += rows * step.source[2] if step.resamples(1) else 0
-    voxels += planes * rows * columns
-    return FLOAT_BYTES * voxels + resample_taps.BLOCK_SLICES * out_bytes
+    voxels += planes * rows * columns + rows * plan.resize.target[2]
+    return FLOAT_BYTES * voxels + out_bytes
 
 
 def device_bytes(plan: Plan, backend: Backend, engine: Engine) -> int:

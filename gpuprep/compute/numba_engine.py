@@ -2,7 +2,7 @@
 
 Each source slice is resampled in its plane when it is read, and passes the causal half of the spline prefilter across
 slices. The anticausal half starts a few slices ahead and runs backwards, for one group of output slices at a time.
-Each output row is then combined from four filtered slices, windowed, resized and rounded within the cache.
+Each output slice is then combined from four filtered slices, windowed, resized and rounded within the cache.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.compute import numba_kernels, resample_taps
-from gpuprep.compute.backend import spans_of
 from gpuprep.core.hounsfield import quantise
 from gpuprep.core.plan import Plan, Step
 
 
 def chunks(hu: Iterator[NDArray[np.float32]], count: int, plan: Plan) -> Iterator[NDArray[Any]]:
-    """Yield the output in blocks of up to `resample_taps.BLOCK_SLICES` slices, each valid until the next is requested.
+    """Yield the output slice by slice, each valid until the next is requested.
 
     Parameters
     ----------
@@ -53,8 +52,8 @@ def chunks(hu: Iterator[NDArray[np.float32]], count: int, plan: Plan) -> Iterato
             planes, combined = filtered, (samples[first:last] - low).astype(np.uint32)
         else:
             planes, combined = ring, places[samples[first:last]]
-        for k, end in spans_of(last - first, resample_taps.BLOCK_SLICES):
-            yield finish(planes, combined[k:end], across.weights[first + k : first + end])
+        for planes_of_slice, weights in zip(combined, across.weights[first:last], strict=True):
+            yield finish(planes, planes_of_slice, weights)
     for _ in hu:  # the remaining slices count in the HU statistics
         pass
 
@@ -66,9 +65,7 @@ def _axis_tables(step: Step) -> list[resample_taps.LineTables | None]:
 
 def _slice_groups(across: resample_taps.LineTables) -> Iterator[tuple[int, int, int, int]]:
     """Yield groups of output slices [first, last) with the filtered slices [low, high) that they need."""
-    step = resample_taps.BLOCK_SLICES
-    if across.prefiltered:
-        step = max(1, round(resample_taps.GROUP_SLICES * across.n_out / across.n_in))
+    step = max(1, round(resample_taps.GROUP_SLICES * across.n_out / across.n_in)) if across.prefiltered else 1
     for first in range(0, across.n_out, step):
         last = min(first + step, across.n_out)
         start = across.start[first:last]
@@ -119,18 +116,16 @@ class _PlaneResampler:
 
 
 class _Finisher:
-    """Combines filtered slices into output slices."""
+    """Combines filtered slices into one output slice."""
 
     def __init__(self, plan: Plan) -> None:
         low, high = plan.recipe.window_hu or (-np.inf, np.inf)
         self._window = np.array([low, high, plan.shift_hu, plan.scale], dtype=np.float32)
-        shape = resample_taps.BLOCK_SLICES, *plan.target.shape[1:]
-        air = quantise(np.array([plan.air], dtype=np.float32), plan.recipe.dtype)
-        self._slices = np.full(shape, air[0])
-        self._limits: NDArray[np.float32] | None = None
+        self._slice = quantise(np.full((1, *plan.target.shape[1:]), plan.air, dtype=np.float32), plan.recipe.dtype)
+        self._limits: tuple[np.float32, np.float32] | None = None
         if plan.recipe.dtype != "float32":
-            limits = np.iinfo(self._slices.dtype)
-            self._limits = np.array([limits.min, limits.max], dtype=np.float32)
+            limits = np.iinfo(self._slice.dtype)
+            self._limits = np.float32(limits.min), np.float32(limits.max)
         resampled, target = plan.resampled.shape[1:], plan.target.shape[1:]
         # Slices that are not resized are cropped, or padded with air.
         self._top, self._left = (max(0, offset) for offset in plan.offset)
@@ -140,17 +135,14 @@ class _Finisher:
         resize = zip(_axis_tables(plan.resize)[1:], used, strict=True)
         self._rows, self._columns = (tables or resample_taps.identity(n) for tables, n in resize)
         self._line = np.empty(self._columns.n_in, dtype=np.float32)
-        self._total = np.empty(self._columns.n_out, dtype=np.float32)
-        self._resized = np.empty((shape[0], self._rows.taps, self._columns.n_out), dtype=np.float32)
+        self._resized_columns = np.empty((self._rows.n_in, self._columns.n_out), dtype=np.float32)
+        self._rounding_row = np.empty((1, self._columns.n_out), dtype=np.float32)
 
     def __call__(
         self, planes: NDArray[np.float32], combined: NDArray[np.uint32], weights: NDArray[np.float32]
     ) -> NDArray[Any]:
-        """Return weighted sums of planes as output slices: array of shape (k, j, i).
-
-        `combined` has the indices of the planes of each sum, and `weights` their weights; shape (k, planes per sum).
-        """
-        out = self._slices[: len(combined)]
+        """Return the weighted sum of planes as an output slice: array of shape (1, j, i)."""
+        columns, rows = self._columns, self._rows
         numba_kernels.finish(
             planes,
             combined,
@@ -158,16 +150,24 @@ class _Finisher:
             self._top,
             self._left,
             self._window,
-            self._columns.start,
-            self._columns.weights_transposed,
-            self._columns.vectors,
-            self._rows.start,
-            self._rows.weights,
-            self._limits,
+            columns.start,
+            columns.weights_transposed,
+            columns.vectors,
             self._line,
-            self._total,
-            self._resized,
-            out,
-            *self._margins,
+            self._resized_columns,
         )
-        return np.asarray(out)
+        if self._limits is None:
+            numba_kernels.combine(
+                self._resized_columns, rows.start, rows.weights, self._slice[0], *self._margins, columns.n_out
+            )
+        else:
+            numba_kernels.combine_rounded(
+                self._resized_columns,
+                rows.start,
+                rows.weights,
+                *self._limits,
+                self._rounding_row,
+                self._slice[0],
+                *self._margins,
+            )
+        return self._slice

@@ -175,6 +175,26 @@ def combine(values: Any, start: Any, weights: Any, out: Any, top: int, left: int
 
 
 @_compiled
+def combine_rounded(
+    values: Any, start: Any, weights: Any, least: Any, most: Any, line: Any, out: Any, top: int, left: int
+) -> None:
+    """Like `combine`, with rounding to the integer type of `out`; `line` is scratch of shape (1, columns)."""
+    width = values.shape[1]
+    for y in range(len(start)):
+        o = out[top + y, left : left + width]
+        if weights.shape[1] == 2:
+            a, b = weights[y, 0], weights[y, 1]
+            v, w = values[start[y]], values[start[y] + 1]
+            for x in range(width):
+                o[x] = np.rint(min(max(a * v[x] + b * w[x], least), most))
+        else:
+            combine(values, start[y : y + 1], weights[y : y + 1], line, 0, 0, width)
+            v = line[0]
+            for x in range(width):
+                o[x] = np.rint(min(max(v[x], least), most))
+
+
+@_compiled
 def along_columns(
     values: Any, boundary: Any, start: Any, weights: Any, vectors: Any, line: Any, solved: Any, out: Any
 ) -> None:
@@ -278,93 +298,34 @@ def finish(
     top: int,
     left: int,
     window: Any,
-    columns_start: Any,
-    columns_weights: Any,
+    start: Any,
+    weights: Any,
     vectors: Any,
-    rows_start: Any,
-    rows_weights: Any,
-    limits: Any,
     line: Any,
-    total: Any,
-    resized: Any,
     out: Any,
-    top_margin: int,
-    left_margin: int,
 ) -> None:
-    """Combine planes into each slice of `out`, starting at row `top` and column `left`, apply the window, and resize.
+    """Combine planes into one slice, starting at row `top` and column `left`, apply the window, and resample along axis 1.
 
-    The slices of `out` are computed together, row by row, since they share most of the planes that they combine. So
-    all rows in use stay in the first-level cache.
-
-    `combined` has the indices of the planes of each output slice, and `weights_k` their weights. `limits` has the
-    lowest and highest integer to round to; it is None for an `out` of float32. `line` and `total` are scratch for a row
-    before and after resizing along axis 1. `resized` is scratch for the resized rows that one output row combines.
-    """
-    taps, width = rows_weights.shape[1], len(total)
-    ready = 0
-    for y in range(len(rows_start)):
-        s = int(rows_start[y])
-        for j in range(max(ready, s), s + taps):
-            for q in range(len(combined)):
-                _combine_planes(planes, combined[q], weights_k[q], top + j, left, window, line)
-                gather(line, columns_start, columns_weights, vectors, resized[q, j % taps])
-        ready = max(ready, s + taps)
-        for q in range(len(combined)):
-            o = out[q, top_margin + y, left_margin : left_margin + width]
-            _combine_resized(resized[q], s, rows_weights[y], limits, total, o)
-
-
-@_compiled
-def _combine_planes(planes: Any, combined: Any, weights: Any, row: int, left: int, window: Any, line: Any) -> None:
-    """Write to `line` the weighted sum of a row of some planes, in the window, shifted and scaled.
-
-    `window` has the lowest and highest HU, the shift in HU and the scale factor.
+    `combined` has the indices of the planes, and `weights_k` their weights. `line` is scratch for a row. `window` has
+    the lowest and highest HU, the shift in HU and the scale factor.
     """
     low, high, shift, scale = window[0], window[1], window[2], window[3]
     right = left + len(line)
-    a, e = weights[0], planes[combined[0], row, left:right]
-    if len(weights) == 4:
-        b, c, d = weights[1], weights[2], weights[3]
-        f, g = planes[combined[1], row, left:right], planes[combined[2], row, left:right]
-        h = planes[combined[3], row, left:right]
-        for i in range(len(line)):
-            v = a * e[i] + b * f[i] + c * g[i] + d * h[i]
-            line[i] = (min(max(v, low), high) + shift) * scale
-        return
-    for i in range(len(line)):
-        line[i] = a * e[i]
-    for t in range(1, len(weights)):
-        a, e = weights[t], planes[combined[t], row, left:right]
-        for i in range(len(line)):
-            line[i] += a * e[i]
-    for i in range(len(line)):
-        line[i] = (min(max(line[i], low), high) + shift) * scale
-
-
-@_compiled
-def _combine_resized(rows: Any, s: int, weights: Any, limits: Any, total: Any, out: Any) -> None:
-    """Write to `out` the weighted sum of as many rows as there are weights; row j is at j modulo their number."""
-    if len(weights) == 2:
-        a, b, v, w = weights[0], weights[1], rows[s % 2], rows[(s + 1) % 2]
-        if limits is None:
-            for x in range(len(out)):
-                out[x] = a * v[x] + b * w[x]
+    for j in range(out.shape[0]):
+        a, e = weights_k[0], planes[combined[0], top + j, left:right]
+        if len(weights_k) == 4:
+            b, c, d = weights_k[1], weights_k[2], weights_k[3]
+            f, g = planes[combined[1], top + j, left:right], planes[combined[2], top + j, left:right]
+            h = planes[combined[3], top + j, left:right]
+            for i in range(len(line)):
+                line[i] = a * e[i] + b * f[i] + c * g[i] + d * h[i]
         else:
-            least, most = limits[0], limits[1]
-            for x in range(len(out)):
-                out[x] = np.rint(min(max(a * v[x] + b * w[x], least), most))
-        return
-    a, v = weights[0], rows[s % len(weights)]
-    for x in range(len(total)):
-        total[x] = a * v[x]
-    for t in range(1, len(weights)):
-        a, v = weights[t], rows[(s + t) % len(weights)]
-        for x in range(len(total)):
-            total[x] += a * v[x]
-    if limits is None:
-        for x in range(len(total)):
-            out[x] = total[x]
-    else:
-        least, most = limits[0], limits[1]
-        for x in range(len(total)):
-            out[x] = np.rint(min(max(total[x], least), most))
+            for i in range(len(line)):
+                line[i] = a * e[i]
+            for t in range(1, len(weights_k)):
+                a, e = weights_k[t], planes[combined[t], top + j, left:right]
+                for i in range(len(line)):
+                    line[i] += a * e[i]
+        for i in range(len(line)):
+            line[i] = (min(max(line[i], low), high) + shift) * scale
+        gather(line, start, weights, vectors, out[j])

@@ -30,10 +30,6 @@ PREFILTER_RADIUS = 12
 GROUP_SLICES = 16
 """Source slices per group of output slices. Larger groups filter fewer slices twice; smaller ones need less memory."""
 
-BLOCK_SLICES = 4
-"""Output slices that are computed together: at 1 mm, 2 to 4 share the slices that they combine if those are 2 to 4 mm
-apart. The rows of more slices would not fit into the first-level cache."""
-
 LANES = 8
 """Outputs that are computed together from samples in vectors of the same length."""
 
