@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.filesystem import opened
-from gpuprep.files.replacing import atomic_writer, flush
+from gpuprep.files.replacing import atomic_writer, flush, make_folder
 from gpuprep.output.own_files import (
     OWN_FOLDER,
     PREVIEW,
@@ -169,7 +169,7 @@ def open_output(out: Path, shard: Shard = WHOLE_COHORT) -> Iterator[Output]:
     output = Output(out, top / shard.name if shard.name else top)
     with ExitStack() as locks:
         try:
-            output.work_folder.mkdir(parents=True, exist_ok=True)
+            make_folder(output.work_folder)
             _lock(top, shard, locks)
         except Timeout as exc:
             raise RequestError(f"another gpuprep is writing into {out}: wait for it, or choose another --out") from exc
@@ -215,9 +215,12 @@ def _remove_unfinished(output: Output) -> None:
     shards = list(output.work_folder.glob("*-of-*"))  # a whole run holds their locks
     for work_folder in (output.work_folder, *shards):
         for note in work_folder.glob("*.place"):
-            former, final = note.with_suffix(".former"), output.root / note.read_text("utf-8")
-            if former.is_dir() and not final.exists():
-                former.rename(final)
+            former = note.with_suffix(".former")
+            if former.is_dir():  # otherwise nothing was renamed, and the note may be incomplete
+                final = output.root / note.read_text("utf-8")
+                if not final.exists():
+                    former.rename(final)
+                flush(final.parent)
             note.unlink()
         for part in work_folder.glob("*.part"):
             part.unlink()
@@ -284,7 +287,7 @@ class PendingFolder:
         return Written(len(outputs) + 1, size, hashlib.sha256(text).hexdigest())
 
     def _move_into_place(self, key: str, known: bool) -> None:
-        self._final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._final.parent)
         if self._final.is_symlink() or self._final.exists():
             check_folder(self._final, key, known)
             _swap(self.path, self._final, self._root)
@@ -326,16 +329,20 @@ def _swap(new: Path, final: Path, root: Path) -> None:
     if _exchanged(new, final):
         return
     # Otherwise two steps. If the run ends between them, the next one finds this note and moves the former folder back.
+    # So the note has to be on disk before the first, and both have to be on disk before it is removed.
     note, former = new.with_suffix(".place"), new.with_suffix(".former")
     note.write_text(str(final.relative_to(root)), "utf-8")
     flush(note)
+    flush(note.parent)
     final.rename(former)
     try:
         new.rename(final)
     except OSError:
         former.rename(final)
+        flush(final.parent)
         note.unlink()
         raise
+    flush(final.parent)
     note.unlink()
     former.rename(new)
 
