@@ -133,7 +133,7 @@ class Output:
 
     def remove_output(self, folder: str, key: str) -> None:
         """Remove the output of a series from a folder; files that are not gpuprep's stay."""
-        remove_output(self.root / checked_folder(folder), key)
+        remove_output(self.root / checked_folder(folder), key, self.work_folder)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small text file at the top of OUT, complete or not at all."""
@@ -361,21 +361,40 @@ def _exchanged(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def remove_output(folder: Path, key: str) -> None:
-    """Remove the output of a series from a folder; the output of another series, and other files, stay."""
+def remove_output(folder: Path, key: str, work_folder: Path | None = None) -> None:
+    """Remove the output of a series from a folder; the output of another series, and other files, stay.
+
+    A folder without other files is first moved into the work folder, if one is given, so that it disappears as a whole.
+    """
     sidecar = folder / SIDECAR
     try:
         owner = json.loads(sidecar.read_text("utf-8"))["key"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
-    if owner == key:
-        sidecar.unlink()  # first, so that an incomplete output has no volume.json
-        for name in [name for name, entry in entries(folder) if is_own(name) and entry.is_file()]:
-            (folder / name).unlink()
-        for below, _, _ in os.walk(folder, topdown=False):
-            if below == str(folder) or OWN_FOLDER.fullmatch(os.path.relpath(below, folder)):
-                with suppress(OSError):  # not empty
-                    os.rmdir(below)
+    if owner != key or (work_folder is not None and _moved_away(folder, work_folder)):
+        return
+    sidecar.unlink()  # first, so that an incomplete output has no volume.json
+    flush(folder)
+    for name in [name for name, entry in entries(folder) if is_own(name) and entry.is_file()]:
+        (folder / name).unlink()
+    for below, _, _ in os.walk(folder, topdown=False):
+        if below == str(folder) or OWN_FOLDER.fullmatch(os.path.relpath(below, folder)):
+            with suppress(OSError):  # not empty
+                os.rmdir(below)
+
+
+def _moved_away(folder: Path, work_folder: Path) -> bool:
+    """Remove a folder by way of the work folder; return False if it has files of others, or lies on another disk."""
+    removed = work_folder / uuid.uuid4().hex
+    if foreign_names_in(folder):
+        return False
+    try:
+        folder.rename(removed)
+    except OSError:
+        return False
+    flush(folder.parent)
+    shutil.rmtree(removed, ignore_errors=True)
+    return True
 
 
 def _differs(file: Path, listed: dict[str, Any]) -> bool:
