@@ -129,7 +129,7 @@ class _Finisher:
         resampled, target = plan.resampled.shape[1:], plan.target.shape[1:]
         # Slices that are not resized are cropped, or padded with air.
         self._top, self._left = (max(0, offset) for offset in plan.offset)
-        self._margins = tuple(max(0, -offset) for offset in plan.offset)
+        self._top_margin, self._left_margin = (max(0, -offset) for offset in plan.offset)
         axes = zip(plan.offset, resampled, target, strict=True)
         used = [min(n, o + m) - max(0, o) for o, n, m in axes] if plan.resize.is_identity else resampled
         resize = zip(_axis_tables(plan.resize)[1:], used, strict=True)
@@ -156,18 +156,11 @@ class _Finisher:
             self._line,
             self._resized_columns,
         )
+        into = self._slice[0], self._top_margin, self._left_margin
         if self._limits is None:
-            numba_kernels.combine(
-                self._resized_columns, rows.start, rows.weights, self._slice[0], *self._margins, columns.n_out
-            )
+            numba_kernels.combine(self._resized_columns, rows.start, rows.weights, *into, columns.n_out)
         else:
             numba_kernels.combine_rounded(
-                self._resized_columns,
-                rows.start,
-                rows.weights,
-                *self._limits,
-                self._rounding_row,
-                self._slice[0],
-                *self._margins,
+                self._resized_columns, rows.start, rows.weights, *self._limits, self._rounding_row, *into
             )
-        return self._slice
+        return np.asarray(self._slice)

@@ -304,7 +304,7 @@ def finish(
     line: Any,
     out: Any,
 ) -> None:
-    """Combine planes into one slice, starting at row `top` and column `left`, apply the window, and resample along axis 1.
+    """Combine planes into one, starting at row `top` and column `left`, apply the window, and resample along axis 1.
 
     `combined` has the indices of the planes, and `weights_k` their weights. `line` is scratch for a row. `window` has
     the lowest and highest HU, the shift in HU and the scale factor.

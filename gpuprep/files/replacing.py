@@ -1,4 +1,4 @@
-"""Writes files atomically, and flushes them to disk."""
+"""Writes files atomically, makes folders, and flushes both to disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TextIO
 
@@ -40,6 +41,14 @@ def atomic_writer(
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and the folders above it, where absent, and flush their names to disk."""
+    absent = list(takewhile(lambda path: not path.is_dir(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in absent:
+        flush(path.parent)
 
 
 def flush(path: str | os.PathLike[str]) -> None:

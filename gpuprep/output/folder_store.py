@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.files.replacing import atomic_writer, flush
+from gpuprep.files.replacing import atomic_writer, flush, make_folder
 from gpuprep.output.checksums import checksum, hexadecimal
 from gpuprep.output.own_files import (
     OWN_FOLDER,
@@ -134,7 +134,7 @@ class Output:
 
     def remove_output(self, folder: str, key: str) -> None:
         """Remove the output of a series from a folder; files that are not gpuprep's stay."""
-        remove_output(self.root / checked_folder(folder), key)
+        remove_output(self.root / checked_folder(folder), key, self.work_folder)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small text file at the top of OUT, complete or not at all."""
@@ -170,7 +170,7 @@ def open_output(out: Path, shard: Shard = WHOLE_COHORT) -> Iterator[Output]:
     output = Output(out, top / shard.name if shard.name else top)
     with ExitStack() as locks:
         try:
-            output.work_folder.mkdir(parents=True, exist_ok=True)
+            make_folder(output.work_folder)
             _lock(top, shard, locks)
         except Timeout as exc:
             raise RequestError(f"another gpuprep is writing into {out}: wait for it, or choose another --out") from exc
@@ -216,9 +216,12 @@ def _remove_unfinished(output: Output) -> None:
     shards = list(output.work_folder.glob("*-of-*"))  # a whole run holds their locks
     for work_folder in (output.work_folder, *shards):
         for note in work_folder.glob("*.place"):
-            former, final = note.with_suffix(".former"), output.root / note.read_text("utf-8")
-            if former.is_dir() and not final.exists():
-                former.rename(final)
+            former = note.with_suffix(".former")
+            if former.is_dir():  # otherwise nothing was renamed, and the note may be incomplete
+                final = output.root / note.read_text("utf-8")
+                if not final.exists():
+                    former.rename(final)
+                flush(final.parent)
             note.unlink()
         for part in work_folder.glob("*.part"):
             part.unlink()
@@ -294,7 +297,7 @@ class PendingFolder:
         return found
 
     def _move_into_place(self, key: str, known: bool) -> None:
-        self._final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._final.parent)
         if self._final.is_symlink() or self._final.exists():
             check_folder(self._final, key, known)
             _swap(self.path, self._final, self._root)
@@ -319,16 +322,20 @@ def _swap(new: Path, final: Path, root: Path) -> None:
     if _exchanged(new, final):
         return
     # Otherwise two steps. If the run ends between them, the next one finds this note and moves the former folder back.
+    # So the note has to be on disk before the first, and both have to be on disk before it is removed.
     note, former = new.with_suffix(".place"), new.with_suffix(".former")
     note.write_text(str(final.relative_to(root)), "utf-8")
     flush(note)
+    flush(note.parent)
     final.rename(former)
     try:
         new.rename(final)
     except OSError:
         former.rename(final)
+        flush(final.parent)
         note.unlink()
         raise
+    flush(final.parent)
     note.unlink()
     former.rename(new)
 
@@ -347,21 +354,40 @@ def _exchanged(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def remove_output(folder: Path, key: str) -> None:
-    """Remove the output of a series from a folder; the output of another series, and other files, stay."""
+def remove_output(folder: Path, key: str, work_folder: Path | None = None) -> None:
+    """Remove the output of a series from a folder; the output of another series, and other files, stay.
+
+    A folder without other files is first moved into the work folder, if one is given, so that it disappears as a whole.
+    """
     sidecar = folder / SIDECAR
     try:
         owner = json.loads(sidecar.read_text("utf-8"))["key"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
-    if owner == key:
-        sidecar.unlink()  # first, so that an incomplete output has no volume.json
-        for name in [name for name, entry in entries(folder) if is_own(name) and entry.is_file()]:
-            (folder / name).unlink()
-        for below, _, _ in os.walk(folder, topdown=False):
-            if below == str(folder) or OWN_FOLDER.fullmatch(os.path.relpath(below, folder)):
-                with suppress(OSError):  # not empty
-                    os.rmdir(below)
+    if owner != key or (work_folder is not None and _moved_away(folder, work_folder)):
+        return
+    sidecar.unlink()  # first, so that an incomplete output has no volume.json
+    flush(folder)
+    for name in [name for name, entry in entries(folder) if is_own(name) and entry.is_file()]:
+        (folder / name).unlink()
+    for below, _, _ in os.walk(folder, topdown=False):
+        if below == str(folder) or OWN_FOLDER.fullmatch(os.path.relpath(below, folder)):
+            with suppress(OSError):  # not empty
+                os.rmdir(below)
+
+
+def _moved_away(folder: Path, work_folder: Path) -> bool:
+    """Remove a folder by way of the work folder; return False if it has files of others, or lies on another disk."""
+    removed = work_folder / uuid.uuid4().hex
+    if foreign_names_in(folder):
+        return False
+    try:
+        folder.rename(removed)
+    except OSError:
+        return False
+    flush(folder.parent)
+    shutil.rmtree(removed, ignore_errors=True)
+    return True
 
 
 def _differs(file: Path, listed: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.files.replacing import atomic_writer
+from gpuprep.files.replacing import atomic_writer, flush
 from gpuprep.output.columns import RUNS, SERIES, Column
 from gpuprep.output.records import Entry, RunRecord, SeriesResult, State, now
 
@@ -250,6 +250,8 @@ class Manifest:
     def take_over(self, other: Path, shard: Shard) -> None:
         """Copy another manifest into this one, replacing the rows of the series of a shard, in one transaction.
 
+        It is on disk before this returns, so the other manifest may be removed.
+
         Raises
         ------
         OutputError
@@ -267,6 +269,7 @@ class Manifest:
             )
         self._db.create_function("belongs", 1, shard.has, deterministic=True)
         with self._writing():
+            self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("ATTACH ? AS other", (os.fspath(other),))
             try:
                 clash = self._db.execute(
@@ -288,6 +291,7 @@ class Manifest:
                         self._db.execute(f"INSERT OR REPLACE INTO {table} SELECT * FROM other.{table}")  # noqa: S608
             finally:
                 self._db.execute("DETACH other")
+                self._db.execute("PRAGMA synchronous = NORMAL")
 
     def write_csv(self) -> None:
         """Write ``manifest.csv`` beside the manifest, atomically."""
@@ -355,7 +359,9 @@ def merge(manifest: Manifest) -> list[Shard]:
     shards = shards_of(manifest.path.parent)
     for shard, path in shards.items():
         manifest.take_over(path, shard)
-        for file in (path, *path.parent.glob(f"{path.name}-*"), path.with_suffix(".csv")):
+        path.with_suffix(".csv").unlink(missing_ok=True)
+        flush(path.parent)  # without the manifest, nothing would lead the next run to its CSV
+        for file in (path, *path.parent.glob(f"{path.name}-*")):
             file.unlink(missing_ok=True)
     return list(shards)
 

@@ -3,8 +3,8 @@
 The folders of series do not change. This *view* of them has images and labels of the series with a labelled voxel as
 ``OUT/imagesTr/<case>_0000.<ending>`` and ``OUT/labelsTr/<case>.<ending>``, images of the other series in
 ``OUT/imagesTs``, and the names of the labels in ``OUT/dataset.json``. ``dataset.json`` is removed before the view
-changes and written last, so nnU-Net does not accept an unfinished view. ``OUT/.gpuprep/nnunet.json`` lists the files of
-the view; no other file is ever removed.
+changes and written last, and each step is on disk before the next, so nnU-Net does not accept an unfinished view.
+``OUT/.gpuprep/nnunet.json`` lists the files of the view; no other file is ever removed.
 
 References
 ----------
@@ -28,6 +28,7 @@ from gpuprep.core.plan import LEANING
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
+from gpuprep.files.replacing import flush, make_folder
 from gpuprep.output.folder_store import Output, write_text
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.own_files import checked_folder
@@ -107,12 +108,18 @@ def arrange(output: Output, manifest: Manifest, recipe: Recipe) -> NnunetCases:
     if complete and (top / DATASET).read_text("utf-8") == text:
         return arranged
     _write_record(output, {name: record[name] if name in kept else "" for name in (*existing, *wanted, DATASET)})
-    for name in sorted(existing - kept, key=lambda name: name != DATASET):
+    flush(output.work_folder)
+    if DATASET in existing:
+        (top / DATASET).unlink()
+        flush(top)
+    for name in existing - kept - {DATASET}:
         (top / name).unlink()
     for folder in FOLDERS:
-        (top / folder).mkdir(exist_ok=True)
+        make_folder(top / folder)
     for name in wanted.keys() - kept:
         _put(top / name, wanted[name])
+    for folder in FOLDERS:
+        flush(top / folder)
     output.write_text(DATASET, text)
     _write_record(output, {name: _identity(top / name) for name in (*wanted, DATASET)})
     return arranged
@@ -203,6 +210,7 @@ def _put(file: Path, content: Path | str) -> None:
     """Write a text, or make a link to a file: hard or symbolic, or a copy if the file system has no links."""
     if isinstance(content, str):
         file.write_text(content, "utf-8")
+        flush(file)
         return
     try:
         os.link(content, file)
@@ -211,6 +219,7 @@ def _put(file: Path, content: Path | str) -> None:
             file.symlink_to(os.path.relpath(content, file.parent))
         except OSError:
             shutil.copy2(content, file)
+            flush(file)
 
 
 def _existing(out: Path, record: dict[str, str]) -> set[str]:

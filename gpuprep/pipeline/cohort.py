@@ -232,9 +232,9 @@ def _forget_former_parts(context: RunContext, prepared: Prepared, done: _Done) -
         if not now_there or not seen or key in now_there:
             continue
         if all(done.states.get(part) in DONE for part in now_there):
-            context.manifest.remove(key)
             if folder and folder not in folders:
                 context.output.remove_output(folder, key)
+            context.manifest.remove(key)
 
 
 def _store(manifest: Manifest, result: SeriesResult, task: Task) -> SeriesResult:
@@ -247,9 +247,10 @@ def _store(manifest: Manifest, result: SeriesResult, task: Task) -> SeriesResult
     if former is not None and former.folder and not result.folder and task.output.holds(former.folder):
         note = f"the output of an earlier run is still in {former.folder}"
         result = replace(result, folder=former.folder, warnings=(*result.warnings, note))
-    manifest.put(task.public(result))
+    # Before the new row, because until then the former one names the folder, if the run ends here.
     if former is not None and former.folder and former.folder != result.folder:
         task.output.remove_output(former.folder, result.key)
+    manifest.put(task.public(result))
     return result
 
 
