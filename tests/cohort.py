@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from gpuprep.cli.app import app
 from gpuprep.compute.backend import numba_works
-from gpuprep.executors.processes import LOOP_MODULES
+from gpuprep.executors.fork_server import LOOP_MODULES, VOLUME_MODULES
 from gpuprep.testing import write_series
 
 SIZE = 24
@@ -65,7 +65,8 @@ def gpuprep(*words: str | Path, loops: bool = False) -> subprocess.CompletedProc
     try:
         with pytest.MonkeyPatch.context() as patch:
             if numba_works() and not loops:
-                patch.setattr("gpuprep.executors.resources.VOLUME_MODULES", LOOP_MODULES)
+                modules = tuple(dict.fromkeys((*VOLUME_MODULES, *LOOP_MODULES)))
+                patch.setattr("gpuprep.executors.resources.VOLUME_MODULES", modules)
                 patch.setattr("gpuprep.compute.backend.numba_works", lambda: False)
             ran = CliRunner().invoke(app, command_line)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import sys
@@ -255,7 +256,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal can show every file name
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # at its end, Python would search all objects for garbage, which takes as long as many imports
 
 
 def _mask_paths(masks: list[str] | None) -> list[str] | Literal["auto"] | None:

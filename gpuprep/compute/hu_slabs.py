@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, cast
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import device
 from numpy.typing import NDArray
 
 from gpuprep.compute import cuda_engine, resample_blocks, resample_matrix
 from gpuprep.compute.backend import Backend, Transfers, spans_of
 from gpuprep.compute.cuda_kernels import Rescale
+from gpuprep.core.array_namespace import array_namespace
 from gpuprep.core.geometry import Geometry, Placement
 from gpuprep.core.hounsfield import AIR_HU
 from gpuprep.core.plan import Plan

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core.runtime.nrt import rtsys
 
 from gpuprep.compute.numba_gather import PERMUTES, four_of_one, four_of_two, two_of_one, two_of_two
 from gpuprep.compute.resample_taps import INVERSE, LANES, PREFILTER_RADIUS
@@ -49,10 +50,13 @@ class _FaultTolerantCache:
     def __init__(self, cache: Any) -> None:
         self._cache = cache
 
-    def load_overload(self, *args: Any) -> Any:
+    def load_overload(self, signature: Any, context: Any) -> Any:
         found = None
         with suppress(Exception):  # a damaged cache file may raise anything when it is unpickled
-            found = self._cache.load_overload(*args)
+            # `load_overload` of Numba first imports all that it needs to compile, which takes three times as long as
+            # the rest. Cached code needs its run-time library only; compiling imports the rest itself.
+            rtsys.initialize(context)
+            found = self._cache._load_overload(signature, context)
         if found is None:
             compiling.set()
         return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from array_api_compat import array_namespace, device
+from array_api_compat import device
 from numpy.typing import NDArray
 
 from gpuprep.compute import cuda_engine, resample_matrix
@@ -27,6 +27,7 @@ from gpuprep.compute.backend import (
 )
 from gpuprep.compute.hu_slabs import HuSlabs, Source, resample_axis
 from gpuprep.compute.scratch import Scratch, SlidingWindow
+from gpuprep.core.array_namespace import array_namespace
 from gpuprep.core.plan import Plan, Step, make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume, Volume

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import device
 from numpy.typing import NDArray
 
 from gpuprep.compute.backend import Backend
+from gpuprep.core.array_namespace import array_namespace
 from gpuprep.core.geometry import Placement
 from gpuprep.core.mask_options import Resampling
 from gpuprep.core.plan import Plan

@@ -18,9 +18,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, is_cupy_namespace, is_numpy_namespace
+from array_api_compat import is_cupy_namespace, is_numpy_namespace
 from numpy.typing import NDArray
-from scipy import ndimage
+
+from gpuprep.core.array_namespace import array_namespace
 
 NEGLIGIBLE = 1e-8
 """Smaller weights are dropped: 28 remain per cubic sample, and a result of 4000 HU changes by less than 1e-3 HU."""
@@ -104,6 +105,8 @@ def matrix(
     blur_mode : str
         Boundary rule of that Gaussian.
     """
+    from scipy import ndimage  # the import is slow, and compiled loops have no matrix
+
     if along is not None and sigma == 0:
         q = np.arange(n_out)
         at = (q + 0.5) * n_in / n_out - 0.5 if grid_mode else q * (n_in - 1) / max(1, n_out - 1)

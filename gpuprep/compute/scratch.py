@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from array_api_compat import array_namespace, device
+from array_api_compat import device
+
+from gpuprep.core.array_namespace import array_namespace
 
 
 class Scratch:

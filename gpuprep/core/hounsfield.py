@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from array_api_compat import array_namespace, device
+from array_api_compat import device
+
+from gpuprep.core.array_namespace import array_namespace
 
 AIR_HU = -1000.0
 """CT number of air."""

@@ -13,14 +13,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
-from pydicom.encaps import encapsulate
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import JPEG2000, UID, JPEGLSNearLossless
 
 from gpuprep.core.series import SliceHeader
 from gpuprep.dicom.deflate import inflated_frame
@@ -28,6 +24,12 @@ from gpuprep.dicom.encapsulation import Encapsulated, fragments_of
 from gpuprep.dicom.jpeg_markers import FrameInfo, Kind, frame_info
 from gpuprep.dicom.uids import ENCODINGS, NATIVE, syntax_name
 from gpuprep.errors import DecodeError
+
+if TYPE_CHECKING:
+    import pydicom
+    from pydicom.pixels.decoders.base import Decoder as PydicomDecoder
+
+# pydicom and imagecodecs are imported late: the imports are slow, and few series need them.
 
 CONSTANT_BYTES_PER_PIXEL = 0.25
 """Upper limit for a constant image: lossless JPEG takes at least 1 bit per pixel, other encodings nearly nothing."""
@@ -52,7 +54,6 @@ class Decoder:
 
 
 def _by_imagecodecs(codec: str) -> Decoder:
-    # imagecodecs is imported late: the import is slow, and few series need it.
     def decode(stream: bytes, _: FrameInfo) -> NDArray[Any]:
         import imagecodecs
 
@@ -79,8 +80,10 @@ def _jpeg_xl(stream: bytes, info: FrameInfo) -> NDArray[Any]:
     return values
 
 
-def _by_pydicom(plugin: str, syntax: UID) -> Decoder:
+def _by_pydicom(plugin: str, syntax: str) -> Decoder:
     def decode(stream: bytes, info: FrameInfo) -> NDArray[Any]:
+        from pydicom.encaps import encapsulate
+
         # Precision and sign of the code stream instead of the header's, so that pydicom corrects nothing.
         options: dict[str, Any] = {
             "pixel_keyword": "PixelData",
@@ -95,15 +98,22 @@ def _by_pydicom(plugin: str, syntax: UID) -> Decoder:
             "correct_unused_bits": False,
         }
         source = encapsulate([stream], has_bot=False)
-        return get_decoder(syntax).as_array(source, index=0, raw=True, decoding_plugin=plugin, **options)[0]
+        return _pydicom_decoder(syntax).as_array(source, index=0, raw=True, decoding_plugin=plugin, **options)[0]
 
-    return Decoder(plugin, decode, lambda: plugin in get_decoder(syntax).available_plugins)
+    return Decoder(plugin, decode, lambda: plugin in _pydicom_decoder(syntax).available_plugins)
+
+
+def _pydicom_decoder(syntax: str) -> PydicomDecoder:
+    from pydicom.pixels.decoders.base import get_decoder
+    from pydicom.uid import UID
+
+    return get_decoder(UID(syntax))
 
 
 DECODERS: dict[Kind, tuple[Decoder, ...]] = {
     "JPEG": (_by_imagecodecs("jpeg8"), _by_imagecodecs("jpegsof3")),
-    "JPEG-LS": (_by_imagecodecs("jpegls"), _by_pydicom("pyjpegls", JPEGLSNearLossless)),
-    "JPEG 2000": (_by_imagecodecs("jpeg2k"), _by_pydicom("pylibjpeg", JPEG2000)),
+    "JPEG-LS": (_by_imagecodecs("jpegls"), _by_pydicom("pyjpegls", "1.2.840.10008.1.2.4.81")),
+    "JPEG 2000": (_by_imagecodecs("jpeg2k"), _by_pydicom("pylibjpeg", "1.2.840.10008.1.2.4.91")),
     "JPEG XL": (replace(_by_imagecodecs("jpegxl"), decode=_jpeg_xl),),
 }
 """Decoders in the order they are tried, by kind of code stream. The kind is read from the stream, not from the transfer
@@ -157,7 +167,7 @@ def decode_frame(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dtype = _dtype(header)
-            if isinstance(source, pydicom.Dataset) and header.transfer_syntax in NATIVE:
+            if not isinstance(source, Encapsulated) and header.transfer_syntax in NATIVE:
                 return _native_frame(source, header, frame, (rows, columns), dtype)
             stream = _frame_bytes(source, header, frame, faults)
             encoding = ENCODINGS.get(header.transfer_syntax)
@@ -250,7 +260,7 @@ def _native_frame(
     if found != (*shape, dtype.itemsize * 8):  # before memory is allocated for it
         raise DecodeError(f"it changed since the scan: now {found[0]} × {found[1]} in {found[2]} bits")
     options: dict[str, Any] = {"correct_unused_bits": False}
-    values, _ = get_decoder(UID(header.transfer_syntax)).as_array(ds, index=frame, raw=True, **options)
+    values, _ = _pydicom_decoder(header.transfer_syntax).as_array(ds, index=frame, raw=True, **options)
     _check_shape(values, shape)
     values = values.astype(dtype)
     drop_unused_bits(header, values, header.high_bit)

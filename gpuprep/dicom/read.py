@@ -6,10 +6,9 @@ import io
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 
 from gpuprep.compute.hu_histogram import Histogram, sampled
@@ -32,6 +31,9 @@ from gpuprep.dicom.uids import BIG_WORDS, DEFLATED, NATIVE
 from gpuprep.errors import DecodeError, GeometryError, IntensityError
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import open_bounded
+
+if TYPE_CHECKING:
+    import pydicom
 
 
 class SeriesReader:
@@ -353,7 +355,7 @@ class PixelReader:
 
     def _encoded(self, header: SliceHeader) -> pydicom.Dataset | Encapsulated:
         """Return the fragments of a file, or its data set if pydicom has to extract the pixels."""
-        if self._key != (header.path, header.member) or not isinstance(self._data, pydicom.Dataset | Encapsulated):
+        if self._key != (header.path, header.member) or self._data is None or isinstance(self._data, io.BytesIO):
             try:
                 with warnings.catch_warnings(), _open(header) as f:
                     warnings.simplefilter("ignore")
@@ -407,11 +409,13 @@ _ELEMENT_BYTES = 12
 
 def _fragments(f: BinaryIO, header: SliceHeader) -> pydicom.Dataset | Encapsulated:
     """Return the fragments of an opened file, or its data set if its transfer syntax is native."""
-    if header.transfer_syntax in NATIVE:
-        return pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
-    if header.encoded_offset is not None:
+    if header.encoded_offset is not None and header.transfer_syntax not in NATIVE:
         f.seek(header.encoded_offset)
         return read_fragments(f)
+    import pydicom  # the import is slow, and ordinary files do not need it
+
+    if header.transfer_syntax in NATIVE:
+        return pydicom.dcmread(f, force=True, specific_tags=_PIXEL_TAGS)
     # The file has an Extended Offset Table, or the scan did not find its pixels.
     ds = pydicom.dcmread(f, force=True, specific_tags=["ExtendedOffsetTable"], stop_before_pixels=True)
     f.seek(_ELEMENT_BYTES, io.SEEK_CUR)

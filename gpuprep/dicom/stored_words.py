@@ -15,7 +15,6 @@ from operator import or_
 from typing import Any
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 
 from gpuprep.core.formatting import first_few
@@ -84,6 +83,8 @@ def overlay_bits(header: SliceHeader) -> int:
     DICOM PS3.3-2004, C.9.2 (Overlay Plane module): *Overlay Bits Allocated*, *Overlay Bit Position*; retired since.
     """
     allocated, position = ([(0x6000 + 2 * n) << 16 | element for n in range(16)] for element in (0x0100, 0x0102))
+    import pydicom
+
     try:
         with warnings.catch_warnings(), open_bounded(header.path, header.member) as f:
             warnings.simplefilter("ignore")

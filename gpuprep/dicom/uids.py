@@ -54,6 +54,22 @@ SEGMENTATION_CLASSES = (RT_STRUCTURE_SET, SEGMENTATION, LABEL_MAP_SEGMENTATION)
 """SOP classes of segmentations."""
 
 _NAMES = {
+    IMPLICIT_VR: "Implicit VR Little Endian",
+    EXPLICIT_VR: "Explicit VR Little Endian",
+    BIG_ENDIAN: "Explicit VR Big Endian",
+    DEFLATED: "Deflated Explicit VR Little Endian",
+    "1.2.840.10008.1.2.4.50": "JPEG Baseline (Process 1)",
+    "1.2.840.10008.1.2.4.51": "JPEG Extended (Process 2 and 4)",
+    "1.2.840.10008.1.2.4.57": "JPEG Lossless, Non-Hierarchical (Process 14)",
+    "1.2.840.10008.1.2.4.70": "JPEG Lossless, Non-Hierarchical, First-Order Prediction "
+    "(Process 14 [Selection Value 1])",
+    "1.2.840.10008.1.2.4.80": "JPEG-LS Lossless Image Compression",
+    "1.2.840.10008.1.2.4.81": "JPEG-LS Lossy (Near-Lossless) Image Compression",
+    "1.2.840.10008.1.2.4.90": "JPEG 2000 Image Compression (Lossless Only)",
+    "1.2.840.10008.1.2.4.91": "JPEG 2000 Image Compression",
+    "1.2.840.10008.1.2.4.201": "High-Throughput JPEG 2000 Image Compression (Lossless Only)",
+    "1.2.840.10008.1.2.4.203": "High-Throughput JPEG 2000 Image Compression",
+    "1.2.840.10008.1.2.5": "RLE Lossless",
     "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",
     "1.2.840.10008.1.2.4.111": "JPEG XL JPEG Recompression",
     "1.2.840.10008.1.2.4.112": "JPEG XL",
@@ -61,14 +77,14 @@ _NAMES = {
     "1.2.840.10008.1.2.20": "Papyrus 3 Implicit VR Little Endian",
     GE_BIG_WORDS: "GE Private Implicit VR Little Endian with Big Endian Pixel Data",
 }
-"""Names that are missing in pydicom's dictionary."""
+"""Names of common transfer syntaxes, for which pydicom need not be imported, and names missing in its dictionary."""
 
 
 def syntax_name(uid: str) -> str:
     """Return the name of a transfer syntax; the UID itself if the name is not known."""
     if uid in _NAMES:
         return _NAMES[uid]
-    from pydicom.uid import UID  # pydicom is imported where a file is read
+    from pydicom.uid import UID
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom warns about an invalid UID, and returns it as its name

@@ -18,8 +18,9 @@ from typing import Any, Literal, cast
 from gpuprep._version import __version__
 from gpuprep.compute.backend import Backend, BackendName, Body, get_backend
 from gpuprep.errors import BackendError
+from gpuprep.executors.fork_server import VOLUME_MODULES
 from gpuprep.executors.logs import quiet_libraries
-from gpuprep.executors.processes import VOLUME_MODULES, replacement_requested
+from gpuprep.executors.processes import replacement_requested
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,8 @@ import gc
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -24,14 +22,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from gpuprep.errors import BackendError, GpuprepError
+from gpuprep.executors.fork_server import HAVE_FORK_SERVER, VOLUME_MODULES, hidden_main_module, safe_import_path
 from gpuprep.executors.signals import signals_blocked
-
-HEADER_MODULES = ("gpuprep.dicom.headers", "pydicom")
-VOLUME_MODULES = (*HEADER_MODULES, "gpuprep.compute.process", "gpuprep.dicom.read", "gpuprep.output.writers")
-LOOP_MODULES = (*VOLUME_MODULES, "gpuprep.compute.numba_warmup")
-"""Modules that workers need. The fork server imports them once, so workers share its memory pages."""
-
-HAVE_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 MAX_WAIT_S = 3600.0
 """Longest single wait for outcomes, since the system counts milliseconds in 32 bits."""
@@ -326,7 +318,7 @@ class ProcessExecutor:
             worker = self._context.Process(
                 target=_serve_tasks, args=(worker_end, self._prepare, dict(group.environment)), daemon=True
             )
-            with _hidden_main_module(), _safe_import_path(), signals_blocked():
+            with hidden_main_module(), safe_import_path(), signals_blocked():
                 worker.start()
         except BaseException:
             connection.close()
@@ -374,34 +366,6 @@ def request_replacement() -> None:
 def replacement_requested() -> bool:
     """Return whether this process has called `request_replacement`."""
     return _replacement_requested
-
-
-@contextlib.contextmanager
-def _hidden_main_module() -> Iterator[None]:
-    """Keep a new worker from importing the main script, so that scripts need no ``if __name__ == "__main__"``.
-
-    Tasks are never defined in the main script.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-@contextlib.contextmanager
-def _safe_import_path() -> Iterator[None]:
-    """Keep a new Python from importing modules of the current folder, which may hold a pydicom.py."""
-    former = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        yield
-    finally:
-        if former is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = former
 
 
 def _exit_with_parent() -> None:

@@ -15,10 +15,9 @@ from gpuprep.compute.memory_estimate import (
 )
 from gpuprep.errors import RequestError
 from gpuprep.executors.cores import usable_cores
+from gpuprep.executors.fork_server import LOOP_MODULES, VOLUME_MODULES
 from gpuprep.executors.logs import quiet_libraries
 from gpuprep.executors.processes import (
-    LOOP_MODULES,
-    VOLUME_MODULES,
     Executor,
     InProcessExecutor,
     ProcessExecutor,

@@ -13,7 +13,8 @@ from gpuprep.compute.backend import Backend, BackendName, get_backend
 from gpuprep.compute.memory_estimate import USABLE_SHARE
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import Cohort
-from gpuprep.executors.processes import HEADER_MODULES, WorkerDiedError
+from gpuprep.executors.fork_server import HEADER_MODULES
+from gpuprep.executors.processes import WorkerDiedError
 from gpuprep.executors.resources import Resources, local_resources
 from gpuprep.output.manifest import Manifest, manifest_path
 from gpuprep.output.object_store import local_copies, open_out, output_for_reading, resolve_out

@@ -29,8 +29,10 @@ from pydicom.uid import JPEGLSLossless
 from typer.testing import CliRunner
 
 from gpuprep import __version__
+from gpuprep.__main__ import main as start
 from gpuprep.cli.app import app
 from gpuprep.core.recipe import Recipe
+from gpuprep.executors.fork_server import LOOP_MODULES
 from gpuprep.output.folder_store import open_output
 from gpuprep.testing import outlines, thorax, write_series
 
@@ -151,6 +153,52 @@ def test_help_does_not_wait_for_numpy() -> None:
     code = f"import sys, gpuprep.cli.app; print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+CONVERTED = """
+import sys
+from gpuprep.__main__ import main
+try:
+    main()
+except SystemExit as exc:
+    print(exc.code, sorted({"pydicom", "requests", "scipy", "numba", "tifffile", "imagecodecs"} & set(sys.modules)))
+"""
+
+
+def test_the_main_process_of_a_conversion_loads_no_library_that_only_workers_need(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", thorax((4, 16, 16), (3, 9, 9)), (3, 9, 9))
+    words = ["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--quiet", "--index", "none", *SMALL]
+    done = subprocess.run([sys.executable, "-c", CONVERTED, *words], capture_output=True, text=True, check=True)
+    assert done.stdout == "0 []\n"
+
+
+@pytest.mark.skipif(find_spec("cupy") is not None, reason="workers may compute on a GPU")
+@pytest.mark.parametrize(
+    ("line", "early"),
+    [
+        ("convert in --out new", True),
+        ("mask seg.dcm --series in --out new", True),
+        ("convert in --out done", False),  # it has a manifest, and may be complete
+        ("convert --help", False),
+        ("convert in --out new --dry-run", False),
+        ("convert in --out new --scheduler local", False),
+        ("scan in", False),
+        ("", False),
+    ],
+)
+def test_workers_begin_to_load_before_the_command_line_is_parsed_if_there_most_likely_is_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, early: bool
+) -> None:
+    started: list[tuple[str, ...]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gpuprep.executors.fork_server.start_fork_server", started.append)
+    monkeypatch.setattr("atexit.register", lambda _: None)
+    monkeypatch.setattr("gpuprep.cli.app.main", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpuprep", *line.split()])
+    Path("done").mkdir()
+    Path("done/manifest.sqlite").touch()
+    start()
+    assert started == ([LOOP_MODULES] if early else [])
 
 
 def test_importing_the_package_loads_nothing_large() -> None:

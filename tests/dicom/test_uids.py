@@ -164,6 +164,12 @@ def test_every_supported_syntax_has_a_name() -> None:
     assert syntax_name("1.2.3") == "1.2.3"
 
 
+def test_names_are_those_of_the_standard_where_pydicom_has_them() -> None:
+    for uid in map(UID, (*NATIVE, *ENCODINGS)):
+        if uid.name != uid:
+            assert syntax_name(uid) == uid.name
+
+
 def test_doctor_examines_every_encoding() -> None:
     assert set(COMPRESSED_SYNTAXES) <= ENCODINGS.keys()
     assert {ENCODINGS[uid] for uid in COMPRESSED_SYNTAXES} == set(ENCODINGS.values())

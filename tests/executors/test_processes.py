@@ -33,8 +33,8 @@ from worker_tasks import (
     wait_until,
 )
 
+from gpuprep.executors.fork_server import HAVE_FORK_SERVER, LOOP_MODULES
 from gpuprep.executors.processes import (
-    HAVE_FORK_SERVER,
     Executor,
     InProcessExecutor,
     OverdueError,
@@ -42,6 +42,7 @@ from gpuprep.executors.processes import (
     WorkerDiedError,
     WorkerGroup,
 )
+from gpuprep.testing import thorax, write_series
 
 EXECUTORS: dict[str, Callable[[], Executor]] = {
     "here": InProcessExecutor,
@@ -397,6 +398,55 @@ def test_workers_import_nothing_from_the_folder_they_are_started_in(tmp_path: Pa
     assert done.stderr == ""
     assert done.stdout.splitlines()[0] == "the script runs"
     assert "current folder" not in done.stdout
+
+
+EARLY = """
+import sys
+from gpuprep.executors.fork_server import start_fork_server
+from gpuprep.executors.processes import ProcessExecutor
+start_fork_server(("colorsys",))
+executor = ProcessExecutor(1, preload=("nntplib",))
+print(dict(executor.run(eval, ["sorted({'colorsys', 'nntplib'} & set(__import__('sys').modules))"])).values())
+executor.stop()
+print("colorsys" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(not HAVE_FORK_SERVER, reason="this system has no fork server")
+def test_workers_come_from_a_fork_server_that_was_started_before_their_executor() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "dict_values([['colorsys']])\nFalse\n"
+
+
+KILLED = """
+import os
+from multiprocessing import forkserver
+from gpuprep.executors.fork_server import kill_fork_server, start_fork_server
+kill_fork_server()  # there is none
+start_fork_server(("time",))
+kill_fork_server()
+print(os.waitstatus_to_exitcode(os.waitpid(forkserver._forkserver._forkserver_pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not HAVE_FORK_SERVER, reason="this system has no fork server")
+def test_a_fork_server_is_ended_at_once_without_an_effect_if_there_is_none() -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{-signal.SIGKILL.value}\n"
+
+
+def test_workers_of_ordinary_series_load_no_large_library_without_need(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", thorax((4, 16, 16), (3, 9, 9)), (3, 9, 9))
+    code = f"""
+import sys
+import gpuprep
+for name in {LOOP_MODULES}:
+    __import__(name)
+run = gpuprep.convert("in", "out", gpuprep.Recipe(size=(8, 8)), backend="cpu")
+print(run.counts, {{"pydicom", "requests", "numpy.f2py"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "{'ok': 1} set()\n"
 
 
 @pytest.mark.skipif(not HAVE_FORK_SERVER, reason="this system has no fork server")

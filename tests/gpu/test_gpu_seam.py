@@ -20,7 +20,7 @@ import gpuprep.compute.backend
 from gpuprep.compute.backend import NumpyBackend, _gpu_or_cpu, get_backend
 from gpuprep.compute.cuda_engine import KernelBackend
 from gpuprep.errors import BackendError, DeviceLostError, DeviceMemoryError
-from gpuprep.executors.processes import VOLUME_MODULES
+from gpuprep.executors.fork_server import VOLUME_MODULES
 
 HAVE_CUPY = find_spec("cupy") is not None and find_spec("cucim") is not None
 needs_cupy = pytest.mark.skipif(not HAVE_CUPY, reason="CuPy or cuCIM is not installed")

@@ -29,7 +29,7 @@ from pydicom.encaps import encapsulate
 from pydicom.tag import Tag
 from pydicom.uid import JPEG2000Lossless
 
-from gpuprep.compute.backend import NumpyBackend
+from gpuprep.compute.backend import NumpyBackend, numba_works
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.discover import Cohort
 from gpuprep.dicom.headers import Contents, read_headers
@@ -1060,6 +1060,18 @@ def test_the_first_run_on_a_machine_reports_the_compilation(first_run: tuple[Pat
     top, stderr = first_run
     assert "compiling the inner loops" in stderr
     assert list((top / "numba").rglob("*.nbc"))
+
+
+@pytest.mark.skipif(not numba_works(), reason="Numba is not installed")
+def test_cached_loops_are_loaded_without_what_numba_needs_to_compile(first_run: tuple[Path, str]) -> None:
+    top, _ = first_run
+    code = (
+        "import sys, gpuprep.compute.numba_warmup, gpuprep.compute.numba_kernels as loops; "
+        "print(loops.compiling.is_set(), {'numba.np.linalg', 'scipy.linalg'} & set(sys.modules))"
+    )
+    env = os.environ | {"NUMBA_CACHE_DIR": str(top / "numba")}
+    loaded = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert loaded.stdout == "False set()\n"
 
 
 def test_a_broken_numba_gives_a_reason_and_no_traceback(
