@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.files.replacing import atomic_writer, flush, make_folder
+from gpuprep.files.replacing import atomic_writer, begin_flush, flush, make_folder
 from gpuprep.output.checksums import checksum, hexadecimal
 from gpuprep.output.own_files import (
     OWN_FOLDER,
@@ -252,7 +252,8 @@ class PendingFolder:
         return path
 
     def finish_file(self, file: str | os.PathLike[str], crc32: int | None = None) -> None:
-        """Take note of a finished file, and of its CRC-32 if it is known."""
+        """Begin to write a finished file to disk, and take note of its CRC-32 if it is known."""
+        begin_flush(file)
         if crc32 is not None:
             self._crc32[os.fspath(file)] = crc32
 
