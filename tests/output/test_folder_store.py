@@ -95,6 +95,7 @@ def test_a_folder_appears_on_commit_and_not_before(out: Path) -> None:
             "0001.tif": {"bytes": 2, "crc32": f"{zlib.crc32(b'xx'):08x}"},
         },
     }
+    assert '\n  "0001.tif": {"bytes": 2, ' in sidecar.decode()  # one line for each file
     assert written == Written(3, 1 + 2 + len(sidecar), hashlib.sha256(sidecar).hexdigest())
     assert unfinished_folders(out) == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -59,10 +60,19 @@ def rotated(angles: tuple[float, float, float]) -> NDArray[np.float64]:
 
 
 def on(grid: Geometry, recipe: Recipe, values: NDArray[Any], path: Path) -> Path:
-    """Write an image on a grid, in two chunks, and return the file."""
+    """Write an image on a grid, in two chunks, check the CRC-32 of finished files, and return the file."""
     file = path / f"volume{recipe.ending}"
     chunks = iter([values[:1], values[1:]])
-    assert WRITERS[recipe.format](file, chunks, Content.image(make_plan(grid, recipe)), ignore_finished_file) == ()
+    finished: dict[str, int | None] = {}
+
+    def finish(file: str | os.PathLike[str], crc32: int | None = None) -> None:
+        finished[os.fspath(file)] = crc32
+
+    assert WRITERS[recipe.format](file, chunks, Content.image(make_plan(grid, recipe)), finish) == ()
+    for name, crc32 in finished.items():
+        assert crc32 in (None, zlib.crc32(Path(name).read_bytes()))
+    if recipe.compression == "none" and recipe.format in ("nifti", "npy"):
+        assert None not in finished.values()  # it would be read again
     return file
 
 
