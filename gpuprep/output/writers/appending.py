@@ -12,13 +12,16 @@ from gpuprep.output.writers.content import OnFileFinished
 
 
 @contextmanager
-def appended(path: str | os.PathLike[str], finish_file: OnFileFinished) -> Iterator[Callable[[Any], None]]:
-    """Open a new file and yield a function that appends the bytes of a contiguous array or other buffer to it.
+def appended(
+    path: str | os.PathLike[str], finish_file: OnFileFinished, *, start: int | None = None
+) -> Iterator[Callable[[Any], None]]:
+    """Open a file and yield a function that appends the bytes of a contiguous array or other buffer to it.
 
-    `finish_file` is called at the end, unless there was an error.
+    The file is new. Or, if `start` is given, it has bytes up to there, which stay, and others behind what is appended,
+    which stay too. `finish_file` is called at the end, unless there was an error.
     """
-    value = 0
-    with open(path, "wb", buffering=0) as f:
+    with open(path, "wb" if start is None else "r+b", buffering=0) as f:
+        value = crc32(f.read(start)) if start else 0
 
         def append(part: Any) -> None:
             nonlocal value
@@ -28,4 +31,6 @@ def appended(path: str | os.PathLike[str], finish_file: OnFileFinished) -> Itera
                 view = view[f.write(view) :]
 
         yield append
+        if start is not None:
+            value = crc32(f.read(), value)
     finish_file(path, value)

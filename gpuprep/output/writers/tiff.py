@@ -93,17 +93,24 @@ def write_stack(
         metadata |= {"cf": 0, "c0": content.hu[1], "c1": content.hu[0], "vunit": "HU"}
     big = content.bytes > BIGTIFF_BYTES
     resolution = _per_cm(content) if big else {"resolution": (1 / spacing_x, 1 / spacing_y)}
+    plain = content.compression == "none"
     with tifffile.TiffWriter(path, bigtiff=big, imagej=not big) as tiff:
-        tiff.write(
-            (values for chunk in chunks for values in chunk),
+        place = tiff.write(
+            None if plain else (values for chunk in chunks for values in chunk),
             shape=content.shape,
             dtype=content.dtype,
             photometric="minisblack",
             metadata=metadata,
+            returnoffset=plain,
             **_compression(content),
             **resolution,
         )
-    finish_file(path)
+    if place is None:
+        finish_file(path)
+    else:  # tifffile has left a gap for the voxels
+        with appended(path, finish_file, start=place[0]) as append:
+            for chunk in chunks:
+                append(np.ascontiguousarray(chunk))
     return (f"larger than 4 GB, so {path.name} is a BigTIFF: ImageJ opens it only with Bio-Formats",) if big else ()
 
 
