@@ -99,7 +99,7 @@ class Recorder:
         self._names: dict[Place, int] = {}
         self._content: dict[int, bytes] = {}
         self._count = 0
-        mtimes_ns: dict[int, int] = {}
+        self._mtimes_ns: dict[int, int] = {}
         self._new(top.stat())
         for folder, below, files in os.walk(top):
             for name in (*below, *files):
@@ -112,8 +112,8 @@ class Recorder:
                 identity = self._names[place] = self._new(status) if known is None else known
                 if stat.S_ISREG(status.st_mode):
                     self._content[identity] = Path(path).read_bytes()
-                    mtimes_ns[identity] = status.st_mtime_ns
-        self.first = Snapshot(dict(self._names), dict(self._content), mtimes_ns)
+                    self._mtimes_ns[identity] = status.st_mtime_ns
+        self.first = Snapshot(dict(self._names), dict(self._content), dict(self._mtimes_ns))
 
     def _new(self, status: os.stat_result) -> int:
         identity = self._identities[status.st_dev, status.st_ino] = self._count
@@ -259,8 +259,9 @@ class Recorder:
         if identity is None or not stat.S_ISREG(status.st_mode):
             return
         data = Path(f"/proc/self/fd/{file}" if isinstance(file, int) else file).read_bytes()
-        if data != self._content.get(identity):
-            self._content[identity] = data
+        # Equal data, such as zeros in a gap of a file, change the modification time.
+        if (data, status.st_mtime_ns) != (self._content.get(identity), self._mtimes_ns.get(identity)):
+            self._content[identity], self._mtimes_ns[identity] = data, status.st_mtime_ns
             self.steps.append(Write(identity, data, status.st_mtime_ns))
 
     def _library(self, real: Callable[..., Any]) -> Callable[..., Any]:

@@ -243,7 +243,7 @@ class PendingFolder:
         self.path = self._new_folder(output)
         self._root = output.root
         self._final = output.root / folder
-        self._crc32: dict[str, int] = {}
+        self._checksums: dict[str, str] = {}
         """CRC-32 of finished files, by their paths."""
 
     def _new_folder(self, output: Output) -> Path:
@@ -252,10 +252,17 @@ class PendingFolder:
         return path
 
     def finish_file(self, file: str | os.PathLike[str], crc32: int | None = None) -> None:
-        """Begin to write a finished file to disk, and take note of its CRC-32 if it is known."""
+        """Begin to write a finished file to disk, and take note of its CRC-32, which is computed if it is not known."""
         begin_flush(file)
-        if crc32 is not None:
-            self._crc32[os.fspath(file)] = crc32
+        self._checksums[os.fspath(file)] = checksum(file) if crc32 is None else hexadecimal(crc32)
+
+    def finish_rest(self) -> None:
+        """Finish the files that `finish_file` was not called for."""
+        for file in set(self._files()) - set(self._checksums):
+            self.finish_file(file)
+
+    def _files(self) -> list[str]:
+        return sorted(os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names)
 
     def commit(self, sidecar: dict[str, Any], *, known: bool = False) -> Written:
         """Flush all files to disk, add ``volume.json``, and move the folder into place, in one step.
@@ -281,7 +288,8 @@ class PendingFolder:
 
     def _flushed_outputs(self) -> dict[str, dict[str, Any]]:
         """Flush all files to disk; return size and checksum of each by its name, in order."""
-        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names)
+        self.finish_rest()
+        files = self._files()
         with ThreadPoolExecutor(FLUSH_THREADS) as threads:
             parts = list(threads.map(self._flushed, (files[k::FLUSH_THREADS] for k in range(FLUSH_THREADS))))
         found = {file: size_and_checksum for part in parts for file, size_and_checksum in part.items()}
@@ -292,9 +300,7 @@ class PendingFolder:
         found = {}
         for file in files:
             flush(file)
-            known = self._crc32.get(file)
-            value = checksum(file) if known is None else hexadecimal(known)
-            found[file] = {"bytes": os.path.getsize(file), "crc32": value}
+            found[file] = {"bytes": os.path.getsize(file), "crc32": self._checksums[file]}
         return found
 
     def _move_into_place(self, key: str, known: bool) -> None:

@@ -199,6 +199,7 @@ def _fill(task: Task, audited: Audit, blank: SeriesResult) -> Filled:
         )
         started = time.perf_counter()
         _write_preview(plan, pending, image, labels)
+        pending.finish_rest()
         sidecar = _sidecar(task, source, plan, task.public(result))
         return Filled(blank, replace(result, write_s=result.write_s + time.perf_counter() - started), pending, sidecar)
     except DeviceMemoryError as exc:
@@ -273,9 +274,8 @@ def _write_preview(plan: Plan, pending: PendingFolder, image: MiddlePlanes | Non
     """Write the preview of a series into a folder."""
     from gpuprep.output.writers.content import Content
 
-    file = pending.path / PREVIEW
-    file.write_bytes(encode_jpeg(draw_preview(image, plan.target, *Content.image(plan).display, labels)))
-    pending.finish_file(file)
+    picture = encode_jpeg(draw_preview(image, plan.target, *Content.image(plan).display, labels))
+    (pending.path / PREVIEW).write_bytes(picture)
 
 
 def _stretched(source: SeriesReader, plan: Plan) -> tuple[str, ...]:
