@@ -258,11 +258,10 @@ class PendingFolder:
 
     def finish_rest(self) -> None:
         """Finish the files that `finish_file` was not called for."""
-        for file in set(self._files()) - set(self._checksums):
-            self.finish_file(file)
-
-    def _files(self) -> list[str]:
-        return sorted(os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names)
+        for folder, _, names in os.walk(self.path):
+            for file in (os.path.join(folder, name) for name in names):
+                if file not in self._checksums:
+                    self.finish_file(file)
 
     def commit(self, sidecar: dict[str, Any], *, known: bool = False) -> Written:
         """Flush all files to disk, add ``volume.json``, and move the folder into place, in one step.
@@ -289,7 +288,7 @@ class PendingFolder:
     def _flushed_outputs(self) -> dict[str, dict[str, Any]]:
         """Flush all files to disk; return size and checksum of each by its name, in order."""
         self.finish_rest()
-        files = self._files()
+        files = sorted(self._checksums)
         with ThreadPoolExecutor(FLUSH_THREADS) as threads:
             parts = list(threads.map(self._flushed, (files[k::FLUSH_THREADS] for k in range(FLUSH_THREADS))))
         found = {file: size_and_checksum for part in parts for file, size_and_checksum in part.items()}

@@ -173,6 +173,7 @@ def _fill(task: Task, audited: Audit, blank: SeriesResult) -> Filled:
         pending = task.output.pending(task.planned.folder)
     except OSError as exc:
         raise _unwritable(exc) from exc
+    filled: Filled | None = None
     try:
         irregularities, warnings = audited.irregularities, task.planned.match_warnings + audited.warnings
         if source is not None and image is not None:
@@ -201,19 +202,19 @@ def _fill(task: Task, audited: Audit, blank: SeriesResult) -> Filled:
         _write_preview(plan, pending, image, labels)
         pending.finish_rest()
         sidecar = _sidecar(task, source, plan, task.public(result))
-        return Filled(blank, replace(result, write_s=result.write_s + time.perf_counter() - started), pending, sidecar)
+        result = replace(result, write_s=result.write_s + time.perf_counter() - started)
+        filled = Filled(blank, result, pending, sidecar)
     except DeviceMemoryError as exc:
-        pending.discard()
         need = needed_bytes(plan, task.backend, task.engine) / 1e9
         raise DeviceMemoryError(
             f"{exc}; in chunks of {task.backend.chunk_slices} slices the series needs about {need:.2f} GB"
         ) from exc
     except OSError as exc:
-        pending.discard()
         raise _unwritable(exc) from exc
-    except BaseException:
-        pending.discard()
-        raise
+    finally:
+        if filled is None:
+            pending.discard()
+    return filled
 
 
 def _unwritable(exc: OSError) -> OutputError:
