@@ -24,6 +24,7 @@ from gpuprep.errors import BackendError, GpuprepError, RequestError
 from gpuprep.executors.cores import usable_cores
 from gpuprep.executors.dask_events import LOST_ERRORS, TaskEvents, TaskInFlight
 from gpuprep.executors.dask_worker import KILL, Answer, distributed_module, end_local_cluster, run_task, worker_version
+from gpuprep.executors.fork_server import WORKER_VARIABLES
 from gpuprep.executors.processes import OverdueError, WorkerDiedError, never
 
 T = TypeVar("T")
@@ -304,11 +305,8 @@ class Cluster:
                 self._folder.name,
             ],
             env=os.environ
-            | {
-                "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
-                "PYTHONSAFEPATH": "1",
-                "PYTHONWARNINGS": ignored,
-            },
+            | WORKER_VARIABLES
+            | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), "PYTHONWARNINGS": ignored},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -25,6 +25,16 @@ VOLUME_MODULES = (*_SERIES_MODULES, "scipy.ndimage")  # SciPy computes the matri
 LOOP_MODULES = (*_SERIES_MODULES, "gpuprep.compute.numba_warmup")
 """Modules that workers need. The fork server imports them once, so workers share its memory pages."""
 
+WORKER_VARIABLES = {
+    "PYTHONSAFEPATH": "1",  # no module is imported from the current folder, which may hold a pydicom.py
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",  # otherwise each fork starts its threads again, which spin for a tenth of a second
+    "MKL_NUM_THREADS": "1",
+    "BLIS_NUM_THREADS": "1",
+    "VECLIB_MAXIMUM_THREADS": "1",
+}
+"""Environment variables of workers: one process per core is faster than several threads in each."""
+
 HAVE_FORK_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
@@ -36,7 +46,7 @@ def start_fork_server(preload: tuple[str, ...]) -> None:
     if HAVE_FORK_SERVER:
         resource_tracker.ensure_running()
         forkserver.set_forkserver_preload(list(preload))
-        with hidden_main_module(), safe_import_path(), signals_blocked():
+        with hidden_main_module(), worker_environment(), signals_blocked():
             forkserver.ensure_running()
 
 
@@ -63,14 +73,15 @@ def hidden_main_module() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def safe_import_path() -> Iterator[None]:
-    """Keep a new Python from importing modules of the current folder, which may hold a pydicom.py."""
-    former = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
+def worker_environment() -> Iterator[None]:
+    """Set `WORKER_VARIABLES` for processes that are started."""
+    former = {name: os.environ.get(name) for name in WORKER_VARIABLES}
+    os.environ.update(WORKER_VARIABLES)
     try:
         yield
     finally:
-        if former is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = former
+        for name, value in former.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from gpuprep.errors import BackendError, GpuprepError
-from gpuprep.executors.fork_server import HAVE_FORK_SERVER, VOLUME_MODULES, hidden_main_module, safe_import_path
+from gpuprep.executors.fork_server import HAVE_FORK_SERVER, VOLUME_MODULES, hidden_main_module, worker_environment
 from gpuprep.executors.signals import signals_blocked
 
 MAX_WAIT_S = 3600.0
@@ -318,7 +318,7 @@ class ProcessExecutor:
             worker = self._context.Process(
                 target=_serve_tasks, args=(worker_end, self._prepare, dict(group.environment)), daemon=True
             )
-            with hidden_main_module(), safe_import_path(), signals_blocked():
+            with hidden_main_module(), worker_environment(), signals_blocked():
                 worker.start()
         except BaseException:
             connection.close()
@@ -385,7 +385,7 @@ def _serve_tasks(connection: Any, prepare: Callable[[], None] | None, environmen
 
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     gc.freeze()  # a collection would write to, and so copy, all pages shared with other workers
-    threadpool_limits(1)  # one process per core is faster than several BLAS threads in each
+    threadpool_limits(1)  # a fork server that the calling program started has no `WORKER_VARIABLES`
     with contextlib.suppress(EOFError, OSError):
         while True:
             function, task = connection.recv()

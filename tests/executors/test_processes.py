@@ -28,6 +28,7 @@ from worker_tasks import (
     is_running,
     pid_left_by_killed_parent,
     run,
+    running_threads,
     sleep_in,
     sleeping_pid,
     wait_until,
@@ -156,6 +157,11 @@ def test_workers_are_reused_for_later_tasks() -> None:
 
 def test_a_worker_computes_in_one_thread(processes: ProcessExecutor) -> None:
     assert run(processes, [partial(compute_threads)]) == [{1}]
+
+
+def test_a_worker_starts_no_compute_threads(processes: ProcessExecutor) -> None:
+    # Threads that are limited afterwards have already run: OpenBLAS starts one per core in each forked process.
+    assert run(processes, [partial(running_threads)]) == [2]  # its own, and that which waits for the parent
 
 
 @pytest.mark.parametrize(

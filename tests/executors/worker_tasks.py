@@ -61,6 +61,15 @@ def compute_threads() -> set[int]:
     return {pool["num_threads"] for pool in threadpoolctl.threadpool_info()}
 
 
+def running_threads() -> int:
+    """Return the number of threads of this process after a product of matrices that several threads could share."""
+    import numpy as np
+    import psutil
+
+    np.ones((512, 512)) @ np.ones((512, 512))
+    return int(psutil.Process().num_threads())
+
+
 def is_running(pid: int) -> bool:
     """Return whether a process exists and is not a zombie, since orphans may be reaped late."""
     try:
