@@ -34,4 +34,7 @@ def _will_convert_on_cpu(words: Sequence[str]) -> bool:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        # Python has put the current folder first, which may hold a zarr.py. Workers get this path.
+        sys.path.append(sys.path.pop(0))
     main()

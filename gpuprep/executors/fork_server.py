@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
@@ -46,7 +47,7 @@ def start_fork_server(preload: tuple[str, ...]) -> None:
     if HAVE_FORK_SERVER:
         resource_tracker.ensure_running()
         forkserver.set_forkserver_preload(list(preload))
-        with hidden_main_module(), worker_environment(), signals_blocked():
+        with starting_process():
             forkserver.ensure_running()
 
 
@@ -58,8 +59,18 @@ def kill_fork_server() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+_starting = threading.Lock()
+
+
 @contextlib.contextmanager
-def hidden_main_module() -> Iterator[None]:
+def starting_process() -> Iterator[None]:
+    """Prepare this process for the start of another one, and restore it afterwards; one thread at a time."""
+    with _starting, _hidden_main_module(), _worker_environment(), signals_blocked():
+        yield
+
+
+@contextlib.contextmanager
+def _hidden_main_module() -> Iterator[None]:
     """Keep a new worker from importing the main script, so that scripts need no ``if __name__ == "__main__"``.
 
     Tasks are never defined in the main script.
@@ -73,7 +84,7 @@ def hidden_main_module() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def worker_environment() -> Iterator[None]:
+def _worker_environment() -> Iterator[None]:
     """Set `WORKER_VARIABLES` for processes that are started."""
     former = {name: os.environ.get(name) for name in WORKER_VARIABLES}
     os.environ.update(WORKER_VARIABLES)

@@ -22,8 +22,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from gpuprep.errors import BackendError, GpuprepError
-from gpuprep.executors.fork_server import HAVE_FORK_SERVER, VOLUME_MODULES, hidden_main_module, worker_environment
-from gpuprep.executors.signals import signals_blocked
+from gpuprep.executors.fork_server import HAVE_FORK_SERVER, VOLUME_MODULES, starting_process
 
 MAX_WAIT_S = 3600.0
 """Longest single wait for outcomes, since the system counts milliseconds in 32 bits."""
@@ -255,7 +254,8 @@ class ProcessExecutor:
                         self._idle[id(flight.group)].append(connection)
                 yield flight.task, outcome
             for connection, flight in list(in_flight.items()):
-                if limit_s is not None and time.monotonic() - flight.started_s >= limit_s:
+                overdue = limit_s is not None and time.monotonic() - flight.started_s >= limit_s
+                if overdue and not connection.poll():  # it may have answered while the caller was busy
                     del in_flight[connection]
                     self._workers[connection].kill()
                     self._reap(connection)
@@ -318,7 +318,7 @@ class ProcessExecutor:
             worker = self._context.Process(
                 target=_serve_tasks, args=(worker_end, self._prepare, dict(group.environment)), daemon=True
             )
-            with hidden_main_module(), worker_environment(), signals_blocked():
+            with starting_process():
                 worker.start()
         except BaseException:
             connection.close()

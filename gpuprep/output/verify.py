@@ -229,13 +229,16 @@ def verify(out: str | Path, executor: Executor, checked: Callable[[], None]) -> 
             for key, folder, sha256, state in records.columns("key", "folder", "sha256", "status")
             if folder and (state in DONE or output.holds(folder))
         }
-    for check, outcome in executor.run(_check_output, checks.values()):
-        if isinstance(outcome, WorkerDiedError):
-            outcome = [Finding("torn", check.folder, check.key)]
-        if isinstance(outcome, OSError):
-            raise OutputError(f"cannot read {out}: {outcome}") from outcome
-        yield from outcome
-        checked()
+    again: list[_Check] = []
+    for tries in (list(checks.values()), again):
+        for check, outcome in executor.run(_check_output, tries):
+            if isinstance(outcome, WorkerDiedError) and tries is not again:
+                again.append(check)  # which says nothing about the output
+                continue
+            if isinstance(outcome, OSError | WorkerDiedError):
+                raise OutputError(f"cannot read {out}/{check.folder}: {outcome}") from outcome
+            yield from outcome
+            checked()
     place = resolve_out(out)
     if isinstance(place, Path):
         yield from _strays(place, set(checks))

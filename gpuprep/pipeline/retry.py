@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from typing import TypeVar
@@ -82,20 +83,31 @@ class Attempts:
             yield from self._outcomes(convert_series, tasks)
             return
         threads = ThreadPoolExecutor(COMMITS)
+        waiting: deque[tuple[Task, Future[SeriesResult]]] = deque()
         try:
-            waiting: deque[tuple[Task, Future[SeriesResult]]] = deque()
             for task, outcome in self._outcomes(fill_series, tasks):
                 if isinstance(outcome, Filled):
                     waiting.append((task, threads.submit(commit_series, task, outcome)))
                 else:
                     yield task, outcome
                 while waiting and (waiting[0][1].done() or len(waiting) > COMMITS):
-                    committed, future = waiting.popleft()
+                    yield waiting[0][0], waiting[0][1].result()
+                    waiting.popleft()
+            while waiting:
+                yield waiting[0][0], waiting[0][1].result()
+                waiting.popleft()
+        except KeyboardInterrupt:
+            with suppress(KeyboardInterrupt):  # which is raised below
+                _wait_for(future for _, future in waiting)
+            for committed, future in waiting:  # they are in place, so the manifest has to know them
+                if not future.cancelled():
                     yield committed, future.result()
-            for committed, future in waiting:
-                yield committed, future.result()
+            raise
         finally:
-            threads.shutdown(cancel_futures=True)
+            try:
+                _wait_for(future for _, future in waiting)
+            finally:
+                threads.shutdown()
 
     def _outcomes(
         self, function: Callable[[Task], T], tasks: Iterable[Task]
@@ -124,6 +136,22 @@ class Attempts:
     def _out_of_room(self) -> Iterator[tuple[Task, SeriesResult]]:
         refused, self._refused = self._refused, []
         yield from refused
+
+
+def _wait_for(commits: Iterable[Future[SeriesResult]]) -> None:
+    """Wait until the series in flight are in place, whatever signals arrive; the others are left to the next run.
+
+    A thread that outlived the run would move its folder while that is being removed, or another run writes into OUT.
+    """
+    running = [commit for commit in commits if not commit.cancel()]
+    interrupted: KeyboardInterrupt | None = None
+    while not all(commit.done() for commit in running):
+        try:
+            wait(running)  # and not for the threads: Python takes a thread for ended if a signal interrupts that
+        except KeyboardInterrupt as exc:
+            interrupted = exc
+    if interrupted is not None:
+        raise interrupted
 
 
 def _worth_another(outcome: SeriesResult | WorkerDiedError) -> bool:

@@ -382,6 +382,44 @@ executor.stop()
 """
 
 
+def test_an_answer_that_waits_for_a_busy_caller_is_not_overdue(processes: ProcessExecutor) -> None:
+    outcomes: list[Any] = []
+    for _, outcome in processes.run(operator.call, squares(1, 2, 3, 4), limit_s=1.0):
+        outcomes.append(outcome)
+        time.sleep(1.2)
+    assert sorted(outcomes) == [1, 4, 9, 16]
+
+
+def test_executors_of_several_threads_leave_the_process_as_it_was() -> None:
+    before, main = dict(os.environ), sys.modules["__main__"]
+
+    def work() -> None:
+        for _ in range(5):
+            executor = ProcessExecutor(2, preload=())
+            assert dict(executor.run(abs, [-1, -2])) == {-1: 1, -2: 2}
+            executor.stop()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (dict(os.environ), sys.modules["__main__"]) == (before, main)
+
+
+def test_the_command_line_imports_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    write_series(tmp_path / "dicom", thorax((6, 16, 16), (3, 9, 9)), (3, 9, 9))
+    for name in ("imagecodecs", "nibabel", "pydicom", "zarr"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    words = ["convert", "dicom", "--out", "out", "--size", "8", "--backend", "cpu", "--format", "nifti", "--jobs", "1"]
+    for command in (words, ["verify", "out"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "gpuprep", *command], capture_output=True, text=True, timeout=120, check=False,
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert (done.returncode, "current folder" in done.stdout + done.stderr) == (0, False), done.stderr
+
+
 def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(UNGUARDED)

@@ -20,8 +20,8 @@ from typer.testing import CliRunner, Result
 from gpuprep.cli.app import app
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.shard import Shard
-from gpuprep.errors import RequestError
-from gpuprep.executors.processes import InProcessExecutor
+from gpuprep.errors import OutputError, RequestError
+from gpuprep.executors.processes import InProcessExecutor, WorkerDiedError
 from gpuprep.output.folder_store import open_output
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.paths import WORK_FOLDER
@@ -339,3 +339,22 @@ def test_retry_refuses_another_recipe_than_that_of_the_last_run(out: Path) -> No
     recipe.write_text(recipe.read_text().replace("float32", "uint8"))
     shown = command("retry", out, "--backend", "cpu", "--jobs", "1")
     assert (shown.exit_code, "is not the recipe of the last run" in shown.stderr) == (2, True)
+
+
+class Dying(InProcessExecutor):
+    """An executor whose worker dies over each task a number of times."""
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths = deaths
+
+    def run(self, function: Any, tasks: Any, *_: Any, **__: Any) -> Any:
+        self.deaths -= 1
+        return ((t, WorkerDiedError("the worker was killed") if self.deaths >= 0 else function(t)) for t in tasks)
+
+
+def test_an_output_whose_check_was_killed_is_checked_again(out: Path) -> None:
+    checked: list[None] = []
+    assert list(verify(out, Dying(1), lambda: checked.append(None))) == []
+    assert len(checked) == 2
+    with pytest.raises(OutputError, match=r"cannot read .*/dicom/p1: the worker was killed"):
+        list(verify(out, Dying(2), lambda: None))

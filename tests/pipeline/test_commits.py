@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.files.replacing import flush
 from gpuprep.output import folder_store
 from gpuprep.output.folder_store import PendingFolder
+from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline.events import Run
 from gpuprep.pipeline.retry import COMMITS
 
@@ -101,3 +104,43 @@ def test_a_commit_that_fails_fails_its_series_alone(
     assert go(dicom, out).counts == {"skipped": 3, "ok": 1}
     go(dicom, tmp_path / "undisturbed")
     assert whole(out) == whole(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("where", ["in the run", "in the listener"])
+def test_series_that_are_being_moved_into_place_outlive_an_interrupted_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    dicom, out = write_cohort(tmp_path / "dicom", 4), tmp_path / "out"
+    flushing, before = threading.Event(), set(threading.enumerate())
+
+    def slow(path: str | Path) -> None:
+        if Path(path).name == "volume.json":
+            flushing.set()
+            time.sleep(1.0)
+        flush(path)
+
+    class Impatient(gpuprep.Listener):
+        def finished(self, _: SeriesResult) -> None:
+            if where == "in the listener":
+                raise KeyboardInterrupt
+
+    def interrupt_twice() -> None:
+        flushing.wait(TIMEOUT_S)
+        for _ in range(2):  # the second one arrives while the run waits for the threads
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    monkeypatch.setattr(folder_store, "flush", slow)
+    if where == "in the run":
+        threading.Thread(target=interrupt_twice).start()
+    with pytest.raises(KeyboardInterrupt):
+        gpuprep.convert(dicom, out, Recipe(size=(24, 24)), backend="cpu", jobs=1, listener=Impatient())
+    monkeypatch.undo()
+    assert {t for t in threading.enumerate() if "ThreadPool" in t.name} <= before
+    assert unfinished_outputs(out) == []
+    made = sorted(p.parent.name for p in out.rglob("volume.json"))
+    assert made
+    if where == "in the run":  # otherwise the manifest could not be told
+        assert sorted(rows(out)) == made
+    assert set(go(dicom, out).counts) <= {"ok", "skipped"}
+    assert whole(out)
