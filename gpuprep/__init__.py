@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gpuprep.core.geometry import Geometry as Geometry
     from gpuprep.core.mask_options import Masks as Masks
     from gpuprep.core.recipe import Recipe as Recipe
+    from gpuprep.core.select_options import Select as Select
     from gpuprep.core.series import Series as Series
     from gpuprep.core.shard import Shard as Shard
     from gpuprep.core.stacking_rules import Rules as Rules
@@ -64,6 +65,7 @@ _MODULES = {
     "Run": "pipeline.events",
     "Scan": "pipeline.scan",
     "scan": "pipeline.scan",
+    "Select": "core.select_options",
     "Series": "core.series",
     "Shard": "core.shard",
     "stack": "dicom.stack",

@@ -45,7 +45,8 @@ import sys, time
 from gpuprep.pipeline.scan import scan
 from gpuprep.executors.cores import usable_cores
 started = time.perf_counter()
-cohort, planned, _ = scan(sys.argv[1], index=sys.argv[2], jobs=usable_cores())
+found = scan(sys.argv[1], index=sys.argv[2], jobs=usable_cores())
+cohort, planned = found.cohort, found.planned
 print(time.perf_counter() - started)
 for o in planned: print(o.verdict, o.series.key, o.audit.to_dict())
 """

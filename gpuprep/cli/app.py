@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from gpuprep._version import __version__
 from gpuprep.cli.convert_command import run_conversion
-from gpuprep.cli.exit_codes import errors_to_exit_codes, print_csv, print_error, print_json
+from gpuprep.cli.exit_codes import errors_to_exit_codes, ignore_closed_pipe, print_error, print_json
 from gpuprep.cli.inspect_commands import INSPECT_COMMANDS
 from gpuprep.cli.options import (
     MASK_FLAGS,
@@ -26,6 +26,8 @@ from gpuprep.cli.options import (
     RECIPE_FLAGS,
     RUN,
     RUN_FLAGS,
+    SELECT,
+    SELECT_FLAGS,
     STACKING_FLAGS,
     Out,
     Paths,
@@ -36,7 +38,6 @@ from gpuprep.cli.options import (
 from gpuprep.cli.output_commands import OUTPUT_COMMANDS
 from gpuprep.cli.parse_flags import display_flags, jobs_or_cores, options_from_flags, recipe_from_flags
 from gpuprep.core.formatting import printable
-from gpuprep.core.stacking_rules import texts
 from gpuprep.errors import GpuprepError, RequestError
 from gpuprep.executors.logs import quiet_libraries
 from gpuprep.executors.signals import signals_blocked
@@ -55,6 +56,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+STANDARD_OUTPUT = Path("-")
 
 
 @app.callback(invoke_without_command=True)
@@ -89,7 +93,7 @@ class _WithMasks(TyperCommand):
 
 
 @app.command(cls=_WithMasks)
-@add_flags(RECIPE_FLAGS, STACKING_FLAGS, MASK_FLAGS, RUN_FLAGS, OUTPUT_FLAGS)
+@add_flags(RECIPE_FLAGS, STACKING_FLAGS, MASK_FLAGS, SELECT_FLAGS, RUN_FLAGS, OUTPUT_FLAGS)
 def convert(
     paths: Paths,
     out: Out,
@@ -118,7 +122,7 @@ def convert(
         resolved = recipe_from_flags(recipe, flags, image=True)
         options = options_from_flags(flags, out, recipe=resolved, masks=_mask_paths(masks))
         if dry_run:
-            _show_scan(paths, options, "json" if flags["json_"] else "table", out=out, calibrate=True)
+            _show_scan(paths, options, json_=flags["json_"], out=out, calibrate=True)
         else:
             run_conversion(paths, out, options, stop, **display_flags(flags))
 
@@ -128,7 +132,8 @@ def convert(
     select(RECIPE_FLAGS, "spacing_mm", "size", "fit", "format", "compression"),
     select(STACKING_FLAGS, "group_by", "policy", "orient"),
     MASK_FLAGS,
-    select(RUN_FLAGS, "backend", "jobs", "names", "key", "index"),
+    SELECT_FLAGS,
+    select(RUN_FLAGS, "select", "backend", "jobs", "names", "key", "index"),
     select(OUTPUT_FLAGS, "log", "log_format", "quiet", "json_"),
 )
 def mask(
@@ -156,23 +161,55 @@ def mask(
         run_conversion(series, out, options, stop, **display_flags(flags))
 
 
+def _show_columns(asked: bool) -> None:
+    if asked:
+        from gpuprep.cli.console import show_columns
+        from gpuprep.pipeline.series_query import KNOWN_COLUMNS
+
+        show_columns(KNOWN_COLUMNS.values())
+        raise typer.Exit
+
+
 @app.command()
-@add_flags(STACKING_FLAGS, select(RUN_FLAGS, "jobs", "index"), select(OUTPUT_FLAGS, "json_"))
+@add_flags(STACKING_FLAGS, SELECT_FLAGS, select(RUN_FLAGS, "select", "jobs", "index"), select(OUTPUT_FLAGS, "json_"))
 def scan(
     paths: Paths,
     recipe: RecipeOption = "default",
     csv: Annotated[
-        bool, typer.Option("--csv", help="Print CSV with a row per series instead of tables.", rich_help_panel=RUN)
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write CSV with a row per series, instead of tables; -: print it.", rich_help_panel=RUN
+        ),
+    ] = None,
+    parquet: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write Parquet; needs gpuprep\\[parquet].", rich_help_panel=RUN),
+    ] = None,
+    columns: Annotated[  # noqa: ARG001 - it prints them and exits
+        bool,
+        typer.Option(
+            "--columns",
+            help="List the columns of --where and --prefer.",
+            is_eager=True,
+            callback=_show_columns,
+            rich_help_panel=SELECT,
+        ),
     ] = False,
     **flags: Any,
 ) -> None:
-    """List series, their irregularities and what `convert` would do; reads headers, never pixels."""
+    """List series, their irregularities and what `convert` would do; reads headers only.
+
+    With --drop-duplicates, it also reads the pixels of three slices of series that may be copies.
+    """
     with errors_to_exit_codes():
         resolved = recipe_from_flags(recipe, flags)
-        if csv and flags["json_"]:
-            raise RequestError("--csv and --json: give one of them")
+        if sum(map(bool, (csv, parquet, flags["json_"]))) > 1:
+            raise RequestError("--csv, --parquet and --json: give one of them")
+        for flag, file in (("--csv", csv), ("--parquet", parquet)):
+            if file is not None and file.name.startswith("-") and file != STANDARD_OUTPUT:
+                raise RequestError(f"{flag} {file}: give a name of a file, or - for the terminal")
         options = options_from_flags(flags | {"backend": "cpu"}, None, recipe=resolved)
-        _show_scan(paths, options, "csv" if csv else "json" if flags["json_"] else "table")
+        _show_scan(paths, options, json_=flags["json_"], csv=csv, parquet=parquet)
 
 
 for _command in OUTPUT_COMMANDS + INSPECT_COMMANDS:
@@ -274,16 +311,20 @@ def _mask_paths(masks: list[str] | None) -> list[str] | Literal["auto"] | None:
 def _show_scan(
     paths: list[str],
     options: ConvertOptions,
-    form: Literal["table", "csv", "json"],
     *,
+    json_: bool,
+    csv: Path | None = None,
+    parquet: Path | None = None,
     out: str | None = None,
     calibrate: bool = False,
 ) -> None:
     with signals_blocked():
-        from gpuprep.cli.console import show_scan
+        from gpuprep.cli.console import print_line, show_scan
+        from gpuprep.output.export import write_csv, write_parquet
         from gpuprep.pipeline.events import Listener
         from gpuprep.pipeline.match_masks import Matched
         from gpuprep.pipeline.scan import scan_cohort
+        from gpuprep.pipeline.scan_rows import SCAN_COLUMNS
 
     unmatched: list[tuple[str, str]] = []
     unused: list[tuple[str, str]] = []
@@ -295,52 +336,44 @@ def _show_scan(
 
     found = scan_cohort(paths, options, out, UnmatchedCollector(), calibrate=calibrate)
     cohort, planned = found.cohort, found.planned
-    if form == "csv":
-        print_csv([_scan_entry(o) for o in planned])
+    if file := csv or parquet:
+        with ignore_closed_pipe():
+            write = write_csv if csv else write_parquet
+            write(found.rows(), SCAN_COLUMNS, None if file == STANDARD_OUTPUT else file)
         for path, reason in cohort.unreadable:
             print_error(f"unreadable: {path}: {reason}")
-    elif form == "json":
+        if file != STANDARD_OUTPUT:
+            print_line(f"{len(planned)} series in {file}")
+    elif json_:
         print_json(
             {
-                "series": [_scan_entry(o) for o in planned],
+                "series": [_scan_entry(o, row) for o, row in zip(planned, found.rows(), strict=True)],
                 "passed_over": cohort.passed_over,
                 "unreadable": cohort.unreadable,
                 "unmatched": unmatched,
                 "unused": unused,
+                "unlisted": found.unlisted,
                 "total": found.forecast.to_dict(),
             }
         )
     else:
         show_scan(found, unmatched, unused)
+    if found.unlisted and not json_:
+        print_error(found.unlisted)
     if not cohort:
         print_error(f"no CT series under {', '.join(paths)}")
         raise typer.Exit(3)
-    raise typer.Exit(1 if cohort.unreadable or unmatched or any(o.action == "reject" for o in planned) else 0)
+    bad = cohort.unreadable or unmatched or found.unlisted or any(o.action == "reject" for o in planned)
+    raise typer.Exit(1 if bad else 0)
 
 
-def _scan_entry(o: PlannedSeries) -> dict[str, Any]:
-    plan = o.plan
-    return {
-        "action": o.action,
-        "verdict": o.verdict,
-        "codes": o.codes,
-        "reason": o.reason,
-        "irregularities": list(texts(o.audit.irregularities)) if o.audit else [],
-        "warnings": list(texts(o.warnings)),
-        "key": o.series.key,
-        "series_uid": o.series.series_uid,
+def _scan_entry(o: PlannedSeries, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a series, with its segmentations."""
+    return row | {
         "label": o.series.label,
-        "folder": printable(o.series.folder),
-        "slices": len(o.series.slices),
-        "source_shape": plan and plan.source.shape,
-        "source_spacing_mm": plan and plan.source.spacing_mm,
-        "shape": plan and plan.target.shape,
-        "spacing_mm": plan and plan.target.spacing_mm,
-        "output_bytes": plan and plan.output_bytes,
         "segmentations": [
             {"path": printable(g.path), "format": g.format, "why": g.why, "names": g.names, "error": g.error}
             for g in o.segmentations
         ],
         "structures": o.structures,
-        "audit": o.audit and o.audit.to_dict(),
     }

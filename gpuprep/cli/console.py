@@ -26,7 +26,9 @@ from gpuprep.compute.hu_histogram import BANDS
 from gpuprep.core.formatting import first_few, format_bytes, format_count, plain_reason, printable
 from gpuprep.core.recipe import Preset, Recipe
 from gpuprep.dicom.discover import Cohort
-from gpuprep.output.records import SeriesResult
+from gpuprep.dicom.elements import TAGS
+from gpuprep.output.columns import Column
+from gpuprep.output.records import SeriesFacts, SeriesResult
 from gpuprep.output.verify import Finding as Damage
 from gpuprep.output.verify import Status
 from gpuprep.pipeline.estimate import Forecast
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from gpuprep.report.inspect_series import SeriesSummary
 
 STATES = {"running": "green", "finished": "", "interrupted": "yellow", "killed": "red"}
-STYLES = {"ok": "green", "fixed": "cyan", "skipped": "dim", "rejected": "yellow"}
+STYLES = {"ok": "green", "fixed": "cyan", "skipped": "dim", "excluded": "dim", "rejected": "yellow"}
 PIPE_WIDTH = 160
 """Width in columns if the output is not a terminal."""
 
@@ -74,7 +76,8 @@ def _console(stderr: bool) -> Console:
 def show_recipe(recipe: Recipe, backend: str, engine: str) -> None:
     """Print the resolved recipe, the backend and the engine."""
     masks = {f"masks.{k}": v for k, v in recipe.masks.to_dict().items() if v not in ("none", {})}
-    values = {k: v for k, v in recipe.to_dict().items() if k != "masks"} | masks
+    choice = {f"select.{k}": v for k, v in recipe.select.to_dict().items() if v not in ("none", False)}
+    values = {k: v for k, v in recipe.to_dict().items() if k not in ("masks", "select")} | masks | choice
     values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
     _console(stderr=True).print(
         "recipe  " + "  ".join(f"{k}={v}" for k, v in values.items()) + f"\nrun     backend={backend}  engine={engine}",
@@ -167,7 +170,7 @@ def show_run(run: Run, out: str, seconds: float) -> None:
     table.add_column("status")
     for heading in ("series", "slices in", "files out", "GB out"):
         table.add_column(heading, justify="right")
-    for status in ("ok", "fixed", "skipped", "rejected", "failed"):
+    for status in ("ok", "fixed", "skipped", "excluded", "rejected", "failed"):
         if (tally := run.tallies.get(status)) is not None:
             table.add_row(
                 status, str(tally.series), str(tally.slices), str(tally.files), f"{tally.bytes / 1e9:.2f}",
@@ -178,6 +181,8 @@ def show_run(run: Run, out: str, seconds: float) -> None:
     notes = f"{seconds:.1f} s; volumes and manifest in {printable(out)}" + _passed_over(run.passed_over)
     if run.postponed:
         notes += f"; {run.postponed} series not converted because of --limit"
+    if run.unlisted:
+        notes += f"; {run.unlisted}"
     if run.stopped:
         notes += f"; {run.stopped} series not started"
     if run.arranged is not None:
@@ -200,7 +205,10 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Seq
     table.add_column("plane", no_wrap=True)
     for heading in ("slices", "spacing mm", "becomes", "GB"):
         table.add_column(heading, justify="right", overflow="fold")
+    for heading in ("kernel", "description", "group"):
+        table.add_column(heading, overflow="fold")
     counts: Counter[str] = Counter()
+    groups = Counter(o.facts.group_id for o in planned)
     total = 0
     for o in planned:
         counts[o.verdict] += 1
@@ -214,12 +222,15 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Seq
             total += o.plan.output_bytes
         table.add_row(
             o.verdict, o.series.label, printable(o.series.folder), o.audit.measures.orientation if o.audit else "",
-            str(len(o.series.slices)), spacing, shape, size, style=STYLES[o.verdict],
+            str(len(o.series.slices)), spacing, shape, size, o.facts.kernel or "", _described(o.facts),
+            (o.facts.group_id or "") if groups[o.facts.group_id] > 1 else "", style=STYLES[o.verdict],
         )  # fmt: skip
     console = _console(stderr=False)
     console.print(table)
     for o in planned:
-        if o.reason:
+        if o.action == "exclude":
+            console.print(f"excluded  {o.series.label}  {o.reason}", style=STYLES["excluded"])
+        elif o.reason:
             text = f"{o.codes[0]}: {plain_reason(o.reason)}"
             console.print(f"rejected  {o.series.label}  {text}", style=STYLES["rejected"])
         for g in o.segmentations:
@@ -241,6 +252,25 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Seq
     )
     if scan.forecast.free_disk_bytes is not None:
         show_forecast(scan.forecast)
+
+
+def _described(facts: SeriesFacts) -> str:
+    """Return the description of a series, with phase and contrast."""
+    phase = f"phase {facts.phase:g} {facts.phase_unit}" if facts.phase is not None else ""
+    contrast = {"yes": "contrast", "no": "no contrast"}.get(facts.contrast or "", "")
+    return ", ".join(text for text in (facts.series_description or "", phase, contrast) if text)
+
+
+def show_columns(columns: Iterable[Column]) -> None:
+    """Print the columns by which series can be chosen."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("column", "type", "unit", "DICOM"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("meaning", overflow="fold")
+    for column in columns:
+        tag = f"({TAGS[column.keyword] >> 16:04X},{TAGS[column.keyword] & 0xFFFF:04X})" if column.keyword else ""
+        table.add_row(column.name, column.kind.sqlite.lower(), column.unit, tag, column.meaning)
+    _console(stderr=False).print(table)
 
 
 def show_presets(presets: Mapping[str, Preset]) -> None:

@@ -62,6 +62,7 @@ def run_conversion(
             {
                 "counts": run.counts,
                 "postponed": run.postponed,
+                "unlisted": run.unlisted,
                 "stopped": run.stopped,
                 "passed_over": run.passed_over,
                 "unreadable": run.unreadable,

@@ -1,4 +1,4 @@
-"""Turns errors into one line and an exit code, and prints results as JSON or CSV to standard output."""
+"""Turns errors into one line and an exit code, and prints results as JSON to standard output."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ INTERRUPTED = "interrupted; completed outputs are kept: run the same command aga
 def _announce_stop() -> None:
     # Not by print, which the signal may have interrupted.
     with suppress(OSError):
-        os.write(2, b"gpuprep: finishing the series in flight; interrupt again to stop at once\n")
+        os.write(2, b"gpuprep: finishing the series in flight; interrupt again to end those that are not on disk yet\n")
 
 
 def _check_current_folder() -> None:
@@ -76,21 +76,6 @@ def print_json(value: Any) -> None:
     """Print a value as JSON."""
     with ignore_closed_pipe():
         print(json.dumps(value, indent=1))  # noqa: T201
-
-
-def print_csv(rows: list[dict[str, Any]]) -> None:
-    """Print dicts as rows of CSV; each field of the audit becomes a column, and lists become JSON."""
-    import csv
-
-    flat = [
-        {k: v for k, v in row.items() if k != "audit"} | {f"audit_{k}": v for k, v in (row["audit"] or {}).items()}
-        for row in rows
-    ]
-    with ignore_closed_pipe():
-        writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(k for row in flat for k in row)))
-        writer.writeheader()
-        for row in flat:
-            writer.writerow({k: json.dumps(v) if isinstance(v, list | tuple | dict) else v for k, v in row.items()})
 
 
 def header_index(given: str | None) -> Path | None:

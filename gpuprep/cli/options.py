@@ -15,6 +15,7 @@ import typer
 RECIPE = "Recipe"
 STACKING = "Irregular series"
 MASKS = "Masks"
+SELECT = "Choice of series"
 RUN = "Run"
 
 Paths = Annotated[
@@ -247,7 +248,49 @@ MASK_FLAGS: dict[str, Flag] = {
 }
 """Flags by the field of `Masks` that they set, with the prefix ``mask_``."""
 
+SELECT_FLAGS: dict[str, Flag] = {
+    "select_where": _flag(
+        str | None,
+        SELECT,
+        "--where",
+        metavar="SQL",
+        help="Only series for which this condition is true, such as \"kernel LIKE 'B3%' AND slice_thickness_mm <= 2\"; "
+        "gpuprep scan --columns lists the columns.",
+    ),
+    "select_best_per": _flag(
+        Literal["study", "patient", "frame-of-reference", "none"] | None,
+        SELECT,
+        "--best-per",
+        help="Only one series of each, the first by --prefer.",
+    ),
+    "select_prefer": _flag(
+        str | None,
+        SELECT,
+        "--prefer",
+        metavar="SQL",
+        help='Terms separated by commas, smallest value first, such as "slice_thickness_mm, -slices".',
+    ),
+    "select_drop_duplicates": _flag(
+        bool | None, SELECT, "--drop-duplicates", help="Only one of several series with equal pixels."
+    ),
+}
+"""Flags by the field of `Select` that they set, with the prefix ``select_``."""
+
 RUN_FLAGS: dict[str, Flag] = {
+    "select": _flag(
+        Path | None,
+        SELECT,
+        "--select",
+        metavar="FILE",
+        help="Only the series that a file lists: a CSV of gpuprep scan, or one UID per line.",
+    ),
+    "record": _flag(
+        list[str] | None,
+        RUN,
+        "--record",
+        metavar="COLUMN",
+        help="Also store free text in OUT: series_description, protocol_name or study_description; may be repeated.",
+    ),
     "backend": _flag(
         Literal["auto", "cpu", "gpu"],
         RUN,

@@ -88,6 +88,7 @@ def manifest(
     """Print the manifest, one row per series, including shards that are not merged yet."""
     with errors_to_exit_codes():
         with signals_blocked():
+            from gpuprep.output.columns import SERIES
             from gpuprep.output.export import write_csv, write_json_lines, write_parquet
             from gpuprep.output.object_store import resolve_out
             from gpuprep.output.verify import AllManifests
@@ -99,9 +100,12 @@ def manifest(
         place = resolve_out(out)
         if to is not None and isinstance(place, Path) and to.resolve().is_relative_to(place.resolve()):
             raise RequestError(f"--to {to} lies in the output folder {out}: choose a file outside of it")
-        write: Callable[..., None] = write_parquet if parquet else write_json_lines if json_ else write_csv
         with closing(AllManifests(out)) as records, ignore_closed_pipe():
-            write(records, to)
+            rows = (result.to_dict() for result in records)
+            if json_:
+                write_json_lines(rows, to)
+            else:
+                (write_parquet if parquet else write_csv)(rows, SERIES, to)
 
 
 def report(
@@ -191,6 +195,8 @@ def retry(
             masks=request["masks"],
             engine=request["engine"],
             layout=request.get("layout", "folders"),
+            select=request.get("select"),
+            record=request.get("record", ()),
             only=states,
         )
         run_conversion(request["paths"], out, options, stop, **display_flags(flags))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpuprep.cli.exit_codes import header_index
-from gpuprep.cli.options import MASK_FLAGS, OUTPUT_FLAGS, RECIPE_FLAGS, STACKING_FLAGS
+from gpuprep.cli.options import MASK_FLAGS, OUTPUT_FLAGS, RECIPE_FLAGS, SELECT_FLAGS, STACKING_FLAGS
 from gpuprep.errors import RecipeError, RequestError
 from gpuprep.executors.signals import signals_blocked
 
@@ -32,7 +32,12 @@ def recipe_from_flags(name: str, flags: Mapping[str, Any], **more: Any) -> Recip
     known = base.to_dict()
     given = {k: _parsed(k, flags[k]) for k in (*RECIPE_FLAGS, *STACKING_FLAGS) if flags.get(k) is not None}
     masks = {k.removeprefix("mask_"): flags[k] for k in MASK_FLAGS if flags.get(k) is not None}
-    return Recipe.from_dict(known | given | more | {"masks": known["masks"] | masks})
+    choice = {k.removeprefix("select_"): flags[k] for k in SELECT_FLAGS if flags.get(k) is not None}
+    if choice.get("best_per") == "none":
+        choice.setdefault("prefer", "none")  # which has no meaning without
+    return Recipe.from_dict(
+        known | given | more | {"masks": known["masks"] | masks, "select": known["select"] | choice}
+    )
 
 
 def options_from_flags(flags: Mapping[str, Any], out: str | None, **more: Any) -> ConvertOptions:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import tomli_w
 
 from gpuprep.core.mask_options import Masks
+from gpuprep.core.select_options import Select
 from gpuprep.core.stacking_rules import GroupBy, Policy, Rules
 from gpuprep.errors import RecipeError
 
@@ -125,6 +126,8 @@ class Recipe:
     """Whether the image is written; False for masks alone."""
     masks: Masks = field(default_factory=Masks)
     """Conversion of segmentations to masks, a table of its own."""
+    select: Select = field(default_factory=Select)
+    """Choice of the series of a cohort, a table of its own. It does not affect volumes, nor the hash of the recipe."""
 
     def __post_init__(self) -> None:
         for name, kind in CHOICES.items():
@@ -149,6 +152,8 @@ class Recipe:
             )
         if not isinstance(self.masks, Masks):
             raise RecipeError(f"masks = {self.masks!r}: give a table of TOML, or gpuprep.Masks")
+        if not isinstance(self.select, Select):
+            raise RecipeError(f"select = {self.select!r}: give a table of TOML, or gpuprep.Select")
         if not isinstance(self.order, int) or isinstance(self.order, bool) or not 0 <= self.order <= HIGHEST_ORDER:
             raise RecipeError(f"order = {self.order!r}: give a whole number from 0 (nearest) to 5; 3 is cubic")
         for name, kind, count, words in (
@@ -240,6 +245,8 @@ class Recipe:
         changes: dict[str, Any] = {k: None if k in OPTIONAL and v == "none" else v for k, v in values.items()}
         if "masks" in changes:
             changes["masks"] = Masks.from_dict(changes["masks"], base.masks)
+        if "select" in changes:
+            changes["select"] = Select.from_dict(changes["select"], base.select)
         return replace(base, **changes)
 
     @classmethod
@@ -263,7 +270,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a table for TOML and JSON."""
         plain = {k: "none" if v is None else v for k, v in asdict(self).items()}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()} | {"masks": self.masks.to_dict()}
+        tables = {"masks": self.masks.to_dict(), "select": self.select.to_dict()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()} | tables
 
     def to_toml(self) -> str:
         """Return the recipe as TOML, from which `from_dict` makes an equal recipe."""
@@ -271,8 +279,9 @@ class Recipe:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of all fields, equal for equal recipes."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of all fields that affect volumes, equal for recipes that make equal ones."""
+        fields_ = {k: v for k, v in self.to_dict().items() if k != "select"}
+        return hashlib.sha256(json.dumps(fields_, sort_keys=True).encode()).hexdigest()
 
 
 LIMITS = {

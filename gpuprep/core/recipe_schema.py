@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from typing import Any, cast, get_args
 
-from gpuprep.core import mask_options
+from gpuprep.core import mask_options, select_options
 from gpuprep.core import recipe as recipes
 from gpuprep.core.mask_options import Masks, ReadingOptions
 from gpuprep.core.recipe import PRESETS, Recipe
+from gpuprep.core.select_options import Select
 from gpuprep.core.stacking_rules import Rules
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -63,13 +64,9 @@ def _recipe_field_schema(name: str) -> dict[str, Any]:
     """Return the schema of a field of the recipe."""
     if name == "masks":
         docs = _field_docstrings(Masks) | _field_docstrings(ReadingOptions)
-        return {
-            "type": "object",
-            "additionalProperties": False,
-            "properties": {
-                f.name: _described(_masks_field_schema(f.name), docs, f.name, Masks().to_dict()) for f in fields(Masks)
-            },
-        }
+        return _table(Masks(), _masks_field_schema, docs)
+    if name == "select":
+        return _table(Select(), _select_field_schema, _field_docstrings(Select))
     if name in recipes.CHOICES:
         return {"enum": list(get_args(recipes.CHOICES[name]))}
     if name in recipes.LIMITS:
@@ -86,6 +83,25 @@ def _recipe_field_schema(name: str) -> dict[str, Any]:
         if name == "size":
             one |= {"type": "integer", "minimum": 1}
         return {"anyOf": [{"const": "none"}, one, _array_of(one, 2 if name == "size" else 3)]}
+    return {"type": "boolean"}
+
+
+def _table(default: Masks | Select, schema_of: Callable[[str], dict[str, Any]], docs: dict[str, str]) -> dict[str, Any]:
+    """Return the schema of a table of the recipe."""
+    values = default.to_dict()
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {f.name: _described(schema_of(f.name), docs, f.name, values) for f in fields(default)},
+    }
+
+
+def _select_field_schema(name: str) -> dict[str, Any]:
+    """Return the schema of a field of the table ``[select]``."""
+    if name == "best_per":
+        return {"enum": [*get_args(select_options.BestPer), "none"]}
+    if name in select_options.TEXTS:
+        return {"type": "string", "pattern": r"\S", "maxLength": select_options.LONGEST_EXPRESSION}
     return {"type": "boolean"}
 
 

@@ -103,13 +103,54 @@ FOLDER_UID_PREFIX = "folder-"
 """Prefix of a series UID made from the path of a folder whose images form the series."""
 
 
+class Description(NamedTuple):
+    """What a header tells of the acquisition, for a choice of series. "" and None mean absent or unreadable.
+
+    Nearly all images of a series have the same, and share one object.
+    """
+
+    acquisition_uid: str = ""
+    """*Acquisition UID*, else *Irradiation Event UID*."""
+    study_time: str = ""
+    """*Study Date* and *Study Time*, which put the studies of a patient in order; "" without a date."""
+    image_type: str = ""
+    """*Frame Type* or *Image Type*."""
+    kernel: str = ""
+    """*Convolution Kernel*; several values are separated by backslashes."""
+    slice_thickness_mm: float | None = None
+    kvp: float | None = None
+    """Tube voltage in kV."""
+    reconstruction_diameter_mm: float | None = None
+    pitch: float | None = None
+    """*Spiral Pitch Factor*."""
+    manufacturer: str = ""
+    model: str = ""
+    contrast: str = "unknown"
+    """"yes", "no" or "unknown": see `gpuprep.dicom.describe.contrast_of`."""
+    body_part: str = ""
+    patient_position: str = ""
+    scan_options: str = ""
+    acquisition_type: str = ""
+    series_description: str = ""
+    protocol_name: str = ""
+    study_description: str = ""
+
+
+class Dose(NamedTuple):
+    """What differs between the images of one acquisition; None means absent or unreadable."""
+
+    tube_current_ma: float | None = None
+    exposure_mas: float | None = None
+    ctdivol_mgy: float | None = None
+
+
 class Image(NamedTuple):
     """One CT image with the attributes of its series."""
 
     series_uid: str
     study_uid: str
     patient: str
-    """Hash of *Patient ID*, "" if absent. It is used during discovery only."""
+    """Hash of *Patient ID*, "" if absent."""
     frame_of_reference_uid: str
     series_number: int | None
     rows: int
@@ -118,6 +159,10 @@ class Image(NamedTuple):
     orientation: tuple[float, ...] | None
     folder: str
     """Folder of the file; the path of the archive for its members."""
+    description: Description
+    dose: Dose
+    acquired_s: float | None
+    """Time of the acquisition, in seconds since the beginning of year 1."""
     header: SliceHeader
 
 
@@ -181,6 +226,14 @@ class Series:
     """Warnings about these slices as a group."""
     alone: int = 0
     """For a series of one image: the number of such series in its folder, if there are several; else 0."""
+    patient: str = ""
+    """Hash of *Patient ID*, "" if absent. It is stored nowhere."""
+    description: Description = Description()  # noqa: RUF009 - immutable
+    """Each attribute as most slices have it."""
+    dose: Dose = Dose()  # noqa: RUF009 - immutable
+    """Mean over the slices."""
+    acquired_s: tuple[float, float] | None = None
+    """Time of the first and of the last acquisition, as `Image.acquired_s`; None if no slice has one."""
     alias: str = ""
     """Pseudonym of the UID, "" without pseudonymisation: see `gpuprep.pipeline.pseudonyms`."""
 
@@ -207,7 +260,15 @@ class Series:
     @property
     def key(self) -> str:
         """Key in the manifest: the public UID, with "#" and the part if the UID has several volumes."""
-        uid = self.public_uid or f"no-uid-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
+        return self._key_of(self.public_uid)
+
+    @property
+    def own_key(self) -> str:
+        """Key without pseudonym."""
+        return self._key_of(self.series_uid)
+
+    def _key_of(self, uid: str) -> str:
+        uid = uid or f"no-uid-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]}"
         return f"{uid}#{self.part}" if self.part else uid
 
     @property

@@ -15,6 +15,7 @@ _SHARED = {
     "MediaStorageSOPClassUID": 0x0002_0002,
     "TransferSyntaxUID": 0x0002_0010,
     "SOPClassUID": 0x0008_0016,
+    "SliceThickness": 0x0018_0050,
     "StudyInstanceUID": 0x0020_000D,
     "SeriesInstanceUID": 0x0020_000E,
     "ImagePositionPatient": 0x0020_0032,
@@ -34,22 +35,47 @@ _SHARED = {
 
 _OF_IMAGES = {
     "ImageType": 0x0008_0008,
+    "AcquisitionUID": 0x0008_0017,
     "SOPInstanceUID": 0x0008_0018,
+    "StudyDate": 0x0008_0020,
     "SeriesDate": 0x0008_0021,
     "AcquisitionDate": 0x0008_0022,
     "ContentDate": 0x0008_0023,
     "AcquisitionDateTime": 0x0008_002A,
+    "StudyTime": 0x0008_0030,
     "SeriesTime": 0x0008_0031,
     "AcquisitionTime": 0x0008_0032,
     "ContentTime": 0x0008_0033,
     "Modality": 0x0008_0060,
+    "Manufacturer": 0x0008_0070,
+    "StudyDescription": 0x0008_1030,
+    "SeriesDescription": 0x0008_103E,
+    "ManufacturerModelName": 0x0008_1090,
+    "IrradiationEventUID": 0x0008_3010,
     "FrameType": 0x0008_9007,
     "PatientID": 0x0010_0020,
+    "ContrastBolusAgent": 0x0018_0010,
+    "BodyPartExamined": 0x0018_0015,
     "ScanOptions": 0x0018_0022,
     "KVP": 0x0018_0060,
+    "ProtocolName": 0x0018_1030,
+    "ContrastBolusRoute": 0x0018_1040,
+    "ContrastBolusVolume": 0x0018_1041,
     "TriggerTime": 0x0018_1060,
+    "ReconstructionDiameter": 0x0018_1100,
+    "XRayTubeCurrent": 0x0018_1151,
+    "Exposure": 0x0018_1152,
     "ConvolutionKernel": 0x0018_1210,
+    "PatientPosition": 0x0018_5100,
     "FrameAcquisitionDateTime": 0x0018_9074,
+    "AcquisitionType": 0x0018_9302,
+    "SpiralPitchFactor": 0x0018_9311,
+    "XRayTubeCurrentInmA": 0x0018_9330,
+    "ExposureInmAs": 0x0018_9332,
+    "ContrastBolusAgentAdministered": 0x0018_9342,
+    "ContrastBolusAgentDetected": 0x0018_9343,
+    "ContrastBolusAgentPhase": 0x0018_9344,
+    "CTDIvol": 0x0018_9345,
     "MultienergyCTProcessingSequence": 0x0018_9363,
     "MonoenergeticEnergyEquivalent": 0x0018_937C,
     "SeriesNumber": 0x0020_0011,
@@ -87,7 +113,6 @@ _OF_SEGMENTATIONS = {
     "ReferencedFrameNumber": 0x0008_1160,
     "SourceImageSequence": 0x0008_2112,
     "DerivationImageSequence": 0x0008_9124,
-    "SliceThickness": 0x0018_0050,
     "SpacingBetweenSlices": 0x0018_0088,
     "PlanePositionSequence": 0x0020_9113,
     "PlaneOrientationSequence": 0x0020_9116,
@@ -121,8 +146,9 @@ _OF_SEGMENTATIONS = {
 }
 
 IMAGE_TAGS = _SHARED | _OF_IMAGES
-"""Every element that is read of the header of an image. Names and free text are never read. Dates, times and Patient ID
-are kept only as hashes, which distinguish the images of one series."""
+"""Every element that is read of the header of an image. Names of people are never read. *Patient ID* is kept only as a
+hash. Dates and times put studies and scans in order, and the three descriptions serve a choice of series; none of them
+goes into the output folder, unless the user asks for a description."""
 
 SEGMENTATION_TAGS = _SHARED | _OF_SEGMENTATIONS
 """Every element that is read of a segmentation: neither patient nor date."""

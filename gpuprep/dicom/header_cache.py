@@ -1,7 +1,8 @@
 """Caches headers between scans, so that unchanged files are not opened again.
 
 The cache is an SQLite database, keyed by path, size and modification time. Any of it may be lost. If the database
-cannot be used, one warning is logged and all headers are read.
+cannot be used, one warning is logged and all headers are read. The description of an image, which it shares with all
+images of its series, is stored once, under a hash of it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 from gpuprep._version import __version__
 from gpuprep.core.formatting import printable
-from gpuprep.core.series import Image, OtherImage, SliceHeader
+from gpuprep.core.series import Description, Dose, Image, OtherImage, SliceHeader
 from gpuprep.dicom.elements import IMAGE_TAGS
 from gpuprep.dicom.headers import Contents
 
@@ -60,8 +61,13 @@ class HeaderIndex:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._db: sqlite3.Connection | None = None
+        self._descriptions: dict[int, Description] = {}
+        """Descriptions that have been read from the database, by their hash."""
+        self._hashes: dict[Description, int] = {}
+        """Hashes of descriptions that have been written into the database."""
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # its descriptions are for nobody else
             self._db = sqlite3.connect(path, timeout=30)
             self._prepare(self._db)
         except (OSError, sqlite3.Error) as exc:
@@ -76,12 +82,15 @@ class HeaderIndex:
             raise sqlite3.DatabaseError("it is a database of another program")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        for name in set(tables) - {_TABLE}:  # written by another version, which may read other attributes
-            db.execute(f'DROP TABLE "{name}"')
+        if former := set(tables) - {_TABLE, _DESCRIPTIONS}:  # written by another version, which reads other attributes
+            log.warning("the index of headers is of another version: it is made anew, and every header is read once")
+            for name in former:
+                db.execute(f'DROP TABLE "{name}"')
         db.execute(
             f"CREATE TABLE IF NOT EXISTS {_TABLE} (folder BLOB, name BLOB, bytes INTEGER, mtime_ns INTEGER, "
             "contents TEXT, PRIMARY KEY (folder, name)) WITHOUT ROWID"
         )
+        db.execute(f"CREATE TABLE IF NOT EXISTS {_DESCRIPTIONS} (id INTEGER PRIMARY KEY, description TEXT)")
         db.commit()
 
     def known(self, folder: str, files: list[File], *, complete: bool) -> dict[str, Contents]:
@@ -101,8 +110,10 @@ class HeaderIndex:
                     and (row[1], row[2]) == (file.bytes, file.mtime_ns)
                 ]
                 texts = ",".join([text for _, text in same])  # parsed in one call, which is faster
-                for (file, _), values in zip(same, json.loads(f"[{texts}]"), strict=True):
-                    known[file.path] = _from_json(values, file)
+                parsed = json.loads(f"[{texts}]")
+                self._load_descriptions(self._db, parsed)
+                for (file, _), values in zip(same, parsed, strict=True):
+                    known[file.path] = self._from_json(values, file)
                 if complete and stored:
                     gone = [(os.fsencode(folder), name) for name in stored]
                     self._db.executemany(f"DELETE FROM {_TABLE} WHERE folder = ? AND name = ?", gone)  # noqa: S608
@@ -113,17 +124,46 @@ class HeaderIndex:
             return {}
         return known
 
+    def _load_descriptions(self, db: sqlite3.Connection, parsed: list[Any]) -> None:
+        """Load the descriptions of the images of parsed rows."""
+        ids = {image[_DESCRIPTION] for values in parsed for image in values[0]}.difference(self._descriptions)
+        for hashed in ids:
+            (text,) = db.execute(f"SELECT description FROM {_DESCRIPTIONS} WHERE id = ?", (hashed,)).fetchone()  # noqa: S608
+            self._descriptions[hashed] = Description._make(json.loads(text))
+
+    def _to_json(self, contents: Contents) -> list[Any]:
+        """Return contents in JSON types; the path and modification time of headers are omitted, as `File` has them."""
+        images = []
+        for image in contents.images:
+            values: list[Any] = [*image[:-1], image.header[2:]]
+            values[_DESCRIPTION] = self._hashes[image.description]
+            images.append(values)
+        return [images, contents.passed_over, contents.unreadable, contents.segmentations, contents.others]
+
+    def _from_json(self, values: list[Any], file: File) -> Contents:
+        images, passed_over, unreadable, segmentations, others = values
+        if unreadable:
+            unreadable = [(path, reason) for path, reason in unreadable]
+        if others:
+            others = [OtherImage(*other) for other in others]
+        found = [_image_from_json(v, file, self._descriptions[v[_DESCRIPTION]]) for v in images]
+        return Contents(found, passed_over, unreadable, segmentations, others)
+
     def add(self, files: list[File], contents: list[Contents]) -> None:
         """Store the contents of files."""
         if self._db is None:
             return
+        new = {image.description for c in contents for image in c.images}.difference(self._hashes)
+        self._hashes.update((description, _hash_of(description)) for description in new)
+        described = [(self._hashes[description], json.dumps(description)) for description in new]
         rows = [
-            (os.fsencode(folder), os.fsencode(name), f.bytes, f.mtime_ns, json.dumps(_to_json(c)))
+            (os.fsencode(folder), os.fsencode(name), f.bytes, f.mtime_ns, json.dumps(self._to_json(c)))
             for f, c in zip(files, contents, strict=True)
             if c.cacheable
             for folder, name in [os.path.split(f.path)]
         ]
         try:
+            self._db.executemany(f"INSERT OR REPLACE INTO {_DESCRIPTIONS} VALUES (?, ?)", described)  # noqa: S608
             self._db.executemany(f"INSERT OR REPLACE INTO {_TABLE} VALUES (?, ?, ?, ?, ?)", rows)  # noqa: S608
             self._db.commit()
         except sqlite3.Error as exc:
@@ -157,32 +197,28 @@ class HeaderIndex:
 
 
 _SPACING, _ORIENTATION = Image._fields.index("pixel_spacing_mm"), Image._fields.index("orientation")
+_DESCRIPTION, _DOSE = Image._fields.index("description"), Image._fields.index("dose")
 _POSITION = SliceHeader._fields.index("position_mm") - 2
-_FIELDS = [t._fields for t in (Image, SliceHeader, OtherImage)] + [tuple(f.name for f in fields(Contents))]
+_FIELDS = [t._fields for t in (Image, Description, Dose, SliceHeader, OtherImage)] + [
+    tuple(f.name for f in fields(Contents))
+]
 _SCHEMA = (__version__, _FIELDS, sorted(IMAGE_TAGS))
 _VERSION = hashlib.sha256(repr(_SCHEMA).encode()).hexdigest()[:12]
 _TABLE = f"files_{_VERSION}"
-_OWN_TABLE = re.compile("files_[0-9a-f]{12}")
+_DESCRIPTIONS = f"descriptions_{_VERSION}"
+_OWN_TABLE = re.compile("(files|descriptions)_[0-9a-f]{12}")
 _SELECT = f"SELECT name, bytes, mtime_ns, contents FROM {_TABLE}"  # noqa: S608 - a constant
 
 
-def _to_json(contents: Contents) -> list[Any]:
-    """Return contents in JSON types; the path and modification time of headers are omitted, as `File` has them."""
-    images = [[*image[:-1], image.header[2:]] for image in contents.images]
-    return [images, contents.passed_over, contents.unreadable, contents.segmentations, contents.others]
+def _hash_of(description: Description) -> int:
+    """Return a 63-bit hash of a description."""
+    digest = hashlib.blake2b(json.dumps(description).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
-def _from_json(values: list[Any], file: File) -> Contents:
-    images, passed_over, unreadable, segmentations, others = values
-    if unreadable:
-        unreadable = [(path, reason) for path, reason in unreadable]
-    if others:
-        others = [OtherImage(*other) for other in others]
-    return Contents([_image_from_json(v, file) for v in images], passed_over, unreadable, segmentations, others)
-
-
-def _image_from_json(values: list[Any], file: File) -> Image:
+def _image_from_json(values: list[Any], file: File, description: Description) -> Image:
     """Return an image, with the lists of JSON converted back to tuples."""
+    values[_DESCRIPTION], values[_DOSE] = description, Dose(*values[_DOSE])
     if (header := values.pop())[_POSITION] is not None:
         header[_POSITION] = tuple(header[_POSITION])
     for n in (_SPACING, _ORIENTATION):

@@ -7,6 +7,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from gpuprep.core.formatting import printable
@@ -95,6 +96,7 @@ def _macros(item: pydicom.Dataset) -> list[pydicom.Dataset]:
     return [element.value[0] for element in item if element.VR == "SQ" and element.value]
 
 
+@lru_cache(maxsize=4096)
 def hash_of(text: str) -> str:
     """Return 64 bits of SHA-256: enough to distinguish the values of one series."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -209,16 +211,21 @@ def decimal_of(ds: Frame, keyword: str) -> float | None:
 
 def number_of(ds: Frame, keyword: str) -> str:
     """Return a number (FL, FD or DS) with six digits; "" where it is absent."""
+    number = decimal_of(ds, keyword) if keyword == "TriggerTime" else floating_of(ds, keyword)
+    return f"{number:.6g}" if number is not None else ""
+
+
+def floating_of(ds: Frame, keyword: str) -> float | None:
+    """Return a binary number (FL or FD), which some writers give as a decimal string (DS); None where it is absent."""
     element = element_of(ds, keyword)
     if element is None:
-        return ""
+        return None
     value = element.value
-    if isinstance(value, bytes) and element.VR != "DS" and keyword != "TriggerTime":
-        layout = {4: "f", 8: "d"}.get(len(value))
-        number = struct.unpack(_order(element) + layout, value)[0] if layout else math.nan
-    else:
-        number = decimal_of(ds, keyword)
-    return f"{number:.6g}" if number is not None and math.isfinite(number) else ""
+    if not isinstance(value, bytes) or element.VR == "DS":
+        return decimal_of(ds, keyword)
+    layout = {4: "f", 8: "d"}.get(len(value))
+    number = struct.unpack(_order(element) + layout, value)[0] if layout else math.nan
+    return number if math.isfinite(number) else None
 
 
 def indices_of(ds: Frame) -> tuple[int, ...]:

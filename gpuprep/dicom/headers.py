@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from gpuprep.core.formatting import printable
 from gpuprep.core.geometry import COARSEST_MM, FINEST_MM
 from gpuprep.core.series import Image, OtherImage, SliceHeader, packed, sop_digest
+from gpuprep.dicom.describe import acquired_of, description_of, dose_of
 from gpuprep.dicom.elements import TAGS, UID_PATTERN, DataSet, element_of
 from gpuprep.dicom.header_values import (
     Frame,
@@ -293,7 +294,11 @@ def _parse_image(ds: Frame, origin: _Origin, frame: int, frames: int) -> Image:
         acquisition_number=either(binary_of(ds, "FrameAcquisitionNumber"), integer_of(ds, "AcquisitionNumber")),
         acquisition_time=_acquisition_time(ds),
         reconstruction=hash_of("\n".join([image_type, text_of(ds, "ConvolutionKernel"), text_of(ds, "KVP")])),
-        phase=packed((name, number) for k, name in PHASE_ATTRIBUTES.items() if (number := number_of(ds, k))),
+        phase=packed(
+            (name, number)
+            for k, name in PHASE_ATTRIBUTES.items()
+            if element_of(ds, k) is not None and (number := number_of(ds, k))
+        ),
         rescale_slope=decimal_of(ds, "RescaleSlope"),
         rescale_intercept=decimal_of(ds, "RescaleIntercept"),
         rescale_type=rescale_type_of(ds, kinds),
@@ -328,6 +333,9 @@ def _parse_image(ds: Frame, origin: _Origin, frame: int, frames: int) -> Image:
         else None,
         orientation=decimals_of(ds, "ImageOrientationPatient", 6),
         folder=_folder(origin.path, origin.member),
+        description=description_of(ds),
+        dose=dose_of(ds),
+        acquired_s=acquired_of(ds),
         header=header,
     )
     return image._replace(header=header._replace(remarks=" ".join(sorted(ds.remarks)))) if ds.remarks else image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import time
 import warnings
@@ -28,7 +29,7 @@ from gpuprep.dicom.hu_range import HuRangeCheck
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.dicom.stored_words import FormatCorrections, is_coded, with_all_bits
 from gpuprep.dicom.uids import BIG_WORDS, DEFLATED, NATIVE
-from gpuprep.errors import DecodeError, GeometryError, IntensityError
+from gpuprep.errors import DecodeError, GeometryError, InputError, IntensityError
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import open_bounded
 
@@ -398,6 +399,28 @@ def are_copies(pairs: Sequence[tuple[SliceHeader, SliceHeader]], matrix: tuple[i
         if not np.array_equal(values[0], values[1]):
             return False
     return True
+
+
+def digest_of_some_slices(series: Series) -> str:
+    """Return a hash of the HU of three slices in the middle of a series; "" if one of them cannot be read.
+
+    Parameters
+    ----------
+    series : Series
+        A series of which every slice has a position.
+    """
+    ordered = sorted(series.slices, key=lambda s: s.position_mm or ())
+    reader, digest = PixelReader(), hashlib.sha256()
+    for n in sorted({len(ordered) // 4, len(ordered) // 2, len(ordered) * 3 // 4}):
+        header = ordered[n]
+        try:
+            values = np.empty((series.rows, series.columns), dtype=_dtype(header))
+            reader.read(header, values)
+        except (InputError, OSError, ValueError):
+            return ""
+        slope, intercept = _value_or(header.rescale_slope, 1.0), _value_or(header.rescale_intercept, 0.0)
+        digest.update((values * np.float64(slope) + intercept).tobytes())
+    return digest.hexdigest()
 
 
 _PIXEL_TAGS = [*IMAGE_TAGS.values(), TAGS["PixelData"]]

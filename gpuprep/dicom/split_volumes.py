@@ -13,6 +13,7 @@ from gpuprep.core.formatting import first_few
 from gpuprep.core.series import FOLDER_UID_PREFIX, MALFORMED_UID_PREFIX, Image, Series, SliceHeader, packed
 from gpuprep.core.stacking_rules import MIN_STACK_SLICES, SEVERAL_VOLUMES_ACTION, Irregularity, Rules, SeriesWarning
 from gpuprep.dicom.acquisitions import split_acquisitions
+from gpuprep.dicom.describe import described
 from gpuprep.dicom.header_checks import MISSING_GEOMETRY
 from gpuprep.dicom.ownership import split_by_owner
 from gpuprep.files.filesystem import common_folder
@@ -119,7 +120,21 @@ def _volumes(images: list[Image], rules: Rules) -> list[Series]:
         volumes = [_with_mixed_note(volume, len(volumes), bool(stack_ids)) for volume in volumes]
     if non_slices:
         volumes[0] = _with_left_out(volumes[0], non_slices)
-    return [part for volume in volumes for part in split_acquisitions(volume, rules)]
+    return [
+        part
+        for volume, stacked in zip(volumes, (main, *large), strict=True)
+        for part in _described(split_acquisitions(volume, rules), stacked)
+    ]
+
+
+def _described(parts: list[Series], images: list[Image]) -> Iterator[Series]:
+    """Yield the parts of a stack, each with the description of its own images, not of those that were left out."""
+    for part in parts:
+        own = images
+        if len(part.slices) < len(images):
+            kept = {id(header) for header in part.slices}
+            own = [image for image in images if id(image.header) in kept]
+        yield replace(part, **described(own))
 
 
 def _separating_ids(values: Iterable[str]) -> frozenset[str]:
@@ -316,6 +331,7 @@ def _as_series(images: list[Image]) -> Series:
         part=0,
         folder=common_folder({image.folder for image in images}),
         slices=tuple(image.header for image in images),
+        patient=first.patient,
     )
 
 

@@ -81,6 +81,53 @@ def _by_name(*columns: Column) -> dict[str, Column]:
     return {column.name: column for column in columns}
 
 
+FACTS = _by_name(
+    Column("study_order", WHOLE, "Number of the study among those of the patient, by date, from 1.", optional=True),
+    Column("frame_of_reference_uid", TEXT, "Frame of Reference UID.", optional=True, keyword="FrameOfReferenceUID"),
+    Column("group_id", TEXT, "Equal for series of one acquisition, such as several kernels, or phases.", optional=True),
+    Column("duplicate_of", TEXT, "Key of another series with equal pixels, of which it is a copy.", optional=True),
+    Column("phase", NUMBER, "Phase of a 4D scan.", optional=True),
+    Column("phase_unit", TEXT, 'Unit of the phase: "%", "ms", "s", or "index".', optional=True),
+    Column("phase_source", TEXT, "Keyword of the DICOM attribute that the phase was read from.", optional=True),
+    Column("plane", TEXT, 'Nearest plane: "axial", "coronal" or "sagittal".', optional=True),
+    Column("rows", WHOLE, "Rows of a slice.", optional=True, keyword="Rows"),
+    Column("columns", WHOLE, "Columns of a slice.", optional=True, keyword="Columns"),
+    Column("slice_spacing_mm", NUMBER, "Median distance of neighbouring slices.", optional=True, unit="mm"),
+    Column("slice_thickness_mm", NUMBER, "Slice Thickness.", optional=True, unit="mm", keyword="SliceThickness"),
+    Column("row_spacing_mm", NUMBER, "Distance of neighbouring rows: Pixel Spacing.", optional=True, unit="mm",
+           keyword="PixelSpacing"),
+    Column("column_spacing_mm", NUMBER, "Distance of neighbouring columns: Pixel Spacing.", optional=True, unit="mm",
+           keyword="PixelSpacing"),
+    Column("extent_mm", NUMBER, "Extent of the stack along its normal.", optional=True, unit="mm"),
+    Column("fov_rows_mm", NUMBER, "Extent of a slice from the first to the last row.", optional=True, unit="mm"),
+    Column("fov_columns_mm", NUMBER, "Extent of a slice from the first to the last column.", optional=True, unit="mm"),
+    Column("reconstruction_diameter_mm", NUMBER, "Reconstruction Diameter.", optional=True, unit="mm",
+           keyword="ReconstructionDiameter"),
+    Column("image_type", TEXT, "Image Type or Frame Type, with backslashes.", optional=True, keyword="ImageType"),
+    Column("kernel", TEXT, "Convolution Kernel, with backslashes.", optional=True, keyword="ConvolutionKernel"),
+    Column("contrast", TEXT, 'Contrast medium: "yes", "no" or "unknown", by agent, route, volume and phase.',
+           optional=True, keyword="ContrastBolusAgent"),
+    Column("kvp", NUMBER, "Tube voltage.", optional=True, unit="kV", keyword="KVP"),
+    Column("tube_current_ma", NUMBER, "Tube current, mean of the slices.", optional=True, unit="mA",
+           keyword="XRayTubeCurrent"),
+    Column("exposure_mas", NUMBER, "Exposure, mean of the slices.", optional=True, unit="mAs", keyword="Exposure"),
+    Column("ctdivol_mgy", NUMBER, "CTDIvol, mean of the slices.", optional=True, unit="mGy", keyword="CTDIvol"),
+    Column("pitch", NUMBER, "Spiral Pitch Factor.", optional=True, keyword="SpiralPitchFactor"),
+    Column("manufacturer", TEXT, "Manufacturer.", optional=True, keyword="Manufacturer"),
+    Column("model", TEXT, "Manufacturer's Model Name.", optional=True, keyword="ManufacturerModelName"),
+    Column("body_part", TEXT, "Body Part Examined.", optional=True, keyword="BodyPartExamined"),
+    Column("patient_position", TEXT, "Patient Position.", optional=True, keyword="PatientPosition"),
+    Column("scan_options", TEXT, "Scan Options, with backslashes.", optional=True, keyword="ScanOptions"),
+    Column("acquisition_type", TEXT, "Acquisition Type.", optional=True, keyword="AcquisitionType"),
+    Column("series_description", TEXT, "Series Description; free text.", optional=True, keyword="SeriesDescription"),
+    Column("protocol_name", TEXT, "Protocol Name; free text.", optional=True, keyword="ProtocolName"),
+    Column("study_description", TEXT, "Study Description; free text.", optional=True, keyword="StudyDescription"),
+)  # fmt: skip
+"""What is known of a series before its conversion: the fields of `SeriesFacts`, by name."""
+
+FREE_TEXT = ("series_description", "protocol_name", "study_description")
+"""Columns that people fill in, so that they may name anybody. They are stored in OUT only if that is asked for."""
+
 SERIES = _by_name(
     Column("key", TEXT, "Series Instance UID, with #part if the series has several volumes."),
     Column("series_uid", TEXT, "Series Instance UID.", keyword="SeriesInstanceUID"),
@@ -93,6 +140,7 @@ SERIES = _by_name(
     Column("irregularities", TEXTS, "Irregularities, and how each was corrected."),
     Column("warnings", TEXTS, "Warnings about properties that were left unchanged."),
     Column("slices", WHOLE, "Number of slices of the series."),
+    *FACTS.values(),
     Column("source_shape", WHOLES, "Slices, rows and columns of the stack.", optional=True),
     Column("source_spacing_mm", NUMBERS, "Spacing of slices, rows and columns of the stack.", optional=True, unit="mm"),
     Column("hu_min", NUMBER, "Smallest value of the stack, before padding is replaced.", optional=True, unit="HU"),

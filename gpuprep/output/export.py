@@ -1,65 +1,101 @@
-"""Exports the manifest as CSV, JSON lines or Parquet."""
+"""Exports rows of series as CSV, JSON lines, Parquet, or tables of pyarrow and pandas."""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from gpuprep.errors import RequestError
-from gpuprep.output.columns import SERIES, Kind
-from gpuprep.output.records import SeriesResult
+from gpuprep.output.columns import Column, Kind
 
 ROWS_AT_A_TIME = 1000
 
+Rows = Iterable[Mapping[str, Any]]
+"""Rows with the values of each column, by its name."""
+Columns = Mapping[str, Column]
 
-def write_csv(results: Iterable[SeriesResult], to: Path | None) -> None:
-    """Write CSV like ``manifest.csv``: lists and objects are JSON in their cells."""
+
+def write_csv(rows: Rows, columns: Columns, to: Path | None) -> None:
+    """Write CSV like ``manifest.csv``: lists and objects are JSON in their cells. None: to standard output."""
     with _opened(to, "w") as file:
         writer = csv.writer(file)
-        writer.writerow(SERIES)
-        for result in results:
-            writer.writerow([SERIES[name].to_cell(value) for name, value in result.to_dict().items()])
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([column.to_cell(row[name]) for name, column in columns.items()])
 
 
-def write_json_lines(results: Iterable[SeriesResult], to: Path | None) -> None:
+def write_json_lines(rows: Rows, to: Path | None) -> None:
     """Write JSON lines: one object per series."""
     with _opened(to, "w") as file:
-        for result in results:
-            file.write(json.dumps(result.to_dict()) + "\n")
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
 
 
-def write_parquet(results: Iterable[SeriesResult], to: Path | None) -> None:
-    """Write Parquet: numbers, text and lists have their own types; audit and labels are JSON text.
+def write_parquet(rows: Rows, columns: Columns, to: Path | None) -> None:
+    """Write Parquet: numbers, text and lists have their own types; objects are JSON text.
 
     Raises
     ------
     RequestError
         If pyarrow is not installed.
     """
+    pyarrow = _pyarrow("Parquet")
+    schema = _schema(columns)
+    with _opened(to, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for batch in _batched(rows):
+            writer.write_table(arrow_table(batch, columns))
+
+
+def arrow_table(rows: Rows, columns: Columns) -> Any:
+    """Return rows as a table of pyarrow, with the types of `write_parquet`.
+
+    Raises
+    ------
+    RequestError
+        If pyarrow is not installed.
+    """
+    pyarrow = _pyarrow("a table")
+    plain = [{k: c.to_cell(row[k]) if c.kind.nested else row[k] for k, c in columns.items()} for row in rows]
+    return pyarrow.Table.from_pylist(plain, _schema(columns))
+
+
+def data_frame(table: Any) -> Any:
+    """Return a table of pyarrow as a data frame of pandas.
+
+    Raises
+    ------
+    RequestError
+        If pandas is not installed.
+    """
+    try:
+        return table.to_pandas()
+    except ImportError as exc:
+        raise RequestError(f"a data frame needs pandas ({exc}): pip install pandas") from exc
+
+
+def _pyarrow(what: str) -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as exc:
-        raise RequestError(f"Parquet needs pyarrow ({exc}): pip install 'gpuprep[parquet]'") from exc
-    schema = pyarrow.schema([(name, _arrow_type(pyarrow, column.kind)) for name, column in SERIES.items()])
-    with _opened(to, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
-        for rows in _batched(results):
-            plain = [
-                {k: SERIES[k].to_cell(v) if SERIES[k].kind.nested else v for k, v in row.to_dict().items()}
-                for row in rows
-            ]
-            writer.write_table(pyarrow.Table.from_pylist(plain, schema))
+        raise RequestError(f"{what} needs pyarrow ({exc}): pip install 'gpuprep[parquet]'") from exc
+    return pyarrow
 
 
-def _batched(results: Iterable[SeriesResult]) -> Iterator[tuple[SeriesResult, ...]]:
-    rows = iter(results)
-    while batch := tuple(islice(rows, ROWS_AT_A_TIME)):
+def _schema(columns: Columns) -> Any:
+    pyarrow = _pyarrow("a table")
+    return pyarrow.schema([(name, _arrow_type(pyarrow, column.kind)) for name, column in columns.items()])
+
+
+def _batched(rows: Rows) -> Iterator[list[Mapping[str, Any]]]:
+    left = iter(rows)
+    while batch := list(islice(left, ROWS_AT_A_TIME)):
         yield batch
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from gpuprep.core.series import Series
+from gpuprep.errors import RequestError
 from gpuprep.files.filesystem import absolute, isfile, rooted
 
 WORK_FOLDER = ".gpuprep"
@@ -22,7 +23,12 @@ RESERVED = ("recipe.toml", "labels.json", "manifest.", REPORT, "dataset.json", "
 """Beginnings of names at the top of OUT that gpuprep uses itself."""
 
 
-def assign_folders(series: Iterable[Series], inputs: Iterable[str], taken: Mapping[str, str]) -> dict[str, str]:
+def assign_folders(
+    series: Iterable[Series],
+    inputs: Iterable[str],
+    taken: Mapping[str, str],
+    wanted: Mapping[str, tuple[str, str]] | None = None,
+) -> dict[str, str]:
     """Return the output folder of each series, relative to OUT.
 
     Parameters
@@ -33,14 +39,22 @@ def assign_folders(series: Iterable[Series], inputs: Iterable[str], taken: Mappi
         Folders and files in which the cohort was found. Output paths are relative to their common parent.
     taken : mapping of str to str
         Output folders of earlier runs, each with the key of its series.
+    wanted : mapping of str to (str, str), optional
+        A folder to contain the output of a series, and a name for the output, by its key; "" for none.
 
     Returns
     -------
     dict of str to str
         Output folder by series key. No two are equal, none lies inside another one or inside one of `taken`, and none
         lies outside OUT.
+
+    Raises
+    ------
+    RequestError
+        If a wanted name is that of another output.
     """
-    series = list(series)
+    wanted = wanted or {}
+    series = sorted(series, key=lambda s: not any(wanted.get(s.key, ())))  # wanted names first
     roots = [absolute(p) for p in inputs]
     parents = [os.path.dirname(rooted(os.path.dirname(r) if isfile(r) else r)) for r in roots]
     top = os.path.commonpath(parents) if parents else "/"
@@ -59,7 +73,16 @@ def assign_folders(series: Iterable[Series], inputs: Iterable[str], taken: Mappi
         # If these lie inside the output of another series: a sibling of that output.
         names += [_sibling(folder, s.label) for folder in (base, *folders_above(base)) if folder]
         names.append(f"{s.label}-{digest}")
-        folders[s.key] = next(name for name in names if assigned.is_free(name, s.key))
+        split, case = wanted.get(s.key, ("", ""))
+        if split or case:
+            names = [_harmless(os.path.join(split, name).split(os.sep)) for name in ([case] if case else names)]
+        folder = next((name for name in names if assigned.is_free(name, s.key)), None)
+        if folder is None:
+            raise RequestError(
+                f"{s.label}: its output cannot be named {names[0]}, which belongs to another series: give each series, "
+                "and each volume of a series by its key, a name of its own"
+            )
+        folders[s.key] = folder
         assigned.add(folders[s.key], s.key)
     return folders
 
@@ -99,7 +122,12 @@ def _base(folder: str, top: str) -> str:
     parts = [] if relative == "." else relative.split(os.sep)
     if ".." in parts:
         return ""
-    names = [safe_file_name(part) for part in parts]
+    return _harmless(parts)
+
+
+def _harmless(parts: Iterable[str]) -> str:
+    """Return a relative path of harmless names."""
+    names = [safe_file_name(part) for part in parts if part]
     if names and (names[0].startswith((WORK_FOLDER, *RESERVED))):
         names[0] = f"%{ord(names[0][0]):02X}{names[0][1:]}"
     return os.path.join("", *names)

@@ -7,16 +7,58 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
-Status = Literal["ok", "fixed", "skipped", "rejected", "failed"]
+Status = Literal["ok", "fixed", "skipped", "excluded", "rejected", "failed"]
 """ok: converted. fixed: converted after its irregularities were corrected. skipped: complete and unchanged since an
-earlier run. rejected: the files cannot be converted truthfully. failed: an error that may not occur again."""
+earlier run. excluded: not among the series that the user chose. rejected: the files cannot be converted truthfully.
+failed: an error that may not occur again."""
 
 DONE = ("ok", "fixed", "skipped")
 """Statuses of series that have an output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SeriesResult:
+class SeriesFacts:
+    """What is known of a series before its conversion; `gpuprep.output.columns.FACTS` explains its fields."""
+
+    study_order: int | None = None
+    frame_of_reference_uid: str | None = None
+    group_id: str | None = None
+    duplicate_of: str | None = None
+    phase: float | None = None
+    phase_unit: str | None = None
+    phase_source: str | None = None
+    plane: str | None = None
+    rows: int | None = None
+    columns: int | None = None
+    slice_spacing_mm: float | None = None
+    slice_thickness_mm: float | None = None
+    row_spacing_mm: float | None = None
+    column_spacing_mm: float | None = None
+    extent_mm: float | None = None
+    fov_rows_mm: float | None = None
+    fov_columns_mm: float | None = None
+    reconstruction_diameter_mm: float | None = None
+    image_type: str | None = None
+    kernel: str | None = None
+    contrast: str | None = None
+    kvp: float | None = None
+    tube_current_ma: float | None = None
+    exposure_mas: float | None = None
+    ctdivol_mgy: float | None = None
+    pitch: float | None = None
+    manufacturer: str | None = None
+    model: str | None = None
+    body_part: str | None = None
+    patient_position: str | None = None
+    scan_options: str | None = None
+    acquisition_type: str | None = None
+    series_description: str | None = None
+    protocol_name: str | None = None
+    study_description: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeriesResult(SeriesFacts):
     """Result of one series, a row of the manifest; `gpuprep.output.columns.SERIES` explains its fields."""
 
     key: str

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +25,7 @@ from gpuprep.output.object_store import open_out, resolve_out
 from gpuprep.output.records import DONE, RunRecord, SeriesResult, Status, now, this_host
 from gpuprep.pipeline.estimate import Forecast
 from gpuprep.pipeline.events import Listener, Results, Run, Tally
-from gpuprep.pipeline.options import ConvertOptions, Paths, as_list
+from gpuprep.pipeline.options import ConvertOptions, Paths, as_list, options_with
 from gpuprep.pipeline.prepare import Prepared, RunContext, check_apart, check_layout, prepare
 from gpuprep.pipeline.pseudonyms import crosswalk_row
 from gpuprep.pipeline.retry import Attempts
@@ -62,8 +62,9 @@ def convert(
     stop : Stop, optional
         Set it to finish the series in flight and to begin no others.
     **options
-        Fields of `gpuprep.ConvertOptions`: masks, backend, engine, jobs, gpus, scheduler, shard, layout, names, only,
-        limit, limit_s, memory_share, room_check, index.
+        Fields of `gpuprep.ConvertOptions`: masks, backend, engine, jobs, gpus, scheduler, shard, layout, names, select,
+        record, only, limit, limit_s, memory_share, room_check, index. And those of `gpuprep.Select`, which replace
+        those of the recipe: where, best_per, prefer, drop_duplicates.
 
     Returns
     -------
@@ -96,7 +97,7 @@ def convert(
     >>> gpuprep.convert("dicom", "out", recipe, backend="cpu").counts  # nothing has changed
     {'skipped': 1}
     """
-    asked = ConvertOptions(recipe=recipe or Recipe(), **options)
+    asked = options_with(recipe, options)
     return run_cohort(as_list(paths), out, asked, listener or Listener(), stop or Stop())
 
 
@@ -161,8 +162,9 @@ def _execute(context: RunContext, prepared: Prepared, stop: Stop, done: _Done) -
     context.listener.planned(prepared.forecast)
     attempts = Attempts(context.resources.executor, context.output, prepared.forecast.disk_share, options.limit_s, stop)
     by_key = {s.key: s for s in prepared.cohort} if options.names else {}
-    with stop.in_flight():
-        for result in _results(prepared, attempts, manifest):
+    # Closed before the output folder is: an exception may leave series that are being moved into place.
+    with stop.in_flight(), closing(_results(prepared, attempts, manifest)) as results:
+        for result in results:
             done.add(result)
             if options.names is not None:
                 done.crosswalk[result.key] = crosswalk_row(result, by_key[result.key])
@@ -192,6 +194,7 @@ def _run(context: RunContext, prepared: Prepared, stop: Stop, done: _Done, arran
         tallies=dict(done.tallies),
         found=len(cohort) if image or matches is None else sum(map(bool, matches.by_key.values())),
         postponed=prepared.postponed,
+        unlisted=prepared.complaint,
         unmatched=matches.complaints if matches is not None else (),
         unused=matches.unused if matches is not None else (),
         stopped=prepared.series - len(states) if stop.asked else None,
@@ -199,14 +202,14 @@ def _run(context: RunContext, prepared: Prepared, stop: Stop, done: _Done, arran
     )
 
 
-def _results(prepared: Prepared, attempts: Attempts, manifest: Manifest) -> Iterator[SeriesResult]:
-    """Store the result of each series in the manifest and yield it: skipped and rejected ones first."""
+def _results(prepared: Prepared, attempts: Attempts, manifest: Manifest) -> Generator[SeriesResult, None, None]:
+    """Store the result of each series in the manifest and yield it: those that are not converted first."""
     for key in prepared.skipped:
         former = manifest.get(key)
         assert former is not None  # noqa: S101 - only series of the manifest are skipped
         yield replace(former, status="skipped")
-    for rejected in prepared.rejected:
-        yield _store(manifest, rejected.rejection(), rejected)
+    for task in prepared.left_out:
+        yield _store(manifest, task.left_out(), task)
     for task, result in attempts.of(iter(prepared.tasks)):
         yield _store(manifest, result, task)
 
@@ -263,6 +266,8 @@ def _record(context: RunContext, forecast: Forecast) -> RunRecord:
         "masks": masks if masks is None or masks == "auto" else [absolute(p) for p in masks],
         "engine": options.engine,
         "layout": options.layout,
+        "select": options.select and absolute(options.select),
+        "record": sorted(options.record),
     }
     return RunRecord(
         started=now(),

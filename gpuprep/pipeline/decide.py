@@ -7,21 +7,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from os.path import basename
 
 from gpuprep import _version
 from gpuprep.compute.backend import Backend, Engine
 from gpuprep.compute.memory_estimate import WRITING_BYTES, mask_bytes, needed_bytes
 from gpuprep.core.formatting import printable
-from gpuprep.core.plan import Plan, make_plan
+from gpuprep.core.plan import Plan
 from gpuprep.core.series import Series
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import Cohort
-from gpuprep.errors import PlanError
 from gpuprep.output.folder_store import Output
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.paths import assign_folders
 from gpuprep.output.records import DONE, Entry
+from gpuprep.pipeline.choose import Choice
+from gpuprep.pipeline.judge import judge
 from gpuprep.pipeline.match_masks import Matched, fingerprint, used_names
 from gpuprep.pipeline.options import ConvertOptions
 from gpuprep.pipeline.planned_series import Needs, PlannedSeries
@@ -35,6 +35,7 @@ def planned_series(
     paths: list[str],
     options: ConvertOptions,
     backend: Backend,
+    choice: Choice,
     matches: Matched | None,
     values: Mapping[str, int],
     output: Output | None,
@@ -56,6 +57,8 @@ def planned_series(
         Recipe, engine and pseudonyms.
     backend : Backend
         Computes the volumes; their memory depends on it.
+    choice : Choice
+        What the user chose among the cohort.
     matches : Matched, optional
         Segmentations of each series; absent: no masks are made.
     values : mapping of str to int
@@ -66,7 +69,7 @@ def planned_series(
     recipe, names = options.recipe, options.names
     recipe_sha256 = recipe.sha256
     taken = {folder: key for folder, key in manifest.columns("folder", "key") if folder} if manifest else {}
-    folders = {} if names else assign_folders(cohort, paths, taken)
+    folders = {} if names else assign_folders(cohort, paths, taken, choice.names)
     shared = recipe.masks.layout == "labels"
     doubtful = doubtful_files(cohort)
     for series in chosen:
@@ -87,24 +90,28 @@ def planned_series(
             structures=structures,
             label_values=label_values,
         )
-        if planned.former and output and _is_complete(planned.fingerprint, recipe_sha256, output, planned.former):
+        named = any(choice.names.get(series.key, ()))
+        if left := choice.left_out.get(series.key):
+            audited = audit(series, recipe.rules)
+            yield replace(planned, audit=audited, facts=choice.facts(series, audited)).excluded(left.reason, left.code)
+        elif (
+            planned.former
+            and output
+            and not (named and planned.former.folder != folders[series.key])
+            and _is_complete(planned.fingerprint, recipe_sha256, output, planned.former)
+        ):
             yield replace(planned, folder=planned.former.folder)
         else:
-            yield _checked(replace(planned, folder=folders.get(series.key, "")), options, backend)
+            yield _checked(replace(planned, folder=folders.get(series.key, "")), options, choice, backend)
 
 
-def _checked(planned: PlannedSeries, options: ConvertOptions, backend: Backend) -> PlannedSeries:
+def _checked(planned: PlannedSeries, options: ConvertOptions, choice: Choice, backend: Backend) -> PlannedSeries:
     """Return a series with its audit, and with its plan or the reason why there is none."""
     audited = audit(planned.series, options.recipe.rules)
-    planned = replace(planned, audit=audited)
-    if audited.stack is None:
-        return planned.rejected(audited.reason)
-    try:
-        plan = make_plan(audited.stack.geometry, options.recipe, audited.stack.placement)
-    except PlanError as exc:
-        return planned.rejected(f"PlanError: {exc}", "plan")
-    if bad := next((s for s in planned.segmentations if s.error), None):
-        return planned.rejected(f"SegmentationError: {printable(basename(bad.path))}: {bad.error}", bad.code)
+    planned = replace(planned, audit=audited, facts=choice.facts(planned.series, audited))
+    plan, reason, code = judge(audited, options.recipe, planned.segmentations)
+    if plan is None:
+        return planned.rejected(reason, code)
     needs = _needs(plan, backend, options.engine, masks=bool(planned.segmentations))
     return replace(planned, action="convert", plan=plan, needs=needs)
 

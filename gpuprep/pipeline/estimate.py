@@ -67,6 +67,7 @@ class Forecast:
     series: int = 0
     skipped: int = 0
     rejected: int = 0
+    excluded: int = 0
     output_bytes: int = 0
     """Size of all voxels, uncompressed."""
     replaced_bytes: int = 0
@@ -80,6 +81,7 @@ class Forecast:
         self.series += 1
         self.skipped += planned.action == "skip"
         self.rejected += planned.action == "reject"
+        self.excluded += planned.action == "exclude"
         self.output_bytes += needs.output_bytes
         self.voxels += needs.voxels
         if planned.action == "convert" and former is not None and former.folder == planned.folder:
@@ -125,7 +127,8 @@ class Forecast:
         """Time of the run in s; None without experience."""
         if self.experience is None:
             return None
-        return self.voxels * self.experience.s_per_voxel / min(self.workers, max(1, self.todo - self.rejected))
+        converted = self.todo - self.rejected - self.excluded
+        return self.voxels * self.experience.s_per_voxel / min(self.workers, max(1, converted))
 
     @property
     def misfit(self) -> str:
@@ -144,6 +147,7 @@ class Forecast:
             "series": self.series,
             "skipped": self.skipped,
             "rejected": self.rejected,
+            "excluded": self.excluded,
             "output_bytes": self.output_bytes,
             "disk_bytes": self.disk_bytes,
             "free_disk_bytes": self.free_disk_bytes,

@@ -85,6 +85,8 @@ class Run:
     """Number of series under the paths, in all shards together."""
     postponed: int = 0
     """Number of series that `limit` left for a later run."""
+    unlisted: str = ""
+    """Phrase about lines of the file of the selection without a series; "" if there are none."""
     unmatched: tuple[tuple[str, str], ...] = ()
     """(path, reason) of segmentations without a series that the user named, or that lie in a folder the user named."""
     unused: tuple[tuple[str, str], ...] = ()
@@ -104,7 +106,7 @@ class Run:
         """0 all done, 1 some series or files left out, 3 nothing found, 130 stopped."""
         if self.stopped is not None:
             return 130
-        bad = bool(self.unreadable or self.unmatched)
+        bad = bool(self.unreadable or self.unmatched or self.unlisted)
         if not self.found:
             return 1 if bad else 3
         return 1 if bad or {"rejected", "failed"} & self.tallies.keys() else 0

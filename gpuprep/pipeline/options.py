@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 from gpuprep.compute.backend import Backend, BackendName, Engine, checked_engine
 from gpuprep.compute.memory_estimate import USABLE_SHARE
 from gpuprep.core.recipe import Recipe
+from gpuprep.core.select_options import Select
 from gpuprep.core.shard import WHOLE_COHORT, Shard
 from gpuprep.errors import RequestError
 from gpuprep.files.filesystem import normalised_path
+from gpuprep.output.columns import FREE_TEXT
 from gpuprep.output.nnunet import Layout
 from gpuprep.output.records import Status
 from gpuprep.pipeline.pseudonyms import Pseudonyms
+from gpuprep.pipeline.selection_file import SelectionFile
+from gpuprep.pipeline.series_query import check_select
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -68,6 +72,11 @@ class ConvertOptions:
     names: Pseudonyms | None = None
     """Pseudonyms of UIDs, patients and paths in the output folder; the crosswalk is written beside their key. None:
     folders are named like those of the input, and the manifest has UIDs and paths."""
+    select: str | os.PathLike[str] | None = None
+    """File that lists the series to convert, and may name their outputs: see `gpuprep.pipeline.selection_file`. The
+    recipe's table `Select` chooses among them."""
+    record: Collection[str] = ()
+    """Columns of free text that are stored in the output folder: of `gpuprep.output.columns.FREE_TEXT`."""
     only: Collection[Status] | None = None
     """Convert only series with one of these statuses in the manifest."""
     limit: int | None = None
@@ -96,5 +105,26 @@ class ConvertOptions:
         if not 0 < self.memory_share <= 1:
             raise RequestError(f"memory share = {self.memory_share:g}: give more than 0, and at most 1")
         checked_engine(self.engine)
+        check_select(self.recipe.select)
+        if self.select is not None:
+            SelectionFile.read(self.select)  # it is used after the scan, which may take hours
+        if unknown := set(self.record).difference(FREE_TEXT):
+            raise RequestError(f"record = {', '.join(sorted(unknown))!r}: choose of {', '.join(FREE_TEXT)}")
+        if self.record and self.names is not None:
+            raise RequestError("record stores free text, which may name anybody: leave it out with --names hash")
         if self.masks is not None and self.masks != "auto":
             object.__setattr__(self, "masks", tuple(as_list(self.masks)))
+
+    @property
+    def stored_recipe(self) -> Recipe:
+        """Recipe as it is stored in OUT: with pseudonyms without the choice of series, whose words may name anybody."""
+        return self.recipe if self.names is None else replace(self.recipe, select=Select())
+
+
+def options_with(recipe: Recipe | None, given: Mapping[str, Any]) -> ConvertOptions:
+    """Return options of the Python interface: those of `ConvertOptions`, and fields of `Select` for the recipe."""
+    choice = {f.name: given[f.name] for f in fields(Select) if f.name in given}
+    recipe = recipe or Recipe()
+    if choice:
+        recipe = replace(recipe, select=replace(recipe.select, **choice))
+    return ConvertOptions(recipe=recipe, **{name: value for name, value in given.items() if name not in choice})

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
 from gpuprep.core.plan import Plan
-from gpuprep.core.series import Series
+from gpuprep.core.series import Description, Series
 from gpuprep.core.stacking_rules import SeriesWarning, codes
 from gpuprep.dicom.audit import Audit, Verdict
-from gpuprep.output.records import Entry
+from gpuprep.output.records import Entry, SeriesFacts
 from gpuprep.pipeline.segmentation_files import SegmentationSummary
 
 
@@ -45,17 +45,19 @@ class PlannedSeries:
     """
 
     series: Series
-    action: Literal["convert", "skip", "reject"]
+    action: Literal["convert", "skip", "reject", "exclude"]
     folder: str = ""
     """Output folder, relative to OUT."""
     plan: Plan | None = None
     """None for a series that is skipped or rejected."""
     audit: Audit | None = None
     """None for a series that is skipped."""
+    facts: SeriesFacts = SeriesFacts()  # noqa: RUF009 - immutable
+    """What is known of it; nothing for a series that is skipped."""
     reason: str = ""
-    """Why it is rejected: "Error: text"."""
+    """Why it is rejected, "Error: text", or excluded, "code: text"."""
     code: str = ""
-    """Code of a rejection that is not in the audit."""
+    """Code of an exclusion, or of a rejection that is not in the audit."""
     notes: tuple[str, ...] = ()
     """Warnings about the files around the series."""
     fingerprint: str = ""
@@ -71,8 +73,10 @@ class PlannedSeries:
     needs: Needs = NO_NEEDS
 
     @property
-    def verdict(self) -> Verdict | Literal["skipped"]:
-        """Verdict of the headers."""
+    def verdict(self) -> Verdict | Literal["skipped", "excluded"]:
+        """Verdict of the headers, or what else is done with it."""
+        if self.action == "exclude":
+            return "excluded"
         if self.action == "reject":
             return "rejected"
         return "skipped" if self.audit is None else self.audit.verdict
@@ -98,8 +102,16 @@ class PlannedSeries:
         return tuple(warning for s in self.segmentations if (warning := s.warning) is not None)
 
     def for_worker(self) -> Self:
-        """Return the series without its plan and audit, which are large; a worker makes them anew from the headers."""
-        return replace(self, plan=None, audit=None)
+        """Return the series as a worker needs it.
+
+        Plan and audit are large, and made anew from the headers. The description may name anybody.
+        """
+        series = replace(self.series, description=Description(), patient="")
+        return replace(self, series=series, plan=None, audit=None)
+
+    def excluded(self, reason: str, code: str) -> Self:
+        """Return the series as one that the user did not choose."""
+        return replace(self, action="exclude", folder="", plan=None, reason=reason, code=code, notes=(), needs=NO_NEEDS)
 
     def rejected(self, reason: str, code: str = "") -> Self:
         """Return the series as one that is not converted."""

@@ -25,6 +25,7 @@ from gpuprep.output.manifest import Manifest, shards_of
 from gpuprep.output.nnunet import Layout, check
 from gpuprep.output.object_store import resolve_out
 from gpuprep.output.records import Status
+from gpuprep.pipeline.choose import choose
 from gpuprep.pipeline.decide import planned_series
 from gpuprep.pipeline.estimate import Forecast, experience
 from gpuprep.pipeline.events import Listener
@@ -32,6 +33,7 @@ from gpuprep.pipeline.match_masks import Matched, matched, used_names
 from gpuprep.pipeline.options import ConvertOptions
 from gpuprep.pipeline.planned_series import PlannedSeries
 from gpuprep.pipeline.pseudonyms import Pseudonyms, patient_ids, planned_row
+from gpuprep.pipeline.series_facts import public_facts
 from gpuprep.pipeline.task import Task
 
 
@@ -60,15 +62,17 @@ class Prepared:
     """Series that are converted."""
     skipped: list[str] = field(default_factory=list)
     """Keys of series whose outputs are complete and unchanged."""
-    rejected: list[Task] = field(default_factory=list)
-    """Series that cannot be converted, as their headers or segmentations show."""
+    left_out: list[Task] = field(default_factory=list)
+    """Series that are excluded, or cannot be converted, as their headers or segmentations show."""
+    complaint: str = ""
+    """Phrase about lines of `ConvertOptions.select` without a series."""
     postponed: int = 0
     """Number of series that `ConvertOptions.limit` leaves for a later run."""
 
     @property
     def series(self) -> int:
         """Number of series that get a result."""
-        return len(self.tasks) + len(self.skipped) + len(self.rejected)
+        return len(self.tasks) + len(self.skipped) + len(self.left_out)
 
 
 def prepare(context: RunContext) -> Prepared:
@@ -87,7 +91,7 @@ def prepare(context: RunContext) -> Prepared:
     context.listener.scanned(cohort)
     matches = matches_of(cohort, context.paths, options, resources.executor, context.out)
     _check_both_stay(recipe, matches, manifest, context.out)
-    output.write_text("recipe.toml", recipe.to_toml())
+    output.write_text("recipe.toml", options.stored_recipe.to_toml())
     manifest.account(cohort.passed_over, names.paths(cohort.unreadable) if names else cohort.unreadable)
     if matches is not None:
         manifest.account_segmentations(() if names else matches.rows)
@@ -95,10 +99,12 @@ def prepare(context: RunContext) -> Prepared:
     values = _label_values(matches, recipe, manifest, names)
     if values:
         output.write_text("labels.json", json.dumps(values, indent=1, ensure_ascii=False))
-    prepared = Prepared(cohort, matches, blank_forecast(resources, recipe, manifest, output))
+    choice = choose(cohort, options, matches, resources.executor)
+    forecast = blank_forecast(resources, recipe, manifest, output)
+    prepared = Prepared(cohort, matches, forecast, complaint=choice.complaint)
     chosen = [s for s in cohort if options.shard.has(s.public_uid) and _wanted(s, options.only, manifest)]
     for planned in planned_series(
-        cohort, chosen, context.paths, options, resources.backend, matches, values, output, manifest
+        cohort, chosen, context.paths, options, resources.backend, choice, matches, values, output, manifest
     ):
         _add(planned, context, prepared)
     if names is not None:
@@ -120,14 +126,14 @@ def _add(planned: PlannedSeries, context: RunContext, prepared: Prepared) -> Non
     elif planned.action == "convert":
         prepared.tasks.append(_task(planned.for_worker(), context))
     else:
-        prepared.rejected.append(_task(planned, context))
+        prepared.left_out.append(_task(planned, context))
 
 
 def _task(planned: PlannedSeries, context: RunContext) -> Task:
     options = context.options
     return Task(
-        planned=planned,
-        recipe=options.recipe,
+        planned=replace(planned, facts=public_facts(planned.facts, options.record)),
+        recipe=options.stored_recipe,
         engine=options.engine,
         backend=context.resources.backend,
         output=context.output,
@@ -146,7 +152,7 @@ def _name_folders(prepared: Prepared, names: Pseudonyms, executor: Executor) -> 
         if patient is None:  # in the folder of another patient it would be worse than missing
             rejected = task.planned.rejected("InputError: its Patient ID cannot be read", "changed")
             rejected = replace(rejected, audit=audit(series, task.recipe.rules))
-            prepared.rejected.append(replace(task, planned=rejected))
+            prepared.left_out.append(replace(task, planned=rejected))
         else:
             folder = names.folder(series, patient)
             prepared.tasks.append(replace(task, planned=replace(task.planned, folder=folder)))

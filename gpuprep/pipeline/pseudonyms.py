@@ -27,9 +27,11 @@ from typing import Any, Self
 from filelock import FileLock
 
 from gpuprep.core.series import Series, SliceHeader
+from gpuprep.dicom.known_terms import known_terms
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.filesystem import is_url, normalised_path
 from gpuprep.files.replacing import atomic_writer, flush
+from gpuprep.output.columns import FREE_TEXT
 from gpuprep.output.records import SeriesResult
 
 DIGITS = 20
@@ -47,6 +49,10 @@ _AS_CSV: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrog
 """A path may hold any bytes."""
 
 # Lists of what is allowed, so that a new field of a record is not stored in OUT before it is added here.
+CODED = (
+    "image_type", "kernel", "manufacturer", "body_part", "patient_position", "scan_options", "acquisition_type",
+)  # fmt: skip
+"""Columns of codes, of which only known ones are stored."""
 PUBLIC_OF_AUDIT = (
     "slices", "spacing_mm", "spacing_deviation_mm", "gaps", "missing", "duplicates", "tilt_deg", "obliqueness_deg",
     "orientation", "padding", "rescales", "bits_stored", "transfer_syntaxes", "left_out_images",
@@ -127,6 +133,8 @@ class Pseudonyms:
 
     def public(self, result: SeriesResult, series: Series) -> SeriesResult:
         """Return a result as it may be stored in OUT: without UIDs, paths and texts."""
+        facts: dict[str, Any] = {name: known_terms(name, getattr(result, name)) for name in CODED}
+        facts |= dict.fromkeys(("model", *FREE_TEXT))
         return replace(
             result,
             series_uid=series.alias,
@@ -138,6 +146,8 @@ class Pseudonyms:
             audit=result.audit and _without_names(result.audit),
             segmentations=result.segmentations and tuple(_only(s, ("format",)) for s in result.segmentations),
             labels=result.labels and tuple(_only(label, PUBLIC_OF_LABELS) for label in result.labels),
+            frame_of_reference_uid=self.of_uid("frame", result.frame_of_reference_uid or "") or None,
+            **facts,
         )
 
     def paths(self, rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

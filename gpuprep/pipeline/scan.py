@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpuprep.compute.backend import Backend, BackendName, get_backend
 from gpuprep.compute.memory_estimate import USABLE_SHARE
@@ -16,27 +16,31 @@ from gpuprep.dicom.discover import Cohort
 from gpuprep.executors.fork_server import HEADER_MODULES
 from gpuprep.executors.processes import WorkerDiedError
 from gpuprep.executors.resources import Resources, local_resources
+from gpuprep.output.export import arrow_table, data_frame
 from gpuprep.output.manifest import Manifest, manifest_path
 from gpuprep.output.object_store import local_copies, open_out, output_for_reading, resolve_out
 from gpuprep.output.records import DONE
+from gpuprep.pipeline.choose import Choice, choose
 from gpuprep.pipeline.convert_series import convert_series
 from gpuprep.pipeline.decide import planned_series
 from gpuprep.pipeline.estimate import Experience, Forecast
 from gpuprep.pipeline.events import Listener
 from gpuprep.pipeline.match_masks import Matched
-from gpuprep.pipeline.options import ConvertOptions, Paths, as_list
+from gpuprep.pipeline.options import ConvertOptions, Paths, as_list, options_with
 from gpuprep.pipeline.planned_series import PlannedSeries
 from gpuprep.pipeline.prepare import blank_forecast, check_apart, check_layout, check_names, matches_of, series_under
+from gpuprep.pipeline.scan_rows import SCAN_COLUMNS, scan_row
 from gpuprep.pipeline.task import Task
 
 
-class Scan(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Scan:
     """Result of a scan.
 
     Examples
     --------
-    >>> cohort, planned, forecast = gpuprep.scan(".")  # an empty folder
-    >>> len(cohort), planned, forecast.output_bytes
+    >>> found = gpuprep.scan(".")  # an empty folder
+    >>> len(found.cohort), found.planned, found.forecast.output_bytes
     (0, [], 0)
     """
 
@@ -44,6 +48,32 @@ class Scan(NamedTuple):
     planned: list[PlannedSeries]
     """Each series, with what a run would do with it."""
     forecast: Forecast
+    unlisted: str = ""
+    """Phrase about lines of the file of the selection without a series; "" if there are none."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row per series, with the columns of ``gpuprep scan --csv``."""
+        return [scan_row(planned) for planned in self.planned]
+
+    def to_arrow(self) -> Any:
+        """Return the rows as a table of pyarrow.
+
+        Raises
+        ------
+        RequestError
+            If pyarrow is not installed.
+        """
+        return arrow_table(self.rows(), SCAN_COLUMNS)
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a data frame of pandas.
+
+        Raises
+        ------
+        RequestError
+            If pyarrow or pandas is not installed.
+        """
+        return data_frame(self.to_arrow())
 
 
 def scan(
@@ -89,7 +119,7 @@ def scan(
     ...     print(planned.verdict, planned.action, planned.plan.target.shape)
     ok convert (36, 512, 512)
     """
-    asked = ConvertOptions(recipe=recipe or Recipe(), backend=backend, **options)
+    asked = options_with(recipe, {**options, "backend": backend})
     return scan_cohort(as_list(paths), asked, out, listener or Listener(), calibrate=calibrate)
 
 
@@ -112,7 +142,8 @@ def scan_cohort(
         matches = matches_of(cohort, paths, options, resources.executor, out)
         if matches is not None:
             listener.matched(matches)
-        planned, forecast = _planned(cohort, matches, resources, paths, options, out)
+        choice = choose(cohort, options, matches, resources.executor)
+        planned, forecast = _planned(cohort, choice, matches, resources, paths, options, out)
         for one in planned:
             forecast.add(one)
         todo = [one for one in planned if one.action == "convert"]
@@ -121,11 +152,12 @@ def scan_cohort(
             forecast.experience = _experience(todo[len(todo) // 2], resources, options)
     finally:
         resources.executor.stop()
-    return Scan(cohort, planned, forecast)
+    return Scan(cohort, planned, forecast, choice.complaint)
 
 
 def _planned(
     cohort: Cohort,
+    choice: Choice,
     matches: Matched | None,
     resources: Resources,
     paths: list[str],
@@ -143,7 +175,9 @@ def _planned(
                 check_names(names, manifest, out)
         values = manifest.label_values() if manifest and matches and recipe.masks.layout == "labels" else {}
         share = [s for s in cohort if options.shard.has(s.public_uid)]
-        planned = planned_series(cohort, share, paths, options, resources.backend, matches, values, output, manifest)
+        planned = planned_series(
+            cohort, share, paths, options, resources.backend, choice, matches, values, output, manifest
+        )
         return list(planned), blank_forecast(resources, recipe, manifest, output)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from gpuprep import _version
@@ -14,7 +14,7 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.core.stacking_rules import texts
 from gpuprep.dicom.audit import Audit
 from gpuprep.output.folder_store import Output
-from gpuprep.output.records import SeriesResult, now, this_host
+from gpuprep.output.records import SeriesResult, Status, now, this_host
 from gpuprep.pipeline.planned_series import PlannedSeries
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Task:
         """Return the result of the series as it begins: status "failed", with all that is known before conversion."""
         series, warnings = self.planned.series, self.planned.notes + texts(self.planned.match_warnings)
         return SeriesResult(
+            **asdict(self.planned.facts),
             key=series.key,
             series_uid=series.series_uid,
             study_uid=series.study_uid,
@@ -67,9 +68,10 @@ class Task:
             host=this_host(),
         )
 
-    def rejection(self) -> SeriesResult:
-        """Return the result of a series that is rejected by its headers or segmentations."""
+    def left_out(self) -> SeriesResult:
+        """Return the result of a series that is rejected by its headers or segmentations, or excluded."""
         planned = self.planned
+        status: Status = "excluded" if planned.action == "exclude" else "rejected"
         return replace(
-            self.result(planned.audit), status="rejected", reason=planned.reason, codes=planned.codes, finished=now()
+            self.result(planned.audit), status=status, reason=planned.reason, codes=planned.codes, finished=now()
         )

@@ -25,6 +25,7 @@ from gpuprep.core.formatting import plain_reason
 from gpuprep.errors import OutputError, RequestError
 from gpuprep.files import filesystem
 from gpuprep.files.replacing import atomic_writer
+from gpuprep.output.columns import FACTS, Column
 from gpuprep.output.folder_store import Output
 from gpuprep.output.object_store import output_for_reading, resolve_out
 from gpuprep.output.paths import REPORT
@@ -39,8 +40,8 @@ PICTURES_PER_BATCH = 64
 """Pictures read in parallel and held in memory together."""
 
 COLUMNS = (
-    "name", "number", "source", "uid", "status", "reason", "slices", "spacing_mm", "shape", "hu_min", "hu_mean",
-    "hu_max", "air_hu", "tissue_hu", "padding_share", "seconds", "flags",
+    "name", "number", "source", "uid", "status", "reason", "slices", "kernel", "spacing_mm", "shape", "hu_min",
+    "hu_mean", "hu_max", "air_hu", "tissue_hu", "padding_share", "seconds", "flags",
 )  # fmt: skip
 
 
@@ -140,6 +141,7 @@ def _table_row(result: SeriesResult) -> list[Any]:
         result.status,
         plain_reason(result.reason),
         result.slices,
+        result.kernel,
         _rounded(result.source_spacing_mm, 4),
         result.shape,
         _rounded(result.hu_min, 1),
@@ -165,6 +167,11 @@ def _detail_blocks(
                 yield number, _detail_block(result, picture)
 
 
+def _with_unit(value: object, column: Column) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{text} {column.unit}".rstrip()
+
+
 def _detail_block(result: SeriesResult, picture: bytes | None) -> dict[str, Any]:
     return {
         "picture": picture and base64.b64encode(picture).decode("ascii"),
@@ -172,6 +179,9 @@ def _detail_block(result: SeriesResult, picture: bytes | None) -> dict[str, Any]
         "flags": [flag.text for flag in flags(result)],
         "irregularities": result.irregularities,
         "warnings": result.warnings,
+        "facts": [
+            (name, _with_unit(value, FACTS[name])) for name in FACTS if (value := getattr(result, name)) is not None
+        ],
         "labels": [{k: label[k] for k in ("name", "value", "file", "ml")} for label in result.labels or ()],
         "source_shape": result.source_shape,
         "spacing_mm": _rounded(result.spacing_mm, 4),

@@ -5,7 +5,7 @@
   const at = Object.fromEntries(cohort.columns.map((name, n) => [name, n]));
   const rows = cohort.rows;
   const PAGE = 50, PRINTED = 1000;
-  const STATUSES = ["ok", "fixed", "rejected", "failed"];
+  const STATUSES = ["ok", "fixed", "excluded", "rejected", "failed"];
   const byId = (id) => document.getElementById(id);
   const SVG = "http://www.w3.org/2000/svg";
 
@@ -39,6 +39,7 @@
     { title: "Status", key: (r) => STATUSES.indexOf(r[at.status]), cell: (r) => status(r[at.status]) },
     { title: "Flags", key: (r) => r[at.flags].length || null, cell: (r) => r[at.flags].map(chip), kind: "flags", down: true },
     { title: "Slices", key: (r) => r[at.slices], cell: (r) => integer(r[at.slices]), kind: "number" },
+    { title: "Kernel", key: (r) => r[at.kernel], cell: (r) => r[at.kernel] || "–" },
     { title: "Source, mm", key: (r) => r[at.spacing_mm] && r[at.spacing_mm][0], cell: (r) => times(r[at.spacing_mm], (v) => number(v)), kind: "number" },
     { title: "Becomes", key: (r) => r[at.shape] && r[at.shape][0], cell: (r) => times(r[at.shape], String), kind: "number" },
     { title: "HU min, mean, max", key: (r) => r[at.hu_mean], cell: (r) => r[at.hu_mean] === null ? "–" : [r[at.hu_min], r[at.hu_mean], r[at.hu_max]].map(integer).join("\u2002"), kind: "number" },
@@ -73,7 +74,7 @@
   let first = 0;
   let open = -1;
 
-  const searchTexts = rows.map((r) => [r[at.name], r[at.source], r[at.uid], r[at.status], r[at.reason], ...r[at.flags]].join("\n").toLowerCase());
+  const searchTexts = rows.map((r) => [r[at.name], r[at.source], r[at.uid], r[at.status], r[at.reason], r[at.kernel] || "", ...r[at.flags]].join("\n").toLowerCase());
   const numbers = new Map(rows.map((row, n) => [row, n]));
 
   function select() {
@@ -262,6 +263,7 @@
         q ? section("HU of the source", make("div", { class: "charts" },
           histogram(q, -1024, 1600, true, ["air", "lung", "fat", "bone"], "All HU; heights are square roots of shares"),
           histogram(q, -200, 200, false, ["fat", "water", "blood", "muscle", "liver"], "Soft tissue; heights are shares"))) : [],
+        block.facts.length ? section("Acquisition", pairs(block.facts)) : [],
         section("Metrics", pairs([
           ["Bands", shares],
           ["HU", row[at.hu_min] === null ? null : `${integer(row[at.hu_min])} to ${integer(row[at.hu_max])}, mean ${number(row[at.hu_mean])}`],

@@ -428,6 +428,7 @@ def test_flags_override_the_recipe_and_are_saved(small_series: Path, tmp_path: P
             "slice_from": "column",
             "slice_order": "instance",
         },
+        "select": {"where": "none", "best_per": "none", "prefer": "none", "drop_duplicates": False},
     }
     sidecar = json.loads((out / "dicom" / "ct" / "volume.json").read_text())
     assert (sidecar["shape"], sidecar["dtype"], sidecar["engine"]) == ([5, 8, 6], "int16", "ndimage")
@@ -455,6 +456,10 @@ ALL_OFF = {"spacing_mm": "none", "window_hu": "none", "size": "none"}
         ("--window none --dtype int16 --compression none", {"window_hu": "none", "dtype": "int16"}),
         ("--policy keep --max-missing 0", {"policy": "keep", "max_missing": 0}),
         ("--assume-hu --orient LPS", {"assume_hu": True, "orient": "LPS"}),
+        (
+            "--where slices>9 --best-per study --prefer -slices --drop-duplicates",
+            {"select": {"where": "slices>9", "best_per": "study", "prefer": "-slices", "drop_duplicates": True}},
+        ),
     ],
 )
 def test_flags_become_fields_of_the_recipe(tmp_path: Path, out: Path, flags: str, changed: dict[str, Any]) -> None:
@@ -472,6 +477,7 @@ def test_flags_become_fields_of_the_recipe(tmp_path: Path, out: Path, flags: str
             "text_format": "none", "units": "none", "index_base": "none", "pixel_base": 0, "slice_from": "none",
             "slice_order": "none",
         },
+        "select": {"where": "none", "best_per": "none", "prefer": "none", "drop_duplicates": False},
     }  # fmt: skip
     assert tomllib.loads((out / "recipe.toml").read_text()) == default | changed
 
@@ -539,7 +545,7 @@ def test_json_of_scan_has_the_planned_actions(mixed: Path) -> None:
     result = run("scan", mixed, "--json")
     assert result.code == 1
     assert result.stderr == ""
-    good, bad = sorted(result.json["series"], key=lambda s: s["folder"])
+    good, bad = sorted(result.json["series"], key=lambda s: s["source"])
     assert (good["action"], good["slices"], good["source_shape"]) == ("convert", 6, [6, 20, 24])
     assert good["source_spacing_mm"] == pytest.approx([2.5, 0.8, 0.7])
     assert good["shape"] == [15, 512, 512]
@@ -552,7 +558,7 @@ def test_json_accepts_any_file_name(small_series: Path, tmp_path: Path) -> None:
     folder = os.path.join(tmp_path, os.fsdecode(b"odd-\xff\n\x1b[31m"))
     shutil.copytree(small_series, folder)
     (series,) = run("scan", folder, "--json").json["series"]
-    assert "odd-" in series["folder"]
+    assert "odd-" in series["source"]
     table = run("scan", folder)
     assert table.code == 0
     assert "\x1b[31m" not in table.stdout
@@ -590,22 +596,97 @@ def test_the_audit_is_the_same_in_json_and_csv(mixed: Path) -> None:
     assert good["audit"]["spacing_mm"] == pytest.approx(2.5)
     # Files are numbered from the top; the third of five is missing.
     assert gap["audit"]["gaps"] == [{"after": "S1-0004.dcm", "mm": pytest.approx(5.0), "missing": 1}]
-    result = run("scan", mixed, "--csv")
+    result = run("scan", mixed, "--csv", "-")
     assert result.code == 1
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     for row, record in zip(rows, (good, gap), strict=True):
-        flat = record | {f"audit_{k}": v for k, v in record["audit"].items()}
-        del flat["audit"]
-        assert list(row) == list(flat)
-        for name, value in flat.items():
+        assert set(record) - set(row) == {"label", "segmentations", "structures"}
+        for name, value in record.items():
+            if name not in row:
+                continue
             wanted = "" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
             assert row[name] == wanted
 
 
 def test_json_and_csv_at_once_are_a_bad_request(small_series: Path) -> None:
-    result = run("scan", small_series, "--csv", "--json")
+    result = run("scan", small_series, "--csv", "-", "--json")
     assert result.code == 2
-    assert "--csv and --json: give one of them" in result.error_line
+    assert "--csv, --parquet and --json: give one of them" in result.error_line
+
+
+def test_a_flag_is_no_name_of_a_file(small_series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("scan", small_series, "--csv", "--json")
+    assert (result.code, result.error_line) == (
+        2,
+        "gpuprep: --csv --json: give a name of a file, or - for the terminal\n",
+    )
+    assert not Path("--json").exists()
+
+
+def test_scan_writes_a_choice_that_convert_takes(mixed: Path, out: Path, tmp_path: Path) -> None:
+    file, table = tmp_path / "choice.csv", tmp_path / "choice.parquet"
+    result = run("scan", mixed, "--csv", file)
+    assert (result.code, result.stdout) == (1, f"2 series in {file}\n")
+    assert run("scan", mixed, "--parquet", table, "--where", "slices > 5").code == 0
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(table).to_pylist()
+    assert [(row["action"], row["slices"], row["codes"]) for row in rows] == [
+        ("convert", 6, ["ok"][:0]),
+        ("exclude", 4, ["where"]),
+    ]
+    kept = [row for row in csv.reader(file.read_text().splitlines()) if row[0] != "reject"]
+    file.write_text("\n".join(",".join(f'"{cell.replace(chr(34), chr(34) * 2)}"' for cell in row) for row in kept))
+    result = run("convert", mixed, "--out", out, "--select", file, *SMALL)
+    assert result.code == 0
+    assert [row["status"] for row in csv.DictReader((out / "manifest.csv").read_text().splitlines())] == [
+        "ok",
+        "excluded",
+    ]
+
+
+def test_columns_are_listed_without_a_cohort() -> None:
+    result = run("scan", "--columns")
+    assert result.code == 0
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "slice_thickness_mm real mm (0018,0050) Slice Thickness." in lines
+    assert "kernel text (0018,1210) Convolution Kernel, with backslashes." in lines
+    assert len(lines) > 40
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--where", "kernal = 'B30f'"],
+            "--where \"kernal = 'B30f'\": there is no column 'kernal'; the nearest are kernel",
+        ),
+        (["--where", "1; ATTACH 'x' AS y"], "it is no expression of SQL"),
+        (["--prefer", "slices"], "select.prefer orders the series of each group: give select.best_per too"),
+        (["--best-per", "study", "--prefer", "slice"], "--prefer 'slice': there is no column 'slice'"),
+        (["--select", "absent.csv"], "--select absent.csv: No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("command", ["scan", "convert"])
+def test_a_wrong_choice_is_one_line_and_exit_code_2(
+    small_series: Path, out: Path, command: str, words: list[str], message: str
+) -> None:
+    target: list[str | Path] = ["--out", out] if command == "convert" else []
+    result = run(command, small_series, *target, *words)
+    assert result.code == 2
+    assert message in result.error_line
+    assert result.error_line.count("\n") == 1
+
+
+def test_retry_keeps_the_choice(mixed: Path, out: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("path\n" + str(mixed / "gap"))
+    assert run("convert", mixed, "--out", out, "--select", listed, "--where", "slices < 9", *SMALL).code == 1
+    result = run("retry", out, "--rejected")
+    assert result.code == 1
+    statuses = {row["source"]: row["status"] for row in csv.DictReader((out / "manifest.csv").read_text().splitlines())}
+    assert statuses == {str(mixed / "ct"): "excluded", str(mixed / "gap"): "rejected"}
 
 
 def test_flags_decide_what_scan_calls_irregular(mixed: Path) -> None:

@@ -224,7 +224,8 @@ def test_rescanning_an_unchanged_folder_opens_no_file(
         archive.write(files[0], "x")
 
     def scanned() -> list[object]:
-        cohort, planned, _ = scan(tree, index=index)
+        found = scan(tree, index=index)
+        cohort, planned = found.cohort, found.planned
         assert cohort.passed_over == {"not DICOM": 1}
         assert [Path(path).name for path, _ in cohort.unreadable] == ["broken.dcm"]
         return [(o.series, o.verdict, o.audit and o.audit.to_dict()) for o in planned]
@@ -257,7 +258,7 @@ def test_only_changed_files_are_read_again(
     else:
         target = target.rename(tree / "renamed.dcm")
     opened.clear()
-    cohort, *_ = scan(tree, index=index)
+    cohort = scan(tree, index=index).cohort
     assert {n for n in opened_files() if n.startswith(str(tree))} == (set() if change == "gone" else {str(target)})
     expected = gpuprep.discover(tree)
     assert cohort.series == expected.series

@@ -33,7 +33,7 @@ import gpuprep
 from gpuprep.cli.app import app
 from gpuprep.core.mask_options import Masks
 from gpuprep.core.recipe import Recipe
-from gpuprep.core.series import Image, Series, SliceHeader, packed
+from gpuprep.core.series import Description, Dose, Image, Series, SliceHeader, packed
 from gpuprep.core.stacking_rules import Rules
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.header_checks import check
@@ -56,6 +56,7 @@ def image(z_mm: float, number: int, **attributes: Any) -> Image:
     plain = Image(
         series_uid="1.3", study_uid="1.2", patient="p", frame_of_reference_uid="1.4", series_number=1, rows=16,
         columns=20, pixel_spacing_mm=(0.8, 0.7), orientation=(1.0, 0.0, 0.0, 0.0, 1.0, 0.0), folder="/data",
+        description=Description(), dose=Dose(), acquired_s=None,
         header=header("", (-100.0, -120.0, z_mm))._replace(**of_slice),
     )  # fmt: skip
     return plain._replace(**given_)
@@ -268,6 +269,17 @@ def test_an_aborted_pass_between_the_slices_of_another_is_left_out() -> None:
         "several acquisitions overlap, separated by acquisition number; this is acquisition number 1; one of "
         "them is a volume",
     ]
+
+
+def test_images_of_bolus_tracking_do_not_describe_the_volume_from_which_they_are_left_out() -> None:
+    tracking, spiral = Description(kernel="B20f", kvp=80.0), Description(kernel="B40f", kvp=120.0)
+    images = [
+        image(20.0, n, acquisition_number=n, description=tracking, dose=Dose(20.0), acquired_s=float(n))
+        for n in range(1, 31)
+    ]
+    images += scan(0, 20, 101, 2.0, acquisition_number=99, description=spiral, dose=Dose(200.0), acquired_s=100.0)
+    (volume,) = partition(images, Rules())
+    assert (volume.description, volume.dose, volume.acquired_s) == (spiral, Dose(200.0), (100.0, 100.0))
 
 
 @pytest.mark.parametrize("tracked", [8, 30])
@@ -653,7 +665,7 @@ def test_phases_are_read_in_every_native_syntax(tmp_path: Path, syntax: UID) -> 
 @pytest.mark.parametrize(
     ("keyword", "value"),
     [
-        ("TriggerTime", "Zauberfrau"), ("StackID", "Zauberfrau"), ("ScanOptions", "ZAUBERFRAU"),
+        ("TriggerTime", "Zauberfrau"), ("StackID", "Zauberfrau"),
         ("ContentTime", "112233"), ("SeriesDate", "20250131"), ("PatientID", "Zauberfrau"),
     ],
 )  # fmt: skip

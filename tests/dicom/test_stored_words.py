@@ -1006,7 +1006,7 @@ def verdicts(folder: Path, out: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Return verdicts and codes of a scan, after comparing them with those of a conversion."""
     recipe = Recipe(spacing_mm=None, size=None, window_hu=None)
     scanned: list[tuple[str, tuple[str, ...]]] = [
-        (o.audit.verdict, o.audit.codes) for o in scan(folder, recipe)[1] if o.audit
+        (o.audit.verdict, o.audit.codes) for o in scan(folder, recipe).planned if o.audit
     ]
     converted = gpuprep.convert(folder, out, recipe, backend="cpu").results
     assert [(r.status, r.codes) for r in converted] == scanned

@@ -188,7 +188,7 @@ def codes_in(tree: ast.Module) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             name = node.func.id
-            if name in ("Irregularity", "SeriesWarning"):
+            if name in ("Irregularity", "SeriesWarning", "LeftOut"):
                 found |= strings(node.args[0], constants)
             elif name in vars(errors) and len(node.args) > 1:
                 found |= strings(node.args[1], constants)

@@ -525,7 +525,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cohort(tmp_path_factory.mktemp("many") / "dicom", 24)
 
 
-FINISHING = "gpuprep: finishing the series in flight; interrupt again to stop at once"
+FINISHING = "gpuprep: finishing the series in flight; interrupt again to end those that are not on disk yet"
 INTERRUPTED = "gpuprep: interrupted; completed outputs are kept: run the same command again to continue"
 
 

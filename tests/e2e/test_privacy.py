@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ IDENTITY = {
     "DeviceSerialNumber": "SN-31415926",
     "StudyID": "STUDY-0815-XY",
     "AccessionNumber": "ACC-60221407",
-    "StudyDescription": "Thorax for Ottilie",
+    "StudyDescription": "Thorax for Walpurga",
     "SeriesDescription": "Lung kernel, call her son",
     "ProtocolName": "ProtocolOfHers",
     "ImageComments": "hidden tattoo on slice",
@@ -55,6 +56,11 @@ IDENTITY = {
     "StudyTime": "031415.926",
 }
 """Values by keyword. Short values, which occur in any file by chance, are written but not searched for."""
+
+DESCRIPTIONS = ("StudyDescription", "SeriesDescription", "ProtocolName")
+"""Free text that `scan` prints, and by which series can be chosen."""
+TIMES = ("StudyDate", "StudyTime", "AcquisitionDate")
+"""Dates and times by which studies and scans are put in order."""
 
 SECRETS = [value for value in IDENTITY.values() if len(value) >= 8] + ["Zauberfrau", "Ottilie", "PHANTOM"]
 
@@ -113,6 +119,10 @@ def found_in(content: bytes) -> list[str]:
     return [s for s in SECRETS if s.encode() in content or s.encode("utf-16-le") in content]
 
 
+def values_of(*keywords: str) -> set[str]:
+    return {IDENTITY[keyword] for keyword in keywords}
+
+
 def leaks(out: Path) -> dict[str, list[str]]:
     """Return the secrets in each file, and in the name of each file and folder, under OUT."""
     found = {}
@@ -158,12 +168,12 @@ def test_outputs_of_worker_processes_do_not_identify_the_patient(dicom: Path, tm
     assert leaks(out) == {}
 
 
-def test_the_header_index_does_not_identify_the_patient(dicom: Path, tmp_path: Path) -> None:
-    # Dates and times of the examination are hashed too.
+def test_the_header_index_has_descriptions_and_dates_but_no_names_and_is_private(dicom: Path, tmp_path: Path) -> None:
     assert discover(dicom, index=tmp_path / "index" / "headers.sqlite").series
     (file,) = (tmp_path / "index").iterdir()
     assert file.stat().st_size > 10_000
-    assert leaks(tmp_path / "index") == {}
+    assert set(leaks(tmp_path / "index")[file.name]) == values_of(*DESCRIPTIONS, *TIMES[:2])
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_a_name_in_place_of_the_modality_is_not_recorded(tmp_path: Path) -> None:
@@ -204,6 +214,7 @@ def test_messages_on_the_screen_do_not_identify_the_patient(
     result: Any = CliRunner().invoke(app, [command, str(dicom), *target, *options])
     assert result.exit_code == 1
     assert "missing in" in result.stdout + result.stderr
-    assert found_in(result.stdout.encode()) == []
+    shown = values_of(*DESCRIPTIONS) if command == "scan" else set()
+    assert set(found_in(result.stdout.encode())) <= shown
     assert found_in(result.stderr.encode()) == []
     assert found_in(caplog.text.encode()) == []

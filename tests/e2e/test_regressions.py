@@ -255,7 +255,7 @@ def test_another_database_is_never_used_as_header_index(tmp_path: Path, applicat
         index = tmp_path / "out" / "manifest.sqlite"
     with closing(sqlite3.connect(index)) as db:
         before = list(db.iterdump())
-    cohort, *_ = scan(tmp_path / "in", index=index)
+    cohort = scan(tmp_path / "in", index=index).cohort
     assert len(cohort) == 1
     with closing(sqlite3.connect(index)) as db:
         assert list(db.iterdump()) == before

@@ -345,7 +345,7 @@ def test_the_spacing_tolerance_allows_1_percent_or_rounding_and_can_be_set(tmp_p
         if not (tmp_path / name).exists():
             spacing = (z_mm[1] - z_mm[0], 0.8, 0.7)
             write_series(tmp_path / name, columns(len(z_mm)), spacing, change=at_heights(z_mm, lambda z: z))
-        _, (planned,), _ = scan(tmp_path / name, recipe)
+        (planned,) = scan(tmp_path / name, recipe).planned
         return planned.codes
 
     assert codes("float", [n * 0.1 * 7 + 1e-13 * (n % 2) for n in range(9)]) == ()
@@ -1036,7 +1036,7 @@ def test_scan_and_convert_reject_an_unsupported_syntax_with_the_same_text(
 ) -> None:
     for file in write_series(tmp_path / "in", noise(4), SPACING, change=lambda ds, _: put(ds, JPEGLSLossless)):
         renamed(file, syntax)
-    _, (planned,), _ = scan(tmp_path / "in", HU)
+    (planned,) = scan(tmp_path / "in", HU).planned
     result = alone(convert(tmp_path / "in", tmp_path / "out"))
     assert (planned.verdict, planned.codes) == (result.status, result.codes) == ("rejected", ("syntax",))
     assert planned.reason == result.reason

@@ -286,7 +286,7 @@ def test_segmentations_at_urls_are_used(tmp_path: Path, memory: Any) -> None:
         # The modification time in a listing equals that of the object itself.
         assert gpuprep.convert("memory://dicom", out, RAW, masks=[masks]).counts == {"skipped": 1}
     put(tmp_path / "masks", "memory://dicom/rt")
-    _, (planned,), _ = scan("memory://dicom", RAW, masks="auto")
+    (planned,) = scan("memory://dicom", RAW, masks="auto").planned
     assert [g.path for g in planned.segmentations] == ["memory://dicom/rt/rt.dcm"]
     assert gpuprep.read_segmentation("memory://masks/rt.dcm").structures[0].name == "left"
     with pytest.raises(RequestError, match=r"^memory://nowhere does not exist$"):

@@ -45,8 +45,8 @@ version TEXT, sha256 TEXT, host TEXT, finished TEXT, PRIMARY KEY (key))"""
 
 
 @TABLES
-def test_the_columns_are_the_fields_in_their_order(table: Mapping[str, Column], record: Any) -> None:
-    assert list(table) == [f.name for f in fields(record)]
+def test_the_columns_are_the_fields(table: Mapping[str, Column], record: Any) -> None:
+    assert sorted(table) == sorted(f.name for f in fields(record))
 
 
 def kind_of(hint: Any) -> Kind:
@@ -131,7 +131,7 @@ def test_a_cell_of_another_type_is_refused(column: str, cell: object) -> None:
 
 def test_parquet_has_numbers_and_lists_as_such_and_objects_as_json(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    write_parquet([], tmp_path / "empty.parquet")
+    write_parquet([], SERIES, tmp_path / "empty.parquet")
     schema = parquet.read_schema(tmp_path / "empty.parquet")
     types = {name: str(schema.field(name).type).replace("element", "item") for name in schema.names}
     expected = {

@@ -796,7 +796,8 @@ def test_an_interruption_between_two_series_keeps_the_first_and_its_record(dicom
 def test_scan_predicts_the_actions_of_convert(dicom: Path, out: Path) -> None:
     add(dicom / "bad", seed=3)[1].unlink()
     go(dicom, out, limit=1)
-    cohort, planned, _ = scan(dicom, SMALL, out=out)
+    found = scan(dicom, SMALL, out=out)
+    cohort, planned = found.cohort, found.planned
     assert len(cohort) == 3
     actions = {os.path.basename(o.series.folder): (o.action, o.folder) for o in planned}
     assert actions == {"bad": ("reject", ""), "p1": ("skip", "dicom/p1"), "p2": ("convert", "dicom/p2")}

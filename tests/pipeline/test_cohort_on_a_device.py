@@ -272,6 +272,6 @@ def test_backend_gpu_never_falls_back_to_the_cpu(tmp_path: Path, monkeypatch: py
 
 
 def planned(folder: Path, recipe: Recipe = RECIPE) -> Any:
-    (only,) = scan(folder, recipe, backend=NumpyBackend())[1]
+    (only,) = scan(folder, recipe, backend=NumpyBackend()).planned
     assert only.plan is not None
     return only.plan.source, recipe

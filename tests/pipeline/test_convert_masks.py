@@ -509,7 +509,7 @@ def test_labels_are_identical_with_and_without_worker_processes(tmp_path: Path, 
 
 def test_scan_shows_the_segmentations_of_each_series(tmp_path: Path, ct: Ct) -> None:
     path = rtstruct(tmp_path / "rs.dcm", ct)
-    _, (planned,), _ = scan(tmp_path / "dicom", RAW, masks=path)
+    (planned,) = scan(tmp_path / "dicom", RAW, masks=path).planned
     (summary,) = planned.segmentations
     assert (summary.format, summary.names) == ("RTSTRUCT", ("left", "right"))
 

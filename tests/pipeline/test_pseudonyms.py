@@ -32,13 +32,13 @@ from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.audit import audit
 from gpuprep.dicom.discover import discover
 from gpuprep.errors import OutputError, RequestError
-from gpuprep.output.columns import SERIES
+from gpuprep.output.columns import FREE_TEXT, SERIES
 from gpuprep.output.manifest import Manifest
 from gpuprep.output.records import SeriesResult
 from gpuprep.pipeline import cohort, prepare
 from gpuprep.pipeline.convert_masks import Label
 from gpuprep.pipeline.events import Listener
-from gpuprep.pipeline.pseudonyms import PUBLIC_OF_AUDIT, PUBLIC_OF_LABELS, Pseudonyms
+from gpuprep.pipeline.pseudonyms import CODED, PUBLIC_OF_AUDIT, PUBLIC_OF_LABELS, Pseudonyms
 from gpuprep.testing import write_series
 
 SPACING = (2.5, 0.8, 0.7)
@@ -156,12 +156,12 @@ def test_every_text_of_a_result_is_either_harmless_or_replaced(made: tuple[Path,
     harmless = {
         "status", "reason", "codes", "engine", "backend", "device", "recipe_sha256", "version", "sha256", "host",
         "finished", "fingerprint", "labels", "segmentations", "audit", "quality", "shape", "source_shape", "spacing_mm",
-        "source_spacing_mm",
+        "source_spacing_mm", "group_id", "phase_unit", "phase_source", "plane", "contrast",
     }  # fmt: skip
-    replaced = {"key", "series_uid", "study_uid", "folder"}
-    empty = {"source", "irregularities", "warnings"}
+    replaced = {"key", "series_uid", "study_uid", "folder", "frame_of_reference_uid", "duplicate_of"}
+    empty = {"source", "irregularities", "warnings", "model", *FREE_TEXT}
     texts = {name for name, column in SERIES.items() if column.kind.sqlite == "TEXT"}
-    assert texts == harmless | replaced | empty
+    assert texts == harmless | replaced | empty | set(CODED)
     with closing(Manifest(made[0] / "manifest.sqlite", reading=True)) as manifest:
         results = list(manifest)
     assert len(results) == 6
@@ -170,10 +170,50 @@ def test_every_text_of_a_result_is_either_harmless_or_replaced(made: tuple[Path,
         assert re.fullmatch("[0-9a-f]{20}", r.key)
         assert re.fullmatch("([0-9a-f]{20}/[0-9a-f]{20})?", r.folder)
         assert re.fullmatch("[A-Za-z]*", r.reason)
+        assert re.fullmatch("([0-9a-f]{20})?", r.frame_of_reference_uid or "")
+        assert {r.model, *(getattr(r, name) for name in FREE_TEXT)} == {None}
     ok = [("ok", ())] * 3
     assert sorted((r.status, r.codes) for r in results) == [
         ("fixed", ("gap",)), *ok, ("rejected", ("gap",)), ("rejected", ("no-uid",)),
     ]  # fmt: skip
+
+
+def test_names_in_place_of_codes_and_the_words_of_a_choice_stay_out(tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).integers(0, 3000, (4, 12, 10)).astype(np.int16)
+
+    def misuse(ds: pydicom.Dataset, k: int) -> None:
+        identify(ds, k)
+        ds.ConvolutionKernel, ds.Manufacturer, ds.ManufacturerModelName = (
+            ["Br40d", "Zauberfrau"],
+            "Zauberfrau",
+            "Ottilie 7",
+        )
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL", "ZAUBERFRAU"]
+        ds.BodyPartExamined = ds.PatientPosition = ds.ScanOptions = ds.AcquisitionType = "ZAUBERFRAU"
+        ds.ContrastBolusAgent = "for Zauberfrau"
+
+    for n in range(3):
+        rename(
+            write_series(tmp_path / "klinik" / PATH / f"series {n}", stored, SPACING, change=misuse, series_number=n)
+        )
+    choice = ["--where", "series_description LIKE '%call her son%' AND series_number > 0", "--drop-duplicates"]
+    best = ["--best-per", "patient", "--prefer", "series_description = 'Lung kernel, call her son'"]
+    run = convert(tmp_path / "klinik", tmp_path / "out", tmp_path / "key", *choice, *best, "--report")
+    assert run.exit_code == 0, run.output
+    assert search(tmp_path / "out", tmp_path / "klinik") > 5
+    with closing(Manifest(tmp_path / "out" / "manifest.sqlite", reading=True)) as manifest:
+        results = sorted(manifest, key=lambda r: r.series_number or 0)
+    assert [(r.status, r.codes) for r in results] == [
+        ("excluded", ("where",)), ("ok", ()), ("excluded", ("duplicate-series",)),
+    ]  # fmt: skip
+    one = results[1]
+    assert (one.kernel, one.manufacturer, one.image_type) == (
+        "Br40d\\another",
+        "another",
+        "ORIGINAL\\PRIMARY\\AXIAL\\another",
+    )
+    assert (one.body_part, one.patient_position, one.contrast, one.model) == ("another", "another", "yes", None)
+    assert results[2].duplicate_of == one.key
 
 
 def test_series_of_a_patient_share_a_folder(made: tuple[Path, Path]) -> None:
