@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +57,9 @@ class SelectionFile:
         """
         name = os.fspath(path)
         try:
-            if Path(path).stat().st_size > LARGEST_BYTES:
-                raise RequestError(f"--select {name}: larger than {LARGEST_BYTES} bytes")
+            status = Path(path).stat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_BYTES:  # reading a pipe would block
+                raise RequestError(f"--select {name}: give a file of up to {LARGEST_BYTES} bytes")
             text = Path(path).read_text("utf-8-sig")
         except OSError as exc:
             raise RequestError(f"--select {name}: {exc.strerror}") from exc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -281,6 +282,13 @@ def test_a_list_that_is_none_is_refused(content: str, message: str, cohort: Path
     (tmp_path / "list").write_bytes(content.encode("latin-1"))
     with pytest.raises(RequestError, match=message):
         gpuprep.scan(cohort / "p00", index=index, select=tmp_path / "list")
+
+
+def test_a_list_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(RequestError, match="give a file of up to"):
+            gpuprep.scan(tmp_path, select=place)
 
 
 def test_two_series_of_one_name_are_refused(cohort: Path, index: Path, tmp_path: Path) -> None:
