@@ -210,4 +210,7 @@ def _most_frequent(values: Sequence[Any], counts: Sequence[int]) -> Any:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    try:
+        return fmean(known) if known else None
+    except OverflowError:  # damaged values
+        return None

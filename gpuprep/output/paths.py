@@ -75,12 +75,12 @@ def assign_folders(
         names.append(f"{s.label}-{digest}")
         split, case = wanted.get(s.key, ("", ""))
         if split or case:
-            names = [_harmless(os.path.join(split, name).split(os.sep)) for name in ([case] if case else names)]
+            names = [_harmless(f"{split}/{name}".split("/")) for name in ([case] if case else names)]
         folder = next((name for name in names if assigned.is_free(name, s.key)), None)
         if folder is None:
             raise RequestError(
-                f"{s.label}: its output cannot be named {names[0]}, which belongs to another series: give each series, "
-                "and each volume of a series by its key, a name of its own"
+                f"{s.label}: its output cannot be named {names[0]}, which is the output of another series in this run "
+                "or an earlier one: give each series, and each volume of a series by its key, a name of its own"
             )
         folders[s.key] = folder
         assigned.add(folders[s.key], s.key)

@@ -108,6 +108,8 @@ class ConvertOptions:
         check_select(self.recipe.select)
         if self.select is not None:
             SelectionFile.read(self.select)  # it is used after the scan, which may take hours
+        if isinstance(self.record, str):
+            object.__setattr__(self, "record", (self.record,))
         if unknown := set(self.record).difference(FREE_TEXT):
             raise RequestError(f"record = {', '.join(sorted(unknown))!r}: choose of {', '.join(FREE_TEXT)}")
         if self.record and self.names is not None:

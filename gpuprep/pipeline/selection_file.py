@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import stat
@@ -65,16 +66,20 @@ class SelectionFile:
             raise RequestError(f"--select {name}: {exc.strerror}") from exc
         except UnicodeDecodeError as exc:
             raise RequestError(f"--select {name} is no text in UTF-8: {exc}") from exc
+        except ValueError as exc:  # a path with a zero byte
+            raise RequestError(f"--select {printable(name)}: {exc}") from exc
         found = cls(name)
         lines = text.splitlines()
         try:
-            rows = list(_rows(lines))
+            rows = list(_rows(text))
         except csv.Error as exc:
             raise RequestError(f"--select {name} is no CSV: {exc}") from exc
         if not rows:
             rows = [("uids", line.strip(), OutputName("", "")) for line in lines if _UID.fullmatch(line.strip())]
         for kind, value, output in rows:
             table: dict[str, OutputName] = getattr(found, kind)
+            if unnamed := [given for given in output if given and not given.strip("/. ")]:
+                raise RequestError(f"--select {name}: {unnamed[0]!r} is no name for the output of {printable(value)}")
             if table.setdefault(value, output) != output:
                 raise RequestError(f"--select {name} lists {printable(value)} twice, with different names")
         if not rows:
@@ -96,11 +101,10 @@ class SelectionFile:
                 ("folders", places),
             ):
                 table: dict[str, OutputName] = getattr(self, kind)
-                hit = next((value for value in values if value in table), None)
-                if hit is not None:
-                    names[series.key] = table[hit]
-                    used.add((kind, hit))
-                    break
+                hits = [value for value in values if value in table]
+                used.update((kind, value) for value in hits)
+                if hits:
+                    names.setdefault(series.key, table[hits[0]])
         unused = [
             value for kind in ("keys", "uids", "folders") for value in getattr(self, kind) if (kind, value) not in used
         ]
@@ -108,14 +112,13 @@ class SelectionFile:
         return names, printable(what) if unused else ""
 
 
-def _rows(lines: list[str]) -> Iterator[tuple[str, str, OutputName]]:
+def _rows(text: str) -> Iterator[tuple[str, str, OutputName]]:
     """Yield the rows of a CSV: kind of the value, value, and names of the output; nothing if it is no CSV.
 
     A scan with a choice also writes the series that it leaves out, which are no part of the choice.
     """
-    header = lines[0] if lines else ""
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
     given = {_plain(column): column for column in reader.fieldnames or ()}
     columns = [
         (kind, given[_plain(column)])
@@ -128,8 +131,10 @@ def _rows(lines: list[str]) -> Iterator[tuple[str, str, OutputName]]:
     for row in reader:
         values = ((kind, (row[column] or "").strip()) for kind, column in columns)
         kind, value = next(((kind, value) for kind, value in values if value), ("", ""))
-        if value and row.get(given.get("action", "")) != "exclude":
-            split, case = ((row.get(given.get(name, "")) or "").strip() for name in ("split", "case"))
+        action, split, case = (
+            (row[given[name]] or "").strip() if name in given else "" for name in ("action", "split", "case")
+        )
+        if value and action != "exclude":
             yield kind, absolute(value) if kind == "folders" else value, OutputName(split, case)
 
 

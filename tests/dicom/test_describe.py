@@ -310,6 +310,16 @@ def test_each_attribute_of_a_series_is_that_of_most_slices_and_the_first_of_equa
     assert series.dose.tube_current_ma == 200.0
 
 
+@pytest.mark.parametrize(("first", "mean"), [(1e308, None), (5.0, 4.0)])
+def test_impossible_doses_have_no_mean_and_stop_nothing(tmp_path: Path, first: float, mean: float | None) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        ds.CTDIvol = 1e308 if first > 5 else first - 2 * k
+
+    write_series(tmp_path, np.zeros((2, 8, 8), np.int16), (2.0, 1.0, 1.0), change=change)
+    (series,) = gpuprep.discover(tmp_path)
+    assert series.dose.ctdivol_mgy == mean
+
+
 # The header index
 
 

@@ -240,6 +240,8 @@ def test_a_table_of_scan_can_be_cut_and_given_back_with_names(cohort: Path, inde
         ("idc.csv", "PatientID,SeriesInstanceUID\nP00,{0}\nP01,{1}\n"),
         ("tcia.tsv", "Series UID\tModality\n{0}\tCT\n{1}\tCT\n"),
         ("bom.csv", "\ufeffseries_uid\r\n{0}\r\n{1}\r\n"),
+        ("pandas.csv", ',series_uid,note\n0,{0},a\n1,{1},"b\u2028c"\n'),
+        ("twice.csv", "key,series_uid\n{0},{0}\n,{0}\n{1},{1}\n"),
     ],
 )
 def test_a_list_of_uids_chooses_those_series(
@@ -254,8 +256,9 @@ def test_a_list_of_uids_chooses_those_series(
 
 def test_folders_choose_all_series_below_them(cohort: Path, index: Path, tmp_path: Path) -> None:
     file = tmp_path / "folders.csv"
-    file.write_text(f"path\n{cohort / 'p05'}\n{cohort / 'p06' / 'venous'}\n")
+    file.write_text(f"path\n{cohort / 'p05'}\n{cohort / 'p05' / 'venous'}\n{cohort / 'p06' / 'venous'}\n")
     found = gpuprep.scan(cohort, index=index, select=file)
+    assert found.unlisted == ""
     assert [o.series.series_uid for o in found.planned if o.action != "exclude"] == [
         *(o.series.series_uid for o in found.planned if o.series.study_uid == study_uid(5)), uid(6, "venous"),
     ]  # fmt: skip
@@ -276,6 +279,8 @@ def test_lines_without_a_series_are_reported(cohort: Path, index: Path, tmp_path
         ("kernel\nB30f\n", "lists no series"),
         ("key,case\n1.2.3,a\n1.2.3,b\n", "lists 1.2.3 twice, with different names"),
         ("key\n\xff", "is no text in UTF-8"),
+        ("key,split,case\n1.2.3,train,/\n", "'/' is no name for the output of 1.2.3"),
+        ("key,split,case\n1.2.3,..,a\n", "'..' is no name for the output of 1.2.3"),
     ],
 )
 def test_a_list_that_is_none_is_refused(content: str, message: str, cohort: Path, index: Path, tmp_path: Path) -> None:
@@ -294,17 +299,18 @@ def test_a_list_is_a_file(tmp_path: Path) -> None:
 def test_two_series_of_one_name_are_refused(cohort: Path, index: Path, tmp_path: Path) -> None:
     file = tmp_path / "choice.csv"
     file.write_text(f"key,case\n{uid(0, 'soft-1')},a\n{uid(0, 'soft-2')},a\n")
-    with pytest.raises(RequestError, match="its output cannot be named a, which belongs to another series"):
+    with pytest.raises(RequestError, match="its output cannot be named a, which is the output of another series"):
         gpuprep.convert(cohort / "p00", tmp_path / "out", SMALL, backend="cpu", index=index, select=file)
 
 
 def test_names_of_a_list_stay_inside_out(cohort: Path, index: Path, tmp_path: Path) -> None:
     file = tmp_path / "choice.csv"
-    file.write_text(f"key,split,case\n{uid(0, 'soft-5')},..,../x\n{uid(0, 'soft-2')},,manifest.sqlite\n")
+    rows_ = [f"{uid(0, 'soft-5')},..x,../x", f"{uid(0, 'soft-2')},,manifest.sqlite", f"{uid(0, 'soft-1')},train,/y"]
+    file.write_text("\n".join(["key,split,case", *rows_]))
     gpuprep.convert(cohort / "p00", tmp_path / "out", SMALL, backend="cpu", index=index, select=file)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["choice.csv", "out"]
     assert {p.parent.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("volume.json")} == {
-        "%2E%2E/%2E%2E/x", "%6Danifest.sqlite",
+        "..x/%2E%2E/x", "%6Danifest.sqlite", "train/y",
     }  # fmt: skip
 
 
