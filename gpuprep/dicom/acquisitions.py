@@ -14,8 +14,8 @@ from gpuprep.core.formatting import first_few
 from gpuprep.core.series import Series, SliceHeader, unpacked
 from gpuprep.core.stacking_rules import MIN_STACK_SLICES, SEVERAL_VOLUMES_ACTION, Irregularity, Rules
 from gpuprep.dicom.acquisition_keys import ACQUISITION, EXPLICIT, LAST_RESORT, Key
+from gpuprep.dicom.copies import are_copies
 from gpuprep.dicom.header_checks import check
-from gpuprep.dicom.read import are_copies
 from gpuprep.dicom.slice_positions import position_tolerance_mm
 from gpuprep.dicom.stack import acquisition_attributes, along_normal_mm, same_image, stack
 from gpuprep.errors import InputError

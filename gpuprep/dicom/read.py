@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -29,7 +28,7 @@ from gpuprep.dicom.hu_range import HuRangeCheck
 from gpuprep.dicom.stack import Stack, stack
 from gpuprep.dicom.stored_words import FormatCorrections, is_coded, with_all_bits
 from gpuprep.dicom.uids import BIG_WORDS, DEFLATED, NATIVE
-from gpuprep.errors import DecodeError, GeometryError, InputError, IntensityError
+from gpuprep.errors import DecodeError, GeometryError, IntensityError
 from gpuprep.files import filesystem
 from gpuprep.files.bounded_reader import open_bounded
 
@@ -77,7 +76,7 @@ class SeriesReader:
         self.placement = stacked.placement
         # One type for all slices: 16 bits, unless signed and unsigned slices are mixed.
         smallest = np.int16 if all(s.signed for s in self._slices) else np.uint16
-        self._dtype = np.result_type(smallest, *map(_dtype, self._slices))
+        self._dtype = np.result_type(smallest, *map(stored_dtype, self._slices))
         # Slices without a rescale pass the header checks only with `assume_hu`: their stored values are HU.
         self.slope = np.array([_value_or(s.rescale_slope, 1) for s in self._slices], dtype=np.float64)
         self.intercept = np.array([_value_or(s.rescale_intercept, 0) for s in self._slices], dtype=np.float64)
@@ -155,7 +154,7 @@ class SeriesReader:
 
     def _confirm(self, k: int, values: NDArray[Any], dropped: SliceHeader) -> None:
         """Raise unless an image that was dropped as a duplicate has equal pixels and rescale."""
-        dtype = np.result_type(self._dtype, _dtype(self._corrections.corrected(dropped)))
+        dtype = np.result_type(self._dtype, stored_dtype(self._corrections.corrected(dropped)))
         other = np.empty(self._matrix, dtype)
         self._read(dropped, other)
         rescale = _value_or(dropped.rescale_slope, 1), _value_or(dropped.rescale_intercept, 0)
@@ -278,7 +277,8 @@ def _value_or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _dtype(header: SliceHeader) -> np.dtype[Any]:
+def stored_dtype(header: SliceHeader) -> np.dtype[Any]:
+    """Return the type of the words of an image."""
     order = ">" if header.transfer_syntax in BIG_WORDS else "<"
     return np.dtype(f"{order}{'i' if header.signed else 'u'}{(header.bits_allocated or 16) // 8}")
 
@@ -316,7 +316,7 @@ class PixelReader:
 
     def _read_plain(self, header: SliceHeader, offset: int, out: NDArray[Any]) -> bool:
         """Fill `out` with plain integers from `offset` in the file; return the same as `read`."""
-        dtype = _dtype(header)
+        dtype = stored_dtype(header)
         direct = dtype == out.dtype and out.flags.c_contiguous
         values = out if direct else np.empty(out.shape, dtype=dtype)
         view = memoryview(values.data).cast("B")
@@ -371,56 +371,6 @@ class PixelReader:
                 raise DecodeError(f"{header.name} cannot be read: {' '.join(str(exc).split())}") from exc
             self._key = header.path, header.member
         return self._data
-
-
-def are_copies(pairs: Sequence[tuple[SliceHeader, SliceHeader]], matrix: tuple[int, int]) -> bool:
-    """Whether the images of every pair have equal stored values and rescale; False if one cannot be read.
-
-    Parameters
-    ----------
-    pairs : sequence of (SliceHeader, SliceHeader)
-        Images that pass `gpuprep.dicom.header_checks.check`. Pairs in the middle are read first, as the first and
-        last slices of different acquisitions may both be air.
-    matrix : tuple of int
-        Rows and columns of the images.
-    """
-    readers = PixelReader(), PixelReader()
-    middle = len(pairs) // 2
-    for pair in (*pairs[middle:], *pairs[:middle]):
-        one, other = pair
-        if (one.rescale_slope, one.rescale_intercept) != (other.rescale_slope, other.rescale_intercept):
-            return False
-        values = [np.empty(matrix, dtype=_dtype(header)) for header in pair]
-        try:
-            for reader, header, out in zip(readers, pair, values, strict=True):
-                reader.read(header, out)
-        except DecodeError:
-            return False
-        if not np.array_equal(values[0], values[1]):
-            return False
-    return True
-
-
-def digest_of_some_slices(series: Series) -> str:
-    """Return a hash of the HU of three slices in the middle of a series; "" if one of them cannot be read.
-
-    Parameters
-    ----------
-    series : Series
-        A series of which every slice has a position.
-    """
-    ordered = sorted(series.slices, key=lambda s: s.position_mm or ())
-    reader, digest = PixelReader(), hashlib.sha256()
-    for n in sorted({len(ordered) // 4, len(ordered) // 2, len(ordered) * 3 // 4}):
-        header = ordered[n]
-        try:
-            values = np.empty((series.rows, series.columns), dtype=_dtype(header))
-            reader.read(header, values)
-        except (InputError, OSError, ValueError):
-            return ""
-        slope, intercept = _value_or(header.rescale_slope, 1.0), _value_or(header.rescale_intercept, 0.0)
-        digest.update((values * np.float64(slope) + intercept).tobytes())
-    return digest.hexdigest()
 
 
 _PIXEL_TAGS = [*IMAGE_TAGS.values(), TAGS["PixelData"]]

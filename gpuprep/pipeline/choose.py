@@ -16,8 +16,8 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.select_options import BestPer
 from gpuprep.core.series import Series
 from gpuprep.dicom.audit import Audit, audit
+from gpuprep.dicom.copies import digest_of_some_slices
 from gpuprep.dicom.discover import Cohort
-from gpuprep.dicom.read import digest_of_some_slices
 from gpuprep.errors import RequestError
 from gpuprep.executors.processes import Executor, WorkerDiedError
 from gpuprep.output.columns import FREE_TEXT
