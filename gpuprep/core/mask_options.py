@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from gpuprep.core.formatting import printable
+from gpuprep.core.recipe_table import fields_of_table
 from gpuprep.errors import RecipeError, SegmentationError
 
 Units = Literal["px", "mm", "cm"]
@@ -158,14 +159,7 @@ class Masks(ReadingOptions):
     @classmethod
     def from_dict(cls, values: Any, base: Masks) -> Masks:
         """Return the options of a TOML table; `base` provides the fields that the table leaves out."""
-        if not isinstance(values, dict):
-            raise RecipeError(f"masks = {values!r}: give a table")
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise RecipeError(f"a recipe has no masks.{key}; its keys there: {', '.join(known)}")
-        given = {k: None if v == "none" and k in OPTIONAL else v for k, v in values.items()}
-        return cls(**{name: getattr(base, name) for name in known} | given)
+        return cls(**fields_of_table("masks", values, base, OPTIONAL))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a table for TOML and JSON."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
 from gpuprep.core.formatting import QUOTED
+from gpuprep.core.recipe_table import fields_of_table
 from gpuprep.errors import RecipeError
 
 BestPer = Literal["study", "patient", "frame-of-reference"]
@@ -68,14 +68,7 @@ class Select:
     @classmethod
     def from_dict(cls, values: Any, base: Select) -> Self:
         """Return the options of a TOML table; `base` provides the other fields."""
-        if not isinstance(values, Mapping):
-            raise RecipeError(f"select = {values!r}: give a table of TOML")
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise RecipeError(f"select has no {key!r}; its keys: {', '.join(known)}")
-        changes = {k: None if k in OPTIONAL and v == "none" else v for k, v in values.items()}
-        return cls(**(asdict(base) | changes))
+        return cls(**fields_of_table("select", values, base, OPTIONAL))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a table for TOML and JSON."""
