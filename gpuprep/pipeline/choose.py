@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from gpuprep.core.formatting import printable
 from gpuprep.core.select_options import BestPer
 from gpuprep.core.series import Series
 from gpuprep.dicom.audit import Audit, audit
@@ -26,7 +25,7 @@ from gpuprep.pipeline.judge import judge
 from gpuprep.pipeline.match_masks import Matched
 from gpuprep.pipeline.options import ConvertOptions
 from gpuprep.pipeline.selection_file import OutputName, SelectionFile
-from gpuprep.pipeline.series_facts import Relation, facts_of, relations
+from gpuprep.pipeline.series_facts import Relation, facts_of, known_row, relations
 from gpuprep.pipeline.series_query import PREFER, WHERE, SeriesTable
 
 
@@ -77,20 +76,19 @@ def choose(cohort: Cohort, options: ConvertOptions, matches: Matched | None, exe
     RequestError
         If an expression or the file of the selection is invalid.
     """
-    select = options.recipe.select
-    related = relations(cohort)
-    if not select.is_choice and options.select is None:
-        return Choice(related)
-    listed, complaint = None, ""
-    if options.select is not None:
-        listed, complaint = SelectionFile.read(options.select).chosen(cohort)
-        if options.names is not None and any(map(any, listed.values())):
-            raise RequestError(f"--select {options.select} names outputs, and so does --names hash: choose one of them")
-    choice = Choice(related, {}, {}, listed or {}, complaint)
+    select, file = options.recipe.select, options.select
+    choice = Choice(relations(cohort))
+    if isinstance(file, SelectionFile):
+        names, complaint = file.chosen(cohort)
+        if options.names is not None and any(map(any, names.values())):
+            raise RequestError(f"--select {file.path} names outputs, and so does --names hash: choose one of them")
+        choice = replace(choice, names=names, complaint=complaint)
+    elif not select.is_choice:
+        return choice
     rows = _rows(cohort, options, matches, choice)
     left: dict[str, LeftOut] = {}
-    if listed is not None:
-        left |= {key: LeftOut("select", f"select: it is not in {options.select}") for key in rows if key not in listed}
+    if isinstance(file, SelectionFile):
+        left = {key: LeftOut("select", f"select: it is not in {file.path}") for key in rows if key not in choice.names}
     copies: list[list[str]] = []
     if select.drop_duplicates:
         sound = {key for key, row in rows.items() if key not in left and row["verdict"] != "rejected"}
@@ -110,7 +108,7 @@ def choose(cohort: Cohort, options: ConvertOptions, matches: Matched | None, exe
         if select.best_per is not None:
             table.keep(key for key in rows if key not in left)
             for key, best in table.worse_ones(select.prefer or "1", PREFER):
-                better = f"{_short(rows[best])} of the same {_GROUPS[select.best_per]} was preferred"
+                better = f"{_short(rows[best])} of the same {select.best_per.replace('-', ' ')} was preferred"
                 left[key] = LeftOut("best-per", f"best-per: {_short(rows[key])}: {better}")
     return replace(choice, duplicates=duplicates, left_out=left)
 
@@ -126,16 +124,10 @@ def _rows(
             continue
         audited = audit(series, options.recipe.rules)
         _, reason, code = judge(audited, options.recipe, found)
-        row = _row(series, audited, choice.facts(series, audited), options.recipe.select.best_per)
-        rows[series.key] = row | ({"verdict": "rejected"} if reason else {}) | ({"codes": (code,)} if code else {})
+        verdict, codes = "rejected" if reason else audited.verdict, (code,) if code else audited.codes
+        row = known_row(series, choice.facts(series, audited), verdict, codes)
+        rows[series.key] = row | {"group": _group(series, options.recipe.select.best_per)}
     return rows
-
-
-_GROUPS: dict[BestPer, str] = {
-    "study": "study",
-    "patient": "patient",
-    "frame-of-reference": "frame of reference",
-}
 
 
 def _group(series: Series, best_per: BestPer | None) -> str | None:
@@ -143,20 +135,6 @@ def _group(series: Series, best_per: BestPer | None) -> str | None:
     if best_per == "patient":
         return series.patient or series.study_uid or None
     return (series.study_uid if best_per == "study" else series.frame_of_reference_uid) or None
-
-
-def _row(series: Series, audited: Audit, facts: SeriesFacts, best_per: BestPer | None) -> dict[str, Any]:
-    return asdict(facts) | {
-        "key": series.key,
-        "series_uid": series.series_uid,
-        "study_uid": series.study_uid,
-        "series_number": series.series_number,
-        "source": printable(series.folder),
-        "slices": len(series.slices),
-        "verdict": audited.verdict,
-        "codes": audited.codes,
-        "group": _group(series, best_per),
-    }
 
 
 def _by_condition(table: SeriesTable, where: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, LeftOut]:

@@ -29,6 +29,7 @@ from gpuprep.pipeline.options import ConvertOptions, Paths, as_list, options_wit
 from gpuprep.pipeline.prepare import Prepared, RunContext, check_apart, check_layout, prepare
 from gpuprep.pipeline.pseudonyms import crosswalk_row
 from gpuprep.pipeline.retry import Attempts
+from gpuprep.pipeline.selection_file import SelectionFile
 from gpuprep.pipeline.task import Task
 
 log = logging.getLogger(__name__)
@@ -266,7 +267,7 @@ def _record(context: RunContext, forecast: Forecast) -> RunRecord:
         "masks": masks if masks is None or masks == "auto" else [absolute(p) for p in masks],
         "engine": options.engine,
         "layout": options.layout,
-        "select": options.select and absolute(options.select),
+        "select": absolute(options.select.path) if isinstance(options.select, SelectionFile) else None,
         "record": sorted(options.record),
     }
     return RunRecord(

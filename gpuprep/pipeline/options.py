@@ -72,9 +72,9 @@ class ConvertOptions:
     names: Pseudonyms | None = None
     """Pseudonyms of UIDs, patients and paths in the output folder; the crosswalk is written beside their key. None:
     folders are named like those of the input, and the manifest has UIDs and paths."""
-    select: str | os.PathLike[str] | None = None
-    """File that lists the series to convert, and may name their outputs: see `gpuprep.pipeline.selection_file`. The
-    recipe's table `Select` chooses among them."""
+    select: str | os.PathLike[str] | SelectionFile | None = None
+    """File that lists the series to convert, and may name their outputs: see `gpuprep.pipeline.selection_file`. It is
+    read at once. The recipe's table `Select` chooses among them."""
     record: Collection[str] = ()
     """Columns of free text that are stored in the output folder: of `gpuprep.output.columns.FREE_TEXT`."""
     only: Collection[Status] | None = None
@@ -106,8 +106,8 @@ class ConvertOptions:
             raise RequestError(f"memory share = {self.memory_share:g}: give more than 0, and at most 1")
         checked_engine(self.engine)
         check_select(self.recipe.select)
-        if self.select is not None:
-            SelectionFile.read(self.select)  # it is used after the scan, which may take hours
+        if isinstance(self.select, str | os.PathLike):
+            object.__setattr__(self, "select", SelectionFile.read(self.select))
         if isinstance(self.record, str):
             object.__setattr__(self, "record", (self.record,))
         if unknown := set(self.record).difference(FREE_TEXT):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
 
+from gpuprep.core.formatting import printable
 from gpuprep.core.geometry import directions
-from gpuprep.core.series import Description, Series, SliceHeader, unpacked
+from gpuprep.core.series import Description, Series
+from gpuprep.dicom.acquisition_keys import ACQUISITION
 from gpuprep.dicom.slice_positions import Measures
 from gpuprep.output.columns import FREE_TEXT
 from gpuprep.output.records import SeriesFacts
@@ -18,14 +20,14 @@ from gpuprep.output.records import SeriesFacts
 SAME_EXTENT_SHARE = 0.9
 """Least share of the common extent of two series of one acquisition that both cover."""
 
-PHASES: tuple[tuple[str, str, Callable[[SliceHeader], str]], ...] = (
-    ("NominalPercentageOfRespiratoryPhase", "%", lambda s: unpacked(s.phase, "respiratory")),
-    ("NominalPercentageOfCardiacPhase", "%", lambda s: unpacked(s.phase, "cardiac")),
-    ("NominalRespiratoryTriggerDelayTime", "ms", lambda s: unpacked(s.phase, "respiratory-delay")),
-    ("NominalCardiacTriggerDelayTime", "ms", lambda s: unpacked(s.phase, "delay")),
-    ("TriggerTime", "ms", lambda s: unpacked(s.phase, "trigger")),
-    ("TemporalPositionTimeOffset", "s", lambda s: unpacked(s.phase, "offset")),
-    ("TemporalPositionIdentifier", "index", lambda s: "" if s.temporal_position is None else str(s.temporal_position)),
+PHASES = (
+    ("NominalPercentageOfRespiratoryPhase", "%", ACQUISITION["respiratory phase"].value),
+    ("NominalPercentageOfCardiacPhase", "%", ACQUISITION["cardiac phase"].value),
+    ("NominalRespiratoryTriggerDelayTime", "ms", ACQUISITION["respiratory trigger delay"].value),
+    ("NominalCardiacTriggerDelayTime", "ms", ACQUISITION["cardiac trigger delay"].value),
+    ("TriggerTime", "ms", ACQUISITION["trigger time"].value),
+    ("TemporalPositionTimeOffset", "s", ACQUISITION["temporal offset"].value),
+    ("TemporalPositionIdentifier", "index", ACQUISITION["temporal position"].value),
 )
 """Attributes of phases in the order in which they are tried: keyword, unit, and value of an image."""
 
@@ -83,6 +85,20 @@ def facts_of(series: Series, measures: Measures, relation: Relation, duplicate_o
 
 _SAID = [f.name for f in fields(SeriesFacts) if f.name in Description._fields]
 """Facts that the description of a series has as they are."""
+
+
+def known_row(series: Series, facts: SeriesFacts, verdict: str, codes: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values of the columns that are known before a conversion, by name."""
+    return asdict(facts) | {
+        "key": series.key,
+        "series_uid": series.series_uid,
+        "study_uid": series.study_uid,
+        "series_number": series.series_number,
+        "source": printable(series.folder),
+        "slices": len(series.slices),
+        "verdict": verdict,
+        "codes": codes,
+    }
 
 
 def public_facts(facts: SeriesFacts, record: Iterable[str]) -> SeriesFacts:
@@ -204,9 +220,9 @@ def _measured_phases(cohort: Iterable[Series]) -> dict[str, Phase]:
     for series in cohort:
         for keyword, unit, value_of in PHASES:
             value = value_of(series.slices[0])
-            if value and all(value_of(s) == value for s in series.slices):
-                found[series.key] = Phase(float(value), unit, keyword)
-                values[series.study_uid, series.frame_of_reference_uid, keyword].add(float(value))
+            if value not in (None, "") and all(value_of(s) == value for s in series.slices):
+                found[series.key] = own = Phase(float(str(value)), unit, keyword)
+                values[series.study_uid, series.frame_of_reference_uid, keyword].add(own.value)
                 break
     return {
         s.key: phase

@@ -58,6 +58,8 @@ WHERE, PREFER = "--where", "--prefer"
 
 def check_select(select: Select) -> None:
     """Raise a RequestError if an expression is invalid, before anything is read."""
+    if select.where is None and select.prefer is None:
+        return
     with closing(SeriesTable()) as table:
         if select.where is not None:
             table.columns_of(select.where, WHERE)
