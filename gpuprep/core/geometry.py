@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -64,6 +64,25 @@ def facing(axes: NDArray[np.float64]) -> tuple[str, float]:
     return f"{_PLANES[main]} {letters}", angle
 
 
+class IndexBox(NamedTuple):
+    """A box of voxels: those from index `start` up to, but without, `stop`, as (k, j, i)."""
+
+    start: Shape3
+    stop: Shape3
+
+    @property
+    def shape(self) -> Shape3:
+        """Number of voxels along each axis."""
+        k, j, i = (high - low for low, high in zip(self.start, self.stop, strict=True))
+        return k, j, i
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """The box as an index of an array."""
+        k, j, i = map(slice, self.start, self.stop)
+        return k, j, i
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """Permutation and reversal of the axes of a volume, without interpolation."""
@@ -93,6 +112,25 @@ class Placement:
             return self.matrix
         more = np.ceil(self.shift.max(axis=0) - 1e-6).astype(int)
         return self.matrix[0] + int(more[0]), self.matrix[1] + int(more[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the placement as JSON values."""
+        return {
+            "along": self.along.tolist(),
+            "shift": None if self.shift is None else self.shift.tolist(),
+            "matrix": list(self.matrix),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Placement:
+        """Return the placement of `to_dict`."""
+        rows, columns = values["matrix"]
+        shift = values["shift"]
+        return cls(
+            np.array(values["along"], dtype=np.float64),
+            None if shift is None else np.array(shift, dtype=np.float64).reshape(-1, 2),
+            (int(rows), int(columns)),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -102,8 +102,13 @@ class Plan:
     """Output units per HU: output = (HU + `shift_hu`) · `scale`."""
     shift_hu: float
     """HU added before scaling."""
-    shifted: bool
-    """Whether slices have to be shifted sideways to their positions in `source`."""
+    placement: Placement | None
+    """Positions of the slices in `source`; None if slice k is layer k of it."""
+
+    @property
+    def shifted(self) -> bool:
+        """Whether slices have to be shifted sideways to their positions in `source`."""
+        return self.placement is not None and self.placement.shift is not None
 
     @property
     def has_final_size(self) -> bool:
@@ -225,8 +230,7 @@ def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = No
         low, high = recipe.window_hu
         top = {"float32": 1.0, "uint8": 255.0, "uint16": 65535.0}[recipe.dtype]
         scale, shift_hu = top / (high - low), -low
-    shifted = placement is not None and placement.shift is not None
-    return Plan(recipe, source, turn, resampled, target, resample, resize, offset, scale, shift_hu, shifted)
+    return Plan(recipe, source, turn, resampled, target, resample, resize, offset, scale, shift_hu, placement)
 
 
 def _along(placement: Placement | None, layers: int, turn: Turn) -> Any:

@@ -13,6 +13,9 @@ from gpuprep.output.paths import WORK_FOLDER
 
 SIDECAR = "volume.json"
 
+SCHEMA = 1
+"""Number in ``volume.json`` of the meaning of its keys. It rises when a key is removed or changes its meaning, not when
+a key is added. An output without a number counts as 0."""
 
 PREVIEW = "preview.jpg"
 """Preview picture of a series."""

@@ -18,7 +18,7 @@ from gpuprep.core.formatting import printable
 from gpuprep.core.geometry import Geometry, Shape3
 from gpuprep.core.recipe import Recipe
 from gpuprep.errors import GpuprepError, OutputError, RequestError
-from gpuprep.output.own_files import SIDECAR
+from gpuprep.output.own_files import SCHEMA, SIDECAR
 
 _T = TypeVar("_T")
 
@@ -58,6 +58,11 @@ class FinishedOutput:
             raise OutputError(f"{self.folder} is no finished output ({exc}): see gpuprep verify") from exc
         if not isinstance(found, dict):
             raise OutputError(f"{self.folder} is no finished output ({SIDECAR} holds no object): see gpuprep verify")
+        schema = found.get("schema", 0)
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise OutputError(
+                f"{self.folder} was written by a later version of gpuprep (schema {schema!r}): install that"
+            )
         return found
 
     @cached_property

@@ -22,7 +22,7 @@ from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors.processes import request_replacement
 from gpuprep.output.folder_store import PendingFolder, Written
-from gpuprep.output.own_files import PREVIEW
+from gpuprep.output.own_files import PREVIEW, SCHEMA
 from gpuprep.output.preview import MiddlePlanes, draw_preview, encode_jpeg
 from gpuprep.output.records import SeriesResult, Status, now
 from gpuprep.pipeline.task import Task
@@ -314,7 +314,9 @@ class _Timed:
 def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: SeriesResult) -> dict[str, Any]:
     """Return the content of ``volume.json``: UIDs and numbers, nothing that names a patient."""
     series = task.planned.series
+    placement = plan.placement
     sidecar: dict[str, Any] = {
+        "schema": SCHEMA,
         "key": result.key,
         "series_uid": result.series_uid,
         "study_uid": result.study_uid,
@@ -331,6 +333,7 @@ def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: Series
             "shape": plan.source.shape,
             "spacing_mm": plan.source.spacing_mm,
             "affine_lps": plan.source.affine.tolist(),
+            "placement": placement and placement.to_dict(),
             "transfer_syntaxes": sorted(map(syntax_name, {s.transfer_syntax for s in series.slices})),
         },
         "fingerprint": task.planned.fingerprint,
