@@ -24,9 +24,10 @@ from gpuprep.output.writers.nifti import RAS
 
 SLICE_ENDINGS = (".tif", ".tiff")
 
-AGREEMENT = 0.25
-"""Largest distance in voxels of a corner of a file from that of the output, along each axis. A quaternion in float32
-turns a volume by up to a thousandth, while a volume of another grid is off by a voxel at least."""
+FIRST_VOXEL, CORNERS = 0.25, 0.75
+"""Largest distance in voxels along each axis between the first voxels of a file and of the output, and between their
+corners. A quaternion describes a turn of nearly 180°, as of nearly every CT, to a thousandth only, around the first
+voxel: that is half a voxel at the end of 512."""
 
 LARGEST_PROBABILITY = 1.5
 """Larger values of a NIfTI file of scaled integers are labels, which nibabel scaled: 2.004 is 2."""
@@ -117,7 +118,7 @@ def _from_npy(file: Path, _: Geometry) -> NDArray[Any]:
 
 
 def _from_npz(file: Path, _: Geometry) -> NDArray[Any]:
-    with np.load(file, allow_pickle=False) as found:
+    with open(file, "rb") as f, np.load(f, allow_pickle=False) as found:  # NumPy does not close a damaged one
         names = list(found)
         if "probabilities" not in names and len(names) != 1:
             raise PredictionError(f"{file} has the arrays {', '.join(names) or 'none'}: name one of them probabilities")
@@ -166,10 +167,7 @@ def _places_nothing(image: Any) -> bool:
 
 def _turned(values: NDArray[Any], affine: NDArray[np.float64], grid: Geometry) -> NDArray[Any] | None:
     """Return values whose axes are permuted and reversed so that they lie on a grid; None if they lie elsewhere."""
-    try:
-        to_grid = np.linalg.inv(grid.affine) @ affine
-    except np.linalg.LinAlgError:
-        return None
+    to_grid = np.linalg.inv(grid.affine) @ affine
     shape = values.shape[-3:]
     far = np.array(shape) - 1
     corners = np.array(list(product((0, 1), repeat=3)))
@@ -179,7 +177,8 @@ def _turned(values: NDArray[Any], affine: NDArray[np.float64], grid: Geometry) -
             continue
         for flips in product((False, True), repeat=3):
             expected = np.where(flips, 1 - corners[:, axes], corners[:, axes]) * (np.array(grid.shape) - 1)
-            if np.abs(expected - ends).max() <= AGREEMENT:
+            away = np.abs(expected - ends)
+            if away[0].max() <= FIRST_VOXEL and away.max() <= CORNERS:
                 lead = values.ndim - 3
                 turned = values.transpose((*range(lead), *(lead + a for a in axes)))
                 k, j, i = (slice(None, None, -1 if flip else 1) for flip in flips)
