@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 import gpuprep as package
 from gpuprep.errors import OutputError
 from gpuprep.output.find_predictions import OutputNames, find_predictions
-from gpuprep.testing import write_series
+from gpuprep.testing import outlines, write_series
 
 SHAPE, SPACING_MM = (6, 16, 16), (2.0, 0.8, 0.7)
 
@@ -148,7 +150,7 @@ def test_a_second_run_skips_what_is_complete_and_unchanged(tmp_path: Path, out: 
     for _ in range(2):
         assert json.loads(run(*words).stdout)["counts"] == {"skipped": 3}
         assert [identity(file) for file in files] == before
-    changes = {
+    changes: dict[str, Callable[[], object]] = {
         "another prediction": lambda: np.save(tmp_path / "preds" / "ct" / "s002.npy", labels(9)[1]),
         "result lost": lambda: (tmp_path / "res" / "ct" / "s002.npy").unlink(),
         "result cut": lambda: os.truncate(tmp_path / "res" / "ct" / "s002.npy", 500),
@@ -270,19 +272,34 @@ def test_requests_that_cannot_be_met_end_with_one_line(tmp_path: Path, out: Path
     np.testing.assert_array_equal(np.load(one), labels(0)[1])
 
 
+def convert_with_masks(tmp_path: Path, *, image: bool) -> Path:
+    """Convert a series with outlines of two structures; return the folder of its output."""
+    write_cohort(tmp_path / "ct", 1)
+    lines = ["structure x_mm y_mm z_mm"]
+    for name, contours in outlines(SHAPE, SPACING_MM).items():
+        lines += [f"{name} {x:.3f} {y:.3f} {z:.3f}" for points in contours for x, y, z in points]
+    (tmp_path / "outlines.txt").write_text("\n".join(lines))
+    recipe = package.Recipe(image=image, format="npy", spacing_mm=(1.0, 0.5, 0.5), size=None)
+    run = package.convert(tmp_path / "ct", tmp_path / "out", recipe, masks=tmp_path / "outlines.txt", backend="cpu")
+    assert run.counts == {"ok": 1}
+    (folder,) = folders(tmp_path / "out")
+    return folder
+
+
 def test_an_output_of_masks_alone_takes_predictions_too(tmp_path: Path) -> None:
-    from test_docs import DEMO  # noqa: F401 - the demo writes outlines
-
-    from gpuprep.cli.demo import run_demo
-
-    made = run_demo(tmp_path / "demo", backend="cpu", jobs=1)
-    recipe = package.Recipe(image=False, format="npy", size=None)
-    run_ = package.convert(made.dicom / "patient-1", tmp_path / "masks", recipe, masks=made.masks, backend="cpu")
-    assert run_.counts == {"ok": 1}
-    (folder,) = folders(tmp_path / "masks")
+    folder = convert_with_masks(tmp_path, image=False)
     found = package.restore(folder / "labels.npy", folder)
     assert found.names == {1: "heart", 2: "spine"}
-    assert set(np.unique(found.values)) == {0, 1, 2}
+    voxels = {s["name"]: s["source_voxels"] for s in json.loads((folder / "volume.json").read_text())["labels"]}
+    assert {found.names[n]: int((found.values == n).sum()) for n in (1, 2)} == voxels
+
+
+def test_every_key_of_volume_json_is_documented(tmp_path: Path) -> None:
+    sidecar = json.loads((convert_with_masks(tmp_path, image=True) / "volume.json").read_text())
+    keys = {*sidecar} - {"source"} | {f"source.{key}" for key in sidecar["source"]}
+    page = (Path(__file__).parents[2] / "docs" / "restore.md").read_text("utf-8").split("## volume.json")[1]
+    rows = re.findall(r"(?m)^\| (`.*?) \|", page)
+    assert {key for row in rows for key in re.findall(r"`([^`]+)`", row)} == keys
 
 
 # Outputs of early versions --------------------------------------------------------------------------------------------
