@@ -29,7 +29,6 @@ from gpuprep.dicom.discover import Cohort
 from gpuprep.dicom.elements import TAGS
 from gpuprep.output.columns import Column
 from gpuprep.output.records import SeriesFacts, SeriesResult
-from gpuprep.output.restore_record import RestoredRow
 from gpuprep.output.verify import Finding as Damage
 from gpuprep.output.verify import Status
 from gpuprep.pipeline.estimate import Forecast
@@ -39,7 +38,6 @@ from gpuprep.pipeline.scan import Scan
 
 if TYPE_CHECKING:
     from gpuprep.cli.doctor import Finding
-    from gpuprep.pipeline.restore_cohort import RestoredCohort
     from gpuprep.report.inspect_series import SeriesSummary
 
 STATES = {"running": "green", "finished": "", "interrupted": "yellow", "killed": "red"}
@@ -376,13 +374,9 @@ class CountingBar:
     """Progress display with a counter; work of known length, see `expect`, also has a bar and the time left."""
 
     def __init__(self, label: str, *, hidden: bool = False) -> None:
-        self._console = _console(stderr=True)
-        self._progress = Progress(
-            TextColumn(label),
-            MofNCompleteColumn(),
-            console=self._console,
-            disable=hidden or not self._console.is_terminal,
-        )
+        self._console = console = _console(stderr=True)
+        columns, disable = (TextColumn(label), MofNCompleteColumn()), hidden or not console.is_terminal
+        self._progress = Progress(*columns, console=console, disable=disable)
         self._task = self._progress.add_task("", total=None)
         self.count = 0
 
@@ -412,32 +406,6 @@ def show_damage(findings: Sequence[Damage], outputs: int) -> None:
         console.print(f"{f.kind:10}  {f.path}", style=style, soft_wrap=True)
     counts = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(f.kind for f in findings).items()))
     console.print(f"{format_count(outputs, 'output')} read again: {counts or 'all as they were written'}")
-
-
-class RestoreBar(CountingBar):
-    """Progress display for predictions; it also prints a line for each one that is not restored."""
-
-    def __init__(self, *, hidden: bool) -> None:
-        super().__init__("predictions", hidden=hidden)
-
-    def finished(self, row: RestoredRow) -> None:
-        """Count a prediction."""
-        self.one_more()
-        if row.verdict in ("unmatched", "failed"):
-            style = "yellow" if row.verdict == "unmatched" else "red"
-            text = f"{row.verdict:9}  {printable(row.prediction)}: {row.reason}"
-            self._console.print(text, style=style, soft_wrap=True)
-
-
-def show_restored(cohort: RestoredCohort, results: str) -> None:
-    """Print notes about results, and the number of predictions by verdict."""
-    console = _console(stderr=False)
-    for row in cohort.rows:
-        if row.notes and row.verdict == "restored":
-            console.print(f"{printable(row.result)}: {row.notes}", style="yellow", soft_wrap=True)
-    counts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(cohort.counts.items())) or "none"
-    without = f"; {cohort.without_prediction} series without a prediction" if cohort.without_prediction else ""
-    console.print(f"{format_count(len(cohort.rows), 'prediction')}: {counts}{without}; results in {printable(results)}")
 
 
 def _duration(seconds: float) -> str:

@@ -52,6 +52,8 @@ def restore(
             from gpuprep.output.source_grid import output_folder
 
         folder = output_folder(to)
+        if not prediction.exists():
+            raise RequestError(f"there is no prediction {prediction}")
         if prediction.is_dir() and not (folder / SIDECAR).exists():
             _restore_many(prediction, to, out, as_ or "nifti", threshold, stop, **flags)
         else:
@@ -116,7 +118,7 @@ def _restore_many(
 ) -> None:
     """Restore a folder of predictions, print what became of them, and exit with the code of that."""
     with signals_blocked():
-        from gpuprep.cli.console import RestoreBar, show_restored
+        from gpuprep.cli.restore_display import RestoreBar, show_restored
         from gpuprep.executors.cores import usable_cores
         from gpuprep.executors.processes import ProcessExecutor
         from gpuprep.pipeline.restore_cohort import restore_cohort
