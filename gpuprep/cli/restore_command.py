@@ -89,8 +89,11 @@ def _restore_one(
         raise RequestError(f"there is no folder {out.parent} for --out {out.name}")
     restored = restored_from(prediction, folder, threshold=threshold)
     notes = RESTORED_FORMATS[chosen].write(restored, out)
-    counts = np.bincount(restored.values.ravel()).tolist()
-    labels = [(n, restored.names.get(n), voxels) for n, voxels in enumerate(counts) if n and voxels]
+    length = int(restored.values.max()) + 1
+    counts = np.zeros(length, np.int64)
+    for plane in restored.values:  # one by one, because bincount converts them to int64
+        counts += np.bincount(plane.ravel(), minlength=length)
+    labels = [(n, restored.names.get(n), int(counts[n])) for n in range(1, length) if counts[n]]
     shape = restored.values.shape
     if json_:
         listed = [dict(zip(("value", "name", "voxels"), label, strict=True)) for label in labels]

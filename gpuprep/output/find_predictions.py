@@ -17,7 +17,8 @@ from gpuprep.output.paths import WORK_FOLDER
 from gpuprep.output.read_prediction import ending_of
 
 _SLICE = re.compile(r"\d+\.tiff?", re.IGNORECASE)
-_CHANNEL = re.compile(r"_\d{4}$")
+_CHANNEL = "_0000"
+"""Suffix that nnU-Net gives to images of the only channel."""
 
 
 def find_predictions(top: Path) -> Iterator[str]:
@@ -78,7 +79,7 @@ class OutputNames:
         """Return the folder of the output that a prediction belongs to.
 
         The name of the prediction without its ending, or else that of its folder, is the output's path below OUT, its
-        case name for nnU-Net, also with the number of a channel, or the last part of its path.
+        case name for nnU-Net, also with ``_0000``, or the last part of its path.
 
         Raises
         ------
@@ -89,7 +90,7 @@ class OutputNames:
         for name in (path, path.parent):
             if str(name) in self._folders:
                 return str(name)
-            for case in (name.name, _CHANNEL.sub("", name.name)):
+            for case in (name.name, name.name.removesuffix(_CHANNEL)):
                 if case in self._cases:
                     return self._cases[case]
                 if len(found := self._last.get(case, [])) > 1:

@@ -386,6 +386,7 @@ def test_predictions_are_matched_by_path_by_case_name_and_by_last_part(predictio
     [
         ("chest.npy", "2 outputs have the name chest: ct/x/chest, ct/y/chest"),
         ("other.npy", "no output has the name other"),
+        ("ct_x_chest_0001.npy", "no output has the name ct_x_chest_0001"),
         ("ct.npy", "no output has the name ct"),
     ],
 )
