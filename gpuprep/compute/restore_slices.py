@@ -129,23 +129,23 @@ class _Taps(NamedTuple):
 
 
 def _nearest(positions: NDArray[np.float64], axis_map: AxisMap, voxels: int) -> _Taps:
-    inside = _inside(positions, voxels)
-    at = positions[inside]
-    nearest = np.floor(at + 0.5) if axis_map.scale < 0 else np.ceil(at - 0.5)  # the earlier one along the source
-    index = np.clip(nearest, 0, voxels - 1).astype(np.intp)
+    # Of two voxels at equal distance the earlier one along the source, also if one of them is outside.
+    nearest = np.floor(positions + 0.5) if axis_map.scale < 0 else np.ceil(positions - 0.5)
+    inside = _range((nearest >= 0) & (nearest < voxels))
+    index = nearest[inside].astype(np.intp)
     return _Taps(inside, index, index, np.zeros(len(index), np.float32))
 
 
 def _linear(positions: NDArray[np.float64], _: AxisMap, voxels: int) -> _Taps:
-    inside = _inside(positions, voxels)
+    inside = _range((positions >= -0.5) & (positions <= voxels - 0.5))
     at = np.clip(positions[inside], 0, voxels - 1)  # constant in the outer half of the border voxels
     low = np.floor(at).astype(np.intp)
     return _Taps(inside, low, np.minimum(low + 1, voxels - 1), (at - low).astype(np.float32))
 
 
-def _inside(positions: NDArray[np.float64], voxels: int) -> slice:
-    """Return which positions lie inside an axis, borders of the outer voxels included; positions are monotonic."""
-    found = np.flatnonzero((positions >= -0.5) & (positions <= voxels - 0.5))
+def _range(inside: NDArray[np.bool_]) -> slice:
+    """Return the range of the voxels that lie inside; they are adjacent, because positions are monotonic."""
+    found = np.flatnonzero(inside)
     return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
 
 

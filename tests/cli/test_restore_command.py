@@ -217,6 +217,17 @@ def test_labels_come_before_the_probabilities_of_the_same_case(tmp_path: Path, o
     assert ended.stderr.count("several predictions have this name: ct_s001.nii, ct_s001.npy") == 2
 
 
+def test_names_that_are_no_text_are_recorded_and_recognised(tmp_path: Path, out: Path) -> None:
+    (tmp_path / "preds" / "ct").mkdir(parents=True)
+    name = os.fsdecode(b'h\xe4 "1",\n.npy')  # in Latin-1, with quotes and a line break
+    (tmp_path / "preds" / "ct" / "s001").mkdir()
+    np.save(tmp_path / "preds" / "ct" / "s001" / name, labels(1)[1])
+    words = (tmp_path / "preds", "--to", out, "--out", tmp_path / "res", "--as", "npy")
+    assert "1 restored" in run(*words).stdout
+    np.testing.assert_array_equal(np.load(tmp_path / "res" / "ct" / "s001" / name), labels(1)[0])
+    assert "1 skipped" in run(*words).stdout
+
+
 def test_series_without_a_prediction_are_counted(tmp_path: Path, out: Path) -> None:
     write_predictions(tmp_path / "preds", out)
     (tmp_path / "preds" / "ct_s001.npz").unlink()

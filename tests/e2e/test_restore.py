@@ -209,11 +209,10 @@ def test_a_series_kept_with_its_tilt_returns_to_leaning_slices(tmp_path: Path) -
 
 
 def axis_index(positions: NDArray[np.float64], voxels: int, *, later: bool) -> NDArray[np.intp]:
-    """Return the nearest of some voxels to each position, by distance; −1 more than half a voxel outside."""
-    positions = np.round(positions, 6)
-    away = np.abs(positions[:, None] - np.arange(voxels))
-    nearest = voxels - 1 - away[:, ::-1].argmin(axis=1) if later else away.argmin(axis=1)
-    return np.where((positions < -0.5) | (positions > voxels - 0.5), -1, nearest)
+    """Return the nearest of some voxels to each position, by distance; −1 if that is a voxel outside."""
+    away = np.abs(np.round(positions, 6)[:, None] - np.arange(-1, voxels + 1))
+    nearest = voxels - away[:, ::-1].argmin(axis=1) if later else away.argmin(axis=1) - 1
+    return np.where(nearest < voxels, nearest, -1)
 
 
 def looked_up(values: NDArray[Any], index: list[NDArray[np.intp]]) -> NDArray[Any]:
