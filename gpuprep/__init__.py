@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gpuprep.core.geometry import Geometry as Geometry
     from gpuprep.core.mask_options import Masks as Masks
     from gpuprep.core.recipe import Recipe as Recipe
+    from gpuprep.core.restored import Restored as Restored
     from gpuprep.core.select_options import Select as Select
     from gpuprep.core.series import Series as Series
     from gpuprep.core.shard import Shard as Shard
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from gpuprep.pipeline.options import ConvertOptions as ConvertOptions
     from gpuprep.pipeline.planned_series import PlannedSeries as PlannedSeries
     from gpuprep.pipeline.pseudonyms import Pseudonyms as Pseudonyms
+    from gpuprep.pipeline.restore import restore as restore
     from gpuprep.pipeline.scan import Scan as Scan
     from gpuprep.pipeline.scan import scan as scan
 
@@ -61,6 +63,8 @@ _MODULES = {
     "read": "dicom.read",
     "read_segmentation": "masks.read",
     "Recipe": "core.recipe",
+    "restore": "pipeline.restore",
+    "Restored": "core.restored",
     "Rules": "core.stacking_rules",
     "Run": "pipeline.events",
     "Scan": "pipeline.scan",

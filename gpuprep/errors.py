@@ -8,8 +8,9 @@
     │   ├── GeometryError       the slices do not form a regular grid
     │   ├── IntensityError      the stored values cannot be converted to HU
     │   ├── DecodeError         the pixel data cannot be read
-    │   └── SegmentationError   a segmentation file cannot be read or not be placed on its series
-    │       └── NotASegmentationError   the file is not a segmentation
+    │   ├── SegmentationError   a segmentation file cannot be read or not be placed on its series
+    │   │   └── NotASegmentationError   the file is not a segmentation
+    │   └── PredictionError     a prediction cannot be read or does not fit the output of its series
     ├── PlanError               one series: the recipe cannot be applied to it
     ├── OutputError             one series: its folder cannot be written
     ├── RequestError            the whole run: the request is invalid
@@ -85,6 +86,12 @@ class NotASegmentationError(SegmentationError):
     """A file is not a segmentation, which is common in folders of segmentations."""
 
     code = "mask-not"
+
+
+class PredictionError(InputError):
+    """A prediction cannot be read, or does not fit the output of its series."""
+
+    code = "prediction"
 
 
 class PlanError(GpuprepError):

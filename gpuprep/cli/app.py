@@ -37,6 +37,7 @@ from gpuprep.cli.options import (
 )
 from gpuprep.cli.output_commands import OUTPUT_COMMANDS
 from gpuprep.cli.parse_flags import display_flags, jobs_or_cores, options_from_flags, recipe_from_flags
+from gpuprep.cli.restore_command import restore
 from gpuprep.core.formatting import printable
 from gpuprep.errors import GpuprepError, RequestError
 from gpuprep.executors.logs import quiet_libraries
@@ -212,7 +213,7 @@ def scan(
         _show_scan(paths, options, json_=flags["json_"], csv=csv, parquet=parquet)
 
 
-for _command in OUTPUT_COMMANDS + INSPECT_COMMANDS:
+for _command in (*OUTPUT_COMMANDS, restore, *INSPECT_COMMANDS):
     app.command()(_command)
 
 

@@ -371,13 +371,12 @@ def show_status(status: Status, out: str) -> None:
 
 
 class CountingBar:
-    """Progress display with a counter, for work of unknown length."""
+    """Progress display with a counter; work of known length, see `expect`, also has a bar and the time left."""
 
-    def __init__(self, label: str) -> None:
-        console = _console(stderr=True)
-        self._progress = Progress(
-            TextColumn(label), MofNCompleteColumn(), console=console, disable=not console.is_terminal
-        )
+    def __init__(self, label: str, *, hidden: bool = False) -> None:
+        self._console = console = _console(stderr=True)
+        columns, disable = (TextColumn(label), MofNCompleteColumn()), hidden or not console.is_terminal
+        self._progress = Progress(*columns, console=console, disable=disable)
         self._task = self._progress.add_task("", total=None)
         self.count = 0
 
@@ -387,6 +386,11 @@ class CountingBar:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def expect(self, total: int) -> None:
+        """Set the length of the work."""
+        self._progress.columns = (*self._progress.columns, BarColumn(), TimeRemainingColumn())
+        self._progress.update(self._task, total=total)
 
     def one_more(self) -> None:
         """Count one."""

@@ -15,6 +15,10 @@ from typing import Any, TextIO
 _SYNC_FILE_RANGE_WRITE = 2  # flag of sync_file_range(2)
 
 
+PART = ".part-"
+"""Beginning of the name of a file that is not complete: see `replacing_path`."""
+
+
 @contextmanager
 def atomic_writer(
     file: Path, *, within: Path | None = None, private: bool = False, errors: str = "strict"
@@ -42,6 +46,23 @@ def atomic_writer(
             yield f
         flush(part)
         part.replace(file)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_path(file: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file, which replaces `file` when the block ends without an error.
+
+    It has the ending of `file` and is in the same folder. After an error, a former file is unchanged.
+    """
+    part = file.with_name(f"{PART}{file.name}")
+    try:
+        yield part
+        flush(part)
+        part.replace(file)
+        flush(file.parent)
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)

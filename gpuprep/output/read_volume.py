@@ -32,6 +32,16 @@ def full_box(shape: Shape3) -> Box:
     return slice(0, k), slice(0, j), slice(0, i)
 
 
+def checked_sidecar(found: Any, where: str) -> dict[str, Any]:
+    """Return the content of a ``volume.json``; raise OutputError if it is no object, or of a later version."""
+    if not isinstance(found, dict):
+        raise OutputError(f"{where} is no finished output ({SIDECAR} holds no object): see gpuprep verify")
+    schema = found.get("schema", 0)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise OutputError(f"{where} was written by a later version of gpuprep (schema {schema!r}): install that")
+    return found
+
+
 @dataclass(frozen=True)
 class FinishedOutput:
     """The output of one series. It keeps no file open, so it can be pickled and sent to other processes.
@@ -56,14 +66,7 @@ class FinishedOutput:
             found = json.loads((self.folder / SIDECAR).read_bytes())
         except (OSError, ValueError, RecursionError) as exc:
             raise OutputError(f"{self.folder} is no finished output ({exc}): see gpuprep verify") from exc
-        if not isinstance(found, dict):
-            raise OutputError(f"{self.folder} is no finished output ({SIDECAR} holds no object): see gpuprep verify")
-        schema = found.get("schema", 0)
-        if not isinstance(schema, int) or schema > SCHEMA:
-            raise OutputError(
-                f"{self.folder} was written by a later version of gpuprep (schema {schema!r}): install that"
-            )
-        return found
+        return checked_sidecar(found, str(self.folder))
 
     @cached_property
     def recipe(self) -> Recipe:

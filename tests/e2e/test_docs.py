@@ -84,7 +84,7 @@ def test_every_page_is_in_the_index() -> None:
     assert {page.name for page in DOCS.glob("*.md")} - {"index.md"} <= set(links(DOCS / "index.md"))
 
 
-def test_the_examples_of_the_readme_and_of_the_usage_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_readme_and_of_two_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     program = programs / "gpuprep"
@@ -117,7 +117,7 @@ def test_the_examples_of_the_readme_and_of_the_usage_page_run(tmp_path: Path, mo
     write_cohort(folder / "demo" / "dicom")
     write_outlines(folder / "demo" / "masks")
     ran = 0
-    for page in (README, DOCS / "usage.md"):
+    for page in (README, DOCS / "usage.md", DOCS / "restore.md"):
         for kind, lines in blocks(page):
             if kind == "console":
                 for command in (line.removeprefix("$ ") for line in lines if line.startswith("$ ")):
@@ -129,7 +129,7 @@ def test_the_examples_of_the_readme_and_of_the_usage_page_run(tmp_path: Path, mo
                 script.write_text("\n".join(lines), "utf-8")
                 run([sys.executable, str(script)], 0)
                 ran += 1
-    assert ran >= 11
+    assert ran >= 15
     assert (folder / "show.png").read_bytes().startswith(b"\x89PNG")
     tree = [line.split() for kind, lines in blocks(README) for line in lines if kind == "text"]
     assert len(tree) == 10
