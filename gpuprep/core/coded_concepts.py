@@ -68,10 +68,9 @@ def checked_code(name: str, given: Any) -> Code:
             raise RecipeError(f"{where}: {key} is a text of up to {most} characters without backslash")
         if key != "meaning" and not re.fullmatch(r"\S+", text):
             raise RecipeError(f"{where}: {key} is needed, without blanks")
-    side = given.get("side")
-    if side is not None and side not in get_args(Side):
+    if "side" in given and given["side"] not in get_args(Side):
         raise RecipeError(f"{where}: side is one of {', '.join(get_args(Side))}")
-    return Code(given["scheme"], given["value"], given.get("meaning", ""), side)
+    return Code(given["scheme"], given["value"], given.get("meaning", ""), given.get("side"))
 
 
 def long_string(text: str) -> str:

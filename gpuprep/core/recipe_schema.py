@@ -126,7 +126,11 @@ def _masks_field_schema(name: str) -> dict[str, Any]:
         }
         table = {"type": "object", "additionalProperties": False, "required": ["scheme", "value"], "properties": keys}
         pair = _array_of({}, 2)
-        codes = {"type": "object", "additionalProperties": {"anyOf": [text, table]}}
+        codes = {
+            "type": "object",
+            "propertyNames": {"pattern": r"\S"},
+            "additionalProperties": {"anyOf": [text, table]},
+        }
         return {"anyOf": [codes, {"type": "array", "items": pair}]}
     return {"type": "string", "format": "regex"}
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep import _version
-from gpuprep.core.coded_concepts import LONGEST_MEANING
+from gpuprep.core.coded_concepts import LONGEST_MEANING, long_string
 from gpuprep.core.formatting import first_few, format_count, printable
 from gpuprep.core.series import SliceHeader
 from gpuprep.errors import InputError, OutputError, RequestError

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.geometry import Vector3, directions
 from gpuprep.core.series import SliceHeader
 from gpuprep.errors import DecodeError, GeometryError, InputError, MissingTagError
 from gpuprep.files.bounded_reader import open_bounded
@@ -38,6 +39,9 @@ _NEEDED = (
     "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
 """Attributes that a SEG has in any case, if without value (type 2)."""
+
+NEGLIGIBLE_MM = 0.05
+"""Distance of a slice from a regular grid that needs no note."""
 
 _LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 
@@ -109,6 +113,8 @@ def read_sources(headers: Sequence[SliceHeader], matrix: tuple[int, ...]) -> Sou
     InputError
         If an original cannot be read, has changed since the scan, or lacks what a segmentation has to repeat.
     """
+    from pydicom.valuerep import format_number_as_ds
+
     notes: list[str] = []
     images: list[Dataset] = []
     originals: list[Original] = []
@@ -131,8 +137,17 @@ def read_sources(headers: Sequence[SliceHeader], matrix: tuple[int, ...]) -> Sou
                     common[keyword] = ds[keyword]
         images.append(_image(len(images), header, common))
         originals.append(original)
-    positions = [image.ImagePositionPatient for image in images]
-    _check_distinct(headers, positions)
+    _check_distinct(headers)
+    if common is not None:
+        spacing_mm, deviation_mm = _regularity(headers, common.ImageOrientationPatient)
+        if deviation_mm > NEGLIGIBLE_MM:
+            notes.append(
+                f"slices leave a regular grid by up to {deviation_mm:.2g} mm: programs that read a SEG as a volume "
+                "(dcmqi, 3D Slicer) move them there"
+            )
+        elif spacing_mm > 0:
+            for image in images:
+                image.SpacingBetweenSlices = format_number_as_ds(spacing_mm)
     if common is not None and "LossyImageCompression" in common:  # also those before the first lossy one
         for image in images:
             image.update({common[keyword].tag: common[keyword] for keyword in _LOSSY if keyword in common})
@@ -239,14 +254,34 @@ def _image(number: int, header: SliceHeader, common: Dataset) -> Dataset:
     return image
 
 
-def _check_distinct(headers: Sequence[SliceHeader], positions: Sequence[Any]) -> None:
-    seen: dict[tuple[float, ...], SliceHeader] = {}
-    for header, position in zip(headers, positions, strict=True):
-        first = seen.setdefault(tuple(map(float, position)), header)
-        if first is not header:
+def _check_distinct(headers: Sequence[SliceHeader]) -> None:
+    seen: dict[Vector3 | None, SliceHeader] = {}
+    for header in headers:
+        if (first := seen.get(header.position_mm)) is not None:
             raise GeometryError(
                 f"{first.name} and {header.name} share a position: a segmentation has one frame there", "duplicate"
             )
+        seen[header.position_mm] = header
+
+
+def _regularity(headers: Sequence[SliceHeader], orientation: Any) -> tuple[float, float]:
+    """Return the distance of slices in mm, and the largest distance in mm of a slice from a grid of that spacing.
+
+    Missing slices do not matter.
+    """
+    axes = directions([float(v) for v in orientation])
+    if axes is None:
+        raise GeometryError(f"{headers[0].name} has no perpendicular Image Orientation (Patient)", "orientation")
+    offsets_mm = np.array([header.position_mm for header in headers], dtype=np.float64)
+    offsets_mm -= offsets_mm[0]
+    along_mm = offsets_mm @ axes[2]
+    if len(headers) < 2:
+        return 0.0, 0.0
+    lateral_mm = np.linalg.norm(offsets_mm - along_mm[:, None] * axes[2], axis=1)
+    # Not from the nearest two slices: over many slices, their rounding would add up.
+    steps = np.rint(along_mm / np.median(np.diff(along_mm)))
+    spacing_mm = float(along_mm[-1] / steps[-1]) if steps[-1] else 0.0
+    return spacing_mm, float(max(lateral_mm.max(), np.abs(along_mm - steps * spacing_mm).max()))
 
 
 def _reference(original: Original) -> Dataset:
