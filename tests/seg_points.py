@@ -38,14 +38,40 @@ def in_order(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return points[np.lexsort(np.round(points, 3).T)]
 
 
-def of_images(files: Sequence[Path], masks: Mapping[str, NDArray[np.bool_]]) -> Points:
-    """Return the positions of the voxels of masks on single-frame images; plane k of a mask is on file k."""
+def _geometry(file: Path, frame: int) -> tuple[Any, Any, Any]:
+    """Return position, orientation and pixel spacing of a frame, from 0, or of a single-frame image."""
+    ds = pydicom.dcmread(file, stop_before_pixels=True)
+    if "PerFrameFunctionalGroupsSequence" not in ds:
+        return ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing
+    groups = [ds.PerFrameFunctionalGroupsSequence[frame], ds.SharedFunctionalGroupsSequence[0]]
+    found = []
+    for sequence, keyword in (
+        ("PlanePositionSequence", "ImagePositionPatient"),
+        ("PlaneOrientationSequence", "ImageOrientationPatient"),
+        ("PixelMeasuresSequence", "PixelSpacing"),
+    ):
+        found.append(next(group[sequence][0][keyword].value for group in groups if sequence in group))
+    return found[0], found[1], found[2]
+
+
+def of_images(images: Sequence[Path | tuple[Path, int]], masks: Mapping[str, NDArray[np.bool_]]) -> Points:
+    """Return the positions of the voxels of masks on images, or frames from 0; plane k of a mask is on image k."""
     planes: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-    for k, file in enumerate(files):
-        ds = pydicom.dcmread(file, stop_before_pixels=True)
+    for k, image in enumerate(images):
+        geometry = _geometry(*image) if isinstance(image, tuple) else _geometry(image, 0)
         for name, mask in masks.items():
-            planes[name].append(_plane(mask[k], ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing))
+            planes[name].append(_plane(mask[k], *geometry))
     return _joined(planes)
+
+
+def heights_mm(images: Sequence[tuple[Path, int]]) -> list[float]:
+    """Return the positions of images along row × column, in mm."""
+    found = []
+    for image in images:
+        position, orientation, _ = _geometry(*image)
+        row, column = np.array(orientation, dtype=float).reshape(2, 3)
+        found.append(float(np.cross(row, column) @ np.array(position, dtype=float)))
+    return found
 
 
 def of_seg(file: Path) -> Points:
@@ -64,15 +90,3 @@ def of_seg(file: Path) -> Points:
             number = int(identified[0].ReferencedSegmentNumber) if identified else value
             planes[names[number]].append(_plane(frame == value, position, orientation, spacing))
     return _joined(planes)
-
-
-def in_spatial_order(folder: Path) -> list[Path]:
-    """Return the images of a series, sorted along row × column."""
-    found = []
-    for file in folder.rglob("*"):
-        if file.is_file():
-            ds = pydicom.dcmread(file, stop_before_pixels=True, force=True)
-            if "ImagePositionPatient" in ds:
-                row, column = np.array(ds.ImageOrientationPatient, dtype=float).reshape(2, 3)
-                found.append((float(np.cross(row, column) @ np.array(ds.ImagePositionPatient, dtype=float)), file))
-    return [file for _, file in sorted(found)]
