@@ -85,8 +85,7 @@ def originals(
     if difference := _difference(stacked, grid, placement):
         raise GeometryError(
             f"{format_count(len(only.slices), 'image')} of series {printable(key)} do not form the grid of "
-            f"{output.folder / SIDECAR}: {difference}: give all its images, unchanged, and no others",
-            "originals",
+            f"{output.folder / SIDECAR}: {difference}: give all its images, unchanged, and no others"
         )
     return stacked
 

@@ -124,13 +124,12 @@ def read_sources(headers: Sequence[SliceHeader], matrix: tuple[int, ...]) -> Sou
         if (rows_columns := (ds.get("Rows"), ds.get("Columns"))) != tuple(matrix):
             raise InputError(
                 f"{header.name} has {rows_columns[0]} × {rows_columns[1]} pixels, and the labels {matrix[0]} × "
-                f"{matrix[1]}: restore them on the original slices first",
-                "matrix",
+                f"{matrix[1]}: restore them on the original slices first"
             )
         if common is None:
             common = _common(header, ds, original, notes)
         elif ds.get("StudyInstanceUID") != common.StudyInstanceUID:
-            raise InputError(f"{header.name} is of another study than {headers[0].name}", "study")
+            raise InputError(f"{header.name} is of another study than {headers[0].name}")
         if ds.get("LossyImageCompression") == "01":
             for keyword in _LOSSY:
                 if keyword in ds:
@@ -166,7 +165,6 @@ def _opened(headers: Iterable[SliceHeader]) -> Iterator[tuple[SliceHeader, pydic
                 with warnings.catch_warnings(), open_bounded(header.path, header.member) as f:
                     warnings.simplefilter("ignore")
                     ds = pydicom.dcmread(f, force=True, stop_before_pixels=True)
-                    ds.decode()
             except OSError as exc:
                 raise DecodeError(f"{header.name} cannot be read: {exc.strerror or exc}") from exc
             except Exception as exc:  # pydicom raises exceptions of many types for damaged files
@@ -192,6 +190,8 @@ def _common(header: SliceHeader, ds: pydicom.Dataset, original: Original, notes:
     from pydicom.uid import generate_uid
     from pydicom.valuerep import DA, TM
 
+    with suppress(Exception):
+        ds.decode()  # text of an unknown alphabet is repeated as far as it can be read
     common = Dataset()
     common.SpecificCharacterSet = "ISO_IR 192"
     for keyword in _REPEATED:

@@ -278,19 +278,17 @@ BAD_VALUES: dict[str, list[Any]] = {
         *({"threshold": v} for v in (0, -0.5, 1.1, math.nan, "0.5", True, None)),
         *({"text_format": v} for v in ("", "excel", 1)),
         *({"codes": v} for v in ("a", ["a"], {"": "SCT:1"}, {"a": "SCT:1", "A ": "SCT:2"})),
-        *({"codes": {"a": v}} for v in ("", "SCT", "10200004", "SCT:", ":1", "A:B:C", "SCT:1 2", 1, [], {})),
+        *({"codes": {"a": v}} for v in ("", "SCT", "10200004", "SCT:", ":1", "A:B:C", "SCT:1 2", 1, ["SCT:1"])),
+        {"codes": {"a": {}}},
         {"codes": {"a": "S" * 17 + ":1"}},
         *({"codes": {"a": {"scheme": "SCT", "value": v}}} for v in ("", "1 2", "1" * 17, 1, "a\\b")),
         *({"codes": {"a": {"scheme": v, "value": "1"}}} for v in ("", " ", "S" * 17, 1)),
         *(
-            {"codes": {"a": {"scheme": "SCT", "value": "1", **v}}}
-            for v in (
-                {"meaning": "m" * 65},
-                {"meaning": "a\\b"},
-                {"meaning": 1},
-                {"side": "l"},
-                {"side": None},
-                {"x": "y"},
+            {"codes": {"a": {"scheme": "SCT", "value": "1", key: v}}}
+            for key, v in (
+                *(("meaning", v) for v in ("m" * 65, "a\\b", 1)),
+                *(("side", v) for v in ("l", "", None)),
+                ("x", ""),
             )
         ),
     ],
