@@ -90,3 +90,11 @@ def of_seg(file: Path) -> Points:
             number = int(identified[0].ReferencedSegmentNumber) if identified else value
             planes[names[number]].append(_plane(frame == value, position, orientation, spacing))
     return _joined(planes)
+
+
+def check_same(found: Points, expected: Points, atol_mm: float = 1e-9) -> None:
+    """Check that structures have the same voxels at the same places."""
+    assert found.keys() == expected.keys()
+    for name, points in expected.items():
+        assert found[name].shape == points.shape
+        np.testing.assert_allclose(found[name], points, rtol=0, atol=atol_mm)

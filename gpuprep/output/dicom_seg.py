@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,7 +37,7 @@ class SegOptions:
     """What the pixels do not tell of a segmentation."""
 
     kind: Kind = "binary"
-    """"binary": a frame of bits per structure and slice, which all viewers read. "labelmap": one frame per slice, with
+    """"binary": a frame of bits per structure and slice, which more viewers read. "labelmap": one frame per slice, with
     the labels as values (Label Map Segmentation, of 2024)."""
     algorithm: str = "unknown"
     """Name of the model that predicted the labels."""
@@ -106,18 +106,20 @@ def write_seg(
     """
     options = options or SegOptions()
     present = _check_labels(values, names, headers)
-    sources = read_sources(headers, values.shape[1:])
-    notes = list(sources.notes)
-    labels = sorted(label for label in names if label)
-    absent = [label for label in labels if label not in present]
-    if absent and present:
-        # OHIF before 3.9 does not open a file that describes a segment and has no frame of it.
-        labels = [label for label in labels if label in present]
-        few = first_few([printable(names[label]) for label in absent])
-        notes.append(f"{format_count(len(absent), 'structure')} without a voxel left out: {few}")
-    elif not present:
-        notes.append("no structure has a voxel: each has one empty frame")
-    _save(_segmentation(values, labels, names, codes, sources, options), to)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pydicom and highdicom, about values of the original images
+        sources = read_sources(headers, values.shape[1:])
+        notes = list(sources.notes)
+        labels = sorted(label for label in names if label)
+        absent = [label for label in labels if label not in present]
+        if absent and present:
+            # OHIF 3.8 does not open a file that describes a segment and has no frame of it (OHIF/Viewers#3991).
+            labels = [label for label in labels if label in present]
+            few = first_few([printable(names[label]) for label in absent])
+            notes.append(f"{format_count(len(absent), 'structure')} without a voxel left out: {few}")
+        elif not present:
+            notes.append("no structure has a voxel: each has one empty frame")
+        _save(_segmentation(values, labels, names, codes, sources, options), to)
     return tuple(notes)
 
 
@@ -172,34 +174,33 @@ def _segmentation(
     if not values.any():  # highdicom would write an empty frame of each structure on each slice
         values, images, further = values[:1], sources.images[:1], sources.images[1:]
     made = options.made or datetime.now()
-    uid = sources.uids(values, [str(d) for d in described], str(options), made.isoformat())
+    versions = _version.__version__, highdicom.__version__
+    uid = sources.uids(values, [str(d) for d in described], replace(options, made=made), versions)
     scheme = highdicom.coding_schemes.CodingSchemeIdentificationItem(PRIVATE_SCHEME, name="Names of structures")
     private = any(codes[names[label]].type.scheme_designator == PRIVATE_SCHEME for label in labels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about values of the original images, which are repeated as they are
-        seg = highdicom.seg.Segmentation(
-            images,
-            values,
-            options.kind.upper(),
-            described,
-            series_instance_uid=uid("series"),
-            series_number=options.series_number,
-            sop_instance_uid=uid("instance"),
-            instance_number=1,
-            manufacturer="gpuprep",
-            manufacturer_model_name="gpuprep",
-            software_versions=_version.__version__,
-            device_serial_number="none",
-            content_label="SEGMENTATION",
-            content_description=options.series_description,
-            series_description=options.series_description,
-            content_date=made.date(),
-            content_time=made.time(),
-            series_date=made.date(),
-            series_time=made.time(),
-            coding_schemes=[scheme] if private else None,
-            further_source_images=further,
-        )
+    seg = highdicom.seg.Segmentation(
+        images,
+        values,
+        options.kind.upper(),
+        described,
+        series_instance_uid=uid("series"),
+        series_number=options.series_number,
+        sop_instance_uid=uid("instance"),
+        instance_number=1,
+        manufacturer="gpuprep",
+        manufacturer_model_name="gpuprep",
+        software_versions=_version.__version__,
+        device_serial_number="none",
+        content_label="SEGMENTATION",
+        content_description=options.series_description,
+        series_description=options.series_description,
+        content_date=made.date(),
+        content_time=made.time(),
+        series_date=made.date(),
+        series_time=made.time(),
+        coding_schemes=[scheme] if private else None,
+        further_source_images=further,
+    )
     seg.ContentCreatorName = None  # has to be there, if empty
     del seg.InstanceCreationDate, seg.InstanceCreationTime  # would differ between equal files
     for equipment in seg.get("ContributingEquipmentSequence", ()):
@@ -218,7 +219,7 @@ def _described(number: int, label: int, name: str, coded: Coded, options: SegOpt
     algorithm = highdicom.AlgorithmIdentificationSequence(
         options.algorithm, codes.cid7162.ArtificialIntelligence, options.algorithm_version
     )
-    # Some viewers give all segments without a colour the same one.
+    # Without colours OHIF does not open the file (OHIF/Viewers#3939), and dcmqi gives all segments the same one.
     colour = COLOURS[(label - 1) % len(COLOURS)]  # as in previews
     segment = highdicom.seg.SegmentDescription(
         number, long_string(name), coded.category, coded.type, "AUTOMATIC", algorithm,

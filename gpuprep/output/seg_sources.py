@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -14,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuprep.core.geometry import Vector3, directions
-from gpuprep.core.series import SliceHeader
+from gpuprep.core.series import MALFORMED_UID_PREFIX, SliceHeader
+from gpuprep.dicom.header_values import Frame, decimal_of, decimals_of, frames_of
 from gpuprep.errors import DecodeError, GeometryError, InputError, MissingTagError
 from gpuprep.files.bounded_reader import open_bounded
 
@@ -162,8 +162,7 @@ def _opened(headers: Iterable[SliceHeader]) -> Iterator[tuple[SliceHeader, pydic
         key = header.path, header.member
         if last is None or last[0] != key:
             try:
-                with warnings.catch_warnings(), open_bounded(header.path, header.member) as f:
-                    warnings.simplefilter("ignore")
+                with open_bounded(header.path, header.member) as f:
                     ds = pydicom.dcmread(f, force=True, stop_before_pixels=True)
             except OSError as exc:
                 raise DecodeError(f"{header.name} cannot be read: {exc.strerror or exc}") from exc
@@ -179,7 +178,8 @@ def _original(header: SliceHeader, ds: pydicom.Dataset) -> Original:
         raise MissingTagError(
             f"{header.name} lacks a UID of study, series, SOP class or SOP instance: a segmentation cannot refer to it"
         )
-    if uids[2] != header.sop_instance_uid:
+    known = header.sop_instance_uid
+    if uids[2] != known and not known.startswith(MALFORMED_UID_PREFIX):
         raise DecodeError(f"{header.name} changed since the scan: run the same command again", "changed")
     return Original(uids[0], uids[1], uids[2], header.frame + 1 if "NumberOfFrames" in ds else None)
 
@@ -188,8 +188,14 @@ def _common(header: SliceHeader, ds: pydicom.Dataset, original: Original, notes:
     """Return what all images share: patient, study, frame of reference, orientation and pixel spacing."""
     from pydicom import Dataset
     from pydicom.uid import generate_uid
-    from pydicom.valuerep import DA, TM
+    from pydicom.valuerep import DA, TM, format_number_as_ds
 
+    try:
+        frame, _ = frames_of(ds)[min(header.frame, header.frames - 1)]
+    except (ValueError, IndexError) as exc:
+        raise DecodeError(f"{header.name} changed since the scan: run the same command again", "changed") from exc
+    orientation = _numbers(header, frame, "ImageOrientationPatient", "Image Orientation (Patient)", 6)
+    spacing = _numbers(header, frame, "PixelSpacing", "Pixel Spacing", 2)
     with suppress(Exception):
         ds.decode()  # text of an unknown alphabet is repeated as far as it can be read
     common = Dataset()
@@ -215,29 +221,21 @@ def _common(header: SliceHeader, ds: pydicom.Dataset, original: Original, notes:
         notes.append(f"{header.name} has no Frame of Reference UID: the segmentation has a new one")
     common.Modality, common.SOPClassUID, common.SeriesInstanceUID = "CT", _CT_IMAGE, original.series_uid
     common.Rows, common.Columns = ds.Rows, ds.Columns
-    common.ImageOrientationPatient = _grouped(
-        header, ds, "PlaneOrientationSequence", "ImageOrientationPatient", "Image Orientation (Patient)"
-    )
-    common.PixelSpacing = _grouped(header, ds, "PixelMeasuresSequence", "PixelSpacing", "Pixel Spacing")
-    with suppress(MissingTagError):
-        common.SliceThickness = _grouped(header, ds, "PixelMeasuresSequence", "SliceThickness", "Slice Thickness")
-    if not common.get("SliceThickness"):
-        common.SliceThickness = None
+    common.ImageOrientationPatient = orientation
+    common.PixelSpacing = spacing
+    thickness_mm = decimal_of(frame, "SliceThickness")
+    common.SliceThickness = None if thickness_mm is None else format_number_as_ds(thickness_mm)
     return common
 
 
-def _grouped(header: SliceHeader, ds: pydicom.Dataset, sequence: str, keyword: str, name: str) -> Any:
-    """Return an attribute of an image, or of the functional groups of a frame."""
-    frames = ds.get("PerFrameFunctionalGroupsSequence") or ()
-    places = [frames[header.frame]] if header.frame < len(frames) else []
-    places += list(ds.get("SharedFunctionalGroupsSequence") or ())
-    for place in places:
-        for item in place.get(sequence) or ():
-            if item.get(keyword) is not None:
-                return item.get(keyword)
-    if ds.get(keyword) is None:
-        raise MissingTagError(f"{header.name} has no {name}")
-    return ds.get(keyword)
+def _numbers(header: SliceHeader, frame: Frame, keyword: str, name: str, count: int) -> list[str]:
+    """Return numbers of an image as decimal strings."""
+    from pydicom.valuerep import format_number_as_ds
+
+    found = decimals_of(frame, keyword, count)
+    if found is None:
+        raise MissingTagError(f"{header.name} has no readable {name}")
+    return [str(format_number_as_ds(v)) for v in found]
 
 
 def _image(number: int, header: SliceHeader, common: Dataset) -> Dataset:

@@ -96,13 +96,6 @@ def read_by_dcmqi(file: Path) -> seg_points.Points:
     return {name: seg_points.in_order(np.concatenate(points)) for name, points in found.items()}
 
 
-def check_same(found: seg_points.Points, expected: seg_points.Points, atol_mm: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, points in expected.items():
-        assert found[name].shape == points.shape
-        np.testing.assert_allclose(found[name], points, rtol=0, atol=atol_mm)
-
-
 def synthetic(folder: Path, **how: Any) -> tuple[list[Path], gpuprep.Stack]:
     stored = np.random.default_rng(0).integers(0, 2000, (12, 20, 24)).astype(np.int16)
     files = write_series(folder, stored, (3.0, 2.0, 1.5), **how)
@@ -117,7 +110,7 @@ def test_dcmqi_reads_every_voxel_at_its_place(tmp_path: Path, case: str, kind: K
     files, stacked = synthetic(tmp_path / "ct", orientation=ORIENTATIONS[case])
     values = boxes((12, 20, 24))
     expected = seg_points.of_images(files, {name: values == label for label, name in NAMES.items()})
-    check_same(read_by_dcmqi(wrote(tmp_path / "seg", values, stacked.slices, kind)), expected, 1e-6)
+    seg_points.check_same(read_by_dcmqi(wrote(tmp_path / "seg", values, stacked.slices, kind)), expected, 1e-6)
 
 
 @needs_dcmqi
@@ -128,7 +121,7 @@ def test_dcmqi_reads_a_series_with_a_lost_slice(tmp_path: Path) -> None:
     files, stacked = synthetic(tmp_path / "ct", change=change)
     values = boxes((12, 20, 24))
     expected = seg_points.of_images(files, {name: values == label for label, name in NAMES.items()})
-    check_same(read_by_dcmqi(wrote(tmp_path / "seg", values, stacked.slices)), expected, 1e-6)
+    seg_points.check_same(read_by_dcmqi(wrote(tmp_path / "seg", values, stacked.slices)), expected, 1e-6)
 
 
 @needs_dcmqi
@@ -155,9 +148,9 @@ def check(folder: Path, headers: tuple[SliceHeader, ...], matrix: tuple[int, int
     assert heights_mm == sorted(heights_mm)
     file = wrote(folder, values, headers)
     expected = seg_points.of_images(images, masks)
-    check_same(seg_points.of_seg(file), expected, 1e-9)
+    seg_points.check_same(seg_points.of_seg(file), expected, 1e-9)
     if SEGIMAGE is not None:
-        check_same(read_by_dcmqi(file), expected, 1e-4)  # it makes a volume of slices, whose distances vary
+        seg_points.check_same(read_by_dcmqi(file), expected, 1e-4)  # it makes a volume of slices, whose distances vary
     if DCIODVFY is not None:
         assert errors(file) <= errors(images[0][0])
 

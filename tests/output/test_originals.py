@@ -5,34 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
-from pydicom import Dataset
+from seg_series import fails, tilted, uneven
 
 import gpuprep
 from gpuprep.core.geometry import Placement
-from gpuprep.errors import GpuprepError, InputError, NothingFoundError, OutputError, RequestError
+from gpuprep.errors import InputError, NothingFoundError, OutputError, RequestError
 from gpuprep.output.originals import originals
 from gpuprep.output.read_volume import FinishedOutput
 from gpuprep.testing import write_series
 
 SHAPE, SPACING_MM = (12, 16, 20), (2.5, 0.8, 0.7)
 SMALL = gpuprep.Recipe(size=(8, 8))
-
-
-def tilted(ds: Dataset, k: int) -> None:
-    x, y, z = map(float, ds.ImagePositionPatient)
-    ds.ImagePositionPatient = [x, y + 0.7 * k, z]
-
-
-def uneven(ds: Dataset, k: int) -> None:
-    x, y, z = map(float, ds.ImagePositionPatient)
-    ds.ImagePositionPatient = [x, y, z + (0.8 if k > 4 else 0)]
 
 
 def series(folder: Path, **how: Any) -> list[Path]:
@@ -44,13 +33,6 @@ def converted(tmp_path: Path, recipe: gpuprep.Recipe = SMALL, **options: Any) ->
     run = gpuprep.convert(tmp_path / "ct", tmp_path / "out", recipe, backend="cpu", **options)
     (result,) = (r for r in run.results if r.folder)
     return FinishedOutput(tmp_path / "out" / result.folder)
-
-
-def fails(error: type[GpuprepError], expected: str, call: Callable[[], object]) -> None:
-    with pytest.raises(error) as caught:
-        call()
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [None, tilted, uneven])
