@@ -182,18 +182,15 @@ def test_decimal_commas_are_read_as_in_the_scan(tmp_path: Path) -> None:
     check_same(seg_points.of_seg(tmp_path / "seg.dcm"), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
 def test_malformed_uids_are_referred_to_as_they_are(tmp_path: Path) -> None:
     def change(ds: Dataset, k: int) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ds.SOPInstanceUID = f"image-{k}"
+        ds.SOPInstanceUID = f"image-{k}"
 
     _, stacked = written(tmp_path / "ct", change=change)
     write(tmp_path / "seg.dcm", labels(), stacked.slices)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        referred = pydicom.dcmread(tmp_path / "seg.dcm").ReferencedSeriesSequence[0].ReferencedInstanceSequence
-        assert [item.ReferencedSOPInstanceUID for item in referred] == [f"image-{k}" for k in range(8)]
+    referred = pydicom.dcmread(tmp_path / "seg.dcm").ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    assert [item.ReferencedSOPInstanceUID for item in referred] == [f"image-{k}" for k in range(8)]
 
 
 def test_images_at_one_position_are_refused(tmp_path: Path) -> None:
