@@ -113,8 +113,6 @@ def read_sources(headers: Sequence[SliceHeader], matrix: tuple[int, ...]) -> Sou
     InputError
         If an original cannot be read, has changed since the scan, or lacks what a segmentation has to repeat.
     """
-    from pydicom.valuerep import format_number_as_ds
-
     notes: list[str] = []
     images: list[Dataset] = []
     originals: list[Original] = []
@@ -137,16 +135,11 @@ def read_sources(headers: Sequence[SliceHeader], matrix: tuple[int, ...]) -> Sou
         images.append(_image(len(images), header, common))
         originals.append(original)
     _check_distinct(headers)
-    if common is not None:
-        spacing_mm, deviation_mm = _regularity(headers, common.ImageOrientationPatient)
-        if deviation_mm > NEGLIGIBLE_MM:
-            notes.append(
-                f"slices leave a regular grid by up to {deviation_mm:.2g} mm: programs that read a SEG as a volume "
-                "(dcmqi, 3D Slicer) move them there"
-            )
-        elif spacing_mm > 0:
-            for image in images:
-                image.SpacingBetweenSlices = format_number_as_ds(spacing_mm)
+    if common is not None and (deviation_mm := _deviation_mm(headers, common.ImageOrientationPatient)) > NEGLIGIBLE_MM:
+        notes.append(
+            f"slices leave a regular grid by up to {deviation_mm:.2g} mm: programs that read a SEG as a volume (dcmqi, "
+            "3D Slicer) move them there"
+        )
     if common is not None and "LossyImageCompression" in common:  # also those before the first lossy one
         for image in images:
             image.update({common[keyword].tag: common[keyword] for keyword in _LOSSY if keyword in common})
@@ -196,8 +189,6 @@ def _common(header: SliceHeader, ds: pydicom.Dataset, original: Original, notes:
         raise DecodeError(f"{header.name} changed since the scan: run the same command again", "changed") from exc
     orientation = _numbers(header, frame, "ImageOrientationPatient", "Image Orientation (Patient)", 6)
     spacing = _numbers(header, frame, "PixelSpacing", "Pixel Spacing", 2)
-    with suppress(Exception):
-        ds.decode()  # text of an unknown alphabet is repeated as far as it can be read
     common = Dataset()
     common.SpecificCharacterSet = "ISO_IR 192"
     for keyword in _REPEATED:
@@ -262,24 +253,20 @@ def _check_distinct(headers: Sequence[SliceHeader]) -> None:
         seen[header.position_mm] = header
 
 
-def _regularity(headers: Sequence[SliceHeader], orientation: Any) -> tuple[float, float]:
-    """Return the distance of slices in mm, and the largest distance in mm of a slice from a grid of that spacing.
-
-    Missing slices do not matter.
-    """
+def _deviation_mm(headers: Sequence[SliceHeader], orientation: Any) -> float:
+    """Return the largest distance in mm of a slice from an evenly spaced stack; missing slices do not matter."""
     axes = directions([float(v) for v in orientation])
     if axes is None:
         raise GeometryError(f"{headers[0].name} has no perpendicular Image Orientation (Patient)", "orientation")
+    if len(headers) < 2:
+        return 0.0
     offsets_mm = np.array([header.position_mm for header in headers], dtype=np.float64)
     offsets_mm -= offsets_mm[0]
     along_mm = offsets_mm @ axes[2]
-    if len(headers) < 2:
-        return 0.0, 0.0
     lateral_mm = np.linalg.norm(offsets_mm - along_mm[:, None] * axes[2], axis=1)
-    # Not from the nearest two slices: over many slices, their rounding would add up.
     steps = np.rint(along_mm / np.median(np.diff(along_mm)))
-    spacing_mm = float(along_mm[-1] / steps[-1]) if steps[-1] else 0.0
-    return spacing_mm, float(max(lateral_mm.max(), np.abs(along_mm - steps * spacing_mm).max()))
+    # The spacing is measured over all slices: over many, the rounding of the nearest two would add up.
+    return float(max(lateral_mm.max(), np.abs(along_mm - steps * (along_mm[-1] / max(steps[-1], 1))).max()))
 
 
 def _reference(original: Original) -> Dataset:

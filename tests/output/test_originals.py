@@ -103,13 +103,17 @@ def test_images_that_lie_elsewhere_now_are_refused(tmp_path: Path, change: Any, 
     fails(InputError, expected, lambda: originals(tmp_path / "ct", output))
 
 
-def test_slices_that_moved_within_the_grid_are_refused(tmp_path: Path) -> None:
-    files = series(tmp_path / "ct", change=uneven)
+@pytest.mark.parametrize(
+    ("change", "axis", "expected"),
+    [(uneven, 2, "slices are spaced otherwise"), (tilted, 1, "slices are shifted otherwise")],
+)
+def test_slices_that_moved_within_the_grid_are_refused(tmp_path: Path, change: Any, axis: int, expected: str) -> None:
+    files = series(tmp_path / "ct", change=change)
     output = converted(tmp_path)
     ds = pydicom.dcmread(files[5])
-    ds.ImagePositionPatient[2] += 0.1
+    ds.ImagePositionPatient[axis] += 0.1
     ds.save_as(files[5])
-    fails(InputError, "slices are spaced otherwise", lambda: originals(tmp_path / "ct", output))
+    fails(InputError, expected, lambda: originals(tmp_path / "ct", output))
 
 
 def test_another_series_with_the_same_grid_is_not_taken(tmp_path: Path) -> None:
