@@ -208,6 +208,8 @@ def _segmentation(
     for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
         item.DimensionOrganizationUID = uid("dimensions")
     sources.refer(seg)
+    if (database := getattr(seg, "_db_con", None)) is not None:
+        database.close()  # highdicom leaves open the index of frames by which it would read them
     return seg
 
 

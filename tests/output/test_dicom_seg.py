@@ -89,6 +89,7 @@ def test_highdicom_finds_the_labels_by_the_images(tmp_path: Path, case: str, kin
             uids, segment_numbers=[numbers[name]], assert_missing_frames_are_empty=True
         )
         np.testing.assert_array_equal(found[..., 0].astype(bool), mask)
+    seg._db_con.close()  # or Python 3.13 warns at some later time
 
 
 @pytest.mark.parametrize("kind", KINDS)
