@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from gpuprep.core.coded_concepts import Code, checked_code
 from gpuprep.core.formatting import printable
 from gpuprep.core.recipe_table import fields_of_table
 from gpuprep.errors import RecipeError, SegmentationError
@@ -28,6 +29,7 @@ Layout = Literal["labels", "per-roi"]
 Resampling = Literal["nearest", "smooth"]
 
 Aliases = tuple[tuple[str, tuple[str, ...]], ...]
+Codes = tuple[tuple[str, Code], ...]
 
 Pseudonymise = Callable[[str, str], str]
 """Function from a kind ("path", "structure") and a text of that kind to its pseudonym."""
@@ -80,6 +82,10 @@ class Masks(ReadingOptions):
     and 1 per structure."""
     resampling: Resampling = "nearest"
     """Method of resampling labels: see `gpuprep.compute.resample_labels`."""
+    codes: Codes = ()
+    """Names of structures with their codes in DICOM SEG: a text such as "SCT:10200004" (SNOMED CT), or a table of
+    scheme, value, meaning and side. They do not affect volumes. Common names need none: see
+    `gpuprep.masks.structure_codes`."""
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -96,6 +102,7 @@ class Masks(ReadingOptions):
             except (re.error, TypeError, RecursionError, OverflowError) as exc:
                 raise RecipeError(f"masks.roi = {self.roi!r} is no regular expression: {exc}") from exc
         object.__setattr__(self, "aliases", _checked_aliases(self.aliases))
+        object.__setattr__(self, "codes", _checked_codes(self.codes))
 
     @cached_property
     def _names(self) -> dict[str, str]:
@@ -151,6 +158,10 @@ class Masks(ReadingOptions):
             for name, (file, _) in zip(names, found, strict=True)
         ]
 
+    def code(self, name: str) -> Code | None:
+        """Return the code that is given to a structure, by its name in any case; None if there is none."""
+        return next((code for known, code in self.codes if _normalised(known) == _normalised(name)), None)
+
     @property
     def first_names(self) -> tuple[str, ...]:
         """Names that get the first label values, in this order."""
@@ -165,7 +176,10 @@ class Masks(ReadingOptions):
         """Return the fields as a table for TOML and JSON."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {k: "none" if v is None else v for k, v in plain.items()}
-        return plain | {"aliases": {name: list(others) for name, others in self.aliases}}
+        return plain | {
+            "aliases": {name: list(others) for name, others in self.aliases},
+            "codes": {name: code.to_dict() for name, code in self.codes},
+        }
 
 
 OPTIONAL = ("text_format", "units", "index_base", "slice_from", "slice_order", "roi")
@@ -200,6 +214,21 @@ def _distinct_file_names(files: Sequence[str], hide: Pseudonymise | None) -> dic
 
 def _normalised(name: str) -> str:
     return " ".join(name.split()).casefold()
+
+
+def _checked_codes(given: Any) -> Codes:
+    """Return a table of codes as tuples; raise if a name stands there twice."""
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise RecipeError(f"masks.codes = {given!r}: give a table of names, each with a code")
+    found: dict[str, tuple[str, Code]] = {}
+    for name, code in pairs:
+        if not isinstance(name, str) or not name.strip():
+            raise RecipeError(f"masks.codes: {name!r} is no name of a structure")
+        if _normalised(name) in found:
+            raise RecipeError(f"masks.codes: {name!r} stands there twice")
+        found[_normalised(name)] = name, checked_code(name, code)
+    return tuple(found.values())
 
 
 def _checked_aliases(given: Any) -> Aliases:

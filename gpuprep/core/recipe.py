@@ -281,6 +281,7 @@ class Recipe:
     def sha256(self) -> str:
         """SHA-256 of all fields that affect volumes, equal for recipes that make equal ones."""
         fields_ = {k: v for k, v in self.to_dict().items() if k != "select"}
+        del fields_["masks"]["codes"]  # only in DICOM SEG that is made of volumes
         return hashlib.sha256(json.dumps(fields_, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 from itertools import pairwise
 from typing import Any, cast, get_args
 
-from gpuprep.core import mask_options, select_options
+from gpuprep.core import coded_concepts, mask_options, select_options
 from gpuprep.core import recipe as recipes
 from gpuprep.core.mask_options import Masks, ReadingOptions
 from gpuprep.core.recipe import PRESETS, Recipe
@@ -116,6 +116,22 @@ def _masks_field_schema(name: str) -> dict[str, Any]:
         others = {"anyOf": [name_, {"type": "array", "items": name_}]}
         pair = _array_of({}, 2)  # the form of aliases in Python
         return {"anyOf": [{"type": "object", "additionalProperties": others}, {"type": "array", "items": pair}]}
+    if name == "codes":
+        text = {"type": "string", "pattern": f"^{coded_concepts.SHORT_FORM}$"}
+        keys = {
+            "scheme": {"type": "string", "pattern": r"^[^\s\\]{1,16}$"},
+            "value": {"type": "string", "pattern": r"^[^\s\\]{1,16}$"},
+            "meaning": {"type": "string", "pattern": r"^[^\\]*$", "maxLength": coded_concepts.LONGEST_MEANING},
+            "side": {"enum": list(get_args(coded_concepts.Side))},
+        }
+        table = {"type": "object", "additionalProperties": False, "required": ["scheme", "value"], "properties": keys}
+        pair = _array_of({}, 2)
+        codes = {
+            "type": "object",
+            "propertyNames": {"pattern": r"\S"},
+            "additionalProperties": {"anyOf": [text, table]},
+        }
+        return {"anyOf": [codes, {"type": "array", "items": pair}]}
     return {"type": "string", "format": "regex"}
 
 

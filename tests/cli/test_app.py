@@ -427,6 +427,7 @@ def test_flags_override_the_recipe_and_are_saved(small_series: Path, tmp_path: P
             "pixel_base": 1,
             "slice_from": "column",
             "slice_order": "instance",
+            "codes": {},
         },
         "select": {"where": "none", "best_per": "none", "prefer": "none", "drop_duplicates": False},
     }
@@ -475,7 +476,7 @@ def test_flags_become_fields_of_the_recipe(tmp_path: Path, out: Path, flags: str
         "masks": {
             "aliases": {}, "roi": "none", "layout": "labels", "resampling": "nearest", "threshold": 0.5,
             "text_format": "none", "units": "none", "index_base": "none", "pixel_base": 0, "slice_from": "none",
-            "slice_order": "none",
+            "slice_order": "none", "codes": {},
         },
         "select": {"where": "none", "best_per": "none", "prefer": "none", "drop_duplicates": False},
     }  # fmt: skip

@@ -51,13 +51,18 @@ def loops_finding(stdout: str) -> str:
 
 
 def test_every_extra_of_the_project_is_tested() -> None:
-    assert {*USES, "torch"} == set(EXTRAS)  # torch has no command: it is for Python
+    assert {*USES, "torch", "seg"} == set(EXTRAS)  # torch and seg have no command: they are for Python
 
 
 @pytest.mark.parametrize(
     ("extra", "package"),
     # cuCIM is needed only when a GPU works: see tests/gpu/test_gpu_checks.py.
-    [(e, package) for e, packages in EXTRAS.items() for package in packages if not package.startswith("cucim")],
+    [
+        (e, package)
+        for e, packages in EXTRAS.items()
+        for package in packages
+        if not package.startswith("cucim") and e != "seg"
+    ],  # tests/output/test_dicom_seg.py
 )
 def test_an_extra_that_is_absent_is_named(
     extra: str, package: str, small_series: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuprep.core.coded_concepts import Code
 from gpuprep.core.mask_options import Masks
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.select_options import Select
@@ -117,6 +118,7 @@ def test_every_field_but_the_choice_of_series_changes_the_hash() -> None:
     recipes = [Recipe(), *(replace(Recipe(), **change) for change in ONE_CHANGE)]
     assert {name for change in ONE_CHANGE for name in change} == {f.name for f in fields(Recipe)} - {"select"}
     assert Recipe(select=Select(where="slices > 9")).sha256 == Recipe().sha256
+    assert Recipe(masks=Masks(codes=(("liver", Code("SCT", "10200004")),))).sha256 == Recipe().sha256
     assert len({r.sha256 for r in recipes}) == len(recipes)
 
 
@@ -275,6 +277,20 @@ BAD_VALUES: dict[str, list[Any]] = {
         *({"slice_order": v} for v in ("", "z", 1)),
         *({"threshold": v} for v in (0, -0.5, 1.1, math.nan, "0.5", True, None)),
         *({"text_format": v} for v in ("", "excel", 1)),
+        *({"codes": v} for v in ("a", ["a"], {"": "SCT:1"}, {"a": "SCT:1", "A ": "SCT:2"})),
+        *({"codes": {"a": v}} for v in ("", "SCT", "10200004", "SCT:", ":1", "A:B:C", "SCT:1 2", 1, ["SCT:1"])),
+        {"codes": {"a": {}}},
+        {"codes": {"a": "S" * 17 + ":1"}},
+        *({"codes": {"a": {"scheme": "SCT", "value": v}}} for v in ("", "1 2", "1" * 17, 1, "a\\b")),
+        *({"codes": {"a": {"scheme": v, "value": "1"}}} for v in ("", " ", "S" * 17, 1)),
+        *(
+            {"codes": {"a": {"scheme": "SCT", "value": "1", key: v}}}
+            for key, v in (
+                *(("meaning", v) for v in ("m" * 65, "a\\b", 1)),
+                *(("side", v) for v in ("l", "", None)),
+                ("x", ""),
+            )
+        ),
     ],
 }
 """10**400 is a whole number beyond the range of floats, which TOML allows."""
@@ -370,3 +386,16 @@ def test_an_absent_file_is_refused_with_its_name(tmp_path: Path) -> None:
 def test_a_folder_is_refused_as_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot read the recipe .*: Is a directory"):
         Recipe.load(tmp_path)
+
+
+def test_codes_of_structures_are_texts_or_tables(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        '[masks.codes]\nliver = "SCT:10200004"\n'
+        '"My Kidney" = {scheme = "SCT", value = "64033007", meaning = "Kidney", side = "left"}\n'
+    )
+    recipe = Recipe.load(file)
+    assert recipe.masks.code("LIVER") == Code("SCT", "10200004")
+    assert recipe.masks.code("my  kidney") == Code("SCT", "64033007", "Kidney", "left")
+    assert recipe.masks.code("kidney") is None
+    assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe

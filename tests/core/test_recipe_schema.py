@@ -32,6 +32,7 @@ NOT_EXPRESSIBLE: list[dict[str, Any]] = [
     *({"masks": {"roi": roi}} for roi in ("(", "*")),
     {"masks": {"aliases": {"a": ["x"], "b": ["X"]}}},
     {"masks": {"aliases": {"": ["x"]}}},
+    {"masks": {"codes": {"a": "SCT:1", "A ": "SCT:2"}}},
 ]
 
 
@@ -148,11 +149,17 @@ SIMPLE = NUMBERS | st.sampled_from(WORDS) | st.booleans()
 VALUES = SIMPLE | st.lists(SIMPLE, max_size=4) | st.lists(NUMBERS, min_size=2, max_size=3)
 MASKS = st.dictionaries(st.sampled_from([f.name for f in fields(Masks)]), VALUES, max_size=2)
 ALIASES = st.fixed_dictionaries({"aliases": st.dictionaries(st.sampled_from("ab"), VALUES, max_size=2)})
+CODE = st.sampled_from(["SCT:1", "SCT", "SCT:1\n", "a:b:c", "S:\t"]) | st.dictionaries(
+    st.sampled_from(["scheme", "value", "meaning", "side", "x"]),
+    st.sampled_from(["SCT", "1", "", "left", "a b", "a\\b", "m" * 17, "m" * 65, "a\nb"]) | SIMPLE,
+    max_size=4,
+)
+CODES = st.fixed_dictionaries({"codes": st.dictionaries(st.sampled_from(["a", "", " "]), CODE | VALUES, max_size=2)})
 
 
 @given(
     st.dictionaries(st.sampled_from(["base", *(f.name for f in fields(Recipe))]), VALUES, max_size=3)
-    | st.fixed_dictionaries({"masks": MASKS | ALIASES})
+    | st.fixed_dictionaries({"masks": MASKS | ALIASES | CODES})
 )
 def test_a_recipe_refuses_everything_that_the_schema_refuses(table: dict[str, Any]) -> None:
     if not VALIDATOR.is_valid(table):
