@@ -76,6 +76,12 @@ class IndexBox(NamedTuple):
         k, j, i = (high - low for low, high in zip(self.start, self.stop, strict=True))
         return k, j, i
 
+    def contains(self, other: IndexBox | None) -> bool:
+        """Return whether all voxels of another box are in this one."""
+        return other is None or bool(
+            np.all(np.less_equal(self.start, other.start) & np.less_equal(other.stop, self.stop))
+        )
+
     @property
     def slices(self) -> tuple[slice, slice, slice]:
         """The box as an index of an array."""
