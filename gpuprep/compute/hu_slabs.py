@@ -67,7 +67,9 @@ class HuSlabs:
     """
 
     def __init__(self, source: Source, plan: Plan, backend: Backend, transfers: Transfers) -> None:
-        self._slices = len(source.slope)
+        self._part = plan.read.slices
+        slices = self._part[0]
+        self._slices = slices.stop - slices.start
         self._turn = plan.turn
         self.count = self._slices if plan.turn.axes[0] == 0 else plan.resample.source[0]
         self._source = source
@@ -75,10 +77,13 @@ class HuSlabs:
         self._transfers = transfers
         self._rule = plan.recipe.padding
         self._order = plan.recipe.order
-        self._slope = backend.to_device(source.slope.astype(np.float32))
-        self._intercept = backend.to_device(source.intercept.astype(np.float32))
+        self._slope = backend.to_device(source.slope[slices].astype(np.float32))
+        self._intercept = backend.to_device(source.intercept[slices].astype(np.float32))
         declared = source.padding if self._rule == "air" else None
-        self._padding = None if declared is None else backend.to_device(declared)
+        self._padding = None if declared is None else backend.to_device(declared[slices])
+        placement = source.placement
+        self._matrix = source.geometry.shape[1:] if placement is None else placement.matrix
+        self._shift = None if placement is None or placement.shift is None else placement.shift[slices]
         self._direct = plan.turn.axes == (0, 1, 2) and not plan.shifted
 
     @property
@@ -132,9 +137,21 @@ class HuSlabs:
             hu = xp.flip(hu, axis=axis) if flip else hu
         return hu
 
+    def _read(self, start: int, stop: int, *empty: Callable[..., NDArray[Any]]) -> NDArray[Any]:
+        """Return the stored values of source slices [start, stop), counted from the first that the plan reads."""
+        slices, rows, columns = self._part
+        start, stop = start + slices.start, stop + slices.start
+        if (rows.stop - rows.start, columns.stop - columns.start) == self._matrix:
+            return self._source.slab(start, stop, *empty)
+        stored = self._source.slab(start, stop)[:, rows, columns]
+        allocate = empty[0] if empty else np.empty
+        part = allocate(stored.shape, stored.dtype)
+        part[...] = stored
+        return part
+
     def _stored_slabs(self, spans: list[tuple[int, int]]) -> Iterator[tuple[Any, Rescale]]:
         """Yield the stored values of spans of source slices, with their rescale."""
-        for (start, stop), stored in zip(spans, self._transfers.uploads(self._source.slab, spans), strict=True):
+        for (start, stop), stored in zip(spans, self._transfers.uploads(self._read, spans), strict=True):
             padding = None if self._padding is None else self._padding[start:stop, :]
             yield stored, Rescale(self._slope[start:stop], self._intercept[start:stop], padding, self._rule)
 
@@ -143,20 +160,21 @@ class HuSlabs:
         placement = self._source.placement
         for (start, _), (stored, rescale) in zip(spans, self._stored_slabs(spans), strict=True):
             hu = self._backend.to_hu(stored, *rescale)
-            yield hu if placement is None or placement.shift is None else self._shifted(hu, placement, start)
+            if placement is not None and self._shift is not None:
+                hu = self._shifted(hu, placement, self._shift[start : start + hu.shape[0]])
+            yield hu
 
-    def _shifted(self, hu: Any, placement: Placement, start: int) -> Any:
+    def _shifted(self, hu: Any, placement: Placement, shift: NDArray[np.float64]) -> Any:
         """Return slices shifted to their positions on the canvas; the rest of the canvas is air."""
         xp = array_namespace(hu)
-        shift = np.zeros((self._slices, 2)) if placement.shift is None else placement.shift
         for axis, (n_in, n_out) in enumerate(zip(placement.matrix, placement.canvas, strict=True), 1):
-            if not shift[:, axis - 1].any():
+            if placement.shift is None or not placement.shift[:, axis - 1].any():
                 continue
             shape = list(hu.shape)
             shape[axis] = n_out
             out = xp.empty(tuple(shape), dtype=hu.dtype, device=device(hu))
             for n in range(shape[0]):
-                matrix, outside = resample_matrix.shifted(n_in, n_out, shift[start + n, axis - 1], order=self._order)
+                matrix, outside = resample_matrix.shifted(n_in, n_out, shift[n, axis - 1], order=self._order)
                 out_slice = out[n : n + 1, :, :]
                 resample_axis(matrix, hu[n : n + 1, :, :], axis, out_slice, self._backend)
                 for low, high in _runs(outside):

@@ -12,6 +12,7 @@ from gpuprep.compute import resample_matrix, resample_taps
 from gpuprep.compute.backend import Backend, Body, Engine
 from gpuprep.compute.cuda_engine import ring_slices, slices_per_chunk
 from gpuprep.compute.resample_blocks import OUTPUTS
+from gpuprep.core.axis_part import SPLINE_REACH
 from gpuprep.core.plan import BYTES_PER_VOXEL, Plan, Step
 
 CONTEXT_BYTES = 600 * 2**20
@@ -27,9 +28,6 @@ USABLE_SHARE = 0.8
 """Share of the free memory to plan with: estimates count arrays, and allocators round sizes and fragment memory."""
 
 FLOAT_BYTES = 4
-
-SPLINE_REACH = {0: 2, 1: 3, 2: 26, 3: 32, 4: 42, 5: 52}
-"""Input samples with a weight of at least 1e-8 for an output sample, by spline order, with a margin."""
 
 ZOOM_PADDING = 24
 """Voxels by which `cupyx.scipy.ndimage.zoom` lengthens each axis before a prefilter."""

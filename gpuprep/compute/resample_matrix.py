@@ -22,6 +22,7 @@ from array_api_compat import is_cupy_namespace, is_numpy_namespace
 from numpy.typing import NDArray
 
 from gpuprep.core.array_namespace import array_namespace
+from gpuprep.core.axis_part import AxisPart
 
 NEGLIGIBLE = 1e-8
 """Smaller weights are dropped: 28 remain per cubic sample, and a result of 4000 HU changes by less than 1e-3 HU."""
@@ -59,23 +60,9 @@ class Operator:
 
 
 @lru_cache(maxsize=512)
-def build(
-    n_in: int,
-    n_out: int,
-    *,
-    along: tuple[float, ...] | None = None,
-    order: int,
-    mode: str,
-    grid_mode: bool,
-    sigma: float,
-    blur_mode: str,
-    block_rows: int,
-) -> Operator:
-    """Return `matrix` as an operator with blocks of `block_rows` output rows."""
-    return banded(
-        matrix(n_in, n_out, along=along, order=order, mode=mode, grid_mode=grid_mode, sigma=sigma, blur_mode=blur_mode),
-        block_rows,
-    )
+def build(n_in: int, n_out: int, *, block_rows: int, **step: Any) -> Operator:
+    """Return `matrix`, which has the other arguments, as an operator with blocks of `block_rows` output rows."""
+    return banded(matrix(n_in, n_out, **step), block_rows)
 
 
 def matrix(
@@ -88,6 +75,7 @@ def matrix(
     grid_mode: bool,
     sigma: float,
     blur_mode: str,
+    part: AxisPart | None = None,
 ) -> NDArray[np.float64]:
     """Return the matrix that resamples `n_in` samples to `n_out`: array of shape (n_out, number of samples).
 
@@ -104,7 +92,14 @@ def matrix(
         Standard deviation, in input samples, of a Gaussian applied first; 0 for none.
     blur_mode : str
         Boundary rule of that Gaussian.
+    part : AxisPart, optional
+        Outputs and samples to which the matrix is restricted.
     """
+    if part is not None:
+        whole = matrix(
+            n_in, n_out, along=along, order=order, mode=mode, grid_mode=grid_mode, sigma=sigma, blur_mode=blur_mode
+        )
+        return whole[part.start : part.stop, part.low : part.high].copy()
     from scipy import ndimage  # the import is slow, and compiled loops have no matrix
 
     if along is not None and sigma == 0:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuprep.core.axis_part import AxisPart
 from gpuprep.core.sampling import lost_samples, sample_positions
 
 POLE = math.sqrt(3) - 2
@@ -73,9 +74,16 @@ class LineTables:
 def build(n_in: int, n_out: int, **step: Any) -> LineTables:
     """Return the tables that resample a line; the arguments are those of `gpuprep.compute.resample_matrix.matrix`."""
     start, weights, prefiltered = _interpolation(n_in, n_out, **step)
+    n_in = _samples(n_in, step)
     if not prefiltered:
         return _line_tables(n_in, start, weights)
     return _line_tables(n_in, start, weights, _recursion(n_in, _edge(step["mode"])), _extended(n_in, step["mode"]))
+
+
+def _samples(n_in: int, step: dict[str, Any]) -> int:
+    """Return the length of the line that is read."""
+    part: AxisPart | None = step.get("part")
+    return n_in if part is None else part.high - part.low
 
 
 def weights_of_samples(n_in: int, n_out: int, **step: Any) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -87,6 +95,7 @@ def weights_of_samples(n_in: int, n_out: int, **step: Any) -> tuple[NDArray[np.i
     start, weights, prefiltered = _interpolation(n_in, n_out, **step)
     if not prefiltered:
         return start, weights
+    n_in, n_out = _samples(n_in, step), len(start)
     response = np.array(INVERSE[:0:-1] + INVERSE)
     taps = weights.shape[1]
     folded = np.zeros((n_out, len(response) + taps - 1))
@@ -100,35 +109,32 @@ def weights_of_samples(n_in: int, n_out: int, **step: Any) -> tuple[NDArray[np.i
     return first, band
 
 
-def _interpolation(
-    n_in: int,
-    n_out: int,
-    *,
-    along: tuple[float, ...] | None,
-    order: int,
-    mode: str,
-    grid_mode: bool,
-    sigma: float,
-    blur_mode: str,
-) -> tuple[NDArray[np.intp], NDArray[np.float64], bool]:
+def _interpolation(n_in: int, n_out: int, **step: Any) -> tuple[NDArray[np.intp], NDArray[np.float64], bool]:
     """Return first index and weights per output, and whether they apply to spline coefficients, not to samples."""
-    positions = (
-        sample_positions(n_in, n_out, mode, grid_mode) if order in (1, 3) and along is None and not sigma else None
-    )
-    if positions is None or n_in < 4:
+    order, mode, grid_mode = step["order"], step["mode"], step["grid_mode"]
+    part: AxisPart | None = step.get("part")
+    samples = _samples(n_in, step)
+    positions = None
+    if order in (1, 3) and step["along"] is None and not step["sigma"] and n_in != n_out and samples >= 4:
+        positions = sample_positions(n_in, n_out, mode, grid_mode)
+    if positions is None:
         from gpuprep.compute import resample_matrix  # imports SciPy, which most lines do not need
 
-        matrix = resample_matrix.matrix(
-            n_in, n_out, along=along, order=order, mode=mode, grid_mode=grid_mode, sigma=sigma, blur_mode=blur_mode
-        )
+        matrix = resample_matrix.matrix(n_in, n_out, **step)
         return *band_of(matrix, resample_matrix.NEGLIGIBLE), False
+    lost = lost_samples(n_in, n_out, mode, grid_mode)
+    if part is not None:
+        positions = positions[part.start : part.stop] - part.low
+        lost = lost[(lost >= part.start) & (lost < part.stop)] - part.start
     if order == 1:
-        start = np.clip(np.floor(positions), 0, n_in - 2).astype(np.intp)
-        part = np.clip(positions, 0, n_in - 1) - start
-        return start, _zero_lost(np.stack([1 - part, part], axis=1), n_in, mode, grid_mode), False
-    ghosts = _ghost_coefficients(_edge(mode)) if mode == "nearest" else np.eye(4)[[2, 1]]
-    start, weights = _cubic(positions, n_in, np.concatenate([ghosts, np.eye(4)]))
-    return start, _zero_lost(weights, n_in, mode, grid_mode), True
+        start = np.clip(np.floor(positions), 0, samples - 2).astype(np.intp)
+        share = np.clip(positions, 0, samples - 1) - start
+        weights = np.stack([1 - share, share], axis=1)
+    else:
+        ghosts = _ghost_coefficients(_edge(mode)) if mode == "nearest" else np.eye(4)[[2, 1]]
+        start, weights = _cubic(positions, samples, np.concatenate([ghosts, np.eye(4)]))
+    weights[lost] = 0  # SciPy leaves these outputs at 0
+    return start, weights, order == 3
 
 
 def _edge(mode: str) -> NDArray[np.float64]:
@@ -175,12 +181,6 @@ def _vectors(n_in: int, start: NDArray[Any], taps: int) -> int:
         if last >= 0 and (start[group + LANES - 1] + taps - np.minimum(start[group], last)).max() <= vectors * LANES:
             return vectors
     return 0
-
-
-def _zero_lost(weights: NDArray[Any], n_in: int, mode: str, grid_mode: bool) -> NDArray[Any]:
-    """Set the weights of the outputs that SciPy leaves at 0 to zero, and return the weights."""
-    weights[lost_samples(n_in, len(weights), mode, grid_mode)] = 0
-    return weights
 
 
 def _cubic(positions: NDArray[Any], n_in: int, extended: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from gpuprep.core.geometry import NEGLIGIBLE_SHIFT_MM, Geometry, Placement, Shape3, Turn
+from gpuprep.core.axis_part import AxisPart
+from gpuprep.core.geometry import NEGLIGIBLE_SHIFT_MM, Geometry, IndexBox, Placement, Shape3, Turn
 from gpuprep.core.hounsfield import AIR_HU
 from gpuprep.core.recipe import LARGEST_AXIS, Recipe
 from gpuprep.core.sampling import lost_samples
@@ -16,6 +17,9 @@ from gpuprep.errors import PlanError
 
 LEANING = "leaning"
 """Code of the warning about a volume whose affine has a shear."""
+
+CROP_NOT_FOUND = "crop-not-found"
+"""Code of a series in which the part to which the recipe crops is not found."""
 
 MOST_VOXELS = 2**32
 """Upper limit after resampling: 4000 slices of 1000 × 1000. More is treated as a damaged header or a typo."""
@@ -41,7 +45,9 @@ class Step:
     sigma: tuple[float, float, float]
     """Standard deviation of the Gaussian before the step, in source voxels along (k, j, i); 0 for no Gaussian."""
     along: tuple[tuple[float, ...] | None, tuple[float, ...] | None, tuple[float, ...] | None] = (None, None, None)
-    """Positions of the input samples per axis, in voxels of `source`; None if sample n lies at n."""
+    """Positions of the input samples per axis, in voxels before the step; None if sample n lies at n."""
+    parts: tuple[AxisPart | None, AxisPart | None, AxisPart | None] = (None, None, None)
+    """Part of each axis that is resampled, to which `source` and `target` are restricted; None for a whole axis."""
 
     @property
     def blur_mode(self) -> str:
@@ -55,20 +61,33 @@ class Step:
 
     def resamples(self, axis: int) -> bool:
         """Return whether the step resamples an axis."""
-        return self.source[axis] != self.target[axis] or self.along[axis] is not None
+        part = self.parts[axis]
+        resampled = part is not None and part.n_in != part.n_out
+        return resampled or self.source[axis] != self.target[axis] or self.along[axis] is not None
+
+    def whole(self, axis: int) -> tuple[int, int]:
+        """Return the number of voxels of the whole axis before and after the step."""
+        part = self.parts[axis]
+        return (self.source[axis], self.target[axis]) if part is None else (part.n_in, part.n_out)
 
     @property
     def lost_planes(self) -> tuple[tuple[int, int], ...]:
         """Output planes, as (axis, index), that `scipy.ndimage.zoom` leaves at 0: see `lost_samples`."""
         zoomed = [a for a in range(3) if self.resamples(a) and (self.along[a] is None or self.sigma[a] > 0)]
-        found = ((a, lost_samples(self.source[a], self.target[a], self.mode, self.grid_mode)) for a in zoomed)
-        return tuple((axis, int(index)) for axis, indices in found for index in indices)
+        lost = []
+        for axis in zoomed:
+            part = self.parts[axis]
+            indices = lost_samples(*self.whole(axis), self.mode, self.grid_mode) - (0 if part is None else part.start)
+            lost += [(axis, int(index)) for index in indices if 0 <= index < self.target[axis]]
+        return tuple(lost)
 
     def matrix_arguments(self, axis: int) -> dict[str, Any]:
         """Return the keyword arguments of `gpuprep.compute.resample_matrix.matrix` for an axis."""
+        n_in, n_out = self.whole(axis)
         return {
-            "n_in": self.source[axis],
-            "n_out": self.target[axis],
+            "n_in": n_in,
+            "n_out": n_out,
+            "part": self.parts[axis],
             "along": self.along[axis],
             "order": self.order,
             "mode": self.mode,
@@ -86,10 +105,14 @@ class Plan:
     """Recipe that the plan applies."""
     source: Geometry
     """Grid of the stack."""
+    crop: IndexBox | None
+    """Box of `source` to which the output is cropped; None for all of it."""
+    read: IndexBox
+    """Slices, rows and columns of the stack, as acquired, that are read."""
     turn: Turn
     """Axis permutation and reversal of the stack, before any other step."""
     resampled: Geometry
-    """Grid after `resample`."""
+    """Grid after `resample`, which is cropped already."""
     target: Geometry
     """Grid of the output."""
     resample: Step
@@ -158,7 +181,9 @@ class Plan:
         return int(np.prod(self.target.shape, dtype=np.int64)) * BYTES_PER_VOXEL[self.recipe.dtype]
 
 
-def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = None) -> Plan:
+def make_plan(
+    source: Geometry, recipe: Recipe, placement: Placement | None = None, crop: IndexBox | None = None
+) -> Plan:
     """Return the plan of `recipe` for a series on the grid `source`.
 
     The number of voxels along an axis is the extent divided by the requested spacing, rounded half to even, at least 1.
@@ -173,6 +198,9 @@ def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = No
         Requested conversion.
     placement : Placement, optional
         Positions of the slices in that grid; None if slice k is layer k of it.
+    crop : IndexBox, optional
+        Box of `source` to keep. The output has all voxels of the whole output that touch it, before slices get their
+        final size. None for all of it, or if the recipe crops and the box is not known yet.
 
     Returns
     -------
@@ -206,6 +234,12 @@ def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = No
     mode = "constant" if corner else "nearest"
     along = _along(placement, source.shape[0], turn)
     resample = Step(grid.shape, shape, recipe.order, mode, not corner, _sigma(grid.shape, shape, blur), along)
+    read = IndexBox((0, 0, 0), source.shape if placement is None else (len(placement.along), *placement.matrix))
+    if crop is not None and crop.shape != source.shape:
+        shifted = placement is not None and placement.shift is not None
+        resample, read = _cropped(resample, read, crop, turn, shifted=shifted)
+        resampled = resampled.cropped(_starts(resample), resample.target)
+        shape = resample.target
 
     size = shape if recipe.size is None else (shape[0], *recipe.size)
     offset = (0, 0)
@@ -214,7 +248,8 @@ def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = No
         resized = size
         target = resampled.resized(size)
     else:
-        if recipe.fit == "pad" and (shape[1] > size[1] or shape[2] > size[2]):
+        known = recipe.crop is None or crop is not None
+        if known and recipe.fit == "pad" and (shape[1] > size[1] or shape[2] > size[2]):
             raise PlanError(
                 f"slices of {shape[1]} × {shape[2]} do not fit into {size[1]} × {size[2]}, and fit = 'pad' never cuts: "
                 "use --fit crop, a larger --size or a coarser --spacing"
@@ -230,7 +265,9 @@ def make_plan(source: Geometry, recipe: Recipe, placement: Placement | None = No
         low, high = recipe.window_hu
         top = {"float32": 1.0, "uint8": 255.0, "uint16": 65535.0}[recipe.dtype]
         scale, shift_hu = top / (high - low), -low
-    return Plan(recipe, source, turn, resampled, target, resample, resize, offset, scale, shift_hu, placement)
+    return Plan(
+        recipe, source, crop, read, turn, resampled, target, resample, resize, offset, scale, shift_hu, placement
+    )
 
 
 def _along(placement: Placement | None, layers: int, turn: Turn) -> Any:
@@ -241,6 +278,42 @@ def _along(placement: Placement | None, layers: int, turn: Turn) -> Any:
         positions = layers - 1 - placement.along[::-1] if turn.flips[axis] else placement.along
         along[axis] = tuple(positions.tolist())
     return tuple(along)
+
+
+def _cropped(step: Step, read: IndexBox, crop: IndexBox, turn: Turn, *, shifted: bool) -> tuple[Step, IndexBox]:
+    """Return the part of a step that makes the voxels in a box of the stack, and the part of the stack it reads.
+
+    Slices that are shifted sideways are read as a whole, since each is shifted by another distance.
+    """
+    parts: list[AxisPart] = []
+    start, stop = list(read.start), list(read.stop)
+    for axis, (source_axis, flip) in enumerate(zip(turn.axes, turn.flips, strict=True)):
+        n_in, n_out = step.source[axis], step.target[axis]
+        low, high = crop.start[source_axis], crop.stop[source_axis]
+        part = AxisPart.of(
+            n_in,
+            n_out,
+            (n_in - high, n_in - low) if flip else (low, high),
+            corner=not step.grid_mode,
+            along=step.along[axis],
+            order=step.order,
+            sigma=step.sigma[axis],
+            cut=source_axis == 0 or not shifted,
+        )
+        parts.append(part)
+        if source_axis == 0 or not shifted:
+            count = stop[source_axis]
+            span = (count - part.high, count - part.low) if flip else (part.low, part.high)
+            start[source_axis], stop[source_axis] = span
+    source = _shape3([part.high - part.low for part in parts])
+    target = _shape3([part.stop - part.start for part in parts])
+    k, j, i = parts
+    return replace(step, source=source, target=target, parts=(k, j, i)), IndexBox(_shape3(start), _shape3(stop))
+
+
+def _starts(step: Step) -> Shape3:
+    """Return the first output of each axis that a step makes."""
+    return _shape3([0 if part is None else part.start for part in step.parts])
 
 
 def _sigma(source: Shape3, target: Shape3, blur: bool) -> tuple[float, float, float]:
