@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import sqlite3
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
@@ -26,6 +27,9 @@ _HAVING: dict[Having, str] = {
     "image": "WHERE folder != '' AND hu_mean IS NOT NULL",
     "masks": "WHERE folder != '' AND labels != '[]'",
 }
+FULL_DISK_WAITS_S = (0.1, 0.3, 1, 3)
+"""Waits for space on a full disk: series that do not fit onto it free what they have written."""
+
 _DISK_ERRORS = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 """Errors of SQLite that the disk causes, not the content of the manifest."""
 
@@ -140,7 +144,14 @@ class Manifest:
         row = [column.to_cell(getattr(result, name)) for name, column in SERIES.items()]
         marks = ", ".join("?" * len(row))
         with self._writing():
-            self._db.execute(f"INSERT OR REPLACE INTO series ({_NAMES}) VALUES ({marks})", row)  # noqa: S608
+            for wait_s in (*FULL_DISK_WAITS_S, None):
+                try:
+                    self._db.execute(f"INSERT OR REPLACE INTO series ({_NAMES}) VALUES ({marks})", row)  # noqa: S608
+                    return
+                except sqlite3.OperationalError as exc:
+                    if exc.sqlite_errorcode != sqlite3.SQLITE_FULL or wait_s is None:
+                        raise
+                    time.sleep(wait_s)
 
     def remove(self, key: str) -> None:
         """Remove a series."""
