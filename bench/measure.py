@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import tifffile
 
-from gpuprep.pipeline.convert_series import versions
+from gpuprep.core.versions import versions
 
 SAMPLING_S = 0.02
 

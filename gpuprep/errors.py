@@ -95,7 +95,17 @@ class PredictionError(InputError):
 
 
 class PlanError(GpuprepError):
-    """The recipe cannot be applied to the series."""
+    """The recipe cannot be applied to the series.
+
+    `code` is the reason in one word, for programs.
+    """
+
+    code = "plan"
+
+    def __init__(self, text: str, code: str | None = None) -> None:
+        super().__init__(text)
+        if code is not None:
+            self.code = code
 
 
 class OutputError(GpuprepError):

@@ -41,8 +41,8 @@ from bench.compare.comparison import Comparison
 from bench.compare.contenders import Contender, contenders, floors
 from bench.compare.summary import summarise, without_paths
 from bench.measure import machine, shape_argument
+from gpuprep.core.versions import versions
 from gpuprep.executors.cores import usable_cores
-from gpuprep.pipeline.convert_series import versions
 
 RIVALS = ("numba", "SimpleITK", "monai", "torch", "torchio", "dcm2niix", "dicom2nifti")
 

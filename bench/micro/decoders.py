@@ -41,9 +41,9 @@ from pydicom.uid import (
 import gpuprep
 from bench.measure import machine
 from bench.scale.rescan import lengthen
+from gpuprep.core.versions import versions
 from gpuprep.dicom import decode
 from gpuprep.dicom.read import SeriesReader
-from gpuprep.pipeline.convert_series import versions
 from gpuprep.testing import thorax, write_series
 
 SPACING_MM = (3.0, 0.6816, 0.6816)

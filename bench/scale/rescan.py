@@ -20,7 +20,7 @@ import numpy as np
 from pydicom import Dataset
 
 from bench.measure import machine
-from gpuprep.pipeline.convert_series import versions
+from gpuprep.core.versions import versions
 from gpuprep.testing import write_series
 
 SLICES = 200

@@ -20,6 +20,7 @@ from gpuprep.cli.convert_command import run_conversion
 from gpuprep.cli.exit_codes import errors_to_exit_codes, ignore_closed_pipe, print_error, print_json
 from gpuprep.cli.inspect_commands import INSPECT_COMMANDS
 from gpuprep.cli.options import (
+    CROP,
     MASK_FLAGS,
     MASKS,
     OUTPUT_FLAGS,
@@ -130,7 +131,7 @@ def convert(
 
 @app.command()
 @add_flags(
-    select(RECIPE_FLAGS, "spacing_mm", "size", "fit", "format", "compression"),
+    select(RECIPE_FLAGS, *CROP, "spacing_mm", "size", "fit", "format", "compression"),
     select(STACKING_FLAGS, "group_by", "policy", "orient"),
     MASK_FLAGS,
     SELECT_FLAGS,

@@ -185,6 +185,11 @@ def show_run(run: Run, out: str, seconds: float) -> None:
         notes += f"; {run.unlisted}"
     if run.stopped:
         notes += f"; {run.stopped} series not started"
+    if cropped := sum(tally.cropped for tally in run.tallies.values()):
+        percent = 100 * sum(tally.cropped_shares for tally in run.tallies.values()) / cropped
+        notes += f"; {cropped} series cropped, on average to {percent:.2g} % of their voxels"
+    if not_cropped := sum(tally.not_cropped for tally in run.tallies.values()):
+        notes += f"; {not_cropped} series not cropped (crop-not-found)"
     if run.arranged is not None:
         training, others, apart = run.arranged
         notes += f"; for nnU-Net {format_count(training, 'training case')}, {others} in imagesTs"
@@ -203,7 +208,8 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Seq
     for heading in ("verdict", "series", "folder"):
         table.add_column(heading, overflow="fold")
     table.add_column("plane", no_wrap=True)
-    for heading in ("slices", "spacing mm", "becomes", "GB"):
+    at_most = "at most " if any(o.plan is not None and o.plan.recipe.crop for o in planned) else ""
+    for heading in ("slices", "spacing mm", f"becomes {at_most}".rstrip(), "GB"):
         table.add_column(heading, justify="right", overflow="fold")
     for heading in ("kernel", "description", "group"):
         table.add_column(heading, overflow="fold")
@@ -247,9 +253,8 @@ def show_scan(scan: Scan, unmatched: Iterable[tuple[str, str]] = (), unused: Seq
     _show_unmatched(console, unmatched)
     _show_unused(console, unused)
     sums = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
-    console.print(
-        f"{len(cohort)} series: {sums or 'none'}; {total / 1e9:.2f} GB to write" + _passed_over(cohort.passed_over)
-    )
+    size = f"{at_most}{total / 1e9:.2f} GB to write"
+    console.print(f"{len(cohort)} series: {sums or 'none'}; {size}" + _passed_over(cohort.passed_over))
     if scan.forecast.free_disk_bytes is not None:
         show_forecast(scan.forecast)
 

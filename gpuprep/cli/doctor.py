@@ -9,11 +9,12 @@ from gpuprep.compute.backend import import_loops, numba_works, open_gpus
 from gpuprep.compute.gpu_checks import Phantoms, examine_gpus
 from gpuprep.compute.gpu_findings import GpuReport
 from gpuprep.core.recipe import REQUIRED_PACKAGES, Recipe
+from gpuprep.core.versions import RECORDED_GPU_PACKAGES, versions
 from gpuprep.dicom.decode import available_decoders
 from gpuprep.dicom.uids import syntax_name
-from gpuprep.errors import BackendError, RecipeError
+from gpuprep.errors import BackendError, RecipeError, RequestError
 from gpuprep.executors.cores import usable_cores
-from gpuprep.pipeline.convert_series import RECORDED_GPU_PACKAGES, versions
+from gpuprep.output.dicom_seg import imported_highdicom
 from gpuprep.testing import thorax_volume
 
 COMPRESSED_SYNTAXES = (
@@ -75,6 +76,11 @@ def examine() -> list[Finding]:
             findings.append(Finding("format", format_, True, "its packages are installed"))
         except RecipeError as exc:
             findings.append(Finding("format", format_, False, str(exc)))
+    try:
+        highdicom = imported_highdicom()
+        findings.append(Finding("format", "seg", True, f"highdicom {highdicom.__version__} writes DICOM SEG"))
+    except RequestError as exc:
+        findings.append(Finding("format", "seg", False, str(exc)))
     for package, version in versions(gpu=True).items():
         findings.append(Finding("version", package, True, version))
     if not any(f.name in RECORDED_GPU_PACKAGES for f in findings):

@@ -62,6 +62,26 @@ RECIPE_FLAGS: dict[str, Flag] = {
         metavar="MM",
         help="Target voxel spacing in mm: one number, or slices,rows,columns; none: keep the source spacing [1].",
     ),
+    "crop": _flag(
+        str | None,
+        RECIPE,
+        "--crop",
+        metavar="none|body|lungs|mask[:NAME,…]",
+        help="Crop volumes to the body, the lungs or structures of segmentations \\[none].",
+    ),
+    "crop_margin_mm": _flag(
+        float | None,
+        RECIPE,
+        "--margin",
+        metavar="MM",
+        help="Margin of the cropped box on each side, in mm [10].",
+    ),
+    "crop_missing": _flag(
+        Literal["whole", "reject"] | None,
+        RECIPE,
+        "--crop-missing",
+        help="Series in which that part is not found: keep them whole, or reject them \\[whole].",
+    ),
     "order": _flag(
         int | None,
         RECIPE,
@@ -116,6 +136,9 @@ RECIPE_FLAGS: dict[str, Flag] = {
     ),
 }
 """Flags by the field of `Recipe` that they set."""
+
+CROP = ("crop", "crop_margin_mm", "crop_missing")
+"""Those about cropping."""
 
 STACKING_FLAGS: dict[str, Flag] = {
     "group_by": _flag(

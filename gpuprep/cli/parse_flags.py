@@ -35,9 +35,12 @@ def recipe_from_flags(name: str, flags: Mapping[str, Any], **more: Any) -> Recip
     choice = {k.removeprefix("select_"): flags[k] for k in SELECT_FLAGS if flags.get(k) is not None}
     if choice.get("best_per") == "none":
         choice.setdefault("prefer", "none")  # which has no meaning without
-    return Recipe.from_dict(
+    recipe = Recipe.from_dict(
         known | given | more | {"masks": known["masks"] | masks, "select": known["select"] | choice}
     )
+    if recipe.crop is None and {"crop_margin_mm", "crop_missing"} & given.keys():
+        raise RecipeError("--margin or --crop-missing without crop: give --crop body, lungs or mask")
+    return recipe
 
 
 def options_from_flags(flags: Mapping[str, Any], out: str | None, **more: Any) -> ConvertOptions:

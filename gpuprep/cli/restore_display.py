@@ -23,11 +23,13 @@ class RestoreBar(CountingBar):
             self._console.print(text, style=style, soft_wrap=True)
 
 
-def show_restored(cohort: RestoredCohort, results: str) -> None:
-    """Print notes about results, and the number of predictions by verdict."""
+def show_restored(cohort: RestoredCohort, results: str, labels: str | None) -> None:
+    """Print notes about results, the file with the names of labels, and the number of predictions by verdict."""
     for row in cohort.rows:
         if row.notes and row.verdict == "restored":
             print_line(f"{row.result}: {row.notes}")
+    if labels is not None:
+        print_line(f"labels have the names in {labels}")
     counts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(cohort.counts.items()))
     without = f"; {cohort.without_prediction} series without a prediction" if cohort.without_prediction else ""
     print_line(f"{format_count(len(cohort.rows), 'prediction')}: {counts or 'none'}{without}; results in {results}")

@@ -25,6 +25,7 @@ from gpuprep.compute.backend import (
     get_backend,
     spans_of,
 )
+from gpuprep.compute.crop import crop_of
 from gpuprep.compute.hu_slabs import HuSlabs, Source, resample_axis
 from gpuprep.compute.scratch import Scratch, SlidingWindow
 from gpuprep.core.array_namespace import array_namespace
@@ -62,6 +63,8 @@ def process(
     ------
     PlanError
         If the recipe cannot be applied to the series.
+    RecipeError
+        If the recipe crops to structures, which this function does not know.
     BackendError
         If the backend cannot run, or its memory is exhausted.
 
@@ -76,7 +79,9 @@ def process(
     ((36, 288, 288), (1.0, 1.0, 1.0))
     """
     backend = get_backend(backend) if isinstance(backend, str) else backend
-    plan = make_plan(volume.geometry, recipe or Recipe(), volume.placement)
+    recipe = recipe or Recipe()
+    crop = crop_of(volume, recipe)
+    plan = make_plan(volume.geometry, recipe, volume.placement, None if crop is None else crop.box)
     with backend.session() as transfers:
         values: Any = None
         start = 0
@@ -159,13 +164,14 @@ def _operator_chunks(source: Source, plan: Plan, backend: Backend, transfers: Tr
 def _ndimage_chunks(source: Source, plan: Plan, backend: Backend, transfers: Transfers) -> Iterator[Any]:
     """Zoom the whole volume with library calls, then window and resize it in chunks.
 
-    The library calls need evenly spaced samples. An axis with uneven ones is resampled by its operator first.
+    The library calls need evenly spaced samples, and resample whole axes. Another axis is resampled by its operator
+    first.
     """
     hu = HuSlabs(source, plan, backend, transfers).whole()
     step = plan.resample
-    regular = [positions is None for positions in step.along]
+    regular = [step.along[axis] is None and step.parts[axis] is None for axis in range(3)]
     for axis in range(3):
-        if not regular[axis]:
+        if not regular[axis] and step.resamples(axis):
             hu = _resampled(hu, axis, step, backend)
     sigma = [s if r else 0.0 for s, r in zip(step.sigma, regular, strict=True)]
     if any(sigma):

@@ -83,7 +83,12 @@ def checked_shape(prediction: NDArray[Any], shape: Shape3) -> NDArray[Any]:
     """Return a prediction without a first axis of length 1; raise PredictionError if it has not the shape of a grid."""
     while prediction.ndim > 3 and prediction.shape[0] == 1:
         prediction = prediction[0]
-    if prediction.ndim not in (3, 4) or prediction.shape[-3:] != shape:
+    if prediction.shape[-3:] == shape[::-1] != shape:
+        raise PredictionError(
+            f"the prediction has shape {prediction.shape}, and the output {shape}: its axes are reversed; give slices, "
+            "rows, columns"
+        )
+    if prediction.ndim not in (3, 4) or prediction.shape[-3:] != shape or not prediction.size:
         raise PredictionError(
             f"the prediction has shape {prediction.shape}, but the output has {shape} slices, rows and columns: give "
             "the prediction for this output, or the output of this prediction"
@@ -104,7 +109,10 @@ def _kind(prediction: NDArray[Any]) -> tuple[Kind, int]:
                 raise PredictionError(f"the prediction has NaN in plane {index}: neither a label nor a probability")
             whole = whole and bool((plane == np.rint(plane)).all())
     if low < 0:
-        raise PredictionError(f"the prediction has values down to {low:g}: labels and probabilities are not negative")
+        raise PredictionError(
+            f"the prediction has values down to {low:g}: labels and probabilities are not negative (is it an image, or "
+            "are these values before softmax?)"
+        )
     if prediction.ndim == 3 and whole:
         if high >= MOST_LABELS:
             raise PredictionError(f"the prediction has values up to {high:g}: labels are below {MOST_LABELS}")

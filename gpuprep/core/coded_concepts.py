@@ -70,7 +70,7 @@ def checked_code(name: str, given: Any) -> Code:
             raise RecipeError(f"{where}: {key} is needed, without blanks")
     if "side" in given and given["side"] not in get_args(Side):
         raise RecipeError(f"{where}: side is one of {', '.join(get_args(Side))}")
-    return Code(given["scheme"], given["value"], given.get("meaning", ""), given.get("side"))
+    return Code(given["scheme"], given["value"], given.get("meaning", "").strip(), given.get("side"))
 
 
 def long_string(text: str) -> str:

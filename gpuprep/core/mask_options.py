@@ -107,11 +107,11 @@ class Masks(ReadingOptions):
     @cached_property
     def _names(self) -> dict[str, str]:
         """Name to use by normalised alias."""
-        return {_normalised(alias): name for name, others in self.aliases for alias in (name, *others)}
+        return {normalised(alias): name for name, others in self.aliases for alias in (name, *others)}
 
     def name(self, found: str) -> str | None:
         """Return the name under which a structure is used; None if it is not used."""
-        name = self._names.get(_normalised(found), found)
+        name = self._names.get(normalised(found), found)
         if self.roi is None or any(re.search(self.roi, n, re.IGNORECASE) for n in (name, found)):
             return name
         return None
@@ -141,7 +141,7 @@ class Masks(ReadingOptions):
         if hide is not None:
             names = [
                 f"structure-{hide('structure', name)}"
-                if name is not None and structure in names_from_paths and _normalised(structure) not in self._names
+                if name is not None and structure in names_from_paths and normalised(structure) not in self._names
                 else name
                 for name, (_, structure) in zip(names, found, strict=True)
             ]
@@ -160,7 +160,7 @@ class Masks(ReadingOptions):
 
     def code(self, name: str) -> Code | None:
         """Return the code that is given to a structure, by its name in any case; None if there is none."""
-        return next((code for known, code in self.codes if _normalised(known) == _normalised(name)), None)
+        return next((code for known, code in self.codes if normalised(known) == normalised(name)), None)
 
     @property
     def first_names(self) -> tuple[str, ...]:
@@ -212,7 +212,8 @@ def _distinct_file_names(files: Sequence[str], hide: Pseudonymise | None) -> dic
     )
 
 
-def _normalised(name: str) -> str:
+def normalised(name: str) -> str:
+    """Return a name of a structure without regard to case and repeated spaces."""
     return " ".join(name.split()).casefold()
 
 
@@ -225,9 +226,9 @@ def _checked_codes(given: Any) -> Codes:
     for name, code in pairs:
         if not isinstance(name, str) or not name.strip():
             raise RecipeError(f"masks.codes: {name!r} is no name of a structure")
-        if _normalised(name) in found:
+        if normalised(name) in found:
             raise RecipeError(f"masks.codes: {name!r} stands there twice")
-        found[_normalised(name)] = name, checked_code(name, code)
+        found[normalised(name)] = name, checked_code(name, code)
     return tuple(found.values())
 
 
@@ -244,7 +245,7 @@ def _checked_aliases(given: Any) -> Aliases:
             raise RecipeError(
                 f"masks.aliases: {name!r} = {others!r}: give a name and a list of the names it stands for"
             )
-        for alias in {_normalised(name), *map(_normalised, listed)}:
+        for alias in {normalised(name), *map(normalised, listed)}:
             if owners.setdefault(alias, name) != name:
                 raise RecipeError(f"masks.aliases: {alias!r} stands for {owners[alias]!r} and for {name!r}")
         found.append((name, tuple(listed)))

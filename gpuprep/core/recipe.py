@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,7 @@ Orient = Literal["native", "LPS"]
 Padding = Literal["air", "minus2000-to-0", "keep"]
 Align = Literal["edge", "corner"]
 AntiAlias = Literal["none", "resample", "resize", "both"]
+CropMissing = Literal["whole", "reject"]
 Fit = Literal["stretch", "pad", "crop"]
 Format = Literal["tif", "tif-stack", "nifti", "zarr", "npy"]
 Dtype = Literal["float32", "uint8", "uint16", "int16"]
@@ -99,6 +101,13 @@ class Recipe:
     padding: Padding = "air"
     """Handling of padding. "air": declared padding and everything below −1024 HU becomes −1000 HU. "minus2000-to-0":
     the stored value −2000 becomes 0 before rescaling, as in a widely copied notebook. "keep": unchanged."""
+    crop: str | None = None
+    """What volumes are cropped to, in a box along the axes: "body", "lungs", "mask" (all structures of segmentations)
+    or "mask:NAME,…" (some of them). None: they are not cropped."""
+    crop_margin_mm: float = 10.0
+    """Margin of that box on each side, in mm; it ends where the volume ends."""
+    crop_missing: CropMissing = "whole"
+    """Series in which that part is not found: "whole" keeps all of it, "reject" rejects it."""
     spacing_mm: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
     """Target spacing of slices, rows and columns in mm; None: as acquired."""
     order: int = 3
@@ -141,6 +150,7 @@ class Recipe:
             if not number or not low <= value <= high:
                 kind_ = "a whole number" if whole else "a number"
                 raise RecipeError(f"{name} = {value!r}: give {kind_} from {low:g} to {high:g}")
+            object.__setattr__(self, name, value if whole else value + 0.0)  # equal recipes have equal hashes
         for name in ("assume_hu", "image"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} = {getattr(self, name)!r}: give true or false")
@@ -150,6 +160,9 @@ class Recipe:
                 f"{' or '.join(ENDINGS[self.format])}, or format = "
                 f"{' or '.join(f for f in ENDINGS if self.compression in ENDINGS[f])}"
             )
+        if self.crop is not None and not (isinstance(self.crop, str) and re.fullmatch(CROP_PATTERN, self.crop)):
+            close = _did_you_mean(self.crop, ("body", "lungs", "mask")) if isinstance(self.crop, str) else ""
+            raise RecipeError(f"crop = {self.crop!r}{close}: choose body, lungs, mask, mask:NAME,… or none")
         if not isinstance(self.masks, Masks):
             raise RecipeError(f"masks = {self.masks!r}: give a table of TOML, or gpuprep.Masks")
         if not isinstance(self.select, Select):
@@ -176,6 +189,17 @@ class Recipe:
                 f"dtype = {self.dtype!r} scales the window to its range, but window_hu is none: "
                 "give a window, or choose float32 or int16 to keep HU"
             )
+
+    @property
+    def crop_kind(self) -> str | None:
+        """Part to which volumes are cropped: "body", "lungs", "mask" or None."""
+        return None if self.crop is None else self.crop.partition(":")[0]
+
+    @property
+    def crop_names(self) -> tuple[str, ...]:
+        """Structures to which volumes are cropped; empty: all of them."""
+        names = (self.crop or "").partition(":")[2]
+        return tuple(name.strip() for name in names.split(",")) if names else ()
 
     @property
     def ending(self) -> str:
@@ -282,10 +306,16 @@ class Recipe:
         """SHA-256 of all fields that affect volumes, equal for recipes that make equal ones."""
         fields_ = {k: v for k, v in self.to_dict().items() if k != "select"}
         del fields_["masks"]["codes"]  # only in DICOM SEG that is made of volumes
+        if self.crop is None:
+            del fields_["crop_margin_mm"], fields_["crop_missing"]
         return hashlib.sha256(json.dumps(fields_, sort_keys=True).encode()).hexdigest()
 
 
+CROP_PATTERN = r"body|lungs|mask(:[^,]*[^,\s][^,]*(,[^,]*[^,\s][^,]*)*)?"
+"""Values of `Recipe.crop`."""
+
 LIMITS = {
+    "crop_margin_mm": (0, 1000),
     "spacing_tolerance": (0, 1),
     "position_tolerance_mm": (1e-6, 10),
     "lean_tolerance_mm": (1e-6, 1000),
@@ -294,7 +324,7 @@ LIMITS = {
 }
 """Lowest and highest value by numeric field."""
 
-OPTIONAL = ("spacing_mm", "window_hu", "size")
+OPTIONAL = ("crop", "spacing_mm", "window_hu", "size")
 """Fields that may be "none"."""
 
 CHOICES: dict[str, Any] = {
@@ -302,6 +332,7 @@ CHOICES: dict[str, Any] = {
     "group_by": GroupBy,
     "orient": Orient,
     "padding": Padding,
+    "crop_missing": CropMissing,
     "align": Align,
     "anti_alias": AntiAlias,
     "fit": Fit,
@@ -374,6 +405,16 @@ PRESETS: dict[str, Preset] = {
         Recipe(window_hu=(-1200.0, 600.0), size=None, dtype="uint8"),
         "lung nodules: 1 mm, [−1200, 600] HU to 0…255, without the mask of lungs",
         "F. Liao et al., IEEE TNNLS 30(11):3484–3495, 2019, doi:10.1109/TNNLS.2019.2892409",
+    ),
+    "luna16-lungs": Preset(
+        Recipe(window_hu=(-1200.0, 600.0), crop="lungs", size=None, dtype="uint8"),
+        "lung nodules as luna16, cropped to the lungs with a margin of 10 mm",
+        "F. Liao et al., IEEE TNNLS 30(11):3484–3495, 2019, doi:10.1109/TNNLS.2019.2892409",
+    ),
+    "body": Preset(
+        Recipe(crop="body", size=None),
+        "1 mm, cropped to the body: without table and air around",
+        "the design of gpuprep; docs/crop.md explains how the body is found",
     ),
     "nnunet-ct": Preset(
         Recipe(spacing_mm=None, window_hu=None, size=None, dtype="int16", format="nifti", compression="zlib"),

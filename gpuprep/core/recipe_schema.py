@@ -78,6 +78,8 @@ def _recipe_field_schema(name: str) -> dict[str, Any]:
     if name == "window_hu":
         end = {"type": "number", "minimum": -recipes.LARGEST_NUMBER, "maximum": recipes.LARGEST_NUMBER}
         return {"anyOf": [{"const": "none"}, _array_of(end, 2)]}
+    if name == "crop":
+        return {"anyOf": [{"const": "none"}, {"type": "string", "pattern": f"^({recipes.CROP_PATTERN})$"}]}
     if name in ("spacing_mm", "size"):
         one = {"type": "number", "minimum": recipes.SMALLEST_SPACING_MM, "maximum": recipes.LARGEST_AXIS}
         if name == "size":

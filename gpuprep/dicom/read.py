@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -137,6 +137,20 @@ class SeriesReader:
         self.seconds += time.perf_counter() - started
         return stored
 
+    def whole(self, before: Iterable[SeriesWarning] = ()) -> StoredVolume:
+        """Return the stored values of all slices; `before` are warnings that come before those about pixels."""
+        stored = self.slab(0, len(self.slope))
+        return StoredVolume(
+            stored,
+            self.slope,
+            self.intercept,
+            self.padding,
+            self.geometry,
+            self.statistics,
+            texts((*before, *self.warnings, *self.irregularities)),
+            self.placement,
+        )
+
     def _read(self, header: SliceHeader, values: NDArray[Any]) -> None:
         """Fill `values` with the stored values of an image, with corrected bits and sign."""
         corrected = self._corrections.corrected(header)
@@ -259,18 +273,7 @@ def read(series: Series, recipe: Recipe | None = None) -> StoredVolume:
     >>> stored.stored.shape, stored.stored.dtype.name, stored.geometry.spacing_mm
     ((12, 32, 32), 'int16', (3.0, 9.0, 9.0))
     """
-    reader = SeriesReader(series, recipe)
-    stored = reader.slab(0, len(reader.slope))
-    return StoredVolume(
-        stored,
-        reader.slope,
-        reader.intercept,
-        reader.padding,
-        reader.geometry,
-        reader.statistics,
-        texts((*header_warnings(series), *reader.warnings, *reader.irregularities)),
-        reader.placement,
-    )
+    return SeriesReader(series, recipe).whole(header_warnings(series))
 
 
 def _value_or(value: float | None, default: float) -> float:

@@ -21,7 +21,10 @@ PRIVATE_SCHEME = "99GPUPREP"
 
 _SINGLE: dict[str, tuple[str, ...]] = {
     "AirwayStructure": ("airway", "airways"),
+    "AdiposeTissue": ("fat",),
     "Aorta": ("aorta", "arota"),  # as in the list of labels of AMOS
+    "BloodVessel": ("vessel", "vessels", "bloodvessel", "bloodvessels"),
+    "Bone": ("bone", "bones"),
     "BrachiocephalicTrunk": ("brachiocephalictrunk",),
     "Brain": ("brain",),
     "BrainStem": ("brainstem",),
@@ -36,6 +39,7 @@ _SINGLE: dict[str, tuple[str, ...]] = {
     "Mandible": ("mandible", "bonemandible"),
     "Mediastinum": ("mediastinum",),
     "MiddleLobeOfRightLung": ("lungmiddleloberight", "rightmiddlelobe", "middlelobeofrightlung"),
+    "Muscle": ("muscle", "muscles"),
     "OralCavity": ("oralcavity", "cavityoral"),
     "Pancreas": ("pancreas",),
     "Pericardium": ("pericardium",),

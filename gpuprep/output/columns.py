@@ -143,6 +143,7 @@ SERIES = _by_name(
     *FACTS.values(),
     Column("source_shape", WHOLES, "Slices, rows and columns of the stack.", optional=True),
     Column("source_spacing_mm", NUMBERS, "Spacing of slices, rows and columns of the stack.", optional=True, unit="mm"),
+    Column("crop", OBJECT, "Box of the stack to which the output is cropped: see `Crop.to_dict`.", optional=True),
     Column("hu_min", NUMBER, "Smallest value of the stack, before padding is replaced.", optional=True, unit="HU"),
     Column("hu_max", NUMBER, "Largest value of the stack.", optional=True, unit="HU"),
     Column("hu_mean", NUMBER, "Mean value of the stack.", optional=True, unit="HU"),

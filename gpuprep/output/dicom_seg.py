@@ -58,6 +58,17 @@ class SegOptions:
             raise RequestError(f"series_number = {self.series_number}: give a number from 1 to {2**31 - 1}")
 
 
+def imported_highdicom() -> Any:
+    """Return the package highdicom; raise RequestError if it is not installed."""
+    try:
+        import highdicom
+    except ImportError as exc:
+        raise RequestError(
+            f"a DICOM SEG needs {exc.name}, which cannot be imported: pip install 'gpuprep[seg]'"
+        ) from exc
+    return highdicom
+
+
 def write_seg(
     values: NDArray[Any],
     names: Mapping[int, str],
@@ -105,6 +116,7 @@ def write_seg(
     DICOM PS3.3, A.51 (Segmentation), A.90 (Label Map Segmentation), C.8.20 (modules).
     """
     options = options or SegOptions()
+    names = {label: name for label, name in names.items() if name.strip()}  # a segment has to have a name
     present = _check_labels(values, names, headers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pydicom and highdicom, about values of the original images
@@ -132,7 +144,7 @@ def _check_labels(values: NDArray[Any], names: Mapping[int, str], headers: Seque
     if wrong := [label for label in names if not 0 <= label <= LARGEST_LABEL]:
         raise RequestError(f"label {wrong[0]} ({printable(names[wrong[0]])}) is beyond {LARGEST_LABEL}")
     if not any(names):
-        raise RequestError("no label but the background has a name: there is no structure to write")
+        raise RequestError("no label has a name, so there is no structure to write: name them (--labels FILE)")
     counts = np.zeros(2 ** (8 * values.dtype.itemsize), dtype=np.int64)
     for plane in values:
         counts += np.bincount(plane.ravel(), minlength=len(counts))
@@ -140,7 +152,7 @@ def _check_labels(values: NDArray[Any], names: Mapping[int, str], headers: Seque
     if unnamed := sorted(present - names.keys()):
         raise RequestError(
             f"{format_count(int(counts[unnamed].sum()), 'voxel')} have labels without a name: "
-            f"{first_few([str(label) for label in unnamed])}"
+            f"{first_few([str(label) for label in unnamed])}; name them too (--labels FILE)"
         )
     return present
 
@@ -154,12 +166,7 @@ def _segmentation(
     options: SegOptions,
 ) -> Segmentation:
     """Return the data set."""
-    try:
-        import highdicom
-    except ImportError as exc:
-        raise RequestError(
-            f"a DICOM SEG needs {exc.name}, which cannot be imported: pip install 'gpuprep[seg]'"
-        ) from exc
+    highdicom = imported_highdicom()
     numbers = labels if options.kind == "labelmap" else range(1, len(labels) + 1)
     described = [
         _described(number, label, names[label], codes[names[label]], options)
@@ -178,7 +185,7 @@ def _segmentation(
     uid = sources.uids(values, [str(d) for d in described], replace(options, made=made), versions)
     scheme = highdicom.coding_schemes.CodingSchemeIdentificationItem(PRIVATE_SCHEME, name="Names of structures")
     private = any(codes[names[label]].type.scheme_designator == PRIVATE_SCHEME for label in labels)
-    seg = highdicom.seg.Segmentation(
+    seg: Segmentation = highdicom.seg.Segmentation(
         images,
         values,
         options.kind.upper(),
@@ -199,6 +206,7 @@ def _segmentation(
         series_date=made.date(),
         series_time=made.time(),
         coding_schemes=[scheme] if private else None,
+        omit_empty_frames=bool(values.any()),
         further_source_images=further,
     )
     seg.ContentCreatorName = None  # has to be there, if empty
@@ -244,8 +252,15 @@ def _save(seg: Segmentation, to: Path) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as exc:
-        raise OutputError(f"{to} cannot be written: {exc.strerror or exc}") from exc
+        cause = _first_cause(exc)
+        raise OutputError(f"{to} cannot be written: {getattr(cause, 'strerror', None) or cause}") from exc
     except (ValueError, TypeError, UnicodeError) as exc:
-        raise InputError(
-            f"{to} cannot be written ({' '.join(str(exc).split())}): an original has a malformed value"
-        ) from exc
+        reason = " ".join(str(_first_cause(exc)).split())
+        raise InputError(f"{to} cannot be written ({reason}): an original has a malformed value") from exc
+
+
+def _first_cause(exc: BaseException) -> BaseException:
+    """Return the exception from which another was raised; pydicom adds a traceback to the text of the latter."""
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return exc

@@ -24,9 +24,15 @@ _CHANNEL = "_0000"
 def find_predictions(top: Path) -> Iterator[str]:
     """Yield the paths of the predictions below a folder, relative to it: files, and folders of Zarr or of slices.
 
-    Other files, such as nnU-Net's ``plans.json``, and finished outputs are passed over.
+    Other files, such as nnU-Net's ``plans.json``, and finished outputs are passed over. Links are followed, into each
+    folder once.
     """
-    for folder, subfolders, names in os.walk(top):
+    entered = set()
+    for folder, subfolders, names in os.walk(top, followlinks=True):
+        if (real := os.path.realpath(folder)) in entered:
+            subfolders.clear()
+            continue
+        entered.add(real)
         here = os.path.relpath(folder, top)
         beside = "" if here == "." else f"{here}/"
         if SIDECAR in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -61,13 +61,25 @@ def originals(
     A series is found by its UID alone. Another reconstruction of the same scan has the same grid, and so may the scan
     of another patient: a grid does not prove that images are the originals.
     """
+    found = discover(paths, output.recipe.rules)
+    return originals_among([pseudonymise(s) if pseudonymise is not None else s for s in found], output)
+
+
+def originals_among(series: Sequence[Series], output: FinishedOutput) -> Stack:
+    """Return the original slices of a finished output, as `originals` does, from series that are found already.
+
+    Parameters
+    ----------
+    series : sequence of Series
+        Series under the rules of the output's recipe; with pseudonyms, if the output has one.
+    output : FinishedOutput
+        Output of the series.
+    """
     rules = output.recipe.rules
     key, grid, placement = _recorded(output)
-    found = discover(paths, rules)
-    series = [pseudonymise(s) if pseudonymise is not None else s for s in found]
     matching = [s for s in series if s.key == key]
     if not matching:
-        if pseudonymise is None and _PSEUDONYM.fullmatch(key):
+        if not any(s.alias for s in series) and _PSEUDONYM.fullmatch(key):
             raise RequestError(
                 f"{output.folder} names its series by a pseudonym, {key}: give the key file of the run, by which its "
                 "originals can be recognised"

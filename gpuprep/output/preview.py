@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuprep.core.geometry import Geometry
+from gpuprep.core.geometry import Geometry, IndexBox
 
 HEIGHT, WIDTH = 128, 160
 """Height of the picture and maximum width of each plane, in pixels."""
@@ -18,6 +19,12 @@ SAMPLES = 2 * HEIGHT
 
 GAP = 4
 """Distance between planes in pixels."""
+
+SHOWN_HU = (-1000, 400)
+"""HU that are shown as black and as white above a cropped volume."""
+
+BOX_LABEL = 3
+"""Label in whose colour the box of a crop is drawn: yellow, unlike the first structures."""
 
 QUALITY = 80
 """JPEG quality, 0 to 100."""
@@ -31,6 +38,22 @@ their number."""
 
 
 Plane = NDArray[Any]
+
+
+class Planes(Protocol):
+    """Three planes of a volume."""
+
+    @property
+    def values(self) -> tuple[Plane, Plane, Plane]:
+        """A slice (j, i), a plane along rows (k, i), and one along columns (k, j); perhaps subsampled."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GivenPlanes:
+    """Planes that were cut out of a volume."""
+
+    values: tuple[Plane, Plane, Plane]
 
 
 class MiddlePlanes:
@@ -74,7 +97,7 @@ class MiddlePlanes:
 
 
 def draw_preview(
-    image: MiddlePlanes | None, geometry: Geometry, black: float, white: float, labels: Sequence[MiddlePlanes] = ()
+    image: Planes | None, geometry: Geometry, black: float, white: float, labels: Sequence[Planes] = ()
 ) -> NDArray[np.uint8]:
     """Return the planes of a volume side by side: middle slice, through the middle row, through the middle column.
 
@@ -121,6 +144,40 @@ def draw_preview(
         canvas[top : top + size[0]] = panel
         panels += [canvas, np.zeros((HEIGHT, GAP, 3), dtype=np.uint8)]
     return np.concatenate(panels[:-1], axis=1)
+
+
+def draw_crop(coarse: NDArray[np.int16], grid: Geometry, box: IndexBox) -> NDArray[np.uint8]:
+    """Return three planes of a stack through the middle of a box, with the outline of the box.
+
+    Parameters
+    ----------
+    coarse : array of int16, shape (slices, rows, columns)
+        HU of the slices as acquired, of every n-th row and column.
+    grid : Geometry
+        Grid of the stack. Slices are drawn in it as if they were even and not shifted.
+    box : IndexBox
+        Box of voxels of that grid.
+
+    Returns
+    -------
+    array of uint8, shape (HEIGHT, width, 3)
+        Red, green, blue.
+    """
+    share = np.array(coarse.shape) / grid.shape
+    low = np.floor(np.array(box.start) * share).astype(int)
+    high = np.maximum(np.ceil(np.array(box.stop) * share).astype(int), low + 1)
+    inside = np.zeros(coarse.shape, dtype=np.uint8)
+    inside[tuple(map(slice, low, high))] = BOX_LABEL
+    k, j, i = (low + high) // 2
+    image, outline = (GivenPlanes((v[k], v[:, j], v[:, :, i])) for v in (coarse, inside))
+    return draw_preview(image, grid, *SHOWN_HU, [outline])
+
+
+def below(upper: NDArray[np.uint8], lower: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return two pictures, one below the other."""
+    width = max(upper.shape[1], lower.shape[1])
+    rows = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0))) for p in (upper, lower)]
+    return np.concatenate([rows[0], np.zeros((GAP, width, 3), dtype=np.uint8), rows[1]])
 
 
 def encode_jpeg(pixels: NDArray[np.uint8]) -> bytes:

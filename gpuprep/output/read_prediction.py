@@ -32,6 +32,9 @@ voxel: that is half a voxel at the end of 512."""
 LARGEST_PROBABILITY = 1.5
 """Larger values of a NIfTI file of scaled integers are labels, which nibabel scaled: 2.004 is 2."""
 
+NEARLY_WHOLE = 1e-3
+"""Largest distance from whole numbers of such values if all are labels up to 1: 1.00000006 is 1."""
+
 
 def read_prediction(path: str | os.PathLike[str], grid: Geometry) -> NDArray[Any]:
     """Return a prediction with the axes of an output.
@@ -57,7 +60,7 @@ def read_prediction(path: str | os.PathLike[str], grid: Geometry) -> NDArray[Any
         If the package of the format is not installed, or the path does not exist.
     """
     file = Path(path)
-    if not file.exists():
+    if not (file.is_file() or file.is_dir()):  # a pipe would be waited for
         raise RequestError(f"there is no prediction {file}")
     if file.is_dir() and (file / SIDECAR).exists():
         raise RequestError(f"{file} is the folder of an output: give the file or folder of a prediction")
@@ -135,17 +138,22 @@ def _from_zarr(folder: Path, _: Geometry) -> NDArray[Any]:
 def _from_nifti(file: Path, grid: Geometry) -> NDArray[Any]:
     import nibabel
 
+    if file.suffix.lower() == ".gz":
+        _check_gzip(file)
     image: Any = nibabel.load(file)
     proxy = image.dataobj
     stored = np.asanyarray(proxy)
-    if proxy.dtype.kind in "iu" and stored.dtype.kind == "f" and stored.max() > LARGEST_PROBABILITY:
-        stored = np.rint(stored)
+    if proxy.dtype.kind in "iu" and stored.dtype.kind == "f":
+        whole = np.rint(stored)
+        if stored.max() > LARGEST_PROBABILITY or np.abs(stored - whole).max() < NEARLY_WHOLE:
+            stored = whole
     # NIfTI has i first. Its further axes, for classes, become the first ones; empty ones among them are removed.
     values: NDArray[Any] = stored.T
     values = values.reshape(*(n for n in values.shape[:-3] if n != 1), *values.shape[-3:])
-    if values.ndim < 3 or _places_nothing(image):
+    stated = _affine(image)
+    if values.ndim < 3 or stated is None:
         return values
-    affine = RAS @ np.asarray(image.affine, np.float64)[:, [2, 1, 0, 3]]
+    affine = RAS @ stated[:, [2, 1, 0, 3]]
     turned = _turned(values, affine, grid)
     if turned is None:
         raise PredictionError(
@@ -155,14 +163,26 @@ def _from_nifti(file: Path, grid: Geometry) -> NDArray[Any]:
     return turned
 
 
-def _places_nothing(image: Any) -> bool:
-    """Return whether a NIfTI file does not tell where its voxels lie: by its codes, or because it has no affine.
+def _check_gzip(file: Path) -> None:
+    """Raise an error if a gzip file is damaged: nibabel stops before the checksum at its end."""
+    from isal import igzip
 
-    Programs that do not know it write the identity, in RAS or in LPS.
+    with igzip.open(file) as f:
+        while f.read(2**20):
+            pass
+
+
+def _affine(image: Any) -> NDArray[np.float64] | None:
+    """Return the affine of a NIfTI file, to RAS; None if the file does not tell where its voxels lie.
+
+    That is the sform, or else the qform. Programs that do not know it have code 0, or write the identity, in RAS or in
+    LPS, maybe only in one of both.
     """
-    if not (image.header["sform_code"] or image.header["qform_code"]):
-        return True
-    return any(np.allclose(image.affine, known, rtol=0, atol=1e-6) for known in (np.eye(4), RAS))
+    for read in (image.get_sform, image.get_qform):
+        matrix, code = read(coded=True)
+        if code and not any(np.allclose(matrix, known, rtol=0, atol=1e-6) for known in (np.eye(4), RAS)):
+            return np.asarray(matrix, np.float64)
+    return None
 
 
 def _turned(values: NDArray[Any], affine: NDArray[np.float64], grid: Geometry) -> NDArray[Any] | None:

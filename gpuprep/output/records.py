@@ -74,6 +74,7 @@ class SeriesResult(SeriesFacts):
     slices: int = 0
     source_shape: tuple[int, int, int] | None = None
     source_spacing_mm: tuple[float, float, float] | None = None
+    crop: dict[str, Any] | None = None
     hu_min: float | None = None
     hu_max: float | None = None
     hu_mean: float | None = None

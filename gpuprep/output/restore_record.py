@@ -10,6 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from filelock import FileLock, Timeout
+
+from gpuprep.errors import RequestError
 from gpuprep.files.replacing import atomic_writer
 
 RECORD = "restored.csv"
@@ -38,6 +41,10 @@ class RestoredRow:
     result_identity: str = ""
     """Size and modification time of the result; "" if there is none."""
 
+    def public(self) -> dict[str, str]:
+        """Return the row without what only a later run needs."""
+        return {name: value for name, value in asdict(self).items() if name not in ("made_of", "result_identity")}
+
 
 COLUMNS = tuple(field.name for field in fields(RestoredRow))
 
@@ -49,10 +56,22 @@ class RestoreRecord:
     ----------
     folder : Path
         Folder of results.
+
+    Raises
+    ------
+    RequestError
+        If another run writes into that folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / RECORD
+        self._lock = FileLock(folder / f".{RECORD}.lock")
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as exc:
+            raise RequestError(
+                f"another gpuprep is writing into {folder}: wait for it, or choose another --out"
+            ) from exc
         self.former = {row.prediction: row for row in _rows(self._file)}
         self._rows: dict[str, RestoredRow] = {}
         self._write(self.former.values())  # without the torn last row of a run that was killed
@@ -66,6 +85,7 @@ class RestoreRecord:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._appended.close()
+        self._lock.release()
 
     def add(self, row: RestoredRow) -> None:
         """Append a row."""

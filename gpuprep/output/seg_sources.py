@@ -134,7 +134,7 @@ def read_sources(headers: Sequence[SliceHeader], matrix: tuple[int, ...]) -> Sou
                     common[keyword] = ds[keyword]
         images.append(_image(len(images), header, common))
         originals.append(original)
-    _check_distinct(headers)
+    _check_distinct(headers, originals)
     if common is not None and (deviation_mm := _deviation_mm(headers, common.ImageOrientationPatient)) > NEGLIGIBLE_MM:
         notes.append(
             f"slices leave a regular grid by up to {deviation_mm:.2g} mm: programs that read a SEG as a volume (dcmqi, "
@@ -243,12 +243,19 @@ def _image(number: int, header: SliceHeader, common: Dataset) -> Dataset:
     return image
 
 
-def _check_distinct(headers: Sequence[SliceHeader]) -> None:
+def _check_distinct(headers: Sequence[SliceHeader], originals: Sequence[Original]) -> None:
+    named: dict[Original, SliceHeader] = {}
+    for header, original in zip(headers, originals, strict=True):
+        if (former := named.setdefault(original, header)) is not header:
+            raise InputError(
+                f"{former.name} and {header.name} share a SOP Instance UID: a segmentation cannot refer to one of them",
+                "duplicate",
+            )
     seen: dict[Vector3 | None, SliceHeader] = {}
     for header in headers:
-        if (first := seen.get(header.position_mm)) is not None:
+        if (other := seen.get(header.position_mm)) is not None:
             raise GeometryError(
-                f"{first.name} and {header.name} share a position: a segmentation has one frame there", "duplicate"
+                f"{other.name} and {header.name} share a position: a segmentation has one frame there", "duplicate"
             )
         seen[header.position_mm] = header
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ from gpuprep.core.geometry import Geometry, Placement
 from gpuprep.core.plan import MOST_VOXELS
 from gpuprep.core.restored import OutputGrid
 from gpuprep.errors import GpuprepError, OutputError
+from gpuprep.output.label_names import label_names_above
 from gpuprep.output.own_files import SIDECAR
 from gpuprep.output.read_volume import FinishedOutput, checked_sidecar
 
 IRREGULAR = {"gap", "uneven", "tilt", "shift"}
 """Codes of series whose slices lie beside the regular grid, or would if they had not been kept as they are."""
+
+LONGEST_AXIS = 65535
+"""Largest possible number of *Rows* and *Columns*; more slices are treated as damage, too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +33,7 @@ class SourceSeries:
     key: str
     series_uid: str
     names: dict[int, str]
-    """Names of the values in the label volume; empty for an output without one."""
+    """Names of the values in the label volume, and of those in ``labels.json`` of the output folder."""
 
 
 def read_source(volume_json: str | os.PathLike[str] | Mapping[str, Any]) -> SourceSeries:
@@ -49,7 +53,9 @@ def read_source(volume_json: str | os.PathLike[str] | Mapping[str, Any]) -> Sour
     if isinstance(volume_json, Mapping):
         return _parsed(checked_sidecar(dict(volume_json), SIDECAR), SIDECAR)
     folder = output_folder(volume_json)
-    return _parsed(FinishedOutput(folder).sidecar, str(folder / SIDECAR))
+    series = _parsed(FinishedOutput(folder).sidecar, str(folder / SIDECAR))
+    # An image without segmentations has no labels of its own, but a model may have learned those of the others.
+    return replace(series, names=label_names_above(folder.absolute().parents) | series.names)
 
 
 def output_folder(place: str | os.PathLike[str]) -> Path:
@@ -66,13 +72,14 @@ def _parsed(sidecar: dict[str, Any], where: str) -> SourceSeries:
         placed = source.get("placement")
         placement = None if placed is None else _checked(Placement.from_dict(placed))
         grid = OutputGrid(_geometry(sidecar), _geometry(source), placement)
-        if np.prod(grid.slices_shape, dtype=np.float64) > MOST_VOXELS:
+        if max(grid.slices_shape) > LONGEST_AXIS or np.prod(grid.slices_shape, dtype=np.float64) > MOST_VOXELS:
             raise ValueError(f"slices of shape {grid.slices_shape}")
         grid.axis_maps()
         labels = sidecar.get("labels") or ()
         values = [int(label["value"]) for label in labels]
-        # With a volume for each structure, all have the value 1.
-        names = [str(label["name"]) for label in labels] if len(set(values)) == len(values) else []
+        # With a volume for each structure, all have the value 1, which therefore names none.
+        per_roi = sidecar.get("recipe", {}).get("masks", {}).get("layout") == "per-roi"
+        names = [] if per_roi else [str(label["name"]) for label in labels]
         series = SourceSeries(
             grid, str(sidecar["key"]), str(sidecar["series_uid"]), dict(zip(values, names, strict=False))
         )

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpuprep.core.geometry import NEGLIGIBLE_SHIFT_MM
+from gpuprep.core.recipe import Recipe
 from gpuprep.core.restored import Restored
-from gpuprep.errors import RequestError
+from gpuprep.errors import OutputError, RequestError
 from gpuprep.files.replacing import replacing_path
 from gpuprep.output.writers.content import Content
 from gpuprep.output.writers.nifti import write_nifti as write_volume_as_nifti
@@ -20,8 +21,9 @@ class RestoredFormat(NamedTuple):
 
     endings: tuple[str, ...]
     """Endings of a file's name; the first is the default."""
-    write: Callable[[Restored, Path], tuple[str, ...]]
-    """Writes a file and returns notes. The file appears when it is complete."""
+    write: Callable[[Restored, Path], tuple[str, ...]] | None
+    """Writes a file and returns notes. The file appears when it is complete. None for a format that needs the original
+    images: see `gpuprep.pipeline.restore_seg`."""
 
 
 def write_nifti(restored: Restored, file: Path) -> tuple[str, ...]:
@@ -60,8 +62,34 @@ def write_npy(restored: Restored, file: Path) -> tuple[str, ...]:
 RESTORED_FORMATS: dict[str, RestoredFormat] = {
     "nifti": RestoredFormat((".nii.gz", ".nii"), write_nifti),
     "npy": RestoredFormat((".npy",), write_npy),
+    "seg": RestoredFormat((".dcm",), None),
 }
 """Formats by the value of ``--as``."""
+
+
+def write_result(as_: str, restored: Restored, file: Path) -> tuple[str, ...]:
+    """Write labels in a format that needs nothing else, and return notes.
+
+    Raises
+    ------
+    RequestError
+        If the format needs more, or its package is not installed.
+    OutputError
+        If the file cannot be written.
+    """
+    write = RESTORED_FORMATS[as_].write
+    if write is None:
+        raise RequestError(f"{as_} needs the original images: give --dicom")
+    try:
+        return write(restored, file)
+    except OSError as exc:
+        raise OutputError(f"{file} cannot be written: {exc.strerror or exc}") from exc
+
+
+def check_installed(as_: str) -> None:
+    """Raise RequestError if a package that a format needs is not installed."""
+    if as_ == "nifti":
+        Recipe(format="nifti").check_installed()
 
 
 def format_of(name: str) -> str | None:

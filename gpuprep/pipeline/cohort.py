@@ -14,6 +14,7 @@ from typing import Any
 from gpuprep._version import __version__
 from gpuprep.compute.backend import check_engine
 from gpuprep.core.formatting import printable
+from gpuprep.core.plan import CROP_NOT_FOUND
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.series import FOLDER_UID_PREFIX
 from gpuprep.executors.resources import choose_resources
@@ -154,6 +155,11 @@ class _Done:
         tally.slices += result.slices
         tally.files += result.files
         tally.bytes += result.bytes
+        if result.crop is not None:
+            tally.cropped += 1
+            tally.cropped_shares += result.crop["share"]
+        elif result.status in DONE and CROP_NOT_FOUND in result.codes:
+            tally.not_cropped += 1
 
 
 def _execute(context: RunContext, prepared: Prepared, stop: Stop, done: _Done) -> None:

@@ -25,6 +25,7 @@ from gpuprep.masks.joined_files import joined
 from gpuprep.masks.model import Segmentation
 from gpuprep.masks.place_on_slices import PlacedStructure, place, slice_plane
 from gpuprep.masks.read import names_by_path, read_segmentation
+from gpuprep.masks.structures_box import structures_box
 from gpuprep.output.paths import LONGEST_NAME, safe_file_name
 from gpuprep.output.preview import MiddlePlanes
 from gpuprep.output.writers import WRITERS
@@ -215,9 +216,13 @@ def write_masks(
             written = planes.collecting(_counted(lane.downloads(chunks), counts))
             masked.notes += write(folder / name, written, content, finish_file)
             shown.append(planes)
-        for label in labels:
+        for label, (structure, _) in zip(labels, members, strict=True):
             label.voxels = int(counts[label.value])
             label.ml = label.voxels * voxel_ml
+            if plan.crop and not plan.crop.contains(structures_box([structure], (), stack).box):
+                masked.notes.append(
+                    f"{printable(label.name)}: it reaches beyond the box to which the series is cropped"
+                )
             if not label.voxels:
                 lost = (
                     f"of its {format_count(label.source_voxels, 'voxel')} none is left"
@@ -248,7 +253,7 @@ def _check_not_empty(labels: Sequence[Label]) -> None:
         raise SegmentationError(
             f"{_enumerated(labels)} has a voxel left on the grid of the output, of "
             f"{format_count(sum(label.source_voxels for label in labels), 'voxel')} as acquired: choose a finer "
-            "spacing",
+            "spacing, or another crop",
             EMPTY,
         )
 

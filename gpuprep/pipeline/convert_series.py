@@ -4,52 +4,36 @@ from __future__ import annotations
 
 import errno
 import logging
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from gpuprep import _version
 from gpuprep.compute.memory_estimate import needed_bytes
 from gpuprep.core.formatting import printable
-from gpuprep.core.plan import Plan, make_plan
+from gpuprep.core.plan import Plan
 from gpuprep.core.stacking_rules import codes, texts
 from gpuprep.dicom.audit import Audit, audit
-from gpuprep.dicom.uids import syntax_name
 from gpuprep.errors import BackendError, DeviceMemoryError, GpuprepError, InputError, OutputError, PlanError
 from gpuprep.executors.processes import request_replacement
 from gpuprep.output.folder_store import PendingFolder, Written
-from gpuprep.output.own_files import PREVIEW, SCHEMA
-from gpuprep.output.preview import MiddlePlanes, draw_preview, encode_jpeg
+from gpuprep.output.own_files import PREVIEW
+from gpuprep.output.preview import MiddlePlanes, below, draw_crop, draw_preview, encode_jpeg
 from gpuprep.output.records import SeriesResult, Status, now
+from gpuprep.pipeline.sidecar import sidecar_of
 from gpuprep.pipeline.task import Task
 
 if TYPE_CHECKING:
+    from gpuprep.compute.crop import Crop
+    from gpuprep.compute.hu_slabs import Source
     from gpuprep.dicom.read import SeriesReader
-    from gpuprep.dicom.stack import Stack
     from gpuprep.pipeline.convert_masks import Masked
 
 log = logging.getLogger(__name__)
 
 DEVICE_MEMORY = "device-memory"
 """Code of a series that did not fit into the free memory of the device."""
-
-RECORDED_PACKAGES = (
-    "numpy",
-    "scipy",
-    "scikit-image",
-    "numba",
-    "pydicom",
-    "tifffile",
-    "imagecodecs",
-    "nibabel",
-    "isal",
-    "zarr",
-)
-RECORDED_GPU_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cucim-cu12", "cucim-cu13")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +97,10 @@ def left_out(result: SeriesResult, exc: Exception) -> SeriesResult:
     """Return the result of a series that was not converted because of an error."""
     status: Status = "rejected" if isinstance(exc, InputError | PlanError) else "failed"
     code = "error"
-    if isinstance(exc, InputError):
+    if isinstance(exc, InputError | PlanError | OutputError):
         code = exc.code
-    elif isinstance(exc, PlanError):
-        code = "plan"
     elif isinstance(exc, DeviceMemoryError):
         code = DEVICE_MEMORY
-    elif isinstance(exc, OutputError):
-        code = exc.code
     return replace(result, status=status, reason=printable(f"{type(exc).__name__}: {exc}"), codes=(code,))
 
 
@@ -142,6 +122,7 @@ def _recognised(task: Task, blank: SeriesResult) -> SeriesResult | None:
         made |= {k: sidecar[k] for k in ("labels", "segmentations") if k in sidecar}
         made |= {f"source_{k}": source[k] for k in ("shape", "spacing_mm")}
         made = {k: tuple(v) for k, v in made.items()}
+        made["crop"] = sidecar["crop"]
         measured = ("hu_min", "hu_max", "hu_mean", "padding_share", "quality")
         made |= {k: source[k] for k in measured if k in source}
         made |= {k: sidecar[k] for k in ("engine", "backend", "device")}
@@ -157,17 +138,23 @@ def _in_place(result: SeriesResult, task: Task, written: Written) -> SeriesResul
 
 def _fill(task: Task, audited: Audit, blank: SeriesResult) -> Filled:
     # Imported here, in the worker: the parent of a cohort only hands out tasks, and stays small.
-    from gpuprep.dicom.read import SeriesReader
+    from gpuprep.pipeline.series_input import placed_structures, series_input
 
     if audited.stack is None:
         raise audited.error or AssertionError("neither stack nor reason")
     stacked = audited.stack
-    loops = task.backend.body == "loops"
-    source = SeriesReader(task.planned.series, task.recipe, loops=loops, stacked=stacked) if task.recipe.image else None
-    plan = make_plan(stacked.geometry, task.recipe, stacked.placement)
-    result = replace(blank, source_shape=plan.source.shape, source_spacing_mm=plan.source.spacing_mm)
+    given = series_input(task, stacked)
+    plan, crop = given.plan, given.crop
+    result = replace(
+        blank,
+        warnings=blank.warnings + texts(crop.warnings if crop else ()),
+        source_shape=plan.source.shape,
+        source_spacing_mm=plan.source.spacing_mm,
+        crop=None if crop is None else crop.to_dict(plan.recipe, plan.source),
+        process_s=given.crop_s,
+    )
     masked: Masked | None = None
-    image = MiddlePlanes(plan.target.shape) if source is not None else None
+    image = MiddlePlanes(plan.target.shape) if plan.recipe.image else None
     labels: list[MiddlePlanes] = []
     try:
         pending = task.output.pending(task.planned.folder)
@@ -176,13 +163,20 @@ def _fill(task: Task, audited: Audit, blank: SeriesResult) -> Filled:
     filled: Filled | None = None
     try:
         irregularities, warnings = audited.irregularities, task.planned.match_warnings + audited.warnings
-        if source is not None and image is not None:
-            result = _write_image(task, source, plan, pending, result, image)
-            irregularities += source.irregularities
-            warnings += source.warnings + plan.warnings
+        if crop is not None:
+            warnings += crop.warnings
+        if given.pixels is not None and image is not None:
+            reader, source = given.pixels
+            result = _write_image(task, plan, reader, source, pending, result, image)
+            irregularities += reader.irregularities
+            warnings += reader.warnings + plan.warnings
         if task.planned.segmentations:
+            from gpuprep.pipeline.convert_masks import write_masks
+
             started = time.perf_counter()
-            masked, labels = _write_masks(task, stacked, plan, pending)
+            wanted, masked = given.placed or placed_structures(task, stacked)
+            values = dict(task.planned.label_values)
+            labels = write_masks(wanted, masked, stacked, plan, task.backend, values, pending.path, pending.finish_file)
             result = replace(
                 result,
                 warnings=tuple(dict.fromkeys((*result.warnings, *masked.notes))),  # those of the writer may be there
@@ -199,9 +193,9 @@ def _fill(task: Task, audited: Audit, blank: SeriesResult) -> Filled:
             spacing_mm=plan.target.spacing_mm,
         )
         started = time.perf_counter()
-        _write_preview(plan, pending, image, labels)
+        _write_preview(plan, pending, image, labels, crop)
         pending.finish_rest()
-        sidecar = _sidecar(task, source, plan, task.public(result))
+        sidecar = sidecar_of(task, plan, task.public(result))
         result = replace(result, write_s=result.write_s + time.perf_counter() - started)
         filled = Filled(blank, result, pending, sidecar)
     except DeviceMemoryError as exc:
@@ -223,68 +217,60 @@ def _unwritable(exc: OSError) -> OutputError:
 
 
 def _write_image(
-    task: Task, source: SeriesReader, plan: Plan, pending: PendingFolder, result: SeriesResult, planes: MiddlePlanes
+    task: Task,
+    plan: Plan,
+    reader: SeriesReader,
+    source: Source,
+    pending: PendingFolder,
+    result: SeriesResult,
+    planes: MiddlePlanes,
 ) -> SeriesResult:
     """Write the image of a series into a folder and return its result so far; `planes` keeps the middle planes."""
     from gpuprep.compute.process import host_chunks
     from gpuprep.output.writers import WRITERS
     from gpuprep.output.writers.content import Content
 
-    started = time.perf_counter()
+    started, read_before_s = time.perf_counter(), reader.seconds
     on_device: dict[str, Any] = {}
     chunks = _Timed(host_chunks(source, plan, task.backend, task.engine, on_device))
     ending = task.recipe.ending
     path = pending.path / f"volume{ending}" if ending else pending.path
     write = WRITERS[task.recipe.format]
-    notes = write(path, planes.collecting(chunks), Content.image(plan), pending.finish_file) + _stretched(source, plan)
+    notes = write(path, planes.collecting(chunks), Content.image(plan), pending.finish_file) + _stretched(plan)
+    read_s = reader.seconds - read_before_s
     return replace(
         result,
-        warnings=result.warnings + texts(source.warnings + plan.warnings) + notes,
-        padding_share=source.padding_voxels / source.statistics.voxels,
-        hu_min=source.statistics.low,
-        hu_max=source.statistics.high,
-        hu_mean=source.statistics.mean,
-        quality=source.histogram.to_dict(),
-        read_s=source.seconds,
-        process_s=max(0.0, chunks.seconds - source.seconds),  # a thread may have read at the same time
+        warnings=result.warnings + texts(reader.warnings + plan.warnings) + notes,
+        padding_share=reader.padding_voxels / reader.statistics.voxels,
+        hu_min=reader.statistics.low,
+        hu_max=reader.statistics.high,
+        hu_mean=reader.statistics.mean,
+        quality=reader.histogram.to_dict(),
+        read_s=reader.seconds,
+        process_s=result.process_s + max(0.0, chunks.seconds - read_s),  # a thread may have read at the same time
         write_s=time.perf_counter() - started - chunks.seconds,
         **on_device,
     )
 
 
-def _write_masks(task: Task, stacked: Stack, plan: Plan, pending: PendingFolder) -> tuple[Masked, list[MiddlePlanes]]:
-    """Write the masks of a series into a folder."""
-    from gpuprep.pipeline.convert_masks import read_placed, write_masks
-
-    series = task.planned.series
-    hide = task.names.of if task.names else None
-    wanted, masked = read_placed(
-        [s.path for s in task.planned.segmentations],
-        stacked,
-        task.recipe.masks,
-        series.series_uid,
-        series.frame_of_reference_uid,
-        hide,
-    )
-    values = dict(task.planned.label_values)
-    planes = write_masks(wanted, masked, stacked, plan, task.backend, values, pending.path, pending.finish_file)
-    return masked, planes
-
-
-def _write_preview(plan: Plan, pending: PendingFolder, image: MiddlePlanes | None, labels: list[MiddlePlanes]) -> None:
-    """Write the preview of a series into a folder."""
+def _write_preview(
+    plan: Plan, pending: PendingFolder, image: MiddlePlanes | None, labels: list[MiddlePlanes], crop: Crop | None
+) -> None:
+    """Write the preview of a series into a folder: its output, and above it the box to which it is cropped."""
     from gpuprep.output.writers.content import Content
 
-    picture = encode_jpeg(draw_preview(image, plan.target, *Content.image(plan).display, labels))
-    (pending.path / PREVIEW).write_bytes(picture)
+    picture = draw_preview(image, plan.target, *Content.image(plan).display, labels)
+    if crop is not None and crop.found:
+        picture = below(draw_crop(crop.coarse, plan.source, crop.box), picture)
+    (pending.path / PREVIEW).write_bytes(encode_jpeg(picture))
 
 
-def _stretched(source: SeriesReader, plan: Plan) -> tuple[str, ...]:
+def _stretched(plan: Plan) -> tuple[str, ...]:
     """Return a warning if slices that grew by a shear were stretched to another ratio of rows and columns."""
     _, rows_mm, columns_mm = plan.target.spacing_mm
     _, before_rows_mm, before_columns_mm = plan.resampled.spacing_mm
     changed = abs(rows_mm * before_columns_mm / (columns_mm * before_rows_mm) - 1)
-    if source.placement is None or source.placement.shift is None or changed < 0.01:
+    if not plan.shifted or changed < 0.01:
         return ()
     return (
         f"slices grew to {plan.resampled.shape[1]} × {plan.resampled.shape[2]} and were stretched to "
@@ -309,75 +295,3 @@ class _Timed:
             return next(self._source)
         finally:
             self.seconds += time.perf_counter() - started
-
-
-def _sidecar(task: Task, source: SeriesReader | None, plan: Plan, result: SeriesResult) -> dict[str, Any]:
-    """Return the content of ``volume.json``: UIDs and numbers, nothing that names a patient."""
-    series = task.planned.series
-    placement = plan.placement
-    sidecar: dict[str, Any] = {
-        "schema": SCHEMA,
-        "key": result.key,
-        "series_uid": result.series_uid,
-        "study_uid": result.study_uid,
-        "frame_of_reference_uid": (
-            task.names.of_uid("frame", series.frame_of_reference_uid) if task.names else series.frame_of_reference_uid
-        ),
-        "shape": plan.target.shape,
-        "axes": "kji: slices, rows, columns",
-        "spacing_mm": plan.target.spacing_mm,
-        "affine_lps": plan.target.affine.tolist(),
-        "affine_maps": "(k, j, i, 1) of a voxel centre to (x, y, z, 1) in mm, LPS",
-        "source": {
-            "slices": len(series.slices),
-            "shape": plan.source.shape,
-            "spacing_mm": plan.source.spacing_mm,
-            "affine_lps": plan.source.affine.tolist(),
-            "placement": placement and placement.to_dict(),
-            "transfer_syntaxes": sorted(map(syntax_name, {s.transfer_syntax for s in series.slices})),
-        },
-        "fingerprint": task.planned.fingerprint,
-        "recipe": task.recipe.to_dict(),
-        "recipe_sha256": task.recipe.sha256,
-        "verdict": result.status,
-        "codes": result.codes,
-        "irregularities": result.irregularities,
-        "warnings": result.warnings,
-        "audit": result.audit,
-        "engine": task.engine,
-        "body": task.backend.body if task.engine == "operators" else None,
-        "backend": task.backend.name,
-        "device": task.backend.device,
-        "versions": versions(task.backend.name == "gpu"),
-    }
-    if source is not None:
-        sidecar["dtype"] = task.recipe.dtype
-        sidecar["hu"] = {
-            "slope": plan.hu_slope,
-            "intercept": plan.hu_intercept,
-            "window": task.recipe.window_hu,
-            "meaning": "HU = stored · slope + intercept, clipped to the window",
-        }
-        sidecar["source"] |= {
-            "hu_min": source.statistics.low,
-            "hu_max": source.statistics.high,
-            "hu_mean": source.statistics.mean,
-            "padding_share": result.padding_share,
-            "quality": result.quality,
-        }
-    if result.labels is not None:
-        sidecar["labels"] = result.labels
-        sidecar["segmentations"] = result.segmentations
-    return sidecar
-
-
-@cache
-def versions(gpu: bool = False) -> dict[str, str]:
-    """Return the versions of gpuprep, Python and the packages on which the result depends."""
-    found = {"gpuprep": _version.__version__, "python": platform.python_version()}
-    for package in RECORDED_PACKAGES + (RECORDED_GPU_PACKAGES if gpu else ()):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

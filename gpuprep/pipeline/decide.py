@@ -28,6 +28,9 @@ from gpuprep.pipeline.planned_series import Needs, PlannedSeries
 from gpuprep.pipeline.pseudonyms import Pseudonyms
 from gpuprep.pipeline.segmentation_files import SegmentationSummary
 
+STORED_BYTES = 2
+"""Bytes per stored value."""
+
 
 def planned_series(
     cohort: Cohort,
@@ -124,6 +127,7 @@ def _needs(plan: Plan, backend: Backend, engine: Engine, *, masks: bool) -> Need
         memory = max(memory, mask_bytes(plan, backend))
     if backend.name == "cpu":  # else it is the memory of the device
         memory += WRITING_BYTES.get(plan.recipe.format, 0)
+        memory += STORED_BYTES * prod(plan.read.shape) if plan.recipe.crop else 0  # all slices, to find the box
     return Needs(plan.output_bytes if image else 0, memory, prod(plan.source.shape) + prod(plan.target.shape))
 
 

@@ -59,6 +59,12 @@ class Tally:
     slices: int = 0
     files: int = 0
     bytes: int = 0
+    cropped: int = 0
+    """Number of series that were cropped."""
+    cropped_shares: float = 0.0
+    """Sum of the shares of their voxels that were kept."""
+    not_cropped: int = 0
+    """Number of converted series in which the part to crop to was not found."""
 
 
 @dataclass(frozen=True, slots=True)

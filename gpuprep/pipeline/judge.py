@@ -7,7 +7,7 @@ from os.path import basename
 from typing import NamedTuple
 
 from gpuprep.core.formatting import printable
-from gpuprep.core.plan import Plan, make_plan
+from gpuprep.core.plan import CROP_NOT_FOUND, Plan, make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.dicom.audit import Audit
 from gpuprep.errors import PlanError
@@ -31,7 +31,10 @@ def judge(audited: Audit, recipe: Recipe, segmentations: Sequence[SegmentationSu
     try:
         plan = make_plan(audited.stack.geometry, recipe, audited.stack.placement)
     except PlanError as exc:
-        return Judgement(reason=f"PlanError: {exc}", code="plan")
+        return Judgement(reason=f"PlanError: {exc}", code=exc.code)
     if bad := next((s for s in segmentations if s.error), None):
         return Judgement(reason=f"SegmentationError: {printable(basename(bad.path))}: {bad.error}", code=bad.code)
+    if recipe.crop_kind == "mask" and recipe.crop_missing == "reject" and not segmentations:
+        text = f"PlanError: it has no segmentation, and crop = {recipe.crop!r}"
+        return Judgement(reason=text, code=CROP_NOT_FOUND)
     return Judgement(plan)

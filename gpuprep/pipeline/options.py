@@ -104,6 +104,8 @@ class ConvertOptions:
             raise RequestError("a time limit needs jobs: nothing can end a series in this process")
         if not 0 < self.memory_share <= 1:
             raise RequestError(f"memory share = {self.memory_share:g}: give more than 0, and at most 1")
+        if self.recipe.crop_kind == "mask" and self.masks is None:
+            raise RequestError(f"crop = {self.recipe.crop!r} needs segmentations: give --masks, such as --masks auto")
         checked_engine(self.engine)
         check_select(self.recipe.select)
         if isinstance(self.select, str | os.PathLike):

@@ -13,15 +13,19 @@ from pathlib import Path
 
 from gpuprep import _version
 from gpuprep.core.formatting import printable
-from gpuprep.errors import GpuprepError, NothingFoundError, PredictionError, RequestError
+from gpuprep.core.series import Series
+from gpuprep.errors import GpuprepError, NothingFoundError, OutputError, PredictionError, RequestError
 from gpuprep.executors.processes import Executor, WorkerDiedError, never
 from gpuprep.files.replacing import make_folder
 from gpuprep.output.find_predictions import OutputNames, find_outputs, find_predictions, without_ending
+from gpuprep.output.label_names import label_names_above
 from gpuprep.output.own_files import SIDECAR
 from gpuprep.output.read_prediction import ending_of
+from gpuprep.output.read_volume import FinishedOutput
 from gpuprep.output.restore_record import RestoredRow, RestoreRecord
-from gpuprep.output.write_restored import RESTORED_FORMATS
-from gpuprep.pipeline.restore import restore
+from gpuprep.output.write_restored import RESTORED_FORMATS, write_result
+from gpuprep.pipeline.restore import named_by_file, restore
+from gpuprep.pipeline.restore_seg import SegRequest, series_by_key, time_of, write_restored_seg
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,11 @@ class _Task:
     result: Path
     as_: str
     threshold: float | None
+    names: dict[int, str] | None
+    """Names of the labels; None: those of the output."""
+    seg: SegRequest | None
+    originals: tuple[Series, ...]
+    """The series of the output, for a SEG."""
     row: RestoredRow
     """Its row without a verdict."""
     former: RestoredRow | None
@@ -65,6 +74,8 @@ def restore_cohort(
     threshold: float | None,
     executor: Executor,
     *,
+    names: dict[int, str] | None = None,
+    seg: SegRequest | None = None,
     found: Callable[[int], None] = lambda _: None,
     finished: Callable[[RestoredRow], None] = lambda _: None,
     stopped: Callable[[], bool] = never,
@@ -85,6 +96,10 @@ def restore_cohort(
         See `gpuprep.restore`.
     executor : Executor
         Executor of the tasks.
+    names : dict of int to str, optional
+        Names of the labels; by default those of the outputs.
+    seg : SegRequest, optional
+        Needed for the format "seg".
     found, finished : callable
         Called with the number of predictions, and with each row.
     stopped : callable
@@ -95,24 +110,27 @@ def restore_cohort(
     NothingFoundError
         If there is no prediction, or no output.
     RequestError
-        If the results would lie among the predictions or outputs.
+        If the results would lie among the predictions, outputs or original images, or these among the results; or if
+        another run writes the same results.
     OSError
         If the record cannot be written.
     """
     for place, what in ((predictions, "predictions"), (out, "outputs")):
         if not place.is_dir():
             raise RequestError(f"{place} is no folder of {what} on this machine")
-        if results.resolve().is_relative_to(place.resolve()):
-            raise RequestError(f"--out {results} lies in the folder of {what} {place}: choose one outside of it")
+        check_apart(results, place, what)
+    for path in seg.paths if seg is not None else ():
+        check_apart(results, Path(path), "original images")
     if results.exists() and not results.is_dir():
         raise RequestError(f"--out {results} is a file: give a folder for the results")
     outputs = find_outputs(out)
     if not outputs:
         raise NothingFoundError(f"{out} holds no output: give the --out of a conversion, or the folder of a series")
-    names = list(find_predictions(predictions))
-    if not names:
+    files = list(find_predictions(predictions))
+    if not files:
         raise NothingFoundError(f"{predictions} holds no prediction: .nii.gz, .nii, .npy, .npz, .tif or .ome.zarr")
-    found(len(names))
+    originals = series_by_key(seg, (out / name for name in outputs)) if seg is not None else {}
+    found(len(files))
     make_folder(results)
     rows: list[RestoredRow] = []
     with RestoreRecord(results) as record:
@@ -123,21 +141,46 @@ def restore_cohort(
             finished(row)
 
         tasks = []
-        for row, decided in _matched(names, OutputNames(outputs), RESTORED_FORMATS[as_].endings[0]):
+        for row, decided in _matched(files, OutputNames(outputs), RESTORED_FORMATS[as_].endings[0]):
             if decided:
                 finish(row)
             else:
                 places = predictions / row.prediction, out / row.output, results / row.result
-                tasks.append(_Task(*places, as_, threshold, row, record.former.get(row.prediction)))
+                own = tuple(_own(originals, places[1])) if seg is not None else ()
+                former = record.former.get(row.prediction)
+                tasks.append(_Task(*places, as_, threshold, names, seg, own, row, former))
         for task, outcome in executor.run(_restore_one, tasks, stopped=stopped):
             if isinstance(outcome, WorkerDiedError):
                 outcome = replace(task.row, verdict="failed", result="", reason=str(outcome))
             finish(outcome)
-        complete = len(rows) == len(names)
+        complete = len(rows) == len(files)
         if complete:
             record.finish()
     without = len(outputs) - len({row.output for row in rows} - {""})
     return RestoredCohort(tuple(sorted(rows, key=lambda row: row.prediction)), without, not complete)
+
+
+def check_apart(results: Path, place: Path, what: str) -> None:
+    """Raise RequestError if results lie in a folder that is read, or that folder in them: one could replace the other.
+
+    Parameters
+    ----------
+    results, place : Path
+        Results, and a file or folder that is read.
+    what : str
+        Content of the latter, for the message.
+    """
+    if results.resolve().is_relative_to(place.resolve()):
+        raise RequestError(f"--out {results} lies in the folder of {what} {place}: choose one outside of it")
+    if place.resolve().is_relative_to(results.resolve()):
+        raise RequestError(f"--out {results} has the {what} {place} in it: choose a folder of its own")
+
+
+def _own(originals: dict[str, Series], output: Path) -> Iterator[Series]:
+    """Yield the original series of an output, if it is there."""
+    with suppress(OutputError):  # a damaged output fails when it is restored
+        if own := originals.get(str(FinishedOutput(output).sidecar.get("key"))):
+            yield own
 
 
 def _matched(names: list[str], outputs: OutputNames, ending: str) -> Iterator[tuple[RestoredRow, bool]]:
@@ -173,7 +216,14 @@ def _restore_one(task: _Task) -> RestoredRow:
             task.result.unlink()  # what it was made of has changed, and the new prediction may be bad
         restored = restore(task.prediction, task.output, threshold=task.threshold)
         make_folder(task.result.parent)
-        notes = RESTORED_FORMATS[task.as_].write(restored, task.result)
+        if task.names is not None:
+            restored = named_by_file(replace(restored, names=task.names), task.prediction, task.names)
+        if task.seg is not None:
+            made = time_of(task.prediction)
+            output = FinishedOutput(task.output)
+            notes = write_restored_seg(restored, output, task.originals, task.seg, made, task.result)
+        else:
+            notes = write_result(task.as_, restored, task.result)
         return replace(row, verdict="restored", notes="; ".join(notes), result_identity=_identity(task.result))
     except (GpuprepError, OSError, MemoryError) as exc:
         return replace(row, verdict="failed", result="", reason=printable(str(exc) or type(exc).__name__))
@@ -188,13 +238,16 @@ def _is_result(former: RestoredRow, task: _Task) -> bool:
 
 
 def _made_of(task: _Task) -> str:
-    """Return a hash of what a result depends on: prediction, ``volume.json``, settings and version."""
+    """Return a hash of what a result depends on: prediction, ``volume.json``, names, settings and version."""
     digest = hashlib.sha256((task.output / SIDECAR).read_bytes())
     parts = [task.prediction.name, _identity(task.prediction)]
-    for folder, subfolders, names in os.walk(task.prediction):  # nothing, for a file
+    for folder, subfolders, files in os.walk(task.prediction):  # nothing, for a file
         subfolders.sort()
-        parts += [f"{folder}/{name} {_identity(Path(folder, name))}" for name in sorted(names)]
-    digest.update(repr((parts, task.as_, task.threshold, _version.__version__)).encode("utf-8", "surrogateescape"))
+        parts += [f"{folder}/{name} {_identity(Path(folder, name))}" for name in sorted(files)]
+    seg = task.seg and (task.seg.options, task.seg.masks, [s.fingerprint for s in task.originals])
+    named = label_names_above(task.output.absolute().parents) if seg and task.names is None else task.names
+    settings = task.as_, task.threshold, named, seg
+    digest.update(repr((parts, settings, _version.__version__)).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

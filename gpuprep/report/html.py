@@ -39,6 +39,14 @@ MAX_PICTURES = 10_000
 PICTURES_PER_BATCH = 64
 """Pictures read in parallel and held in memory together."""
 
+CROP_FLAGS = {
+    "crop-not-found": "What the recipe crops to was not found: the series is whole.",
+    "crop-partial": "Some of the structures that the recipe crops to are not drawn on the series.",
+    "crop-small": "The box of the crop is small for a body or for lungs.",
+    "crop-edge": "The body or the lungs reach the border of the field of view.",
+}
+"""Explanation of codes about crops, beside those of `FLAGS`."""
+
 COLUMNS = (
     "name", "number", "source", "uid", "status", "reason", "slices", "kernel", "spacing_mm", "shape", "hu_min",
     "hu_mean", "hu_max", "air_hu", "tissue_hu", "padding_share", "seconds", "flags",
@@ -115,7 +123,7 @@ def _write_page(page: TextIO, records: AllManifests, output: Output) -> None:
         "pictures": MAX_PICTURES,
         "columns": COLUMNS,
         "rows": rows,
-        "flags": FLAGS,
+        "flags": FLAGS | CROP_FLAGS,
         "bands": BANDS,
         "sources": SOURCES,
         "colours": COLOURS,
@@ -184,6 +192,7 @@ def _detail_block(result: SeriesResult, picture: bytes | None) -> dict[str, Any]
         ],
         "labels": [{k: label[k] for k in ("name", "value", "file", "ml")} for label in result.labels or ()],
         "source_shape": result.source_shape,
+        "crop": result.crop and _cropped(result.crop),
         "spacing_mm": _rounded(result.spacing_mm, 4),
         "files": result.files,
         "bytes": result.bytes,
@@ -193,6 +202,15 @@ def _detail_block(result: SeriesResult, picture: bytes | None) -> dict[str, Any]
         "masks_s": _rounded(result.masks_s, 3),
         "finished": result.finished,
     }
+
+
+def _cropped(crop: dict[str, Any]) -> str:
+    """Return the box of a crop in words."""
+    axes = zip(("slices", "rows", "columns"), crop["start"], crop["stop"], strict=True)
+    spans = ", ".join(f"{name} {low} to {stop - 1}" for name, low, stop in axes)
+    return (
+        f"to {crop['to']}, with {crop['margin_mm']:g} mm around it: {spans}, {100 * crop['share']:.2g} % of the voxels"
+    )
 
 
 def _rounded(value: Any, digits: int) -> Any:

@@ -270,6 +270,7 @@
           ["Clipped by the window", q && q.below_share !== null ? `${percent(q.below_share)} below, ${percent(q.above_share)} above; ${percent(q.clipped_share)} of what is not air` : null],
           ["Padding", row[at.padding_share] === null ? null : percent(row[at.padding_share])],
           ["Source", block.source_shape ? `${times(block.source_shape, String)} voxels of ${times(row[at.spacing_mm], (v) => number(v, 4))} mm` : `${row[at.slices]} slices`],
+          ["Cropped", block.crop],
           ["Output", row[at.shape] ? `${times(row[at.shape], String)} voxels of ${times(block.spacing_mm, (v) => number(v, 4))} mm; ${counted(block.files, "file")}, ${sized(block.bytes)}` : null],
           ["Time", row[at.seconds] === null ? null : `${number(row[at.seconds], 3)} s: reading ${number(block.read_s, 2)}, processing ${number(block.process_s, 2)}, writing ${number(block.write_s, 2)}` + (block.masks_s === null ? "" : `, masks ${number(block.masks_s, 2)}`)],
           ["Source folder", row[at.source]],

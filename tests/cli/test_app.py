@@ -384,6 +384,7 @@ def test_flags_override_the_recipe_and_are_saved(small_series: Path, tmp_path: P
     flags = [
         *("--spacing", "3,2,2.5", "--order", "1", "--anti-alias", "both", "--window", "-500,500", "--size", "8,6"),
         *("--fit", "crop", "--dtype", "int16", "--format", "tif-stack", "--compression", "zlib"),
+        *("--masks", "auto", "--crop", "mask:lung", "--margin", "2.5", "--crop-missing", "whole"),
         *("--policy", "strict", "--spacing-tolerance", "0.02", "--position-tolerance-mm", "0.03"),
         *("--lean-tolerance-mm", "0.2", "--max-missing", "2", "--max-missing-share", "0.25", "--assume-hu"),
         *("--orient", "LPS", "--group-by", "folder"),
@@ -404,6 +405,9 @@ def test_flags_override_the_recipe_and_are_saved(small_series: Path, tmp_path: P
         "group_by": "folder",
         "orient": "LPS",
         "padding": "keep",  # the file
+        "crop": "mask:lung",
+        "crop_margin_mm": 2.5,
+        "crop_missing": "whole",
         "align": "corner",  # its base
         "spacing_mm": [3.0, 2.0, 2.5],
         "order": 1,
@@ -435,7 +439,9 @@ def test_flags_override_the_recipe_and_are_saved(small_series: Path, tmp_path: P
     assert (sidecar["shape"], sidecar["dtype"], sidecar["engine"]) == ([5, 8, 6], "int16", "ndimage")
     assert [p.name for p in (out / "dicom" / "ct").glob("*.tif")] == ["volume.tif"]
     # The written recipe is itself a recipe, and gives the same output: nothing is left to do.
-    again = run("convert", small_series, "-o", out, "--recipe", out / "recipe.toml", "--jobs", "1", "--json")
+    again = run(
+        "convert", small_series, "-o", out, "--recipe", out / "recipe.toml", "--masks", "auto", "--jobs", "1", "--json"
+    )
     assert again.json["counts"] == {"skipped": 1}
 
 
@@ -470,7 +476,8 @@ def test_flags_become_fields_of_the_recipe(tmp_path: Path, out: Path, flags: str
     default = {
         "policy": "fix", "spacing_tolerance": 0.01, "position_tolerance_mm": 0.02, "lean_tolerance_mm": 0.1,
         "max_missing": 3, "max_missing_share": 0.1, "assume_hu": False, "group_by": "uid", "orient": "native",
-        "padding": "air", "spacing_mm": [1.0, 1.0, 1.0], "order": 3, "align": "edge", "anti_alias": "none",
+        "padding": "air", "crop": "none", "crop_margin_mm": 10.0, "crop_missing": "whole",
+        "spacing_mm": [1.0, 1.0, 1.0], "order": 3, "align": "edge", "anti_alias": "none",
         "window_hu": [-1000.0, 400.0], "size": [512, 512], "fit": "stretch", "dtype": "float32", "format": "tif",
         "compression": "none", "image": True,
         "masks": {

@@ -37,7 +37,7 @@ def completions(shell: str, line: str) -> str:
         ("gpuprep convert dicom --recipe ", list(PRESETS)),
         ("gpuprep convert dicom --recipe so", ["soft-tissue"]),
         ("gpuprep scan --recipe cl", ["classic"]),
-        ("gpuprep recipes bo", ["bone"]),
+        ("gpuprep recipes bo", ["bone", "body"]),
         ("gpuprep convert dicom --format ", ["tif", "tif-stack", "nifti", "zarr", "npy"]),
         ("gpuprep convert dicom --format tif-", ["tif-stack"]),
         ("gpuprep convert dicom --dtype u", ["uint8", "uint16"]),
@@ -93,4 +93,4 @@ def test_completion_works_in_a_real_bash(tmp_path: Path) -> None:
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }  # fmt: skip
     done = subprocess.run([bash, "--norc", "-c", script], capture_output=True, text=True, check=False, env=env)
-    assert (done.stdout.split(), done.stderr) == (["lung", "luna16"], "")
+    assert (done.stdout.split(), done.stderr) == (["lung", "luna16", "luna16-lungs"], "")

@@ -41,6 +41,7 @@ USES: dict[str, list[str]] = {
     "parquet": ["manifest", "out", "--parquet", "--to", "manifest.parquet"],
     "nifti": ["convert", "dicom", *OUT, "--format", "nifti"],
     "zarr": ["convert", "dicom", *OUT, "--format", "zarr"],
+    "seg": ["restore", "dicom", "--to", "out", "--out", "segs", "--as", "seg", "--dicom", "dicom"],
 }
 """A command that needs the extra, by extra; it runs in a folder with a series, and with a manifest in ``out``."""
 
@@ -51,18 +52,13 @@ def loops_finding(stdout: str) -> str:
 
 
 def test_every_extra_of_the_project_is_tested() -> None:
-    assert {*USES, "torch", "seg"} == set(EXTRAS)  # torch and seg have no command: they are for Python
+    assert {*USES, "torch"} == set(EXTRAS)  # torch has no command: it is for Python
 
 
 @pytest.mark.parametrize(
     ("extra", "package"),
     # cuCIM is needed only when a GPU works: see tests/gpu/test_gpu_checks.py.
-    [
-        (e, package)
-        for e, packages in EXTRAS.items()
-        for package in packages
-        if not package.startswith("cucim") and e != "seg"
-    ],  # tests/output/test_dicom_seg.py
+    [(e, package) for e, packages in EXTRAS.items() for package in packages if not package.startswith("cucim")],
 )
 def test_an_extra_that_is_absent_is_named(
     extra: str, package: str, small_series: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import SimpleITK
 from cohort import Running, gpuprep, python, write_cohort
+from filelock import FileLock
 from numpy.typing import NDArray
 
 import gpuprep as package
-from gpuprep.errors import OutputError
+from gpuprep.errors import OutputError, PredictionError
 from gpuprep.output.find_predictions import OutputNames, find_predictions
 from gpuprep.testing import outlines, write_series
 
@@ -128,7 +129,7 @@ def test_predictions_of_a_folder_are_matched_by_name_and_restored(tmp_path: Path
     assert ended.stdout == f"3 predictions: 3 restored; results in {tmp_path / 'res'}\n"
     names = ["ct_s000_0000.nii.gz", "ct_s001.nii.gz", "ct/s002.nii.gz"]
     assert sorted(p.relative_to(tmp_path / "res").as_posix() for p in (tmp_path / "res").rglob("*.*")) == sorted(
-        [*names, "restored.csv"]
+        [*names, "restored.csv", ".restored.csv.lock"]
     )
     for name, native in zip(names, truth, strict=True):
         image = SimpleITK.ReadImage(tmp_path / "res" / name)
@@ -251,6 +252,7 @@ def test_requests_that_cannot_be_met_end_with_one_line(tmp_path: Path, out: Path
     series = folders(out)[0]
     np.save(tmp_path / "p.npy", labels(0)[1])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "full.npy").mkdir()
     (tmp_path / "preds").mkdir()
     np.save(tmp_path / "preds" / "ct_s000.npy", labels(0)[1])
     one, many = tmp_path / "p.npy", tmp_path / "preds"
@@ -262,11 +264,18 @@ def test_requests_that_cannot_be_met_end_with_one_line(tmp_path: Path, out: Path
         (2, "has no volume.json", [one, "--to", tmp_path / "absent", "--out", tmp_path / "r.npy"]),
         (2, "would change", [one, "--to", series, "--out", one]),
         (2, "would change", [one, "--to", series, "--out", series / "r.npy"]),
+        (2, "would change", [one, "--to", series, "--out", folders(out)[1] / "volume.npy"]),
+        (2, "would change", [tmp_path / "empty", "--to", series, "--out", tmp_path / "empty" / "r.npy"]),
         (2, "no folder", [one, "--to", series, "--out", tmp_path / "absent" / "r.npy"]),
         (2, "no probability", [one, "--to", series, "--out", tmp_path / "r.npy", "--threshold", "1.5"]),
         (2, "lies in the folder of predictions", [many, "--to", out, "--out", many / "res"]),
         (2, "lies in the folder of outputs", [many, "--to", out, "--out", out / "res"]),
-        (2, "is a file", [many, "--to", out, "--out", one]),
+        (2, "has the predictions", [many, "--to", out, "--out", tmp_path]),
+        (2, "has the outputs", [many, "--to", out / "ct", "--out", out]),
+        (2, "are for --as seg", [one, "--to", series, "--out", tmp_path / "r.npy", "--algorithm", "net"]),
+        (2, "are for --as seg", [one, "--to", series, "--out", tmp_path / "r.npy", "--seg-kind", "labelmap"]),
+        (1, "full.npy cannot be written: Is a directory", [one, "--to", series, "--out", tmp_path / "full.npy"]),
+        (2, "give a folder for the results", [many, "--to", out, "--out", one]),
         (2, "is no folder of outputs", [many, "--to", tmp_path / "absent", "--out", tmp_path / "res"]),
         (3, "holds no prediction", [tmp_path / "empty", "--to", out, "--out", tmp_path / "res"]),
         (3, "holds no output", [many, "--to", tmp_path / "empty", "--out", tmp_path / "res"]),
@@ -283,14 +292,27 @@ def test_requests_that_cannot_be_met_end_with_one_line(tmp_path: Path, out: Path
     np.testing.assert_array_equal(np.load(one), labels(0)[1])
 
 
-def convert_with_masks(tmp_path: Path, *, image: bool) -> Path:
+def test_two_runs_do_not_write_the_same_results(tmp_path: Path, out: Path) -> None:
+    write_predictions(tmp_path / "preds", out)
+    words = (tmp_path / "preds", "--to", out, "--out", tmp_path / "res", "--jobs", "1")
+    assert run(*words).returncode == 0
+    before = (tmp_path / "res" / "restored.csv").read_bytes()
+    with FileLock(tmp_path / "res" / ".restored.csv.lock"):
+        ended = run(*words, "--threshold", "0.4")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "another gpuprep is writing into" in ended.stderr
+    assert (tmp_path / "res" / "restored.csv").read_bytes() == before
+    assert run(*words).stdout.startswith("3 predictions: 3 skipped")
+
+
+def convert_with_masks(tmp_path: Path, *, image: bool, masks: package.Masks = package.Masks()) -> Path:  # noqa: B008
     """Convert a series with outlines of two structures; return the folder of its output."""
     write_cohort(tmp_path / "ct", 1)
     lines = ["structure x_mm y_mm z_mm"]
     for name, contours in outlines(SHAPE, SPACING_MM).items():
         lines += [f"{name} {x:.3f} {y:.3f} {z:.3f}" for points in contours for x, y, z in points]
     (tmp_path / "outlines.txt").write_text("\n".join(lines))
-    recipe = package.Recipe(image=image, format="npy", spacing_mm=(1.0, 0.5, 0.5), size=None)
+    recipe = package.Recipe(image=image, format="npy", spacing_mm=(1.0, 0.5, 0.5), size=None, masks=masks)
     run = package.convert(tmp_path / "ct", tmp_path / "out", recipe, masks=tmp_path / "outlines.txt", backend="cpu")
     assert run.counts == {"ok": 1}
     (folder,) = folders(tmp_path / "out")
@@ -303,6 +325,13 @@ def test_an_output_of_masks_alone_takes_predictions_too(tmp_path: Path) -> None:
     assert found.names == {1: "heart", 2: "spine"}
     voxels = {s["name"]: s["source_voxels"] for s in json.loads((folder / "volume.json").read_text())["labels"]}
     assert {found.names[n]: int((found.values == n).sum()) for n in (1, 2)} == voxels
+
+
+@pytest.mark.parametrize("roi", [None, "spine"])
+def test_a_volume_for_each_structure_tells_no_name_of_a_label(tmp_path: Path, roi: str | None) -> None:
+    # All such volumes have the value 1, also where a series has one structure: label 1 of a model may be another.
+    folder = convert_with_masks(tmp_path, image=True, masks=package.Masks(layout="per-roi", roi=roi))
+    assert package.restore(np.load(folder / "masks" / "spine.npy"), folder).names == {}
 
 
 def test_every_key_of_volume_json_is_documented(tmp_path: Path) -> None:
@@ -352,6 +381,7 @@ def test_damaged_contents_of_volume_json_are_refused_in_one_line(out: Path) -> N
         {"source": sidecar["source"] | {"placement": placement | {"shift": [[0, 0]]}}},
         {"source": sidecar["source"] | {"placement": placement | {"matrix": [10**6, 10**6]}}},
         {"source": sidecar["source"] | {"placement": placement | {"matrix": [0, 16]}}},
+        {"source": sidecar["source"] | {"shape": [2**31, 1, 1]}},
         {"source": sidecar["source"] | {"placement": {}}},
         {"source": sidecar["source"] | {"placement": 7}},
         {"labels": [{"name": "heart"}]},
@@ -362,6 +392,8 @@ def test_damaged_contents_of_volume_json_are_refused_in_one_line(out: Path) -> N
         with pytest.raises(OutputError) as caught:
             package.restore(labels(0)[1], sidecar | damage)
         assert "\n" not in str(caught.value), damage
+    with pytest.raises(PredictionError, match="is no array"):
+        package.restore([[1, 2], [3]], sidecar)
     for key in ("shape", "affine_lps", "source", "key", "series_uid"):
         with pytest.raises(OutputError, match=f"not as it was written.*{key}"):
             package.restore(labels(0)[1], {k: v for k, v in sidecar.items() if k != key})
@@ -417,6 +449,15 @@ def test_predictions_are_found_among_other_files(tmp_path: Path) -> None:
     assert sorted(find_predictions(tmp_path)) == [
         "0001.tif", "a.nii.gz", "b.NII", "c/d.npz", "c/e.tif", "slices", "top.npy", "v.ome.zarr",
     ]  # fmt: skip
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "scratch" / "fold_0").mkdir(parents=True)
+    (tmp_path / "scratch" / "fold_0" / "a.nii.gz").touch()
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "fold_0").symlink_to(tmp_path / "scratch" / "fold_0")
+    (tmp_path / "scratch" / "fold_0" / "up").symlink_to(tmp_path / "predictions")
+    assert list(find_predictions(tmp_path / "predictions")) == ["fold_0/a.nii.gz"]
 
 
 # Ends of runs ---------------------------------------------------------------------------------------------------------

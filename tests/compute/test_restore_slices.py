@@ -306,6 +306,7 @@ BAD = {
     "shape": (np.zeros((2, 6, 2)), r"shape \(2, 6, 2\), but the output has \(2, 2, 6\)"),
     "two axes": (np.zeros((2, 6)), r"shape \(2, 6\), but the output has \(2, 2, 6\)"),
     "classes last": (np.zeros((2, 2, 6, 3)), r"shape \(2, 2, 6, 3\), but the output has \(2, 2, 6\)"),
+    "no class": (np.zeros((0, 2, 2, 6)), r"shape \(0, 2, 2, 6\), but the output has \(2, 2, 6\)"),
     "nan": (np.where(np.arange(24).reshape(2, 2, 6) == 20, np.nan, 0), r"NaN in plane \(1,\)"),
     "infinite": (np.full((2, 2, 6), np.inf), "up to inf"),
     "negative": (np.full((2, 2, 6), -1), "down to -1"),

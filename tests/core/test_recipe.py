@@ -33,6 +33,9 @@ COMMON: dict[str, st.SearchStrategy[Any]] = {
     "group_by": st.sampled_from(["uid", "folder"]),
     "orient": st.sampled_from(["native", "LPS"]),
     "padding": st.sampled_from(["air", "minus2000-to-0", "keep"]),
+    "crop": st.sampled_from([None, "body", "lungs", "mask", "mask:heart,left lung"]),
+    "crop_margin_mm": st.floats(0, 1000),
+    "crop_missing": st.sampled_from(["whole", "reject"]),
     "spacing_mm": SPACINGS,
     "order": st.integers(0, 5),
     "align": st.sampled_from(["edge", "corner"]),
@@ -59,6 +62,11 @@ ONE_CHANGE: list[dict[str, Any]] = [
     {"orient": "LPS"},
     {"padding": "keep"},
     {"padding": "minus2000-to-0"},
+    {"crop": "body"},
+    {"crop": "mask"},
+    {"crop": "mask:heart"},
+    {"crop": "body", "crop_margin_mm": 5.0},
+    {"crop": "body", "crop_missing": "reject"},
     {"spacing_mm": None},
     {"spacing_mm": (1.0, 1.0, 1.5)},
     {"spacing_mm": (1.5, 1.0, 1.0)},
@@ -119,6 +127,7 @@ def test_every_field_but_the_choice_of_series_changes_the_hash() -> None:
     assert {name for change in ONE_CHANGE for name in change} == {f.name for f in fields(Recipe)} - {"select"}
     assert Recipe(select=Select(where="slices > 9")).sha256 == Recipe().sha256
     assert Recipe(masks=Masks(codes=(("liver", Code("SCT", "10200004")),))).sha256 == Recipe().sha256
+    assert Recipe(crop_margin_mm=5.0, crop_missing="reject").sha256 == Recipe().sha256  # nothing is cropped
     assert len({r.sha256 for r in recipes}) == len(recipes)
 
 
@@ -128,8 +137,10 @@ def test_every_field_but_the_choice_of_series_changes_the_hash() -> None:
         (Recipe(spacing_mm=(1, 2, 3)), Recipe(spacing_mm=(1.0, 2.0, 3.0))),
         (Recipe(window_hu=[-500, 500]), Recipe(window_hu=(-500.0, 500.0))),  # type: ignore[arg-type]
         (Recipe(window_hu=(-0.0, 80.0)), Recipe(window_hu=(0.0, 80.0))),
+        (Recipe(crop="body", crop_margin_mm=10), Recipe(crop="body", crop_margin_mm=10.0)),
+        (Recipe(max_missing_share=-0.0), Recipe(max_missing_share=0)),
     ],
-    ids=["whole numbers", "lists", "minus zero"],
+    ids=["whole numbers", "lists", "minus zero", "whole number", "minus zero alone"],
 )
 def test_two_ways_to_write_one_recipe_have_one_hash(one: Recipe, other: Recipe) -> None:
     assert one == other

@@ -1455,7 +1455,7 @@ def main() -> int:
         print(f"  case {v.case} ({v.base}; {'; '.join(v.done)}): {v.kind}: {v.detail}")
     if args.out:
         from bench.measure import machine
-        from gpuprep.pipeline.convert_series import versions
+        from gpuprep.core.versions import versions
 
         command = "PYTHONPATH=. python tests/fuzz/fuzzing.py " + " ".join(sys.argv[1:])
         head = {"command": command, "machine": machine(), "versions": versions()}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.sr.codedict import codes
 
-from gpuprep.core.coded_concepts import Code
+from gpuprep.core.coded_concepts import Code, checked_code
 from gpuprep.masks.structure_codes import _COUNTED, _COUNTED_AND_PAIRED, _PAIRED, _SINGLE, PRIVATE_SCHEME, coded
 
 LEFT, RIGHT = ("SCT", "7771000"), ("SCT", "24028007")
@@ -112,6 +112,11 @@ def test_private_codes_are_short_and_differ_with_the_name(one: str, other: str) 
     assert "\\" not in a.type.meaning
     if PRIVATE_SCHEME in (a.type.scheme_designator, b.type.scheme_designator) and a.type.value == b.type.value:
         assert re.findall(r"[^\W_]+", one.casefold()) == re.findall(r"[^\W_]+", other.casefold())
+
+
+def test_a_blank_meaning_is_looked_up() -> None:
+    given = checked_code("x", {"scheme": "SCT", "value": "80891009", "meaning": " "})
+    assert coded("x", given).type.meaning == "Heart"
 
 
 def test_the_code_of_a_recipe_goes_before_the_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import warnings
 from dataclasses import replace
@@ -191,6 +192,34 @@ def test_malformed_uids_are_referred_to_as_they_are(tmp_path: Path) -> None:
     write(tmp_path / "seg.dcm", labels(), stacked.slices)
     referred = pydicom.dcmread(tmp_path / "seg.dcm").ReferencedSeriesSequence[0].ReferencedInstanceSequence
     assert [item.ReferencedSOPInstanceUID for item in referred] == [f"image-{k}" for k in range(8)]
+
+
+def test_images_that_share_a_uid_are_refused(tmp_path: Path) -> None:
+    def change(ds: Dataset, k: int) -> None:
+        if k in (2, 4):
+            ds.SOPInstanceUID = "1.2.3"
+
+    _, stacked = written(tmp_path / "ct", change=change)
+    fails(InputError, "share a SOP Instance UID", lambda: write(tmp_path / "seg.dcm", labels(), stacked.slices))
+
+
+def test_a_full_disk_and_a_malformed_value_are_one_plain_line(tmp_path: Path) -> None:
+    def change(ds: Dataset, _: int) -> None:
+        ds.add_new("StudyID", "US", 3)  # instead of SH
+
+    _, stacked = written(tmp_path / "ct")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"seg.dcm cannot be written: File too large$"):
+            write(tmp_path / "seg.dcm", labels(), stacked.slices)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    _, stacked = written(tmp_path / "other", change=change)
+    with pytest.raises(InputError, match="an original has a malformed value") as caught:
+        write(tmp_path / "seg.dcm", labels(), stacked.slices)
+    assert "Traceback" not in str(caught.value)
+    assert not list(tmp_path.glob("seg*"))
 
 
 def test_images_at_one_position_are_refused(tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def test_csv_holds_exactly_the_rows_of_the_manifest(manifest: Manifest, tmp_path
         "slices": "108",
         "source_shape": "[108, 512, 512]",
         "source_spacing_mm": "[3.0, 0.6816, 0.6816]",
+        "crop": "",
         "hu_min": "-3024.0",
         "hu_max": "1234.5",
         "hu_mean": "-612.0625",

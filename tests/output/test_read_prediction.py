@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import sys
 from itertools import permutations, product
 from pathlib import Path
@@ -128,6 +129,16 @@ def test_affines_that_float32_and_quaternions_round_are_accepted(tmp_path: Path)
     np.testing.assert_array_equal(read_prediction(tmp_path / "q.nii.gz", grid), values)
 
 
+def test_a_qform_counts_where_the_sform_is_the_identity(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(VALUES.T, RAS_AFFINE).as_reoriented(np.array([[0, -1], [1, 1], [2, 1]]))
+    placed = np.array(image.affine)
+    for sform in (np.eye(4), np.diag([-1, -1, 1, 1])):
+        image.set_sform(sform, 2)
+        image.set_qform(placed, 1)
+        nibabel.save(image, tmp_path / "q.nii")
+        np.testing.assert_array_equal(read_prediction(tmp_path / "q.nii", GRID), VALUES)
+
+
 def test_labels_that_nibabel_scaled_to_integers_are_labels_again(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(VALUES.T.astype(np.float64), RAS_AFFINE)
     image.set_data_dtype(np.uint8)
@@ -135,6 +146,12 @@ def test_labels_that_nibabel_scaled_to_integers_are_labels_again(tmp_path: Path)
     raw: Any = nibabel.load(tmp_path / "scaled.nii")
     assert raw.dataobj.slope != 1  # otherwise nothing was tested
     np.testing.assert_array_equal(read_prediction(tmp_path / "scaled.nii", GRID), VALUES)
+    image = nibabel.Nifti1Image((VALUES.T > 3).astype(np.float64), RAS_AFFINE)
+    image.set_data_dtype(np.uint8)
+    nibabel.save(image, tmp_path / "mask.nii")
+    mask: Any = nibabel.load(tmp_path / "mask.nii")
+    assert mask.get_fdata().max() > 1
+    np.testing.assert_array_equal(read_prediction(tmp_path / "mask.nii", GRID), VALUES > 3)
     image = nibabel.Nifti1Image(np.linspace(0, 1, 120).reshape(6, 5, 4), RAS_AFFINE)
     image.set_data_dtype(np.uint8)
     nibabel.save(image, tmp_path / "probability.nii")
@@ -190,10 +207,26 @@ def test_every_truncated_file_is_refused_in_one_line(tmp_path: Path, name: str) 
             found = read_prediction(file, GRID)
         except PredictionError as exc:
             refused[length] = str(exc)
-        else:  # the last byte of a gzip file, or the directories after the pixels of a TIFF stack, are not needed
+        else:  # the directories after the pixels of a TIFF stack are not needed
             np.testing.assert_array_equal(found, whole)
     assert len(refused) > 20
     assert all(text.startswith(f"{file} cannot be read") and "\n" not in text for text in refused.values())
+
+
+def test_damage_that_only_the_checksum_of_a_gzip_file_tells_is_noticed(tmp_path: Path) -> None:
+    grid = Geometry((40, 50, 60), AFFINE)  # larger than the buffers of readers
+    file = tmp_path / "p.nii.gz"
+    content = gzip.compress(saved(tmp_path / "p.nii", np.zeros(grid.shape, np.uint8)).read_bytes(), 0)
+    for at in (60_000, len(content) - 8, len(content) - 1):  # a voxel, stored as it is; checksum; length
+        file.write_bytes(content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :])
+        with pytest.raises(PredictionError, match="cannot be read"):
+            read_prediction(file, grid)
+
+
+def test_a_pipe_is_no_prediction(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.nii")
+    with pytest.raises(RequestError, match="there is no prediction"):
+        read_prediction(tmp_path / "p.nii", GRID)
 
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ class BrowserPage:
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
         assert self.url in urls
-        return [url for url in urls if not url.startswith((self.url, "data:", "chrome:"))]
+        return [url for url in urls if not url.startswith((self.url, "data:", "chrome:", "chrome-untrusted:"))]
 
 
 def test_a_browser_sorts_filters_and_opens_details(chromium: Any, tmp_path: Path) -> None:
