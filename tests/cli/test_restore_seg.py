@@ -57,6 +57,11 @@ def run(*words: str | Path) -> Any:
     return gpuprep("restore", *words)
 
 
+def to_segs(tmp_path: Path, out: Path) -> list[str | Path]:
+    """Return the words of a command that writes SEGs of a folder of predictions."""
+    return ["--to", out, "--out", tmp_path / "segs", "--as", "seg", "--dicom", tmp_path / "ct"]
+
+
 def by_slice(file: Path, dicom: Path) -> NDArray[np.uint8]:
     """Return the labels of a SEG on the slices of a series in order along z, by the UIDs it refers to, with pydicom."""
     images = [pydicom.dcmread(f, stop_before_pixels=True) for f in dicom.rglob("*.dcm")]
@@ -138,7 +143,7 @@ def test_the_table_of_labels_beside_predictions_names_them(tmp_path: Path, out: 
     (tmp_path / "predictions" / "dataset.json").write_text(
         '{"labels": {"background": 0, "lung": 1, "bone": 2, "fat": 3}}'
     )
-    words: list[str | Path] = ["--to", out, "--out", tmp_path / "segs", "--as", "seg", "--dicom", tmp_path / "ct"]
+    words = to_segs(tmp_path, out)
     ran = run(tmp_path / "predictions", *words)
     assert ran.returncode == 0
     assert f"labels have the names in {tmp_path / 'predictions' / 'dataset.json'}" in ran.stdout.replace("\n", "")
@@ -164,18 +169,7 @@ def test_a_structure_of_several_is_not_named_by_guess(tmp_path: Path, out: Path,
 
 def test_a_folder_of_predictions_becomes_segs_and_is_resumed(tmp_path: Path, out: Path, names: Path) -> None:
     natives = [predicted(tmp_path / "predictions" / "ct" / f"s{n:03d}.npy", n) for n in range(3)]
-    words: list[str | Path] = [
-        "--to",
-        out,
-        "--out",
-        tmp_path / "segs",
-        "--as",
-        "seg",
-        "--dicom",
-        tmp_path / "ct",
-        "--labels",
-        names,
-    ]
+    words = [*to_segs(tmp_path, out), "--labels", names]
     ran = run(tmp_path / "predictions", *words, "--json")
     assert (ran.returncode, json.loads(ran.stdout)["counts"]) == (0, {"restored": 3})
     for n, native in enumerate(natives):
@@ -192,18 +186,7 @@ def test_a_case_without_its_originals_fails_and_no_other_does(tmp_path: Path, ou
     for n in range(3):
         predicted(tmp_path / "predictions" / f"s{n:03d}.npy", n)
     next((tmp_path / "ct" / "s001").glob("*.dcm")).unlink()
-    words: list[str | Path] = [
-        "--to",
-        out,
-        "--out",
-        tmp_path / "segs",
-        "--as",
-        "seg",
-        "--dicom",
-        tmp_path / "ct",
-        "--labels",
-        names,
-    ]
+    words = [*to_segs(tmp_path, out), "--labels", names]
     ran = run(tmp_path / "predictions", *words, "--json")
     assert ran.returncode == 1
     with open(tmp_path / "segs" / "restored.csv", encoding="utf-8", newline="") as f:
@@ -219,7 +202,7 @@ def test_a_damaged_output_does_not_stop_the_others(tmp_path: Path, out: Path, na
     (folders(out)[0] / "volume.json").write_text("{")
     sidecar = json.loads((folders(out)[2] / "volume.json").read_text())
     (folders(out)[2] / "volume.json").write_text(json.dumps({k: v for k, v in sidecar.items() if k != "recipe"}))
-    words: list[str | Path] = ["--to", out, "--out", tmp_path / "segs", "--as", "seg", "--dicom", tmp_path / "ct"]
+    words = to_segs(tmp_path, out)
     ran = run(tmp_path / "predictions", *words, "--labels", names, "--json")
     assert (ran.returncode, json.loads(ran.stdout)["counts"]) == (1, {"restored": 1, "failed": 2})
     assert "is no finished output" in ran.stderr
@@ -228,7 +211,7 @@ def test_a_damaged_output_does_not_stop_the_others(tmp_path: Path, out: Path, na
 
 def test_new_names_in_the_output_folder_make_a_new_seg(tmp_path: Path, out: Path) -> None:
     predicted(tmp_path / "predictions" / "s000.npy")
-    words: list[str | Path] = ["--to", out, "--out", tmp_path / "segs", "--as", "seg", "--dicom", tmp_path / "ct"]
+    words = to_segs(tmp_path, out)
     for found in ({"heart": 1, "liver": 2, "spleen": 3}, {"aorta": 1, "liver": 2, "spleen": 3}):
         (out / "labels.json").write_text(json.dumps(found))
         assert run(tmp_path / "predictions", *words).returncode == 0
