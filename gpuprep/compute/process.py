@@ -8,6 +8,7 @@ array library (`gpuprep.compute.resample_matrix`). ``ndimage`` calls `scipy.ndim
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -32,6 +33,8 @@ from gpuprep.core.array_namespace import array_namespace
 from gpuprep.core.plan import Plan, Step, make_plan
 from gpuprep.core.recipe import Recipe
 from gpuprep.core.volume import StoredVolume, Volume
+
+log = logging.getLogger(__name__)
 
 
 def process(
@@ -81,6 +84,8 @@ def process(
     backend = get_backend(backend) if isinstance(backend, str) else backend
     recipe = recipe or Recipe()
     crop = crop_of(volume, recipe)
+    for warning in crop.warnings if crop is not None else ():
+        log.warning("%s", warning.text)  # a volume has no place for it
     plan = make_plan(volume.geometry, recipe, volume.placement, None if crop is None else crop.box)
     with backend.session() as transfers:
         values: Any = None

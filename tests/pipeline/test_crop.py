@@ -248,5 +248,22 @@ def test_a_device_has_the_same_box_and_labels_as_the_host(tmp_path: Path, gpu: B
     np.testing.assert_array_equal(labels, other_labels)
 
 
+def test_a_volume_in_memory_is_cropped_or_says_that_it_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hu = np.full((8, 64, 64), -1000, dtype=np.int16)
+    hu[:, 20:40, 10:50] = 40
+    write_series(tmp_path / "body", hu + 1024, (5.0, 4.0, 4.0))
+    recipe = Recipe(crop="body", crop_margin_mm=0.0, spacing_mm=None, size=None)
+    cropped = gpuprep.load(tmp_path / "body", recipe, backend="cpu")
+    assert cropped.shape == (8, 20, 40)
+    assert not caplog.records
+    write_series(tmp_path / "air", np.full((8, 64, 64), 24, dtype=np.int16) + np.arange(64, dtype=np.int16), (5, 4, 4))
+    assert gpuprep.load(tmp_path / "air", recipe, backend="cpu").shape == (8, 64, 64)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no body: ")
+    assert record.getMessage().endswith(": not cropped")
+    with pytest.raises(PlanError, match="no body"):
+        gpuprep.load(tmp_path / "air", replace(recipe, crop_missing="reject"), backend="cpu")
+
+
 def test_a_plan_error_has_a_code() -> None:
     assert PlanError("too large").code == "plan"
