@@ -41,9 +41,10 @@ def wait_for_unfinished(out: Path, count: int) -> bool:
 def test_the_next_series_begins_before_the_first_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dicom, out = write_cohort(tmp_path / "dicom", 2), tmp_path / "out"
     overlapped: list[bool] = []
+    first = threading.Lock()  # the second series may be flushed while the first one waits
 
     def slow(path: str | Path) -> None:
-        if Path(path).name == "0000.tif" and not overlapped:
+        if Path(path).name == "0000.tif" and first.acquire(blocking=False):
             overlapped.append(wait_for_unfinished(out, 2))
         flush(path)
 
