@@ -58,9 +58,10 @@ def test_workers_wait_if_the_disk_is_too_slow(tmp_path: Path, monkeypatch: pytes
     most = COMMITS + 1  # one waits for those that are being flushed, and its worker with it
     dicom, out = write_cohort(tmp_path / "dicom", most + 4), tmp_path / "out"
     counts: list[int] = []
+    first = threading.Semaphore(COMMITS)  # later series may be flushed while these wait
 
     def slow(path: str | Path) -> None:
-        if Path(path).name == "0000.tif" and len(counts) < COMMITS:
+        if Path(path).name == "0000.tif" and first.acquire(blocking=False):
             wait_for_unfinished(out, most)
             time.sleep(0.5)  # time for the worker to begin another series, if it were allowed to
             counts.append(len(unfinished_outputs(out)))
