@@ -43,8 +43,8 @@ def restore(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="JSON with the value of each structure: labels.json, or dataset.json of nnU-Net, also "
-            "without this flag if it lies beside PREDICTION \\[labels of OUT].",
+            help="JSON with the value of each structure: labels.json, or dataset.json of nnU-Net "
+            "\\[dataset.json beside PREDICTION, else the labels of OUT].",
         ),
     ] = None,
     dicom: Annotated[
