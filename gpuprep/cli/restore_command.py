@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -165,12 +164,9 @@ def _restore_one(
         from gpuprep.cli.console import print_line
         from gpuprep.core.formatting import format_count
         from gpuprep.output.own_files import SIDECAR
-        from gpuprep.output.read_volume import FinishedOutput
-        from gpuprep.output.write_restored import RESTORED_FORMATS, format_of, write_result
-        from gpuprep.pipeline.restore import named_by_file
-        from gpuprep.pipeline.restore import restore as restored_from
+        from gpuprep.output.write_restored import RESTORED_FORMATS, format_of
         from gpuprep.pipeline.restore_cohort import check_apart
-        from gpuprep.pipeline.restore_seg import time_of, write_restored_seg
+        from gpuprep.pipeline.restore_file import restore_file
 
     if chosen is None or chosen != format_of(out.name):
         formats = [RESTORED_FORMATS[chosen]] if chosen else RESTORED_FORMATS.values()
@@ -189,14 +185,7 @@ def _restore_one(
         check_apart(out, Path(path), "original images")
     if not out.parent.is_dir():
         raise RequestError(f"there is no folder {out.parent} for --out {out.name}")
-    restored = restored_from(prediction, folder, threshold=threshold)
-    if names is not None:
-        restored = named_by_file(replace(restored, names=names[1]), prediction, names[1])
-    if seg is not None:
-        output = FinishedOutput(folder)
-        notes = write_restored_seg(restored, output, seg.series(output.recipe.rules), seg, time_of(prediction), out)
-    else:
-        notes = write_result(chosen, restored, out)
+    restored, notes = restore_file(prediction, folder, out, chosen, threshold, names and names[1], seg)
     length = int(restored.values.max()) + 1
     counts = np.zeros(length, np.int64)
     for plane in restored.values:  # one by one, because bincount converts them to int64

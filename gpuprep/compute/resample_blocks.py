@@ -63,7 +63,7 @@ def build(n_in: int, n_out: int, *, flipped: bool = False, **step: Any) -> Block
     first, weights = resample_taps.weights_of_samples(n_in, n_out, **step)
     samples = n_in if step["along"] is None else len(step["along"])
     if (part := step.get("part")) is not None:
-        samples = part.high - part.low
+        samples = part.samples
     return _blocks(samples, first, weights, flipped)
 
 

@@ -83,7 +83,7 @@ def build(n_in: int, n_out: int, **step: Any) -> LineTables:
 def _samples(n_in: int, step: dict[str, Any]) -> int:
     """Return the length of the line that is read."""
     part: AxisPart | None = step.get("part")
-    return n_in if part is None else part.high - part.low
+    return n_in if part is None else part.samples
 
 
 def weights_of_samples(n_in: int, n_out: int, **step: Any) -> tuple[NDArray[np.intp], NDArray[np.float64]]:

@@ -30,6 +30,16 @@ class AxisPart(NamedTuple):
     high: int
     """Samples [low, high) are read."""
 
+    @property
+    def samples(self) -> int:
+        """Number of samples that are read."""
+        return self.high - self.low
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs."""
+        return self.stop - self.start
+
     @classmethod
     def of(
         cls,

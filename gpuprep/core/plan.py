@@ -265,6 +265,8 @@ def make_plan(
         low, high = recipe.window_hu
         top = {"float32": 1.0, "uint8": 255.0, "uint16": 65535.0}[recipe.dtype]
         scale, shift_hu = top / (high - low), -low
+    if crop is not None and crop.shape == source.shape:
+        crop = None
     return Plan(
         recipe, source, crop, read, turn, resampled, target, resample, resize, offset, scale, shift_hu, placement
     )
@@ -305,8 +307,8 @@ def _cropped(step: Step, read: IndexBox, crop: IndexBox, turn: Turn, *, shifted:
             count = stop[source_axis]
             span = (count - part.high, count - part.low) if flip else (part.low, part.high)
             start[source_axis], stop[source_axis] = span
-    source = _shape3([part.high - part.low for part in parts])
-    target = _shape3([part.stop - part.start for part in parts])
+    source = _shape3([part.samples for part in parts])
+    target = _shape3([part.outputs for part in parts])
     k, j, i = parts
     return replace(step, source=source, target=target, parts=(k, j, i)), IndexBox(_shape3(start), _shape3(stop))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -38,9 +38,25 @@ def structures_box(placed: Sequence[PlacedStructure], names: Sequence[str], stac
         Box on the grid of the stack, without margin; None if no structure covers a voxel.
     """
     chosen = [p for p in placed if not names or normalised(p.name) in set(map(normalised, names))]
+    drawn = {normalised(p.name) for p in chosen}
+    missing = [name for name in names if normalised(name) not in drawn]
+    if (box := box_of(chosen, stack)) is not None:
+        warnings: tuple[SeriesWarning, ...] = ()
+        if missing:
+            text = f"nothing of {_listed(missing)} is drawn on the series: it is cropped to {_listed(sorted(drawn))}"
+            warnings = (SeriesWarning("crop-partial", text),)
+        return FoundBox(box, warnings)
+    wanted = f"of {_listed(names)} " if names else ""
+    there = _listed([p.name for p in placed]) if placed else "none"
+    text = f"no voxel {wanted}is drawn on the series; its structures: {there}"
+    return FoundBox(None, (SeriesWarning(CROP_NOT_FOUND, text),))
+
+
+def box_of(structures: Iterable[PlacedStructure], stack: Stack) -> IndexBox | None:
+    """Return the box of the voxels of structures on the grid of the stack; None if they cover none."""
     placement = stack.placement
     low, high = np.full(3, math.inf), np.full(3, -math.inf)
-    for structure in chosen:
+    for structure in structures:
         for n in structure.parts:
             (rows, columns), mask = structure.paint(n, stack.matrix)
             j, i = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -51,20 +67,11 @@ def structures_box(placed: Sequence[PlacedStructure], names: Sequence[str], stac
             first = layer, rows.start + j[0] + shift[0], columns.start + i[0] + shift[1]
             last = layer, rows.start + j[-1] + shift[0], columns.start + i[-1] + shift[1]
             low, high = np.minimum(low, np.floor(first)), np.maximum(high, np.ceil(last) + 1)
-    drawn = {normalised(p.name) for p in chosen}
-    missing = [name for name in names if normalised(name) not in drawn]
-    if np.isfinite(low).all():
-        warnings: tuple[SeriesWarning, ...] = ()
-        if missing:
-            text = f"nothing of {_listed(missing)} is drawn on the series: it is cropped to {_listed(sorted(drawn))}"
-            warnings = (SeriesWarning("crop-partial", text),)
-        k, j0, i0 = (int(n) for n in low)
-        k_stop, j_stop, i_stop = (int(min(n, m)) for n, m in zip(high, stack.geometry.shape, strict=True))
-        return FoundBox(IndexBox((k, j0, i0), (k_stop, j_stop, i_stop)), warnings)
-    wanted = f"of {_listed(names)} " if names else ""
-    there = _listed([p.name for p in placed]) if placed else "none"
-    text = f"no voxel {wanted}is drawn on the series; its structures: {there}"
-    return FoundBox(None, (SeriesWarning(CROP_NOT_FOUND, text),))
+    if not np.isfinite(low).all():
+        return None
+    k, j0, i0 = (int(n) for n in low)
+    k_stop, j_stop, i_stop = (int(min(n, m)) for n, m in zip(high, stack.geometry.shape, strict=True))
+    return IndexBox((k, j0, i0), (k_stop, j_stop, i_stop))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from gpuprep.core.coded_concepts import LONGEST_MEANING, long_string
 from gpuprep.core.formatting import first_few, format_count, printable
 from gpuprep.core.series import SliceHeader
 from gpuprep.errors import InputError, OutputError, RequestError
-from gpuprep.files.replacing import flush
+from gpuprep.files.replacing import replacing_path
 from gpuprep.masks.structure_codes import PRIVATE_SCHEME, Coded
 from gpuprep.output.preview import COLOURS
 from gpuprep.output.seg_sources import Sources, read_sources
@@ -242,15 +241,10 @@ def _described(number: int, label: int, name: str, coded: Coded, options: SegOpt
 
 
 def _save(seg: Segmentation, to: Path) -> None:
-    """Write a file beside its place, and move it there."""
-    part = to.with_name(f"{to.name}.part")
+    """Write a file, which appears when it is complete."""
     try:
-        try:
+        with replacing_path(to) as part:
             seg.save_as(part, enforce_file_format=True)
-            flush(part)
-            os.replace(part, to)
-        finally:
-            part.unlink(missing_ok=True)
     except OSError as exc:
         cause = _first_cause(exc)
         raise OutputError(f"{to} cannot be written: {getattr(cause, 'strerror', None) or cause}") from exc

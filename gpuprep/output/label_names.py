@@ -10,9 +10,7 @@ from typing import Any
 
 from gpuprep.core.formatting import printable
 from gpuprep.errors import RequestError
-
-DATASET = "dataset.json"
-"""File that nnU-Net writes beside its predictions, with the label value of each structure."""
+from gpuprep.output.nnunet import DATASET
 
 LABELS = "labels.json"
 """File of an output folder with the label value of each structure."""
@@ -53,7 +51,10 @@ def read_label_names(file: Path) -> dict[int, str]:
 
 
 def label_names_beside(folder: Path) -> tuple[Path, dict[int, str]] | None:
-    """Return the ``dataset.json`` in a folder of predictions, and its label values; None if there is no such table."""
+    """Return the ``dataset.json`` in a folder, and its label values; None if there is no such table.
+
+    nnU-Net writes that file beside its predictions.
+    """
     with suppress(RequestError):  # of nnU-Net's training by regions, whose labels are no values
         return folder / DATASET, read_label_names(folder / DATASET)
     return None

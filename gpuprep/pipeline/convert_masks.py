@@ -25,7 +25,7 @@ from gpuprep.masks.joined_files import joined
 from gpuprep.masks.model import Segmentation
 from gpuprep.masks.place_on_slices import PlacedStructure, place, slice_plane
 from gpuprep.masks.read import names_by_path, read_segmentation
-from gpuprep.masks.structures_box import structures_box
+from gpuprep.masks.structures_box import box_of
 from gpuprep.output.paths import LONGEST_NAME, safe_file_name
 from gpuprep.output.preview import MiddlePlanes
 from gpuprep.output.writers import WRITERS
@@ -219,7 +219,7 @@ def write_masks(
         for label, (structure, _) in zip(labels, members, strict=True):
             label.voxels = int(counts[label.value])
             label.ml = label.voxels * voxel_ml
-            if plan.crop and not plan.crop.contains(structures_box([structure], (), stack).box):
+            if plan.crop and not plan.crop.contains(box_of([structure], stack)):
                 masked.notes.append(
                     f"{printable(label.name)}: it reaches beyond the box to which the series is cropped"
                 )

@@ -21,6 +21,7 @@ from gpuprep.executors.processes import Executor, WorkerDiedError, run_batches
 from gpuprep.executors.resources import Resources
 from gpuprep.files.filesystem import real_path
 from gpuprep.output.folder_store import Output
+from gpuprep.output.label_names import LABELS
 from gpuprep.output.manifest import Manifest, shards_of
 from gpuprep.output.nnunet import Layout, check
 from gpuprep.output.object_store import resolve_out
@@ -98,7 +99,7 @@ def prepare(context: RunContext) -> Prepared:
         context.listener.matched(matches)
     values = _label_values(matches, recipe, manifest, names)
     if values:
-        output.write_text("labels.json", json.dumps(values, indent=1, ensure_ascii=False))
+        output.write_text(LABELS, json.dumps(values, indent=1, ensure_ascii=False))
     choice = choose(cohort, options, matches, resources.executor)
     forecast = blank_forecast(resources, recipe, manifest, output)
     prepared = Prepared(cohort, matches, forecast, complaint=choice.complaint)

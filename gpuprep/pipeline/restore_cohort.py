@@ -23,9 +23,9 @@ from gpuprep.output.own_files import SIDECAR
 from gpuprep.output.read_prediction import ending_of
 from gpuprep.output.read_volume import FinishedOutput
 from gpuprep.output.restore_record import RestoredRow, RestoreRecord
-from gpuprep.output.write_restored import RESTORED_FORMATS, write_result
-from gpuprep.pipeline.restore import named_by_file, restore
-from gpuprep.pipeline.restore_seg import SegRequest, series_by_key, time_of, write_restored_seg
+from gpuprep.output.write_restored import RESTORED_FORMATS
+from gpuprep.pipeline.restore_file import restore_file
+from gpuprep.pipeline.restore_seg import SegRequest, series_by_key
 
 log = logging.getLogger(__name__)
 
@@ -214,16 +214,9 @@ def _restore_one(task: _Task) -> RestoredRow:
             if former.made_of == row.made_of:
                 return replace(row, verdict="skipped", notes=former.notes, result_identity=former.result_identity)
             task.result.unlink()  # what it was made of has changed, and the new prediction may be bad
-        restored = restore(task.prediction, task.output, threshold=task.threshold)
-        make_folder(task.result.parent)
-        if task.names is not None:
-            restored = named_by_file(replace(restored, names=task.names), task.prediction, task.names)
-        if task.seg is not None:
-            made = time_of(task.prediction)
-            output = FinishedOutput(task.output)
-            notes = write_restored_seg(restored, output, task.originals, task.seg, made, task.result)
-        else:
-            notes = write_result(task.as_, restored, task.result)
+        _, notes = restore_file(
+            task.prediction, task.output, task.result, task.as_, task.threshold, task.names, task.seg, task.originals
+        )
         return replace(row, verdict="restored", notes="; ".join(notes), result_identity=_identity(task.result))
     except (GpuprepError, OSError, MemoryError) as exc:
         return replace(row, verdict="failed", result="", reason=printable(str(exc) or type(exc).__name__))

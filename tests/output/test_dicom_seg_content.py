@@ -259,7 +259,7 @@ def test_a_former_file_survives_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("gpuprep.output.dicom_seg.flush", full)
+        patch.setattr("gpuprep.files.replacing.flush", full)
         fails(OutputError, "cannot be written: No space left", lambda: write(to, labels(), stacked.slices))
     assert to.read_bytes() == b"former"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ct", "seg.dcm"]
